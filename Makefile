@@ -1,0 +1,89 @@
+# Needs Python 3.11+, a C++ compiler and make. With an interpreter that has torch and pytest, and
+# without network or an environment of its own:  make test PYTHON=python3 VENV=
+
+PYTHON ?= python3
+VENV ?= .venv
+# The version that development and tests are pinned to; the package takes any from 2.11 on.
+TORCH ?= torch==2.13.0
+
+# What a rebuild of the extension depends on.
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY := in-place
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.himo-built
+# The tools of the environment (ninja, clang-format) come before those of the machine.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# torch's default, two jobs more than there are cores, runs small machines out of memory.
+export MAX_JOBS ?= 2
+
+.PHONY: help setup test lint bench gpu demo clean in-place
+
+help:
+	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
+	@echo "make test    set up where needed and run the tests"
+	@echo "make lint    ruff, mypy and clang-format; changes nothing"
+	@echo "make bench   time every operator on this machine's CPU (not there yet)"
+	@echo "make gpu     time every operator on this machine's GPU (not there yet)"
+	@echo "make demo    train and evaluate a small model (not there yet)"
+	@echo "make clean   remove what was built; the environment stays"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)"
+	@echo "VENV= (empty) uses PYTHON as it is: builds in place, installs nothing, needs no network."
+
+setup: $(READY)
+	@echo "ready: $(PY)"
+
+# torch first, by itself and pinned: nothing after it may choose another. pip installs the Python
+# part; the extension is built below, where a change of one file compiles one file.
+$(VENV)/.himo-installed: pyproject.toml
+	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing $(TORCH), the build tools and the package"
+	@$(PIP) install --quiet "$(TORCH)"
+	@$(PIP) install --quiet "setuptools>=77" wheel ninja
+	@HIMO_KERNELS_NO_EXTENSION=1 $(PIP) install --quiet --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# Quiet where all is well; says why the extension is left out; shows everything when the build fails.
+define BUILD_IN_PLACE
+@echo "building the extension in place"
+@mkdir -p build
+@$(PY) setup.py build_ext --inplace >build/in-place.log 2>&1 || { cat build/in-place.log; exit 1; }
+@grep 'the extension is left out' build/in-place.log || true
+endef
+
+$(VENV)/.himo-built: $(VENV)/.himo-installed setup.py $(CSRC)
+	$(BUILD_IN_PLACE)
+	@touch $@
+
+# Always run: it depends on the interpreter and its torch too. Takes seconds when nothing changed.
+in-place:
+	$(BUILD_IN_PLACE)
+
+test: $(READY)
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) -m pytest $(PYTEST_FLAGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 clang-format --dry-run -Werror
+
+bench:
+	@echo "make bench: there are no benchmarks yet; they come with the CPU kernels" >&2; exit 1
+
+gpu:
+	@echo "make gpu: there are no benchmarks yet; they come with the GPU kernels" >&2; exit 1
+
+demo:
+	@echo "make demo: there is no demo yet; it comes with the himo trainer" >&2; exit 1
+
+clean:
+	rm -rf build dist *.egg-info himo_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(VENV:%=%/.himo-built)
+	find himo_kernels tests benchmarks himo -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

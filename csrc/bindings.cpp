@@ -1,0 +1,57 @@
+// The Python module himo_kernels._C. The GIL is released while a kernel runs.
+
+#include <ATen/Config.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "covariance.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#else
+constexpr const char* kCompiler = "unknown";
+#endif
+
+#ifdef HIMO_WITH_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+#ifdef _OPENMP
+constexpr bool kOpenMP = true;
+#else
+constexpr bool kOpenMP = false;
+#endif
+
+// What himo_kernels._extension compares with the running torch, and himo_kernels.info prints.
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = kCompiler;
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["cxx_flags"] = HIMO_CXX_FLAGS;
+  info["openmp"] = kOpenMP;
+  info["cuda"] = kCuda;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using no_gil = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Compiled kernels of himo_kernels; call them through its public functions.";
+  m.def("build_info", &build_info);
+  m.def("covariance_fwd", &himo::covariance_fwd, py::arg("x"), py::arg("dtype"), no_gil());
+  m.def("gram_fwd", &himo::gram_fwd, py::arg("x"), py::arg("dtype"), no_gil());
+  m.def("covariance_bwd", &himo::covariance_bwd, py::arg("grad_mean"), py::arg("grad_covariance"),
+        py::arg("x"), py::arg("mean"), no_gil());
+  m.def("gram_bwd", &himo::gram_bwd, py::arg("grad_mean"), py::arg("grad_gram"), py::arg("x"),
+        py::arg("mean"), no_gil());
+}

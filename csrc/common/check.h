@@ -1,0 +1,21 @@
+// Argument checks of the entry points. The Python API has made them before for its own callers;
+// these keep a direct call of himo_kernels._C from reading memory that is not there.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+// ValueError: `covariance: expected x of shape [*, N, D], got [3]`.
+#define HIMO_CHECK_SHAPE(condition, op, name, tensor, expected)                           \
+  TORCH_CHECK_VALUE(condition, op, ": expected ", name, " of shape ", expected, ", got ", \
+                    (tensor).sizes())
+
+// TypeError: `covariance: expected dtype to be float32 or float64, got Half`.
+#define HIMO_CHECK_DTYPE(condition, op, name, expected, dtype) \
+  TORCH_CHECK_TYPE(condition, op, ": expected ", name, " to be ", expected, ", got ", dtype)
+
+// ValueError: `covariance: expected x to be a strided CPU tensor, got layout Strided on cuda:0`.
+#define HIMO_CHECK_CPU(op, name, tensor)                                                 \
+  TORCH_CHECK_VALUE((tensor).device().is_cpu() && (tensor).layout() == at::kStrided, op, \
+                    ": expected ", name, " to be a strided CPU tensor, got layout ",     \
+                    (tensor).layout(), " on ", (tensor).device())

@@ -1,0 +1,369 @@
+// Centred products by blocks: a block of rows (covariance) or of columns (gram) is centred into a
+// buffer of the computing dtype and added to the product with addmm, so that no [N, D] temporary is
+// made. Extra memory: kBlock * D (covariance) or N * kBlock (gram), and 64 * D doubles.
+//
+// Blocks are cut by the shape of x alone, never by the number of threads, and each sum has one
+// order: results are bitwise equal from run to run at a fixed number of threads.
+
+#include "cpu/covariance_kernel.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+// The loops over memory are compiled once more for wider vectors; the processor chooses at load
+// time.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define HIMO_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define HIMO_WIDE
+#endif
+
+namespace himo::cpu {
+namespace {
+
+constexpr int64_t kBlock = 512;  // rows (columns, for gram) centred at a time
+
+// Rows of the product that one addmm computes, up to the diagonal: at D = 768 this leaves out 3/8
+// of the multiplications of a full product. Narrower panels lose more in the matrix product than
+// that.
+constexpr int64_t kPanel = 192;
+
+// Small problems of a batch are centred together, up to this many elements (4 MiB of float64), and
+// multiplied by one bmm: a call of each for every problem would cost more than the arithmetic.
+constexpr int64_t kGroupElements = 512 * 1024;
+
+// The mean is cut into row blocks that are summed apart and then added in order: of at least 64
+// rows, so that two threads share 128 of them; at most 64 blocks, which bounds the partial sums.
+constexpr int64_t kMeanRows = 64;
+constexpr int64_t kMeanBlocks = 64;
+constexpr int64_t kMeanColumns = 512;  // 4 KiB of partial sums: they stay in the first-level cache
+
+constexpr int64_t kTile = 32;  // 2 x 8 KiB in float64 while a tile is copied onto its mirror image
+constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it saves
+
+int64_t grain(int64_t elements_per_task) {
+  return at::divup(kGrain, std::max<int64_t>(elements_per_task, 1));
+}
+
+// Returns where problem b begins, in elements from the data pointer. A reshape of x to [B, N, D]
+// would copy an expanded or permuted x whole.
+int64_t problem_offset(const at::Tensor& x, int64_t b) {  // [*, N, D]
+  int64_t offset = 0;
+  for (int64_t dim = x.dim() - 3; dim >= 0; --dim) {
+    offset += b % x.size(dim) * x.stride(dim);
+    b /= x.size(dim);
+  }
+  return offset;
+}
+
+// Returns how many problems are taken at a time. A product wider than a panel gains more from the
+// panels than from company.
+int64_t group_size(const at::Tensor& x, int64_t batch, int64_t side) {  // [*, N, D]
+  const int64_t elements = std::max<int64_t>(x.size(-2) * x.size(-1), 1);
+  if (side > kPanel || elements > kGroupElements / 2) return 1;
+  return std::min(batch, kGroupElements / elements);
+}
+
+// sums[j] += x[i, j]; the inner loop runs along the smaller stride.
+template <typename scalar_t>
+HIMO_WIDE void add_rows(const scalar_t* x,  // [rows, columns]
+                        int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+                        double* sums) {  // [columns]
+  if (column_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const scalar_t* row = x + i * row_stride;
+      for (int64_t j = 0; j < columns; ++j) sums[j] += static_cast<double>(row[j]);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    const scalar_t* column = x + j * column_stride;
+    double sum = 0;
+    for (int64_t i = 0; i < rows; ++i) sum += static_cast<double>(column[i * row_stride]);
+    sums[j] += sum;
+  }
+}
+
+// out[k] = x[k * stride] - mean[k * mean_step]; mean_step is 0 or 1. The difference is taken in
+// float64 and rounded once.
+template <typename in_t, typename out_t>
+HIMO_WIDE void centre_line(const in_t* x, int64_t stride, const double* mean, int64_t mean_step,
+                           int64_t size, out_t* out) {
+  if (stride != 1) {
+    for (int64_t k = 0; k < size; ++k) {
+      out[k] = static_cast<out_t>(static_cast<double>(x[k * stride]) - mean[k * mean_step]);
+    }
+  } else if (mean_step == 1) {
+    for (int64_t k = 0; k < size; ++k) {
+      out[k] = static_cast<out_t>(static_cast<double>(x[k]) - mean[k]);
+    }
+  } else {
+    const double shift = mean[0];
+    for (int64_t k = 0; k < size; ++k) {
+      out[k] = static_cast<out_t>(static_cast<double>(x[k]) - shift);
+    }
+  }
+}
+
+// Returns the means [count, D] of problems b to b + count, in float64 whatever the dtype of x:
+// rounding one to float32 would shift every row of X alike, which a large mean turns into the
+// leading error.
+std::vector<double> column_means(const at::Tensor& x, int64_t b, int64_t count) {  // [*, N, D]
+  const int64_t samples = x.size(-2), features = x.size(-1);
+  const int64_t row_stride = x.stride(-2), column_stride = x.stride(-1);
+  const int64_t blocks = std::clamp(at::divup(samples, kMeanRows), int64_t{1}, kMeanBlocks);
+  const int64_t block_rows = at::divup(samples, blocks);
+  const int64_t column_blocks = at::divup(features, kMeanColumns);
+  std::vector<double> partial(count * blocks * features, 0.0);  // [count, blocks, D]
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "column_means", [&] {
+    const scalar_t* data = x.const_data_ptr<scalar_t>();
+    const auto sum_block = [&](int64_t problem, int64_t block, int64_t column_block) {
+      const int64_t i = block * block_rows, j = column_block * kMeanColumns;
+      if (i >= samples) return;  // 64 blocks of whole rows may end before the last block
+      add_rows(data + problem_offset(x, b + problem) + i * row_stride + j * column_stride,
+               std::min(block_rows, samples - i), std::min(kMeanColumns, features - j), row_stride,
+               column_stride, partial.data() + (problem * blocks + block) * features + j);
+    };
+    at::parallel_for(0, count * blocks * column_blocks,
+                     grain(block_rows * std::min(features, kMeanColumns)),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t task = begin; task < end; ++task) {
+                         const int64_t rest = task / column_blocks;
+                         sum_block(rest / blocks, rest % blocks, task % column_blocks);
+                       }
+                     });
+  });
+  std::vector<double> means(count * features, 0.0);  // [count, D]
+  for (int64_t problem = 0; problem < count; ++problem) {
+    double* mean = means.data() + problem * features;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const double* sums = partial.data() + (problem * blocks + block) * features;
+      for (int64_t j = 0; j < features; ++j) mean[j] += sums[j];
+    }
+    for (int64_t j = 0; j < features; ++j) mean[j] /= static_cast<double>(samples);
+  }
+  return means;
+}
+
+// Where the blocks of a group of problems are centred: as large as the largest of them.
+struct Block {
+  int64_t b, count;   // problems
+  int64_t row, rows;  // of each problem
+  int64_t column, columns;
+};
+
+// Returns x - mean for the block, [count, rows, columns], in the buffer's dtype. It lies in memory
+// as x does, rows or columns first, so that both sides are read and written in order; a matrix
+// product takes either.
+at::Tensor centre(const at::Tensor& x,  // [*, N, D]
+                  const double* means,  // [count, D]
+                  const Block& block,
+                  const at::Tensor& buffer) {  // [>= count * rows * columns]
+  const int64_t row_stride = x.stride(-2), column_stride = x.stride(-1), features = x.size(-1);
+  const bool by_rows = column_stride <= row_stride;
+  const int64_t lines = by_rows ? block.rows : block.columns;
+  const int64_t length = by_rows ? block.columns : block.rows;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "centre", [&] {
+    using in_t = scalar_t;
+    const in_t* data =
+        x.const_data_ptr<in_t>() + block.row * row_stride + block.column * column_stride;
+    AT_DISPATCH_FLOATING_TYPES(buffer.scalar_type(), "centre", [&] {
+      scalar_t* out = buffer.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, block.count * lines, grain(length), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t problem = task / lines, line = task % lines;
+          const in_t* source = data + problem_offset(x, block.b + problem);
+          const double* mean = means + problem * features + block.column;
+          if (by_rows) {
+            centre_line(source + line * row_stride, column_stride, mean, 1, length,
+                        out + task * length);
+          } else {
+            centre_line(source + line * column_stride, row_stride, mean + line, 0, length,
+                        out + task * length);
+          }
+        }
+      });
+    });
+  });
+  const auto centred =
+      buffer.narrow(0, 0, block.count * lines * length).view({block.count, lines, length});
+  return by_rows ? centred : centred.transpose(1, 2);
+}
+
+// product [count, M, M] = left left^T, or += unless first. With one problem, in panels of rows up
+// to and including the diagonal one: what is above the diagonal is not to be read before
+// mirror_lower.
+void add_lower_product(const at::Tensor& product,  // [count, M, M]
+                       const at::Tensor& left,     // [count, M, K]
+                       bool first) {
+  if (product.size(0) > 1) {
+    product.baddbmm_(left, left.transpose(1, 2), first ? 0 : 1);
+    return;
+  }
+  const auto rows = left.select(0, 0), out = product.select(0, 0);
+  const int64_t side = out.size(0);
+  for (int64_t i = 0; i < side; i += kPanel) {
+    const int64_t end = std::min(i + kPanel, side);
+    out.narrow(0, i, end - i)
+        .narrow(1, 0, end)
+        .addmm_(rows.narrow(0, i, end - i), rows.narrow(0, 0, end).t(), first ? 0 : 1);
+  }
+}
+
+// Copies the lower triangles onto the upper ones.
+void mirror_lower(const at::Tensor& product) {  // [count, M, M], contiguous
+  const int64_t side = product.size(1), tiles = at::divup(side, kTile);
+  AT_DISPATCH_FLOATING_TYPES(product.scalar_type(), "mirror_lower", [&] {
+    scalar_t* data = product.mutable_data_ptr<scalar_t>();
+    const auto copy_tile = [&](scalar_t* matrix, int64_t i0, int64_t j0) {
+      for (int64_t i = i0; i < std::min(i0 + kTile, side); ++i) {
+        for (int64_t j = std::max(j0, i + 1); j < std::min(j0 + kTile, side); ++j) {
+          matrix[i * side + j] = matrix[j * side + i];
+        }
+      }
+    };
+    at::parallel_for(0, product.size(0) * tiles, grain(kTile * side / 2),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t task = begin; task < end; ++task) {
+                         scalar_t* matrix = data + task / tiles * side * side;
+                         const int64_t i0 = task % tiles * kTile;
+                         for (int64_t j0 = i0; j0 < side; j0 += kTile) copy_tile(matrix, i0, j0);
+                       }
+                     });
+  });
+}
+
+void write_means(const std::vector<double>& means,
+                 const at::Tensor& out) {  // [count, D], contiguous
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "write_means", [&] {
+    std::transform(means.begin(), means.end(), out.mutable_data_ptr<scalar_t>(),
+                   [](double value) { return static_cast<scalar_t>(value); });
+  });
+}
+
+// target [count, n, d] = offset + left right, rounded once to the dtype of target: where that is
+// not the computing one, the sum is made in scratch.
+void write_gradient(const at::Tensor& left,      // [count, n, k]
+                    const at::Tensor& right,     // [count, k, d]
+                    const at::Tensor& offset,    // [count, d]
+                    const at::Tensor& scratch,   // [>= count * n * d], undefined if not needed
+                    const at::Tensor& target) {  // [count, n, d]
+  auto sum = target;
+  if (scratch.defined()) sum = scratch.narrow(0, 0, target.numel()).view(target.sizes());
+  sum.copy_(offset.unsqueeze(1).expand(target.sizes()));
+  if (sum.size(0) > 1) {
+    sum.baddbmm_(left, right);
+  } else {
+    sum.select(0, 0).addmm_(left.select(0, 0), right.select(0, 0));
+  }
+  if (scratch.defined()) target.copy_(sum);
+}
+
+at::Tensor scratch_like(const at::Tensor& buffer, const at::Tensor& target) {
+  return buffer.scalar_type() == target.scalar_type() ? at::Tensor() : at::empty_like(buffer);
+}
+
+}  // namespace
+
+void covariance_fwd(const at::Tensor& x,             // [*, N, D]
+                    const at::Tensor& mean,          // [B, D]
+                    const at::Tensor& covariance) {  // [B, D, D]
+  const int64_t samples = x.size(-2), features = x.size(-1), batch = mean.size(0);
+  const int64_t group = group_size(x, batch, features);
+  const int64_t step = group > 1 ? samples : std::min(samples, kBlock);
+  const auto buffer = at::empty({group * step * features}, mean.options());
+  if (samples == 0) covariance.zero_();
+  for (int64_t b = 0; b < batch; b += group) {
+    const int64_t count = std::min(group, batch - b);
+    const auto means = column_means(x, b, count);
+    const auto product = covariance.narrow(0, b, count);
+    for (int64_t row = 0; row < samples; row += step) {
+      const Block block{b, count, row, std::min(step, samples - row), 0, features};
+      const auto centred = centre(x, means.data(), block, buffer);
+      add_lower_product(product, centred.transpose(1, 2), row == 0);
+    }
+    mirror_lower(product);
+    write_means(means, mean.narrow(0, b, count));
+  }
+}
+
+void gram_fwd(const at::Tensor& x,       // [*, N, D]
+              const at::Tensor& mean,    // [B, D]
+              const at::Tensor& gram) {  // [B, N, N]
+  const int64_t samples = x.size(-2), features = x.size(-1), batch = mean.size(0);
+  const int64_t group = group_size(x, batch, samples);
+  const int64_t step = group > 1 ? features : std::min(features, kBlock);
+  const auto buffer = at::empty({group * samples * step}, mean.options());
+  if (features == 0) gram.zero_();
+  for (int64_t b = 0; b < batch; b += group) {
+    const int64_t count = std::min(group, batch - b);
+    const auto means = column_means(x, b, count);
+    const auto product = gram.narrow(0, b, count);
+    for (int64_t column = 0; column < features; column += step) {
+      const Block block{b, count, 0, samples, column, std::min(step, features - column)};
+      add_lower_product(product, centre(x, means.data(), block, buffer), column == 0);
+    }
+    mirror_lower(product);
+    write_means(means, mean.narrow(0, b, count));
+  }
+}
+
+// dX = X (G + G^T) and grad_x = dX - mean(dX) + grad_mean / N. The rows of X add up to zero, and so
+// do those of dX: centring by the float64 mean of x leaves nothing of mean(dX) to subtract.
+void covariance_bwd(const at::Tensor& grad_mean,        // [B, D]
+                    const at::Tensor& grad_covariance,  // [B, D, D]
+                    const at::Tensor& x,                // [*, N, D]
+                    const at::Tensor& grad_x) {         // [B, N, D]
+  const int64_t samples = x.size(-2), features = x.size(-1), batch = grad_mean.size(0);
+  const int64_t group = group_size(x, batch, features);
+  const int64_t step = group > 1 ? samples : std::min(samples, kBlock);
+  const auto buffer = at::empty({group * step * features}, grad_mean.options());
+  const auto scratch = scratch_like(buffer, grad_x);
+  for (int64_t b = 0; b < batch; b += group) {
+    const int64_t count = std::min(group, batch - b);
+    const auto means = column_means(x, b, count);
+    const auto grad = grad_covariance.narrow(0, b, count);
+    const auto symmetric = grad + grad.transpose(1, 2);              // [count, D, D]
+    const auto offset = grad_mean.narrow(0, b, count).div(samples);  // [count, D]
+    for (int64_t row = 0; row < samples; row += step) {
+      const Block block{b, count, row, std::min(step, samples - row), 0, features};
+      write_gradient(centre(x, means.data(), block, buffer), symmetric, offset, scratch,
+                     grad_x.narrow(0, b, count).narrow(1, row, block.rows));
+    }
+  }
+}
+
+// dX = (G + G^T) X and grad_x = dX - mean(dX) + grad_mean / N. The mean over rows commutes with the
+// product: it is taken off the columns of G + G^T, [N, N], once.
+void gram_bwd(const at::Tensor& grad_mean,  // [B, D]
+              const at::Tensor& grad_gram,  // [B, N, N]
+              const at::Tensor& x,          // [*, N, D]
+              const at::Tensor& mean,       // [B, D]
+              const at::Tensor& grad_x) {   // [B, N, D]
+  const int64_t samples = x.size(-2), features = x.size(-1), batch = grad_mean.size(0);
+  const int64_t group = group_size(x, batch, samples);
+  const int64_t step = group > 1 ? features : std::min(features, kBlock);
+  const auto buffer = at::empty({group * samples * step}, grad_mean.options());
+  const auto scratch = scratch_like(buffer, grad_x);
+  const auto means = mean.to(at::kDouble).contiguous();  // [B, D]
+  for (int64_t b = 0; b < batch; b += group) {
+    const int64_t count = std::min(group, batch - b);
+    const auto grad = grad_gram.narrow(0, b, count);
+    const auto symmetric = grad + grad.transpose(1, 2);  // [count, N, N]
+    symmetric.sub_(symmetric.mean(1, /*keepdim=*/true));
+    const auto offset = grad_mean.narrow(0, b, count).div(samples);  // [count, D]
+    const double* shift = means.const_data_ptr<double>() + b * features;
+    for (int64_t column = 0; column < features; column += step) {
+      const Block block{b, count, 0, samples, column, std::min(step, features - column)};
+      write_gradient(symmetric, centre(x, shift, block, buffer),
+                     offset.narrow(1, column, block.columns), scratch,
+                     grad_x.narrow(0, b, count).narrow(2, column, block.columns));
+    }
+  }
+}
+
+}  // namespace himo::cpu

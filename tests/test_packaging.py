@@ -1,0 +1,196 @@
+"""Installing without the extension, in real processes, and what a user is then told. No network."""
+
+import importlib.machinery
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+from himo_kernels._version import __version__
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ["himo_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"]
+SWITCH = "HIMO_KERNELS_NO_EXTENSION"
+REBUILD = "pip install --no-build-isolation -e ."
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists() or int(setuptools.__version__.split(".")[0]) < 77,
+    reason="needs the source tree, and setuptools >= 77 for the license field",
+)
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command outside this tree, with none of the variables that would steer it."""
+    steering = ("HIMO_KERNELS_", "PYTHONPATH", "CXX", "CC")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(steering)}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def python(script: str, path: Path, **environment: str) -> str:
+    """Returns what the script prints in a fresh process that sees the packages in path."""
+    done = run(sys.executable, "-c", script, cwd=path, PYTHONPATH=str(path), **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def copy_sources(target: Path) -> Path:
+    target.mkdir()
+    leave_out = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in SHIPPED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=leave_out)
+        else:
+            shutil.copy(source, target / name)
+    return target
+
+
+NO_EXTENSION = {
+    "switch": ({SWITCH: "1"}, f"{SWITCH}=1"),
+    "no-compiler": ({"CXX": "/nowhere/c++", "CC": "/nowhere/cc"}, "CXX=/nowhere/c++ not found"),
+    "empty-path": ({"PATH": "/nowhere"}, "c++, g++, clang++ not found"),
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as pip installs it on a machine without a compiler."""
+    folder = tmp_path_factory.mktemp("installed")
+    sources = copy_sources(folder / "sources")
+    pip = [sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps"]
+    target = folder / "site"
+    done = run(
+        *[*pip, "--no-build-isolation", "--target", target, sources],
+        cwd=folder,
+        **NO_EXTENSION["no-compiler"][0],
+    )
+    assert done.returncode == 0, done.stderr
+    line = "himo_kernels: the extension is left out: no C++ compiler: "
+    assert line + NO_EXTENSION["no-compiler"][1] in done.stdout + done.stderr
+    return target
+
+
+@pytest.mark.parametrize(("environment", "reason"), NO_EXTENSION.values(), ids=NO_EXTENSION)
+def test_a_build_without_the_extension_succeeds_and_says_why(
+    environment: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    done = run(sys.executable, "setup.py", "build", cwd=sources, **environment)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "the extension is left out" in line]
+    assert len(told) == 1 and told[0].endswith(reason), done.stderr
+    assert not list(sources.rglob("_C*.so"))
+
+
+def test_without_the_extension_the_package_works_and_says_why(installed: Path) -> None:
+    script = """if True:
+        import torch, himo_kernels
+        from himo_kernels import _extension
+        print(himo_kernels.__file__)
+        print(_extension.why_not())
+        x = torch.arange(12.0).view(4, 3)
+        print(himo_kernels.covariance(x)[1].shape)
+        try:
+            himo_kernels.covariance(x, backend="cpu")
+        except NotImplementedError as error:
+            print(str(error).replace("\\n", " "))
+        try:
+            _extension.load()
+        except ImportError as error:
+            print(type(error.__cause__).__name__)
+    """
+    place, reason, shape, refusal, cause = python(script, installed).splitlines()
+    assert Path(place).is_relative_to(installed)
+    assert reason.startswith("the extension is not built (No module named 'himo_kernels._C')")
+    assert reason.endswith(REBUILD)
+    assert shape == "torch.Size([3, 3])"
+    assert reason in refusal
+    assert cause == "ModuleNotFoundError"
+
+
+PRINT_REASON = "from himo_kernels import _extension; print(_extension.why_not())"
+
+
+def test_the_switch_works_at_run_time_too(installed: Path) -> None:
+    reason = python(PRINT_REASON, installed, **{SWITCH: "1"})
+    assert reason == f"the extension is switched off by {SWITCH}=1"
+
+
+def test_a_file_that_cannot_be_loaded_is_a_reason(installed: Path) -> None:
+    broken = installed / "himo_kernels" / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    broken.write_bytes(b"no shared library")
+    try:
+        reason = python(PRINT_REASON, installed)
+    finally:
+        broken.unlink()
+    assert reason.startswith("the extension cannot be loaded (")
+    assert reason.endswith(REBUILD)
+
+
+@pytest.mark.parametrize(
+    ("built", "usable"),
+    [("1.13.1", False), ("this.minor.99+cpu", True)],
+    ids=["other-minor", "other-patch"],
+)
+def test_an_extension_of_another_torch_is_refused(
+    built: str, usable: bool, installed: Path
+) -> None:
+    script = f"""if True:
+        import sys, types, torch
+        fake = types.ModuleType("himo_kernels._C")
+        this_minor = ".".join(torch.__version__.split(".")[:2])
+        fake.build_info = lambda: {{"torch": "{built}".replace("this.minor", this_minor)}}
+        sys.modules["himo_kernels._C"] = fake
+        from himo_kernels import _extension
+        print(torch.__version__)
+        print(_extension.why_not())
+        try:
+            print(_extension.load() is fake)
+        except ImportError as error:
+            print(error)
+    """
+    running, reason, loaded = python(script, installed).splitlines()
+    if usable:
+        assert (reason, loaded) == ("None", "True")
+    else:
+        expected = f"the extension is built for torch {built}, this is torch {running}"
+        assert reason == loaded == f"{expected}; rebuild it with: {REBUILD}"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_an_error_in_our_sources_fails_the_build(tmp_path: Path) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    for source in sources.glob("csrc/**/*.cpp"):
+        source.unlink()
+    (sources / "csrc" / "bindings.cpp").write_text("#error broken on purpose\n")
+    done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=sources)
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stdout + done.stderr
+    assert "left out" not in done.stderr
+
+
+def test_metadata(installed: Path) -> None:
+    (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    metadata = distribution.metadata
+    assert metadata["Name"] == "himo-kernels"
+    assert distribution.version == __version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    requirements = distribution.requires or []
+    assert [r for r in requirements if "extra ==" not in r] == ["torch>=2.11"]
+    # An extra that names torch could replace the one that is installed.
+    assert not [r for r in requirements if "extra ==" in r and re.match(r"torch\b", r)]
+    assert set(metadata.get_all("Provides-Extra") or []) == {"dev", "triton"}
