@@ -1,0 +1,1 @@
+"""Microbenchmarks, their baselines and their results."""

@@ -1,0 +1,25 @@
+"""Fused kernels for HiMo-CLIP (arXiv 2511.06653): in-batch PCA and the dual InfoNCE loss.
+
+Needs torch alone. Triton and the compiled extension are used where they are installed;
+`python -m himo_kernels.info` tells which backend each operator has here, and why not another.
+"""
+
+from himo_kernels import nn
+from himo_kernels._version import __version__
+from himo_kernels.covariance import covariance, gram
+from himo_kernels.info_nce import dual_info_nce, dual_info_nce_low_rank, info_nce
+from himo_kernels.pca import PCA, pca, pca_reconstruct, project_reconstruct
+
+__all__ = [
+    "PCA",
+    "__version__",
+    "covariance",
+    "dual_info_nce",
+    "dual_info_nce_low_rank",
+    "gram",
+    "info_nce",
+    "nn",
+    "pca",
+    "pca_reconstruct",
+    "project_reconstruct",
+]

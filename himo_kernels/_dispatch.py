@@ -1,0 +1,146 @@
+"""Operators and their backends: torch.library schemas, and which implementation a call takes.
+
+A backend is chosen in Python from shape, dtype and device alone and travels through the schema as
+a string, so that `torch.compile(fullgraph=True)` sees one operator whatever the backend.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from himo_kernels._checks import raise_type, raise_value
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks them
+BACKEND_VARIABLE = "HIMO_KERNELS_BACKEND"
+
+OPERATORS: dict[str, "Operator"] = {}  # by name, for himo_kernels.info and the tests
+
+_LIBRARY = torch.library.Library("himo_kernels", "DEF")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    kernels maps the operator's pass, "fwd" or "bwd", to a function of the schema's arguments
+    without the trailing backend name. why_not(*tensors) returns the reason why the backend cannot
+    take these tensors, or None. A backend with auto=False runs only when named: it is not yet run
+    on the hardware that it is for.
+    """
+
+    kernels: Mapping[str, Callable[..., object]]
+    why_not: Callable[..., str | None] = lambda *tensors: None
+    auto: bool = True
+
+
+class Operator:
+    """A public operator: its kernels' schemas, and a table of the backends that implement them."""
+
+    def __init__(self, name: str, backends: Mapping[str, Backend]) -> None:
+        self.name = name
+        self.backends = dict(backends)
+        OPERATORS[name] = self
+
+    def define(
+        self, direction: str, schema: str, fake: Callable[..., object]
+    ) -> torch._ops.OpOverload:
+        """Returns torch.ops.himo_kernels.<name>_<direction>; the last argument is `str backend`.
+
+        Outputs are made contiguous here, once for every backend, so that the strides of the fake
+        are the strides of the result. Autocast is off inside: dtypes follow the inputs.
+        """
+
+        def run(*args: object) -> object:
+            body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
+            device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                outputs = body(*args[:-1])
+            if isinstance(outputs, Tensor):
+                return outputs.contiguous()
+            return tuple(output.contiguous() for output in outputs)  # type: ignore[attr-defined]
+
+        kernel = f"{self.name}_{direction}"
+        _LIBRARY.define(kernel + schema)
+        _LIBRARY.impl(kernel, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"himo_kernels::{kernel}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.himo_kernels, kernel).default
+
+    def why_not(self, backend: str, *tensors: Tensor) -> str | None:
+        """Returns the reason why the named backend cannot take these tensors, or None."""
+        if backend not in self.backends:
+            return f"{self.name} has no {backend} kernel"
+        return self.backends[backend].why_not(*tensors)
+
+    def resolve(self, requested: str, *tensors: Tensor) -> str:
+        """Returns the backend's name. A named backend never falls back to another.
+
+        Raises:
+            ValueError: requested (or the environment variable) names no backend.
+            NotImplementedError: the named backend cannot take these tensors.
+        """
+        requested = _requested_backend(self.name, requested)
+        if requested == "auto":
+            chosen = self.preferred(*tensors)
+        else:
+            chosen = requested if self.why_not(requested, *tensors) is None else None
+        if chosen is None:
+            raise NotImplementedError(self._refusal(requested, *tensors))
+        return chosen
+
+    def preferred(self, *tensors: Tensor) -> str | None:
+        """Returns the first proven backend that can take these tensors: the choice of "auto"."""
+        for name in BACKENDS:
+            if name in self.backends and self.backends[name].auto:
+                if self.why_not(name, *tensors) is None:
+                    return name
+        return None
+
+    def _refusal(self, requested: str, *tensors: Tensor) -> str:
+        def state(name: str) -> str:
+            by_name = "" if name in self.backends and self.backends[name].auto else " by name"
+            return self.why_not(name, *tensors) or f"can run{by_name}"
+
+        got = ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in tensors)
+        reasons = (f"  {name}: {state(name)}" for name in BACKENDS)
+        return "\n".join([f"{self.name}: backend {requested!r} cannot take {got}", *reasons])
+
+
+# Read once: a compiled graph must not depend on a variable that changes under it.
+_default_backend = os.environ.get(BACKEND_VARIABLE, "auto")
+
+
+def default_backend() -> str:
+    """Returns what backend="auto" stands for: HIMO_KERNELS_BACKEND as read at import, or "auto"."""
+    return _default_backend
+
+
+def _requested_backend(operator: str, requested: str) -> str:
+    if not isinstance(requested, str):
+        raise_type(operator, "backend", "to be a string", type(requested).__name__)
+    argument = "backend"
+    if requested == "auto":
+        requested, argument = _default_backend, BACKEND_VARIABLE
+    if requested != "auto" and requested not in BACKENDS:
+        raise_value(operator, argument, f"to be 'auto' or one of {list(BACKENDS)}", requested)
+    return requested
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of sums over features of this dtype: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def refuse_double_backward(operator: str) -> None:
+    """Raises RuntimeError in a backward that is itself being recorded.
+
+    once_differentiable misses torch.autograd.grad(..., create_graph=True); a silent second-order
+    gradient would be wrong.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{operator}: expected a first-order gradient, got create_graph=True "
+            "(double backward is not supported)"
+        )

@@ -1,0 +1,54 @@
+"""The `cpu` backend of covariance and gram: csrc/covariance.cpp, for any strides.
+
+Differs from the reference in memory and work, not in the formula: blocks are centred one at a time,
+which needs no [N, D] copy of x in dtype, and only one triangle of the product is computed where it
+is wider than 192. The results are exactly symmetric.
+"""
+
+import torch
+from torch import Tensor
+
+from himo_kernels import _extension
+
+
+def why_not(x: Tensor, *_: Tensor) -> str | None:
+    """Returns why this backend cannot take x, or None."""
+    if x.device.type != "cpu":
+        return f"needs CPU tensors, got {x.device.type}"
+    return _extension.why_not()
+
+
+def covariance_fwd(
+    x: Tensor,  # [*, N, D]
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Returns mean [*, D] and covariance [*, D, D], in dtype."""
+    return _extension.load().covariance_fwd(x, dtype)
+
+
+def covariance_bwd(
+    grad_mean: Tensor,  # [*, D]
+    grad_covariance: Tensor,  # [*, D, D]
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D]
+) -> Tensor:
+    """Returns the gradient of x [*, N, D], computed in the dtype of mean."""
+    return _extension.load().covariance_bwd(grad_mean, grad_covariance, x, mean)
+
+
+def gram_fwd(
+    x: Tensor,  # [*, N, D]
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Returns mean [*, D] and gram [*, N, N], in dtype."""
+    return _extension.load().gram_fwd(x, dtype)
+
+
+def gram_bwd(
+    grad_mean: Tensor,  # [*, D]
+    grad_gram: Tensor,  # [*, N, N]
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D]
+) -> Tensor:
+    """Returns the gradient of x [*, N, D], computed in the dtype of mean."""
+    return _extension.load().gram_bwd(grad_mean, grad_gram, x, mean)

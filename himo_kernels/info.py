@@ -1,0 +1,65 @@
+"""What runs here: versions, devices, and every operator x backend with the reason why not.
+
+python -m himo_kernels.info
+"""
+
+import importlib.metadata
+import platform
+
+import torch
+
+import himo_kernels
+from himo_kernels import _dispatch, _extension
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _status(operator: _dispatch.Operator, backend: str, x: torch.Tensor) -> str:
+    reason = operator.why_not(backend, x)
+    if reason is not None:
+        return f"no: {reason}"
+    return "yes" if operator.backends[backend].auto else "by name only: not yet run on hardware"
+
+
+def _choice(operator: _dispatch.Operator, x: torch.Tensor) -> str:
+    # Through resolve, not preferred: HIMO_KERNELS_BACKEND may have named one.
+    try:
+        return operator.resolve("auto", x)
+    except (NotImplementedError, ValueError) as error:
+        return f"nothing: {str(error).splitlines()[0]}"
+
+
+def report() -> str:
+    """Returns the whole report as text."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    lines = [
+        f"himo_kernels {himo_kernels.__version__}",
+        f"python       {platform.python_version()} on {platform.platform()}",
+        f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        f"triton       {_version('triton')}",
+        f"extension    {_extension.why_not() or 'loaded'}",
+        f"cpu          {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads",
+    ]
+    for name in devices[1:]:
+        properties = torch.cuda.get_device_properties(name)
+        capability = f"sm_{properties.major}{properties.minor}"
+        memory_gib = properties.total_memory / 2**30
+        lines.append(f"{name:<12} {properties.name}, {capability}, {memory_gib:.0f} GiB")
+    lines.append(f"{_dispatch.BACKEND_VARIABLE} = {_dispatch.default_backend()}")
+    for name in dict.fromkeys(device.split(":")[0] for device in devices):
+        x = torch.zeros(1, 1, device=name)
+        lines += ["", f"operators on {name} (float32)"]
+        for operator in _dispatch.OPERATORS.values():
+            lines.append(f"  {operator.name}: auto takes {_choice(operator, x)}")
+            lines += [f"    {b:<10} {_status(operator, b, x)}" for b in _dispatch.BACKENDS]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

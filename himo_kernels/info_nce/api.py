@@ -1,0 +1,207 @@
+"""info_nce, dual_info_nce and dual_info_nce_low_rank: MoLo's losses (HiMo-CLIP section 3.3)."""
+
+import torch
+from torch import Tensor
+
+from himo_kernels._checks import (
+    check_device,
+    check_features,
+    check_finite_values,
+    check_flag,
+    check_label_smoothing,
+    check_number,
+    check_rank,
+    check_same_as,
+    check_shape,
+    check_tensor,
+    raise_shape,
+)
+from himo_kernels._dispatch import Operator, accumulation_dtype
+from himo_kernels.info_nce.op import (
+    DUAL_INFO_NCE,
+    DUAL_INFO_NCE_LOW_RANK,
+    INFO_NCE,
+    ContrastiveLoss,
+)
+
+
+def info_nce(
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    label_smoothing: float = 0.0,
+    differentiate_keys: bool = True,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE of images against texts and of texts against images, averaged: eq. (2).
+
+    Equal to `(F.cross_entropy(S, arange(N), label_smoothing=eps) + F.cross_entropy(S.T, ...)) / 2`
+    with `S = logit_scale * image_features @ text_features.T`. Row i of the images belongs to row i
+    of the texts. Features are used as they are: normalise them first for cosine similarities.
+
+    Args:
+        image_features: [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
+        text_features: [*, N, D], dtype and device of image_features. Leading dimensions are
+            independent problems.
+        logit_scale: The multiplier s itself (already exponentiated, as in open_clip), a tensor of
+            one element or a number.
+        label_smoothing: eps in [0, 1].
+        differentiate_keys: False treats the texts as constants in the loss of images against
+            texts, and the images in the other one: the gradient of the released code, whose
+            all-gather returns constants.
+        check_finite: Raise on NaN or inf (reads the device) rather than return NaN.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+
+    Returns:
+        Loss [*], float32, or float64 for float64 features; logits and sums have that dtype too.
+        Differentiable to first order in the features and logit_scale.
+
+    Raises:
+        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        NotImplementedError: the named backend cannot take the features.
+    """
+    features = {"image_features": image_features, "text_features": text_features}
+    (loss,) = _losses(
+        INFO_NCE,
+        features,
+        {},
+        logit_scale,
+        label_smoothing,
+        differentiate_keys,
+        check_finite,
+        backend,
+    )
+    return loss
+
+
+def dual_info_nce(
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    component_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    label_smoothing: float = 0.0,
+    differentiate_keys: bool = True,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """MoLo's two terms, eq. (2) and (3): images against texts, and against their components.
+
+    Equal to `info_nce(image, text, s), info_nce(image, component, s)` in one operator, which can
+    share the image tiles. Arguments and errors as in `info_nce`; component_features [*, N, D] are
+    the texts reconstructed from their principal components.
+
+    Returns:
+        global_loss [*] and component_loss [*]; MoLo is `global_loss + weight * component_loss`.
+    """
+    features = {
+        "image_features": image_features,
+        "text_features": text_features,
+        "component_features": component_features,
+    }
+    global_loss, component_loss = _losses(
+        DUAL_INFO_NCE,
+        features,
+        {},
+        logit_scale,
+        label_smoothing,
+        differentiate_keys,
+        check_finite,
+        backend,
+    )
+    return global_loss, component_loss
+
+
+def dual_info_nce_low_rank(
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    coefficients: Tensor,  # [*, N, K]
+    basis: Tensor,  # [*, K, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    rank: Tensor | None = None,  # [*]
+    label_smoothing: float = 0.0,
+    differentiate_keys: bool = True,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """dual_info_nce of the low-rank component_features = coefficients @ basis.
+
+    For a PCA the mean is one more row of the basis:
+    `coefficients = cat([ones, (text - mean) @ components.mT], -1)`,
+    `basis = cat([mean[None], components])`, `rank = pca.rank + 1`. A factor for each row of
+    coefficients normalises component_features and keeps the rank.
+
+    Args:
+        coefficients: [*, N, K], dtype and device of image_features.
+        basis: [*, K, D], likewise.
+        rank: [*] int64: columns of coefficients at and past it are ignored; None uses all K.
+        Others as in `info_nce`.
+
+    Returns:
+        global_loss [*] and component_loss [*].
+    """
+    operator = DUAL_INFO_NCE_LOW_RANK.name
+    check_features(operator, "image_features", image_features)
+    check_features(operator, "coefficients", coefficients, "[*, N, K]")
+    check_same_as(operator, "coefficients", coefficients, "image_features", image_features)
+    check_features(operator, "basis", basis, "[*, K, D]")
+    check_same_as(operator, "basis", basis, "image_features", image_features)
+    *batch, samples, features = image_features.shape
+    inner = coefficients.shape[-1]
+    check_shape(operator, "coefficients", coefficients, (*batch, samples, inner))
+    check_shape(operator, "basis", basis, (*batch, inner, features))
+    if rank is None:
+        rank = torch.full(batch, inner, dtype=torch.int64, device=image_features.device)
+    check_rank(operator, "rank", rank, batch, image_features)
+    global_loss, component_loss = _losses(
+        DUAL_INFO_NCE_LOW_RANK,
+        {"image_features": image_features, "text_features": text_features},
+        {"coefficients": coefficients, "basis": basis, "rank": rank},
+        logit_scale,
+        label_smoothing,
+        differentiate_keys,
+        check_finite,
+        backend,
+    )
+    return global_loss, component_loss
+
+
+def _losses(
+    operator: Operator,
+    features: dict[str, Tensor],  # [*, N, D] each, image_features first
+    factors: dict[str, Tensor],
+    logit_scale: Tensor | float,
+    label_smoothing: float,
+    differentiate_keys: bool,
+    check_finite: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    name = operator.name
+    image_features = features["image_features"]
+    for argument, value in features.items():
+        check_features(name, argument, value)
+        check_same_as(name, argument, value, "image_features", image_features)
+        check_shape(name, argument, value, image_features.shape)
+    scale = _check_logit_scale(name, logit_scale, image_features)
+    label_smoothing = check_label_smoothing(name, label_smoothing)
+    check_flag(name, "differentiate_keys", differentiate_keys)
+    if check_flag(name, "check_finite", check_finite):
+        check_finite_values(name, **features, **factors, logit_scale=scale)
+    inputs = (*features.values(), *factors.values(), scale)
+    backend = operator.resolve(backend, *inputs)
+    return ContrastiveLoss.apply(name, label_smoothing, differentiate_keys, backend, *inputs)
+
+
+def _check_logit_scale(operator: str, value: Tensor | float, features: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        number = check_number(operator, "logit_scale", value)
+        dtype = accumulation_dtype(features.dtype)
+        return torch.full((), number, dtype=dtype, device=features.device)
+    check_tensor(operator, "logit_scale", value)
+    if value.numel() != 1:
+        raise_shape(operator, "logit_scale", "[] or [1]", value)
+    check_device(operator, "logit_scale", value, "image_features", features)
+    return value.reshape(())

@@ -1,0 +1,245 @@
+"""Modules: HiDe's decomposition, and the HiMo loss with open_clip's ClipLoss signature."""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from himo_kernels._checks import (
+    check_features,
+    check_flag,
+    check_gap_eps,
+    check_label_smoothing,
+    check_number,
+    check_same_as,
+    check_variance_threshold,
+    raise_value,
+)
+from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels.info_nce import dual_info_nce
+from himo_kernels.pca import pca_reconstruct
+
+# What the paper states and what its released code does, switch by switch. Both train with L2-
+# normalised features and through the PCA basis. logit_scale is the model's: the paper starts from
+# the checkpoint's, the released code from 100, trained and not clamped.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "variance_threshold": 0.9,
+        "component_weight": 1.0,
+        "label_smoothing": 0.0,
+        "normalize_features": True,
+        "normalize_components": True,
+        "pca_scope": "global",
+        "gather_with_grad": True,
+        "differentiate_basis": True,
+    },
+    "official": {
+        "variance_threshold": 0.85,
+        "component_weight": 1.0,
+        "label_smoothing": 0.1,
+        "normalize_features": True,
+        "normalize_components": False,
+        "pca_scope": "local",
+        "gather_with_grad": False,
+        "differentiate_basis": True,
+    },
+}
+
+
+class HiDe(nn.Module):
+    """In-batch PCA reconstruction of text features: HiMo-CLIP section 3.2, eq. (1).
+
+    Args:
+        variance_threshold: tau in (0, 1], the share of the batch's variance to keep.
+        gap_eps, differentiate_basis, check_finite, backend: as in `pca_reconstruct`.
+    """
+
+    def __init__(
+        self,
+        variance_threshold: float = 0.9,
+        *,
+        gap_eps: float = 1e-6,
+        differentiate_basis: bool = True,
+        check_finite: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.variance_threshold = check_variance_threshold("HiDe", variance_threshold)
+        self.gap_eps = check_gap_eps("HiDe", gap_eps)
+        self.differentiate_basis = check_flag("HiDe", "differentiate_basis", differentiate_basis)
+        self.check_finite = check_flag("HiDe", "check_finite", check_finite)
+        self.backend = backend
+
+    def forward(self, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the component features [*, N, D] and the kept rank [*] (int64, on the device)."""
+        return pca_reconstruct(
+            text_features,
+            self.variance_threshold,
+            gap_eps=self.gap_eps,
+            differentiate_basis=self.differentiate_basis,
+            check_finite=self.check_finite,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Returns the settings shown by print(module)."""
+        return f"variance_threshold={self.variance_threshold}, gap_eps={self.gap_eps}"
+
+
+class HiMoLoss(nn.Module):
+    """MoLo: InfoNCE(image, text) + weight * InfoNCE(image, component), HiMo-CLIP eq. (4).
+
+    A preset fixes every switch; an argument given beside it wins. `paper` is the method as
+    published, `official` what the released code does.
+
+    Args:
+        preset: "paper" or "official".
+        variance_threshold: tau of the in-batch PCA, in (0, 1]. paper 0.9, official 0.85.
+        component_weight: lambda, >= 0. Both 1.
+        label_smoothing: eps in [0, 1]. paper 0, official 0.1.
+        normalize_features: L2-normalise image and text features first (already normalised ones
+            are unchanged to rounding). Both True.
+        normalize_components: L2-normalise the reconstructed texts. paper True, official False.
+        pca_scope: PCA over the "global" batch (paper) or each rank's "local" one (official). In
+            one process they are the same.
+        gather_with_grad: True (paper) differentiates both sides of each direction; False
+            (official) treats the keys, the gathered side, as constants.
+        differentiate_basis: Gradient through the PCA basis. Both True.
+        gap_eps: Relative floor of the eigenvalue gap in the PCA's backward; see `pca_reconstruct`.
+        check_finite: Raise on NaN or inf (reads the device).
+        backend: As in every operator; the same name goes to each.
+    """
+
+    def __init__(
+        self,
+        preset: str = "paper",
+        *,
+        variance_threshold: float | None = None,
+        component_weight: float | None = None,
+        label_smoothing: float | None = None,
+        normalize_features: bool | None = None,
+        normalize_components: bool | None = None,
+        pca_scope: str | None = None,
+        gather_with_grad: bool | None = None,
+        differentiate_basis: bool | None = None,
+        gap_eps: float = 1e-6,
+        check_finite: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if preset not in PRESETS:
+            raise_value("HiMoLoss", "preset", f"to be one of {list(PRESETS)}", preset)
+        self.preset = preset
+        defaults = PRESETS[preset]
+
+        def choose(name: str, given: Any) -> Any:
+            return defaults[name] if given is None else given
+
+        def flag(name: str, given: bool | None) -> bool:
+            return check_flag("HiMoLoss", name, choose(name, given))
+
+        self.component_weight = check_number(
+            "HiMoLoss", "component_weight", choose("component_weight", component_weight)
+        )
+        if not 0.0 <= self.component_weight < float("inf"):
+            raise_value(
+                "HiMoLoss", "component_weight", "to be finite and >= 0", self.component_weight
+            )
+        self.label_smoothing = check_label_smoothing(
+            "HiMoLoss", choose("label_smoothing", label_smoothing)
+        )
+        self.normalize_features = flag("normalize_features", normalize_features)
+        self.normalize_components = flag("normalize_components", normalize_components)
+        self.pca_scope = choose("pca_scope", pca_scope)
+        if self.pca_scope not in ("global", "local"):
+            raise_value("HiMoLoss", "pca_scope", "to be 'global' or 'local'", self.pca_scope)
+        self.gather_with_grad = flag("gather_with_grad", gather_with_grad)
+        self.check_finite = check_flag("HiMoLoss", "check_finite", check_finite)
+        self.backend = backend
+        self.hide = HiDe(
+            choose("variance_threshold", variance_threshold),
+            gap_eps=gap_eps,
+            differentiate_basis=flag("differentiate_basis", differentiate_basis),
+            check_finite=check_finite,
+            backend=backend,
+        )
+        self.rank: Tensor | None = None  # kept rank of the last batch, on the device, for logging
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: Literal[True],
+    ) -> dict[str, Tensor]: ...
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,  # []
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Returns the loss [], or a dict of contrastive_loss, component_loss and loss.
+
+        Args:
+            image_features: [N, D], float16, bfloat16, float32 or float64.
+            text_features: [N, D], row i the caption of image i.
+            logit_scale: The multiplier itself, already exponentiated, as in open_clip.
+            output_dict: Return {"contrastive_loss": eq. (2), "component_loss": eq. (3) (before the
+                weight), "loss": eq. (4)}.
+        """
+        for argument, value in (
+            ("image_features", image_features),
+            ("text_features", text_features),
+        ):
+            check_features("HiMoLoss", argument, value)
+            check_same_as("HiMoLoss", argument, value, "image_features", image_features)
+        with torch.autocast(image_features.device.type, enabled=False):
+            if self.normalize_features:
+                image_features, text_features = (
+                    _normalize(image_features),
+                    _normalize(text_features),
+                )
+            component_features, self.rank = self.hide(text_features)
+            if self.normalize_components:
+                component_features = _normalize(component_features)
+            contrastive_loss, component_loss = dual_info_nce(
+                image_features,
+                text_features,
+                component_features,
+                logit_scale,
+                label_smoothing=self.label_smoothing,
+                differentiate_keys=self.gather_with_grad,
+                check_finite=self.check_finite,
+                backend=self.backend,
+            )
+            loss = contrastive_loss + self.component_weight * component_loss
+        if not output_dict:
+            return loss
+        return {
+            "contrastive_loss": contrastive_loss,
+            "component_loss": component_loss,
+            "loss": loss,
+        }
+
+    def extra_repr(self) -> str:
+        """Returns the settings shown by print(module)."""
+        names = (*PRESETS[self.preset].keys(), "preset")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names if hasattr(self, name))
+
+
+def _normalize(features: Tensor) -> Tensor:
+    # Rows divided by their length [*, N, D], in float32 whatever the input; a zero row stays zero.
+    wide = features.to(accumulation_dtype(features.dtype))
+    return nn.functional.normalize(wide, dim=-1).to(features.dtype)

@@ -1,0 +1,183 @@
+"""pca, project_reconstruct and pca_reconstruct: HiDe's in-batch PCA (HiMo-CLIP section 3.2)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from himo_kernels._checks import (
+    check_device,
+    check_features,
+    check_finite_values,
+    check_flag,
+    check_gap_eps,
+    check_rank,
+    check_shape,
+    check_tensor,
+    check_variance_threshold,
+    raise_shape,
+    raise_type,
+)
+from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels.pca.op import (
+    PCA_OP,
+    PCA_RECONSTRUCT,
+    PROJECT_RECONSTRUCT,
+    Decompose,
+    PCAReconstruct,
+    ProjectReconstruct,
+)
+from himo_kernels.pca.reference import ZERO_VARIANCE
+
+
+class PCA(NamedTuple):
+    """A principal component analysis of N samples with D features; n = min(N, D).
+
+    float32, or float64 for float64 input; rank is int64 and stays on the device.
+    """
+
+    mean: Tensor  # [*, D]
+    eigenvalues: Tensor  # [*, n], of X^T X, descending: squared singular values of X
+    components: Tensor  # [*, n, D], orthonormal rows; rows at and past rank are zero
+    rank: Tensor  # [*], smallest number of components that reach the variance threshold
+    explained_variance_ratio: Tensor  # [*, n], eigenvalues / trace; 0 where there is no variance
+
+
+def pca(
+    x: Tensor,  # [*, N, D]
+    variance_threshold: float = 0.9,
+    *,
+    gap_eps: float = 1e-6,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> PCA:
+    """PCA of the rows of x, cut at a cumulative share of the variance.
+
+    The rank is the smallest r with `eigenvalues[:r].sum() / eigenvalues.sum() >= tau`, chosen from
+    float64 eigenvalues; every shape follows from x's. A batch without variance (trace <= 1e-8)
+    keeps rank n.
+
+    Differentiable to first order in mean, eigenvalues, explained_variance_ratio, and in components
+    as far as they span a subspace: exact for every function that is unchanged when the kept
+    components are rotated among themselves (projections, reconstructions), in which pairs of kept
+    eigenvalues never divide. The gradient of a single eigenvector is not given.
+
+    Args:
+        x: Samples in rows, [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
+        variance_threshold: tau in (0, 1].
+        gap_eps: Relative floor of the eigenvalue gap at the cut, in the backward; see
+            pca_reconstruct.
+        check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+
+    Raises:
+        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        NotImplementedError: the named backend cannot take x.
+    """
+    variance_threshold = _check("pca", x, variance_threshold, check_finite)
+    gap_eps = check_gap_eps("pca", gap_eps)
+    backend = PCA_OP.resolve(backend, x)
+    mean, eigenvalues, components, rank = Decompose.apply(x, variance_threshold, gap_eps, backend)
+    trace = eigenvalues.sum(-1, keepdim=True)
+    varies = ~(trace <= ZERO_VARIANCE)  # true for NaN, which must come through
+    ratio = torch.where(varies, eigenvalues / torch.where(varies, trace, 1.0), 0.0)
+    return PCA(mean, eigenvalues, components, rank, ratio)
+
+
+def project_reconstruct(
+    x: Tensor,  # [*, M, D]
+    pca: PCA,
+    *,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """x projected onto the kept components and reconstructed, [*, M, D] in x's dtype.
+
+    Equal to `(x - mean) @ P.mT @ P + mean` with P the first rank rows of components. x need not be
+    the batch that the PCA was made of. Differentiable to first order in x, mean and components.
+
+    Args:
+        x: Samples in rows, [*, M, D]; leading dimensions, D and device as the PCA's.
+        pca: What `pca` returned for features of x's dtype; `pca._replace(rank=...)` keeps fewer.
+        check_finite: Raise on NaN or inf in x or in pca (reads the device).
+        backend: as in `pca`.
+
+    Raises:
+        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        NotImplementedError: the named backend cannot take x.
+    """
+    operator = "project_reconstruct"
+    check_features(operator, "x", x, "[*, M, D]")
+    if not isinstance(pca, PCA):
+        raise_type(operator, "pca", "to be what himo_kernels.pca returned", type(pca).__name__)
+    *batch, _, features = x.shape
+    for name in ("mean", "components"):
+        value = getattr(pca, name)
+        check_tensor(operator, f"pca.{name}", value)
+        if value.dtype != accumulation_dtype(x.dtype):
+            expected = f"of dtype {accumulation_dtype(x.dtype)} for x of dtype {x.dtype}"
+            raise_type(operator, f"pca.{name}", expected, value.dtype)
+        check_device(operator, f"pca.{name}", value, "x", x)
+    check_shape(operator, "pca.mean", pca.mean, (*batch, features))
+    components = pca.components
+    if components.dim() != x.dim() or components.shape[:-2] != x.shape[:-2]:
+        raise_shape(operator, "pca.components", str([*batch, "K", features]), components)
+    check_shape(operator, "pca.components", components, (*components.shape[:-1], features))
+    check_rank(operator, "pca.rank", pca.rank, batch, x)
+    if check_flag(operator, "check_finite", check_finite):
+        parts = {"pca.mean": pca.mean, "pca.components": pca.components}
+        check_finite_values(operator, x=x, **parts)
+    backend = PROJECT_RECONSTRUCT.resolve(backend, x)
+    return ProjectReconstruct.apply(x, pca.mean, pca.components, pca.rank, backend)
+
+
+def pca_reconstruct(
+    x: Tensor,  # [*, N, D]
+    variance_threshold: float = 0.9,
+    *,
+    gap_eps: float = 1e-6,
+    differentiate_basis: bool = True,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """HiDe: x reconstructed from the leading principal components of its own batch, eq. (1).
+
+    Equal to `project_reconstruct(x, pca(x, tau))` in one operator, with float64 inside. Any two
+    equal rows, a rank below n and equal eigenvalues give finite values and gradients. A batch
+    without variance (N = 1, equal rows, trace <= 1e-8) and rank = n are the identity map.
+
+    Args:
+        x: Text features in rows, [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
+            Leading dimensions are independent problems: `x.view(8, 128, D)` is what 8 ranks with
+            a local PCA compute.
+        variance_threshold: tau in (0, 1].
+        gap_eps: The backward divides by the gap between kept and dropped eigenvalues; 1 / delta
+            is replaced by delta / (delta^2 + (gap_eps lambda_R)^2), which bounds the gradient by
+            (3 + 1 / gap_eps) times the incoming one. 0 is the exact derivative.
+        differentiate_basis: False treats the projector as a constant (an ablation: it discards
+            about 70% of the gradient).
+        check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+
+    Returns:
+        reconstruction [*, N, D] in x's dtype, and rank [*], int64, on the device.
+        Differentiable to first order in x.
+
+    Raises:
+        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        NotImplementedError: the named backend cannot take x.
+    """
+    operator = "pca_reconstruct"
+    variance_threshold = _check(operator, x, variance_threshold, check_finite)
+    gap_eps = check_gap_eps(operator, gap_eps)
+    check_flag(operator, "differentiate_basis", differentiate_basis)
+    backend = PCA_RECONSTRUCT.resolve(backend, x)
+    return PCAReconstruct.apply(x, variance_threshold, gap_eps, differentiate_basis, backend)
+
+
+def _check(operator: str, x: Tensor, variance_threshold: float, check_finite: bool) -> float:
+    check_features(operator, "x", x)
+    threshold = check_variance_threshold(operator, variance_threshold)
+    if check_flag(operator, "check_finite", check_finite):
+        check_finite_values(operator, x=x)
+    return threshold

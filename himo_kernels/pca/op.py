@@ -1,0 +1,193 @@
+"""Schemas, fakes and autograd of pca, project_reconstruct and pca_reconstruct.
+
+pca and pca_reconstruct save x, the mean, the eigenvalues and the eigenvectors of the small side,
+in float64 whatever the backend: any backend's backward accepts any backend's forward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo_kernels._dispatch import (
+    Backend,
+    Operator,
+    accumulation_dtype,
+    refuse_double_backward,
+)
+from himo_kernels.pca import reference
+
+PCA_OP = Operator(
+    "pca", {"reference": Backend({"fwd": reference.pca_fwd, "bwd": reference.pca_bwd})}
+)
+PROJECT_RECONSTRUCT = Operator(
+    "project_reconstruct",
+    {
+        "reference": Backend(
+            {
+                "fwd": reference.project_reconstruct_fwd,
+                "bwd": reference.project_reconstruct_bwd,
+            }
+        )
+    },
+)
+PCA_RECONSTRUCT = Operator(
+    "pca_reconstruct",
+    {
+        "reference": Backend(
+            {"fwd": reference.pca_reconstruct_fwd, "bwd": reference.pca_reconstruct_bwd}
+        )
+    },
+)
+
+
+def _decomposition_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # mean [*, D], eigenvalues [*, n], eigenvectors [*, n, n], rank [*]
+    *batch, samples, features = x.shape
+    small = min(samples, features)
+    return (
+        x.new_empty((*batch, features), dtype=torch.float64),
+        x.new_empty((*batch, small), dtype=torch.float64),
+        x.new_empty((*batch, small, small), dtype=torch.float64),
+        x.new_empty(batch, dtype=torch.int64),
+    )
+
+
+def _pca_fwd_fake(
+    x: Tensor, variance_threshold: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mean, eigenvalues, eigenvectors, rank = _decomposition_fake(x)
+    components = x.new_empty((*eigenvalues.shape, x.shape[-1]), dtype=torch.float64)
+    return mean, eigenvalues, components, rank, eigenvectors
+
+
+_pca_fwd = PCA_OP.define(
+    "fwd",
+    "(Tensor x, float variance_threshold, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pca_fwd_fake,
+)
+_pca_bwd = PCA_OP.define(
+    "bwd",
+    "(Tensor grad_mean, Tensor grad_eigenvalues, Tensor grad_components, Tensor x, Tensor mean, "
+    "Tensor eigenvalues, Tensor eigenvectors, Tensor rank, float gap_eps, str backend) -> Tensor",
+    lambda grad_mean, grad_eigenvalues, grad_components, x, *saved: x.new_empty(x.shape),
+)
+_project_reconstruct_fwd = PROJECT_RECONSTRUCT.define(
+    "fwd",
+    "(Tensor x, Tensor mean, Tensor components, Tensor rank, str backend) -> Tensor",
+    lambda x, *saved: x.new_empty(x.shape),
+)
+_project_reconstruct_bwd = PROJECT_RECONSTRUCT.define(
+    "bwd",
+    "(Tensor grad_reconstruction, Tensor x, Tensor mean, Tensor components, Tensor rank, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    lambda grad, x, mean, components, rank, backend: tuple(
+        tensor.new_empty(tensor.shape) for tensor in (x, mean, components)
+    ),
+)
+
+
+def _pca_reconstruct_fwd_fake(
+    x: Tensor, variance_threshold: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mean, eigenvalues, eigenvectors, rank = _decomposition_fake(x)
+    return x.new_empty(x.shape), rank, mean, eigenvalues, eigenvectors
+
+
+_pca_reconstruct_fwd = PCA_RECONSTRUCT.define(
+    "fwd",
+    "(Tensor x, float variance_threshold, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pca_reconstruct_fwd_fake,
+)
+_pca_reconstruct_bwd = PCA_RECONSTRUCT.define(
+    "bwd",
+    "(Tensor grad_reconstruction, Tensor x, Tensor mean, Tensor eigenvalues, Tensor eigenvectors, "
+    "Tensor rank, float gap_eps, bool differentiate_basis, str backend) -> Tensor",
+    lambda grad, x, *saved: x.new_empty(x.shape),
+)
+
+
+class Decompose(torch.autograd.Function):
+    """pca: mean, eigenvalues, components, rank, in the accumulation dtype of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [*, N, D]
+        variance_threshold: float,
+        gap_eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, eigenvalues, components, rank, eigenvectors = _pca_fwd(x, variance_threshold, backend)
+        ctx.save_for_backward(x, mean, eigenvalues, eigenvectors, rank)
+        ctx.gap_eps, ctx.backend = gap_eps, backend
+        ctx.mark_non_differentiable(rank)
+        dtype = accumulation_dtype(x.dtype)
+        return mean.to(dtype), eigenvalues.to(dtype), components.to(dtype), rank
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_mean: Tensor,
+        grad_eigenvalues: Tensor,
+        grad_components: Tensor,
+        grad_rank: None,
+    ) -> Any:
+        refuse_double_backward("pca")
+        grads = (grad.double() for grad in (grad_mean, grad_eigenvalues, grad_components))
+        return _pca_bwd(*grads, *ctx.saved_tensors, ctx.gap_eps, ctx.backend), None, None, None
+
+
+class ProjectReconstruct(torch.autograd.Function):
+    """project_reconstruct: saves its arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [*, N, D]
+        mean: Tensor,  # [*, D]
+        components: Tensor,  # [*, K, D]
+        rank: Tensor,  # [*]
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, components, rank)
+        ctx.backend = backend
+        return _project_reconstruct_fwd(x, mean, components, rank, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_reconstruction: Tensor) -> Any:
+        refuse_double_backward("project_reconstruct")
+        grads = _project_reconstruct_bwd(grad_reconstruction, *ctx.saved_tensors, ctx.backend)
+        return *grads, None, None
+
+
+class PCAReconstruct(torch.autograd.Function):
+    """pca_reconstruct: U' and its rank; keeps nothing of size N x D but x itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [*, N, D]
+        variance_threshold: float,
+        gap_eps: float,
+        differentiate_basis: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        reconstruction, rank, *decomposition = _pca_reconstruct_fwd(x, variance_threshold, backend)
+        ctx.save_for_backward(x, *decomposition, rank)
+        ctx.gap_eps, ctx.differentiate_basis = gap_eps, differentiate_basis
+        ctx.backend = backend
+        ctx.mark_non_differentiable(rank)
+        return reconstruction, rank
+
+    @staticmethod
+    def backward(ctx: Any, grad_reconstruction: Tensor, grad_rank: None) -> Any:
+        refuse_double_backward("pca_reconstruct")
+        grad_x = _pca_reconstruct_bwd(
+            grad_reconstruction,
+            *ctx.saved_tensors,
+            ctx.gap_eps,
+            ctx.differentiate_basis,
+            ctx.backend,
+        )
+        return grad_x, None, None, None, None
