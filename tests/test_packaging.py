@@ -40,8 +40,14 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
 
 
 def python(script: str, path: Path, **environment: str) -> str:
-    """Returns what the script prints in a fresh process that sees the packages in path."""
-    done = run(sys.executable, "-c", script, cwd=path, PYTHONPATH=str(path), **environment)
+    """Returns what the script prints in a fresh process that sees the packages in path first.
+
+    With -S, because an editable install of this tree hooks into the import of himo_kernels._C
+    wherever himo_kernels itself comes from.
+    """
+    site = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
+    places = os.pathsep.join([str(path), *site])
+    done = run(sys.executable, "-S", "-c", script, cwd=path, PYTHONPATH=places, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

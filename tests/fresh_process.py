@@ -1,0 +1,27 @@
+"""Runs Python in a process of its own, for what a test process has already done or imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import himo_kernels
+
+PACKAGE = Path(himo_kernels.__file__).parent
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    """Returns what `python *arguments` prints, stripped. Fails with its errors where it does.
+
+    It inherits the environment, with `environment` over it, and finds this himo_kernels.
+    """
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()

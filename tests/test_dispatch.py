@@ -1,0 +1,321 @@
+"""Which backend a call takes: the table, "auto", a named backend, the environment variable."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fresh_process import run_python
+from torch import Tensor
+
+import himo_kernels
+from himo_kernels import _dispatch
+from himo_kernels._dispatch import BACKENDS, OPERATORS, Backend
+from himo_kernels.covariance import reference
+
+COVARIANCE = OPERATORS["covariance"]
+SMALL = "import torch, himo_kernels; x = torch.eye(3)\n"  # start of the scripts below
+
+
+@pytest.fixture(autouse=True)
+def _no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The suite may run under HIMO_KERNELS_BACKEND.
+    monkeypatch.setattr(_dispatch, "_default_backend", "auto")
+
+
+@pytest.fixture
+def x(generator: torch.Generator) -> Tensor:
+    return torch.randn(5, 3, generator=generator)
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Registers a covariance backend that does what the reference does and lists its passes."""
+
+    def register(name: str, **settings: Any) -> list[str]:
+        passes: list[str] = []
+
+        def fwd(*arguments: Any) -> Any:
+            passes.append("fwd")
+            return reference.covariance_fwd(*arguments)
+
+        def bwd(*arguments: Any) -> Any:
+            passes.append("bwd")
+            return reference.covariance_bwd(*arguments)
+
+        backend = Backend({"fwd": fwd, "bwd": bwd}, **settings)
+        monkeypatch.setitem(COVARIANCE.backends, name, backend)
+        return passes
+
+    return register
+
+
+@pytest.fixture
+def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves covariance its reference: what "auto" takes then depends on no machine."""
+    monkeypatch.setattr(COVARIANCE, "backends", {"reference": COVARIANCE.backends["reference"]})
+
+
+def _forward_and_backward(x: Tensor, backend: str) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    mean, covariance = himo_kernels.covariance(x, backend=backend)
+    return [mean, covariance, *torch.autograd.grad(covariance.sum() + mean.sum(), x)]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_has_a_reference_that_takes_everything(name: str) -> None:
+    operator = OPERATORS[name]
+    assert operator.name == name
+    assert set(operator.backends) <= set(BACKENDS)
+    assert operator.backends["reference"].auto
+    for device in ("cpu", "meta", "cuda"):
+        # Only asked, not run: a fake tensor has any device.
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            x = torch.empty(2, 3, device=device)
+        assert operator.why_not("reference", x) is None
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_backend_has_a_forward_and_a_backward(name: str) -> None:
+    for backend in OPERATORS[name].backends.values():
+        assert set(backend.kernels) == {"fwd", "bwd"}
+        assert all(callable(kernel) for kernel in backend.kernels.values())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_the_schema_ends_in_the_backend_and_changes_nothing(name: str, direction: str) -> None:
+    schema = getattr(torch.ops.himo_kernels, f"{name}_{direction}").default._schema
+    assert schema.arguments[-1].name == "backend"
+    assert str(schema.arguments[-1].type) == "str"
+    assert not schema.is_mutable
+    assert all(result.alias_info is None for result in schema.returns)
+
+
+@pytest.mark.usefixtures("only_reference")
+def test_auto_asks_the_backends_in_the_order_of_the_table(
+    x: Tensor, register: Callable[..., list[str]]
+) -> None:
+    assert BACKENDS == ("cuda", "triton", "cpu", "reference")
+    for name in reversed(BACKENDS[:-1]):
+        register(name)
+        assert COVARIANCE.preferred(x) == COVARIANCE.resolve("auto", x) == name
+
+
+@pytest.mark.usefixtures("only_reference")
+def test_auto_passes_over_a_backend_that_cannot(
+    x: Tensor, register: Callable[..., list[str]]
+) -> None:
+    asked = []
+
+    def why_not(*tensors: Tensor) -> str | None:
+        asked.append(tensors)
+        return None if tensors[0].shape[-1] > 3 else "needs more than 3 columns"
+
+    cuda, triton = (
+        register("cuda", why_not=lambda *tensors: "none"),
+        register("triton", why_not=why_not),
+    )
+    _forward_and_backward(x, "auto")
+    assert (cuda, triton) == ([], [])
+    _forward_and_backward(torch.cat([x, x], -1), "auto")
+    assert (cuda, triton) == ([], ["fwd", "bwd"])
+    assert all(isinstance(tensor, Tensor) for tensors in asked for tensor in tensors)
+
+
+@pytest.mark.usefixtures("only_reference")
+def test_auto_leaves_an_unproven_backend_that_runs_by_name(
+    x: Tensor, register: Callable[..., list[str]]
+) -> None:
+    passes = register("triton", auto=False)
+    expected = _forward_and_backward(x, "auto")
+    assert passes == []
+    actual = _forward_and_backward(x, "triton")
+    assert passes == ["fwd", "bwd"]
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_auto_with_nothing_left_lists_the_reasons(
+    x: Tensor, register: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(COVARIANCE, "backends", {})
+    register("triton", auto=False)
+    register("cpu", why_not=lambda *tensors: "left out of this build")
+    with pytest.raises(NotImplementedError) as caught:
+        himo_kernels.covariance(x)
+    assert str(caught.value) == (
+        "covariance: backend 'auto' cannot take [5, 3] torch.float32 on cpu\n"
+        "  cuda: covariance has no cuda kernel\n"
+        "  triton: can run by name\n"
+        "  cpu: left out of this build\n"
+        "  reference: covariance has no reference kernel"
+    )
+
+
+@pytest.mark.usefixtures("only_reference")
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_named_backend_is_the_one_that_runs(
+    x: Tensor, register: Callable[..., list[str]], name: str
+) -> None:
+    passes = {other: register(other) for other in BACKENDS}
+    _forward_and_backward(x, name)
+    assert passes == {other: ["fwd", "bwd"] if other == name else [] for other in BACKENDS}
+
+
+@pytest.mark.usefixtures("only_reference")
+def test_a_named_backend_never_falls_back(x: Tensor, register: Callable[..., list[str]]) -> None:
+    others = [register("cuda"), register("cpu")]
+    refused = register("triton", why_not=lambda *tensors: f"needs {len(tensors)} CUDA tensors")
+    with pytest.raises(NotImplementedError) as caught:
+        himo_kernels.covariance(x, backend="triton")
+    assert str(caught.value) == (
+        "covariance: backend 'triton' cannot take [5, 3] torch.float32 on cpu\n"
+        "  cuda: can run\n"
+        "  triton: needs 1 CUDA tensors\n"
+        "  cpu: can run\n"
+        "  reference: can run"
+    )
+    assert [refused, *others] == [[], [], []]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_cannot_run_says_why_for_every_backend(name: str, backend: str, x: Tensor) -> None:
+    operator = OPERATORS[name]
+    reason = operator.why_not(backend, x)
+    if reason is None:
+        assert operator.resolve(backend, x) == backend
+        return
+    with pytest.raises(NotImplementedError) as caught:
+        operator.resolve(backend, x)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{name}: backend {backend!r} cannot take [5, 3] torch.float32 on cpu"
+    assert [line.split(":")[0] for line in lines] == [f"  {other}" for other in BACKENDS]
+    assert f"  {backend}: {reason}" in lines
+
+
+@pytest.mark.usefixtures("only_reference")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_an_error_inside_a_backend_reaches_the_caller(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    class LaunchError(Exception):
+        pass
+
+    def fails(*arguments: Any) -> Any:
+        raise LaunchError("out of registers")
+
+    def install(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+        monkeypatch.setitem(COVARIANCE.backends, "triton", Backend({"fwd": fwd, "bwd": bwd}))
+
+    install(fails, fails)
+    with pytest.raises(LaunchError, match=r"^out of registers$"):
+        himo_kernels.covariance(x, backend=backend)
+    install(reference.covariance_fwd, fails)
+    with pytest.raises(LaunchError, match=r"^out of registers$"):
+        _forward_and_backward(x, backend)
+
+
+@pytest.mark.usefixtures("only_reference")
+def test_a_backend_need_not_return_contiguous_outputs_nor_turn_autocast_off(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def transposed(tensor: Tensor) -> Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        return tensor.mT.contiguous().mT
+
+    def fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
+        mean, covariance = reference.covariance_fwd(*arguments)
+        return mean, transposed(covariance)
+
+    def bwd(*arguments: Any) -> Tensor:
+        return transposed(reference.covariance_bwd(*arguments))
+
+    monkeypatch.setitem(COVARIANCE.backends, "cpu", Backend({"fwd": fwd, "bwd": bwd}))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = _forward_and_backward(x, "cpu")
+    assert all(tensor.is_contiguous() for tensor in actual)
+    assert all(map(torch.equal, actual, _forward_and_backward(x, "reference")))
+    assert seen == [(False, False)] * 2
+
+
+def test_the_variable_is_read_once_at_import_and_is_auto_where_unset() -> None:
+    script = (
+        "import os; os.environ.pop('HIMO_KERNELS_BACKEND', None)\n"
+        "import torch, himo_kernels; os.environ['HIMO_KERNELS_BACKEND'] = 'cuda'\n"
+        "print(himo_kernels._dispatch.default_backend(), himo_kernels.gram(torch.eye(3))[0].shape)"
+    )
+    assert run_python("-c", script) == "auto torch.Size([3])"
+
+
+def test_the_variable_is_what_auto_stands_for() -> None:
+    script = SMALL + (
+        "from himo_kernels import _dispatch, info\n"
+        "chosen = {o.resolve('auto', x) for o in _dispatch.OPERATORS.values()}\n"
+        "print(_dispatch.default_backend(), *chosen)\n"
+        "himo_kernels.nn.HiMoLoss()(x, x, 10.0)\n"
+        "print(info.report())"
+    )
+    chosen, report = run_python("-c", script, HIMO_KERNELS_BACKEND="reference").split("\n", 1)
+    assert chosen == "reference reference"
+    _assert_complete(report)
+    assert set(re.findall(r"auto takes (.*)", report)) == {"reference"}
+
+
+def test_a_backend_in_the_variable_that_an_operator_lacks_is_an_error() -> None:
+    script = SMALL + (
+        "print(himo_kernels.covariance(x, backend='reference')[0].shape)  # the argument wins\n"
+        "try: himo_kernels.info_nce(x, x, 1.0)\n"
+        "except NotImplementedError as error: print(error)"
+    )
+    shape, first, *reasons = run_python("-c", script, HIMO_KERNELS_BACKEND="cuda").splitlines()
+    assert shape == "torch.Size([3])"
+    assert first.startswith("info_nce: backend 'cuda' cannot take [3, 3] torch.float32 on cpu, ")
+    assert len(reasons) == len(BACKENDS)
+
+
+def test_an_unknown_name_in_the_variable_is_an_error_at_the_first_call() -> None:
+    script = SMALL + (
+        "from himo_kernels import info\n"
+        "try: himo_kernels.pca(x)\n"
+        "except ValueError as error: print(error)\n"
+        "print(info.report())"
+    )
+    text, report = run_python("-c", script, HIMO_KERNELS_BACKEND="tritn").split("\n", 1)
+    assert text == (
+        "pca: expected HIMO_KERNELS_BACKEND to be 'auto' or one of "
+        "['cuda', 'triton', 'cpu', 'reference'], got 'tritn'"
+    )
+    _assert_complete(report)
+    assert f"  pca: auto takes nothing: {text}\n" in report
+
+
+def test_info_lists_versions_and_every_operator_with_every_backend(x: Tensor) -> None:
+    report = run_python("-m", "himo_kernels.info", HIMO_KERNELS_BACKEND="auto")
+    _assert_complete(report)
+    for name, operator in OPERATORS.items():
+        assert f"  {name}: auto takes {operator.preferred(x)}\n" in report
+
+
+def _assert_complete(report: str) -> None:
+    for line in (
+        f"himo_kernels {himo_kernels.__version__}",
+        r"python +\d+\.\d+",
+        f"torch +{re.escape(torch.__version__)}",
+        r"triton +\S+",
+        r"extension +\S+",
+        r"cpu +\S+, \d+ threads",
+        r"HIMO_KERNELS_BACKEND = \S+",
+        r"operators on cpu \(float32\)",
+    ):
+        assert re.search(f"(?m)^{line}", report), f"{line} is not in\n{report}"
+    on_cpu = report.split("operators on cpu")[1].split("\n\n")[0]
+    _, *sections = re.split(r"\n  (?=\w+: auto takes)", on_cpu)
+    assert [section.split(":")[0] for section in sections] == list(OPERATORS)
+    for section in sections:
+        _, *rows = section.split("\n    ")
+        assert [row.split()[0] for row in rows] == list(BACKENDS)
+        assert all(re.match(r"\w+ +(yes|no: \S+|by name only: \S+)", row) for row in rows), section
