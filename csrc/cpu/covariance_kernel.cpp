@@ -14,9 +14,9 @@
 #include <algorithm>
 #include <vector>
 
-// The loops over memory are compiled once more for wider vectors; the processor chooses at load
-// time.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// The loops over memory are compiled for wider vectors too; the processor chooses at load time, by
+// what GNU's C library has for that. They only add and subtract: no width changes a result.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define HIMO_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define HIMO_WIDE
@@ -28,8 +28,7 @@ namespace {
 constexpr int64_t kBlock = 512;  // rows (columns, for gram) centred at a time
 
 // Rows of the product that one addmm computes, up to the diagonal: at D = 768 this leaves out 3/8
-// of the multiplications of a full product. Narrower panels lose more in the matrix product than
-// that.
+// of the multiplications. Narrower panels lose more in the matrix product than they leave out.
 constexpr int64_t kPanel = 192;
 
 // Small problems of a batch are centred together, up to this many elements (4 MiB of float64), and
@@ -149,10 +148,10 @@ std::vector<double> column_means(const at::Tensor& x, int64_t b, int64_t count) 
   return means;
 }
 
-// Where the blocks of a group of problems are centred: as large as the largest of them.
+// The part of x that is centred at a time: rows and columns of problems b to b + count.
 struct Block {
-  int64_t b, count;   // problems
-  int64_t row, rows;  // of each problem
+  int64_t b, count;
+  int64_t row, rows;
   int64_t column, columns;
 };
 
@@ -194,9 +193,8 @@ at::Tensor centre(const at::Tensor& x,  // [*, N, D]
   return by_rows ? centred : centred.transpose(1, 2);
 }
 
-// product [count, M, M] = left left^T, or += unless first. With one problem, in panels of rows up
-// to and including the diagonal one: what is above the diagonal is not to be read before
-// mirror_lower.
+// product [count, M, M] = left left^T, or += unless first. One problem goes by panels of rows, each
+// up to its diagonal block: what is above the diagonal is not to be read before mirror_lower.
 void add_lower_product(const at::Tensor& product,  // [count, M, M]
                        const at::Tensor& left,     // [count, M, K]
                        bool first) {
