@@ -1,0 +1,43 @@
+"""The `himo` command: one subcommand for each thing a user does."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from himo.errors import HimoError
+
+# Subcommand: (module with add_arguments and run, help). Imported when it is asked for: reading
+# --help or making a data set should not wait for torch.
+_COMMANDS = {
+    "synth": ("himo.synth", "render a synthetic set of captioned scenes"),
+    "train": ("himo.train", "train or fine-tune on captioned images"),
+    "eval": ("himo.evaluate", "retrieval and HiMo@K of a checkpoint"),
+    "report": ("himo.report", "one HTML page of one or several runs"),
+    "explain": ("himo.report.explain", "similarity of one image to a growing caption"),
+    "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns its exit status, 2 for what HimoError says."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="himo", description="CLIP with semantic hierarchy and monotonicity."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, help) in _COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help)
+        if name in given[:1]:
+            importlib.import_module(module).add_arguments(command)
+    parsed = parser.parse_args(given)
+    module, _ = _COMMANDS[parsed.command]
+    try:
+        status: int = importlib.import_module(module).run(parsed)
+    except HimoError as error:
+        print(f"himo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("himo: interrupted", file=sys.stderr)
+        return 130
+    return status

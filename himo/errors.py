@@ -1,0 +1,13 @@
+"""The one exception of himo that a user is meant to read."""
+
+
+class HimoError(ValueError):
+    """A mistake of the user or a bad file, as one line that is ready to print.
+
+    The line names the thing, what was expected and what came. The command line prints it after
+    `himo: error: ` and exits with status 2; anything else that is raised is a fault of himo.
+    """
+
+    def __init__(self, message: str) -> None:
+        # A file name or a key read from a file may hold line breaks or terminal escapes.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))

@@ -1,0 +1,142 @@
+"""Files that are either whole or absent: atomic writes, digests, and reading regular files only."""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from himo.errors import HimoError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BLOCK = 1 << 20  # bytes read at a time
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str], *, needed: int | None = None) -> Iterator[Path]:
+    """Yields the path of an empty temporary file that becomes `path` if the body succeeds.
+
+    The temporary file lies in the directory of `path`, which has to exist. On success it is
+    flushed to the disk and renamed, so that at every moment, a power cut included, `path` is
+    what it was before or all of the new file. On failure it is removed and `path` is untouched.
+    A process that is killed leaves at most a `.himo-*.tmp` file behind. The mode is that of the
+    file replaced, or what the umask leaves of 0666; a symlink is followed, not replaced.
+
+    Args:
+        path: the file to write.
+        needed: bytes it will take, where known: for the message, and to refuse before writing
+            what the free space cannot hold.
+
+    Raises:
+        HimoError: the directory is missing or not writable, `path` is not a regular file, or
+            there is no space for it (disk, quota or file size limit).
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        temporary = hidden_path(target.parent)
+        mode = stat.S_IMODE(_regular(target).st_mode) if target.exists() else None
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise HimoError(f"{path}: cannot be written: {_reason(error)}") from error
+    try:
+        if needed is not None and needed > free_bytes(target.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield temporary
+        _flush(temporary)
+        if mode is not None:
+            os.chmod(temporary, mode)
+        os.replace(temporary, target)
+    except Exception as error:
+        cause = _no_space(error)
+        if cause is None:
+            raise
+        size = temporary.stat().st_size if temporary.exists() else 0
+        wanted = f"{needed:,} bytes" if needed is not None else f"more than {size:,} bytes"
+        free = f"{free_bytes(target.parent):,} bytes free"
+        raise HimoError(
+            f"{path}: not written, {_reason(cause)}: needs {wanted}, {free}; "
+            "any earlier file is unchanged"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(target.parent)  # the rename itself
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a regular file as 64 hexadecimal digits; HimoError where there is none."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
+    """Opens a regular file for reading bytes; symlinks are followed.
+
+    A FIFO, a device or a directory is refused without waiting for a writer.
+
+    Raises:
+        HimoError: the file is missing, not regular, or cannot be read.
+    """
+    try:
+        # Looked at before it is opened, because opening a device may act on it; and O_NONBLOCK
+        # with a second look at what was opened, because it may change in between.
+        _regular(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise HimoError(f"{path}: cannot be read: {_reason(error)}") from error
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise HimoError(f"{path}: cannot be read: not a regular file")
+        try:
+            yield file
+        except OSError as error:  # a failing disk, or a file of /proc that is regular in name
+            raise HimoError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+def hidden_path(directory: str | os.PathLike[str]) -> Path:
+    """A path in directory that no file has yet, for one that is renamed when it is whole."""
+    return Path(directory) / f".himo-{secrets.token_hex(8)}.tmp"
+
+
+def free_bytes(directory: str | os.PathLike[str]) -> int:
+    """Bytes that this user may still write to the file system of `directory`."""
+    return shutil.disk_usage(directory).free
+
+
+def _regular(path: str | os.PathLike[str]) -> os.stat_result:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError("is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
+    return status
+
+
+def _reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text[:1].lower() + text[1:]
+
+
+def _no_space(error: BaseException | None) -> OSError | None:
+    """The error that says the disk is full, among `error` and what caused it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

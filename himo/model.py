@@ -1,0 +1,425 @@
+"""CLIP with a text tower of 248 tokens, under the parameter names that its checkpoints share.
+
+The names are those of OpenAI's CLIP, open_clip and HiMo-CLIP. Differs from the released HiMo-CLIP
+code (f235e97) in how the same features are computed: the text tower runs only to the longest
+caption of the batch, and attention is torch's `scaled_dot_product_attention`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from himo.errors import HimoError
+
+# Rows of the text positions that stay as CLIP trained them (Long-CLIP, arXiv 2403.15378, 3.1).
+KEPT_POSITIONS = 20
+CONTEXT_LENGTH = 248  # 20 kept rows and the other 57 of CLIP's 77, each stretched to four
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+# Far above any model, and low enough that a hostile configuration costs neither time nor memory.
+_MAX_SIZE, _MAX_LAYERS = 1 << 20, 256
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The sizes of a model. The heads, 0 meaning one for each 64 channels, are in no shape.
+
+    Raises:
+        HimoError: a field is no positive integer, patches do not tile the image, or heads do
+            not divide the width.
+    """
+
+    embed_dim: int  # channels of the joint embedding
+    image_resolution: int  # pixels, height and width
+    vision_layers: int
+    vision_width: int  # channels
+    vision_patch_size: int  # pixels
+    context_length: int  # tokens
+    vocab_size: int  # tokens; the highest one ends a text
+    text_width: int  # channels
+    text_layers: int
+    vision_heads: int = 0
+    text_heads: int = 0
+
+    def __post_init__(self) -> None:
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if type(heads) is int and heads == 0 and isinstance(width, int):
+                object.__setattr__(self, f"{tower}_heads", max(1, width // 64))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            most = _MAX_LAYERS if field.name.endswith("layers") else _MAX_SIZE
+            if type(value) is not int or not 1 <= value <= most:
+                raise HimoError(
+                    f"model configuration: expected {field.name} to be an integer from 1 to "
+                    f"{most}, got {value!r}"
+                )
+        if self.image_resolution % self.vision_patch_size:
+            raise HimoError(
+                f"model configuration: expected image_resolution to be a multiple of "
+                f"vision_patch_size {self.vision_patch_size}, got {self.image_resolution}"
+            )
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise HimoError(
+                    f"model configuration: expected {tower}_heads to divide {tower}_width "
+                    f"{width}, got {heads}"
+                )
+
+    def to_dict(self) -> dict[str, int]:
+        """The fields by name, as a checkpoint stores them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
+        """The configuration of `to_dict`; HimoError names a field that is missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        for kind, wrong in (("lacks", names - set(values)), ("has unknown", set(values) - names)):
+            if wrong:
+                raise HimoError(f"model configuration: {kind} {', '.join(sorted(wrong))}")
+        return cls(**values)
+
+
+def _clip(embed_dim: int, resolution: int, patch: int, vision: tuple[int, int]) -> CLIPConfig:
+    layers, width = vision
+    return CLIPConfig(
+        embed_dim=embed_dim,
+        image_resolution=resolution,
+        vision_layers=layers,
+        vision_width=width,
+        vision_patch_size=patch,
+        context_length=CONTEXT_LENGTH,
+        vocab_size=49408,
+        text_width=embed_dim,  # in every CLIP of OpenAI with a ViT
+        text_layers=12,
+    )
+
+
+CONFIGS: Mapping[str, CLIPConfig] = {
+    "ViT-B-32": _clip(512, 224, 32, (12, 768)),
+    "ViT-B-16": _clip(512, 224, 16, (12, 768)),
+    "ViT-L-14": _clip(768, 224, 14, (24, 1024)),
+    "ViT-L-14-336": _clip(768, 336, 14, (24, 1024)),
+    # Small enough to train on two CPU cores in minutes; the vocabulary stays CLIP's.
+    "tiny": CLIPConfig(
+        embed_dim=128,
+        image_resolution=64,
+        vision_layers=4,
+        vision_width=128,
+        vision_patch_size=8,
+        context_length=CONTEXT_LENGTH,
+        vocab_size=49408,
+        text_width=128,
+        text_layers=3,
+    ),
+}
+
+
+def _normal_(weight: Tensor, std: float) -> None:
+    # A model that waits for a checkpoint's values is on the meta device, where the first normal_
+    # of a process imports torch's compiler: two seconds.
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
+def _normal(std: float, *shape: int) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(shape))
+    _normal_(parameter, std)
+    return parameter
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in float32 where the input is float16 or bfloat16; the input's dtype comes out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in _HALF_TYPES:
+            weight, bias = self.weight.float(), self.bias.float()
+            normalised = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+            return normalised.to(x.dtype)
+        return super().forward(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameters of nn.MultiheadAttention."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)  # as nn.MultiheadAttention starts
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
+        batch, length, width = x.shape
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        split = projected.view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, W / heads]
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        joined: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return joined
+
+
+class MLP(nn.Module):
+    """Two layers around quick-GELU, x * sigmoid(1.702 x), the activation CLIP was trained with."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
+        hidden = self.c_fc(x)
+        out: Tensor = self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+        return out
+
+
+class ResidualAttentionBlock(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, causal)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = MLP(width)
+        self.ln_2 = LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, heads, causal) for _ in range(layers)
+        )
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
+        for block in self.resblocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random, so the RNG state need not be kept for the rerun.
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.input_resolution = config.image_resolution
+        self.output_dim = config.embed_dim
+        width, patch = config.vision_width, config.vision_patch_size
+        positions = (config.image_resolution // patch) ** 2 + 1  # of the patches and the class
+        scale = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.class_embedding = _normal(scale, width)
+        self.positional_embedding = _normal(scale, positions, width)
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, config.vision_layers, config.vision_heads, False)
+        self.ln_post = LayerNorm(width)
+        self.proj = _normal(scale, width, config.embed_dim)
+
+    def forward(self, image: Tensor) -> Tensor:  # [B, 3, R, R] -> [B, E]
+        patches = self.conv1(image).flatten(2).transpose(1, 2)  # [B, (R / patch)^2, W]
+        start = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        x = torch.cat([start, patches], dim=1) + self.positional_embedding.to(patches.dtype)
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class HiMoCLIP(nn.Module):
+    """CLIP's image and text towers; features are not normalised, as upstream's are not.
+
+    Of the two tables of text positions, both [context_length, W], rows 0 to 19 are read from
+    `positional_embedding`, which is frozen, and the others from `positional_embedding_res`,
+    which is trained. No other row of either is ever read. `logit_scale` is the logarithm of the
+    logit multiplier.
+
+    Args:
+        config: the sizes.
+
+    A new model starts from CLIP's random values.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        #: Where the weights came from: what `himo.load` read, and what `himo.save` will store.
+        self.provenance: dict[str, Any] = {}
+        width = config.text_width
+        self.visual = VisionTransformer(config)
+        self.transformer = Transformer(width, config.text_layers, config.text_heads, True)
+        self.token_embedding = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, width), freeze=False
+        )
+        self.positional_embedding_res = _normal(0.01, config.context_length, width)
+        positions = self.positional_embedding_res.detach().clone()
+        self.positional_embedding = nn.Parameter(positions, requires_grad=False)
+        self.ln_final = LayerNorm(width)
+        self.text_projection = _normal(width**-0.5, width, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._initialise_text()
+
+    def _initialise_text(self) -> None:
+        width, layers = self.config.text_width, self.config.text_layers
+        _normal_(self.token_embedding.weight, std=0.02)
+        residual_std = width**-0.5 * (2 * layers) ** -0.5  # of what is added to the stream
+        for block in self.transformer.resblocks:
+            assert isinstance(block, ResidualAttentionBlock)  # nn.ModuleList does not know
+            _normal_(block.attn.in_proj_weight, std=width**-0.5)
+            _normal_(block.attn.out_proj.weight, std=residual_std)
+            _normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            _normal_(block.mlp.c_proj.weight, std=residual_std)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest text."""
+        return self.config.context_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrix products' weights, and of the features outside autocast."""
+        return self.visual.conv1.weight.dtype
+
+    def set_precision(self, dtype: torch.dtype) -> "HiMoCLIP":
+        """Casts the weights of matrix products to dtype, and returns the model.
+
+        For float16 and bfloat16 the LayerNorms, embeddings and logit_scale become float32, as in
+        upstream's `convert_weights`; otherwise everything takes dtype.
+        """
+        if dtype not in (*_HALF_TYPES, torch.float32, torch.float64):
+            raise HimoError(
+                f"model: expected a dtype of float16, bfloat16, float32 or float64, got {dtype}"
+            )
+        self.to(torch.float32 if dtype in _HALF_TYPES else dtype)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | Attention):
+                module.to(dtype)
+        self.visual.proj.data = self.visual.proj.data.to(dtype)
+        self.text_projection.data = self.text_projection.data.to(dtype)
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block's activations in the backward pass rather than keeping them."""
+        self.visual.transformer.grad_checkpointing = enable
+        self.transformer.grad_checkpointing = enable
+
+    def lock_image_tower(self) -> None:
+        """Freezes the image tower, its projection included."""
+        self.visual.requires_grad_(False)
+
+    def lock_text_tower(self) -> None:
+        """Freezes the text tower, its projection included. `logit_scale` is of neither tower."""
+        self.transformer.requires_grad_(False)
+        self.token_embedding.requires_grad_(False)
+        self.positional_embedding_res.requires_grad_(False)
+        self.ln_final.requires_grad_(False)
+        self.text_projection.requires_grad_(False)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Image features [B, E], not normalised.
+
+        Args:
+            image: [B, 3, R, R], of a floating-point dtype, scaled and normalised as the
+                preprocessing that `himo.load` returns does.
+
+        Raises:
+            HimoError: wrong shape, or integers (pixels that nothing has normalised).
+        """
+        size = self.visual.input_resolution
+        if image.dim() != 4 or tuple(image.shape[1:]) != (3, size, size):
+            raise HimoError(
+                f"encode_image: expected image of shape [B, 3, {size}, {size}], "
+                f"got {list(image.shape)}"
+            )
+        if not image.is_floating_point():
+            raise HimoError(
+                f"encode_image: expected image of a floating-point dtype, normalised, "
+                f"got {image.dtype}"
+            )
+        features: Tensor = self.visual(image.to(self.dtype))
+        return features
+
+    def encode_text(self, text: Tensor, max_length: int | None = None) -> Tensor:
+        """Text features [B, E], not normalised.
+
+        The tower runs over the first `max_length` tokens alone: what follows a text's end cannot
+        reach it through causal attention, so the features are those of the padded run to rounding.
+
+        Args:
+            text: [B, L] token ids, int32 or int64, L <= context_length. The highest id of a row
+                ends it and is where the feature is taken (`argmax`, the first one of equals).
+            max_length: tokens that no end of a row lies beyond, such as `longest_text(text)`
+                computed where the tokens still are on the CPU. By default it is computed here,
+                which waits for a CUDA device once. Tokens cut to their length beforehand do not
+                avoid that wait; passing text.shape[1] does.
+
+        Raises:
+            HimoError: wrong shape or dtype, more tokens than the context; for tokens on the CPU
+                also an id outside the vocabulary, or a text that ends beyond max_length.
+        """
+        if text.dim() != 2 or not 1 <= text.shape[1] <= self.context_length:
+            raise HimoError(
+                f"encode_text: expected text of shape [B, L], 1 <= L <= {self.context_length}, "
+                f"got {list(text.shape)}"
+            )
+        if text.dtype not in (torch.int32, torch.int64):
+            raise HimoError(f"encode_text: expected text of dtype int32 or int64, got {text.dtype}")
+        if text.device.type == "cpu" and text.numel():
+            low, high = (int(x) for x in torch.aminmax(text))
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = low if low < 0 else high
+                raise HimoError(
+                    f"encode_text: expected token ids from 0 to {self.config.vocab_size - 1}, "
+                    f"got {wrong}"
+                )
+        end = text.argmax(dim=-1)  # [B]
+        if max_length is None:
+            max_length = longest_text(text)
+        elif not 1 <= max_length <= text.shape[1] or (
+            text.device.type == "cpu" and longest_text(text) > max_length
+        ):
+            raise HimoError(
+                f"encode_text: expected max_length to reach the end of every text and no more "
+                f"than {text.shape[1]} tokens, got {max_length}"
+            )
+        x = self.token_embedding(text[:, :max_length]).to(self.dtype)
+        x = x + self._positions(max_length).to(self.dtype)
+        x = self.transformer(x)
+        x = self.ln_final(x[torch.arange(x.shape[0], device=x.device), end])  # [B, W]
+        return x @ self.text_projection
+
+    def _positions(self, length: int) -> Tensor:  # -> [length, W]
+        kept = self.positional_embedding[: min(length, KEPT_POSITIONS)]
+        return torch.cat([kept, self.positional_embedding_res[KEPT_POSITIONS:length]])
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits_per_image [B, T], logits_per_text [T, B]): scaled cosine similarities.
+
+        Args:
+            image: [B, 3, R, R], as `encode_image` takes it.
+            text: [T, L] token ids, as `encode_text` takes them.
+        """
+        image_features = F.normalize(self.encode_image(image), dim=-1)
+        text_features = F.normalize(self.encode_text(text), dim=-1)
+        logit_scale = self.logit_scale.exp().to(image_features.dtype)
+        logits_per_image = logit_scale * image_features @ text_features.t()
+        return logits_per_image, logits_per_image.t()
+
+
+def longest_text(text: Tensor) -> int:
+    """Tokens of the longest row of text [B, L], its end included; 1 for no rows.
+
+    Waits for the device that the tokens are on.
+    """
+    return int(text.argmax(dim=-1).max()) + 1 if text.numel() else 1

@@ -1,0 +1,299 @@
+"""Text to token ids by CLIP's byte-pair encoding, equal to that of OpenAI's release.
+
+A text is cleaned (ftfy, HTML entities, runs of white space), lowered, cut into words by a regular
+expression, and each word is merged from its UTF-8 bytes by the ranked merges of the vocabulary
+(`himo/vocabulary/README.md` has its source and the layout of the ids). What costs time is done
+once: printable ASCII needs no cleaning, and the ids of every chunk between two spaces are kept.
+"""
+
+import functools
+import gzip
+import hashlib
+import heapq
+import html
+import warnings
+import zlib
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+import torch
+from torch import Tensor
+
+from himo.errors import HimoError
+
+START_OF_TEXT = 49_406
+END_OF_TEXT = 49_407  # the highest id: the text towers find the end of a text by argmax
+CONTEXT_LENGTH = 248
+
+_VOCABULARY = Path(__file__).with_name("vocabulary") / "bpe_merges.txt.gz"
+_VOCABULARY_SHA256 = "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02"  # unpacked
+
+# The expression of CLIP. None of its matches holds white space, so cutting the text at spaces
+# first changes nothing, and a match taken alone matches itself: one cache serves both.
+_WORD = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+_SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
+_WHITE_SPACE = regex.compile(r"\s+")
+# Some 20 MB when full. Beyond it the cache starts again: frequent chunks are back at once.
+_CACHED_CHUNKS = 1 << 17
+_CACHED_CHUNK_LENGTH = 64  # characters; longer chunks hardly come twice
+
+_truncation_reported = False
+
+
+def tokenize(
+    texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, truncate: bool = True
+) -> Tensor:
+    """Token ids of each text between start-of-text and end-of-text, padded with 0.
+
+    Equal to `clip.tokenize` of OpenAI's CLIP and of the HiMo-CLIP release, except that a long text
+    is cut by default. As there, `<|startoftext|>` and `<|endoftext|>` inside a text become the
+    special tokens, so an encoder reads such a text only to the first `<|endoftext|>`. Lone
+    surrogates count as U+FFFD.
+
+    Args:
+        texts: one text, or a list or tuple of B texts; may be empty.
+        context_length: tokens per row, start and end included; at least 2.
+        truncate: cut a longer text to its first tokens, with end-of-text last. The first cut in a
+            process warns.
+
+    Returns:
+        int32 [B, context_length]; B = 1 for a str.
+
+    Raises:
+        HimoError: `texts` holds something else than str, `context_length` is no integer of at
+            least 2, or a text is too long and `truncate` is False.
+    """
+    ids = default_tokenizer().encode_batch(texts, context_length, truncate)
+    return torch.from_numpy(ids.astype(np.int32))
+
+
+class Tokenizer:
+    """CLIP's tokenizer; `default_tokenizer()` is the one that is shared.
+
+    Reading the vocabulary takes about 0.1 s. A pickled one carries no cache.
+
+    Raises:
+        HimoError: the vocabulary is missing or is not the one this version was written for.
+    """
+
+    def __init__(self) -> None:
+        merges, byte_ids, self._pieces = _read_vocabulary()
+        self._chunks = _ChunkCache(merges, byte_ids)
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[()]]:
+        return (Tokenizer, ())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text of any length, without start and end; HimoError if not a str."""
+        _check_text(text, "text")
+        return array("H", self._encode(text)).tolist()
+
+    def encode_batch(
+        self,
+        texts: str | Sequence[str],
+        context_length: int = CONTEXT_LENGTH,
+        truncate: bool = True,
+    ) -> "np.ndarray[Any, np.dtype[np.uint16]]":
+        """The rows of `tokenize` as uint16 [B, context_length], half the bytes: to be stored."""
+        if isinstance(texts, str):
+            texts = [texts]
+        if not isinstance(texts, list | tuple):
+            raise HimoError(
+                f"tokenize: expected a str or a list of str, got {type(texts).__name__}"
+            )
+        if (
+            not isinstance(context_length, int)
+            or isinstance(context_length, bool)
+            or context_length < 2
+        ):
+            raise HimoError(
+                "tokenize: expected context_length to be an integer of at least 2, got "
+                f"{context_length!r:.40}"
+            )
+        start, end = array("H", [START_OF_TEXT]).tobytes(), array("H", [END_OF_TEXT]).tobytes()
+        row_bytes, room = 2 * context_length, 2 * (context_length - 2)
+        rows, too_long = [], []
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                _check_text(text, f"texts[{index}]")
+            ids = self._encode(text)
+            if len(ids) > room:
+                too_long.append((index, len(ids) // 2 + 2))
+                ids = ids[:room]
+            rows.append((start + ids + end).ljust(row_bytes, b"\0"))
+        if too_long:
+            _report_truncation(too_long, len(rows), context_length, truncate)
+        flat = np.frombuffer(bytearray().join(rows), dtype=np.uint16)
+        return flat.reshape(len(rows), context_length)
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text that ids stand for, lowered and with a space after each word.
+
+        A row of `tokenize` may be given as it is: start-of-text is left out, end-of-text ends the
+        text. Bytes that are not UTF-8, as where a row was cut, become U+FFFD.
+
+        Raises:
+            HimoError: an id is none of the vocabulary.
+        """
+        if isinstance(ids, Tensor):
+            ids = ids.flatten().tolist()
+        pieces = []
+        for number in ids:
+            if number == END_OF_TEXT:
+                break
+            if not 0 <= number < END_OF_TEXT:
+                raise HimoError(f"decode: expected ids from 0 to {END_OF_TEXT}, got {number}")
+            if number != START_OF_TEXT:
+                pieces.append(self._pieces[number])
+        return b"".join(pieces).decode("utf-8", "replace").rstrip(" ")
+
+    def _encode(self, text: str) -> bytes:
+        """Token ids of a text as the bytes of an array of uint16."""
+        return b"".join(map(self._chunks.__getitem__, split_text(text)))
+
+
+@functools.cache
+def default_tokenizer() -> Tokenizer:
+    """The tokenizer of this process, made on the first call."""
+    return Tokenizer()
+
+
+def split_text(text: str) -> list[str]:
+    """The chunks between spaces of `clean_text(text)`.
+
+    Cleaning leaves printable ASCII as it is: without `&` there is no entity, and what ftfy
+    repairs is either not ASCII or a control character.
+    """
+    if text.isascii() and "&" not in text and text.replace("\n", " ").isprintable():
+        return text.lower().split()
+    return clean_text(text).split(" ")
+
+
+def clean_text(text: str) -> str:
+    """A text as CLIP sees it: repaired, without entities, with single spaces, in lower case."""
+    import ftfy  # here, because it takes 0.1 s and few texts need it
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return _WHITE_SPACE.sub(" ", text.strip()).strip().lower()
+
+
+class _ChunkCache(dict[str, bytes]):
+    """From a chunk of text without spaces to its ids, as the bytes of an array of uint16."""
+
+    def __init__(self, merges: dict[tuple[int, int], int], byte_ids: list[int]) -> None:
+        super().__init__()
+        self._merges = merges
+        self._byte_ids = byte_ids
+
+    def __missing__(self, chunk: str) -> bytes:
+        words = _WORD.findall(chunk)
+        if len(words) == 1 and len(words[0]) == len(chunk):
+            special = _SPECIAL.get(chunk)
+            ids = array("H", self._merge(chunk) if special is None else [special]).tobytes()
+        else:
+            ids = b"".join([self[word] for word in words])
+        if len(chunk) <= _CACHED_CHUNK_LENGTH:
+            if len(self) >= _CACHED_CHUNKS:
+                self.clear()
+            self[chunk] = ids
+        return ids
+
+    def _merge(self, word: str) -> list[int]:
+        """Token ids of one word.
+
+        Merges the adjacent pair of the lowest rank, leftmost first, until no pair is in the
+        vocabulary. The heap makes this n log n in the length of the word. It may hold the pairs
+        of several ranks at once, because no two merges of the vocabulary make the same symbol:
+        a pair with a new symbol has a higher rank than the merge that made the symbol.
+        """
+        merges = self._merges
+        symbols = [self._byte_ids[byte] for byte in word.encode()]
+        symbols[-1] += 256  # the end-of-word form
+        size = len(symbols)
+        heap = [
+            (merged, left)
+            for left, pair in enumerate(pairwise(symbols))
+            if (merged := merges.get(pair)) is not None
+        ]
+        heapq.heapify(heap)
+        symbols.append(-1)  # in no pair: the end, and what has been merged into its neighbour
+        following, preceding = list(range(1, size + 2)), list(range(-1, size))
+        while heap:
+            merged, left = heapq.heappop(heap)
+            right = following[left]
+            if right > size or merges.get((symbols[left], symbols[right])) != merged:
+                continue  # one of the two has been merged since
+            symbols[left], symbols[right] = merged, -1
+            after, before = following[right], preceding[left]
+            following[left], preceding[after] = after, left
+            if (new := merges.get((merged, symbols[after]))) is not None:
+                heapq.heappush(heap, (new, left))
+            if before >= 0 and (new := merges.get((symbols[before], merged))) is not None:
+                heapq.heappush(heap, (new, before))
+        return [symbol for symbol in symbols if symbol >= 0]
+
+
+def _read_vocabulary() -> tuple[dict[tuple[int, int], int], list[int], list[bytes]]:
+    """The merges {(id, id): id}, the id of each byte, and the bytes of each id but the last two."""
+    try:
+        text = gzip.decompress(_VOCABULARY.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise HimoError(f"{_VOCABULARY}: cannot be read ({error}); install himo again") from error
+    digest = hashlib.sha256(text).hexdigest()
+    if digest != _VOCABULARY_SHA256:
+        raise HimoError(
+            f"{_VOCABULARY}: expected the SHA-256 {_VOCABULARY_SHA256}, got {digest}; "
+            "install himo again"
+        )
+    # The file writes each byte as a visible character: itself where it is one in Latin-1, else
+    # one of the 68 from U+0100 on. The ids of the bytes are in that order.
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    order = visible + [byte for byte in range(256) if byte not in visible]
+    characters = [chr(byte) for byte in visible] + [chr(0x100 + n) for n in range(68)]
+    byte_ids = [0] * 256
+    for number, byte in enumerate(order):
+        byte_ids[byte] = number
+
+    pieces = [bytes([byte]) for byte in order]
+    pieces += [piece + b" " for piece in pieces]
+    symbols = characters + [character + "</w>" for character in characters]
+    ids = {symbol: number for number, symbol in enumerate(symbols)}
+    merges: dict[tuple[int, int], int] = {}
+    for number, line in enumerate(text.decode().splitlines(), start=512):
+        first, second = line.split(" ")
+        pair = ids[first], ids[second]
+        ids[first + second] = merges[pair] = number
+        pieces.append(pieces[pair[0]] + pieces[pair[1]])
+    return merges, byte_ids, pieces
+
+
+def _check_text(text: object, name: str) -> None:
+    if not isinstance(text, str):
+        raise HimoError(f"tokenize: expected {name} to be a str, got {type(text).__name__}")
+
+
+def _report_truncation(
+    too_long: list[tuple[int, int]], count: int, context_length: int, truncate: bool
+) -> None:
+    """Raises, or warns once per process, about the texts (index, length in tokens)."""
+    global _truncation_reported
+    index, length = too_long[0]
+    message = (
+        f"tokenize: {len(too_long)} of {count} texts longer than context_length = "
+        f"{context_length} tokens, the first is texts[{index}] with {length}"
+    )
+    if not truncate:
+        raise HimoError(f"{message}; truncate=True would cut the rest")
+    if not _truncation_reported:
+        _truncation_reported = True
+        warnings.warn(
+            f"{message}; the rest was cut (reported once per process)", UserWarning, stacklevel=4
+        )
