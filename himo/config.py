@@ -1,0 +1,161 @@
+"""TrainConfig: one field for each flag of `himo train`, with its unit and the paper's value.
+
+Names are open_clip's where it has the flag. "paper" marks the values of HiMo-CLIP (arXiv
+2511.06653, section 4.1): 8 GPUs with 128 pairs each, 10 epochs, AdamW, 248 tokens.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from himo.errors import HimoError
+
+
+def _flag(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a run. Stored as config.json beside its metrics."""
+
+    # Data
+    train_data: str = _flag("", "data set: sharegpt4v json, csv, tsv, jsonl, folder or tar shards")
+    dataset_type: str = _flag("auto", "auto, sharegpt4v, csv, jsonl, folder or webdataset")
+    image_root: str | None = _flag(None, "directory that image paths are relative to")
+    csv_separator: str | None = _flag(None, "of a csv file; by default tab, comma or semicolon")
+    csv_img_key: str | None = _flag(None, "column of the image; by default filepath, image, ...")
+    csv_caption_key: str | None = _flag(None, "column of the caption; default title, caption, ...")
+    skip_missing_images: bool = _flag(False, "train without the images that are not there")
+    max_bad_fraction: float = _flag(0.01, "share of unreadable images that ends the run")
+    image_mode: Literal["exact", "fast"] = _flag("exact", "exact resize, or the faster one")
+    workers: int = _flag(2, "processes that read images; 0 reads in the training process")
+
+    # Model
+    model: str = _flag("ViT-B-16", "configuration of a new model; --pretrained decides its own")
+    pretrained: str | None = _flag(None, "checkpoint to start from, of any format himo loads")
+    lock_image: bool = _flag(False, "freeze the image tower")
+    lock_text: bool = _flag(False, "freeze the text tower")
+    grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
+
+    # Loss
+    loss: Literal["himo", "clip"] = _flag("himo", "HiMo loss, or plain CLIP for comparison")
+    preset: Literal["paper", "official"] = _flag("paper", "switches of the HiMo loss")
+    tau: float | None = _flag(None, "share of the variance HiDe keeps; paper 0.9")
+    lambda_comp: float | None = _flag(None, "weight of the component loss; paper 1")
+    label_smoothing: float | None = _flag(None, "label smoothing; paper 0, released code 0.1")
+    gap_eps: float = _flag(1e-4, "floor of HiDe's eigenvalue gap; caps rare gradient spikes")
+
+    # Optimisation
+    batch_size: int = _flag(128, "pairs in a batch; paper 128 on each of 8 GPUs")
+    epochs: int = _flag(10, "passes over the data; paper 10")
+    lr: float = _flag(1e-6, "peak learning rate; paper 1e-6 (fine-tuning)")
+    wd: float = _flag(1e-2, "weight decay of matrices; paper 1e-2")
+    beta1: float = _flag(0.9, "AdamW; paper 0.9")
+    beta2: float = _flag(0.999, "AdamW; paper 0.999")
+    eps: float = _flag(1e-8, "AdamW")
+    warmup: int = _flag(200, "steps to the peak learning rate, then a cosine to 0; paper 200")
+    grad_clip_norm: float | None = _flag(None, "largest norm of the gradient")
+    precision: Literal["fp32", "amp_bf16"] = _flag("fp32", "float32, or bfloat16 autocast")
+    seed: int = _flag(0, "of the initial weights, the order of the data and replaced images")
+    device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
+    threads: int = _flag(0, "CPU threads of torch; 0 leaves torch's default")
+
+    # Records
+    logs: str = _flag("logs", "directory of all runs")
+    name: str | None = _flag(None, "of this run; default MODEL-LOSS-SEED")
+    log_every_n_steps: int = _flag(10, "steps between two lines of metrics.jsonl")
+    save_frequency: int = _flag(1, "epochs between two checkpoints")
+    save_every_n_steps: int = _flag(0, "steps between two checkpoints within an epoch; 0: none")
+    keep_checkpoints: int = _flag(2, "newest checkpoints kept; 0 keeps all")
+    resume: str | None = _flag(None, "'latest' checkpoint of this run, or a path")
+
+    def __post_init__(self) -> None:
+        for name, minimum in _MINIMA.items():
+            value = getattr(self, name)
+            if value is not None and not value >= minimum:
+                raise HimoError(f"--{_dashed(name)}: expected at least {minimum}, got {value}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise HimoError(f"--{_dashed(name)}: expected {low} to {high}, got {value}")
+        if self.tau is not None and not 0 < self.tau <= 1:
+            raise HimoError(f"--tau: expected a number in (0, 1], got {self.tau}")
+        if not self.train_data:
+            raise HimoError("--train-data: expected a data set, got none")
+        if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
+            raise HimoError(f"--name: expected a directory name, got {self.name!r}")
+
+    @property
+    def run_name(self) -> str:
+        """The directory of the run below logs."""
+        return self.name or f"{self.model}-{self.loss}-{self.seed}"
+
+
+_MINIMA: dict[str, float] = {
+    "batch_size": 2,
+    "epochs": 1,
+    "warmup": 0,
+    "workers": 0,
+    "threads": 0,
+    "lr": 0.0,
+    "wd": 0.0,
+    "eps": 0.0,
+    "lambda_comp": 0.0,
+    "gap_eps": 0.0,
+    "log_every_n_steps": 1,
+    "save_frequency": 1,
+    "save_every_n_steps": 0,
+    "keep_checkpoints": 0,
+    "seed": 0,
+    "grad_clip_norm": 0.0,
+}
+_RANGES = {
+    "max_bad_fraction": (0.0, 1.0),
+    "label_smoothing": (0.0, 1.0),
+    "beta1": (0.0, 1.0),
+    "beta2": (0.0, 1.0),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag for each field of TrainConfig, with its default in the help."""
+    hints = typing.get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        flag, text = f"--{_dashed(item.name)}", item.metadata["help"]
+        kind = _without_none(hints[item.name])
+        shown = text if item.default in (None, "") else f"{text} (default: {item.default!r})"
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif typing.get_origin(kind) is Literal:
+            parser.add_argument(
+                flag, choices=typing.get_args(kind), default=item.default, help=shown
+            )
+        else:
+            parser.add_argument(
+                flag,
+                type=kind,
+                default=item.default,
+                required=item.name == "train_data",
+                metavar=kind.__name__.upper(),
+                help=shown,
+            )
+
+
+def from_arguments(arguments: argparse.Namespace) -> TrainConfig:
+    """Returns the TrainConfig of parsed flags; HimoError names the flag that is out of range."""
+    names = [item.name for item in dataclasses.fields(TrainConfig)]
+    return TrainConfig(**{name: getattr(arguments, name) for name in names})
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return hint

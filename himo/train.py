@@ -1,0 +1,422 @@
+"""`himo train`: one flat loop from captioned images to a checkpoint."""
+
+import argparse
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import himo_kernels
+from himo import checkpoint, config, training_state
+from himo.config import TrainConfig
+from himo.data import CaptionedImages, EpochSampler, SampleIndex, make_loader, open_dataset
+from himo.errors import HimoError
+from himo.files import atomic_path
+from himo.model import CONFIGS, HiMoCLIP, longest_text
+from himo.tokenizer import tokenize
+from himo.transforms import Preprocess, normalize
+from himo_kernels.nn import HiMoLoss
+
+MAX_LOG_SCALE = math.log(100)  # CLIP's limit: a larger multiplier made its training unstable
+_SPECTRUM = 256  # eigenvalues of a spectrum that are recorded
+# A run is another one if these differ: its order of samples or its schedule would not continue.
+_IDENTITY = ("train_data", "batch_size", "seed", "loss", "preset")
+
+add_arguments = config.add_arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains as the flags say; returns the exit status."""
+    settings = config.from_arguments(arguments)
+    finished = train(settings)
+    return 0 if finished else 130  # the status of an interrupted program
+
+
+class Objective(nn.Module):
+    """The model with its loss: images and tokens in, losses out."""
+
+    def __init__(self, model: HiMoCLIP, settings: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.himo_loss = None
+        if settings.loss == "himo":
+            self.himo_loss = HiMoLoss(
+                settings.preset,
+                variance_threshold=settings.tau,
+                component_weight=settings.lambda_comp,
+                label_smoothing=settings.label_smoothing,
+                gap_eps=settings.gap_eps,
+            )
+        self.label_smoothing = settings.label_smoothing or 0.0
+        self.precision = settings.precision
+
+    def forward(
+        self,
+        images: Tensor,  # uint8 [B, 3, R, R]
+        tokens: Tensor,  # [B, L]
+        max_length: int,
+    ) -> dict[str, Any]:
+        """Returns loss, contrastive_loss, component_loss and rank (None without HiDe), text."""
+        bf16 = self.precision == "amp_bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            image_features = self.model.encode_image(normalize(images))
+            text_features = self.model.encode_text(tokens, max_length)
+        # The loss in float32: half-precision logits near 100 are spaced by 0.06 and more.
+        image_features, text_features = image_features.float(), text_features.float()
+        scale = self.model.logit_scale.float().exp()
+        if self.himo_loss is not None:
+            losses = self.himo_loss(image_features, text_features, scale, output_dict=True)
+            rank = self.himo_loss.rank
+        else:
+            images_, texts = (F.normalize(t, dim=-1) for t in (image_features, text_features))
+            loss = himo_kernels.info_nce(
+                images_, texts, scale, label_smoothing=self.label_smoothing
+            )
+            losses = {"loss": loss, "contrastive_loss": loss, "component_loss": None}
+            rank = None
+        return {**losses, "rank": rank, "text_features": text_features.detach()}
+
+
+def train(settings: TrainConfig) -> bool:
+    """Runs or resumes a training run; returns False if it was stopped by a signal.
+
+    Writes config.json, metrics.jsonl and checkpoints/ below settings.logs / settings.run_name.
+
+    Raises:
+        HimoError: bad data or settings, a damaged checkpoint, a loss that is not finite.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    device = _device(settings.device)
+    index = _open_data(settings)
+    model = _build_model(settings, device)
+    preprocess = Preprocess(model.config.image_resolution, settings.image_mode)
+    dataset = CaptionedImages(index, preprocess, tokenize, seed=settings.seed)
+    sampler = EpochSampler(len(dataset), settings.batch_size, seed=settings.seed)
+    loader = make_loader(
+        dataset,
+        sampler,
+        workers=settings.workers,
+        seed=settings.seed,
+        max_bad_fraction=settings.max_bad_fraction,
+        pin_memory=device.type == "cuda",
+    )
+    objective = Objective(model, settings)
+    optimizer = _optimizer(model, settings)
+    total_steps = len(loader) * settings.epochs
+
+    directory, step = _open_run(settings, model, optimizer, sampler, loader.bad, device)
+    print(
+        f"{directory}: {len(dataset)} pairs, {total_steps} steps of {settings.batch_size}, "
+        f"{settings.loss} loss, {_count(model)} parameters on {device}"
+    )
+    metrics = Metrics(directory / "metrics.jsonl", settings)
+
+    def save(final: bool) -> None:
+        loop = {
+            "sampler": sampler.state_dict(),
+            "bad_samples": loader.bad.state_dict(),
+            "settings": dataclasses.asdict(settings),
+        }
+        checkpoints = directory / "checkpoints"
+        if final:
+            name = f"epoch_{sampler.epoch + 1}.safetensors"
+            training = {"step": step, **dataclasses.asdict(settings)}
+            checkpoint.save(model, checkpoints / name, metadata={"training": training})
+        training_state.save_state(checkpoints, step, model, optimizer, loop)
+        keep = settings.keep_checkpoints
+        for old in training_state.saved_states(checkpoints)[:-keep] if keep else []:
+            old.unlink()
+
+    objective.train()
+    first_epoch = sampler.epoch
+    with _stop_requests() as stop, _progress(step, total_steps) as bar:
+        for epoch in range(first_epoch, settings.epochs):
+            if epoch != first_epoch:
+                sampler.set_epoch(epoch)
+            ended = time.perf_counter()
+            for batch in loader:
+                data_time_s = time.perf_counter() - ended
+                max_length = longest_text(batch.tokens)  # on the CPU: no sync
+                images = batch.image.to(device, non_blocking=True)
+                tokens = batch.tokens.to(device, non_blocking=True)
+
+                lr = learning_rate(step, total_steps, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                outputs = objective(images, tokens, max_length)
+                optimizer.zero_grad(set_to_none=True)
+                outputs["loss"].backward()
+                limit = settings.grad_clip_norm
+                grad_norm = nn.utils.clip_grad_norm_(
+                    model.parameters(), math.inf if limit is None else limit
+                )
+                optimizer.step()
+                if settings.preset == "paper":  # the released code does not clamp
+                    clamp_temperature(model)
+
+                step += 1
+                step_time_s = time.perf_counter() - ended
+                metrics.add(outputs["loss"], grad_norm, data_time_s, step_time_s)
+                if step % settings.log_every_n_steps == 0 or step in (1, total_steps):
+                    line = metrics.write(step, step / len(loader), lr, model.logit_scale, outputs)
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", data_s=f"{line['data_time_s']:.3f}")
+                bar.update()
+                if stop.requested:
+                    metrics.check_finite(step)
+                    save(final=False)
+                    tqdm.write(f"stopped at step {step}; go on with --resume latest")
+                    return False
+                every = settings.save_every_n_steps
+                if every and step % every == 0:
+                    metrics.check_finite(step)
+                    save(final=False)
+                ended = time.perf_counter()
+            metrics.check_finite(step)
+            last = epoch + 1 == settings.epochs
+            if last or (epoch + 1) % settings.save_frequency == 0:
+                save(final=True)
+    if loader.bad.reasons:
+        print(loader.bad.summary())
+    print(
+        f"{directory}: done, {directory / 'checkpoints' / f'epoch_{settings.epochs}.safetensors'}"
+    )
+    return True
+
+
+def learning_rate(step: int, total_steps: int, settings: TrainConfig) -> float:
+    """The rate of the step-th step, from 0: linear over warmup steps, then a cosine to 0."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, total_steps - settings.warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def clamp_temperature(model: HiMoCLIP) -> None:
+    """Keeps the logit multiplier from 1 to 100, as CLIP does after each step."""
+    model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+
+
+class Metrics:
+    """metrics.jsonl: one line each log_every_n_steps, of means since the last one.
+
+    Values stay on the device until a line is written: the loop does not wait for them.
+    """
+
+    def __init__(self, path: Path, settings: TrainConfig) -> None:
+        self.path, self.settings = path, settings
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._data_s = self._step_s = 0.0
+        self._spectrum_epoch = -1
+
+    def add(self, loss: Tensor, grad_norm: Tensor, data_time_s: float, step_time_s: float) -> None:
+        """Counts one step."""
+        self._pending.append((loss.detach(), grad_norm.detach()))
+        self._data_s += data_time_s
+        self._step_s += step_time_s
+
+    def check_finite(self, step: int) -> None:
+        """Raises HimoError if a loss or gradient since the last line is NaN or infinite."""
+        for back, values in enumerate(reversed(self._pending)):
+            for name, value in zip(("loss", "gradient"), values, strict=True):
+                if not torch.isfinite(value):
+                    raise HimoError(
+                        f"step {step - back}: the {name} is {value.item()}; nothing was saved "
+                        "since. A smaller --lr or --grad-clip-norm 1 may help"
+                    )
+
+    def write(
+        self, step: int, epoch: float, lr: float, logit_scale: Tensor, outputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Appends a line and returns it; HimoError where a value is not finite."""
+        self.check_finite(step)
+        steps = len(self._pending)
+
+        def number(name: str) -> float | None:
+            return None if outputs[name] is None else float(outputs[name])
+
+        line: dict[str, Any] = {
+            "step": step,
+            "epoch": epoch,
+            "samples": step * self.settings.batch_size,
+            "loss": float(outputs["loss"]),
+            "contrastive_loss": number("contrastive_loss"),
+            "component_loss": number("component_loss"),
+            "logit_scale": float(logit_scale.detach().exp()),
+            "lr": lr,
+            "grad_norm": float(self._pending[-1][1]),
+            "rank": None if outputs["rank"] is None else int(outputs["rank"]),
+            "data_time_s": self._data_s / steps,
+            "step_time_s": self._step_s / steps,
+            "samples_per_s": steps * self.settings.batch_size / self._step_s,
+        }
+        if int(epoch) != self._spectrum_epoch:  # once an epoch: it costs an eigenproblem
+            self._spectrum_epoch = int(epoch)
+            texts = F.normalize(outputs["text_features"], dim=-1)
+            ratio = himo_kernels.pca(texts).explained_variance_ratio
+            line["spectrum"] = [round(float(share), 6) for share in ratio[:_SPECTRUM]]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._pending.clear()
+        self._data_s = self._step_s = 0.0
+        return line
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines past a step: those of a run that is resumed from there."""
+        if not self.path.exists():
+            return
+        kept = []
+        for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if text.endswith("\n") and json.loads(text)["step"] <= step:
+                    kept.append(text)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off when the run was killed
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _open_run(
+    settings: TrainConfig,
+    model: HiMoCLIP,
+    optimizer: torch.optim.Optimizer,
+    sampler: EpochSampler,
+    bad: Any,
+    device: torch.device,
+) -> tuple[Path, int]:
+    # Returns the run's directory and the steps already done.
+    directory = Path(settings.logs) / settings.run_name
+    checkpoints = directory / "checkpoints"
+    state = training_state.find_state(settings.resume, checkpoints) if settings.resume else None
+    if state is None and (directory / "metrics.jsonl").exists() and not settings.resume:
+        raise HimoError(
+            f"{directory}: already holds a run: continue it with --resume latest, or give "
+            "this one another --name"
+        )
+    step = 0
+    if state is not None:
+        loop = training_state.load_state(state, model, optimizer, device)
+        for name in _IDENTITY:
+            before, now = loop["settings"][name], getattr(settings, name)
+            if before != now:
+                flag = name.replace("_", "-")
+                raise HimoError(f"{state}: expected --{flag} {before} as it began, got {now}")
+        sampler.load_state_dict(loop["sampler"])
+        bad.load_state_dict(loop["bad_samples"])
+        step = loop["step"]
+    elif settings.resume:
+        print(f"{checkpoints}: no checkpoint yet, starting from the beginning")
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HimoError(f"{checkpoints}: cannot be made: {error.strerror}") from error
+    Metrics(directory / "metrics.jsonl", settings).rewind(step)
+    record = {
+        **dataclasses.asdict(settings),
+        "versions": {"himo": himo_kernels.__version__, "torch": torch.__version__},
+        "command": sys.argv,
+    }
+    with atomic_path(directory / "config.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return directory, step
+
+
+def _open_data(settings: TrainConfig) -> SampleIndex:
+    table = settings.dataset_type == "csv" or settings.train_data.endswith((".csv", ".tsv"))
+    return open_dataset(
+        settings.train_data,
+        settings.dataset_type,
+        image_root=settings.image_root,
+        image_key=settings.csv_img_key if table else None,
+        caption_key=settings.csv_caption_key if table else None,
+        separator=settings.csv_separator if table else None,
+        skip_missing_images=settings.skip_missing_images,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
+
+
+def _build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
+    if settings.pretrained is not None:
+        model, _ = checkpoint.load(settings.pretrained, device="cpu")
+    elif settings.model in CONFIGS:
+        model = HiMoCLIP(CONFIGS[settings.model])
+    else:
+        raise HimoError(f"--model: expected one of {', '.join(CONFIGS)}, got {settings.model}")
+    if settings.preset == "official" and settings.loss == "himo":
+        nn.init.constant_(model.logit_scale, MAX_LOG_SCALE)
+    if settings.lock_image:
+        model.lock_image_tower()
+    if settings.lock_text:
+        model.lock_text_tower()
+    model.set_grad_checkpointing(settings.grad_checkpointing)
+    return model.to(device)
+
+
+def _optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
+    # No decay on norms, biases, embeddings of one vector and logit_scale: all below two dimensions.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.wd},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise HimoError(f"--device: cannot use {name}: {reason}") from error
+    return device
+
+
+def _count(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+
+
+def _progress(step: int, total_steps: int) -> "tqdm[Any]":
+    return tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+
+class _Stop:
+    requested = False
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    # SIGINT and SIGTERM end the run after the current step, with a checkpoint.
+    stop = _Stop()
+
+    def request(number: int, frame: Any) -> None:
+        if stop.requested:  # a second one means now
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.requested = True
+
+    previous = {
+        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

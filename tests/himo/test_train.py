@@ -1,0 +1,275 @@
+"""`himo train` as a user runs it: real files, real processes, real signals."""
+
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import himo
+from himo.config import TrainConfig
+from himo.errors import HimoError
+from himo.model import CONFIGS, HiMoCLIP
+from himo.train import MAX_LOG_SCALE, Objective, _optimizer, clamp_temperature, learning_rate
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6  # of a run below: 24 pairs, batches of 8, 2 epochs
+FLAGS = ["--model", "tiny", "--batch-size", "8", "--epochs", "2", "--lr", "1e-3", "--warmup", "2"]
+FLAGS += ["--workers", "0", "--threads", "1", "--log-every-n-steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """A user's own folder: 24 JPEG files and a csv."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["filepath", "title"])
+        for number in range(24):
+            colour = rng.integers(0, 255, 3)
+            pixels = np.tile(colour.astype(np.uint8), (48, 80, 1))
+            Image.fromarray(pixels).save(folder / f"{number}.jpg")
+            writer.writerow(
+                [f"{number}.jpg", f"A plain card. Its red is {colour[0]}. Number {number}."]
+            )
+    return folder / "pairs.csv"
+
+
+def command(pairs: Path, logs: Path, *flags: str) -> list[str]:
+    start = [sys.executable, "-m", "himo", "train", "--train-data", str(pairs)]
+    return [*start, "--logs", str(logs), "--name", "run", *FLAGS, *flags]
+
+
+def train(pairs: Path, logs: Path, *flags: str, status: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(pairs, logs, *flags), capture_output=True, text=True, cwd=ROOT, timeout=240
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def lines(logs: Path) -> list[dict]:
+    return [json.loads(line) for line in (logs / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def digests(logs: Path) -> dict[str, str]:
+    """SHA-256 of the model and of the last training state, settings of place aside."""
+    checkpoints = logs / "run/checkpoints"
+    model, _ = himo.load(checkpoints / "epoch_2.safetensors")
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode() + tensor.numpy().tobytes())
+    return {"weights": weights.hexdigest(), "states": sorted(checkpoints.glob("state-*"))[-1].name}
+
+
+@pytest.fixture(scope="module")
+def whole_run(pairs, tmp_path_factory) -> Path:
+    logs = tmp_path_factory.mktemp("whole")
+    train(pairs, logs)
+    return logs
+
+
+def test_a_run_leaves_what_its_readers_need(whole_run):
+    rows = lines(whole_run)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["samples"] == STEPS * 8 and rows[-1]["epoch"] == 2
+    for row in rows:
+        assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and 1 <= row["rank"] <= 8
+        assert row["contrastive_loss"] + row["component_loss"] == pytest.approx(row["loss"])
+        assert 0 <= row["data_time_s"] <= row["step_time_s"] and row["samples_per_s"] > 0
+    spectra = [row["spectrum"] for row in rows if "spectrum" in row]
+    assert len(spectra) == 3  # of the first step, and of the first with each new epoch number
+    assert all(sum(spectrum) == pytest.approx(1, abs=1e-4) for spectrum in spectra)
+    config = json.loads((whole_run / "run/config.json").read_text())
+    assert config["loss"] == "himo" and config["batch_size"] == 8 and "torch" in config["versions"]
+    model, preprocess = himo.load(whole_run / "run/checkpoints/epoch_2.safetensors")
+    assert model.provenance["training"]["step"] == STEPS
+    assert preprocess.resolution == 64
+    assert not list(whole_run.rglob("*.tmp"))
+
+
+def test_the_same_seed_gives_the_same_weights(pairs, whole_run, tmp_path):
+    train(pairs, tmp_path, "--workers", "2")
+    assert digests(tmp_path) == digests(whole_run)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(pairs, whole_run, tmp_path):
+    process = subprocess.Popen(
+        command(pairs, tmp_path, "--save-every-n-steps", "1"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.rglob("state-*"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    train(pairs, tmp_path, "--resume", "latest")
+    assert digests(tmp_path) == digests(whole_run)
+    times = {"data_time_s", "step_time_s", "samples_per_s", "spectrum"}
+    resumed, uninterrupted = (
+        [{key: row[key] for key in row.keys() - times} for row in lines(logs)]
+        for logs in (tmp_path, whole_run)
+    )
+    assert resumed == uninterrupted
+
+
+def test_sigterm_saves_and_says_how_to_go_on(pairs, whole_run, tmp_path):
+    process = subprocess.Popen(
+        command(pairs, tmp_path, "--workers", "1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: to every process of the job
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "go on with --resume latest" in output
+    train(pairs, tmp_path, "--resume", "latest")
+    assert digests(tmp_path) == digests(whole_run)
+
+
+def test_a_damaged_newest_state_names_the_good_one(pairs, tmp_path):
+    train(pairs, tmp_path, "--save-every-n-steps", "1")
+    newest = sorted(tmp_path.rglob("state-*"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[-1000] ^= 1
+    newest.write_bytes(content)
+    done = train(pairs, tmp_path, "--resume", "latest", status=2)
+    assert "damaged" in done.stderr and "--resume" in done.stderr
+    good = done.stderr.strip().rpartition("--resume ")[2]
+    train(pairs, tmp_path, "--resume", good)
+
+
+def test_continuing_from_a_checkpoint_starts_from_its_weights(pairs, whole_run, tmp_path):
+    start = whole_run / "run/checkpoints/epoch_2.safetensors"
+    train(pairs, tmp_path, "--pretrained", str(start), "--lr", "0")
+    assert digests(tmp_path)["weights"] == digests(whole_run)["weights"]
+
+
+def test_plain_clip_loss(pairs, tmp_path):
+    train(pairs, tmp_path, "--loss", "clip")
+    for row in lines(tmp_path):
+        assert row["rank"] is None and row["component_loss"] is None
+        assert row["loss"] == row["contrastive_loss"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--train-data", "nothing.csv"], ["nothing.csv"]),
+        (["--model", "ViT-Z"], ["--model", "ViT-Z", "tiny"]),
+        (["--batch-size", "1"], ["--batch-size", "at least 2", "got 1"]),
+        (["--batch-size", "100"], ["24", "100"]),
+        (["--tau", "1.5"], ["--tau", "1.5"]),
+        (["--pretrained", "missing.pt"], ["missing.pt"]),
+        (["--resume", "missing.safetensors"], ["--resume", "missing.safetensors"]),
+        (["--device", "cuda:99"], ["--device", "cuda:99"]),
+        (["--label-smoothing", "-1"], ["--label-smoothing", "-1"]),
+        (["--name", "a/b"], ["--name", "a/b"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--logs", "/proc/none"], ["/proc/none"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if value[0].startswith("--") else "",
+)
+def test_bad_flags_are_one_line_and_exit_status_two(flags, words, pairs, tmp_path):
+    done = train(pairs, tmp_path, *flags, status=2)
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("himo: error: ")
+    assert all(word in message for word in words), message
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_value_is_refused_by_the_parser(pairs, tmp_path):
+    assert "--loss" in train(pairs, tmp_path, "--loss", "siglip", status=2).stderr
+
+
+def test_a_second_run_of_one_name_is_refused(pairs, whole_run):
+    done = train(pairs, whole_run, status=2)
+    assert "already holds a run" in done.stderr
+
+
+def test_resuming_with_another_batch_size_is_refused(pairs, whole_run):
+    done = train(pairs, whole_run, "--resume", "latest", "--batch-size", "4", status=2)
+    assert "expected --batch-size 8 as it began, got 4" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path):
+    done = train(pairs, tmp_path, "--lr", "1e30", "--warmup", "0", status=2)
+    assert "is nan" in done.stderr or "is inf" in done.stderr
+    assert "step " in done.stderr and not list(tmp_path.rglob("epoch_*"))
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    settings = TrainConfig(train_data="x", lr=2.0, warmup=4)
+    rates = [learning_rate(step, 12, settings) for step in range(12)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0 and rates[8] == pytest.approx(1.0)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[3:]))
+    assert 0 < rates[-1] < 0.1
+
+
+def test_norms_biases_and_temperature_are_not_decayed():
+    model = HiMoCLIP(CONFIGS["tiny"])
+    decayed, plain = _optimizer(model, TrainConfig(train_data="x")).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    plain_names = {names[id(p)] for p in plain["params"]}
+    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0
+    assert "logit_scale" in plain_names and "ln_final.weight" in plain_names
+    assert all(not n.endswith("bias") and ".ln_" not in n for n in decayed_names)
+    frozen = {"positional_embedding"}
+    assert decayed_names | plain_names | frozen == set(names.values())
+
+
+def test_temperature_stays_in_range_under_adversarial_steps(generator):
+    # G9: 10,000 optimizer steps of random size and sign.
+    model = HiMoCLIP(CONFIGS["tiny"])
+    optimizer = torch.optim.SGD([model.logit_scale], lr=1.0)
+    for gradient in torch.randn(10_000, generator=generator) * 3:
+        model.logit_scale.grad = gradient
+        optimizer.step()
+        clamp_temperature(model)
+        assert 0 <= model.logit_scale <= math.log(100) + 1e-6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("loss", ["himo", "clip"])
+def test_loss_is_finite_at_the_highest_temperature(loss, precision, generator):
+    settings = TrainConfig(train_data="x", loss=loss, precision=precision)
+    model = HiMoCLIP(CONFIGS["tiny"])
+    torch.nn.init.constant_(model.logit_scale, MAX_LOG_SCALE)
+    images = torch.randint(0, 255, (6, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    tokens = himo.tokenize([f"a card with number {number}" for number in range(6)])
+    outputs = Objective(model, settings)(images, tokens, 12)
+    outputs["loss"].backward()
+    assert outputs["loss"].dtype == torch.float32 and outputs["loss"].isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_config_refuses_what_is_out_of_range():
+    for name, value in {"epochs": 0, "beta1": 1.5, "max_bad_fraction": -0.1, "seed": -1}.items():
+        with pytest.raises(HimoError, match=name.replace("_", "-")):
+            TrainConfig(train_data="x", **{name: value})
