@@ -98,6 +98,8 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
         try:
             yield file
         except OSError as error:  # a failing disk, or a file of /proc that is regular in name
+            if error.errno is None:  # not the system's: a decoder's word for what it read
+                raise
             raise HimoError(f"{path}: cannot be read: {_reason(error)}") from error
 
 

@@ -110,13 +110,13 @@ CONFIGS: Mapping[str, CLIPConfig] = {
     "tiny": CLIPConfig(
         embed_dim=128,
         image_resolution=64,
-        vision_layers=4,
+        vision_layers=3,
         vision_width=128,
-        vision_patch_size=8,
+        vision_patch_size=16,
         context_length=CONTEXT_LENGTH,
         vocab_size=49408,
         text_width=128,
-        text_layers=3,
+        text_layers=2,
     ),
 }
 

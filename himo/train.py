@@ -246,13 +246,13 @@ class Metrics:
         steps = len(self._pending)
 
         def number(name: str) -> float | None:
-            return None if outputs[name] is None else float(outputs[name])
+            return None if outputs[name] is None else float(outputs[name].detach())
 
         line: dict[str, Any] = {
             "step": step,
             "epoch": epoch,
             "samples": step * self.settings.batch_size,
-            "loss": float(outputs["loss"]),
+            "loss": number("loss"),
             "contrastive_loss": number("contrastive_loss"),
             "component_loss": number("component_loss"),
             "logit_scale": float(logit_scale.detach().exp()),

@@ -1,0 +1,161 @@
+"""`himo eval`: retrieval, HiMo@K and COLA of a checkpoint, as a table and eval.json."""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from himo.checkpoint import load
+from himo.data import DATASET_TYPES, SampleIndex
+from himo.errors import HimoError
+from himo.evaluate.captions import CaptionScores, evaluate_captions, open_for_evaluation
+from himo.evaluate.cola import cola
+from himo.evaluate.encode import Coverage, Encoder
+from himo.evaluate.himo_k import PrefixScores, himo_k, read_himo_docci, score_himo_docci
+from himo.evaluate.metrics import (
+    SENTENCE_RULE,
+    SENTENCE_RULE_SHA256,
+    growth_correlation,
+    monotone_accuracy,
+    recall,
+    retrieval_ranks,
+    segment_boundaries,
+    split_sentences,
+)
+from himo.evaluate.result import (
+    add_himo_docci,
+    caption_curves,
+    prefix_curves,
+    table,
+    write_result,
+)
+from himo.evaluate.retrieval import retrieval
+from himo.files import sha256_file
+from himo_kernels import __version__
+
+__all__ = [
+    "SENTENCE_RULE",
+    "SENTENCE_RULE_SHA256",
+    "CaptionScores",
+    "Coverage",
+    "Encoder",
+    "PrefixScores",
+    "add_arguments",
+    "cola",
+    "evaluate_captions",
+    "growth_correlation",
+    "himo_k",
+    "monotone_accuracy",
+    "open_for_evaluation",
+    "read_himo_docci",
+    "recall",
+    "retrieval",
+    "retrieval_ranks",
+    "run",
+    "score_himo_docci",
+    "segment_boundaries",
+    "split_sentences",
+]
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `himo eval`."""
+    parser.add_argument("--pretrained", required=True, help="checkpoint, of any format himo loads")
+    parser.add_argument("--data", help="captioned images: json, csv, tsv, jsonl, folder or tar")
+    parser.add_argument("--dataset-type", default="auto", choices=DATASET_TYPES)
+    parser.add_argument("--image-root", help="directory that image paths are relative to")
+    parser.add_argument("--csv-separator", help="of a csv file; found by itself by default")
+    parser.add_argument("--csv-img-key", help="column or key of the image path")
+    parser.add_argument("--csv-caption-key", help="column or key of the caption")
+    parser.add_argument(
+        "--first-line", action="store_true", help="of each text of a folder, as Urban1k is read"
+    )
+    parser.add_argument(
+        "--captions-per-image",
+        type=int,
+        metavar="N",
+        help="take the first N captions of each image and require as many: 5 for COCO, Flickr30k",
+    )
+    parser.add_argument("--himo-docci", metavar="FILE", help="HiMo-Docci's prefixes, JSON lines")
+    parser.add_argument("--cola", metavar="FILE", help="COLA's multi-object groups, JSON")
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out, and count, what cannot be used, instead of stopping at the first",
+    )
+    parser.add_argument("--out", default="eval.json", help="result (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
+    parser.add_argument("--precision", default="fp32", choices=_DTYPES, help="of the model alone")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, prints the table and writes the result; HimoError for what a user can mend."""
+    if not (args.data or args.himo_docci or args.cola):
+        raise HimoError("expected a data set to evaluate on: --data, --himo-docci or --cola")
+    out = Path(args.out)
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise HimoError(f"--out {out}: cannot be written")  # said before an hour of work
+    opened = _open(args)  # before the model, because most mistakes are here
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, preprocess = load(args.pretrained, device, _DTYPES[args.precision])
+    encoder = Encoder(model, preprocess, args.batch_size, args.workers)
+
+    # In the order of the file: what is read by people first, long lists last.
+    result: dict[str, Any] = {"himo_version": __version__, "model": _describe(args, encoder)}
+    curves: list[dict[str, Any]] = []
+    if opened is not None:
+        captions = evaluate_captions(encoder, *opened, args.captions_per_image)
+        result |= captions.sections
+        result["protocol"]["dataset"] = args.data  # as given, and not where it lies here
+        curves = caption_curves(captions)
+    if args.himo_docci:
+        prefixes = score_himo_docci(
+            encoder, args.himo_docci, args.image_root, allow_missing=args.allow_missing
+        )
+        add_himo_docci(result, args.himo_docci, prefixes)
+        curves = curves or prefix_curves(prefixes)
+    if args.cola:
+        result["cola"] = cola(encoder, args.cola, args.image_root, allow_missing=args.allow_missing)
+    result["curves"] = curves
+    write_result(out, result)
+    print(f"{args.pretrained}\n{table(result)}\nwrote {out}")
+    return 0
+
+
+def _open(args: argparse.Namespace) -> tuple[SampleIndex, Coverage] | None:
+    if not args.data:
+        return None
+    return open_for_evaluation(
+        args.data,
+        allow_missing=args.allow_missing,
+        dataset_type=args.dataset_type,
+        image_root=args.image_root,
+        image_key=args.csv_img_key,
+        caption_key=args.csv_caption_key,
+        separator=args.csv_separator,
+        first_line=args.first_line,
+    )
+
+
+def _describe(args: argparse.Namespace, encoder: Encoder) -> dict[str, Any]:
+    """Which model it was: every setting that changes a feature."""
+    path = Path(args.pretrained)
+    files = [path] if path.is_file() else sorted(x for x in path.iterdir() if x.is_file())
+    digests = [sha256_file(file) for file in files]
+    together = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {
+        "path": args.pretrained,
+        "sha256": digests[0] if len(digests) == 1 else together,
+        "config": encoder.model.config.to_dict(),
+        "precision": args.precision,
+        "image_mode": encoder.preprocess.mode,
+    }

@@ -1,0 +1,161 @@
+"""Every measure of a captioned data set, from one encoding of its images and captions."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo.data import SampleIndex, open_dataset
+from himo.evaluate.encode import Coverage, Encoder
+from himo.evaluate.himo_k import K_RULE, himo_at, himo_k
+from himo.evaluate.metrics import (
+    SENTENCE_RULE,
+    SENTENCE_RULE_SHA256,
+    sentence_prefixes,
+    split_sentences,
+)
+from himo.evaluate.retrieval import CaptionedSet, group_by_image, retrieval
+
+
+@dataclass
+class CaptionScores:
+    """What `evaluate_captions` gives.
+
+    Attributes:
+        index: the data set.
+        captions: the images and captions that took part.
+        series: for each caption the scores [n] of its first 1, ..., n sentences.
+        coverage: of its records.
+        sections: the parts of eval.json: protocol, retrieval, himo, coverage, histogram.
+    """
+
+    index: SampleIndex
+    captions: CaptionedSet
+    series: list[Tensor]
+    coverage: Coverage
+    sections: dict[str, Any]
+
+
+def open_for_evaluation(
+    source: str | os.PathLike[str], *, allow_missing: bool, **options: Any
+) -> tuple[SampleIndex, Coverage]:
+    """The index of a data set, and the account of the records that are not in it.
+
+    Args:
+        source: as `himo.data.open_dataset`.
+        allow_missing: counts malformed records and missing images, which are otherwise errors.
+        options: of `open_dataset`.
+
+    Raises:
+        HimoError: as `open_dataset`; a malformed record, or an image that is missing.
+    """
+    index = open_dataset(source, max_bad_fraction=1.0, skip_missing_images=True, **options)
+    report = index.report
+    coverage = Coverage(report.total, allow_missing)
+    for reason, count in report.bad.items():
+        message = f"{report.bad_count} of {report.total} records are bad: {report.bad_examples[0]}"
+        coverage.leave_out(reason, message, count)
+    if report.missing_count:
+        message = (
+            f"{report.source}: {report.missing_count} of {report.total} images are missing: "
+            f"{report.missing_examples[0]}"
+        )
+        coverage.leave_out("missing", message, report.missing_count)
+    return index, coverage
+
+
+def evaluate_captions(
+    encoder: Encoder,
+    index: SampleIndex,
+    coverage: Coverage,
+    captions_per_image: int | None = None,
+) -> CaptionScores:
+    """Retrieval both ways, HiMo@2, HiMo@3 and HiMo@K.
+
+    The sentence prefixes of a caption end with the caption itself, so every measure comes from one
+    pass over the texts.
+
+    Args:
+        encoder: the model.
+        index: the data set, from `open_for_evaluation`, as is its `coverage`.
+        captions_per_image: see `group_by_image`.
+
+    Raises:
+        HimoError: what cannot be used, unless `coverage` allows it; nothing is left.
+    """
+    source = index.report.source
+    captions = group_by_image(index, coverage, captions_per_image)
+    coverage.check(source)
+    counts = torch.tensor(captions.caption_images).bincount(minlength=len(captions.image_rows))
+    failed: set[int] = set()
+
+    def leave_out(image: int, reason: str, message: str) -> None:
+        coverage.leave_out(reason, message, int(counts[image]))
+        failed.add(image)
+
+    image_features = encoder.images(index, captions.image_rows, leave_out)
+    coverage.check(source)
+    kept = sorted({image for image in captions.caption_images if image not in failed})
+    captions = captions.without(failed, set())
+    image_features = image_features[kept]
+
+    prefixes = [sentence_prefixes(split_sentences(caption)) for caption in captions.captions]
+    lengths = [len(texts) for texts in prefixes]
+    count = len(captions.captions)
+    owner = torch.arange(count).repeat_interleave(torch.tensor(lengths))  # the caption of a prefix
+    scored = encoder.score_texts(
+        captions.captions + [text for texts in prefixes for text in texts],
+        torch.arange(count, count + len(owner)),
+        torch.tensor(captions.caption_images)[owner],
+        image_features,
+        count,
+    )
+    is_bad = scored.not_finite[:count].clone()
+    is_bad[owner[scored.not_finite[count:]]] = True
+    bad = is_bad.nonzero()[:, 0].tolist()
+    for caption in bad:
+        where = index.describe(captions.caption_rows[caption])
+        coverage.leave_out("not_finite", f"{where}: features of its caption are not finite")
+    coverage.check(source)
+    series = list(scored.scores.split(lengths))
+    text_features = scored.features
+    if bad:
+        left = sorted(set(range(count)) - set(bad))
+        images = sorted({captions.caption_images[caption] for caption in left})
+        image_features, text_features = image_features[images], text_features[left]
+        series = [series[caption] for caption in left]
+        captions = captions.without(set(), set(bad))
+
+    ways = retrieval(
+        image_features.to(encoder.device),
+        text_features.to(encoder.device),
+        captions.caption_images,
+    )
+    at_k = himo_k(series)
+    histogram = {"K": at_k.pop("K"), "rho": at_k.pop("rho")}
+    sections = {
+        "protocol": {
+            "dataset": os.fspath(source),
+            "dataset_type": index.report.kind,
+            "dataset_sha256": index.report.sha256,
+            "images": len(captions.image_rows),
+            "captions": len(captions.captions),
+            "positives": captions.positives(),
+            "ties": "pessimistic",
+            "precision": "float32",
+            "sentence_rule": SENTENCE_RULE,
+            "sentence_rule_sha256": SENTENCE_RULE_SHA256,
+            "k_rule": K_RULE,
+            "texts_cut": scored.cut,
+        },
+        "retrieval": {
+            name: ways[name] for name in ("image_to_text", "text_to_image", "chance_R@1")
+        },
+        "himo": {"HiMo@2": himo_at(series, 2), "HiMo@3": himo_at(series, 3), "HiMo@K": at_k},
+        "coverage": coverage.to_dict(),
+        "histogram": histogram,
+        "ranks": ways["ranks"],
+    }
+    return CaptionScores(index, captions, series, coverage, sections)

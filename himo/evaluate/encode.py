@@ -1,0 +1,305 @@
+"""Features of images and texts, a batch at a time, and the account of what could not be used."""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from himo.data.paths import ImageRoot, MissingImage
+from himo.data.records import RecordError
+from himo.errors import HimoError
+from himo.evaluate.metrics import nonfinite_rows
+from himo.model import HiMoCLIP
+from himo.tokenizer import default_tokenizer
+from himo.transforms import ImageError, Preprocess, Reason, normalize
+
+_PROGRESS_DELAY_S = 2.0
+_KEPT = 5  # examples of what was left out
+_TOKENIZED = 4096  # texts at a time
+
+
+@dataclass
+class Coverage:
+    """How much of a data set took part, and why the rest did not.
+
+    Args:
+        total: items there are.
+        allow_missing: counts what cannot be used; otherwise the first of it is an error.
+    """
+
+    total: int
+    allow_missing: bool
+    left_out: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def used(self) -> int:
+        return self.total - sum(self.left_out.values())
+
+    def leave_out(self, reason: str, message: str, count: int = 1) -> None:
+        """Counts `count` items; HimoError with the message unless that is allowed."""
+        if not self.allow_missing:
+            raise HimoError(f"{message}; --allow-missing evaluates the rest and counts it")
+        self.left_out[reason] = self.left_out.get(reason, 0) + count
+        if len(self.examples) < _KEPT:
+            self.examples.append(message)
+
+    def set_aside(self, reason: str, count: int) -> None:
+        """Counts items that the protocol does not use, and that are no fault."""
+        if count:
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
+
+    def check(self, source: str) -> None:
+        """HimoError if nothing is left."""
+        if self.used == 0:
+            first = f", the first: {self.examples[0]}" if self.examples else ""
+            raise HimoError(f"{source}: none of {self.total} can be evaluated{first}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "used": self.used,
+            "total": self.total,
+            "left_out": dict(self.left_out),
+            "examples": list(self.examples),
+        }
+
+
+class Images(Protocol):
+    """Where images come from; `himo.data.SampleIndex` is one."""
+
+    def __len__(self) -> int: ...
+
+    def image_source(self, index: int, /) -> str | bytes:
+        """A path or the bytes of a file; ImageError if there is none."""
+
+    def describe(self, index: int, /) -> str:
+        """Where it stands, for a message."""
+
+
+@dataclass
+class ImageFiles:
+    """Images by their paths below a root, as a file names them at `places`."""
+
+    root: ImageRoot
+    names: Sequence[str]
+    places: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image_source(self, index: int, /) -> str:
+        try:
+            return self.root.resolve(self.names[index])
+        except RecordError as error:
+            reason: Reason = "missing" if isinstance(error, MissingImage) else "not_a_file"
+            raise ImageError(str(error), reason) from error
+
+    def describe(self, index: int, /) -> str:
+        return f"{self.places[index]}: {self.names[index]}"
+
+
+@dataclass
+class Encoder:
+    """A model, and how to feed it.
+
+    Args:
+        model: the model; its device is the one used.
+        preprocess: its preprocessing.
+        batch_size: images or texts at a time.
+        workers: threads that decode images.
+        progress: shows a bar for what takes more than 2 seconds.
+    """
+
+    model: HiMoCLIP
+    preprocess: Preprocess
+    batch_size: int = 64
+    workers: int = 2
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "workers"):
+            if getattr(self, name) < 1:
+                raise HimoError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    def images(
+        self, images: Images, rows: Sequence[int], failed: Callable[[int, str, str], None]
+    ) -> Tensor:
+        """L2-normalised features [len(rows), E] of some images, float32 on the CPU.
+
+        Args:
+            images: where they come from.
+            rows: which of them.
+            failed: is told the position in `rows`, the reason and a message of each image without
+                features; its row is NaN.
+        """
+        features = torch.full((len(rows), self.model.config.embed_dim), torch.nan)
+        with torch.no_grad(), self._bar("images", len(rows)) as bar:
+            for positions, pixels in self._decoded(images, rows, failed):
+                if positions:
+                    batch = normalize(torch.stack(pixels).to(self.device))
+                    encoded = _unit(self.model.encode_image(batch))
+                    for wrong in nonfinite_rows(encoded):
+                        where = images.describe(rows[positions[wrong]])
+                        failed(positions[wrong], "not_finite", f"{where}: features are not finite")
+                        encoded[wrong] = torch.nan
+                    features[positions] = encoded
+                bar.update(min(self.batch_size, len(rows) - bar.n))
+        return features
+
+    def score_texts(
+        self,
+        texts: Sequence[str],
+        pair_text: Tensor,
+        pair_image: Tensor,
+        image_features: Tensor,
+        kept: int,
+    ) -> "TextScores":
+        """Cosine similarities of pairs of a text and an image, and the features of some texts.
+
+        Texts with the same tokens are encoded once, and so have the same score. They are encoded
+        in the order of their length, because a batch takes as long as its longest text.
+
+        Args:
+            texts: T texts.
+            pair_text: int64 [P], from 0 to T - 1.
+            pair_image: int64 [P], rows of image_features.
+            image_features: float32 [N, E] on the CPU, L2-normalised.
+            kept: the features of texts[:kept] are kept.
+        """
+        tokens, row_of_text, cut = distinct_tokens(texts, self.model.context_length)
+        scores = torch.empty(len(pair_text))
+        features = torch.empty(kept, self.model.config.embed_dim)
+        bad_row = torch.zeros(len(tokens), dtype=torch.bool)
+        pair_row, pair_order = row_of_text[pair_text].sort()
+        kept_row, kept_order = row_of_text[:kept].sort()
+        with torch.no_grad(), self._bar("texts", len(tokens)) as bar:
+            for start in range(0, len(tokens), self.batch_size):
+                stop = min(start + self.batch_size, len(tokens))
+                encoded = self._encode_tokens(tokens[start:stop])
+                bad_row[[start + row for row in nonfinite_rows(encoded)]] = True
+                pairs = _between(pair_row, start, stop)
+                chosen = image_features[pair_image[pair_order[pairs]]]
+                scores[pair_order[pairs]] = (chosen * encoded[pair_row[pairs] - start]).sum(dim=1)
+                keep = _between(kept_row, start, stop)
+                features[kept_order[keep]] = encoded[kept_row[keep] - start]
+                bar.update(stop - start)
+        return TextScores(scores, features, bad_row[row_of_text], cut)
+
+    def _encode_tokens(self, tokens: "np.ndarray[Any, np.dtype[np.uint16]]") -> Tensor:
+        longest = int(tokens.argmax(axis=1).max()) + 1
+        batch = torch.from_numpy(tokens[:, :longest].astype(np.int32)).to(self.device)
+        return _unit(self.model.encode_text(batch, max_length=longest))
+
+    def _decoded(
+        self, images: Images, rows: Sequence[int], failed: Callable[[int, str, str], None]
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Yields batches of positions in `rows` and uint8 [3, R, R]; one batch is read ahead."""
+        ahead: deque[list[tuple[int, Future[Tensor] | ImageError]]] = deque()
+        starts = deque(range(0, len(rows), self.batch_size))
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            while starts or ahead:
+                while starts and len(ahead) < 2:
+                    start = starts.popleft()
+                    chosen = range(start, min(start + self.batch_size, len(rows)))
+                    ahead.append([(at, self._submit(pool, images, rows[at])) for at in chosen])
+                positions, pixels = [], []
+                for at, future in ahead.popleft():
+                    try:
+                        if isinstance(future, ImageError):
+                            raise future
+                        pixels.append(future.result())
+                        positions.append(at)
+                    except ImageError as error:
+                        failed(at, error.reason, f"{images.describe(rows[at])}: {error}")
+                yield positions, pixels
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, images: Images, row: int
+    ) -> Future[Tensor] | ImageError:
+        # Only the decoding is in the threads: the index shares descriptors of shards.
+        try:
+            return pool.submit(self.preprocess.read, images.image_source(row))
+        except ImageError as error:
+            return error
+
+    def _bar(self, what: str, total: int) -> "tqdm[Any]":
+        return tqdm(
+            desc=f"encoding {what}",
+            total=total,
+            unit=what.removesuffix("s"),
+            delay=_PROGRESS_DELAY_S,
+            disable=None if self.progress else True,  # None: shown on a terminal
+            leave=False,
+        )
+
+
+@dataclass
+class TextScores:
+    """What `Encoder.score_texts` gives.
+
+    Attributes:
+        scores: float32 [P], cosine similarity of each pair.
+        features: float32 [kept, E], L2-normalised.
+        not_finite: bool [T], texts whose features are not finite.
+        cut: texts, each counted once, that are longer than the model's context.
+    """
+
+    scores: Tensor
+    features: Tensor
+    not_finite: Tensor
+    cut: int
+
+
+def distinct_tokens(
+    texts: Sequence[str], context_length: int
+) -> tuple["np.ndarray[Any, np.dtype[np.uint16]]", Tensor, int]:
+    """Token rows without repetition from short to long, the row of each text, texts that were cut.
+
+    Returns:
+        uint16 [U, context_length], int64 [T], and how many different texts are longer than the
+        context.
+    """
+    tokenizer = default_tokenizer()
+    rows: dict[bytes, int] = {}
+    row_of_text = np.empty(len(texts), dtype=np.int64)
+    cut: set[str] = set()
+    for start in range(0, len(texts), _TOKENIZED):
+        part = list(texts[start : start + _TOKENIZED])
+        with warnings.catch_warnings():  # what was cut is counted here
+            warnings.simplefilter("ignore", UserWarning)
+            ids = tokenizer.encode_batch(part, context_length)
+        for offset, row in enumerate(ids):
+            row_of_text[start + offset] = rows.setdefault(row.tobytes(), len(rows))
+            if row[-1] and len(tokenizer.encode(part[offset])) + 2 > context_length:
+                cut.add(part[offset])
+    tokens = np.frombuffer(b"".join(rows), dtype=np.uint16).reshape(len(rows), context_length)
+    order = tokens.argmax(axis=1).argsort(kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return tokens[order], torch.from_numpy(rank[row_of_text]), len(cut)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Rows of length 1 in float32 on the CPU, whatever the model computes in."""
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+def _between(values: Tensor, start: int, stop: int) -> slice:
+    """Where sorted `values` are from start to stop - 1."""
+    first, last = torch.searchsorted(values, torch.tensor([start, stop])).tolist()
+    return slice(first, last)

@@ -1,0 +1,201 @@
+"""HiMo@K: whether the similarity of image and text grows with every detail the text adds."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo.data.paths import ImageRoot
+from himo.data.records import (
+    DECODER,
+    RecordError,
+    check_text,
+    json_error,
+    lines,
+    quote,
+)
+from himo.evaluate.encode import Coverage, Encoder, ImageFiles
+from himo.evaluate.metrics import growth_correlation, monotone_accuracy, segment_boundaries
+from himo.files import open_regular
+
+# The paper reads K > 3 as a correlation, and does not say which K a captioned set is given.
+# Here each caption is cut as finely as its sentences allow.
+K_RULE = "K = sentences of the caption, where more than 3"
+_MORE_THAN = 3
+
+
+def himo_at(series: Sequence[Tensor], segments: int) -> dict[str, Any]:
+    """HiMo@2 or HiMo@3 of captions that are cut into `segments` parts.
+
+    Args:
+        series: for each caption the scores [n] of its first 1, ..., n sentences.
+        segments: K; captions of fewer sentences are left out.
+
+    Returns:
+        {"value": percent or None, "used": captions, "left_out": captions}.
+    """
+    used = [
+        scores[[end - 1 for end in segment_boundaries(len(scores), segments)]]
+        for scores in series
+        if len(scores) >= segments
+    ]
+    value = monotone_accuracy(torch.stack(used)) if used else None
+    return {"value": value, "used": len(used), "left_out": len(series) - len(used)}
+
+
+def himo_k(series: Sequence[Tensor], more_than: int = _MORE_THAN) -> dict[str, Any]:
+    """HiMo@K averaged over captions, with K the length of each series; see K_RULE.
+
+    Args:
+        series: for each caption the scores [K] of its first 1, ..., K parts.
+        more_than: series of at most so many scores are left out.
+
+    Returns:
+        {"value": mean correlation or None, "used", "left_out", "K": [...], "rho": [...]}, the last
+        two for each caption used.
+    """
+    lengths = [len(scores) for scores in series]
+    rho = torch.full((len(series),), torch.nan, dtype=torch.float64)
+    for length in {length for length in lengths if length > more_than}:
+        where = [position for position, other in enumerate(lengths) if other == length]
+        rho[where] = growth_correlation(torch.stack([series[position] for position in where]))
+    used = [position for position, length in enumerate(lengths) if length > more_than]
+    return {
+        "value": rho[used].mean().item() if used else None,
+        "used": len(used),
+        "left_out": len(series) - len(used),
+        "K": [lengths[position] for position in used],
+        "rho": rho[used].tolist(),
+    }
+
+
+@dataclass
+class PrefixedImage:
+    """One line of HiMo-Docci: an image and K increasingly complete texts, K >= 2."""
+
+    place: str  # file and line, for messages
+    image: str
+    prefixes: list[str]
+
+    def segments(self) -> list[str]:
+        """What each text adds to the one before."""
+        before = ["", *self.prefixes[:-1]]
+        return [added_text(old, new) for old, new in zip(before, self.prefixes, strict=True)]
+
+
+def read_himo_docci(
+    path: str | os.PathLike[str], *, allow_missing: bool = False
+) -> tuple[list[PrefixedImage], Coverage]:
+    """The lines of HiMo-Docci, `{"img_path": ..., "caption": [t_1, ..., t_K], "raw_caption": ...}`.
+
+    Raises:
+        HimoError: a line that is not of this form, with its number, unless `allow_missing` counts
+            it; no line that is.
+    """
+    coverage = Coverage(0, allow_missing)
+    records = []
+    with open_regular(path) as file:
+        for number, line in lines(os.fspath(path), file, lambda done: None):
+            if line is not None and not line.strip():
+                continue
+            coverage.total += 1
+            place = f"{path}:{number}"
+            try:
+                records.append(_prefixed_image(place, line))
+            except RecordError as error:
+                coverage.leave_out(error.reason, f"{place}: {error}")
+    coverage.check(os.fspath(path))
+    return records, coverage
+
+
+def score_himo_docci(
+    encoder: Encoder,
+    path: str | os.PathLike[str],
+    image_root: str | os.PathLike[str] | None = None,
+    *,
+    allow_missing: bool = False,
+) -> "PrefixScores":
+    """Scores of every prefix of HiMo-Docci with its image.
+
+    Args:
+        encoder: the model.
+        path: the file of prefixes.
+        image_root: where its image paths begin; by default the directory of the file.
+        allow_missing: leaves out, and counts, what cannot be used.
+
+    Raises:
+        HimoError: as `read_himo_docci`; an image that cannot be read.
+    """
+    records, coverage = read_himo_docci(path, allow_missing=allow_missing)
+    root = ImageRoot(image_root or os.path.dirname(os.path.abspath(path)))
+    images = ImageFiles(root, [x.image for x in records], [x.place for x in records])
+    failed: set[int] = set()
+
+    def leave_out(position: int, reason: str, message: str) -> None:
+        coverage.leave_out(reason, message)
+        failed.add(position)
+
+    features = encoder.images(images, range(len(records)), leave_out)
+    coverage.check(os.fspath(path))
+    kept = [position for position in range(len(records)) if position not in failed]
+    texts = [text for position in kept for text in records[position].prefixes]
+    lengths = [len(records[position].prefixes) for position in kept]
+    pair_image = torch.tensor(kept).repeat_interleave(torch.tensor(lengths))
+    scored = encoder.score_texts(texts, torch.arange(len(texts)), pair_image, features, 0)
+    series = []
+    for position, scores, wrong in zip(
+        kept, scored.scores.split(lengths), scored.not_finite.split(lengths), strict=True
+    ):
+        if wrong.any():
+            message = f"{images.describe(position)}: features of a text are not finite"
+            leave_out(position, "not_finite", message)
+        else:
+            series.append(scores)
+    coverage.check(os.fspath(path))
+    used = [position for position in kept if position not in failed]
+    return PrefixScores([records[x] for x in used], used, images, series, coverage, scored.cut)
+
+
+@dataclass
+class PrefixScores:
+    """What `score_himo_docci` gives: of each record used, the row of its image and its scores."""
+
+    records: list[PrefixedImage]
+    rows: list[int]  # of `images`
+    images: ImageFiles
+    series: list[Tensor]  # [K] each
+    coverage: Coverage
+    cut: int  # texts longer than the model's context
+
+
+def added_text(before: str, after: str) -> str:
+    """What `after` says beyond `before`; whole words where the two differ before the end."""
+    pairs = enumerate(zip(before, after, strict=False))
+    common = next((at for at, (old, new) in pairs if old != new), min(len(before), len(after)))
+    if any(character.isalnum() for character in before[common:]):
+        common = after.rfind(" ", 0, common) + 1  # other words, and not only other punctuation
+    return after[common:].strip()
+
+
+def _prefixed_image(place: str, line: str | None) -> PrefixedImage:
+    if line is None:
+        raise RecordError("too_long", "line is too long")
+    try:
+        value = DECODER.decode(line)
+    except (ValueError, RecursionError) as error:
+        raise json_error(error) from error
+    if not isinstance(value, dict) or not {"img_path", "caption"} <= value.keys():
+        raise RecordError("type", f"{quote(value)} has no img_path and caption")
+    texts = value["caption"]
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise RecordError(
+            "caption_count", f"caption is {quote(texts)}, expected a list of at least 2 texts"
+        )
+    prefixes = [check_text(text, f"caption {number}") for number, text in enumerate(texts, 1)]
+    image = check_text(value["img_path"], "img_path")
+    if not image or not all(prefixes):
+        raise RecordError("empty", "img_path or a caption is empty")
+    return PrefixedImage(place, image, [" ".join(text.split()) for text in prefixes])
