@@ -1,0 +1,138 @@
+"""`himo report`: one HTML page about one or several training runs, which needs nothing else."""
+
+import argparse
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from himo.errors import HimoError
+from himo.files import atomic_path
+from himo.report.data import COLUMNS, Run, read_runs
+from himo.report.page import report_page
+from himo_kernels import __version__
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `himo report`."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="directories of runs (LOGS/NAME of himo train)"
+    )
+    parser.add_argument(
+        "--out",
+        default="report.html",
+        metavar="FILE",
+        help="the page; its numbers go beside it as .csv and .json (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """`himo report`."""
+    page = write_report(args.runs, args.out)
+    print(f"report: {page.resolve()}")
+    return 0
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Writes the page about `runs`, and its numbers as csv and json beside it.
+
+    Args:
+        runs: run directories, in the order they are shown.
+        out: the page, ending in .html. `out` with .csv gets every line of the metrics of all
+            runs, with .json their settings and evaluation results.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        HimoError: a path is not a run, or a file cannot be written.
+    """
+    page = html_path(out)
+    read = read_runs(runs)
+    text = report_page(read, versions(), datetime.now())
+    for suffix, content in (
+        (".csv", _csv_lines(read)),
+        (".json", json.dumps(_numbers(read), indent=1) + "\n"),
+        (".html", text),
+    ):
+        write_text(page.with_suffix(suffix), content)
+    return page
+
+
+def html_path(out: str | Path) -> Path:
+    """`out` as the path of a page.
+
+    Raises:
+        HimoError: its suffix is not .html.
+    """
+    page = Path(out)
+    if page.suffix != ".html":
+        raise HimoError(f"--out {out}: expected a name that ends in .html")
+    return page
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a file in UTF-8, whole or not at all."""
+    data = content.encode("utf-8", errors="replace")  # a lone surrogate of JSON has no bytes
+    with atomic_path(path, needed=len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def versions() -> str:
+    """The names and versions of the software that writes a page."""
+    return f"himo {__version__}, torch {torch.__version__}"
+
+
+def _csv_lines(runs: Sequence[Run]) -> str:
+    """metrics.jsonl of all runs in one table, a line for each logged step."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["run", "step", *COLUMNS])
+    for run_ in runs:
+        columns = (run_.column(column) for column in COLUMNS)
+        for step, *values in zip(run_.step, *columns, strict=True):
+            writer.writerow([run_.label, step, *("" if v is None else repr(v) for v in values)])
+    return buffer.getvalue()
+
+
+def _numbers(runs: Sequence[Run]) -> dict[str, Any]:
+    """Settings, results and notes of the runs as JSON; the thumbnails stay on the page."""
+    entries = []
+    for run_ in runs:
+        results = dict(run_.evaluation or {})
+        results.pop("ranks", None)  # of every query: they stay in eval.json
+        results["curves"] = [
+            {"image": c.image, "segments": list(c.segments), "scores": list(c.scores)}
+            for c in run_.curves
+        ]
+        last: dict[str, float | None] = {"step": run_.step[-1]} if run_.step else {}
+        last |= {c: run_.columns[c][-1] for c in COLUMNS if c in run_.columns}
+        entries.append(
+            {
+                "run": run_.label,
+                "path": str(run_.path),
+                "config": run_.config,
+                "last_metrics": last or None,
+                "evaluation": results if run_.evaluation is not None else None,
+                "notes": run_.notes,
+            }
+        )
+    finite: dict[str, Any] = _finite({"runs": entries})
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

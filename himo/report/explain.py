@@ -1,0 +1,165 @@
+"""`himo explain`: how one image's similarity to a caption moves as the caption grows."""
+
+import argparse
+import base64
+import io
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+
+import torch
+from PIL import Image
+
+from himo.checkpoint import load
+from himo.errors import HimoError
+from himo.evaluate.encode import Encoder
+from himo.evaluate.metrics import split_sentences
+from himo.report import html_path, versions, write_text
+from himo.report.charts import text
+from himo.report.data import distinct_names, plural
+from himo.report.growth import CHOICE, Example, card, falls, pearson
+from himo.report.page import document, footer, legend
+from himo.report.scales import number
+from himo.transforms import open_image
+
+_PICTURE = 640  # pixels of the longer side of the image on the page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `himo explain`."""
+    parser.add_argument("image", help="an image file")
+    parser.add_argument(
+        "caption",
+        nargs="+",
+        help="a caption, which is cut into its sentences; or several texts, each a segment",
+    )
+    parser.add_argument(
+        "--pretrained",
+        required=True,
+        action="append",
+        metavar="CKPT",
+        help="checkpoint of any format himo loads; may be given more than once to compare",
+    )
+    parser.add_argument(
+        "--out", default="explain.html", metavar="FILE", help="the page (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`himo explain`: prints the scores and writes the page."""
+    page = html_path(args.out)
+    segments = cut(args.caption)
+    names = distinct_names(args.pretrained)
+    picture = open_image(args.image).convert("RGB")  # before the models: most mistakes are here
+    scores = [
+        growth(checkpoint, args.image, segments, args.device) for checkpoint in args.pretrained
+    ]
+    example = Example(args.image, _data_url(picture), tuple(segments), tuple(enumerate(scores)))
+    write_text(page, explain_page(example, names, args.pretrained, datetime.now()))
+    print(table(segments, names, scores))
+    print(f"page: {page.resolve()}")
+    return 0
+
+
+def cut(captions: Sequence[str]) -> list[str]:
+    """The segments of a caption: its sentences, or the texts as given if they are several.
+
+    Raises:
+        HimoError: there are fewer than two.
+    """
+    segments = split_sentences(captions[0]) if len(captions) == 1 else [c.strip() for c in captions]
+    if len(segments) < 2 or not all(segments):
+        raise HimoError(
+            f"caption: expected at least two sentences, or several texts, got {captions[0]!r}"
+        )
+    return segments
+
+
+def growth(checkpoint: str, image: str, segments: Sequence[str], device: str) -> tuple[float, ...]:
+    """Cosine similarity of an image file and the first 1, 2, ... segments, in float32.
+
+    Raises:
+        HimoError: the checkpoint or the image cannot be read, or features are not finite.
+    """
+    model, preprocess = load(checkpoint, device)
+    encoder = Encoder(model, preprocess, batch_size=16, workers=1)
+
+    def failed(position: int, reason: str, message: str) -> None:
+        raise HimoError(message)
+
+    features = encoder.images(_OneImage(image), [0], failed)
+    prefixes = [" ".join(segments[:k]) for k in range(1, len(segments) + 1)]
+    of_image = torch.zeros(len(prefixes), dtype=torch.int64)
+    scored = encoder.score_texts(prefixes, torch.arange(len(prefixes)), of_image, features, 0)
+    if scored.not_finite.any():
+        raise HimoError(f"{checkpoint}: its features of the caption are not finite")
+    if scored.cut:
+        what = plural(scored.cut, "prefix is", "prefixes are")
+        print(
+            f"{checkpoint}: {what} longer than {model.context_length} tokens and cut",
+            file=sys.stderr,
+        )
+    return tuple(scored.scores.tolist())
+
+
+def explain_page(
+    example: Example, names: Sequence[str], checkpoints: Sequence[str], now: datetime
+) -> str:
+    """The page of one image; `names` are those of the models on the page."""
+    count = len(example.segments)
+    fallen = [len(falls(scores)) for _, scores in example.scores]
+    said = " ".join(
+        f"For <b>{text(name)}</b> the similarity "
+        + (
+            f"rises with each of the {count - 1} segments added."
+            if number_of == 0
+            else f"does not rise at {number_of} of the {count - 1} segments added."
+        )
+        for name, number_of in zip(names, fallen, strict=True)
+    )
+    body = (
+        "<header><p class=over>HiMo-CLIP, one image</p>"
+        f"<h1>Does similarity grow with detail?</h1><p class=lead>{said}</p></header>"
+        f"{legend(names)}<main><section>{CHOICE}"
+        f"{card('growth', example, names, big=True)}</section></main>"
+        + footer([f"Checkpoint: {checkpoint}" for checkpoint in checkpoints], versions(), now)
+    )
+    return document(f"{example.image}: similarity", body, len(names), "explain")
+
+
+def table(segments: Sequence[str], names: Sequence[str], scores: Sequence[Sequence[float]]) -> str:
+    """The scores for a terminal; * where one does not rise."""
+    width = max(12, *(len(name) + 2 for name in names))
+    lines = ["  k" + "".join(f"{name:>{width}}" for name in names) + "  segment added"]
+    for k, segment in enumerate(segments, 1):
+        cells = "".join(
+            f"{of_model[k - 1]:>{width - 1}.4f}{'*' if k in falls(of_model) else ' '}"
+            for of_model in scores
+        )
+        lines.append(f"{k:>3}{cells}  {segment}")
+    lines.append("rho" + "".join(f"{number(pearson(s), 3):>{width - 1}} " for s in scores))
+    return "\n".join(lines)
+
+
+class _OneImage:
+    """One image file, as `Encoder.images` takes images."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return 1
+
+    def image_source(self, index: int, /) -> str:
+        return self.path
+
+    def describe(self, index: int, /) -> str:
+        return self.path
+
+
+def _data_url(picture: Image.Image) -> str:
+    picture.thumbnail((_PICTURE, _PICTURE))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,0 +1,193 @@
+"""From numbers to places on an axis: scales, ticks, labels, moving averages, fewer points."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_LOG_DECADES = 1.7  # a positive series that spans more than this many is drawn on a log axis
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis from `low` to `high`, linear or logarithmic."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """The place of a value: 0 at `low`, 1 at `high`."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def ticks(self, count: int = 5) -> list[float]:
+        """Round values within the axis, about `count` of them."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for mantissas in ((1,), (1, 3), (1, 2, 5)):
+                ticks = [m * 10.0**d for d in decades for m in mantissas]
+                ticks = [tick for tick in ticks if self.holds(tick)]
+                if len(ticks) >= 3:
+                    return ticks[:: math.ceil(len(ticks) / (count + 2))]
+        step = nice_step((self.high - self.low) / count)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [index * step for index in range(first, last + 1)]
+
+
+def nice_step(rough: float) -> float:
+    """The smallest of 1, 2, 2.5, 5 times a power of ten that is not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+
+
+def fit(
+    values: Iterable[float | None], *, zero: bool = False, log: bool = False, margin: float = 0.05
+) -> Scale | None:
+    """A scale around the finite values; None where there are none.
+
+    Args:
+        zero: starts the axis at zero.
+        log: makes it logarithmic where the values are positive and span several decades.
+        margin: added on both sides, as a share of the range.
+    """
+    finite = finite_only(values)
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    if log and low > 0 and math.log10(high / low) > _LOG_DECADES:
+        return Scale(low / 1.3, high * 1.3, log=True)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    room = margin * (high - low) if high > low else 0.1 * abs(high) or 1.0
+    if not math.isfinite(room):  # a range beyond what a float64 holds
+        return None
+    return Scale(low if zero and low == 0 else low - room, high + room)
+
+
+def is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def finite_only(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def smoothed(y: Sequence[float | None], window: int, places: Iterable[int]) -> list[float]:
+    """The moving average at some indices, with weights that fall off over a centred window.
+
+    The window shrinks on both sides alike near the ends, so that the curve does not lag and its
+    last value is the last one logged. Values that are not finite are passed over; NaN where the
+    window holds no other.
+    """
+    values = np.array([math.nan if value is None else value for value in y])
+    good = np.isfinite(values)
+    values[~good] = 0.0
+    means = []
+    for place in places:
+        reach = min(window // 2, place, len(y) - 1 - place)
+        near = slice(place - reach, place + reach + 1)
+        weights = (1 - np.abs(np.arange(-reach, reach + 1)) / (reach + 1)) * good[near]
+        total = weights.sum()
+        means.append(float(values[near] @ (weights / total)) if total else math.nan)
+    return means
+
+
+def thin(
+    x: Sequence[float], y: Sequence[float | None], points: int
+) -> tuple[list[float], list[float]]:
+    """At most about `points` of a curve: the least and the greatest value of each stretch.
+
+    None becomes NaN; a stretch without a finite value stays a gap.
+    """
+    values = [math.nan if v is None or not math.isfinite(v) else v for v in y]
+    if len(x) <= points:
+        return list(x), values
+    stretch = math.ceil(len(x) / max(1, points // 2))
+    keep: list[int] = []
+    for start in range(0, len(x), stretch):
+        indices = range(start, min(start + stretch, len(x)))
+        finite = [i for i in indices if not math.isnan(values[i])]
+        if finite:
+            ends = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+            keep.extend(sorted(ends))
+        else:
+            keep.append(start)
+    keep = sorted({0, *keep, len(x) - 1})
+    return [x[i] for i in keep], [values[i] for i in keep]
+
+
+def spread(count: int, at_most: int) -> list[int]:
+    """At most `at_most` indices below `count`, evenly spaced, the first and last among them."""
+    if count <= at_most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (at_most - 1)) for i in range(at_most)})
+
+
+def value_at(x: Sequence[float], y: Sequence[float | None], place: float) -> float | None:
+    """The value logged last at or before `place`; None before the first and after the last."""
+    if not x or place > x[-1]:
+        return None
+    index = bisect_right(x, place) - 1
+    return y[index] if index >= 0 else None
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for people: `digits` significant ones, thousands apart, a dash for None."""
+    if value is None:
+        return "–"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-3 or size >= 1e9:
+        mantissa, exponent = f"{value:.{max(0, digits - 2)}e}".split("e")
+        if "." in mantissa:
+            mantissa = mantissa.rstrip("0").rstrip(".")
+        return minus(f"{mantissa}e{int(exponent)}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(size)))
+    if value == int(value):
+        decimals = 0
+    return minus(f"{value:,.{decimals}f}")
+
+
+def fixed(value: float | None, decimals: int) -> str:
+    """A number with a fixed count of decimals, as in a column of percentages."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    return minus(f"{value:,.{decimals}f}")
+
+
+def minus(text: str) -> str:
+    """The typographic minus sign in front of a mantissa; exponents keep the plain one."""
+    return "−" + text[1:] if text.startswith("-") else text
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Labels of one axis, with the same number of decimals."""
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    if largest >= 1e9 or 0 < largest < 1e-3:
+        return [number(tick, 3) for tick in ticks]
+    unit, suffix = next(
+        ((u, s) for u, s in ((1e6, "M"), (1e3, "k")) if largest >= 10 * u), (1.0, "")
+    )
+    scaled = [tick / unit for tick in ticks]
+    decimals = next(
+        (d for d in range(7) if all(abs(v - round(v, d)) <= 1e-6 * abs(v) for v in scaled)), 7
+    )
+    return ["0" if value == 0 else minus(f"{value:,.{decimals}f}{suffix}") for value in scaled]

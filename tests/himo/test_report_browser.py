@@ -1,0 +1,225 @@
+"""The report in a real browser: what it shows, that it loads nothing, and that it fits a phone."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report_runs
+
+from himo import report
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
+     if (found := shutil.which(name))),
+    None,
+)  # fmt: skip
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed"),
+    pytest.mark.timeout(120),
+]
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+# Put into a copy of a page without its policy; it leaves what it measures in an attribute.
+PROBE = """<script>
+const shown = s => [...document.querySelectorAll(s)].filter(e => e.getClientRects().length).length;
+const state = () => ({
+  normalised: shown('.normalised'), raw: shown('.raw'),
+  first: shown('figure path.run0'), second: shown('figure path.run1'),
+});
+addEventListener('load', () => {
+  const result = {before: state(), dark: matchMedia('(prefers-color-scheme:dark)').matches};
+  const width = document.documentElement.clientWidth;
+  result.width = width;
+  result.overflow = document.documentElement.scrollWidth - width;
+  result.outside = [...document.querySelectorAll('svg text')].filter(e => {
+    const box = e.getBoundingClientRect();
+    return box.width && (box.left < 0 || box.right > width);
+  }).map(e => e.textContent);
+  result.smallest = Math.min(...[...document.querySelectorAll('svg text')].map(
+    e => parseFloat(getComputedStyle(e).fontSize)));
+  result.background = getComputedStyle(document.body).backgroundColor;
+  document.getElementById('scores-raw').click();
+  document.getElementById('show-1').click();
+  result.after = state();
+  document.body.setAttribute('data-result', JSON.stringify(result));
+});
+</script></body>"""
+
+
+class Elements(HTMLParser):
+    """A DOM as a list of (path of classes and tags, text)."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tiles: list[tuple[str, list[str]]] = []
+        self.body: dict[str, str | None] = {}
+        self._cell: list[str] | None = None
+        self._heading = False
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "body":
+            self.body = dict(attrs)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th", "dd", "h3"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th", "dd", "h3") and self._cell is not None:
+            content = "".join(self._cell).strip()
+            if tag == "h3":
+                self.tiles.append((content, []))
+            elif tag == "dd":
+                self.tiles[-1][1].append(content)
+            elif self.rows:
+                self.rows[-1].append(content)
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def row_after(self, head: str, name: str) -> list[str]:
+        """The cells of the row `name` in the first table with `head` in its header."""
+        start = next(i for i, row in enumerate(self.rows) if head in row)
+        return next(row for row in self.rows[start:] if row and row[0] == name)[1:]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a HiMo run and a plain CLIP run."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = [report_runs.write_run(folder / f"tiny-{loss}", loss) for loss in ("himo", "clip")]
+    return report.write_report(runs, folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[tuple[int, list[bytes]]]:
+    """A port on this machine, and what was sent to it."""
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    heard.append(connection.recv(200))
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield server.getsockname()[1], heard
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def browse(page: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
+    """The DOM of a page after loading, and what the browser's console said."""
+    assert BROWSER is not None
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--enable-logging=stderr",
+            "--virtual-time-budget=2000", "--dump-dom", *flags, page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, console
+
+
+def test_page_loads_cleanly_and_shows_the_numbers_of_the_runs(page: Path, tmp_path: Path) -> None:
+    source, console = browse(page, tmp_path)
+    assert console == []
+    shown = Elements(source)
+    tiles = dict(shown.tiles[:6])
+    for index, name in enumerate(("tiny-himo", "tiny-clip")):
+        folder = page.parent / name
+        result = json.loads((folder / "eval.json").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        two_ways = [result["retrieval"][way] for way in ("image_to_text", "text_to_image")]
+        recalls = [way[f"R@{k}"] for way in two_ways for k in (1, 5, 10)]
+        chance = result["retrieval"]["chance_R@1"]
+        cells = shown.row_after("chance R@1", name)
+        assert [float(cell) for cell in cells[:7]] == pytest.approx([*recalls, chance], abs=5e-3)
+        assert cells[8:] == [str(result["protocol"][key]) for key in ("images", "captions")]
+        cells = shown.row_after("left out", name)
+        for place, measure in enumerate(("HiMo@2", "HiMo@3", "HiMo@K")):
+            stored = result["himo"][measure]
+            value, used, left_out = cells[3 * place : 3 * place + 3]
+            assert float(value.strip(" %")) == pytest.approx(stored["value"], abs=5e-3)
+            assert [int(used), int(left_out)] == [stored["used"], stored["left_out"]]
+        for title, value in (
+            ("R@1, image to text", recalls[0]),
+            ("R@1, text to image", recalls[3]),
+            ("HiMo@2", result["himo"]["HiMo@2"]["value"]),
+            ("HiMo@3", result["himo"]["HiMo@3"]["value"]),
+            ("HiMo@K", result["himo"]["HiMo@K"]["value"]),
+        ):
+            assert float(tiles[title][index].strip("%ρ")) == pytest.approx(value, abs=0.051)
+        # The tables under the curves: every row is a line of metrics.jsonl.
+        start = next(
+            i for i, row in enumerate(shown.rows) if row == ["step", "tiny-himo", "tiny-clip"]
+        )
+        losses = {line["step"]: line["contrastive_loss"] for line in lines}
+        rows = shown.rows[start + 1 : start + 17]
+        assert [int(row[0].replace(",", "")) for row in (rows[0], rows[-1])] == [10, 2400]
+        for row in rows:
+            step = int(row[0].replace(",", ""))
+            assert float(row[index + 1]) == pytest.approx(losses[step], rel=6e-4)
+    curves = json.loads((page.parent / "tiny-clip" / "eval.json").read_text())["curves"]
+    start = next(i for i, row in enumerate(shown.rows) if row[:1] == ["k"])
+    for k, score in enumerate(curves[0]["scores"], 1):
+        cell = shown.rows[start + k][2]
+        assert float(cell.rstrip(" ▼")) == pytest.approx(score, rel=6e-4)
+        fell = k > 1 and not curves[0]["scores"][k - 2] < score
+        assert cell.endswith("▼") == fell
+
+
+def test_nothing_is_requested(
+    page: Path, listener: tuple[int, list[bytes]], tmp_path: Path
+) -> None:
+    port, heard = listener
+    hostile = page.with_name("hostile.html")
+    fetch = f'<img src="http://127.0.0.1:{port}/x"><script src="http://127.0.0.1:{port}/y">'
+    hostile.write_text(page.read_text().replace("<main>", f"<main>{fetch}</script>"))
+    _, console = browse(hostile, tmp_path / "a")
+    assert heard == []
+    assert sum("Content Security Policy" in line for line in console) >= 2
+    # The same page without its policy does ask: the listener hears.
+    hostile.write_text(POLICY.sub("", hostile.read_text()))
+    browse(hostile, tmp_path / "b")
+    assert len(heard) >= 1
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (500, True)])
+def test_layout_and_switches(page: Path, width: int, dark: bool, tmp_path: Path) -> None:
+    copy = tmp_path / "probe.html"
+    source, found = POLICY.subn("", page.read_text())
+    assert found == 1
+    copy.write_text(source.replace("</body>", PROBE))
+    scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    dumped, console = browse(copy, tmp_path / "p", f"--window-size={width},900", *scheme)
+    assert console == []
+    result: dict[str, Any] = json.loads(Elements(dumped).body["data-result"] or "")
+    assert result["dark"] == dark
+    assert result["background"] == ("rgb(19, 22, 27)" if dark else "rgb(255, 255, 255)")
+    assert result["overflow"] <= 0 and result["outside"] == []
+    assert result["smallest"] >= 12
+    # The radio buttons change the curves, and the boxes of the legend hide a run.
+    before, after = result["before"], result["after"]
+    assert before["normalised"] == 6 and before["raw"] == 0
+    assert after["normalised"] == 0 and after["raw"] == 6
+    assert before["first"] > 5 and before["second"] > 5
+    assert after["first"] == before["first"] and after["second"] == 0
