@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+SEED ?= 0
 # The version that development and tests are pinned to; the package takes any from 2.11 on.
 TORCH ?= torch==2.13.0
 
@@ -31,7 +32,7 @@ help:
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
 	@echo "make bench   time every operator on this machine's CPU (not there yet)"
 	@echo "make gpu     time every operator on this machine's GPU (not there yet)"
-	@echo "make demo    train and evaluate a small model (not there yet)"
+	@echo "make demo    render scenes, train two small models, evaluate them, write demo/report.html"
 	@echo "make clean   remove what was built; the environment stays"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)"
 	@echo "VENV= (empty) uses PYTHON as it is: builds in place, installs nothing, needs no network."
@@ -80,8 +81,20 @@ bench:
 gpu:
 	@echo "make gpu: there are no benchmarks yet; they come with the GPU kernels" >&2; exit 1
 
-demo:
-	@echo "make demo: there is no demo yet; it comes with the himo trainer" >&2; exit 1
+# A tiny model from scratch on rendered scenes, once with the HiMo loss and once with plain CLIP's.
+DEMO_TRAIN := --model tiny --batch-size 128 --epochs 14 --lr 1e-3 --wd 0.1 --warmup 20 --seed $(SEED)
+demo: $(READY)
+	@rm -rf demo/logs
+	$(PY) -m himo synth --out demo/data --num 2000 --held-out 500 --seed 0 --overwrite
+	@set -e; for loss in himo clip; do \
+	  echo "== training with the $$loss loss"; \
+	  $(PY) -m himo train --train-data demo/data/train.json --loss $$loss $(DEMO_TRAIN) \
+	    --logs demo/logs --name $$loss; \
+	  $(PY) -m himo eval --pretrained demo/logs/$$loss/checkpoints/epoch_14.safetensors \
+	    --data demo/data/test.json --out demo/logs/$$loss/eval.json; \
+	done
+	$(PY) -m himo report demo/logs/himo demo/logs/clip --out demo/report.html
+	@echo "the report: file://$(CURDIR)/demo/report.html"
 
 clean:
 	rm -rf build dist *.egg-info himo_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

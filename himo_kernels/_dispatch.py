@@ -117,14 +117,18 @@ def default_backend() -> str:
     return _default_backend
 
 
+def check_backend(operator: str, backend: object, argument: str = "backend") -> str:
+    """Returns the name of a backend, or "auto"; an error that names the argument otherwise."""
+    if not isinstance(backend, str):
+        raise_type(operator, argument, "to be a string", type(backend).__name__)
+    if backend != "auto" and backend not in BACKENDS:
+        raise_value(operator, argument, f"to be 'auto' or one of {list(BACKENDS)}", backend)
+    return backend
+
+
 def _requested_backend(operator: str, requested: str) -> str:
-    if not isinstance(requested, str):
-        raise_type(operator, "backend", "to be a string", type(requested).__name__)
-    argument = "backend"
-    if requested == "auto":
-        requested, argument = _default_backend, BACKEND_VARIABLE
-    if requested != "auto" and requested not in BACKENDS:
-        raise_value(operator, argument, f"to be 'auto' or one of {list(BACKENDS)}", requested)
+    if check_backend(operator, requested) == "auto":
+        return check_backend(operator, _default_backend, BACKEND_VARIABLE)
     return requested
 
 

@@ -12,10 +12,12 @@ from himo_kernels._checks import (
     check_label_smoothing,
     check_number,
     check_same_as,
+    check_shape,
     check_variance_threshold,
+    raise_type,
     raise_value,
 )
-from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels._dispatch import accumulation_dtype, check_backend
 from himo_kernels.info_nce import dual_info_nce
 from himo_kernels.pca import pca_reconstruct
 
@@ -68,7 +70,7 @@ class HiDe(nn.Module):
         self.gap_eps = check_gap_eps("HiDe", gap_eps)
         self.differentiate_basis = check_flag("HiDe", "differentiate_basis", differentiate_basis)
         self.check_finite = check_flag("HiDe", "check_finite", check_finite)
-        self.backend = backend
+        self.backend = check_backend("HiDe", backend)
 
     def forward(self, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the component features [*, N, D] and the kept rank [*] (int64, on the device)."""
@@ -127,6 +129,8 @@ class HiMoLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if not isinstance(preset, str):
+            raise_type("HiMoLoss", "preset", "to be a string", type(preset).__name__)
         if preset not in PRESETS:
             raise_value("HiMoLoss", "preset", f"to be one of {list(PRESETS)}", preset)
         self.preset = preset
@@ -155,7 +159,7 @@ class HiMoLoss(nn.Module):
             raise_value("HiMoLoss", "pca_scope", "to be 'global' or 'local'", self.pca_scope)
         self.gather_with_grad = flag("gather_with_grad", gather_with_grad)
         self.check_finite = check_flag("HiMoLoss", "check_finite", check_finite)
-        self.backend = backend
+        self.backend = check_backend("HiMoLoss", backend)
         self.hide = HiDe(
             choose("variance_threshold", variance_threshold),
             gap_eps=gap_eps,
@@ -205,6 +209,7 @@ class HiMoLoss(nn.Module):
         ):
             check_features("HiMoLoss", argument, value)
             check_same_as("HiMoLoss", argument, value, "image_features", image_features)
+            check_shape("HiMoLoss", argument, value, image_features.shape)
         with torch.autocast(image_features.device.type, enabled=False):
             if self.normalize_features:
                 image_features, text_features = (

@@ -281,8 +281,9 @@ SETTING_MISTAKES = {
         ("HiMoLoss",),
         {
             "unknown": _instead("Paper", ValueError, "'Paper'"),
-            "None": _instead(None, ValueError, "None"),
-            "number": _instead(1, ValueError, "1"),
+            "None": _instead(None, TypeError, "NoneType"),
+            "number": _instead(1, TypeError, "int"),
+            "list": _instead(["paper"], TypeError, "list"),
         },
     ),
     "pca_scope": (

@@ -48,7 +48,8 @@ except NotImplementedError as error:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_reference_runs_without_triton_the_extension_and_numpy(block: str) -> None:
-    refusal = run_python("-c", "import sys\n" + BLOCKS[block] + USE, HIMO_KERNELS_BACKEND="auto")
+    settings = {"HIMO_KERNELS_NO_EXTENSION": "0", "HIMO_KERNELS_BACKEND": "auto"}
+    refusal = run_python("-c", "import sys\n" + BLOCKS[block] + USE, **settings)
     reason = "undefined symbol" if block == "broken" else "the extension is not built"
     assert reason in refusal.split("  cpu: ")[1].splitlines()[0]
 

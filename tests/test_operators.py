@@ -80,8 +80,8 @@ class Run:
         generator = torch.Generator().manual_seed(self.seed)
 
         def rows(count: int = samples, width: int = features) -> Tensor:
-            settings = {"batch": tuple(batch), "generator": generator, "normalize": count > 1}
-            return power_law(count, width, **settings).to(self.device, dtype)
+            settings = {"dtype": dtype, "device": self.device, "generator": generator}
+            return power_law(count, width, batch=tuple(batch), **settings)
 
         pca = himo_kernels.pca(rows(), backend="reference")
         scale = torch.tensor(5.0, dtype=pca.mean.dtype, device=self.device)
@@ -90,7 +90,11 @@ class Run:
             "info_nce": lambda: [rows(), rows(), scale],
             "dual_info_nce": lambda: [rows(), rows(), rows(), scale],
             "dual_info_nce_low_rank": lambda: [
-                *(rows(), rows(), rows(samples, FACTORS), rows(FACTORS, features), scale),
+                rows(),
+                rows(),
+                rows(samples, FACTORS),
+                rows(FACTORS, features),
+                scale,
                 torch.full(batch, FACTORS - 1, device=self.device),
             ],
             "HiMoLoss paper": lambda: [rows(), rows(), scale],
@@ -115,10 +119,10 @@ def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Ten
     # With incoming gradients that are not ones, and differ from entry to entry.
     outputs = [output for output in outputs if output.requires_grad]
     weights = [
-        torch.linspace(-1, 2, max(output.numel(), 1), dtype=output.dtype, device=output.device)
+        torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device)
         for output in outputs
     ]
-    weights = [w[: o.numel()].view(o.shape) for w, o in zip(weights, outputs, strict=True)]
+    weights = [w.view_as(output) for w, output in zip(weights, outputs, strict=True)]
     return torch.autograd.grad(outputs, [t for t in inputs if t.requires_grad], weights)
 
 

@@ -1,6 +1,6 @@
 // Centred products by blocks: a block of rows (covariance) or of columns (gram) is centred into a
 // buffer of the computing dtype and added to the product with addmm, so that no [N, D] temporary is
-// made. Extra memory: kBlock * D (covariance) or N * kBlock (gram), and 64 * D doubles.
+// made. Extra memory: one block, and 64 * D doubles of partial sums.
 //
 // Blocks are cut by the shape of x alone, never by the number of threads, and each sum has one
 // order: results are bitwise equal from run to run at a fixed number of threads.
@@ -25,15 +25,16 @@
 namespace himo::cpu {
 namespace {
 
-constexpr int64_t kBlock = 512;  // rows (columns, for gram) centred at a time
+// A block holds 8 MiB of float64, or 256 rows (columns, for gram) where those are longer than that:
+// fewer would spend the time on the product's own memory, and on starting threads.
+constexpr int64_t kBlockElements = 1024 * 1024;
+constexpr int64_t kBlockLines = 256;
 
 // Rows of the product that one addmm computes, up to the diagonal: at D = 768 this leaves out 3/8
 // of the multiplications. Narrower panels lose more in the matrix product than they leave out.
 constexpr int64_t kPanel = 192;
-
-// Small problems of a batch are centred together, up to this many elements (4 MiB of float64), and
-// multiplied by one bmm: a call of each for every problem would cost more than the arithmetic.
-constexpr int64_t kGroupElements = 512 * 1024;
+// Below this inner size the time goes into writing the product, and one addmm writes it fastest.
+constexpr int64_t kThin = 128;
 
 // The mean is cut into row blocks that are summed apart and then added in order: of at least 64
 // rows, so that two threads share 128 of them; at most 64 blocks, which bounds the partial sums.
@@ -41,7 +42,7 @@ constexpr int64_t kMeanRows = 64;
 constexpr int64_t kMeanBlocks = 64;
 constexpr int64_t kMeanColumns = 512;  // 4 KiB of partial sums: they stay in the first-level cache
 
-constexpr int64_t kTile = 32;  // 2 x 8 KiB in float64 while a tile is copied onto its mirror image
+constexpr int64_t kTile = 32;      // a square of 8 KiB in float64, in the first-level cache
 constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it saves
 
 int64_t grain(int64_t elements_per_task) {
@@ -59,12 +60,19 @@ int64_t problem_offset(const at::Tensor& x, int64_t b) {  // [*, N, D]
   return offset;
 }
 
-// Returns how many problems are taken at a time. A product wider than a panel gains more from the
-// panels than from company.
+// Returns how many problems are taken at a time. Small ones share a block and one bmm: a call of
+// each costs more than the arithmetic. A product wider than a panel gains more from the panels.
 int64_t group_size(const at::Tensor& x, int64_t batch, int64_t side) {  // [*, N, D]
   const int64_t elements = std::max<int64_t>(x.size(-2) * x.size(-1), 1);
-  if (side > kPanel || elements > kGroupElements / 2) return 1;
-  return std::min(batch, kGroupElements / elements);
+  if (side > kPanel || elements > kBlockElements / 2 || batch == 0) return 1;
+  const int64_t groups = at::divup(batch, kBlockElements / elements);
+  return at::divup(batch, groups);  // of even size: a short last group would leave threads idle
+}
+
+// Returns how many rows (columns, for gram) are centred at a time: all of them in a group.
+int64_t block_lines(int64_t group, int64_t lines, int64_t length) {
+  if (group > 1) return lines;
+  return std::min(lines, std::max(kBlockLines, kBlockElements / std::max<int64_t>(length, 1)));
 }
 
 // sums[j] += x[i, j]; the inner loop runs along the smaller stride.
@@ -72,10 +80,16 @@ template <typename scalar_t>
 HIMO_WIDE void add_rows(const scalar_t* x,  // [rows, columns]
                         int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                         double* sums) {  // [columns]
-  if (column_stride == 1) {
+  if (column_stride <= row_stride) {
     for (int64_t i = 0; i < rows; ++i) {
       const scalar_t* row = x + i * row_stride;
-      for (int64_t j = 0; j < columns; ++j) sums[j] += static_cast<double>(row[j]);
+      if (column_stride == 1) {
+        for (int64_t j = 0; j < columns; ++j) sums[j] += static_cast<double>(row[j]);
+      } else {
+        for (int64_t j = 0; j < columns; ++j) {
+          sums[j] += static_cast<double>(row[j * column_stride]);
+        }
+      }
     }
     return;
   }
@@ -203,35 +217,41 @@ void add_lower_product(const at::Tensor& product,  // [count, M, M]
     return;
   }
   const auto rows = left.select(0, 0), out = product.select(0, 0);
-  const int64_t side = out.size(0);
-  for (int64_t i = 0; i < side; i += kPanel) {
-    const int64_t end = std::min(i + kPanel, side);
+  const int64_t side = out.size(0), panel = first && rows.size(1) < kThin ? side : kPanel;
+  for (int64_t i = 0; i < side; i += panel) {
+    const int64_t end = std::min(i + panel, side);
     out.narrow(0, i, end - i)
         .narrow(1, 0, end)
         .addmm_(rows.narrow(0, i, end - i), rows.narrow(0, 0, end).t(), first ? 0 : 1);
   }
 }
 
-// Copies the lower triangles onto the upper ones.
+// Copies the lower triangles onto the upper ones, tile by tile through a small square, so that both
+// sides are read and written along their rows.
 void mirror_lower(const at::Tensor& product) {  // [count, M, M], contiguous
   const int64_t side = product.size(1), tiles = at::divup(side, kTile);
   AT_DISPATCH_FLOATING_TYPES(product.scalar_type(), "mirror_lower", [&] {
     scalar_t* data = product.mutable_data_ptr<scalar_t>();
-    const auto copy_tile = [&](scalar_t* matrix, int64_t i0, int64_t j0) {
-      for (int64_t i = i0; i < std::min(i0 + kTile, side); ++i) {
-        for (int64_t j = std::max(j0, i + 1); j < std::min(j0 + kTile, side); ++j) {
-          matrix[i * side + j] = matrix[j * side + i];
-        }
+    const auto copy_tile = [side](scalar_t* matrix, int64_t i0, int64_t j0) {  // j0 <= i0
+      scalar_t square[kTile][kTile + 1];  // + 1: a column must not fall on one set of the cache
+      const int64_t rows = std::min(kTile, side - i0), columns = std::min(kTile, side - j0);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) square[j][i] = matrix[(i0 + i) * side + j0 + j];
+      }
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t first = i0 == j0 ? j + 1 : 0;  // of the diagonal tile, the upper half
+        for (int64_t i = first; i < rows; ++i) matrix[(j0 + j) * side + i0 + i] = square[j][i];
       }
     };
-    at::parallel_for(0, product.size(0) * tiles, grain(kTile * side / 2),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t task = begin; task < end; ++task) {
-                         scalar_t* matrix = data + task / tiles * side * side;
-                         const int64_t i0 = task % tiles * kTile;
-                         for (int64_t j0 = i0; j0 < side; j0 += kTile) copy_tile(matrix, i0, j0);
-                       }
-                     });
+    at::parallel_for(
+        0, product.size(0) * tiles, grain(kTile * side / 2), [&](int64_t begin, int64_t end) {
+          for (int64_t task = begin; task < end; ++task) {
+            scalar_t* matrix = data + task / tiles * side * side;
+            // Long and short rows of tiles in turn: threads take runs of tasks.
+            const int64_t k = task % tiles, row = k % 2 == 0 ? k / 2 : tiles - 1 - k / 2;
+            for (int64_t j0 = 0; j0 <= row * kTile; j0 += kTile) copy_tile(matrix, row * kTile, j0);
+          }
+        });
   });
 }
 
@@ -272,7 +292,7 @@ void covariance_fwd(const at::Tensor& x,             // [*, N, D]
                     const at::Tensor& covariance) {  // [B, D, D]
   const int64_t samples = x.size(-2), features = x.size(-1), batch = mean.size(0);
   const int64_t group = group_size(x, batch, features);
-  const int64_t step = group > 1 ? samples : std::min(samples, kBlock);
+  const int64_t step = block_lines(group, samples, features);
   const auto buffer = at::empty({group * step * features}, mean.options());
   if (samples == 0) covariance.zero_();
   for (int64_t b = 0; b < batch; b += group) {
@@ -294,7 +314,7 @@ void gram_fwd(const at::Tensor& x,       // [*, N, D]
               const at::Tensor& gram) {  // [B, N, N]
   const int64_t samples = x.size(-2), features = x.size(-1), batch = mean.size(0);
   const int64_t group = group_size(x, batch, samples);
-  const int64_t step = group > 1 ? features : std::min(features, kBlock);
+  const int64_t step = block_lines(group, features, samples);
   const auto buffer = at::empty({group * samples * step}, mean.options());
   if (features == 0) gram.zero_();
   for (int64_t b = 0; b < batch; b += group) {
@@ -318,7 +338,7 @@ void covariance_bwd(const at::Tensor& grad_mean,        // [B, D]
                     const at::Tensor& grad_x) {         // [B, N, D]
   const int64_t samples = x.size(-2), features = x.size(-1), batch = grad_mean.size(0);
   const int64_t group = group_size(x, batch, features);
-  const int64_t step = group > 1 ? samples : std::min(samples, kBlock);
+  const int64_t step = block_lines(group, samples, features);
   const auto buffer = at::empty({group * step * features}, grad_mean.options());
   const auto scratch = scratch_like(buffer, grad_x);
   for (int64_t b = 0; b < batch; b += group) {
@@ -344,7 +364,7 @@ void gram_bwd(const at::Tensor& grad_mean,  // [B, D]
               const at::Tensor& grad_x) {   // [B, N, D]
   const int64_t samples = x.size(-2), features = x.size(-1), batch = grad_mean.size(0);
   const int64_t group = group_size(x, batch, samples);
-  const int64_t step = group > 1 ? features : std::min(features, kBlock);
+  const int64_t step = block_lines(group, features, samples);
   const auto buffer = at::empty({group * samples * step}, grad_mean.options());
   const auto scratch = scratch_like(buffer, grad_x);
   const auto means = mean.to(at::kDouble).contiguous();  // [B, D]

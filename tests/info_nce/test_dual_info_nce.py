@@ -345,7 +345,7 @@ class TestPrincipalComponents:
         )
 
 
-@pytest.mark.parametrize("target", targets("dual_info_nce"))
+@pytest.mark.parametrize("target", targets("dual_info_nce", dtype=torch.bfloat16))
 def test_image_gradient_in_half_precision_is_the_rounded_sum(
     target: Target, generator: torch.Generator
 ) -> None:

@@ -21,6 +21,7 @@ from info_nce_cases import (
     losses_and_gradients,
     make_inputs,
     targets,
+    targets_by_dtype,
 )
 from torch import Tensor
 
@@ -151,10 +152,7 @@ class TestDerivatives:
 
 
 class TestRequiresGrad:
-    @per_target(*NAMES)
-    @pytest.mark.parametrize(
-        "dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
-    )
+    @targets_by_dtype(*NAMES, dtypes=[torch.float32, torch.bfloat16])
     def test_every_subset_gets_its_gradients_and_no_others(
         self, target: Target, dtype: torch.dtype, generator: torch.Generator
     ) -> None:
@@ -336,10 +334,7 @@ class TestOneSpecificationOfWhatIsSaved:
                 error = relative_error(gradient, exact[name])
                 assert error <= 1e-5, f"forward {target.backend}, backward {backend}: {name}"
 
-    @per_target(*NAMES)
-    @pytest.mark.parametrize(
-        "dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
-    )
+    @targets_by_dtype(*NAMES, dtypes=[torch.float32, torch.bfloat16])
     def test_a_hundred_runs_give_one_bit_pattern(
         self, target: Target, dtype: torch.dtype, generator: torch.Generator
     ) -> None:
@@ -451,10 +446,7 @@ class TestLayouts:
 
 
 class TestLogitScale:
-    @per_target(*NAMES)
-    @pytest.mark.parametrize(
-        "dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:]
-    )
+    @targets_by_dtype(*NAMES, dtypes=[torch.float32, torch.bfloat16])
     def test_every_form_gives_one_loss(
         self, target: Target, dtype: torch.dtype, generator: torch.Generator
     ) -> None:
@@ -476,7 +468,7 @@ class TestLogitScale:
             assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses)
             assert all(map(torch.equal, losses, results[0])), f"logit_scale = {form!r}"
 
-    @per_target(*NAMES)
+    @per_target(*NAMES, dtype=torch.bfloat16)
     @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
     @pytest.mark.parametrize(
         "dtype",

@@ -11,21 +11,10 @@ from info_nce_cases import (
     losses_and_gradients,
     make_inputs,
     targets,
+    targets_by_dtype,
 )
 
 from himo_kernels.testing import confident_positives, relative_error
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def targets_by_dtype(*operators: str) -> pytest.MarkDecorator:
-    """Parametrises over every backend and each dtype that it can take."""
-    parameters = [
-        pytest.param(*target.values, dtype, marks=target.marks, id=f"{target.id}-{str(dtype)[6:]}")
-        for dtype in DTYPES
-        for target in targets(*operators, dtype=dtype)
-    ]
-    return pytest.mark.parametrize("target, dtype", parameters)
 
 
 def integer(low: int, high: int, generator: torch.Generator) -> int:
