@@ -1,4 +1,4 @@
-"""Fused kernels for HiMo-CLIP (arXiv 2511.06653): in-batch PCA and the dual InfoNCE loss.
+"""Kernels for HiMo-CLIP (arXiv 2511.06653): in-batch PCA and the dual InfoNCE loss.
 
 Needs torch alone. Triton and the compiled extension are used where they are installed;
 `python -m himo_kernels.info` tells which backend each operator has here, and why not another.

@@ -5,7 +5,8 @@ a string, so that `torch.compile(fullgraph=True)` sees one operator whatever the
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +51,13 @@ class Operator:
         """Returns torch.ops.himo_kernels.<name>_<direction>; the last argument is `str backend`.
 
         Outputs are made contiguous here, once for every backend, so that the strides of the fake
-        are the strides of the result. Autocast is off inside: dtypes follow the inputs.
+        are the strides of the result. Inside, dtypes follow the inputs and float32 is float32.
         """
 
         def run(*args: object) -> object:
             body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-            with torch.no_grad(), torch.autocast(device, enabled=False):
+            with torch.no_grad(), full_float32(device):
                 outputs = body(*args[:-1])
             if isinstance(outputs, Tensor):
                 return outputs.contiguous()
@@ -130,6 +131,24 @@ def _requested_backend(operator: str, requested: str) -> str:
     if check_backend(operator, requested) == "auto":
         return check_backend(operator, _default_backend, BACKEND_VARIABLE)
     return requested
+
+
+@contextmanager
+def full_float32(device: str) -> Iterator[None]:
+    """Matrix products in float32 proper: neither autocast nor TF32 nor bfloat16 passes.
+
+    The flags are the process's: products of other threads are exact too while one is inside.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

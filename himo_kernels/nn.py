@@ -3,6 +3,7 @@
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from himo_kernels._checks import (
@@ -85,7 +86,8 @@ class HiDe(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns the settings shown by print(module)."""
-        return f"variance_threshold={self.variance_threshold}, gap_eps={self.gap_eps}"
+        names = ("variance_threshold", "gap_eps", "differentiate_basis")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class HiMoLoss(nn.Module):
@@ -103,7 +105,7 @@ class HiMoLoss(nn.Module):
             are unchanged to rounding). Both True.
         normalize_components: L2-normalise the reconstructed texts. paper True, official False.
         pca_scope: PCA over the "global" batch (paper) or each rank's "local" one (official). In
-            one process they are the same.
+            one process, all that the loss takes so far, they are the same.
         gather_with_grad: True (paper) differentiates both sides of each direction; False
             (official) treats the keys, the gathered side, as constants.
         differentiate_basis: Gradient through the PCA basis. Both True.
@@ -203,6 +205,8 @@ class HiMoLoss(nn.Module):
             output_dict: Return {"contrastive_loss": eq. (2), "component_loss": eq. (3) (before the
                 weight), "loss": eq. (4)}.
         """
+        check_flag("HiMoLoss", "output_dict", output_dict)
+        _refuse_several_processes()
         for argument, value in (
             ("image_features", image_features),
             ("text_features", text_features),
@@ -240,11 +244,28 @@ class HiMoLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns the settings shown by print(module)."""
-        names = (*PRESETS[self.preset].keys(), "preset")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names if hasattr(self, name))
+        # The rest, tau among it, is shown by the submodule.
+        names = ("preset", *(name for name in PRESETS[self.preset] if not hasattr(self.hide, name)))
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _refuse_several_processes() -> None:
+    # The loss of each rank's own rows would be neither preset, without a word.
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise NotImplementedError(
+            f"HiMoLoss: expected one process, got a group of {dist.get_world_size()}: "
+            "the loss over several processes is not implemented"
+        )
 
 
 def _normalize(features: Tensor) -> Tensor:
-    # Rows divided by their length [*, N, D], in float32 whatever the input; a zero row stays zero.
+    # Rows divided by their length [*, N, D], in float32 whatever the input. Differs from
+    # F.normalize, which divides by 1e-12 there, in that a zero row gets no gradient; and in that
+    # squares cannot overflow, since a row is divided by its largest entry first (a constant: the
+    # direction does not depend on it).
     wide = features.to(accumulation_dtype(features.dtype))
-    return nn.functional.normalize(wide, dim=-1).to(features.dtype)
+    largest = wide.detach().abs().amax(-1, keepdim=True)
+    zero = largest == 0
+    scaled = wide / torch.where(zero, 1.0, largest)
+    length = torch.where(zero, 1.0, scaled.square().sum(-1, keepdim=True)).sqrt()
+    return torch.where(zero, 0.0, scaled / length).to(features.dtype)

@@ -1,6 +1,9 @@
 """HiDe and HiMoLoss: presets against independent formulas and the released code's semantics."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -152,16 +155,61 @@ def test_dtypes(dtype, generator):
     assert images.grad.dtype == texts.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", hkt.DEGENERATE)
-def test_degenerate_captions_are_finite(preset, name, generator):
-    if name == "zeros" and preset == "official":
-        pytest.skip("the released code divides by the zero length of a feature")
-    texts = hkt.DEGENERATE[name](48, 64, generator=generator).requires_grad_()
-    images = torch.randn(48, 64, generator=generator).requires_grad_()
+def test_degenerate_captions_are_finite(preset, name, dtype, generator):
+    texts = hkt.DEGENERATE[name](48, 64, dtype=dtype, generator=generator).requires_grad_()
+    images = torch.randn(48, 64, generator=generator).to(dtype).requires_grad_()
     loss = HiMoLoss(preset)(images, texts, 100.0)
     loss.backward()
     assert loss.isfinite() and images.grad.isfinite().all() and texts.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_row_of_zeros_gets_no_gradient(preset, generator):
+    images, texts, scale = features(generator, dtype=torch.float16)
+    images.data[2], texts.data[3] = 0, 0
+    loss = HiMoLoss(preset, differentiate_basis=False)(images, texts, scale.detach())
+    loss.backward()
+    assert loss.isfinite() and images.grad.isfinite().all() and texts.grad.isfinite().all()
+    assert (images.grad[2] == 0).all() and (texts.grad[3] == 0).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_length_of_the_features_does_not_matter(magnitude, generator):
+    images, texts, scale = features(generator, dtype=torch.float32)
+    expected = HiMoLoss()(images, texts, scale)
+    actual = HiMoLoss()(images * magnitude, texts * magnitude, scale)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_more_than_one_process_is_refused_rather_than_computed_locally(tmp_path):
+    program = """
+import sys, torch
+import torch.distributed as dist
+from himo_kernels.nn import HiMoLoss
+store = f"file://{sys.argv[1]}"
+dist.init_process_group("gloo", init_method=store, rank=int(sys.argv[2]), world_size=2)
+try:
+    HiMoLoss()(torch.eye(3), torch.eye(3), 1.0)
+except NotImplementedError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "store"), str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=120)
+        assert "HiMoLoss: expected one process, got a group of 2" in output
 
 
 def test_hide_returns_components_and_rank(generator):

@@ -7,13 +7,13 @@ float16 tie at the top for 1.7 % of the queries and in bfloat16 for 13 %, and Hi
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from himo.errors import HimoError
+from himo_kernels._dispatch import full_float32
 
 # The paper does not say how a caption is cut into sentences. This rule is part of the metric:
 # results carry its digest, and another rule is another metric.
@@ -70,7 +70,7 @@ def retrieval_ranks(
 
     ranks = torch.empty(count, dtype=torch.int64, device=queries.device)
     rows = max(1, tile_bytes // (4 * max(1, total)))
-    with _full_float32(queries.device.type), torch.no_grad():
+    with full_float32(queries.device.type), torch.no_grad():
         for start in range(0, count, rows):
             stop = min(start + rows, count)
             scores = queries[start:stop] @ distinct.t()  # [rows, M], one product for all of a row
@@ -243,18 +243,3 @@ def _check_series(scores: Tensor) -> None:
         )
     if wrong := nonfinite_rows(scores):
         raise HimoError(f"HiMo@K: expected finite scores, but row {wrong[0]} is not")
-
-
-@contextmanager
-def _full_float32(device: str) -> Iterator[None]:
-    """Matrix products in float32 proper: neither autocast nor TF32 nor bfloat16 passes."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -137,7 +137,8 @@ def dual_info_nce_low_rank(
     Args:
         coefficients: [*, N, K], dtype and device of image_features.
         basis: [*, K, D], likewise.
-        rank: [*] int64: columns of coefficients at and past it are ignored; None uses all K.
+        rank: [*] int64: columns of coefficients and rows of basis at and past it are ignored (but
+            by check_finite); None, and anything above K, uses all K, anything below 1 none.
         Others as in `info_nce`.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from himo_kernels._checks import (
@@ -27,7 +26,6 @@ from himo_kernels.pca.op import (
     PCAReconstruct,
     ProjectReconstruct,
 )
-from himo_kernels.pca.reference import ZERO_VARIANCE
 
 
 class PCA(NamedTuple):
@@ -55,7 +53,8 @@ def pca(
 
     The rank is the smallest r with `eigenvalues[:r].sum() / eigenvalues.sum() >= tau`, chosen from
     float64 eigenvalues; every shape follows from x's. A batch without variance (trace <= 1e-8)
-    keeps rank n.
+    keeps rank n; with N < D its components are then zero, and unlike in pca_reconstruct a
+    projection onto them is the mean.
 
     Differentiable to first order in mean, eigenvalues, explained_variance_ratio, and in components
     as far as they span a subspace: exact for every function that is unchanged when the kept
@@ -77,11 +76,7 @@ def pca(
     variance_threshold = _check("pca", x, variance_threshold, check_finite)
     gap_eps = check_gap_eps("pca", gap_eps)
     backend = PCA_OP.resolve(backend, x)
-    mean, eigenvalues, components, rank = Decompose.apply(x, variance_threshold, gap_eps, backend)
-    trace = eigenvalues.sum(-1, keepdim=True)
-    varies = ~(trace <= ZERO_VARIANCE)  # true for NaN, which must come through
-    ratio = torch.where(varies, eigenvalues / torch.where(varies, trace, 1.0), 0.0)
-    return PCA(mean, eigenvalues, components, rank, ratio)
+    return PCA(*Decompose.apply(x, variance_threshold, gap_eps, backend))
 
 
 def project_reconstruct(
@@ -142,7 +137,8 @@ def pca_reconstruct(
 ) -> tuple[Tensor, Tensor]:
     """HiDe: x reconstructed from the leading principal components of its own batch, eq. (1).
 
-    Equal to `project_reconstruct(x, pca(x, tau))` in one operator, with float64 inside. Any two
+    Equal to `project_reconstruct(x, pca(x, tau))` in one operator, with float64 inside: rows up to
+    1e150 in length, beyond which squares overflow and NaN comes out. Any two
     equal rows, a rank below n and equal eigenvalues give finite values and gradients. A batch
     without variance (N = 1, equal rows, trace <= 1e-8) and rank = n are the identity map.
 

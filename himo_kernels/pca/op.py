@@ -107,8 +107,15 @@ _pca_reconstruct_bwd = PCA_RECONSTRUCT.define(
 )
 
 
+def _explained_variance(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
+    # eigenvalues / trace [*, n] and the trace [*, 1]; 0 and inf where there is no variance.
+    trace = eigenvalues.sum(-1, keepdim=True)
+    trace = torch.where(trace <= reference.ZERO_VARIANCE, torch.inf, trace)
+    return eigenvalues / trace, trace
+
+
 class Decompose(torch.autograd.Function):
-    """pca: mean, eigenvalues, components, rank, in the accumulation dtype of x."""
+    """pca: mean, eigenvalues, components, rank and ratio, in the accumulation dtype of x."""
 
     @staticmethod
     def forward(
@@ -117,13 +124,15 @@ class Decompose(torch.autograd.Function):
         variance_threshold: float,
         gap_eps: float,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         mean, eigenvalues, components, rank, eigenvectors = _pca_fwd(x, variance_threshold, backend)
+        ratio, _ = _explained_variance(eigenvalues)
         ctx.save_for_backward(x, mean, eigenvalues, eigenvectors, rank)
         ctx.gap_eps, ctx.backend = gap_eps, backend
         ctx.mark_non_differentiable(rank)
         dtype = accumulation_dtype(x.dtype)
-        return mean.to(dtype), eigenvalues.to(dtype), components.to(dtype), rank
+        # The ratio is of float64 eigenvalues: those of large rows overflow float32.
+        return mean.to(dtype), eigenvalues.to(dtype), components.to(dtype), rank, ratio.to(dtype)
 
     @staticmethod
     def backward(
@@ -132,10 +141,27 @@ class Decompose(torch.autograd.Function):
         grad_eigenvalues: Tensor,
         grad_components: Tensor,
         grad_rank: None,
+        grad_ratio: Tensor,
     ) -> Any:
         refuse_double_backward("pca")
-        grads = (grad.double() for grad in (grad_mean, grad_eigenvalues, grad_components))
-        return _pca_bwd(*grads, *ctx.saved_tensors, ctx.gap_eps, ctx.backend), None, None, None
+        x, mean, eigenvalues, eigenvectors, rank = ctx.saved_tensors
+        ratio, trace = _explained_variance(eigenvalues)
+        grad_ratio = grad_ratio.double()
+        through_ratio = (grad_ratio - (grad_ratio * ratio).sum(-1, keepdim=True)) / trace
+        through_ratio = torch.where(trace.isinf(), 0.0, through_ratio)
+        grad_x = _pca_bwd(
+            grad_mean.double(),
+            grad_eigenvalues.double() + through_ratio,
+            grad_components.double(),
+            x,
+            mean,
+            eigenvalues,
+            eigenvectors,
+            rank,
+            ctx.gap_eps,
+            ctx.backend,
+        )
+        return grad_x, None, None, None
 
 
 class ProjectReconstruct(torch.autograd.Function):

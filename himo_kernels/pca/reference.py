@@ -51,9 +51,11 @@ def pca_bwd(
         # once, as the complement of P, and corrects the dropped ones by a bounded weight.
         null_weights = _null_weights(eigenvalues, kept, gap_eps).unsqueeze(-1)
         outside = grad_components - (grad_components @ components.mT) @ components
-        axes = eigenvectors.mT @ centred  # [*, n, D]
-        corrections = _null_corrections(eigenvalues, kept, gap_eps) * (grad_components @ axes.mT)
-        turn = null_weights * outside + corrections @ axes
+        axes = eigenvectors.mT @ centred  # a_j in rows [*, n, D]
+        scaled_axes = axes / _last_kept(eigenvalues, kept).sqrt().unsqueeze(-1)
+        overlaps = grad_components @ scaled_axes.mT
+        corrections = _null_corrections(eigenvalues, kept, gap_eps) * overlaps
+        turn = null_weights * outside + corrections @ scaled_axes
         grad_centred = 2 * eigenvectors @ (axes * grad_eigenvalues.unsqueeze(-1))
     grad_centred = grad_centred + (centred @ turn.mT) @ components  # eq. (10)
     grad_centred = grad_centred + (centred @ components.mT) @ turn
@@ -216,11 +218,15 @@ def _project(values: Tensor, eigenvectors: Tensor, kept: Tensor) -> Tensor:
     return basis @ (basis.mT @ values)
 
 
-def _gaps(eigenvalues: Tensor, kept: Tensor, gap_eps: float) -> tuple[Tensor, Tensor]:
-    # delta_ij = lambda_i - lambda_j [*, n, n], and (gap_eps lambda_R)^2 [*, 1, 1].
-    gaps = eigenvalues.unsqueeze(-1) - eigenvalues.unsqueeze(-2)
-    last_kept = torch.where(kept, eigenvalues, torch.inf).amin(-1)
-    return gaps, (gap_eps * last_kept).square()[..., None, None]
+def _last_kept(eigenvalues: Tensor, kept: Tensor) -> Tensor:
+    # lambda_R [*, 1], the unit of the weights below: squares of eigenvalues overflow.
+    last_kept = torch.where(kept, eigenvalues, torch.inf).amin(-1, keepdim=True)
+    return torch.where(last_kept == 0, 1.0, last_kept)  # nothing of weight is dropped then
+
+
+def _gaps(eigenvalues: Tensor, last_kept: Tensor) -> Tensor:
+    # delta_ij / lambda_R [*, n, n]; subtracted first, which is exact where it matters.
+    return (eigenvalues.unsqueeze(-1) - eigenvalues.unsqueeze(-2)) / last_kept.unsqueeze(-1)
 
 
 def _pairs(kept: Tensor) -> Tensor:
@@ -230,25 +236,30 @@ def _pairs(kept: Tensor) -> Tensor:
 def _pair_weights(eigenvalues: Tensor, kept: Tensor, gap_eps: float) -> Tensor:
     # F_ij = delta / (delta^2 + (gap_eps lambda_R)^2) for i kept, j dropped; 0 for every other
     # pair, and at delta = 0, where it is the limit for every gap_eps > 0.
-    gaps, floor = _gaps(eigenvalues, kept, gap_eps)
-    denominator = gaps.square() + floor
+    last_kept = _last_kept(eigenvalues, kept)
+    gaps = _gaps(eigenvalues, last_kept)
     valid = _pairs(kept) & (gaps != 0)
-    return torch.where(valid, gaps / torch.where(valid, denominator, 1.0), 0.0)
+    denominator = torch.where(valid, gaps + gap_eps**2 / gaps, 1.0)
+    return torch.where(valid, 1 / denominator, 0.0) / last_kept.unsqueeze(-1)
 
 
 def _null_weights(eigenvalues: Tensor, kept: Tensor, gap_eps: float) -> Tensor:
     # F_i0, the pair weight of kept i with a direction of variance 0.
-    _, floor = _gaps(eigenvalues, kept, gap_eps)
+    last_kept = _last_kept(eigenvalues, kept)
+    relative = eigenvalues / last_kept
     valid = _nonzero(eigenvalues, kept)
-    denominator = torch.where(valid, eigenvalues.square() + floor.squeeze(-1), 1.0)
-    return torch.where(valid, eigenvalues / denominator, 0.0)
+    denominator = torch.where(valid, relative + gap_eps**2 / relative, 1.0)
+    return torch.where(valid, 1 / denominator, 0.0) / last_kept
 
 
 def _null_corrections(eigenvalues: Tensor, kept: Tensor, gap_eps: float) -> Tensor:
-    # (F_ij - F_i0) / lambda_j, written so that no small lambda_j divides.
-    gaps, floor = _gaps(eigenvalues, kept, gap_eps)
+    # lambda_R (F_ij - F_i0) / lambda_j, written so that no small lambda_j divides. It goes with
+    # products of two vectors a, each divided by sqrt(lambda_R).
+    last_kept = _last_kept(eigenvalues, kept)
+    gaps = _gaps(eigenvalues, last_kept)
+    kept_values = (eigenvalues / last_kept).unsqueeze(-1)
     valid = _pairs(kept) & (gaps != 0) & _nonzero(eigenvalues, kept).unsqueeze(-1)
-    kept_values = eigenvalues.unsqueeze(-1)
-    denominator = (gaps.square() + floor) * (kept_values.square() + floor)
-    numerator = gaps * kept_values - floor
-    return torch.where(valid, numerator / torch.where(valid, denominator, 1.0), 0.0)
+    numerator = torch.where(valid, gaps * kept_values - gap_eps**2, 0.0)
+    denominator = (gaps.square() + gap_eps**2) * (kept_values.square() + gap_eps**2)
+    weights = numerator / torch.where(valid, denominator, 1.0)
+    return weights / last_kept.unsqueeze(-1)
