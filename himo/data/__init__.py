@@ -1,0 +1,21 @@
+"""Captioned images: formats on disk, the sample index, the data set, its order and its loader."""
+
+from himo.data.dataset import BadSamples, CaptionedImages, Sample
+from himo.data.index import SampleIndex
+from himo.data.loader import BatchLoader, make_loader
+from himo.data.report import IndexReport
+from himo.data.sampler import EpochSampler
+from himo.data.sources import DATASET_TYPES, open_dataset
+
+__all__ = [
+    "DATASET_TYPES",
+    "BadSamples",
+    "BatchLoader",
+    "CaptionedImages",
+    "EpochSampler",
+    "IndexReport",
+    "Sample",
+    "SampleIndex",
+    "make_loader",
+    "open_dataset",
+]

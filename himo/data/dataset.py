@@ -1,0 +1,149 @@
+"""Captioned images as tensors, and the account of the images that could not be read."""
+
+import hashlib
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from himo.data.index import SampleIndex
+from himo.errors import HimoError
+from himo.transforms import ImageError, Preprocess, Reason
+
+# What `Sample.reason` means; 0 is a good image.
+REASONS: tuple[str, ...] = ("good", *get_args(Reason))
+# Of independent draws from a data set with 1 % bad images, all fail once in 1e32.
+_ATTEMPTS = 16
+_KEPT = 5  # examples of bad images
+
+
+class Sample(NamedTuple):
+    """One sample; with a leading dimension B everywhere, a batch."""
+
+    image: Tensor  # uint8 [3, R, R]
+    tokens: Tensor  # as the tokenizer gives them [L]
+    row: int | Tensor  # position in the data set that was asked for
+    reason: int | Tensor  # position in REASONS; not 0 if another sample stands in for it
+
+
+class CaptionedImages(Dataset[Sample]):
+    """The samples of an index, decoded, preprocessed and tokenised.
+
+    A bad image is replaced by another sample, image and caption, and the sample says so by its
+    `reason`. Which one is a function of seed and position alone: the same in every epoch, for any
+    number of workers and after a resume. `BadSamples` counts and limits what was replaced.
+
+    Args:
+        index: the samples.
+        preprocess: its `read` makes uint8 [3, R, R] of a path or of bytes.
+        tokenize: makes tokens [1, L] of a caption, as `himo.tokenize`.
+        seed: of the replacements.
+        short_captions: takes `caption_short` where a record has one.
+    """
+
+    def __init__(
+        self,
+        index: SampleIndex,
+        preprocess: Preprocess,
+        tokenize: Callable[[str], Tensor],
+        *,
+        seed: int = 0,
+        short_captions: bool = False,
+    ) -> None:
+        self.index, self.preprocess, self.tokenize = index, preprocess, tokenize
+        self.seed, self.short_captions = seed, short_captions
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, index: int) -> Tensor:
+        """The image at `index`, uint8 [3, R, R]; ImageError if it cannot be read."""
+        return self.preprocess.read(self.index.image_source(index))
+
+    def tokens(self, index: int) -> Tensor:
+        """The tokens of the caption at `index`, [L]."""
+        record = self.index[index]
+        short = self.short_captions and record.caption_short
+        return self.tokenize(short or record.caption)[0]
+
+    def replacement(self, index: int, attempt: int) -> int:
+        """The sample that stands in for a bad one, for the attempt-th time: any but itself."""
+        if len(self) == 1:
+            return index
+        state = struct.pack("<qqq", self.seed, index, attempt)
+        number = int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
+        other = number % (len(self) - 1)
+        return other + (other >= index)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, or another in its place.
+
+        Raises:
+            HimoError: neither it nor any of 16 replacements can be read, as where a disk is gone.
+        """
+        reason, row = 0, index
+        for attempt in range(_ATTEMPTS + 1):
+            try:
+                return Sample(self.image(row), self.tokens(row), index, reason)
+            except ImageError as error:
+                failure = error
+                reason = reason or REASONS.index(error.reason)
+                row = self.replacement(index, attempt)
+        raise HimoError(
+            f"{_ATTEMPTS + 1} images tried one after the other cannot be read, the last: {failure}"
+        )
+
+
+class BadSamples:
+    """Counts the images that could not be read, from the batches that the main process gets.
+
+    Each position counts once, however many epochs meet it. In a run of several processes each one
+    counts the images that it met.
+
+    Args:
+        index: the samples, for messages.
+        max_bad_fraction: the most of them, as a fraction, that may be bad.
+    """
+
+    def __init__(self, index: SampleIndex, max_bad_fraction: float = 0.01) -> None:
+        if not 0 <= max_bad_fraction <= 1:
+            raise HimoError(f"max_bad_fraction: expected 0 to 1, got {max_bad_fraction}")
+        self.index, self.max_bad_fraction = index, max_bad_fraction
+        self.reasons: dict[int, str] = {}  # of each bad position, in the order met
+
+    def update(self, batch: Sample) -> None:
+        """Counts the bad samples of a batch.
+
+        Raises:
+            HimoError: there are now more than the limit.
+        """
+        reason = torch.as_tensor(batch.reason)
+        if not reason.any():
+            return
+        indices = torch.as_tensor(batch.row)[reason != 0].tolist()
+        for index, code in zip(indices, reason[reason != 0].tolist(), strict=True):
+            self.reasons.setdefault(index, REASONS[code])
+        if len(self.reasons) > self.max_bad_fraction * len(self.index):
+            limit = f"the limit is {100 * self.max_bad_fraction:g} %"
+            raise HimoError(f"too many bad images, {limit}: {self.summary()}")
+
+    def counts(self) -> dict[str, int]:
+        """How many positions are bad, by reason."""
+        reasons = list(self.reasons.values())
+        return {reason: reasons.count(reason) for reason in REASONS if reason in reasons}
+
+    def summary(self) -> str:
+        """One line: how many by reason, and where the first of them stand."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.counts().items())
+        first = ", ".join(self.index.describe(index) for index in list(self.reasons)[:_KEPT])
+        total = f"{len(self.reasons)} of {len(self.index)} images could not be read"
+        return f"{total} ({counts}); first: {first}" if self.reasons else total
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reasons = {int(index): str(reason) for index, reason in state["reasons"].items()}

@@ -1,0 +1,292 @@
+"""The sample index: a data set's records in one memory-mapped file, built once.
+
+Reading 1.25 million records anew takes seconds and gigabytes in every process; the index opens in
+milliseconds, and all processes share its pages. Layout, little-endian:
+
+    8 bytes    b"HIMOIDX1"
+    text       of each row: image path, caption, short caption, UTF-8, one after the other
+    rows       one `_ROW` for each sample
+    header     JSON
+    24 bytes   offset, length and CRC-32 of the header, and b"IDX1"
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, overload
+
+import numpy
+from PIL import Image
+from tqdm import tqdm
+
+from himo.data.paths import ImageRoot, MissingImage
+from himo.data.records import BadRecord, Record, RecordError, Source
+from himo.data.report import IndexReport
+from himo.errors import HimoError
+from himo.files import atomic_path, open_regular
+from himo.transforms import ImageError, Reason, open_image
+
+_MAGIC, _END_MAGIC = b"HIMOIDX1", b"IDX1"
+# Offset of the text; bytes of path, caption and short caption; line; shard, offset and size of the
+# image in it; CRC-32 of the text and of what comes before in the row.
+_ROW = struct.Struct("<qiiiqiqqI")
+_CRC = struct.Struct("<I")
+_END = struct.Struct("<qqI4s")
+_PROGRESS_DELAY_S = 2.0
+_OPEN_SHARDS = 64  # descriptors kept open in each process, of the usual limit of 1024
+
+
+class DamagedIndex(HimoError):
+    """An index file that is not one, or no longer."""
+
+
+def write_index(
+    path: str | os.PathLike[str],
+    source: Source,
+    root: ImageRoot | None,
+    *,
+    key: str,
+    skip_missing_images: bool,
+    max_bad_fraction: float,
+    progress: bool,
+) -> None:
+    """Reads `source` through and writes its index to `path`, whole or not at all.
+
+    Args:
+        path: the index file.
+        source: the data set.
+        root: where its images lie; None if the source holds them itself.
+        key: identifies source and options; `SampleIndex.is_current` compares it.
+        skip_missing_images: leaves out records whose image does not exist, instead of an error.
+        max_bad_fraction: the most records, as a fraction, that may be bad.
+        progress: shows a bar once it has taken 2 seconds.
+
+    Raises:
+        HimoError: as `IndexReport.check` and `check_missing`; a source that is not of its format.
+    """
+    report = IndexReport(source.path, source.kind)
+    stamp = source.stamp()
+    digest = hashlib.sha256()
+    rows = bytearray()
+    bar = tqdm(
+        desc=f"index of {os.path.basename(source.path)}",
+        total=source.size(),
+        unit=source.unit,
+        unit_scale=True,
+        delay=_PROGRESS_DELAY_S,
+        disable=not progress,
+    )
+
+    def advance(done: int) -> None:
+        bar.update(done - bar.n)
+
+    with bar, atomic_path(path) as temporary, open(temporary, "wb", buffering=1 << 20) as file:
+        file.write(_MAGIC)
+        offset = len(_MAGIC)
+        for item in source.read(advance):
+            if isinstance(item, BadRecord):
+                report.add_bad(item.reason, item.message)
+                continue
+            if root is not None and not _has_image(root, item, source.path, report):
+                continue
+            fields = [part.encode() for part in (item.image, item.caption, item.caption_short)]
+            text = b"".join(fields)
+            place = (item.line, item.shard, item.offset, item.size)
+            row = _ROW.pack(offset, *map(len, fields), *place, 0)[: -_CRC.size]
+            rows += row + _CRC.pack(zlib.crc32(row, zlib.crc32(text)))
+            file.write(text)
+            offset += len(text)
+            digest.update(b"\0".join(fields) + b"\n")
+            report.records += 1
+        report.ignored = source.ignored
+        report.sha256 = digest.hexdigest()
+        report.check(max_bad_fraction)
+        if not skip_missing_images:
+            report.check_missing()
+        header = json.dumps(
+            {
+                "key": key,
+                "stamp": stamp,
+                "rows": offset,
+                "image_root": root.root if root is not None else None,
+                "follow_links": root.follow_links if root is not None else False,
+                "shards": source.shards,
+                "report": asdict(report),
+            }
+        ).encode()
+        file.write(rows + header)
+        file.write(_END.pack(offset + len(rows), len(header), zlib.crc32(header), _END_MAGIC))
+
+
+def _has_image(root: ImageRoot, record: Record, source: str, report: IndexReport) -> bool:
+    is_missing = False
+    try:
+        root.resolve(record.image)
+    except MissingImage:
+        is_missing = True
+    except RecordError as error:
+        place = f"{source}:{record.line}" if record.line else source
+        report.add_bad(error.reason, f"{place}: {error}")
+        return False
+    report.add_image(record.image, is_missing)
+    return not is_missing
+
+
+class SampleIndex(Sequence[Record]):
+    """The records of a data set, read from an index file on demand.
+
+    It can be pickled and forked: worker processes map the same file.
+
+    Args:
+        path: a file that `write_index` has written.
+
+    Raises:
+        DamagedIndex: the file is not a whole index.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        with open_regular(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < len(_MAGIC) + _END.size:
+                raise self._damaged("is too short")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        offset, length, crc, end = _END.unpack_from(self._map, size - _END.size)
+        if self._map[: len(_MAGIC)] != _MAGIC or end != _END_MAGIC:
+            raise self._damaged("is not an index of this version")
+        text = self._map[offset : offset + length] if 0 <= offset <= size else b""
+        if offset + length + _END.size != size or zlib.crc32(text) != crc:
+            raise self._damaged("has a damaged header")
+        header: dict[str, Any] = json.loads(text)
+        self.key: str = header["key"]
+        self.stamp: str = header["stamp"]
+        self.report = IndexReport(**header["report"])
+        self._rows: int = header["rows"]
+        if self._rows + self.report.records * _ROW.size != offset:
+            raise self._damaged("has a damaged header")
+        self._selected: numpy.ndarray | None = None
+        self._shards: list[str] = header["shards"]
+        self._descriptors: dict[int, int] = {}
+        self._root: ImageRoot | None = None
+        if header["image_root"] is not None:
+            self._root = ImageRoot(header["image_root"], header["follow_links"])
+
+    def is_current(self, key: str, stamp: str) -> bool:
+        """Whether it was made of this source, unchanged, and no image missing then is there now."""
+        return (self.key, self.stamp) == (key, stamp) and not any(
+            self._root is not None and os.path.exists(os.path.join(self._root.root, path))
+            for path in self.report.missing_examples
+        )
+
+    def select(self, rows: Iterable[int]) -> "SampleIndex":
+        """The samples at these positions, as an index of their own over the same file.
+
+        `select(range(1000))` holds out what ShareGPT4V's users validate on.
+        """
+        chosen = numpy.asarray(list(rows), dtype=numpy.int64)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise HimoError(
+                f"select: expected rows from 0 to {len(self) - 1}, got {chosen.min()} to "
+                f"{chosen.max()}"
+            )
+        selected = SampleIndex(self.path)
+        selected._check_same(self.report.sha256)
+        selected._selected = chosen if self._selected is None else self._selected[chosen]
+        return selected
+
+    def __len__(self) -> int:
+        return self.report.records if self._selected is None else len(self._selected)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "SampleIndex": ...
+    def __getitem__(self, index: int | slice) -> "Record | SampleIndex":
+        """The record at `index`; for a slice, `select`."""
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        row = index % len(self)
+        position = self._rows + _ROW.size * (
+            row if self._selected is None else int(self._selected[row])
+        )
+        start, image, caption, short, line, *place, crc = _ROW.unpack_from(self._map, position)
+        text = self._map[start : start + image + caption + short]
+        if (
+            zlib.crc32(self._map[position : position + _ROW.size - _CRC.size], zlib.crc32(text))
+            != crc
+        ):
+            raise self._damaged(f"is damaged at sample {index}")
+        return Record(
+            line,
+            text[:image].decode(),
+            text[image : image + caption].decode(),
+            text[image + caption :].decode(),
+            *place,
+        )
+
+    def image_source(self, index: int) -> str | bytes:
+        """The path of an image, known to lie inside the image root, or its bytes out of a shard.
+
+        Raises:
+            ImageError: it is missing, not a regular file, or cut off.
+        """
+        record = self[index]
+        if self._root is None:
+            return self._read_shard(record)
+        try:
+            return self._root.resolve(record.image)
+        except RecordError as error:
+            reason: Reason = "missing" if isinstance(error, MissingImage) else "not_a_file"
+            raise ImageError(str(error), reason) from error
+
+    def open_image(self, index: int) -> Image.Image:
+        """The decoded image; ImageError as `image_source` and `himo.transforms.open_image`."""
+        return open_image(self.image_source(index))
+
+    def describe(self, index: int) -> str:
+        """Where the record stands, for a message: file, line and image."""
+        record = self[index]
+        line = f":{record.line}" if record.line else ""
+        return f"{self.report.source}{line}: {record.image}"
+
+    def _read_shard(self, record: Record) -> bytes:
+        shard = self._shards[record.shard]
+        try:
+            if record.shard not in self._descriptors:
+                if len(self._descriptors) >= _OPEN_SHARDS:
+                    os.close(self._descriptors.pop(next(iter(self._descriptors))))
+                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+                self._descriptors[record.shard] = os.open(shard, flags)
+            # Not a mapping: a shard that is cut off meanwhile would then kill the process.
+            data = os.pread(self._descriptors[record.shard], record.size, record.offset)
+        except OSError as error:
+            raise ImageError(f"{shard}: {(error.strerror or '').lower()}", "missing") from error
+        if len(data) < record.size:
+            raise ImageError(f"{shard}: {record.image} is cut off", "truncated")
+        return data
+
+    def _damaged(self, what: str) -> DamagedIndex:
+        return DamagedIndex(f"{self.path}: {what}; remove it to have the index built again")
+
+    def _check_same(self, sha256: str) -> None:
+        if self.report.sha256 != sha256:
+            raise HimoError(f"{self.path}: the data set was indexed anew while it was in use")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": self.report.sha256, "selected": self._selected}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SampleIndex.__init__(self, state["path"])
+        self._check_same(state["sha256"])
+        self._selected = state["selected"]
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)

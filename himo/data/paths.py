@@ -1,0 +1,113 @@
+"""Image paths out of an annotation file, kept inside the image root.
+
+An annotation file is data, and it may come from anyone: a path in it never leaves the image
+root, is never expanded or fetched, and never names anything but a regular file.
+"""
+
+import os
+import re
+import stat
+
+from himo.data.records import RecordError, quote
+from himo.errors import HimoError
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # a URL, or the drive of a Windows path
+_MAX_NAME, _MAX_PATH = 255, 4095  # bytes, of Linux file systems
+
+
+class MissingImage(RecordError):
+    """The path is a good one, but there is no file."""
+
+
+def check_relative(path: str) -> None:
+    """Refuses a path that means anything but a file below the image root.
+
+    Raises:
+        RecordError: with reason "path".
+    """
+    problem = None
+    parts = path.split("/")
+    if _CONTROL.search(path):
+        problem = "holds a control character"
+    elif path.startswith("/"):
+        problem = "is absolute, expected one relative to the image root"
+    elif path.startswith("~"):
+        problem = "starts with ~, which is not expanded"
+    elif _SCHEME.match(path):
+        problem = "is a URL or has a drive letter, expected a path below the image root"
+    elif "\\" in path:
+        problem = "has a backslash, expected / between folders"
+    elif ".." in parts:
+        problem = "goes up with .., expected one below the image root"
+    elif len(name := path.encode(errors="surrogatepass")) > _MAX_PATH or any(
+        len(part) > _MAX_NAME for part in name.split(b"/")
+    ):
+        problem = "is too long for a file name"
+    if problem is not None:
+        raise RecordError("path", f"image path {quote(path)} {problem}")
+
+
+class ImageRoot:
+    """Finds images below one directory.
+
+    Args:
+        root: the directory of the images.
+        follow_links: lets symbolic links below the root lead out of it, as where parts of a data
+            set lie on several disks. The files linked to are then as trusted as the root.
+
+    Raises:
+        HimoError: `root` is not a directory.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], follow_links: bool = False) -> None:
+        if not os.path.isdir(root):
+            raise HimoError(f"image root {os.fspath(root)!r}: expected an existing directory")
+        self.root = os.path.realpath(root)
+        self.follow_links = follow_links
+        self._directories: dict[str, str | None] = {}
+
+    def resolve(self, path: str) -> str:
+        """The absolute path of the image `path`, which is a regular file inside the root.
+
+        Raises:
+            MissingImage: there is no such file.
+            RecordError: with reason "path" (its form), "outside" (a link leads out of the root)
+                or "not_a_file" (a directory, a FIFO, a device, or not accessible).
+        """
+        check_relative(path)
+        directory, name = os.path.split(path)
+        folder = self._directory(directory)
+        if folder is None:
+            raise self._outside(path)
+        full = os.path.join(folder, name)
+        try:
+            mode = os.lstat(full).st_mode
+            if stat.S_ISLNK(mode):
+                full = os.path.realpath(full)
+                if not self._inside(full):
+                    raise self._outside(path)
+                mode = os.lstat(full).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingImage("missing", f"image {quote(path)} does not exist") from None
+        except OSError as error:
+            message = f"image {quote(path)}: {(error.strerror or str(error)).lower()}"
+            raise RecordError("not_a_file", message) from error
+        if not stat.S_ISREG(mode):
+            raise RecordError("not_a_file", f"image {quote(path)} is not a regular file")
+        return full
+
+    def _directory(self, directory: str) -> str | None:
+        # A data set has many images in few directories: their links are followed once.
+        if directory not in self._directories:
+            if len(self._directories) > 100_000:  # names that lead nowhere must not fill memory
+                self._directories.clear()
+            full = os.path.realpath(os.path.join(self.root, directory))
+            self._directories[directory] = full if self._inside(full) else None
+        return self._directories[directory]
+
+    def _inside(self, full: str) -> bool:
+        return self.follow_links or os.path.commonpath([self.root, full]) == self.root
+
+    def _outside(self, path: str) -> RecordError:
+        return RecordError("outside", f"image {quote(path)} is a link that leaves {self.root}")

@@ -1,0 +1,118 @@
+"""What an index was made of: how many records there are, and what was left out and why."""
+
+from dataclasses import dataclass, field
+
+from himo.errors import HimoError
+
+_KEPT = 5  # examples of each kind of trouble
+_MAX_GROUPS = 1000  # top folders that are counted one by one
+_SHOWN_GROUPS = 10
+
+
+@dataclass
+class IndexReport:
+    """The account of one reading of a data set.
+
+    Attributes:
+        source: the data set.
+        kind: its format.
+        records: samples in the index.
+        bad: records left out because they are malformed or their path is refused, by reason.
+        bad_examples: messages of the first of them, with file and line.
+        missing: [missing, all] images by their first folder: `coco`, `sam`, ...
+        missing_examples: paths of the first missing ones.
+        ignored: files of a folder or shard that belong to no sample, by kind.
+        sha256: digest of every path and caption kept, in order: two runs with the same digest
+            trained on the same subset.
+    """
+
+    source: str
+    kind: str
+    records: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    bad_examples: list[str] = field(default_factory=list)
+    missing: dict[str, list[int]] = field(default_factory=dict)
+    missing_examples: list[str] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    sha256: str = ""
+
+    @property
+    def bad_count(self) -> int:
+        return sum(self.bad.values())
+
+    @property
+    def missing_count(self) -> int:
+        return sum(missing for missing, _ in self.missing.values())
+
+    @property
+    def total(self) -> int:
+        """Records read, whatever became of them."""
+        return self.records + self.bad_count + self.missing_count
+
+    def add_bad(self, reason: str, message: str) -> None:
+        self.bad[reason] = self.bad.get(reason, 0) + 1
+        if len(self.bad_examples) < _KEPT:
+            self.bad_examples.append(message)
+
+    def add_image(self, path: str, is_missing: bool) -> None:
+        group = path.split("/", 1)[0] if "/" in path else "."
+        if group not in self.missing and len(self.missing) >= _MAX_GROUPS:
+            group = "other folders"
+        counts = self.missing.setdefault(group, [0, 0])
+        counts[0] += is_missing
+        counts[1] += 1
+        if is_missing and len(self.missing_examples) < _KEPT:
+            self.missing_examples.append(path)
+
+    def check(self, max_bad_fraction: float) -> None:
+        """HimoError if more than that share of the records is bad, or no sample is left."""
+        if self.bad_count > max_bad_fraction * self.total:
+            share = f"{100 * self.bad_count / self.total:.2g} %"
+            raise HimoError(
+                f"{self.source}: {self.bad_count} of {self.total} records are bad ({share}, the "
+                f"limit is {100 * max_bad_fraction:g} %): {_listed(self.bad)}; first: "
+                f"{self.bad_examples[0]}"
+            )
+        if self.records == 0:
+            raise HimoError(f"{self.source}: no sample is left{_sentence(self._left_out())}")
+
+    def check_missing(self) -> None:
+        """HimoError if an image is missing, with how many by folder and the first paths."""
+        if self.missing_count:
+            raise HimoError(
+                f"{self.source}: {self._missing()}; skip_missing_images (--skip-missing-images) "
+                "leaves them out"
+            )
+
+    def summary(self) -> str:
+        """One line: samples, format and what was left out."""
+        return f"{self.source}: {self.records} samples ({self.kind}){_sentence(self._left_out())}"
+
+    def _left_out(self) -> list[str]:
+        parts = []
+        if self.bad_count:
+            parts.append(f"{self.bad_count} bad records ({_listed(self.bad)})")
+        if self.missing_count:
+            parts.append(self._missing())
+        ignored = {kind: count for kind, count in self.ignored.items() if count}
+        if ignored:
+            parts.append(f"ignored: {_listed(ignored)}")
+        return parts
+
+    def _missing(self) -> str:
+        groups = {name: counts for name, counts in self.missing.items() if counts[0]}
+        shown = [f"{name} {a} of {b}" for name, (a, b) in list(groups.items())[:_SHOWN_GROUPS]]
+        if len(groups) > _SHOWN_GROUPS:
+            shown.append(f"{len(groups) - _SHOWN_GROUPS} more folders")
+        total = sum(count for _, count in self.missing.values())
+        first = ", ".join(self.missing_examples)
+        counts = f"{self.missing_count} of {total} images are missing ({', '.join(shown)})"
+        return f"{counts}; first: {first}"
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _sentence(parts: list[str]) -> str:
+    return f"; {'; '.join(parts)}" if parts else ""

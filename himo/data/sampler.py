@@ -1,0 +1,122 @@
+"""The order in which samples are seen: a pure function of seed and epoch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+from torch.utils.data import Sampler
+
+from himo.errors import HimoError
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Yields, for one rank, the lists of sample numbers of each batch of an epoch.
+
+    The order of an epoch is one permutation of all samples, whatever the number of ranks; global
+    batch k is its k-th stretch of `batch_size * world_size` samples, of which rank r takes the
+    r-th part. So no sample comes twice in an epoch and none is added to fill up a batch, which in
+    a contrastive loss would be a false negative.
+
+    What is left over at the end is dropped with `drop_last`, for training: every rank then has
+    the same number of full batches. Without, for evaluation, it is given out in order: the last
+    batch of a rank may be smaller, and some ranks may have one batch less.
+
+    To resume within an epoch, save `state_dict` and load it into a sampler of the same length and
+    seed: iteration goes on with the first sample not yet handed out, also with another batch size
+    or number of ranks.
+
+    Args:
+        length: number of samples.
+        batch_size: samples in a batch of one rank.
+        seed: of the permutations, at least 0.
+        rank: this process, from 0.
+        world_size: number of processes.
+        drop_last: leaves out what fills no global batch.
+        shuffle: False keeps the order of the data set in every epoch.
+
+    Raises:
+        HimoError: an argument out of range; with `drop_last`, fewer samples than a global batch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise HimoError(f"batch_size: expected at least 1, got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise HimoError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+        if seed < 0:
+            raise HimoError(f"seed: expected at least 0, got {seed}")
+        if drop_last and length < batch_size * world_size:
+            raise HimoError(
+                f"{length} samples do not fill one batch of {batch_size} on each of {world_size} "
+                "processes: use a smaller batch_size"
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.drop_last, self.shuffle = drop_last, shuffle
+        self.epoch = 0
+        self.position = 0  # samples of this epoch handed out by all ranks together
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the beginning of an epoch."""
+        self.epoch, self.position = epoch, 0
+
+    def advance(self) -> None:
+        """Counts one global batch as handed out; what iterates ahead does not count."""
+        self.position = min(self.position + self.batch_size * self.world_size, self.length)
+
+    def order(self) -> numpy.ndarray:
+        """All samples in the order of this epoch, int64 [length]."""
+        if not self.shuffle:
+            return numpy.arange(self.length)
+        # RandomState, because numpy promises that its stream never changes; Generator's may.
+        bits = numpy.random.MT19937(numpy.random.SeedSequence([self.seed, self.epoch]))
+        return numpy.random.RandomState(bits).permutation(self.length)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start, step = self.position, self.batch_size * self.world_size
+        end = self.length - (self.length - start) % step if self.drop_last else self.length
+        return self._batches(self.order(), range(start, end, step))
+
+    def _batches(self, order: numpy.ndarray, starts: range) -> Iterator[list[int]]:
+        for start in starts:
+            first = start + self.rank * self.batch_size
+            batch = order[first : min(first + self.batch_size, self.length)].tolist()
+            if batch:
+                yield batch
+
+    def __len__(self) -> int:
+        """Batches of this rank in a whole epoch."""
+        full, rest = divmod(self.length, self.batch_size * self.world_size)
+        return full + (not self.drop_last and rest > self.rank * self.batch_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """What `load_state_dict` needs, as plain numbers."""
+        return {
+            "length": self.length,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to where another sampler was.
+
+        Raises:
+            HimoError: the other one had another length or seed, so that its order was another.
+        """
+        for name in ("length", "seed"):
+            if state[name] != getattr(self, name):
+                raise HimoError(
+                    f"resume: the order was made with {name} {state[name]}, this run has "
+                    f"{getattr(self, name)}"
+                )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])

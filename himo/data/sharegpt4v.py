@@ -1,0 +1,200 @@
+"""ShareGPT4V annotations: one JSON list of records, read without holding it in memory.
+
+The full file is 1.39 GB and takes 2.6 GB once decoded; here one record is decoded at a time.
+"""
+
+import codecs
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from himo.data.records import (
+    DECODER,
+    IMAGE_KEYS,
+    MAX_RECORD,
+    BadRecord,
+    Progress,
+    Record,
+    RecordError,
+    Source,
+    check_start,
+    json_error,
+    make_record,
+    pick,
+    quote,
+    record_of_mapping,
+)
+from himo.errors import HimoError
+from himo.files import open_regular
+
+_CHUNK = 1 << 18  # bytes read at a time
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's, which are fewer than those of Unicode
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
+_SCALAR_END = re.compile(r"[,\]\s]")
+
+
+class ShareGPT4V(Source):
+    """Records `{"image": path, "conversations": [{...}, {"from": "gpt", "value": caption}]}`.
+
+    The caption is the value of the second turn, with line breaks as spaces, as HiMo-CLIP and
+    Long-CLIP train on. Records without conversations but with a caption key, as other JSON lists
+    of captioned images have, are read by it.
+
+    Args:
+        path: the file.
+        image_key: key of the path; None takes `filepath`, `image` or `img_path`.
+        caption_key: key of the caption, instead of the conversations; None takes `title` or
+            `caption` in a record without conversations.
+    """
+
+    kind = "sharegpt4v"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        image_key: str | None = None,
+        caption_key: str | None = None,
+    ) -> None:
+        super().__init__(path)
+        self.image_key, self.caption_key = image_key, caption_key
+
+    def options(self) -> dict[str, Any]:
+        return {"image_key": self.image_key, "caption_key": self.caption_key}
+
+    def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
+        with open_regular(self.path) as file:
+            for number, (line, value) in enumerate(_elements(self.path, file, progress), start=1):
+                try:
+                    if isinstance(value, RecordError):
+                        raise value
+                    yield self._record(line, value)
+                except RecordError as error:
+                    yield error.at(f"{self.path}:{line}: record {number}")
+
+    def _record(self, line: int, value: Any) -> Record:
+        is_conversation = isinstance(value, dict) and "conversations" in value
+        if self.caption_key is not None or not is_conversation:
+            return record_of_mapping(value, line, self.image_key, self.caption_key)
+        turns = value["conversations"]
+        if (
+            not isinstance(turns, list)
+            or len(turns) < 2
+            or not isinstance(turns[1], dict)
+            or "value" not in turns[1]
+        ):
+            expected = "expected two turns, the second with the caption as its value"
+            raise RecordError("type", f"conversations are {quote(turns, 40)}, {expected}")
+        image = value[pick(value, self.image_key, IMAGE_KEYS, "image key")]
+        return make_record(line, image, turns[1]["value"])
+
+
+def _elements(path: str, file: BinaryIO, progress: Progress) -> Iterator[tuple[int, Any]]:
+    """Yields the line and the value of each element of the JSON list in `file`.
+
+    An element that is no JSON but whose end can be told yields a RecordError as its value;
+    HimoError where the rest of the file cannot be read.
+    """
+    text = _Text(path, file, progress)
+    if text.skip_space() != "[":
+        raise text.error(f"expected a JSON list of records, got {quote(text.peek(20))}")
+    text.move(text.position + 1)
+    more = text.skip_space() != "]"
+    if not more:
+        text.move(text.position + 1)
+    while more:
+        line = text.line
+        yield line, text.element()
+        separator = text.skip_space()
+        if separator not in {",", "]"}:
+            came = quote(text.peek(20)) if separator else "the end of the file"
+            raise text.error(f"expected , or ] after a record, got {came}")
+        text.move(text.position + 1)
+        more = separator == ","
+        text.skip_space()
+    if text.skip_space():
+        raise text.error(f"expected nothing after the list, got {quote(text.peek(20))}")
+
+
+class _Text:
+    """A window on the text of a file that moves forward and counts lines."""
+
+    def __init__(self, path: str, file: BinaryIO, progress: Progress) -> None:
+        self.path, self.file, self.progress = path, file, progress
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+        start = file.read(_CHUNK)
+        self.read = len(start)
+        self.ended = not start
+        self.window = self.decoder.decode(start[check_start(path, start) :])
+        self.position = 0  # in the window
+        self.line = 1  # of the position
+
+    def error(self, message: str) -> HimoError:
+        return HimoError(f"{self.path}:{self.line}: {message}")
+
+    def move(self, position: int) -> None:
+        self.line += self.window.count("\n", self.position, position)
+        self.position = position
+
+    def peek(self, length: int) -> str:
+        return self.window[self.position : self.position + length]
+
+    def fill(self) -> None:
+        """Reads on, in proportion to what is left, so that a long record is not read anew often."""
+        rest = len(self.window) - self.position
+        data = self.file.read(max(_CHUNK, rest))
+        self.read += len(data)
+        self.ended = not data
+        self.window = self.window[self.position :] + self.decoder.decode(data, final=self.ended)
+        self.position = 0
+        self.progress(self.read)
+
+    def skip_space(self) -> str:
+        """Moves to the next character that is not a space and returns it; "" at the end."""
+        while True:
+            end = _SPACE.match(self.window, self.position).end()  # type: ignore[union-attr]
+            self.move(end)
+            if end < len(self.window) or self.ended:
+                return self.window[end : end + 1]
+            self.fill()
+
+    def element(self) -> Any:
+        """Decodes the element at the position and moves past it; a RecordError if it is no JSON."""
+        if self.peek(1) in {",", "]", "}"}:
+            raise self.error(f"expected a record, got {self.peek(1)!r}: is a comma left over?")
+        while True:
+            value: Any
+            try:
+                value, end = DECODER.raw_decode(self.window, self.position)
+            except (ValueError, RecursionError) as error:
+                value, end = json_error(error), self._end()
+            # A number at the end of the window may go on after it.
+            if 0 <= end < len(self.window) or (self.ended and end > 0):
+                if end - self.position > MAX_RECORD:
+                    value = RecordError("too_long", f"record is longer than {MAX_RECORD:,} bytes")
+                self.move(end)
+                return value
+            if len(self.window) - self.position > MAX_RECORD:
+                raise self.error(f"a record begins that has no end within {MAX_RECORD:,} bytes")
+            if self.ended:
+                raise self.error("the file ends in the middle of a record: is it complete?")
+            self.fill()
+
+    def _end(self) -> int:
+        """Where the element at the position ends by its brackets and quotes; -1 if not in sight."""
+        first = self.peek(1)
+        if first not in {"{", "[", '"'}:
+            match = _SCALAR_END.search(self.window, self.position)
+            return match.start() if match and match.start() > self.position else -1
+        depth = 0
+        for match in _STRING_OR_BRACKET.finditer(self.window, self.position):
+            token = match[0]
+            if token in {"{", "["}:
+                depth += 1
+            elif token in {"}", "]"}:
+                depth -= 1
+            elif token == '"':
+                return -1  # a string that does not end
+            if depth == 0:
+                return match.end()
+        return -1

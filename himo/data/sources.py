@@ -1,0 +1,181 @@
+"""Opens a data set of any format that is known, building its index where there is none."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from himo.data.folder import Folder
+from himo.data.index import DamagedIndex, SampleIndex, write_index
+from himo.data.jsonl import JsonLines
+from himo.data.paths import ImageRoot
+from himo.data.records import Source
+from himo.data.sharegpt4v import ShareGPT4V
+from himo.data.table import Table
+from himo.data.webdataset import WebDataset
+from himo.errors import HimoError
+from himo.files import open_regular
+
+# By --dataset-type: the class, and the options that mean something to it.
+_KEYS = ("image_key", "caption_key")
+_FORMATS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
+    "sharegpt4v": (ShareGPT4V, _KEYS),
+    "csv": (Table, ("separator", *_KEYS)),
+    "jsonl": (JsonLines, _KEYS),
+    "folder": (Folder, ("first_line", "follow_links")),
+    "webdataset": (WebDataset, ("caption_key",)),
+}
+DATASET_TYPES = ("auto", *_FORMATS)
+
+_SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".jsonlines": "jsonl",
+    ".ndjson": "jsonl",
+    ".tar": "webdataset",
+}
+
+
+def open_dataset(
+    source: str | os.PathLike[str],
+    dataset_type: str = "auto",
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    separator: str | None = None,
+    first_line: bool = False,
+    skip_missing_images: bool = False,
+    follow_links: bool = False,
+    max_bad_fraction: float = 0.01,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> SampleIndex:
+    """The index of a captioned data set, from its cache or built now.
+
+    The cache is rebuilt when the source has changed (size or modification time), the index is
+    damaged, or an image that was missing is there. Images themselves are not watched: one that
+    disappears is counted when it is read.
+
+    Args:
+        source: an annotation file, a folder, a tar shard or a pattern of shards.
+        dataset_type: one of DATASET_TYPES; auto goes by the name and, for .json, the first byte.
+        image_root: where the paths begin; by default the directory of the annotation file.
+        image_key, caption_key: names of the fields; by default those of `himo.data.records`.
+        separator: of csv; by default whichever of tab, comma and semicolon gives the columns.
+        first_line: of a folder; see `Folder`.
+        skip_missing_images: leaves out images that do not exist, which is otherwise an error.
+        follow_links: lets links below the image root lead out of it.
+        max_bad_fraction: the most records, as a fraction, that may be malformed.
+        cache_dir: where the index is kept; by default next to the source, or in
+            $XDG_CACHE_HOME/himo (~/.cache/himo) where that is not writable.
+        progress: shows a bar when building takes more than 2 seconds.
+
+    Raises:
+        HimoError: what is wrong with the source or an argument, with file and line.
+    """
+    path = os.path.abspath(source)
+    if not 0 <= max_bad_fraction <= 1:
+        raise HimoError(f"max_bad_fraction: expected 0 to 1, got {max_bad_fraction}")
+    given = {
+        "image_key": image_key,
+        "caption_key": caption_key,
+        "separator": separator,
+        "first_line": first_line,
+        "follow_links": follow_links,
+    }
+    reader = _reader(path, dataset_type, given)
+    root = None
+    if reader.image_root is not None and reader.kind != "folder":
+        root = ImageRoot(image_root or reader.image_root, follow_links)
+    elif image_root is not None:
+        raise HimoError(f"image_root: a {reader.kind} data set holds its images, leave it out")
+    elif reader.image_root is not None:
+        root = ImageRoot(reader.image_root, follow_links)
+
+    identity = {
+        "kind": reader.kind,
+        "path": os.path.realpath(path),
+        "root": root.root if root is not None else None,
+        "follow_links": follow_links,
+        "skip_missing_images": skip_missing_images,
+        **reader.options(),
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    file = os.path.join(
+        _cache_directory(path, cache_dir), f"{os.path.basename(path)[:150]}.{key[:16]}.himo-index"
+    )
+    index = _cached(file, key, reader.stamp())
+    if index is None:
+        write_index(
+            file,
+            reader,
+            root,
+            key=key,
+            skip_missing_images=skip_missing_images,
+            max_bad_fraction=max_bad_fraction,
+            progress=progress,
+        )
+        index = SampleIndex(file)
+    index.report.check(max_bad_fraction)
+    return index
+
+
+def _reader(path: str, dataset_type: str, given: dict[str, Any]) -> Source:
+    kind = _detect(path) if dataset_type == "auto" else dataset_type
+    if kind not in _FORMATS:
+        raise HimoError(
+            f"dataset_type: expected one of {', '.join(DATASET_TYPES)}, got {dataset_type!r}"
+        )
+    make, names = _FORMATS[kind]
+    for name, value in given.items():
+        if value not in (None, False) and name not in (*names, "follow_links"):
+            raise HimoError(f"{name}: means nothing for a data set of type {kind}: {path}")
+    return make(path, **{name: given[name] for name in names})
+
+
+def _detect(path: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    if os.path.isdir(path):
+        has_shards = any(name.endswith(".tar") for name in os.listdir(path))
+        return "webdataset" if has_shards else "folder"
+    if suffix in _SUFFIXES:
+        return _SUFFIXES[suffix]
+    if suffix == ".json":
+        # Some files of this name hold one object on each line.
+        with open_regular(path) as file:
+            start = file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()
+        return "jsonl" if start.startswith(b"{") else "sharegpt4v"
+    if not os.path.exists(path):
+        raise HimoError(f"{path}: no such file or folder")
+    known = ", ".join(sorted([*_SUFFIXES, ".json"]))
+    raise HimoError(
+        f"{path}: cannot tell the format: expected a folder or one of {known}, or a dataset_type"
+    )
+
+
+def _cache_directory(path: str, given: str | os.PathLike[str] | None) -> str:
+    beside = os.path.dirname(path)
+    if given is None and os.path.isdir(beside) and os.access(beside, os.W_OK):
+        return beside
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    directory = os.fspath(given) if given is not None else os.path.join(home, "himo")
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise HimoError(
+            f"cache directory {directory}: cannot be made: {(error.strerror or '').lower()}"
+        ) from error
+    return directory
+
+
+def _cached(file: str, key: str, stamp: str) -> SampleIndex | None:
+    if not os.path.exists(file):
+        return None
+    try:
+        index = SampleIndex(file)
+    except DamagedIndex:
+        return None
+    return index if index.is_current(key, stamp) else None

@@ -1,0 +1,263 @@
+"""Renders a synthetic data set: `himo synth --out DIR`.
+
+It writes `DIR/images/{train,test}/*.png` and, last, `DIR/train.json` and `DIR/test.json` in the
+form of ShareGPT4V. The same arguments give the same bytes on any number of processes.
+"""
+
+import argparse
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from himo.errors import HimoError
+from himo.files import atomic_path
+from himo.scenes import Scene, caption, draw_scene, render
+
+_SPLITS = ("test", "train")  # test first: for a seed it is the same whatever the size of train
+_RESOLUTIONS = (16, 1024)
+_MAX_IMAGES = 10_000_000
+_IMAGE_NAME = re.compile(r"\d{6,}\.png")
+_REPORT_EVERY = 16  # images, from a worker to the progress bar
+
+
+class _Job(NamedTuple):
+    """One picture to be rendered."""
+
+    path: str
+    scene: Scene
+    seed: str  # of what a caption does not tell: exact positions and angles
+
+
+def synthesize(
+    out: str | os.PathLike[str],
+    num: int = 2000,
+    seed: int = 0,
+    resolution: int = 64,
+    workers: int | None = None,
+    held_out: int = 500,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Writes a data set of rendered scenes; no scene comes twice, in either split.
+
+    Args:
+        out: the directory, new or empty.
+        num: scenes to train on.
+        seed: of everything random.
+        resolution: pixels of a side, 16 to 1024.
+        workers: processes that render; by default as many as there are cores for this one.
+        held_out: further scenes, for evaluation.
+        overwrite: replaces a data set that is already in `out`; other files there stay.
+        progress: shows a bar.
+
+    Raises:
+        HimoError: an argument out of range, a directory that holds something, a full disk.
+    """
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for name, value, low, high in (
+        ("num", num, 1, _MAX_IMAGES),
+        ("held_out", held_out, 0, _MAX_IMAGES),
+        ("seed", seed, 0, 2**63 - 1),
+        ("resolution", resolution, *_RESOLUTIONS),
+        ("workers", workers, 1, 1024),
+    ):
+        if not low <= value <= high:
+            raise HimoError(f"{name}: expected {low} to {high}, got {value}")
+    folder = Path(out)
+    _prepare(folder, overwrite)
+
+    jobs: list[_Job] = []
+    records: dict[str, list[dict[str, object]]] = {}
+    seen: set[Scene] = set()
+    for split, count in zip(_SPLITS, (held_out, num), strict=True):
+        records[split] = []
+        for number in range(count):
+            job, sentences = _job(seed, split, number, seen)
+            records[split].append(_record(split, number, job.path, sentences, resolution))
+            jobs.append(job._replace(path=str(folder / job.path)))
+    _render_all(jobs, resolution, min(workers, len(jobs)), progress)
+    for split in _SPLITS:
+        with atomic_path(folder / f"{split}.json") as temporary:
+            lines = ",\n".join(map(json.dumps, records[split]))
+            temporary.write_text(f"[\n{lines}\n]\n" if lines else "[]\n", encoding="utf-8")
+
+
+def _prepare(folder: Path, overwrite: bool) -> None:
+    """Makes the directories, empty of an earlier data set."""
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            if not overwrite:
+                raise HimoError(f"{folder}: is not empty; --overwrite replaces the data set in it")
+            # The lists of images first: from here on there is no data set until the new one is.
+            for split in _SPLITS:
+                (folder / f"{split}.json").unlink(missing_ok=True)
+            for image in _images(folder):
+                image.unlink()
+        for split in _SPLITS:
+            (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HimoError(f"{folder}: cannot be written: {_reason(error)}") from error
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    for split in _SPLITS:
+        for path in (folder / "images" / split).glob("*.png"):
+            if _IMAGE_NAME.fullmatch(path.name):
+                yield path
+
+
+def _job(seed: int, split: str, number: int, seen: set[Scene]) -> tuple[_Job, list[str]]:
+    """A scene that is not among `seen`, which it joins, and the sentences of its caption."""
+    attempt = 0
+    while True:
+        # A text as seed: its digest is the same in every process and version of Python.
+        name = f"{seed}/{split}/{number}/{attempt}"
+        rng = random.Random(name)
+        scene = draw_scene(rng)
+        if scene not in seen:
+            seen.add(scene)
+            path = f"images/{split}/{number:06}.png"
+            return _Job(path, scene, f"{name}/render"), caption(scene, rng)
+        attempt += 1
+
+
+def _record(
+    split: str, number: int, path: str, sentences: list[str], resolution: int
+) -> dict[str, object]:
+    return {
+        "id": f"{split}_{number:06}",
+        "image": path,
+        "width": resolution,
+        "height": resolution,
+        "conversations": [
+            {"from": "human", "value": "Describe the picture, from general to detailed.\n<image>"},
+            {"from": "gpt", "value": " ".join(sentences)},
+        ],
+    }
+
+
+def _render_all(jobs: list[_Job], resolution: int, workers: int, progress: bool) -> None:
+    context = multiprocessing.get_context()
+    running: dict[Connection, BaseProcess] = {}
+    try:
+        # Before the bar, which starts a thread: a process that is forked should have none.
+        for worker in range(workers if workers > 1 else 0):
+            receiver, sender = context.Pipe(duplex=False)
+            process: BaseProcess = context.Process(
+                target=_work, args=(sender, jobs[worker::workers], resolution), daemon=True
+            )
+            process.start()
+            running[receiver] = process
+            sender.close()  # the worker's is now the only one, and its end the end of the pipe
+        with tqdm(total=len(jobs), desc="render", unit=" images", disable=not progress) as bar:
+            if running:
+                _follow(running, bar.update)
+            else:
+                for job in jobs:
+                    _render(job, resolution)
+                    bar.update()
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _follow(running: dict[Connection, BaseProcess], advance: Callable[[int], object]) -> None:
+    """Waits until every worker is through; HimoError if one fails or dies."""
+    open_pipes = set(running)
+    while open_pipes:
+        for pipe in multiprocessing.connection.wait(list(open_pipes)):
+            assert isinstance(pipe, Connection)
+            try:
+                message = pipe.recv()
+            except EOFError:
+                running[pipe].join()
+                if running[pipe].exitcode != 0:
+                    raise HimoError(
+                        f"a rendering process ended with status {running[pipe].exitcode}, "
+                        "not 0: was it killed for memory?"
+                    ) from None
+                open_pipes.remove(pipe)
+                continue
+            if isinstance(message, str):
+                raise HimoError(message)
+            advance(message)
+
+
+def _work(sender: Connection, jobs: list[_Job], resolution: int) -> None:
+    """Renders the share of one process; sends how many more are done, or a message of failure."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    parent = multiprocessing.parent_process()
+    done = 0
+    for job in jobs:
+        if parent is None or not parent.is_alive():
+            return  # it was killed, and nobody will use the rest
+        try:
+            _render(job, resolution)
+        except HimoError as error:
+            sender.send(str(error))
+            return
+        done += 1
+        if done % _REPORT_EVERY == 0:
+            sender.send(_REPORT_EVERY)
+    sender.send(done % _REPORT_EVERY)
+
+
+def _render(job: _Job, resolution: int) -> None:
+    image = render(job.scene, random.Random(job.seed), resolution)
+    try:
+        image.save(job.path, "PNG")
+    except OSError as error:
+        raise HimoError(f"{job.path}: cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `himo synth`."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory, new or empty")
+    parser.add_argument("--num", type=int, default=2000, help="scenes to train on (%(default)s)")
+    parser.add_argument(
+        "--held-out", type=int, default=500, help="further scenes, for evaluation (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    parser.add_argument("--resolution", type=int, default=64, help="pixels of a side (%(default)s)")
+    parser.add_argument("--workers", type=int, help="processes that render (one for each core)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a data set that is already there"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `himo synth`; the exit status."""
+    start = time.perf_counter()
+    synthesize(
+        args.out,
+        args.num,
+        args.seed,
+        args.resolution,
+        args.workers,
+        args.held_out,
+        overwrite=args.overwrite,
+    )
+    seconds = time.perf_counter() - start
+    print(
+        f"{args.out}: {args.num} images in train.json and {args.held_out} in test.json, "
+        f"{args.resolution} pixels square, in {seconds:.1f} s"
+    )
+    return 0
