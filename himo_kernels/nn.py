@@ -214,26 +214,25 @@ class HiMoLoss(nn.Module):
             check_features("HiMoLoss", argument, value)
             check_same_as("HiMoLoss", argument, value, "image_features", image_features)
             check_shape("HiMoLoss", argument, value, image_features.shape)
-        with torch.autocast(image_features.device.type, enabled=False):
-            if self.normalize_features:
-                image_features, text_features = (
-                    _normalize(image_features),
-                    _normalize(text_features),
-                )
-            component_features, self.rank = self.hide(text_features)
-            if self.normalize_components:
-                component_features = _normalize(component_features)
-            contrastive_loss, component_loss = dual_info_nce(
-                image_features,
-                text_features,
-                component_features,
-                logit_scale,
-                label_smoothing=self.label_smoothing,
-                differentiate_keys=self.gather_with_grad,
-                check_finite=self.check_finite,
-                backend=self.backend,
+        if self.normalize_features:
+            image_features, text_features = (
+                _normalize(image_features),
+                _normalize(text_features),
             )
-            loss = contrastive_loss + self.component_weight * component_loss
+        component_features, self.rank = self.hide(text_features)
+        if self.normalize_components:
+            component_features = _normalize(component_features)
+        contrastive_loss, component_loss = dual_info_nce(
+            image_features,
+            text_features,
+            component_features,
+            logit_scale,
+            label_smoothing=self.label_smoothing,
+            differentiate_keys=self.gather_with_grad,
+            check_finite=self.check_finite,
+            backend=self.backend,
+        )
+        loss = contrastive_loss + self.component_weight * component_loss
         if not output_dict:
             return loss
         return {

@@ -487,3 +487,24 @@ def test_a_copied_module_computes_the_same(
     assert repr(again) == repr(module) and again.state_dict() == {}
     assert vars(again).keys() == vars(module).keys()
     torch.testing.assert_close(again(*inputs), module(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flag", ["high", "medium"])
+def test_the_precision_flag_of_matrix_products_changes_no_bit(flag, generator):
+    # "medium" lets float32 products pass through bfloat16, also on a CPU that has it.
+    image, text = (torch.randn(64, 96, generator=generator) for _ in range(2))
+    calls = {
+        "info_nce": lambda: himo_kernels.info_nce(image, text, 50.0),
+        "covariance": lambda: himo_kernels.covariance(image)[1],
+        "pca_reconstruct": lambda: himo_kernels.pca_reconstruct(text)[0],
+    }
+    expected = {name: call() for name, call in calls.items()}
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(flag)
+    try:
+        actual = {name: call() for name, call in calls.items()}
+        assert torch.get_float32_matmul_precision() == flag  # the caller's setting is put back
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name in calls:
+        assert torch.equal(actual[name], expected[name]), name
