@@ -171,3 +171,14 @@ def test_backward_of_one_backend_accepts_the_forward_of_another(operator, genera
             results.append(bwd(mean, moment, x, mean, backward))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64], ids=["sums32", "sums64"])
+def test_cuda_gives_what_the_cpu_gives(operator, sums, generator):
+    x = torch.randn(3, 252, 123, generator=generator)
+    expected = OPERATORS[operator](x, dtype=sums, backend="reference")
+    actual = OPERATORS[operator](x.cuda(), dtype=sums)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.is_cuda and hkt.relative_error(a.cpu(), e) <= 20 * torch.finfo(sums).eps

@@ -525,6 +525,21 @@ print(int(rank), digest.hexdigest())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(128, 768), (768, 128), (4, 16, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_cuda_gives_what_the_cpu_gives(dtype, shape, generator):
+    x = hkt.power_law(*shape[-2:], batch=shape[:-2], dtype=dtype, generator=generator)
+    weights = torch.randn(shape, generator=generator).to(dtype)
+    expected, expected_rank = pca_reconstruct(x)
+    actual, rank = pca_reconstruct(x.cuda())
+    assert torch.equal(rank.cpu(), expected_rank)
+    tolerance = 4 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-10
+    assert hkt.relative_error(actual.cpu(), expected) <= tolerance
+    on_device = gradient(x.cuda(), weights.cuda()).cpu()
+    assert hkt.relative_error(on_device, gradient(x, weights)) <= 10 * tolerance
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tf32_changes_no_bit_on_cuda(generator):
     x = hkt.power_law(256, 768, device="cuda", generator=generator)
     weights = torch.randn(x.shape, generator=generator).cuda()
