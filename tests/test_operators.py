@@ -141,18 +141,19 @@ def _detached(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in inputs]
 
 
-DEVICES = ["cpu", "cuda"]
+_no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = {"cpu": (), "cuda": _no_cuda}
 _OPERATORS = [
-    pytest.param((name, backend, device), id=f"{name}-{backend}-{device}")
+    pytest.param((name, backend, device), id=f"{name}-{backend}-{device}", marks=marks)
     for name, operator in OPERATORS.items()
     for backend in operator.backends
-    for device in DEVICES
+    for device, marks in DEVICES.items()
 ]
 _MODULES = [
-    pytest.param((name, "auto", device), id=f"{name}-{device}".replace(" ", "-"))
+    pytest.param((name, "auto", device), id=f"{name}-{device}".replace(" ", "-"), marks=marks)
     for name in CALLS
     if name not in OPERATORS
-    for device in DEVICES
+    for device, marks in DEVICES.items()
 ]
 each_operator = pytest.mark.parametrize("run", _OPERATORS, indirect=True)
 each_operator_and_module = pytest.mark.parametrize("run", _OPERATORS + _MODULES, indirect=True)
@@ -162,8 +163,6 @@ each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.fixture
 def run(request: pytest.FixtureRequest, generator: torch.Generator) -> Run:
     """The operator or module, backend and device of this test."""
-    if request.param[2] == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     run = Run(*request.param, seed=generator.initial_seed())
     if run.name in OPERATORS:
         reason = OPERATORS[run.name].why_not(run.backend, *run.inputs(2, 2))
@@ -262,7 +261,9 @@ def test_a_full_graph_equals_eager(run: Run, dynamic: bool | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "device", [pytest.param(device, marks=marks) for device, marks in DEVICES.items()]
+)
 def test_the_loss_compiled_by_inductor_equals_eager(
     device: str, generator: torch.Generator
 ) -> None:
