@@ -32,8 +32,8 @@ void check_features(const at::Tensor& query, const at::Tensor& key, const at::Te
 
 // The problems of the leading dimensions as views [N, K] of the features.
 std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor& key,
-                                      const at::Tensor& row_nll, const at::Tensor& column_nll,
-                                      const at::Tensor& products) {
+                                      const at::Tensor& positives, const at::Tensor& row_nll,
+                                      const at::Tensor& column_nll, const at::Tensor& products) {
   const int64_t samples = query.size(-2);
   const auto lead = query.sizes().slice(0, query.dim() - 2);
   const int64_t count = c10::multiply_integers(lead);
@@ -49,6 +49,7 @@ std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor&
     }
     problems[b].query = one_query.resolve_neg();
     problems[b].key = one_key.resolve_neg();
+    problems[b].positives = positives.view({count, samples}).select(0, b);
     problems[b].row_nll = row_nll.view({count, samples}).select(0, b);
     problems[b].column_nll = column_nll.view({count, samples}).select(0, b);
     if (products.dim() > 1) problems[b].products = products.view({count, samples, samples})[b];
@@ -56,14 +57,20 @@ std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor&
   return problems;
 }
 
-// smoothing (mean_i S_ii - mean_ij S_ij), the term that both directions share, in O(N K).
-at::Tensor smoothing_term(const at::Tensor& query, const at::Tensor& key, double scale) {  // -> [*]
-  const double samples = query.size(-2);
+// S_ii of every pair, [*, N] in the accumulation dtype.
+at::Tensor positives_of(const at::Tensor& query, const at::Tensor& key, double scale) {
   const auto dtype = accumulation_dtype(query);
-  const auto positives = query.to(dtype).mul(key.to(dtype)).sum({-2, -1}, false, at::kDouble);
-  const auto all =
-      query.sum({-2}, false, at::kDouble).mul(key.sum({-2}, false, at::kDouble)).sum(-1);
-  return positives.div(samples).sub(all.div(samples * samples)).mul(scale);
+  return query.to(dtype).mul(key.to(dtype)).sum(-1).mul_(scale);
+}
+
+// mean_ij S_ij [*] in O(N K): the sum of all v_i . u_j is the product of the sums.
+at::Tensor mean_logit(const at::Tensor& query, const at::Tensor& key, double scale) {
+  const auto dtype = accumulation_dtype(query);
+  const double samples = query.size(-2);
+  const auto ones = at::ones({1, query.size(-2)}, query.options().dtype(dtype));
+  const auto query_sum = at::matmul(ones, query.to(dtype)),
+             key_sum = at::matmul(ones, key.to(dtype));
+  return query_sum.mul(key_sum).sum({-2, -1}, false, at::kDouble).mul(scale / (samples * samples));
 }
 
 }  // namespace
@@ -81,11 +88,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   auto square = rows.vec();
   square.push_back(query.size(-2));
   const auto products = at::empty(keep_products ? square : std::vector<int64_t>{0}, options);
-  const auto problems = problems_of(query, key, row_nll, column_nll, products);
+  const auto positives = positives_of(query, key, scale);
+  const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
   cpu::info_nce_statistics(problems, scale);
   // HiMo-CLIP eq. (2)
   auto loss = row_nll.add(column_nll).mean(-1, false, at::kDouble).div(2);
-  if (label_smoothing != 0) loss = loss + label_smoothing * smoothing_term(query, key, scale);
+  if (label_smoothing != 0) {  // both directions share the smoothing term
+    loss = loss + label_smoothing *
+                      (positives.mean(-1, false, at::kDouble) - mean_logit(query, key, scale));
+  }
   return {loss.to(dtype), row_nll, column_nll, products};
 }
 
@@ -114,7 +125,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   };
   const auto grad_query = gradient(needs_query), grad_key = gradient(needs_key);
   const auto row = row_nll.to(dtype).contiguous(), column = column_nll.to(dtype).contiguous();
-  auto problems = problems_of(query, key, row, column, products.contiguous());
+  const double scale = logit_scale.to(dtype).item<double>();
+  auto problems =
+      problems_of(query, key, positives_of(query, key, scale), row, column, products.contiguous());
   const int64_t count = problems.size(), samples = query.size(-2), inner = query.size(-1);
   const auto weights = grad_loss.to(at::kDouble).reshape({count}).div(2.0 * samples).contiguous();
   for (int64_t b = 0; b < count; ++b) {
@@ -122,7 +135,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     if (needs_query) problems[b].grad_query = grad_query.view({count, samples, inner})[b];
     if (needs_key) problems[b].grad_key = grad_key.view({count, samples, inner})[b];
   }
-  const double scale = logit_scale.to(dtype).item<double>();
   const double grad_scale =
       cpu::info_nce_gradients(problems, {scale, label_smoothing, differentiate_keys});
   return {grad_query, grad_key, at::full({}, grad_scale, options)};

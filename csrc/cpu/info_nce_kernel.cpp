@@ -32,6 +32,10 @@ constexpr int64_t kRows = 64;
 constexpr int64_t kColumns = RightFactor<float>::kColumns;
 constexpr int64_t kGroups = 64;
 constexpr int64_t kWorkspace = 16 << 20;
+// From here on bfloat16 features have their gradients formed from dL/dS rounded to bfloat16, as
+// under autocast, which takes half the time. Below, the time is not in these products, and the sums
+// are so short that the rounding would show.
+constexpr int64_t kRoundedSamples = 128;
 // Small problems share the threads: as many at a time as hold this many rows together.
 constexpr int64_t kRowsAtATime = 4096;
 
@@ -52,17 +56,6 @@ const TileLoops& tile_loops() {
 const auto& loops_of(float) { return tile_loops().float32; }
 const auto& loops_of(double) { return tile_loops().float64; }
 
-// S_ii of every pair [padded(N)], 0 past the last.
-template <typename acc_t>
-at::Tensor positives_of(const InfoNCE& problem, double scale) {
-  constexpr auto dtype = c10::CppTypeToScalarType<acc_t>::value;
-  const int64_t samples = problem.query.size(0);
-  const auto positives = at::zeros({padded(samples)}, problem.query.options().dtype(dtype));
-  auto products = problem.query.to(dtype).mul(problem.key.to(dtype)).sum(1);
-  positives.narrow(0, 0, samples).copy_(products.mul_(static_cast<acc_t>(scale)));
-  return positives;
-}
-
 // [padded(N)], 0 past the last.
 at::Tensor pad(const at::Tensor& values) {  // [N]
   const auto result = at::zeros({padded(values.size(0))}, values.options());
@@ -78,33 +71,28 @@ acc_t nll(acc_t max, acc_t sum) {
   return static_cast<acc_t>(m + std::log(s + std::exp(-m)));
 }
 
-// A problem's factors, laid out for the tile products. Those of the gradients are not bfloat16: a
-// dL/dS rounded to it would cost digits that the features' own dtype keeps.
-template <typename factor_t>
+// A problem's factors, laid out for the tile products: of logits, and of gradients.
+template <typename factor_t, typename gradient_t>
 struct Factors {
   using acc_t = accumulator_t<factor_t>;
-
   at::Tensor positives;              // [padded(N)]
   at::Tensor query;                  // left [N, K]
   RightFactor<factor_t> key_turned;  // right [K, N]
-  RightFactor<acc_t> keys;           // right [N, K]
-  RightFactor<acc_t> queries;        // right [N, K]
+  RightFactor<gradient_t> keys;      // right [N, K]
+  RightFactor<gradient_t> queries;   // right [N, K]
 
-  Factors(const InfoNCE& problem, double scale)
-      : positives(positives_of<acc_t>(problem, scale)),
-        query(left_factor<factor_t>(problem.query)) {
-    key_turned = RightFactor<factor_t>(problem.key.t());
-    if (problem.grad_query.defined()) keys = RightFactor<acc_t>(problem.key);
-    if (problem.grad_key.defined()) queries = RightFactor<acc_t>(problem.query);
+  explicit Factors(const InfoNCE& problem)
+      : positives(pad(problem.positives)),
+        query(left_factor<factor_t>(problem.query)),
+        key_turned(problem.key.t()) {
+    if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
+    if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
   }
 };
 
-template <typename factor_t>
-std::vector<Factors<factor_t>> factors_of(c10::ArrayRef<InfoNCE> problems, double scale) {
-  std::vector<Factors<factor_t>> factors;
-  factors.reserve(problems.size());
-  for (const auto& problem : problems) factors.emplace_back(problem, scale);
-  return factors;
+template <typename factor_t, typename gradient_t>
+std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems) {
+  return {problems.begin(), problems.end()};
 }
 
 // A tile of query key^T: formed in scratch or in the kept products, or read from these.
@@ -124,21 +112,20 @@ struct ProductTile {
     }
   }
 
-  void form(const Factors<factor_t>& factors, int64_t row, int64_t rows, int64_t column,
+  template <typename Factors>
+  void form(const Factors& factors, int64_t row, int64_t rows, int64_t column,
             int64_t columns) const {
-    const int64_t query_stride = factors.query.stride(0);
+    const int64_t query_stride = factors.query.stride(0), inner = factors.query.size(1);
     factors.key_turned.multiply(
         factors.query.template const_data_ptr<factor_t>() + row * query_stride, query_stride, rows,
-        0, inner_size(factors), column, columns, /*add=*/false, data, stride);
+        0, inner, column, columns, /*add=*/false, data, stride);
   }
-
-  static int64_t inner_size(const Factors<factor_t>& factors) { return factors.query.size(1); }
 };
 
 template <typename factor_t>
 void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const auto factors = factors_of<factor_t>(problems, scale);
+  const auto factors = factors_of<factor_t, acc_t>(problems);
   const int64_t samples = problems[0].query.size(0), width = padded(samples);
   const int64_t row_blocks = at::divup(samples, kRows);
   const int64_t group_blocks = at::divup(row_blocks, kGroups);
@@ -192,26 +179,53 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   });
 }
 
-template <typename factor_t>
+// The gradient of a tile as the left factor of a product with the keys.
+template <typename acc_t>
+const acc_t* as_factor(const acc_t* tile, int64_t, int64_t, acc_t*) {
+  return tile;
+}
+const c10::BFloat16* as_factor(const float* tile, int64_t rows, int64_t width,
+                               c10::BFloat16* rounded) {
+  tile_loops().round_bfloat16(tile, width, rows, width, reinterpret_cast<uint16_t*>(rounded),
+                              width);
+  return rounded;
+}
+
+// Its transpose, columns of a left factor of the products with the queries.
+template <typename acc_t>
+void transpose(const acc_t* tile, int64_t width, int64_t rows, int64_t columns, acc_t* out,
+               int64_t stride) {
+  loops_of(acc_t{}).transpose(tile, width, rows, columns, out, stride);
+}
+void transpose(const float* tile, int64_t width, int64_t rows, int64_t columns, c10::BFloat16* out,
+               int64_t stride) {
+  tile_loops().transpose_bfloat16(tile, width, rows, columns, reinterpret_cast<uint16_t*>(out),
+                                  stride);
+  if (rows % 2 == 0) return;  // the last row of a problem: the other half of its pair is 0
+  for (int64_t j = 0; j < columns; ++j) out[j * stride + rows] = 0;
+}
+
+template <typename factor_t, typename gradient_t>
 double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const auto factors = factors_of<factor_t>(problems, options.scale);
+  const auto factors = factors_of<factor_t, gradient_t>(problems);
   const int64_t samples = problems[0].query.size(0), count = problems.size();
   const bool needs_query = problems[0].grad_query.defined();
   const bool needs_key = problems[0].grad_key.defined();
   const auto scale = static_cast<acc_t>(options.scale);
   const auto smoothing = static_cast<acc_t>(options.label_smoothing);
 
-  const int64_t row_bytes = samples * static_cast<int64_t>(sizeof(acc_t));
+  const int64_t row_bytes = samples * static_cast<int64_t>(sizeof(gradient_t));
   const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks a thread
   const int64_t most = at::divup(samples, kRows) * kRows;
   const int64_t chunk =
       count > 1 ? most : std::min(most, std::max(least, kWorkspace / row_bytes / kRows * kRows));
   const auto options_of_acc = factors[0].positives.options();
+  const auto options_of_factor = options_of_acc.dtype(c10::CppTypeToScalarType<gradient_t>::value);
   // transposed scale dL/dS of a chunk of rows [problems, N, chunk]
-  const auto workspace = at::empty({needs_key ? count * samples * chunk : 0}, options_of_acc);
-  acc_t* const turned = workspace.template mutable_data_ptr<acc_t>();
+  const auto workspace = at::empty({needs_key ? count * samples * chunk : 0}, options_of_factor);
+  gradient_t* const turned = workspace.template mutable_data_ptr<gradient_t>();
   std::vector<at::Tensor> row_nll, column_nll;
   for (const auto& problem : problems) {
     row_nll.push_back(problem.row_nll);
@@ -225,6 +239,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
     const int64_t chunk_blocks = at::divup(chunk_rows, kRows);
     at::parallel_for(0, count * chunk_blocks, 1, [&](int64_t begin, int64_t end) {
       const auto scratch = at::empty({3 * kRows * kColumns}, options_of_acc);
+      const auto rounded = at::empty({kRows * kColumns}, options_of_factor);
       acc_t* const products = scratch.template mutable_data_ptr<acc_t>();
       acc_t* const row_part = products + kRows * kColumns;
       acc_t* const column_part = options.differentiate_keys ? nullptr : row_part + kRows * kColumns;
@@ -249,13 +264,13 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
                column_nll[b].template const_data_ptr<acc_t>() + column, row_part, column_part});
           if (needs_query) {
             factors[b].keys.multiply(
-                row_part, width, rows, column, columns, 0, inner, /*add=*/true,
+                as_factor(row_part, rows, width, rounded.template mutable_data_ptr<gradient_t>()),
+                width, rows, column, columns, 0, inner, /*add=*/true,
                 problem.grad_query.template mutable_data_ptr<acc_t>() + row * inner, inner);
           }
           if (needs_key) {
-            loops_of(acc_t{}).transpose(
-                column_part == nullptr ? row_part : column_part, width, rows, columns,
-                turned + (b * samples + column) * chunk + (row - chunk_row), chunk);
+            transpose(column_part == nullptr ? row_part : column_part, width, rows, columns,
+                      turned + (b * samples + column) * chunk + (row - chunk_row), chunk);
           }
         }
         grad_scale[b * row_blocks + row / kRows] = sum;
@@ -277,22 +292,24 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
   return std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
 }
 
-// Calls run(problems of a group, factor_t{}) for groups of problems that share the threads.
+// Calls run(problems of a group, factor_t{}, gradient_t{}) for groups that share the threads.
 template <typename Run>
 void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
   if (problems.empty()) return;
-  const auto& query = problems[0].query;
-  const int64_t samples = std::max<int64_t>(query.size(0), 1);
+  const int64_t samples = problems[0].query.size(0);
+  const auto dtype = problems[0].query.scalar_type();
   const size_t size = std::max<int64_t>(1, kRowsAtATime / samples);
   for (size_t first = 0; first < problems.size(); first += size) {
     const c10::ArrayRef<InfoNCE> group(problems.data() + first,
                                        std::min(size, problems.size() - first));
-    if (query.scalar_type() == at::kDouble) {
-      run(group, double{});
-    } else if (query.scalar_type() == at::kBFloat16 && multiplies_bfloat16()) {
-      run(group, c10::BFloat16{});
+    if (dtype == at::kDouble) {
+      run(group, double{}, double{});
+    } else if (dtype != at::kBFloat16 || !multiplies_bfloat16()) {
+      run(group, float{}, float{});
+    } else if (samples < kRoundedSamples) {
+      run(group, c10::BFloat16{}, float{});
     } else {
-      run(group, float{});
+      run(group, c10::BFloat16{}, c10::BFloat16{});
     }
   }
 }
@@ -301,7 +318,7 @@ void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
 
 void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale) {
   Interrupt interrupt;
-  for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor) {
+  for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto) {
     statistics<decltype(factor)>(group, scale, interrupt);
   });
 }
@@ -309,8 +326,8 @@ void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale) {
 double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOptions& options) {
   Interrupt interrupt;
   double grad_scale = 0;
-  for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor) {
-    grad_scale += gradients<decltype(factor)>(group, options, interrupt);
+  for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto gradient) {
+    grad_scale += gradients<decltype(factor), decltype(gradient)>(group, options, interrupt);
   });
   return grad_scale;
 }

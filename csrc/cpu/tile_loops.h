@@ -65,6 +65,11 @@ struct Loops {
 struct TileLoops {
   Loops<float> float32;
   Loops<double> float64;
+  // Rounded to bfloat16, to nearest: out[j, i] = tile[i, j], and out[i, j] = tile[i, j].
+  void (*transpose_bfloat16)(const float* tile, int64_t stride, int64_t rows, int64_t columns,
+                             uint16_t* out, int64_t out_stride);
+  void (*round_bfloat16)(const float* tile, int64_t stride, int64_t rows, int64_t columns,
+                         uint16_t* out, int64_t out_stride);
 };
 
 namespace default_isa {

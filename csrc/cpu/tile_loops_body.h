@@ -267,15 +267,35 @@ double gradient(const GradientTile<acc_t>& tile) {
   return grad_scale;
 }
 
+HIMO_INLINE float convert(float value, float*) { return value; }
+HIMO_INLINE double convert(double value, double*) { return value; }
+HIMO_INLINE uint16_t convert(float value, uint16_t*) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);  // ties to even
+  return static_cast<uint16_t>((value != value ? 0x7fc00000 : rounded) >> 16);
+}
+
 // By strips of which the rows read stay in the first-level cache.
-template <typename acc_t>
-void transpose(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns, acc_t* out,
+template <typename acc_t, typename out_t>
+void transpose(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns, out_t* out,
                int64_t out_stride) {
   constexpr int64_t kStrip = 16;
   for (int64_t i0 = 0; i0 < rows; i0 += kStrip) {
     const int64_t i1 = i0 + kStrip < rows ? i0 + kStrip : rows;
     for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t i = i0; i < i1; ++i) out[j * out_stride + i] = tile[i * stride + j];
+      for (int64_t i = i0; i < i1; ++i) {
+        out[j * out_stride + i] = convert(tile[i * stride + j], static_cast<out_t*>(nullptr));
+      }
+    }
+  }
+}
+
+void round_rows(const float* tile, int64_t stride, int64_t rows, int64_t columns, uint16_t* out,
+                int64_t out_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      out[i * out_stride + j] = convert(tile[i * stride + j], static_cast<uint16_t*>(nullptr));
     }
   }
 }
@@ -284,8 +304,10 @@ void transpose(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns,
 
 extern const TileLoops tile_loops;
 const TileLoops tile_loops = {
-    {statistics<float>, gradient<float>, transpose<float>},
-    {statistics<double>, gradient<double>, transpose<double>},
+    {statistics<float>, gradient<float>, transpose<float, float>},
+    {statistics<double>, gradient<double>, transpose<double, double>},
+    transpose<float, uint16_t>,
+    round_rows,
 };
 
 }  // namespace himo::cpu::HIMO_ISA
