@@ -56,9 +56,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gram_bwd", &himo::gram_bwd, py::arg("grad_mean"), py::arg("grad_gram"), py::arg("x"),
         py::arg("mean"), no_gil());
   m.def("info_nce_fwd", &himo::info_nce_fwd, py::arg("query"), py::arg("key"),
-        py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("keep_products"), no_gil());
+        py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("products"), no_gil());
   m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
-        py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"), py::arg("products"),
+        py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
         py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),
-        py::arg("needs_key"), no_gil());
+        py::arg("needs_key"), py::arg("products"), no_gil());
 }
