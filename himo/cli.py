@@ -39,8 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _ = _COMMANDS[parsed.command]
     try:
         status: int = importlib.import_module(module).run(parsed)
+        sys.stdout.flush()  # here, where it is known what to do if nobody reads
     except HimoError as error:
         print(f"himo: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # as with `himo eval ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit
+        return 141  # the status of a program that SIGPIPE ends
+    except OSError as error:  # of a file, a disk or a device: its text says which and why
+        print(f"himo: error: {HimoError(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("himo: interrupted", file=sys.stderr)

@@ -76,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-line", action="store_true", help="of each text of a folder, as Urban1k is read"
     )
     parser.add_argument(
+        "--follow-links", action="store_true", help="let links of --data lead out of the image root"
+    )
+    parser.add_argument(
         "--captions-per-image",
         type=int,
         metavar="N",
@@ -103,10 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise HimoError(f"--out {out}: cannot be written")  # said before an hour of work
     opened = _open(args)  # before the model, because most mistakes are here
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, preprocess = load(args.pretrained, device, _DTYPES[args.precision])
+    model, preprocess = load(args.pretrained, args.device, _DTYPES[args.precision])
     encoder = Encoder(model, preprocess, args.batch_size, args.workers)
 
     # In the order of the file: what is read by people first, long lists last.
@@ -143,6 +143,7 @@ def _open(args: argparse.Namespace) -> tuple[SampleIndex, Coverage] | None:
         caption_key=args.csv_caption_key,
         separator=args.csv_separator,
         first_line=args.first_line,
+        follow_links=args.follow_links,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from himo.errors import HimoError
 from himo.files import open_regular
+from himo.validation import COLUMNS as VALIDATION_COLUMNS
 
 # The columns of metrics.jsonl that are drawn; `step` is one of its own.
 COLUMNS = (
@@ -25,6 +26,7 @@ COLUMNS = (
     "data_time_s",
     "step_time_s",
     "samples_per_s",
+    *VALIDATION_COLUMNS,
 )
 FILES = ("config.json", "metrics.jsonl", "eval.json")
 

@@ -100,6 +100,7 @@ def test_page_shows_two_runs(runs: list[Path], tmp_path: Path) -> None:
     assert_self_contained(page)
     assert page.source.count("<h1>") == 1
     assert "They differ in loss (himo, clip)." in page.text.replace(" . ", ". ").replace("  ", " ")
+    assert "Retrieval while training" in page.source and "val-text-to-image-R1" in page.source
     for heading in ("Retrieval", "Single images", "Loss", "What the projection keeps", "Settings"):
         assert f"<h2>{heading}</h2>" in page.source
     thumbnails = sum(map(len, re.findall(r'src="data:image[^"]*"', page.source)))
@@ -129,7 +130,8 @@ def test_numbers_beside_the_page_are_those_of_the_runs(runs: list[Path], tmp_pat
     assert len(rows) == len(written)
     for row, line in zip(rows, written, strict=True):
         for name in ("step", *data.COLUMNS):
-            assert row[name] == "" if line[name] is None else float(row[name]) == line[name]
+            value = line.get(name)
+            assert row[name] == "" if value is None else float(row[name]) == value
     result = json.loads((tmp_path / "r.json").read_text())
     assert [entry["run"] for entry in result["runs"]] == ["tiny-himo", "tiny-clip"]
     for entry, run in zip(result["runs"], runs, strict=True):
