@@ -15,7 +15,7 @@ from typing import Any
 
 
 def row(run: Path) -> list[Any]:
-    """loss, seed, recalls, HiMo@2, @3, @K, last rank, steps, images, threads, torch, commit, date."""
+    """The values of one run, in the order of the columns of demo.csv."""
     config = json.loads((run / "config.json").read_text())
     result = json.loads((run / "eval.json").read_text())
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
