@@ -131,6 +131,12 @@ def train(settings: TrainConfig) -> bool:
     total_steps = len(loader) * settings.epochs
 
     directory, step = _open_run(settings, model, optimizer, sampler, loader.bad, device)
+    if settings.warmup >= total_steps:
+        print(
+            f"himo: note: --warmup {settings.warmup} takes longer than the {total_steps} steps of "
+            f"this run, whose learning rate stays below --lr {settings.lr:g}",
+            file=sys.stderr,
+        )
     print(
         f"{directory}: {len(dataset)} pairs, {total_steps} steps of {settings.batch_size}, "
         f"{settings.loss} loss, {_count(model)} parameters on {device}"
@@ -278,7 +284,7 @@ def _open_run(
 def _open_data(settings: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
     # The pairs to train on, and those to validate on.
     def opened(source: str) -> SampleIndex:
-        return open_dataset(
+        index = open_dataset(
             source,
             settings.dataset_type,
             image_root=settings.image_root,
@@ -289,6 +295,8 @@ def _open_data(settings: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
             follow_links=settings.follow_links,
             max_bad_fraction=settings.max_bad_fraction,
         )
+        print(index.report.summary())
+        return index
 
     index = opened(settings.train_data)
     held_out = opened(settings.val_data) if settings.val_data is not None else None

@@ -146,6 +146,7 @@ def curve_chart(
         y,
         lines,
         x_label="step",
+        x_ticks=[tick for tick in x.ticks() if tick.is_integer()],
         hits=[
             (
                 place,
