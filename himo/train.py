@@ -198,7 +198,11 @@ def train(settings: TrainConfig) -> bool:
                 if found or step % settings.log_every_n_steps == 0 or step in (1, total_steps):
                     outputs |= found
                     line = metrics.write(step, step / len(loader), lr, model.logit_scale, outputs)
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", data_s=f"{line['data_time_s']:.3f}")
+                    bar.set_postfix(
+                        loss=f"{line['loss']:.3f}",
+                        data_s=f"{line['data_time_s']:.3f}",
+                        refresh=False,
+                    )
                 bar.update()
                 if stop.requested:
                     metrics.check_finite(step)
@@ -352,7 +356,17 @@ def _count(model: nn.Module) -> str:
 
 
 def _progress(step: int, total_steps: int) -> "tqdm[Any]":
-    return tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+    # In a log file every drawing stays: there the bar is drawn twice a minute.
+    every_s = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total_steps,
+        initial=step,
+        unit="step",
+        dynamic_ncols=True,
+        smoothing=0.1,
+        mininterval=every_s,
+        maxinterval=max(10.0, every_s),
+    )
 
 
 class _Stop:
