@@ -28,6 +28,7 @@ from himo.evaluate.metrics import (
 from himo.evaluate.result import (
     add_himo_docci,
     caption_curves,
+    caption_misses,
     prefix_curves,
     table,
     write_result,
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         result |= captions.sections
         result["protocol"]["dataset"] = args.data  # as given, and not where it lies here
         curves = caption_curves(captions)
+        result["misses"] = caption_misses(captions)
     if args.himo_docci:
         prefixes = score_himo_docci(
             encoder, args.himo_docci, args.image_root, allow_missing=args.allow_missing

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from himo.report import evaluation, monotonicity, training
+from himo.report import evaluation, misses, monotonicity, training
 from himo.report.charts import colour_class, swatch, text
 from himo.report.data import Run, differing, lookup, plural
 from himo.report.growth import CHOICE, card, examples
@@ -56,6 +56,11 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
             monotonicity.himo(runs),
         ),
         _growth(runs),
+        _section(
+            "What it mistakes",
+            "Captions that another image fits better than their own.",
+            misses.section([run.misses for run in runs], [run.label for run in runs]),
+        ),
         *(_training(runs) if any(run.step for run in runs) else []),
         _section("Settings", "", _settings(runs)),
     ]

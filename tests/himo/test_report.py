@@ -160,6 +160,8 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
         for bad in ("http://192.0.2.1/x.png", 'data:image/png;base64,A" onload="x',
                     "data:text/html;base64,AAAA", "data:image/svg+xml;base64,AAAA", 7)
     ]  # fmt: skip
+    picture = {"name": HOSTILE, "thumbnail": "http://192.0.2.1/x.png"}
+    result["misses"] = [{"caption": HOSTILE, "rank": 2, "image": picture, "first": picture}]
     (run / "eval.json").write_text(json.dumps(result))
     page = Page(report.write_report([run], tmp_path / "r.html"))
     assert_self_contained(page)
@@ -190,6 +192,19 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
         ({"eval": '{"himo": {"HiMo@2": {"value": null, "used": 0}}}'}, ["No run has a value of"]),
         ({"eval": '{"curves": [{}, {"segments": ["a"], "scores": []}]}'}, ["2 similarity curves"]),
         ({"eval": '{"curves": [{"segments": ["a", "b"], "scores": [NaN, 1]}]}'}, ["no thumbnail"]),
+        (
+            {"eval": '{"misses": [7, {}, {"caption": "c", "rank": true}]}'},
+            ["3 misses of retrieval"],
+        ),
+        ({"eval": '{"misses": {"a": 1}, "curves": []}'}, ["no similarity curves"]),
+        (
+            {"eval": '{"misses": [{"caption": "c", "rank": 2, "image": {}, "first": []}]}'},
+            ["1 miss of retrieval"],
+        ),
+        (
+            {"eval": '{"misses": [{"caption": "c", "rank": 2, "image": {}, "first": {}}]}'},
+            ["What it mistakes", "its image, rank 2", "no thumbnail"],
+        ),
         ({"config": '{"loss": "himo", "preset": [], "tau": "x", "model": 3}'}, ["is missing"]),
     ],
 )
