@@ -30,7 +30,7 @@ CHECKED_ROWS = {"cpu": 2048, "cuda": 8192}
 # through autocast is within 1e-2, a wrong formula or a wrong gradient is not.
 BASELINE_ERROR = 5e-2
 
-WARM_UP = 10  # calls before the GPU is timed; the CPU has had one, its check before another
+WARM_UP = 10  # calls before a GPU is timed, fewer of long ones; a CPU has had one
 REPEATS = {"cpu": (3, 30), "cuda": (5, 50)}  # fewest and most turns, or calls on a GPU
 LONG_MS = 10.0  # a call on a CPU that loads the caches itself
 GRAPH_BELOW_MS = 0.1  # launch gaps dominate below: a replayed CUDA graph shows the kernels
@@ -64,7 +64,7 @@ def make_problem(case: Case, device: str) -> Problem:
     generator = torch.Generator().manual_seed(1)
     shapes = _output_shapes(case, inputs)
     weights = tuple(
-        torch.randn(shape, generator=generator).to(device) if shape else torch.ones((), device=device)
+        (torch.randn(shape, generator=generator) if shape else torch.ones(())).to(device)
         for shape in shapes
     )
     return Problem(case, _leaves(inputs), weights)
@@ -125,7 +125,7 @@ class Oracle:
 
 def checked_rows(case: Case, device: str) -> int:
     most = CHECKED_ROWS[device]
-    return case.N if case.N <= most + 64 else most + case.N % 64
+    return case.N if most + 64 >= case.N else most + case.N % 64
 
 
 def make_oracle(problem: Problem, device: str, official: bool) -> Oracle:
@@ -170,7 +170,7 @@ def _official(op: Operation, case: Case) -> Candidate:
     """The released code's loss in float64: official switches, but the case's own threshold."""
 
     def call(inputs: Inputs, case: Case) -> Outputs:
-        image, text, scale = inputs["image_features"], inputs["text_features"], inputs["logit_scale"]
+        image, text = inputs["image_features"], inputs["text_features"]
         smoothing = {"label_smoothing": 0.1, "differentiate_keys": False}
         if case.op == "himo_loss":
             tau = nn.PRESETS[case.preset]["variance_threshold"]
@@ -180,7 +180,10 @@ def _official(op: Operation, case: Case) -> Candidate:
             component = inputs["component_features"]
         else:
             component = inputs["coefficients"] @ inputs["basis"]
-        losses = [oracle_info_nce(image, keys, scale, **smoothing) for keys in (text, component)]
+        losses = [
+            oracle_info_nce(image, keys, inputs["logit_scale"], **smoothing)
+            for keys in (text, component)
+        ]
         return (losses[0] + losses[1],) if case.op == "himo_loss" else tuple(losses)
 
     return Candidate("official", call, library=True)
@@ -259,8 +262,8 @@ def _wall_ms(run: Callable[[], object]) -> float:
 
 def _time_cuda(run: Callable[[], object], seconds: float) -> list[Sample]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(WARM_UP):
-        run()
+    once = _events(run, 1, None)[0]
+    _events(run, max(1, min(WARM_UP, int(seconds * 1000 / max(once, 1e-3)))), None)
     once = _events(run, 1, None)[0]
     fewest, most = REPEATS["cuda"]
     repeats = max(fewest, min(most, int(seconds * 1000 / max(once, 1e-3))))

@@ -4,7 +4,6 @@ The library's candidates are whatever the operator's table in himo_kernels holds
 measured without a change here.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -114,7 +113,8 @@ def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
     if case.op == "himo_loss":  # several operators: a name holds for all, "auto" for each
         parts = ("pca_reconstruct", "dual_info_nce")
         features = inputs["text_features"]
-        names = [name for name in BACKENDS if any(name in OPERATORS[part].backends for part in parts)]
+        held = {name for part in parts for name in OPERATORS[part].backends}
+        names = [name for name in BACKENDS if name in held]
         reasons = {
             name: next(filter(None, (OPERATORS[p].why_not(name, features) for p in parts)), None)
             for name in names
@@ -141,8 +141,14 @@ def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
 
 def _compiled(call: Call) -> Call:
     # At the first call: torch.compile imports a compiler that most candidates do not need.
-    compiled = functools.cache(lambda: torch.compile(call, dynamic=False))
-    return lambda inputs, case: compiled()(inputs, case)
+    compiled: list[Call] = []
+
+    def run(inputs: Inputs, case: Case) -> Outputs:
+        if not compiled:
+            compiled.append(torch.compile(call, dynamic=False))
+        return compiled[0](inputs, case)
+
+    return run
 
 
 def _peer(peer: Callable[..., Tensor], losses: int) -> Call:

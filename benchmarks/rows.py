@@ -1,16 +1,19 @@
 """Rows of results: their columns, the facts of a run, and CSV files that are whole or unchanged."""
 
 import csv
+import importlib.metadata
+import io
 import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
+from himo_kernels._dispatch import BACKENDS
 
 # What tells one measurement from another. A new one replaces all of its rows.
 CELL = ("backend", "B", "N", "D", "dtype", "config", "device", "threads")
@@ -53,6 +56,8 @@ COLUMNS = (
     "commit",
     "date",
 )
+LIBRARY = (*BACKENDS, "auto")  # what the column backend says of the library; others are baselines
+CRASHED = "(cell)"  # in the place of a backend: the process ended, whichever it was measuring
 ROOT = Path(__file__).parents[1]
 
 Row = dict[str, str]
@@ -110,11 +115,9 @@ def _driver() -> str:
 
 
 def _version(module: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        return version(module)
-    except PackageNotFoundError:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
         return ""
 
 
@@ -132,19 +135,28 @@ def read(path: Path) -> list[Row]:
 
 
 def merge(path: Path, new: list[Row]) -> None:
-    """Puts rows into a file in place of earlier ones of the same measurements; others stay.
-
-    The file is what it was before or the whole new one at every moment.
-    """
-    measured = {_cell(row) for row in new}
+    """Puts rows into a file in place of earlier ones of the same measurements; others stay."""
+    # With them goes the row of a cell that died before it could name a candidate.
+    measured = {_cell(row | {"backend": name}) for row in new for name in (row["backend"], CRASHED)}
     kept = [row for row in read(path) if _cell(row) not in measured]
     ordered = sorted([*kept, *new], key=_order)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(ordered)
+    write_whole(path, text.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that at every moment is what it was before or all of the new one.
+
+    himo.files does the same for checkpoints; importing himo needs more modules than a machine with
+    a GPU to measure may have.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(ordered)
+            file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -164,7 +176,3 @@ def _order(row: Row) -> tuple:
 def number(value: float | None) -> str:
     """Four significant digits, "" for None: what a row holds."""
     return "" if value is None else f"{value:.4g}"
-
-
-def warn(text: str) -> None:
-    print(f"benchmarks: {text}", file=sys.stderr)

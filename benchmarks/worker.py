@@ -86,10 +86,11 @@ class Cell:
             yield from self._time(problem, accurate, mode)
 
     def _candidates(self, problem: Problem) -> list[Candidate]:
+        compile = self.compile and self.case.compile
         return [
             candidate
             for candidate in candidates(self.case, problem.inputs)
-            if (self.compile or not candidate.compiled)
+            if (compile or not candidate.compiled)
             and (not self.only or candidate.name in self.only)
         ]
 
@@ -153,20 +154,23 @@ class Cell:
         return None
 
     def _measure_peaks_in_children(self) -> None:
-        if self.compile:  # once here rather than in every child
+        if self.compile and self.case.compile:  # once here rather than in every child
             importlib.import_module("torch._inductor.compile_fx")
 
         def names() -> list[str]:
             problem = make_problem(self.case, self.device)
             return [c.name for c in self._candidates(problem) if c.refusal is None]
 
-        found = memory.in_child(names)
+        in_child = memory.in_child
+        found = in_child(names)
         if isinstance(found, dict):  # the inputs alone do not fit; the cell will say so
             return
         for name in found:
             for mode in self.case.modes:
                 if mode != "fwd" or not name.endswith("+compile"):
-                    self.peaks[name, mode] = memory.in_child(lambda n=name, m=mode: self._peak(n, m))
+                    self.peaks[name, mode] = memory.in_child(
+                        lambda n=name, m=mode: self._peak(n, m)
+                    )
 
     def _peak(self, name: str, mode: str) -> dict[str, float]:
         problem = make_problem(self.case, self.device)

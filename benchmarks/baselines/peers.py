@@ -55,8 +55,8 @@ def why_not(name: str, device: str, label_smoothing: float, differentiate_keys: 
     if not differentiate_keys:
         return "has no form with constant keys"
     if name == "linear_cross_entropy":
-        if not hasattr(F, "linear_cross_entropy"):
-            return f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has"
+        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return f"torch {torch.__version__} has no chunked F.linear_cross_entropy; 2.13 has"
         return None
     if device != "cuda":
         return "needs a CUDA device"
