@@ -2,7 +2,8 @@
 
 On a GPU it is the caching allocator's own peak. On a CPU it is the growth of the resident size,
 VmHWM of /proc/self/status after a reset through /proc/self/clear_refs, in a process forked for
-this one call: it sees whatever the call touches, C++ and BLAS buffers included.
+this one call: it sees whatever the call touches, C++ and BLAS buffers included. The kernel adds up
+its counts in steps of 64 pages a thread: differences below 1 MiB mean nothing.
 """
 
 import ctypes

@@ -1,10 +1,12 @@
 """The harness itself: accuracy before time, peaks of memory, failures as rows."""
 
 import dataclasses
+import json
 import os
 
 import pytest
 import torch
+from fresh_process import run_python
 
 import himo_kernels
 from benchmarks import measure, memory, worker
@@ -27,19 +29,26 @@ def cell(case: Case, **settings) -> worker.Cell:
 
 @pytest.fixture
 def unlimited(monkeypatch):
-    """Cells of these tests run in the process of the tests, which must not be limited."""
+    """Cells that run in the process of the tests, which must not be limited, and briefly."""
     monkeypatch.setattr(memory, "limit_to_free_memory", lambda: None)
+    monkeypatch.setattr(measure, "LONG_MS", 0.0)  # one call a turn
 
 
 @pytest.mark.parametrize("spectrum", ["power-law", "duplicates"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op", OPTIONS)
-def test_the_library_passes_on_every_operator(op, dtype, spectrum, unlimited):
+def test_the_library_and_plain_pytorch_pass_on_every_operator(op, dtype, spectrum):
     case = Case(op, **SMALL, dtype=dtype, spectrum=spectrum, share=0.5)
-    rows = list(cell(case).rows())
-    library = [row for row in rows if row["backend"] in ("auto", "reference")]
-    assert library and all(row["status"] == "ok" for row in library), rows
-    assert all(row["time_ms_p50"] for row in library)
+    problem = measure.make_problem(case, "cpu")
+    found = candidates(case, problem.inputs)
+    oracle = measure.make_oracle(problem, "cpu", official=any(c.official for c in found))
+    checked = set()
+    for candidate in found:
+        hard = spectrum == "duplicates" and not candidate.library  # the SVD's gradient may be NaN
+        if candidate.refusal is None and not candidate.compiled and not hard:
+            assert measure.accuracy(candidate, oracle)[1] is None, candidate.name
+            checked.add(candidate.name)
+    assert checked & {"auto", "reference"}
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
@@ -53,7 +62,8 @@ def test_the_released_code_is_checked_against_its_own_semantics(op, preset):
 
 
 def test_a_baseline_with_a_nan_gradient_is_not_timed(unlimited):
-    rows = list(cell(Case("pca_reconstruct", 16, D=64, spectrum="duplicates")).rows())
+    case = Case("pca_reconstruct", 128, spectrum="duplicates", modes=("fwd+bwd",))
+    rows = list(cell(case, only=["released", "reference"]).rows())
     for row in rows:
         if row["backend"] == "released":
             assert row["status"] == "inaccurate" and "gradient of x: not finite" in row["reason"]
@@ -113,8 +123,6 @@ def test_large_cells_are_checked_on_leading_rows_with_the_same_ragged_tile(monke
 @needs_proc
 def test_the_peak_sees_memory_that_torch_does_not_count():
     # In a process that has started no thread: forked ones would wait for those that are missing.
-    from fresh_process import run_python
-
     script = """
 import ctypes, json
 from benchmarks import memory
@@ -128,16 +136,10 @@ print(json.dumps(memory.in_child(lambda: memory.peak_cpu(lambda: None, run))))
 print(json.dumps(memory.in_child(lambda: bytearray(1 << 50))))
 print(json.dumps(memory.in_child(lambda: 1 / 0)))
 """
-    peak, too_much, wrong = map(measure_json, run_python("-c", script).splitlines())
-    assert 50 <= peak["peak_mib"] < 51 and peak["time_ms"] > 0
+    peak, too_much, wrong = map(json.loads, run_python("-c", script).splitlines())
+    assert 49 < peak["peak_mib"] < 51 and peak["time_ms"] > 0
     assert too_much == {"reason": "out of memory"}
     assert wrong == {"reason": "ZeroDivisionError: division by zero"}
-
-
-def measure_json(text: str) -> dict:
-    import json
-
-    return json.loads(text)
 
 
 def test_the_cost_model_of_the_losses():
