@@ -125,6 +125,8 @@ def run(cases: list[Case], options: argparse.Namespace, log: TextIO) -> int:
     end = time.monotonic() + 60 * options.budget_minutes
     for op in {case.op for case in cases}:
         table.read(options.out / f"{op}.csv")  # a file of another format, before any work
+    if options.device == "cpu" and os.getloadavg()[0] > 0.5:
+        warn(f"load average {os.getloadavg()[0]:.1f}: something else runs here; the rows say so")
     worker = Worker(options.device, options.threads, log)
     facts = table.facts(options.device, options.threads)
     bad, left_out = 0, []

@@ -120,6 +120,21 @@ def test_make_gpu_without_a_gpu_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_measuring_needs_neither_himo_nor_tqdm(folder):
+    # A machine with a GPU may have torch, triton, numpy and pytest alone.
+    script = """
+import sys
+for name in ("himo", "tqdm", "numpy", "regex", "PIL"):
+    sys.modules[name] = None
+from benchmarks import plot, run, worker
+with run.progress(2) as bar:
+    bar.set_description_str("a cell")
+    bar.update()
+sys.exit(plot.main([sys.argv[1], "--markdown"]))
+"""
+    assert "| InfoNCE 48 x 16 | float32 |" in run_python("-c", script, str(folder))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_full_run_has_each_cell_once_and_every_operator(device):
     cases = full_run(device)
