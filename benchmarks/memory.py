@@ -85,8 +85,7 @@ def limit_to_free_memory() -> None:
 def peak_cpu(warm_up: Callable[[], object], run: Callable[[], object]) -> dict[str, float]:
     """{"peak_mib", "time_ms"} of one run, to be called in a child.
 
-    warm_up runs first and does not count: it loads libraries and starts threads on a small problem,
-    or compiles.
+    warm_up runs first and does not count: it loads libraries and starts threads.
     """
     warm_up()
     gc.collect()

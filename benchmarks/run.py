@@ -25,7 +25,7 @@ from benchmarks import rows as table
 from benchmarks.cases import Case
 from benchmarks.rows import LIBRARY, BenchmarkError, Row
 
-CASE_TIMEOUT = 300  # seconds without an answer after which a worker is given up
+CASE_TIMEOUT = 600  # seconds without an answer after which a worker is given up
 
 
 class Worker:

@@ -7,7 +7,6 @@ here costs one case.
 
 import dataclasses
 import gc
-import importlib
 import json
 import os
 import sys
@@ -154,31 +153,26 @@ class Cell:
         return None
 
     def _measure_peaks_in_children(self) -> None:
-        if self.compile and self.case.compile:  # once here rather than in every child
-            importlib.import_module("torch._inductor.compile_fx")
-
         def names() -> list[str]:
             problem = make_problem(self.case, self.device)
-            return [c.name for c in self._candidates(problem) if c.refusal is None]
+            chosen = self._candidates(problem)
+            # Compiling would have to run once more before the peak means anything.
+            return [c.name for c in chosen if c.refusal is None and not c.compiled]
 
-        in_child = memory.in_child
-        found = in_child(names)
+        found = memory.in_child(names)
         if isinstance(found, dict):  # the inputs alone do not fit; the cell will say so
             return
         for name in found:
             for mode in self.case.modes:
-                if mode != "fwd" or not name.endswith("+compile"):
-                    self.peaks[name, mode] = memory.in_child(
-                        lambda n=name, m=mode: self._peak(n, m)
-                    )
+                peak = memory.in_child(lambda name=name, mode=mode: self._peak(name, mode))
+                self.peaks[name, mode] = peak
 
     def _peak(self, name: str, mode: str) -> dict[str, float]:
         problem = make_problem(self.case, self.device)
         candidate = next(c for c in self._candidates(problem) if c.name == name)
         run = step(candidate, problem, mode)
         small = dataclasses.replace(self.case, N=min(self.case.N, 8))
-        warm_up = run if candidate.compiled else step(candidate, make_problem(small, "cpu"), mode)
-        return memory.peak_cpu(warm_up, run)
+        return memory.peak_cpu(step(candidate, make_problem(small, "cpu"), mode), run)
 
     def _row(self, candidate: Candidate, mode: str, **columns: str) -> Row:
         case = self.case
