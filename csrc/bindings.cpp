@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "covariance.h"
+#include "pca.h"
 
 namespace py = pybind11;
 
@@ -54,4 +55,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("x"), py::arg("mean"), no_gil());
   m.def("gram_bwd", &himo::gram_bwd, py::arg("grad_mean"), py::arg("grad_gram"), py::arg("x"),
         py::arg("mean"), no_gil());
+  m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), no_gil());
+  m.def("pca_bwd", &himo::pca_bwd, py::arg("grad_mean"), py::arg("grad_eigenvalues"),
+        py::arg("grad_components"), py::arg("x"), py::arg("mean"), py::arg("eigenvalues"),
+        py::arg("eigenvectors"), py::arg("rank"), py::arg("gap_eps"), no_gil());
+  m.def("project_reconstruct_fwd", &himo::project_reconstruct_fwd, py::arg("x"), py::arg("mean"),
+        py::arg("components"), py::arg("rank"), no_gil());
+  m.def("project_reconstruct_bwd", &himo::project_reconstruct_bwd, py::arg("grad"), py::arg("x"),
+        py::arg("mean"), py::arg("components"), py::arg("rank"), no_gil());
+  m.def("pca_reconstruct_fwd", &himo::pca_reconstruct_fwd, py::arg("x"),
+        py::arg("variance_threshold"), no_gil());
+  m.def("pca_reconstruct_bwd", &himo::pca_reconstruct_bwd, py::arg("grad"), py::arg("x"),
+        py::arg("mean"), py::arg("eigenvalues"), py::arg("eigenvectors"), py::arg("rank"),
+        py::arg("gap_eps"), py::arg("differentiate_basis"), no_gil());
 }
