@@ -61,6 +61,15 @@ HIMO_WIDE void centre_line(const in_t* x, int64_t stride, const double* mean, in
   }
 }
 
+template <typename in_t, typename out_t>
+HIMO_WIDE void copy_line(const in_t* in, int64_t stride, int64_t size, out_t* out) {
+  if (stride == 1) {
+    for (int64_t k = 0; k < size; ++k) out[k] = static_cast<out_t>(in[k]);
+  } else {
+    for (int64_t k = 0; k < size; ++k) out[k] = static_cast<out_t>(in[k * stride]);
+  }
+}
+
 }  // namespace
 
 int64_t problem_offset(const at::Tensor& x, int64_t b) {  // [*, N, D]
@@ -109,40 +118,87 @@ std::vector<double> column_means(const at::Tensor& x, int64_t b, int64_t count) 
   return means;
 }
 
-at::Tensor centre(const at::Tensor& x,  // [*, N, D]
-                  const double* means,  // [count, D]
-                  const Block& block,
-                  const at::Tensor& buffer,  // [>= count * rows * columns]
-                  double scale) {
+template <typename T>
+bool centre(const at::Tensor& x,  // [*, N, D]
+            const double* means,  // [count, D]
+            const Block& block, double scale,
+            T* out) {  // [count * rows * columns]
   const int64_t row_stride = x.stride(-2), column_stride = x.stride(-1), features = x.size(-1);
   const bool by_rows = column_stride <= row_stride;
   const int64_t lines = by_rows ? block.rows : block.columns;
   const int64_t length = by_rows ? block.columns : block.rows;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "centre", [&] {
-    using in_t = scalar_t;
-    const in_t* data =
-        x.const_data_ptr<in_t>() + block.row * row_stride + block.column * column_stride;
-    AT_DISPATCH_FLOATING_TYPES(buffer.scalar_type(), "centre", [&] {
-      scalar_t* out = buffer.mutable_data_ptr<scalar_t>();
-      at::parallel_for(0, block.count * lines, grain(length), [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t problem = task / lines, line = task % lines;
-          const in_t* source = data + problem_offset(x, block.b + problem);
-          const double* mean = means + problem * features + block.column;
-          if (by_rows) {
-            centre_line(source + line * row_stride, column_stride, mean, 1, length, scale,
-                        out + task * length);
-          } else {
-            centre_line(source + line * column_stride, row_stride, mean + line, 0, length, scale,
-                        out + task * length);
-          }
+    const scalar_t* data =
+        x.const_data_ptr<scalar_t>() + block.row * row_stride + block.column * column_stride;
+    at::parallel_for(0, block.count * lines, grain(length), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t problem = task / lines, line = task % lines;
+        const scalar_t* source = data + problem_offset(x, block.b + problem);
+        const double* mean = means + problem * features + block.column;
+        if (by_rows) {
+          centre_line(source + line * row_stride, column_stride, mean, 1, length, scale,
+                      out + task * length);
+        } else {
+          centre_line(source + line * column_stride, row_stride, mean + line, 0, length, scale,
+                      out + task * length);
         }
-      });
+      }
     });
   });
+  return by_rows;
+}
+
+template bool centre(const at::Tensor&, const double*, const Block&, double, float*);
+template bool centre(const at::Tensor&, const double*, const Block&, double, double*);
+
+at::Tensor centre(const at::Tensor& x,  // [*, N, D]
+                  const double* means,  // [count, D]
+                  const Block& block,
+                  const at::Tensor& buffer) {  // [>= count * rows * columns]
+  bool by_rows = true;
+  AT_DISPATCH_FLOATING_TYPES(buffer.scalar_type(), "centre", [&] {
+    by_rows = centre(x, means, block, 1.0, buffer.mutable_data_ptr<scalar_t>());
+  });
+  const int64_t lines = by_rows ? block.rows : block.columns;
+  const int64_t length = by_rows ? block.columns : block.rows;
   const auto centred =
       buffer.narrow(0, 0, block.count * lines * length).view({block.count, lines, length});
   return by_rows ? centred : centred.transpose(1, 2);
 }
+
+template <typename T>
+void copy_block(const at::Tensor& x,  // [*, N, D]
+                const Block& block,
+                T* out,  // [rows, columns]
+                int64_t row_stride) {
+  constexpr int64_t kRows = 32;  // rows at a time: x read column by column writes to no more lines
+  const int64_t x_rows = x.stride(-2), x_columns = x.stride(-1);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "copy_block", [&] {
+    const scalar_t* data = x.const_data_ptr<scalar_t>() + problem_offset(x, block.b) +
+                           block.row * x_rows + block.column * x_columns;
+    const auto copy_rows = [&](int64_t i0, int64_t i1) {
+      if (x_columns <= x_rows) {
+        for (int64_t i = i0; i < i1; ++i) {
+          copy_line(data + i * x_rows, x_columns, block.columns, out + i * row_stride);
+        }
+        return;
+      }
+      for (int64_t j = 0; j < block.columns; ++j) {
+        for (int64_t i = i0; i < i1; ++i) {
+          out[i * row_stride + j] = static_cast<T>(data[i * x_rows + j * x_columns]);
+        }
+      }
+    };
+    at::parallel_for(0, at::divup(block.rows, kRows), grain(kRows * block.columns),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t i = begin; i < end; ++i) {
+                         copy_rows(i * kRows, std::min((i + 1) * kRows, block.rows));
+                       }
+                     });
+  });
+}
+
+template void copy_block(const at::Tensor&, const Block&, float*, int64_t);
+template void copy_block(const at::Tensor&, const Block&, double*, int64_t);
 
 }  // namespace himo::cpu

@@ -50,13 +50,26 @@ struct Block {
   int64_t column, columns;
 };
 
-// Returns (x - mean) * scale for the block, [count, rows, columns], in the buffer's dtype. It lies
-// in memory as x does, rows or columns first, so that both sides are read and written in order; a
-// matrix product takes either.
+// Writes (x - mean) * scale for the block, [count, rows, columns], in the order x has in memory, so
+// that both sides are read and written along it. Returns whether that is rows first. T is float or
+// double.
+template <typename T>
+bool centre(const at::Tensor& x,  // [*, N, D]
+            const double* means,  // [count, D]
+            const Block& block, double scale,
+            T* out);  // [count * rows * columns]
+
+// Returns x - mean for the block as a tensor [count, rows, columns], in the buffer's dtype.
 at::Tensor centre(const at::Tensor& x,  // [*, N, D]
                   const double* means,  // [count, D]
                   const Block& block,
-                  const at::Tensor& buffer,  // [>= count * rows * columns]
-                  double scale = 1.0);
+                  const at::Tensor& buffer);  // [>= count * rows * columns]
+
+// Copies the block of one problem. T is float or double.
+template <typename T>
+void copy_block(const at::Tensor& x,  // [*, N, D]
+                const Block& block,
+                T* out,  // [rows, columns]
+                int64_t row_stride);
 
 }  // namespace himo::cpu

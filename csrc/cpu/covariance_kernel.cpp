@@ -23,7 +23,7 @@ namespace {
 // of the multiplications. Narrower panels lose more in the matrix product than they leave out.
 constexpr int64_t kPanel = 192;
 // Below this inner size the time goes into writing the product, and one addmm writes it fastest.
-constexpr int64_t kThin = 128;
+constexpr int64_t kThin = 16;
 
 constexpr int64_t kTile = 32;  // a square of 8 KiB in float64, in the first-level cache
 
@@ -60,30 +60,45 @@ void add_lower_product(const at::Tensor& product,  // [count, M, M]
   }
 }
 
-// Copies the lower triangles onto the upper ones, tile by tile through a small square, so that both
-// sides are read and written along their rows.
+// Copies a tile of the lower triangle onto the upper one. A whole tile goes by squares of
+// registers, which both sides are read and written along the rows of.
+template <typename T>
+HIMO_WIDE void mirror_tile(T* matrix, int64_t side, int64_t i0, int64_t j0) {  // j0 <= i0
+  constexpr int64_t kSquare = 8;
+  const int64_t rows = std::min(kTile, side - i0);
+  if (i0 == j0 || rows < kTile) {
+    for (int64_t i = i0; i < i0 + rows; ++i) {
+      const int64_t end = i0 == j0 ? i : j0 + kTile;
+      for (int64_t j = j0; j < end; ++j) matrix[j * side + i] = matrix[i * side + j];
+    }
+    return;
+  }
+  for (int64_t j = j0; j < j0 + kTile; j += kSquare) {
+    for (int64_t i = i0; i < i0 + kTile; i += kSquare) {
+      T square[kSquare][kSquare];
+      for (int64_t a = 0; a < kSquare; ++a) {
+        for (int64_t b = 0; b < kSquare; ++b) square[b][a] = matrix[(i + a) * side + j + b];
+      }
+      for (int64_t b = 0; b < kSquare; ++b) {
+        for (int64_t a = 0; a < kSquare; ++a) matrix[(j + b) * side + i + a] = square[b][a];
+      }
+    }
+  }
+}
+
 void mirror_lower(const at::Tensor& product) {  // [count, M, M], contiguous
   const int64_t side = product.size(1), tiles = at::divup(side, kTile);
   AT_DISPATCH_FLOATING_TYPES(product.scalar_type(), "mirror_lower", [&] {
     scalar_t* data = product.mutable_data_ptr<scalar_t>();
-    const auto copy_tile = [side](scalar_t* matrix, int64_t i0, int64_t j0) {  // j0 <= i0
-      scalar_t square[kTile][kTile + 1];  // + 1: a column must not fall on one set of the cache
-      const int64_t rows = std::min(kTile, side - i0), columns = std::min(kTile, side - j0);
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) square[j][i] = matrix[(i0 + i) * side + j0 + j];
-      }
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t first = i0 == j0 ? j + 1 : 0;  // of the diagonal tile, the upper half
-        for (int64_t i = first; i < rows; ++i) matrix[(j0 + j) * side + i0 + i] = square[j][i];
-      }
-    };
     at::parallel_for(
         0, product.size(0) * tiles, grain(kTile * side / 2), [&](int64_t begin, int64_t end) {
           for (int64_t task = begin; task < end; ++task) {
             scalar_t* matrix = data + task / tiles * side * side;
             // Long and short rows of tiles in turn: threads take runs of tasks.
             const int64_t k = task % tiles, row = k % 2 == 0 ? k / 2 : tiles - 1 - k / 2;
-            for (int64_t j0 = 0; j0 <= row * kTile; j0 += kTile) copy_tile(matrix, row * kTile, j0);
+            for (int64_t j0 = 0; j0 <= row * kTile; j0 += kTile) {
+              mirror_tile(matrix, side, row * kTile, j0);
+            }
           }
         });
   });

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kTile = 32;  // a square of 8 KiB in float64, in the first-level cache
 // Multiplications below which a call of BLAS takes longer than a plain loop.
-constexpr int64_t kSmallProduct = 2048;
+constexpr int64_t kSmallProduct = 4096;
 
 template <typename T>
 at::Tensor view(Matrix<T> matrix) {
@@ -27,15 +27,32 @@ at::Tensor view(Matrix<T> matrix) {
                        at::TensorOptions(c10::CppTypeToScalarType<scalar_t>::value));
 }
 
+// out and b by rows.
+template <typename T>
+HIMO_WIDE void multiply_rows(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha, T beta) {
+  for (int64_t i = 0; i < out.rows; ++i) {
+    T* row = out.data + i * out.row_stride;
+    for (int64_t j = 0; j < out.columns; ++j) row[j] = beta == 0 ? 0 : beta * row[j];
+    for (int64_t k = 0; k < a.columns; ++k) {
+      const T factor = alpha * a.data[i * a.row_stride + k * a.column_stride];
+      const T* line = b.data + k * b.row_stride;
+      for (int64_t j = 0; j < out.columns; ++j) row[j] += factor * line[j];
+    }
+  }
+}
+
 template <typename T>
 void multiply_small(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha, T beta) {
+  if (b.column_stride == 1 && out.column_stride == 1) return multiply_rows(a, b, out, alpha, beta);
+  if (a.row_stride == 1 && out.row_stride == 1) {
+    return multiply_rows(b.t(), a.t(), out.t(), alpha, beta);
+  }
   for (int64_t i = 0; i < out.rows; ++i) {
     for (int64_t j = 0; j < out.columns; ++j) {
-      const T* row = a.data + i * a.row_stride;
-      const T* column = b.data + j * b.column_stride;
       T sum = 0;
       for (int64_t k = 0; k < a.columns; ++k) {
-        sum += row[k * a.column_stride] * column[k * b.row_stride];
+        sum += a.data[i * a.row_stride + k * a.column_stride] *
+               b.data[k * b.row_stride + j * b.column_stride];
       }
       T& entry = out.data[i * out.row_stride + j * out.column_stride];
       entry = beta == 0 ? alpha * sum : alpha * sum + beta * entry;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/pca_kernel.h"
+#include "cpu/pca_output.h"
 #include "cpu/pca_problem.h"
 #include "cpu/problems.h"
 
@@ -48,42 +49,6 @@ double null_correction(const Spectrum& spectrum, int64_t i, int64_t j, double ga
   return (gap * kept - square) / ((gap * gap + square) * (kept * kept + square)) / unit;
 }
 
-// Kept directions that have a component. On the sample side one without variance has none:
-// X^T v / sqrt(lambda) is 0 / 0. Eigenvalues descend, so they are the first ones.
-int64_t present(const Spectrum& spectrum, bool features) {
-  int64_t count = spectrum.rank;
-  while (!features && count > 0 && !spectrum.is_nonzero(count - 1)) --count;
-  return count;
-}
-
-// P: the first `count` eigenvectors of X^T X in rows.
-void write_components(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
-                      int64_t count,
-                      double* out) {  // [count, D]
-  const int64_t n = spectrum.n, samples = x.size(-2), features = x.size(-1);
-  if (count == 0) return;
-  const auto vectors = row_major(spectrum.eigenvectors, n, n).column_block(0, count);
-  if (feature_side(x)) {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = 0; j < n; ++j) out[i * n + j] = spectrum.eigenvectors[j * n + i];
-    }
-    return;
-  }
-  const Sides sides(x, false);
-  const int64_t step = block_lines(features, samples);
-  const Buffer<double> scratch(step * samples);
-  const auto rows = row_major(out, count, features);
-  for (int64_t line = 0; line < features; line += step) {
-    const int64_t lines = std::min(step, features - line);
-    const auto centred = centred_lines<double>(x, mean, sides, b, line, lines, 1.0, scratch);
-    multiply(vectors.t(), centred.t(), rows.column_block(line, lines));
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const double norm = std::sqrt(spectrum.eigenvalues[i]);
-    for (int64_t j = 0; j < features; ++j) out[i * features + j] /= norm;
-  }
-}
-
 // What pca_bwd has of one problem, beside x.
 struct Incoming {
   const double* eigenvalues;        // [n]
@@ -96,8 +61,8 @@ at::Tensor turn_of_features(const Spectrum& spectrum, const Incoming& grad, doub
   const auto turn = at::zeros({kept, n}, at::kDouble);
   if (dropped == 0) return turn;
   const auto outside = row_major(spectrum.eigenvectors, n, n).column_block(kept, dropped);
-  const Buffer<double> memory(kept * dropped);
-  const auto pairs = row_major(memory.data, kept, dropped);
+  Buffer<double> memory;
+  const auto pairs = row_major(memory.get(kept * dropped), kept, dropped);
   multiply(grad.components, outside, pairs);
   for (int64_t i = 0; i < kept; ++i) {
     for (int64_t j = 0; j < dropped; ++j) {
@@ -113,12 +78,12 @@ at::Tensor turn_of_features(const Spectrum& spectrum, const Incoming& grad, doub
 // dX = X (2 V diag(gl) V^T + H^T P + P^T H), README (10), by blocks of rows.
 void features_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
                   const Incoming& grad, double gap_eps,
-                  const at::Tensor& grad_centred) {  // [N, D] float64
+                  Matrix<double> out) {  // [N, D]
   const int64_t n = spectrum.n, samples = x.size(-2);
   const auto vectors = row_major(spectrum.eigenvectors, n, n);
-  const Buffer<double> memory(2 * n * n);
-  const auto scaled = row_major(memory.data, n, n);
-  const auto symmetric = row_major(memory.data + n * n, n, n);
+  Buffer<double> memory, scratch;
+  const auto scaled = row_major(memory.get(2 * n * n), n, n);
+  const auto symmetric = row_major(scaled.data + n * n, n, n);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       scaled.data[i * n + j] = 2 * vectors.data[i * n + j] * grad.eigenvalues[j];
@@ -132,11 +97,9 @@ void features_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spec
   multiply(kept, turn, symmetric, 1, 1);
   const Sides sides(x, true);
   const int64_t step = block_lines(samples, n);
-  const Buffer<double> scratch(step * n);
-  const auto out = small_side_view<double>(grad_centred, true);
   for (int64_t line = 0; line < samples; line += step) {
     const int64_t lines = std::min(step, samples - line);
-    const auto centred = centred_lines<double>(x, mean, sides, b, line, lines, 1.0, scratch);
+    const auto centred = centred_lines(x, mean, sides, b, line, lines, 1.0, scratch);
     multiply(centred, symmetric, out.row_block(line, lines), 1, 1);
   }
 }
@@ -144,15 +107,12 @@ void features_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spec
 // dX = 2 V diag(gl) V^T X + (X H^T) P + (X P^T) H with the rows of H as in README (9).
 void samples_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
                  const Incoming& grad, double gap_eps,
-                 const at::Tensor& grad_centred) {  // [N, D] float64
+                 Matrix<double> out) {  // [N, D]
   const int64_t n = spectrum.n, features = x.size(-1), count = grad.components.rows;
   const auto vectors = row_major(spectrum.eigenvectors, n, n);
-  const auto out = small_side_view<double>(grad_centred, true);
-  const Buffer<double> x_memory(n * features);
-  const auto centred = small_side_view<double>(
-      centre(x, mean, Block{b, 1, 0, n, 0, features}, x_memory.tensor).select(0, 0), true);
-  const Buffer<double> axes_memory(2 * n * features);
-  const auto axes = row_major(axes_memory.data, n, features);  // V^T X
+  Buffer<double> x_memory, axes_memory, memory;
+  const auto centred = centred_lines(x, mean, Sides(x, true), b, 0, n, 1.0, x_memory);
+  const auto axes = row_major(axes_memory.get(2 * n * features), n, features);  // V^T X
   const auto scaled = row_major(axes.data + n * features, n, features);
   multiply(vectors.t(), centred, axes);
   for (int64_t i = 0; i < n; ++i) {
@@ -164,8 +124,8 @@ void samples_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spect
   if (count == 0) return;
 
   const int64_t first = spectrum.rank, dropped = n - first;
-  const Buffer<double> memory(count * (2 * features + std::max(count, n)));
-  const auto rows = row_major(memory.data, count, features);                   // P
+  double* data = memory.get(count * (2 * features + n));
+  const auto rows = row_major(data, count, features);                          // P
   const auto turn = row_major(rows.data + count * features, count, features);  // H
   double* products = turn.data + count * features;
   write_components(x, b, mean, spectrum, count, rows.data);
@@ -203,12 +163,45 @@ void samples_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spect
 
 }  // namespace
 
+int64_t present_components(const Spectrum& spectrum, bool features) {
+  int64_t count = spectrum.rank;
+  while (!features && count > 0 && !spectrum.is_nonzero(count - 1)) --count;
+  return count;
+}
+
+void write_components(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
+                      int64_t count,
+                      double* out) {  // [count, D]
+  const int64_t n = spectrum.n, samples = x.size(-2), features = x.size(-1);
+  if (count == 0) return;
+  const auto vectors = row_major(spectrum.eigenvectors, n, n).column_block(0, count);
+  if (feature_side(x)) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < n; ++j) out[i * n + j] = spectrum.eigenvectors[j * n + i];
+    }
+    return;
+  }
+  const Sides sides(x, false);
+  const int64_t step = block_lines(features, samples);
+  Buffer<double> scratch;
+  const auto rows = row_major(out, count, features);
+  for (int64_t line = 0; line < features; line += step) {
+    const int64_t lines = std::min(step, features - line);
+    const auto centred = centred_lines(x, mean, sides, b, line, lines, 1.0, scratch);
+    multiply(vectors.t(), centred.t(), rows.column_block(line, lines));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const double norm = std::sqrt(spectrum.eigenvalues[i]);
+    for (int64_t j = 0; j < features; ++j) out[i * features + j] /= norm;
+  }
+}
+
 void decompose(const at::Tensor& moments, double variance_threshold, const at::Tensor& eigenvalues,
                const at::Tensor& rank) {
   const int64_t n = moments.size(1);
   const double cube = static_cast<double>(n) * static_cast<double>(n * n);
   for_each_problem(moments.size(0), 10 * cube, [&](int64_t begin, int64_t end) {
-    const Buffer<double> work(solver_work(n));
+    Buffer<double> work;
     for (int64_t b = begin; b < end; ++b) {
       double* matrix = moments.mutable_data_ptr<double>() + b * n * n;
       double* values = eigenvalues.mutable_data_ptr<double>() + b * n;
@@ -219,7 +212,7 @@ void decompose(const at::Tensor& moments, double variance_threshold, const at::T
         chosen = n;
         continue;
       }
-      solve_symmetric(matrix, values, n, work.data);
+      solve_symmetric(matrix, values, n, work.get(solver_work(n)));
       for (int64_t i = 0; i < n; ++i) values[i] = std::max(values[i], 0.0);
       chosen = choose_rank(values, n, variance_threshold);
     }
@@ -237,7 +230,7 @@ void components(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& e
         std::fill_n(rows, size, kNan);
         continue;
       }
-      const int64_t count = present(spectrum, feature_side(x));
+      const int64_t count = present_components(spectrum, feature_side(x));
       write_components(x, b, mean.const_data_ptr<double>() + b * features, spectrum, count, rows);
       std::fill(rows + count * features, rows + size, 0.0);
     }
@@ -249,28 +242,31 @@ void pca_bwd(const at::Tensor& grad_mean, const at::Tensor& grad_eigenvalues,
              const at::Tensor& eigenvalues, const at::Tensor& eigenvectors, const at::Tensor& rank,
              double gap_eps, const at::Tensor& grad_x) {
   const int64_t n = eigenvalues.size(1), samples = x.size(-2), features = x.size(-1);
+  const Sides sides(x, true);
   for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
+    Buffer<double> sums;
     for (int64_t b = begin; b < end; ++b) {
       const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
       const double* mean_b = mean.const_data_ptr<double>() + b * features;
-      const auto out = grad_x.select(0, b);
       if (spectrum.is_nan()) {
-        out.fill_(kNan);
+        fill_nan(grad_x, b);
         continue;
       }
-      // The rows of X add up to zero, and so do those of dX: only the mean's own gradient is added.
-      const auto sums =
-          out.scalar_type() == at::kDouble ? out : at::empty(out.sizes(), at::kDouble);
-      sums.copy_(grad_mean.select(0, b).div(static_cast<double>(samples)).expand(sums.sizes()));
       const Incoming grad{grad_eigenvalues.const_data_ptr<double>() + b * n,
                           row_major(grad_components.const_data_ptr<double>() + b * n * features,
-                                    present(spectrum, feature_side(x)), features)};
+                                    present_components(spectrum, feature_side(x)), features)};
+      // The rows of X add up to zero, and so do those of dX: only the mean's own gradient is added.
+      std::vector<double> start(grad_mean.const_data_ptr<double>() + b * features,
+                                grad_mean.const_data_ptr<double>() + (b + 1) * features);
+      for (double& value : start) value /= static_cast<double>(samples);
+      Output<double> output(grad_x, b, sides, sums);
+      const auto out = output.begin_at(start.data(), 0, samples);
       if (feature_side(x)) {
-        features_bwd(x, b, mean_b, spectrum, grad, gap_eps, sums);
+        features_bwd(x, b, mean_b, spectrum, grad, gap_eps, out);
       } else {
-        samples_bwd(x, b, mean_b, spectrum, grad, gap_eps, sums);
+        samples_bwd(x, b, mean_b, spectrum, grad, gap_eps, out);
       }
-      if (!sums.is_same(out)) out.copy_(sums);
+      output.end();
     }
   });
 }

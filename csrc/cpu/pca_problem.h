@@ -52,6 +52,15 @@ inline double regularised_inverse(double gap, double gap_eps) {
   return gap == 0 ? 0.0 : gap / (gap * gap + gap_eps * gap_eps);
 }
 
+// Kept directions that have a component. On the sample side one without variance has none:
+// X^T v / sqrt(lambda) is 0 / 0. Eigenvalues descend, so they are the first ones.
+int64_t present_components(const Spectrum& spectrum, bool features);
+
+// The first `count` eigenvectors of X^T X in rows: those of P that are present.
+void write_components(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
+                      int64_t count,
+                      double* out);  // [count, D]
+
 // A power of two that makes the entries of X / scale about 1: float32 products neither overflow nor
 // underflow whatever the length of the rows, and no bit changes.
 inline double entry_scale(const at::Tensor& x, const Spectrum& spectrum) {
@@ -59,15 +68,20 @@ inline double entry_scale(const at::Tensor& x, const Spectrum& spectrum) {
   return mean_square > 0 ? std::exp2(std::round(0.5 * std::log2(mean_square))) : 1.0;
 }
 
-// Uninitialised memory.
+// Memory that one thread uses for one problem after the other.
 template <typename T>
-struct Buffer {
-  at::Tensor tensor;
-  T* data;
+class Buffer {
+ public:
+  // Returns uninitialised memory; what an earlier call returned is gone.
+  T* get(int64_t elements) {
+    if (!memory_.defined() || memory_.numel() < elements) {
+      memory_ = at::empty({elements}, at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+    }
+    return memory_.template mutable_data_ptr<T>();
+  }
 
-  explicit Buffer(int64_t elements)
-      : tensor(at::empty({elements}, at::TensorOptions(c10::CppTypeToScalarType<T>::value))),
-        data(tensor.mutable_data_ptr<T>()) {}
+ private:
+  at::Tensor memory_;
 };
 
 // A problem's x, gradient or output seen from its small side: as [m, n], m its long side. It is
@@ -81,35 +95,22 @@ struct Sides {
         m(x.size(features ? -2 : -1)),
         n(x.size(features ? -1 : -2)) {}
 
+  int64_t step() const { return block_lines(m, n); }
   Block block(int64_t b, int64_t line, int64_t lines) const {
     return features ? Block{b, 1, line, lines, 0, n} : Block{b, 1, 0, n, line, lines};
   }
-  // The same block of [N, D].
-  at::Tensor slice(const at::Tensor& matrix, int64_t line, int64_t lines) const {
-    return matrix.narrow(features ? 0 : 1, line, lines);
-  }
 };
-
-// A tensor [N, D] as a matrix [m, n].
-template <typename T>
-Matrix<T> small_side_view(const at::Tensor& tensor, bool features) {
-  const Matrix<T> matrix{tensor.mutable_data_ptr<T>(), tensor.size(0), tensor.size(1),
-                         tensor.stride(0), tensor.stride(1)};
-  return features ? matrix : matrix.t();
-}
 
 // Returns lines of (x - mean) / scale, [lines, n].
 template <typename T>
 Matrix<T> centred_lines(const at::Tensor& x, const double* mean, const Sides& sides, int64_t b,
-                        int64_t line, int64_t lines, double scale, const Buffer<T>& scratch) {
-  const auto block = centre(x, mean, sides.block(b, line, lines), scratch.tensor, 1 / scale);
-  return small_side_view<T>(block.select(0, 0), sides.features);
-}
-
-// Problem b of x [*, N, D], without a copy.
-inline at::Tensor problem(const at::Tensor& x, int64_t b) {
-  return x.as_strided({x.size(-2), x.size(-1)}, {x.stride(-2), x.stride(-1)},
-                      x.storage_offset() + problem_offset(x, b));
+                        int64_t line, int64_t lines, double scale, Buffer<T>& buffer) {
+  const auto block = sides.block(b, line, lines);
+  T* data = buffer.get(lines * sides.n);
+  const bool by_rows = centre(x, mean, block, 1 / scale, data);
+  const auto natural = by_rows ? row_major(data, block.rows, block.columns)
+                               : row_major(data, block.columns, block.rows).t();
+  return sides.features ? natural : natural.t();
 }
 
 }  // namespace himo::cpu

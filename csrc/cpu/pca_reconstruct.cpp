@@ -9,10 +9,10 @@
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 
-#include <limits>
 #include <vector>
 
 #include "cpu/pca_kernel.h"
+#include "cpu/pca_output.h"
 #include "cpu/pca_problem.h"
 #include "cpu/problems.h"
 
@@ -29,71 +29,38 @@ bool fits_float32(const Spectrum& spectrum) {
   return last * static_cast<double>(spectrum.n) * kSpread >= spectrum.trace();
 }
 
-void fill_nan(const at::Tensor& tensor) { tensor.fill_(std::numeric_limits<double>::quiet_NaN()); }
-
 template <typename T>
 HIMO_WIDE void convert(const double* in, int64_t size, T* out) {
   for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(in[i]);
 }
 
-// The smaller side S of the eigenvectors and the other, O, in T.
+// What one thread needs for one problem.
+template <typename T>
+struct Workspace {
+  Buffer<T> vectors, x, grad, sums, along, products, factors, turned;
+};
+
+// The smaller side of the eigenvectors and the other, in T.
 template <typename T>
 struct Basis {
-  bool dropped;  // S is the dropped side
-  Matrix<const T> smaller, other;
-  at::Tensor memory;
+  bool dropped;                    // the smaller side is the dropped one
+  Matrix<const T> smaller, other;  // S [n, k], O [n, n - k]
 
-  explicit Basis(const Spectrum& spectrum) : dropped(2 * spectrum.rank > spectrum.n) {
-    const int64_t n = spectrum.n;
-    const T* data;
+  Basis(const Spectrum& spectrum, Buffer<T>& buffer) : dropped(2 * spectrum.rank > spectrum.n) {
+    const int64_t n = spectrum.n, rank = spectrum.rank;
+    Matrix<const T> all;
     if constexpr (std::is_same_v<T, double>) {
-      data = spectrum.eigenvectors;
+      all = row_major(spectrum.eigenvectors, n, n);
     } else {
-      memory = Buffer<T>(n * n).tensor;
-      convert(spectrum.eigenvectors, n * n, memory.mutable_data_ptr<T>());
-      data = memory.const_data_ptr<T>();
+      T* data = buffer.get(n * n);
+      convert(spectrum.eigenvectors, n * n, data);
+      all = row_major(data, n, n);
     }
-    const auto all = row_major(data, n, n);
-    const auto kept = all.column_block(0, spectrum.rank);
-    const auto rest = all.column_block(spectrum.rank, n - spectrum.rank);
+    const auto kept = all.column_block(0, rank), rest = all.column_block(rank, n - rank);
     smaller = dropped ? rest : kept;
     other = dropped ? kept : rest;
   }
 };
-
-// Where lines of an output are summed up in T: in the output itself when that is its dtype.
-template <typename T>
-class Sums {
- public:
-  Sums(const at::Tensor& out, int64_t lines, int64_t n)
-      : out_(out),
-        scratch_(out.scalar_type() == c10::CppTypeToScalarType<T>::value
-                     ? at::Tensor()
-                     : Buffer<T>(lines * n).tensor) {}
-
-  // Returns the lines, [N, D] natural, set to `start`, which is broadcast.
-  at::Tensor begin(const Sides& sides, int64_t line, int64_t lines, const at::Tensor& start) {
-    target_ = sides.slice(out_, line, lines);
-    sums_ =
-        scratch_.defined() ? scratch_.narrow(0, 0, target_.numel()).view(target_.sizes()) : target_;
-    sums_.copy_(start.expand(target_.sizes()));
-    return sums_;
-  }
-
-  void end() {
-    if (scratch_.defined()) target_.copy_(sums_);
-  }
-
- private:
-  at::Tensor out_, scratch_, target_, sums_;
-};
-
-// The mean as [1, D], or its columns of a block.
-at::Tensor mean_row(const double* mean, const Sides& sides, int64_t line, int64_t lines) {
-  const int64_t first = sides.features ? 0 : line, count = sides.features ? sides.n : lines;
-  return at::from_blob(const_cast<double*>(mean) + first, {1, count},
-                       at::TensorOptions(at::kDouble));
-}
 
 // out = mean + (values - mean) S S^T, or values - (values - mean) S S^T when S is dropped.
 template <typename T>
@@ -101,41 +68,36 @@ void project(const at::Tensor& values,  // [*, N, D]
              int64_t b,
              const double* mean,          // [D]
              Matrix<const T> directions,  // S [n, k]
-             bool dropped, const Sides& sides, double scale,
-             const at::Tensor& out) {  // [N, D]
-  const auto source = problem(values, b);
-  const int64_t k = directions.columns, step = block_lines(sides.m, sides.n);
-  const Buffer<T> centred(step * sides.n), coefficients(step * k);
-  Sums<T> sums(out, step, sides.n);
+             bool dropped, const Sides& sides, double scale, Workspace<T>& work,
+             const at::Tensor& out) {  // [B, N, D]
+  const int64_t k = directions.columns, step = sides.step();
+  Output<T> output(out, b, sides, work.sums);
   for (int64_t line = 0; line < sides.m; line += step) {
     const int64_t lines = std::min(step, sides.m - line);
-    const auto x = centred_lines<T>(values, mean, sides, b, line, lines, scale, centred);
-    const auto along = row_major(coefficients.data, lines, k);
+    const auto x = centred_lines(values, mean, sides, b, line, lines, scale, work.x);
+    const auto along = row_major(work.along.get(lines * k), lines, k);
     multiply(x, directions, along);
-    const auto start =
-        dropped ? sides.slice(source, line, lines) : mean_row(mean, sides, line, lines);
-    const auto block = sums.begin(sides, line, lines, start);
-    multiply(along, directions.t(), small_side_view<T>(block, sides.features),
-             static_cast<T>(dropped ? -scale : scale), 1);
-    sums.end();
+    const auto block =
+        dropped ? output.begin_at(values, b, line, lines) : output.begin_at(mean, line, lines);
+    multiply(along, directions.t(), block, static_cast<T>(dropped ? -scale : scale), 1);
+    output.end();
   }
 }
 
 // products[i][j] *= F, README (5), with rows over O and columns over S; F in units of 1 / scale^2.
 template <typename T>
 HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double unit, double gap_eps,
-                           double scale, bool dropped, int64_t rows, int64_t columns,
-                           T* products) {  // [n - k, k]
+                           double scale, bool dropped, Matrix<T> products) {  // [n - k, k]
   const double* of_rows = eigenvalues + (dropped ? 0 : rank);
   const double* of_columns = eigenvalues + (dropped ? rank : 0);
   const double sign = dropped ? 1 / unit : -1 / unit;
   const double factor = scale / unit * scale;
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
+  for (int64_t i = 0; i < products.rows; ++i) {
+    T* row = products.data + i * products.row_stride;
+    for (int64_t j = 0; j < products.columns; ++j) {
       const double gap = (of_rows[i] - of_columns[j]) * sign;  // kept less dropped
-      const double inverse = regularised_inverse(gap, gap_eps);
-      products[i * columns + j] =
-          static_cast<T>(static_cast<double>(products[i * columns + j]) * inverse * factor);
+      row[j] =
+          static_cast<T>(static_cast<double>(row[j]) * regularised_inverse(gap, gap_eps) * factor);
     }
   }
 }
@@ -148,79 +110,70 @@ HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double unit,
 // is.
 template <typename T>
 void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, const double* mean,
-                     const Spectrum& spectrum, double gap_eps,
-                     const at::Tensor& grad_x) {  // [N, D]
+                     const Spectrum& spectrum, double gap_eps, Workspace<T>& work,
+                     const at::Tensor& grad_x) {  // [B, N, D]
   const Sides sides(x, feature_side(x));
   const auto grad_mean = column_means(grad, b, 1);
-  const auto source = problem(grad, b);
-  const Basis<T> basis(spectrum);
+  const Basis<T> basis(spectrum, work.vectors);
   const double scale = entry_scale(x, spectrum);
-  const int64_t n = sides.n, k = basis.smaller.columns, step = block_lines(sides.m, n);
+  const int64_t n = sides.n, k = basis.smaller.columns, step = sides.step();
 
-  const Buffer<T> x_scratch(step * n), grad_scratch(step * n);
-  const Buffer<T> coefficients(sides.m * 2 * k);  // G S, then dX's factor of S | X S
-  const Buffer<T> factors(n * 2 * k);             // S | K
-  const Buffer<T> sums(n * k), products((n - k) * k);
-  const auto both = row_major(coefficients.data, sides.m, 2 * k);
-  const auto right = row_major(factors.data, n, 2 * k);
-  const auto turned = row_major(sums.data, n, k);  // E
-
+  const auto both = row_major(work.along.get(sides.m * 2 * k), sides.m, 2 * k);  // G S | X S
+  const auto turned = row_major(work.turned.get(n * k), n, k);                   // E
   Matrix<T> centred{};
   for (int64_t line = 0; line < sides.m; line += step) {
     const int64_t lines = std::min(step, sides.m - line);
-    centred = centred_lines<T>(x, mean, sides, b, line, lines, scale, x_scratch);
-    const auto g =
-        centred_lines<T>(grad, grad_mean.data(), sides, b, line, lines, 1.0, grad_scratch);
+    centred = centred_lines(x, mean, sides, b, line, lines, scale, work.x);
+    const auto g = centred_lines(grad, grad_mean.data(), sides, b, line, lines, 1.0, work.grad);
     const auto along = both.row_block(line, lines);
     multiply(g, basis.smaller, along.column_block(0, k));
     multiply(centred, basis.smaller, along.column_block(k, k));
     multiply(centred.t(), along.column_block(0, k), turned, 1, line == 0 ? 0 : 1);
     multiply(g.t(), along.column_block(k, k), turned, 1, 1);
   }
-  const auto pairs = row_major(products.data, n - k, k);
+  const auto pairs = row_major(work.products.get((n - k) * k), n - k, k);
   multiply(basis.other.t(), turned, pairs);
   weigh_pairs(spectrum.eigenvalues, spectrum.rank, spectrum.unit(), gap_eps, scale, basis.dropped,
-              pairs.rows, k, pairs.data);
+              pairs);
+  const auto factors = row_major(work.factors.get(n * 2 * k), n, 2 * k);  // S | K
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < k; ++j) {
-      right.data[i * 2 * k + j] = basis.smaller.data[i * basis.smaller.row_stride + j];
-    }
+    std::copy_n(basis.smaller.data + i * basis.smaller.row_stride, k, factors.data + i * 2 * k);
   }
-  const auto turn = right.column_block(k, k);  // K
+  const auto turn = factors.column_block(k, k);
   multiply(basis.other, pairs, turn);
 
-  Sums<T> result(grad_x, step, n);
+  Output<T> output(grad_x, b, sides, work.sums);
   for (int64_t line = 0; line < sides.m; line += step) {
     const int64_t lines = std::min(step, sides.m - line);
     if (step < sides.m) {
-      centred = centred_lines<T>(x, mean, sides, b, line, lines, scale, x_scratch);
+      centred = centred_lines(x, mean, sides, b, line, lines, scale, work.x);
     }
     const auto along = both.row_block(line, lines);
     multiply(centred, turn, along.column_block(0, k), 1, basis.dropped ? -1 : 1);
-    const auto start = basis.dropped ? sides.slice(source, line, lines)
-                                     : mean_row(grad_mean.data(), sides, line, lines);
-    const auto block = result.begin(sides, line, lines, start);
-    multiply(along, right.t(), small_side_view<T>(block, sides.features), 1, 1);
-    result.end();
+    const auto block = basis.dropped ? output.begin_at(grad, b, line, lines)
+                                     : output.begin_at(grad_mean.data(), line, lines);
+    multiply(along, factors.t(), block, 1, 1);
+    output.end();
   }
 }
 
-// G Pi alone. Pi is that of the features: on the sample side it needs the components.
-void constant_basis_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b,
-                        const at::Tensor& mean, const at::Tensor& eigenvalues,
-                        const at::Tensor& eigenvectors, const at::Tensor& rank,
-                        const Spectrum& spectrum, const at::Tensor& grad_x) {
+// G Pi alone, in float64. Pi is that of the features: on the sample side it needs the components.
+void constant_basis_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, const double* mean,
+                        const Spectrum& spectrum, Workspace<double>& work,
+                        const at::Tensor& grad_x) {
   const auto grad_mean = column_means(grad, b, 1);
+  Matrix<const double> directions{};
+  bool dropped = false;
   if (feature_side(x)) {
-    const Basis<double> basis(spectrum);
-    return project<double>(grad, b, grad_mean.data(), basis.smaller, basis.dropped, Sides(x, true),
-                           1.0, grad_x);
+    const Basis<double> basis(spectrum, work.vectors);
+    directions = basis.smaller, dropped = basis.dropped;
+  } else {
+    const int64_t count = present_components(spectrum, false), features = x.size(-1);
+    double* rows = work.vectors.get(count * features);
+    write_components(x, b, mean, spectrum, count, rows);
+    directions = row_major<const double>(rows, count, features).t();
   }
-  const auto rows = at::empty({1, spectrum.n, x.size(-1)}, mean.options());
-  components(problem(x, b), mean.narrow(0, b, 1), eigenvalues.narrow(0, b, 1),
-             eigenvectors.narrow(0, b, 1), rank.narrow(0, b, 1), rows);
-  const auto kept = row_major(rows.const_data_ptr<double>(), spectrum.rank, x.size(-1));
-  project<double>(grad, b, grad_mean.data(), kept.t(), false, Sides(x, true), 1.0, grad_x);
+  project(grad, b, grad_mean.data(), directions, dropped, Sides(x, true), 1.0, work, grad_x);
 }
 
 // vector -= P^T P vector
@@ -228,11 +181,11 @@ template <typename T>
 void leave_along(Matrix<const T> rows, std::vector<double>& vector) {  // P [R, D], [D]
   std::vector<double> coefficients(rows.rows, 0.0);
   for (int64_t i = 0; i < rows.rows; ++i) {
-    const T* row = rows.data + i * rows.columns;
+    const T* row = rows.data + i * rows.row_stride;
     for (int64_t j = 0; j < rows.columns; ++j) coefficients[i] += row[j] * vector[j];
   }
   for (int64_t i = 0; i < rows.rows; ++i) {
-    const T* row = rows.data + i * rows.columns;
+    const T* row = rows.data + i * rows.row_stride;
     for (int64_t j = 0; j < rows.columns; ++j) vector[j] -= coefficients[i] * row[j];
   }
 }
@@ -242,25 +195,26 @@ void leave_along(Matrix<const T> rows, std::vector<double>& vector) {  // P [R, 
 void pca_reconstruct_fwd(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& eigenvalues,
                          const at::Tensor& eigenvectors, const at::Tensor& rank,
                          const at::Tensor& reconstruction) {
-  const double* means = mean.const_data_ptr<double>();
+  const Sides sides(x, feature_side(x));
   for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
+    Workspace<float> narrow;
+    Workspace<double> wide;
     for (int64_t b = begin; b < end; ++b) {
       const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
-      const auto out = reconstruction.select(0, b);
-      const auto run = [&](auto zero) {
-        using T = decltype(zero);
-        const Basis<T> basis(spectrum);
-        project<T>(x, b, means + b * mean.size(1), basis.smaller, basis.dropped,
-                   Sides(x, feature_side(x)), entry_scale(x, spectrum), out);  // HiMo-CLIP eq. (1)
+      const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
+      const auto run = [&](auto& work) {
+        const Basis basis(spectrum, work.vectors);
+        project(x, b, mean_b, basis.smaller, basis.dropped, sides, entry_scale(x, spectrum), work,
+                reconstruction);  // HiMo-CLIP eq. (1)
       };
       if (spectrum.is_nan()) {
-        fill_nan(out);
+        fill_nan(reconstruction, b);
       } else if (spectrum.keeps_all()) {
-        out.copy_(problem(x, b));
+        copy_problem(x, reconstruction, b);
       } else if (x.scalar_type() == at::kDouble) {
-        run(double{});
+        run(wide);
       } else {
-        run(float{});
+        run(narrow);
       }
     }
   });
@@ -271,20 +225,21 @@ void pca_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const at::
                          const at::Tensor& rank, double gap_eps, bool differentiate_basis,
                          const at::Tensor& grad_x) {
   for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
+    Workspace<float> narrow;
+    Workspace<double> wide;
     for (int64_t b = begin; b < end; ++b) {
       const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
       const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
-      const auto out = grad_x.select(0, b);
       if (spectrum.is_nan()) {
-        fill_nan(out);
+        fill_nan(grad_x, b);
       } else if (spectrum.keeps_all()) {
-        out.copy_(problem(grad, b));
+        copy_problem(grad, grad_x, b);
       } else if (!differentiate_basis) {
-        constant_basis_bwd(grad, x, b, mean, eigenvalues, eigenvectors, rank, spectrum, out);
+        constant_basis_bwd(grad, x, b, mean_b, spectrum, wide, grad_x);
       } else if (x.scalar_type() == at::kDouble || !fits_float32(spectrum)) {
-        reconstruct_bwd<double>(grad, x, b, mean_b, spectrum, gap_eps, out);
+        reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, wide, grad_x);
       } else {
-        reconstruct_bwd<float>(grad, x, b, mean_b, spectrum, gap_eps, out);
+        reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, narrow, grad_x);
       }
     }
   });
@@ -295,20 +250,22 @@ void project_reconstruct_fwd(const at::Tensor& x, const at::Tensor& mean,
                              const at::Tensor& reconstruction) {
   const auto means = mean.to(at::kDouble);  // [B, D]
   const int64_t stored = components.size(1), features = components.size(2);
+  const Sides sides(x, true);
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "project_reconstruct", [&] {
     for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
+      Workspace<scalar_t> work;
       for (int64_t b = begin; b < end; ++b) {
         const double* mean_b = means.const_data_ptr<double>() + b * features;
         const int64_t kept = std::clamp(rank.const_data_ptr<int64_t>()[b], int64_t{0}, stored);
-        const auto out = reconstruction.select(0, b);
-        const Sides sides(x, true);
-        if (kept == 0 || x.size(-2) == 0) {
-          out.copy_(mean_row(mean_b, sides, 0, x.size(-2)).expand(out.sizes()));
+        if (kept == 0) {
+          Output<scalar_t> output(reconstruction, b, sides, work.sums);
+          output.begin_at(mean_b, 0, sides.m);
+          output.end();
           continue;
         }
-        const auto rows = row_major(components.const_data_ptr<scalar_t>() + b * stored * features,
-                                    kept, features);
-        project<scalar_t>(x, b, mean_b, rows.t(), false, sides, 1.0, out);
+        const scalar_t* rows = components.const_data_ptr<scalar_t>() + b * stored * features;
+        project(x, b, mean_b, row_major(rows, kept, features).t(), false, sides, 1.0, work,
+                reconstruction);
       }
     });
   });
@@ -320,50 +277,47 @@ void project_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const 
                              const at::Tensor& grad_components) {
   const auto means = mean.to(at::kDouble);  // [B, D]
   const int64_t samples = x.size(-2), stored = components.size(1), features = components.size(2);
+  const std::vector<double> zeros(features, 0.0);
+  const Sides sides(x, true);
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "project_reconstruct", [&] {
-    for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
-      const std::vector<double> zeros(features, 0.0);
-      const Sides sides(x, true);
-      const int64_t step = block_lines(samples, features);
-      const Buffer<scalar_t> x_scratch(step * features);
-      const Buffer<scalar_t> grad_scratch(step * features);
-      const Buffer<scalar_t> coefficients(2 * step * stored);
-      for (int64_t b = begin; b < end; ++b) {
-        const double* mean_b = means.const_data_ptr<double>() + b * features;
-        const int64_t kept = std::clamp(rank.const_data_ptr<int64_t>()[b], int64_t{0}, stored);
-        const auto out_x = grad_x.select(0, b), out_rows = grad_components.select(0, b);
-        scalar_t* out_mean = grad_mean.mutable_data_ptr<scalar_t>() + b * features;
-        out_rows.zero_();
-        auto through_mean = column_means(grad, b, 1);
-        for (double& value : through_mean) value *= static_cast<double>(samples);
-        if (kept == 0 || samples == 0) {
-          out_x.zero_();
-        } else {
-          const auto rows = row_major(components.const_data_ptr<scalar_t>() + b * stored * features,
-                                      kept, features);
-          const auto grad_rows = row_major(out_rows.mutable_data_ptr<scalar_t>(), kept, features);
-          Sums<scalar_t> sums(out_x, step, features);
-          for (int64_t line = 0; line < samples; line += step) {
-            const int64_t lines = std::min(step, samples - line);
-            const auto centred =
-                centred_lines<scalar_t>(x, mean_b, sides, b, line, lines, 1.0, x_scratch);
-            const auto g = centred_lines<scalar_t>(grad, zeros.data(), sides, b, line, lines, 1.0,
-                                                   grad_scratch);
-            scalar_t* memory = coefficients.data;
-            const auto along = row_major(memory, lines, kept);
-            const auto grad_along = row_major(memory + step * stored, lines, kept);
-            multiply(centred, rows.t(), along);
-            multiply(g, rows.t(), grad_along);
-            multiply(along.t(), g, grad_rows, 1, 1);
-            multiply(grad_along.t(), centred, grad_rows, 1, 1);
-            const auto block = sums.begin(sides, line, lines, at::zeros({1, 1}));
-            multiply(grad_along, rows, small_side_view<scalar_t>(block, true), 1, 1);
-            sums.end();
-          }
-          leave_along<scalar_t>(rows, through_mean);
+    const auto project_one = [&](int64_t b, Workspace<scalar_t>& work) {
+      const double* mean_b = means.const_data_ptr<double>() + b * features;
+      const int64_t kept = std::clamp(rank.const_data_ptr<int64_t>()[b], int64_t{0}, stored);
+      const scalar_t* data = components.const_data_ptr<scalar_t>() + b * stored * features;
+      const auto rows = row_major(data, kept, features);  // P
+      scalar_t* out = grad_components.mutable_data_ptr<scalar_t>() + b * stored * features;
+      const auto grad_rows = row_major(out, kept, features);
+      std::fill_n(out + kept * features, (stored - kept) * features, scalar_t{0});
+
+      // dL/dmean = (sum of G) (I - P^T P): what it reaches directly, less what leaves with x -
+      // mean.
+      auto through_mean = column_means(grad, b, 1);
+      for (double& value : through_mean) value *= static_cast<double>(samples);
+      leave_along(rows, through_mean);
+      convert(through_mean.data(), features, grad_mean.mutable_data_ptr<scalar_t>() + b * features);
+
+      Output<scalar_t> output(grad_x, b, sides, work.sums);
+      const int64_t step = sides.step();
+      for (int64_t line = 0; line < samples; line += step) {
+        const int64_t lines = std::min(step, samples - line);
+        const auto block = output.begin_at(zeros.data(), line, lines);
+        if (kept > 0) {
+          const auto centred = centred_lines(x, mean_b, sides, b, line, lines, 1.0, work.x);
+          const auto g = centred_lines(grad, zeros.data(), sides, b, line, lines, 1.0, work.grad);
+          const auto along = row_major(work.along.get(lines * kept), lines, kept);
+          const auto grad_along = row_major(work.products.get(lines * kept), lines, kept);
+          multiply(centred, rows.t(), along);
+          multiply(g, rows.t(), grad_along);
+          multiply(along.t(), g, grad_rows, 1, line == 0 ? 0 : 1);
+          multiply(grad_along.t(), centred, grad_rows, 1, 1);
+          multiply(grad_along, rows, block, 1, 1);
         }
-        convert(through_mean.data(), features, out_mean);
+        output.end();
       }
+    };
+    for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
+      Workspace<scalar_t> work;
+      for (int64_t b = begin; b < end; ++b) project_one(b, work);
     });
   });
 }
