@@ -75,8 +75,8 @@ def extension() -> dict[str, object]:
         raise LeftOut(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
 
     # at::parallel_for is a header template: without OpenMP in our own flags it runs on one thread.
-    # They are the compiler's alone: linked, the extension would bring a second OpenMP runtime beside
-    # torch's own, and the idle threads of each would spin against the other's work.
+    # They are the compiler's alone: linked, the extension would bring a second OpenMP runtime
+    # beside torch's own, and the idle threads of each would spin against the other's work.
     openmp = [] if probe(compiler, ["-fopenmp"]) else ["-fopenmp"]
     if not openmp and (error := probe(compiler, [])):
         raise LeftOut(f"{compiler} cannot build a Python extension: {error}")
