@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "covariance.h"
+#include "info_nce.h"
 #include "pca.h"
 
 namespace py = pybind11;
@@ -68,4 +69,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pca_reconstruct_bwd", &himo::pca_reconstruct_bwd, py::arg("grad"), py::arg("x"),
         py::arg("mean"), py::arg("eigenvalues"), py::arg("eigenvectors"), py::arg("rank"),
         py::arg("gap_eps"), py::arg("differentiate_basis"), no_gil());
+  m.def("info_nce_fwd", &himo::info_nce_fwd, py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("products"), no_gil());
+  m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
+        py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),
+        py::arg("needs_key"), py::arg("products"), no_gil());
 }
