@@ -20,19 +20,23 @@
 namespace himo::cpu {
 namespace {
 
-// Rows of the product that one call computes, up to the diagonal: at D = 768 this leaves out 3/8
-// of the multiplications. Narrower panels lose more in the matrix product than they leave out.
-constexpr int64_t kPanel = 192;
+// Rows of the product that one call computes, up to the diagonal: half of them, which leaves out a
+// quarter of the multiplications, or 192 rows, at D = 768 3/8. Narrower panels lose more in the
+// matrix product than they leave out.
+constexpr int64_t kPanel = 192, kNarrowPanel = 48;
 // Below this inner size the time goes into writing the product, and one call writes it fastest.
 constexpr int64_t kThin = 16;
 
 constexpr int64_t kTile = 32;  // a square of 8 KiB in float64, in the first-level cache
 
+// Elements of a problem from which on panels of its own gain more than a part in a larger bmm.
+constexpr int64_t kLargeProblem = 64 * 1024;
+
 // Returns how many problems are taken at a time. Small ones share a block and one bmm: a call of
-// each costs more than the arithmetic. A product wider than a panel gains more from the panels.
+// each costs more than the arithmetic.
 int64_t group_size(const at::Tensor& x, int64_t batch, int64_t side) {  // [*, N, D]
   const int64_t elements = std::max<int64_t>(x.size(-2) * x.size(-1), 1);
-  if (side > kPanel || elements > kBlockElements / 2 || batch == 0) return 1;
+  if (side > kPanel || elements > kLargeProblem || batch == 0) return 1;
   const int64_t groups = at::divup(batch, kBlockElements / elements);
   return at::divup(batch, groups);  // of even size: a short last group would leave threads idle
 }
@@ -69,7 +73,10 @@ void add_lower_product(const at::Tensor& product,  // [count, M, M]
     return;
   }
   const auto rows = left.select(0, 0), out = product.select(0, 0);
-  const int64_t side = out.size(0), panel = first && rows.size(1) < kThin ? side : kPanel;
+  const int64_t side = out.size(0);
+  const int64_t half = at::divup(side, 2 * kTile) * kTile;
+  const int64_t panel =
+      first && rows.size(1) < kThin ? side : std::clamp(half, kNarrowPanel, kPanel);
   for (int64_t i = 0; i < side; i += panel) {
     const int64_t end = std::min(i + panel, side);
     add_product(out.narrow(0, i, end - i).narrow(1, 0, end), rows.narrow(0, i, end - i),

@@ -200,40 +200,37 @@ void decompose(const at::Tensor& moments, double variance_threshold, const at::T
                const at::Tensor& rank) {
   const int64_t n = moments.size(1);
   const double cube = static_cast<double>(n) * static_cast<double>(n * n);
-  for_each_problem(moments.size(0), 10 * cube, [&](int64_t begin, int64_t end) {
-    Buffer<double> work;
-    for (int64_t b = begin; b < end; ++b) {
-      double* matrix = moments.mutable_data_ptr<double>() + b * n * n;
-      double* values = eigenvalues.mutable_data_ptr<double>() + b * n;
-      int64_t& chosen = rank.mutable_data_ptr<int64_t>()[b];
-      if (!is_finite(matrix, n * n)) {
-        std::fill_n(matrix, n * n, kNan);
-        std::fill_n(values, n, kNan);
-        chosen = n;
-        continue;
-      }
-      solve_symmetric(matrix, values, n, work.get(solver_work(n)));
-      for (int64_t i = 0; i < n; ++i) values[i] = std::max(values[i], 0.0);
-      chosen = choose_rank(values, n, variance_threshold);
-    }
-  });
+  for_each_problem<Buffer<double>>(
+      moments.size(0), 10 * cube, [&](int64_t b, Buffer<double>& work) {
+        double* matrix = moments.mutable_data_ptr<double>() + b * n * n;
+        double* values = eigenvalues.mutable_data_ptr<double>() + b * n;
+        int64_t& chosen = rank.mutable_data_ptr<int64_t>()[b];
+        if (!is_finite(matrix, n * n)) {
+          std::fill_n(matrix, n * n, kNan);
+          std::fill_n(values, n, kNan);
+          chosen = n;
+          return;
+        }
+        solve_symmetric(matrix, values, n, work.get(solver_work(n)));
+        for (int64_t i = 0; i < n; ++i) values[i] = std::max(values[i], 0.0);
+        chosen = choose_rank(values, n, variance_threshold);
+      });
 }
 
 void components(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& eigenvalues,
                 const at::Tensor& eigenvectors, const at::Tensor& rank, const at::Tensor& out) {
   const int64_t size = out.size(1) * out.size(2), features = x.size(-1);
-  for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
-      double* rows = out.mutable_data_ptr<double>() + b * size;
-      if (spectrum.is_nan()) {
-        std::fill_n(rows, size, kNan);
-        continue;
-      }
-      const int64_t count = present_components(spectrum, feature_side(x));
-      write_components(x, b, mean.const_data_ptr<double>() + b * features, spectrum, count, rows);
-      std::fill(rows + count * features, rows + size, 0.0);
+  struct Nothing {};
+  for_each_problem<Nothing>(mean.size(0), problem_flops(x), [&](int64_t b, Nothing&) {
+    const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
+    double* rows = out.mutable_data_ptr<double>() + b * size;
+    if (spectrum.is_nan()) {
+      std::fill_n(rows, size, kNan);
+      return;
     }
+    const int64_t count = present_components(spectrum, feature_side(x));
+    write_components(x, b, mean.const_data_ptr<double>() + b * features, spectrum, count, rows);
+    std::fill(rows + count * features, rows + size, 0.0);
   });
 }
 
@@ -243,32 +240,28 @@ void pca_bwd(const at::Tensor& grad_mean, const at::Tensor& grad_eigenvalues,
              double gap_eps, const at::Tensor& grad_x) {
   const int64_t n = eigenvalues.size(1), samples = x.size(-2), features = x.size(-1);
   const Sides sides(x, true);
-  for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
-    Buffer<double> sums;
-    for (int64_t b = begin; b < end; ++b) {
-      const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
-      const double* mean_b = mean.const_data_ptr<double>() + b * features;
-      if (spectrum.is_nan()) {
-        fill_nan(grad_x, b);
-        continue;
-      }
-      const Incoming grad{grad_eigenvalues.const_data_ptr<double>() + b * n,
-                          row_major(grad_components.const_data_ptr<double>() + b * n * features,
-                                    present_components(spectrum, feature_side(x)), features)};
-      // The rows of X add up to zero, and so do those of dX: only the mean's own gradient is added.
-      std::vector<double> start(grad_mean.const_data_ptr<double>() + b * features,
-                                grad_mean.const_data_ptr<double>() + (b + 1) * features);
-      for (double& value : start) value /= static_cast<double>(samples);
-      Output<double> output(grad_x, b, sides, sums);
-      const auto out = output.begin_at(start.data(), 0, samples);
-      if (feature_side(x)) {
-        features_bwd(x, b, mean_b, spectrum, grad, gap_eps, out);
-      } else {
-        samples_bwd(x, b, mean_b, spectrum, grad, gap_eps, out);
-      }
-      output.end();
-    }
-  });
+  for_each_problem<Buffer<double>>(
+      mean.size(0), problem_flops(x), [&](int64_t b, Buffer<double>& sums) {
+        const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
+        const double* mean_b = mean.const_data_ptr<double>() + b * features;
+        if (spectrum.is_nan()) return fill_nan(grad_x, b);
+        const Incoming grad{grad_eigenvalues.const_data_ptr<double>() + b * n,
+                            row_major(grad_components.const_data_ptr<double>() + b * n * features,
+                                      present_components(spectrum, feature_side(x)), features)};
+        // The rows of X add up to zero, and so do those of dX: only the mean's own gradient is
+        // added.
+        std::vector<double> start(grad_mean.const_data_ptr<double>() + b * features,
+                                  grad_mean.const_data_ptr<double>() + (b + 1) * features);
+        for (double& value : start) value /= static_cast<double>(samples);
+        Output<double> output(grad_x, b, sides, sums);
+        const auto out = output.begin_at(start.data(), 0, samples);
+        if (feature_side(x)) {
+          features_bwd(x, b, mean_b, spectrum, grad, gap_eps, out);
+        } else {
+          samples_bwd(x, b, mean_b, spectrum, grad, gap_eps, out);
+        }
+        output.end();
+      });
 }
 
 }  // namespace himo::cpu

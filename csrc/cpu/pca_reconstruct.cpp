@@ -40,6 +40,11 @@ struct Workspace {
   Buffer<T> vectors, x, grad, sums, along, products, factors, turned;
 };
 
+struct Workspaces {
+  Workspace<float> narrow;
+  Workspace<double> wide;
+};
+
 // The smaller side of the eigenvectors and the other, in T.
 template <typename T>
 struct Basis {
@@ -196,26 +201,22 @@ void pca_reconstruct_fwd(const at::Tensor& x, const at::Tensor& mean, const at::
                          const at::Tensor& eigenvectors, const at::Tensor& rank,
                          const at::Tensor& reconstruction) {
   const Sides sides(x, feature_side(x));
-  for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
-    Workspace<float> narrow;
-    Workspace<double> wide;
-    for (int64_t b = begin; b < end; ++b) {
-      const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
-      const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
-      const auto run = [&](auto& work) {
-        const Basis basis(spectrum, work.vectors);
-        project(x, b, mean_b, basis.smaller, basis.dropped, sides, entry_scale(x, spectrum), work,
-                reconstruction);  // HiMo-CLIP eq. (1)
-      };
-      if (spectrum.is_nan()) {
-        fill_nan(reconstruction, b);
-      } else if (spectrum.keeps_all()) {
-        copy_problem(x, reconstruction, b);
-      } else if (x.scalar_type() == at::kDouble) {
-        run(wide);
-      } else {
-        run(narrow);
-      }
+  for_each_problem<Workspaces>(mean.size(0), problem_flops(x), [&](int64_t b, Workspaces& work) {
+    const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
+    const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
+    const auto run = [&](auto& typed) {
+      const Basis basis(spectrum, typed.vectors);
+      project(x, b, mean_b, basis.smaller, basis.dropped, sides, entry_scale(x, spectrum), typed,
+              reconstruction);  // HiMo-CLIP eq. (1)
+    };
+    if (spectrum.is_nan()) {
+      fill_nan(reconstruction, b);
+    } else if (spectrum.keeps_all()) {
+      copy_problem(x, reconstruction, b);
+    } else if (x.scalar_type() == at::kDouble) {
+      run(work.wide);
+    } else {
+      run(work.narrow);
     }
   });
 }
@@ -224,23 +225,19 @@ void pca_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const at::
                          const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
                          const at::Tensor& rank, double gap_eps, bool differentiate_basis,
                          const at::Tensor& grad_x) {
-  for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
-    Workspace<float> narrow;
-    Workspace<double> wide;
-    for (int64_t b = begin; b < end; ++b) {
-      const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
-      const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
-      if (spectrum.is_nan()) {
-        fill_nan(grad_x, b);
-      } else if (spectrum.keeps_all()) {
-        copy_problem(grad, grad_x, b);
-      } else if (!differentiate_basis) {
-        constant_basis_bwd(grad, x, b, mean_b, spectrum, wide, grad_x);
-      } else if (x.scalar_type() == at::kDouble || !fits_float32(spectrum)) {
-        reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, wide, grad_x);
-      } else {
-        reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, narrow, grad_x);
-      }
+  for_each_problem<Workspaces>(mean.size(0), problem_flops(x), [&](int64_t b, Workspaces& work) {
+    const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
+    const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
+    if (spectrum.is_nan()) {
+      fill_nan(grad_x, b);
+    } else if (spectrum.keeps_all()) {
+      copy_problem(grad, grad_x, b);
+    } else if (!differentiate_basis) {
+      constant_basis_bwd(grad, x, b, mean_b, spectrum, work.wide, grad_x);
+    } else if (x.scalar_type() == at::kDouble || !fits_float32(spectrum)) {
+      reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, work.wide, grad_x);
+    } else {
+      reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, work.narrow, grad_x);
     }
   });
 }
@@ -252,22 +249,19 @@ void project_reconstruct_fwd(const at::Tensor& x, const at::Tensor& mean,
   const int64_t stored = components.size(1), features = components.size(2);
   const Sides sides(x, true);
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "project_reconstruct", [&] {
-    for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
-      Workspace<scalar_t> work;
-      for (int64_t b = begin; b < end; ++b) {
-        const double* mean_b = means.const_data_ptr<double>() + b * features;
-        const int64_t kept = std::clamp(rank.const_data_ptr<int64_t>()[b], int64_t{0}, stored);
-        if (kept == 0) {
-          Output<scalar_t> output(reconstruction, b, sides, work.sums);
-          output.begin_at(mean_b, 0, sides.m);
-          output.end();
-          continue;
-        }
-        const scalar_t* rows = components.const_data_ptr<scalar_t>() + b * stored * features;
-        project(x, b, mean_b, row_major(rows, kept, features).t(), false, sides, 1.0, work,
-                reconstruction);
+    const auto project_one = [&](int64_t b, Workspace<scalar_t>& work) {
+      const double* mean_b = means.const_data_ptr<double>() + b * features;
+      const int64_t kept = std::clamp(rank.const_data_ptr<int64_t>()[b], int64_t{0}, stored);
+      if (kept == 0) {
+        Output<scalar_t> output(reconstruction, b, sides, work.sums);
+        output.begin_at(mean_b, 0, sides.m);
+        return output.end();
       }
-    });
+      const scalar_t* rows = components.const_data_ptr<scalar_t>() + b * stored * features;
+      project(x, b, mean_b, row_major(rows, kept, features).t(), false, sides, 1.0, work,
+              reconstruction);
+    };
+    for_each_problem<Workspace<scalar_t>>(mean.size(0), problem_flops(x), project_one);
   });
 }
 
@@ -315,10 +309,7 @@ void project_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const 
         output.end();
       }
     };
-    for_each_problem(mean.size(0), problem_flops(x), [&](int64_t begin, int64_t end) {
-      Workspace<scalar_t> work;
-      for (int64_t b = begin; b < end; ++b) project_one(b, work);
-    });
+    for_each_problem<Workspace<scalar_t>>(mean.size(0), problem_flops(x), project_one);
   });
 }
 
