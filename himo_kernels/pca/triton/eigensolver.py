@@ -1,0 +1,456 @@
+"""Eigenvalues, eigenvectors and rank of small symmetric matrices, without a word to the host.
+
+n <= 128, one problem a program or several, all in float64:
+
+1. Householder reflectors make A tridiagonal, A = Q T Q^T, the matrix in registers.
+2. Sturm counts bracket each eigenvalue: 32 points cut a bracket to a 33rd, 11 times.
+3. Two steps of inverse iteration, elimination with row exchanges, from a random start of its own
+   for each vector: equal eigenvalues then give independent vectors.
+4. Gram-Schmidt over all vectors, then Q, then one Newton-Schulz step V (3 I - V^T V) / 2, which
+   squares what is left of V^T V - I.
+5. Rayleigh quotients are the eigenvalues. A problem is certified when max |V^T V - I| and
+   max |A V - V L| are rounding; one that is not is solved again by Jacobi rotations (jacobi.py).
+
+Larger n: torch.linalg.eigh, which waits for the host once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from himo_kernels.covariance.triton.matmul import matmul
+from himo_kernels.pca.triton.jacobi import jacobi_where_not
+
+LARGEST = 128  # a matrix of this size in float64 fills half the registers of an SM
+LANES = 16  # eigenvalues of a program of the tridiagonal problem: n / 16 SMs share one matrix
+SECTIONS = 32  # points in a bracket: with 16 lanes, four for each of 128 threads to overlap
+SWEEPS = 11  # 33^11 > 2^53: brackets of the width of a rounding error
+ITERATIONS = 2  # of inverse iteration: the first leaves 1e-16 / gap of other vectors
+
+# Largest accepted |V^T V - I| and |A V - V L| / scale, per n: what rounding leaves is about 1.
+CERTIFIED = 16 * 2.0**-52
+
+_EPS = tl.constexpr(2.0**-52)
+_SMALLEST_SCALE = tl.constexpr(2.0**-1000)
+
+
+def eigh_descending(
+    moment: Tensor,  # [P, n, n] float64, positive semi-definite
+) -> tuple[Tensor, Tensor]:
+    """Returns eigenvalues [P, n], descending and >= 0, and eigenvectors in columns [P, n, n].
+
+    NaN for a problem that holds NaN or inf. Symmetric up to rounding is enough. n > 128 waits for
+    the host once, in torch.linalg.eigh.
+    """
+    size = moment.shape[-1]
+    if moment.numel() == 0:
+        return moment.new_empty(moment.shape[:-1]), torch.empty_like(moment)
+    if size > LARGEST:
+        return _eigh_by_torch(moment)
+    block = max(16, triton.next_power_of_2(size))
+    vectors, scale = _inverse_iteration(moment, block)
+    # Newton-Schulz, as V times (3 I - V^T V) / 2.
+    step = matmul(vectors.mT, vectors, torch.float64).mul_(-0.5)
+    step.diagonal(dim1=-2, dim2=-1).add_(1.5)
+    vectors = matmul(vectors, step, torch.float64)
+    overlaps = matmul(vectors.mT, vectors, torch.float64)
+    images = matmul(moment, vectors, torch.float64)
+    values, certified = _certify(vectors, overlaps, images, scale, block)
+    jacobi_where_not(certified, moment, scale, values, vectors, (overlaps, images))
+    return _sort(values, vectors, scale, block)
+
+
+def choose_rank(
+    eigenvalues: Tensor,  # [P, n], descending
+    variance_threshold: float,
+    zero_variance: float,
+) -> Tensor:
+    """Returns the smallest ranks [P] that reach the threshold; n where the trace is too small."""
+    problems, size = eigenvalues.shape
+    rank = eigenvalues.new_empty(problems, dtype=torch.int64)
+    if problems:
+        # Tensors: a Python float would reach the kernel as float32.
+        threshold, least = (eigenvalues.new_full((), x) for x in (variance_threshold, zero_variance))
+        _rank_kernel[(problems,)](
+            eigenvalues,
+            rank,
+            threshold,
+            least,
+            size,
+            BLOCK=triton.next_power_of_2(size),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return rank
+
+
+def _eigh_by_torch(moment: Tensor) -> tuple[Tensor, Tensor]:
+    # LAPACK raises on NaN, for all problems of the batch: solve zeros there and return NaN.
+    finite = moment.isfinite().all(-1).all(-1)[:, None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, moment, 0.0))
+    nan = torch.where(finite, 0.0, torch.nan)
+    return values.flip(-1).clamp(min=0) + nan[:, 0], vectors.flip(-1) + nan
+
+
+def _inverse_iteration(moment: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    # Steps 1 to 4 up to Newton-Schulz: vectors [P, n, n], and scale [P], NaN for NaN.
+    problems, size, _ = moment.shape
+    # One warp for each 1024 elements: 32 float64 of a thread, half of its registers.
+    options = {"num_warps": max(4, block * block // 1024), "enable_fp_fusion": True}
+    few = {"num_warps": 4, "enable_fp_fusion": True}
+    reflectors, vectors = torch.empty_like(moment), torch.empty_like(moment)
+    factors, diagonal, off_diagonal = moment.new_empty((3, problems, size))
+    scale = moment.new_empty(problems)
+    _tridiagonalise_kernel[(problems,)](
+        moment, reflectors, factors, diagonal, off_diagonal, scale, size, BLOCK=block, **options
+    )
+    eliminated = moment.new_empty((problems, 4, size, size))
+    parts = problems * triton.cdiv(size, LANES)
+    _tridiagonal_vectors_kernel[(parts,)](
+        diagonal,
+        off_diagonal,
+        vectors,
+        eliminated,
+        size,
+        LANES=LANES,
+        SECTIONS=SECTIONS,
+        SWEEPS=SWEEPS,
+        ITERATIONS=ITERATIONS,
+        BLOCK=block,
+        **few,
+    )
+    _orthonormalise_kernel[(problems,)](vectors, size, BLOCK=block, **options)
+    _back_transform_kernel[(parts,)](
+        vectors, reflectors, factors, size, COLUMNS=LANES, BLOCK=block, **few
+    )
+    return vectors, scale
+
+
+def _certify(
+    vectors: Tensor, overlaps: Tensor, images: Tensor, scale: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    # Rayleigh quotients [P, n], and 1 or 0 [P]; NaN problems count as certified.
+    problems, size, _ = vectors.shape
+    values = vectors.new_empty((problems, size))
+    certified = vectors.new_empty(problems, dtype=torch.int32)
+    _certify_kernel[(problems,)](
+        vectors,
+        overlaps,
+        images,
+        scale,
+        values,
+        certified,
+        size,
+        TOLERANCE=CERTIFIED * size,
+        BLOCK=block,
+        num_warps=max(4, block * block // 1024),
+        enable_fp_fusion=True,
+    )
+    return values, certified
+
+
+def _sort(values: Tensor, vectors: Tensor, scale: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    sorted_values, sorted_vectors = torch.empty_like(values), torch.empty_like(vectors)
+    _sort_kernel[(len(values),)](
+        values,
+        vectors,
+        scale,
+        sorted_values,
+        sorted_vectors,
+        values.shape[-1],
+        BLOCK=block,
+        num_warps=max(4, block * block // 1024),
+        enable_fp_fusion=True,
+    )
+    return sorted_values, sorted_vectors
+
+
+@triton.jit
+def _tridiagonalise_kernel(
+    moment_ptr,  # [P, n, n]
+    reflectors_ptr,  # [P, n, n], row k holds v_k
+    factors_ptr,  # [P, n], 2 / v_k . v_k
+    diagonal_ptr,  # [P, n]
+    off_diagonal_ptr,  # [P, n], the last of them undefined
+    scale_ptr,  # [P], a power of two; NaN where the matrix is not finite
+    n,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK)
+    columns = rows[None, :]
+    valid = (rows < n)[:, None] & (columns < n)
+    matrix = moment_ptr + problem * n * n
+    # Both halves count: the reductions below take the matrix to be symmetric to the last bit.
+    a = 0.5 * tl.load(matrix + rows[:, None] * n + columns, mask=valid, other=0.0)
+    a += 0.5 * tl.load(matrix + columns * n + rows[:, None], mask=valid, other=0.0)
+    finite = tl.sum(tl.where(tl.abs(a) < float("inf"), 0, 1)) == 0
+    a = tl.where(finite, a, 0.0)
+    # A power of two, from the exponent bits: scaling rounds nothing, and squares stay in range.
+    exponent = tl.max(tl.abs(a)).to(tl.int64, bitcast=True) & 0x7FF0000000000000
+    scale = exponent.to(tl.float64, bitcast=True)
+    scale = tl.where(scale > _SMALLEST_SCALE, scale, 1.0)
+    a = a / scale
+    tl.store(scale_ptr + problem, tl.where(finite, scale, float("nan")))
+
+    reflectors_ptr += problem * n * n
+    for k in range(0, n - 2):
+        column = tl.sum(tl.where(columns == k, a, 0.0), axis=1)
+        first = tl.sum(tl.where(rows == k + 1, column, 0.0))
+        rest = tl.sum(tl.where(rows > k + 1, column * column, 0.0))
+        reflects = rest > 0
+        norm = tl.sqrt(first * first + rest)
+        end = tl.where(reflects, tl.where(first > 0, -norm, norm), first)
+        v = tl.where(rows == k + 1, column - end, tl.where(rows > k, column, 0.0))
+        squares = tl.where(reflects, tl.sum(v * v), 1.0)
+        factor = tl.where(reflects, 2.0 / squares, 0.0)
+        image = factor * tl.sum(a * v[None, :], axis=1)
+        w = tl.where(rows > k, image - (0.5 * factor * tl.sum(v * image)) * v, 0.0)
+        a = a - (v[:, None] * w[None, :] + w[:, None] * v[None, :])
+        tl.store(reflectors_ptr + k * n + rows, v, mask=rows < n)
+        tl.store(factors_ptr + problem * n + k, factor)
+        tl.store(off_diagonal_ptr + problem * n + k, end)
+
+    diagonal = tl.sum(tl.where(rows[:, None] == columns, a, 0.0), axis=1)
+    tl.store(diagonal_ptr + problem * n + rows, diagonal, mask=rows < n)
+    if n > 1:
+        last = tl.sum(tl.where((rows[:, None] == n - 1) & (columns == n - 2), a, 0.0))
+        tl.store(off_diagonal_ptr + problem * n + n - 2, last)
+
+
+@triton.jit
+def _tridiagonal_vectors_kernel(
+    diagonal_ptr,  # [P, n]
+    off_diagonal_ptr,  # [P, n], the last not read
+    vectors_ptr,  # [P, n, n]
+    eliminated_ptr,  # [P, 4, n, n]: the three diagonals of U and the right-hand side, in rows
+    n,
+    LANES: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    SWEEPS: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    parts = tl.cdiv(n, LANES)
+    problem = (tl.program_id(0) // parts).to(tl.int64)
+    lanes = tl.program_id(0) % parts * LANES + tl.arange(0, LANES)
+    inside = lanes < n
+    d_ptr = diagonal_ptr + problem * n
+    e_ptr = off_diagonal_ptr + problem * n
+    shift, bound = _bisect(d_ptr, e_ptr, lanes, n, LANES, SECTIONS, SWEEPS, BLOCK)
+
+    out_ptr = vectors_ptr + problem * n * n + lanes
+    u_ptr = eliminated_ptr + problem * 4 * n * n + lanes
+    plane = n * n
+    least = bound * _EPS  # of a pivot
+    size = tl.full([LANES], 1.0, tl.float64)
+    for iteration in tl.static_range(ITERATIONS):
+        p0 = tl.load(d_ptr) - shift  # row i of T - shift at columns i and i + 1
+        p1 = tl.load(e_ptr, mask=n > 1, other=0.0) + tl.zeros_like(shift)
+        rhs = _right_hand_side(out_ptr, lanes, 0, n, inside, iteration) / size
+        for i in range(0, n - 1):
+            e = tl.load(e_ptr + i)
+            next_d = tl.load(d_ptr + i + 1) - shift
+            next_e = tl.load(e_ptr + i + 1, mask=i < n - 2, other=0.0)
+            next_rhs = _right_hand_side(out_ptr, lanes, i + 1, n, inside, iteration) / size
+            swap = tl.abs(p0) < tl.abs(e)
+            u0 = tl.where(swap, e, p0)
+            u0 = tl.where(tl.abs(u0) < least, least, u0)
+            u1 = tl.where(swap, next_d, p1)
+            u2 = tl.where(swap, next_e, 0.0)
+            y = tl.where(swap, next_rhs, rhs)
+            ratio = tl.where(swap, p0, e) / u0
+            p0 = tl.where(swap, p1, next_d) - ratio * u1
+            p1 = tl.where(swap, 0.0, next_e) - ratio * u2
+            rhs = tl.where(swap, rhs, next_rhs) - ratio * y
+            tl.store(u_ptr + i * n, u0, mask=inside)
+            tl.store(u_ptr + plane + i * n, u1, mask=inside)
+            tl.store(u_ptr + 2 * plane + i * n, u2, mask=inside)
+            tl.store(u_ptr + 3 * plane + i * n, y, mask=inside)
+        tl.debug_barrier()  # what follows reads what other threads wrote
+        x1 = rhs / tl.where(tl.abs(p0) < least, least, p0)
+        x2 = tl.zeros_like(x1)
+        size = tl.abs(x1)
+        tl.store(out_ptr + (n - 1) * n, x1, mask=inside)
+        for step in range(0, n - 1):
+            i = n - 2 - step
+            y = tl.load(u_ptr + 3 * plane + i * n, mask=inside, other=0.0)
+            y -= tl.load(u_ptr + plane + i * n, mask=inside, other=0.0) * x1
+            y -= tl.load(u_ptr + 2 * plane + i * n, mask=inside, other=0.0) * x2
+            x2 = x1
+            x1 = y / tl.load(u_ptr + i * n, mask=inside, other=1.0)
+            size = tl.maximum(size, tl.abs(x1))
+            tl.store(out_ptr + i * n, x1, mask=inside)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _bisect(
+    d_ptr,
+    e_ptr,
+    lanes,  # the lanes-th largest eigenvalues are asked for
+    n,
+    LANES: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    SWEEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Returns the eigenvalues [LANES], and a bound of |T|, at least 1.
+    rows = tl.arange(0, BLOCK)
+    right = tl.load(e_ptr + rows, mask=rows < n - 1, other=0.0)
+    left = tl.load(e_ptr + rows - 1, mask=(rows > 0) & (rows < n), other=0.0)
+    middle = tl.load(d_ptr + rows, mask=rows < n, other=0.0)
+    bound = tl.max(tl.abs(middle) + tl.abs(left) + tl.abs(right))
+    bound = tl.maximum(bound * (1 + 8 * _EPS), 1.0)
+    low = tl.zeros([LANES], tl.float64) - bound
+    width = 2 * bound
+    share = (tl.arange(0, SECTIONS) + 1).to(tl.float64) / (SECTIONS + 1)
+    least = bound * _EPS * _EPS  # of a pivot: bounds the quotient, moves an eigenvalue by nothing
+    for _ in range(SWEEPS):
+        x = low[:, None] + (width * share)[None, :]
+        count = tl.zeros([LANES, SECTIONS], tl.int32)  # eigenvalues below x: negative pivots
+        pivot = tl.full([LANES, SECTIONS], 1.0, tl.float64)
+        square = bound * 0.0
+        for i in range(0, n):
+            pivot = (tl.load(d_ptr + i) - x) - square / pivot
+            pivot = tl.where(tl.abs(pivot) < least, -least, pivot)
+            count += (pivot < 0).to(tl.int32)
+            e = tl.load(e_ptr + i, mask=i < n - 1, other=0.0)
+            square = e * e
+        passed = tl.sum((count <= (n - 1 - lanes)[:, None]).to(tl.int32), axis=1)
+        low += width * (passed.to(tl.float64) / (SECTIONS + 1))
+        width = width / (SECTIONS + 1)
+    return low + 0.5 * width, bound
+
+
+@triton.jit
+def _right_hand_side(vectors_ptr, lanes, i, n, inside, iteration: tl.constexpr):
+    if iteration == 0:
+        return tl.rand(i, lanes).to(tl.float64) - 0.5
+    else:
+        return tl.load(vectors_ptr + i * n, mask=inside, other=0.0)
+
+
+@triton.jit
+def _orthonormalise_kernel(
+    vectors_ptr,  # [P, n, n], in columns, in place
+    n,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK)
+    columns = rows[None, :]
+    valid = (rows < n)[:, None] & (columns < n)
+    ptrs = vectors_ptr + problem * n * n + rows[:, None] * n + columns
+    z = tl.load(ptrs, mask=valid, other=0.0)
+    largest = tl.max(tl.abs(z), axis=0)  # first: squares of what inverse iteration gives overflow
+    z = z / tl.where(largest > 0, largest, 1.0)[None, :]
+    z = z / tl.sqrt(tl.where(largest > 0, tl.sum(z * z, axis=0), 1.0))[None, :]
+    for j in range(0, n):
+        q = tl.sum(tl.where(columns == j, z, 0.0), axis=1)
+        q = q / tl.sqrt(tl.sum(q * q))
+        overlap = tl.sum(q[:, None] * z, axis=0)
+        z = tl.where(columns > j, z - q[:, None] * overlap[None, :], z)
+        z = tl.where(columns == j, q[:, None], z)
+    tl.store(ptrs, z, mask=valid)
+
+
+@triton.jit
+def _back_transform_kernel(
+    vectors_ptr,  # [P, n, n], in columns, in place
+    reflectors_ptr,  # [P, n, n]
+    factors_ptr,  # [P, n]
+    n,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    parts = tl.cdiv(n, COLUMNS)
+    problem = (tl.program_id(0) // parts).to(tl.int64)
+    columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.arange(0, BLOCK)
+    valid = (rows < n)[:, None] & (columns < n)[None, :]
+    ptrs = vectors_ptr + problem * n * n + rows[:, None] * n + columns[None, :]
+    z = tl.load(ptrs, mask=valid, other=0.0)
+    for step in range(0, n - 2):
+        k = n - 3 - step
+        v = tl.load(reflectors_ptr + (problem * n + k) * n + rows, mask=rows < n, other=0.0)
+        factor = tl.load(factors_ptr + problem * n + k)
+        z -= (factor * v)[:, None] * tl.sum(v[:, None] * z, axis=0)[None, :]
+    tl.store(ptrs, z, mask=valid)
+
+
+@triton.jit
+def _certify_kernel(
+    vectors_ptr,  # V [P, n, n]
+    overlaps_ptr,  # V^T V
+    images_ptr,  # A V
+    scale_ptr,  # [P]
+    values_ptr,  # [P, n]
+    certified_ptr,  # [P] int32
+    n,
+    TOLERANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK)
+    columns = rows[None, :]
+    valid = (rows < n)[:, None] & (columns < n)
+    tile = problem * n * n + rows[:, None] * n + columns
+    scale = tl.load(scale_ptr + problem)
+    v = tl.load(vectors_ptr + tile, mask=valid, other=0.0)
+    image = tl.load(images_ptr + tile, mask=valid, other=0.0) / scale
+    value = tl.sum(v * image, axis=0)
+    tl.store(values_ptr + problem * n + rows, value * scale, mask=rows < n)
+    residual = tl.abs(image - v * value[None, :])
+    identity = tl.where((rows[:, None] == columns) & valid, 1.0, 0.0)
+    residual += tl.abs(tl.load(overlaps_ptr + tile, mask=valid, other=0.0) - identity)
+    # Counted, for a maximum passes over NaN. Where scale is NaN there is nothing to solve again.
+    failures = tl.sum(tl.where(residual <= TOLERANCE, 0, 1))
+    tl.store(certified_ptr + problem, ((failures == 0) | (scale != scale)).to(tl.int32))
+
+
+@triton.jit
+def _sort_kernel(
+    values_ptr,  # [P, n]
+    vectors_ptr,  # [P, n, n]
+    scale_ptr,  # [P]
+    sorted_values_ptr,  # [P, n]
+    sorted_vectors_ptr,  # [P, n, n]
+    n,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK)
+    valid = (rows < n)[:, None] & (rows < n)[None, :]
+    tile = problem * n * n + rows[:, None] * n
+    nan = tl.load(scale_ptr + problem) * 0.0
+    value = tl.load(values_ptr + problem * n + rows, mask=rows < n, other=-1.0)
+    value = tl.where(value > 0, value, 0.0)  # of a positive semi-definite matrix; NaN in order
+    one, other = value[:, None], value[None, :]
+    before = (one > other) | ((one == other) & (rows[:, None] < rows[None, :]))
+    place = tl.sum((before & (rows < n)[:, None]).to(tl.int32), axis=0)
+    v = tl.load(vectors_ptr + tile + rows[None, :], mask=valid, other=0.0)
+    tl.store(sorted_vectors_ptr + tile + place[None, :], v + nan, mask=valid)
+    tl.store(sorted_values_ptr + problem * n + place, value + nan, mask=rows < n)
+
+
+@triton.jit
+def _rank_kernel(
+    values_ptr,  # [P, n]
+    rank_ptr,  # [P]
+    threshold_ptr,  # []
+    zero_variance_ptr,  # []
+    n,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    value = tl.load(values_ptr + problem * n + index, mask=index < n, other=0.0)
+    cumulative = tl.cumsum(value)
+    # The same sum: the last ratio is 1, so that a threshold of 1 is reached.
+    trace = tl.sum(tl.where(index == n - 1, cumulative, 0.0))
+    short = (cumulative / trace < tl.load(threshold_ptr)) & (index < n)
+    rank = 1 + tl.sum(short.to(tl.int64))
+    has_variance = trace > tl.load(zero_variance_ptr)  # false for NaN
+    tl.store(rank_ptr + problem, tl.where(has_variance, rank, n.to(tl.int64)))
