@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels._dispatch import (
     Backend,
     Operator,
@@ -17,26 +18,41 @@ from himo_kernels._dispatch import (
 )
 from himo_kernels.pca import reference
 
+
+def _triton_backend(name: str) -> Backend:
+    module = "himo_kernels.pca.triton"
+    kernels = {
+        direction: _triton.deferred(module, f"{name}_{direction}") for direction in ("fwd", "bwd")
+    }
+    return Backend(kernels, _triton.why_not_with_float64, auto=False)
+
+
 PCA_OP = Operator(
-    "pca", {"reference": Backend({"fwd": reference.pca_fwd, "bwd": reference.pca_bwd})}
+    "pca",
+    {
+        "triton": _triton_backend("pca"),
+        "reference": Backend({"fwd": reference.pca_fwd, "bwd": reference.pca_bwd}),
+    },
 )
 PROJECT_RECONSTRUCT = Operator(
     "project_reconstruct",
     {
+        "triton": _triton_backend("project_reconstruct"),
         "reference": Backend(
             {
                 "fwd": reference.project_reconstruct_fwd,
                 "bwd": reference.project_reconstruct_bwd,
             }
-        )
+        ),
     },
 )
 PCA_RECONSTRUCT = Operator(
     "pca_reconstruct",
     {
+        "triton": _triton_backend("pca_reconstruct"),
         "reference": Backend(
             {"fwd": reference.pca_reconstruct_fwd, "bwd": reference.pca_reconstruct_bwd}
-        )
+        ),
     },
 )
 

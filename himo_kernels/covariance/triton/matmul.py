@@ -181,7 +181,11 @@ def matmul(
     splits = triton.cdiv(inner, inner_per_split)
     partial = out.new_empty((splits, *out.shape), dtype=sums) if splits > 1 else out
     added = partial if add is None else add.expand(out.shape)
-    options: dict[str, Any] = {"num_warps": 4, "num_stages": 2 if sums == torch.float64 else 3, "enable_fp_fusion": True}
+    options: dict[str, Any] = {
+        "num_warps": 4,
+        "num_stages": 2 if sums == torch.float64 else 3,
+        "enable_fp_fusion": True,
+    }
     _matmul_kernel[(splits * problems * tiles,)](
         partial,
         a,

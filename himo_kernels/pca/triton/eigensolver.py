@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels.covariance.triton.matmul import matmul
 from himo_kernels.pca.triton.jacobi import jacobi_where_not
 
@@ -71,7 +72,9 @@ def choose_rank(
     rank = eigenvalues.new_empty(problems, dtype=torch.int64)
     if problems:
         # Tensors: a Python float would reach the kernel as float32.
-        threshold, least = (eigenvalues.new_full((), x) for x in (variance_threshold, zero_variance))
+        threshold, least = (
+            eigenvalues.new_full((), x) for x in (variance_threshold, zero_variance)
+        )
         _rank_kernel[(problems,)](
             eigenvalues,
             rank,
@@ -96,24 +99,27 @@ def _eigh_by_torch(moment: Tensor) -> tuple[Tensor, Tensor]:
 def _inverse_iteration(moment: Tensor, block: int) -> tuple[Tensor, Tensor]:
     # Steps 1 to 4 up to Newton-Schulz: vectors [P, n, n], and scale [P], NaN for NaN.
     problems, size, _ = moment.shape
-    # One warp for each 1024 elements: 32 float64 of a thread, half of its registers.
-    options = {"num_warps": max(4, block * block // 1024), "enable_fp_fusion": True}
+    # A warp for 2048 elements of the matrix: 64 float64 of a thread, half of its registers.
+    options = {"num_warps": max(4, block * block // 2048), "enable_fp_fusion": True}
     few = {"num_warps": 4, "enable_fp_fusion": True}
-    reflectors, vectors = torch.empty_like(moment), torch.empty_like(moment)
+    # Padded to the block: the address of an element is then a constant away from the first.
+    reflectors, vectors = moment.new_empty((2, problems, block, block))
     factors, diagonal, off_diagonal = moment.new_empty((3, problems, size))
     scale = moment.new_empty(problems)
     _tridiagonalise_kernel[(problems,)](
         moment, reflectors, factors, diagonal, off_diagonal, scale, size, BLOCK=block, **options
     )
     eliminated = moment.new_empty((problems, 4, size, size))
-    parts = problems * triton.cdiv(size, LANES)
+    # Programs cost the interpreter more than lanes do.
+    lanes = block if _triton.INTERPRETED else LANES
+    parts = problems * triton.cdiv(size, lanes)
     _tridiagonal_vectors_kernel[(parts,)](
         diagonal,
         off_diagonal,
         vectors,
         eliminated,
         size,
-        LANES=LANES,
+        LANES=lanes,
         SECTIONS=SECTIONS,
         SWEEPS=SWEEPS,
         ITERATIONS=ITERATIONS,
@@ -122,9 +128,9 @@ def _inverse_iteration(moment: Tensor, block: int) -> tuple[Tensor, Tensor]:
     )
     _orthonormalise_kernel[(problems,)](vectors, size, BLOCK=block, **options)
     _back_transform_kernel[(parts,)](
-        vectors, reflectors, factors, size, COLUMNS=LANES, BLOCK=block, **few
+        vectors, reflectors, factors, size, COLUMNS=lanes, BLOCK=block, **few
     )
-    return vectors, scale
+    return vectors[:, :size, :size], scale
 
 
 def _certify(
@@ -143,8 +149,9 @@ def _certify(
         certified,
         size,
         TOLERANCE=CERTIFIED * size,
+        COLUMNS=LANES,
         BLOCK=block,
-        num_warps=max(4, block * block // 1024),
+        num_warps=4,
         enable_fp_fusion=True,
     )
     return values, certified
@@ -160,7 +167,7 @@ def _sort(values: Tensor, vectors: Tensor, scale: Tensor, block: int) -> tuple[T
         sorted_vectors,
         values.shape[-1],
         BLOCK=block,
-        num_warps=max(4, block * block // 1024),
+        num_warps=max(4, block * block // 2048),
         enable_fp_fusion=True,
     )
     return sorted_values, sorted_vectors
@@ -169,7 +176,7 @@ def _sort(values: Tensor, vectors: Tensor, scale: Tensor, block: int) -> tuple[T
 @triton.jit
 def _tridiagonalise_kernel(
     moment_ptr,  # [P, n, n]
-    reflectors_ptr,  # [P, n, n], row k holds v_k
+    reflectors_ptr,  # [P, BLOCK, BLOCK], row k holds v_k
     factors_ptr,  # [P, n], 2 / v_k . v_k
     diagonal_ptr,  # [P, n]
     off_diagonal_ptr,  # [P, n], the last of them undefined
@@ -182,7 +189,7 @@ def _tridiagonalise_kernel(
     columns = rows[None, :]
     valid = (rows < n)[:, None] & (columns < n)
     matrix = moment_ptr + problem * n * n
-    # Both halves count: the reductions below take the matrix to be symmetric to the last bit.
+    # Both halves count: the reductions below take the matrix to be symmetric.
     a = 0.5 * tl.load(matrix + rows[:, None] * n + columns, mask=valid, other=0.0)
     a += 0.5 * tl.load(matrix + columns * n + rows[:, None], mask=valid, other=0.0)
     finite = tl.sum(tl.where(tl.abs(a) < float("inf"), 0, 1)) == 0
@@ -191,10 +198,10 @@ def _tridiagonalise_kernel(
     exponent = tl.max(tl.abs(a)).to(tl.int64, bitcast=True) & 0x7FF0000000000000
     scale = exponent.to(tl.float64, bitcast=True)
     scale = tl.where(scale > _SMALLEST_SCALE, scale, 1.0)
-    a = a / scale
+    a *= 1 / scale  # exact
     tl.store(scale_ptr + problem, tl.where(finite, scale, float("nan")))
 
-    reflectors_ptr += problem * n * n
+    reflectors_ptr += problem * BLOCK * BLOCK
     for k in range(0, n - 2):
         column = tl.sum(tl.where(columns == k, a, 0.0), axis=1)
         first = tl.sum(tl.where(rows == k + 1, column, 0.0))
@@ -207,8 +214,9 @@ def _tridiagonalise_kernel(
         factor = tl.where(reflects, 2.0 / squares, 0.0)
         image = factor * tl.sum(a * v[None, :], axis=1)
         w = tl.where(rows > k, image - (0.5 * factor * tl.sum(v * image)) * v, 0.0)
-        a = a - (v[:, None] * w[None, :] + w[:, None] * v[None, :])
-        tl.store(reflectors_ptr + k * n + rows, v, mask=rows < n)
+        a -= v[:, None] * w[None, :]
+        a -= w[:, None] * v[None, :]
+        tl.store(reflectors_ptr + k * BLOCK + rows, v)
         tl.store(factors_ptr + problem * n + k, factor)
         tl.store(off_diagonal_ptr + problem * n + k, end)
 
@@ -223,7 +231,7 @@ def _tridiagonalise_kernel(
 def _tridiagonal_vectors_kernel(
     diagonal_ptr,  # [P, n]
     off_diagonal_ptr,  # [P, n], the last not read
-    vectors_ptr,  # [P, n, n]
+    vectors_ptr,  # [P, BLOCK, BLOCK]
     eliminated_ptr,  # [P, 4, n, n]: the three diagonals of U and the right-hand side, in rows
     n,
     LANES: tl.constexpr,
@@ -240,7 +248,7 @@ def _tridiagonal_vectors_kernel(
     e_ptr = off_diagonal_ptr + problem * n
     shift, bound = _bisect(d_ptr, e_ptr, lanes, n, LANES, SECTIONS, SWEEPS, BLOCK)
 
-    out_ptr = vectors_ptr + problem * n * n + lanes
+    out_ptr = vectors_ptr + problem * BLOCK * BLOCK + lanes
     u_ptr = eliminated_ptr + problem * 4 * n * n + lanes
     plane = n * n
     least = bound * _EPS  # of a pivot
@@ -248,12 +256,12 @@ def _tridiagonal_vectors_kernel(
     for iteration in tl.static_range(ITERATIONS):
         p0 = tl.load(d_ptr) - shift  # row i of T - shift at columns i and i + 1
         p1 = tl.load(e_ptr, mask=n > 1, other=0.0) + tl.zeros_like(shift)
-        rhs = _right_hand_side(out_ptr, lanes, 0, n, inside, iteration) / size
+        rhs = _right_hand_side(out_ptr, lanes, 0, n, inside, iteration, BLOCK) / size
         for i in range(0, n - 1):
             e = tl.load(e_ptr + i)
             next_d = tl.load(d_ptr + i + 1) - shift
             next_e = tl.load(e_ptr + i + 1, mask=i < n - 2, other=0.0)
-            next_rhs = _right_hand_side(out_ptr, lanes, i + 1, n, inside, iteration) / size
+            next_rhs = _right_hand_side(out_ptr, lanes, i + 1, n, inside, iteration, BLOCK) / size
             swap = tl.abs(p0) < tl.abs(e)
             u0 = tl.where(swap, e, p0)
             u0 = tl.where(tl.abs(u0) < least, least, u0)
@@ -272,7 +280,7 @@ def _tridiagonal_vectors_kernel(
         x1 = rhs / tl.where(tl.abs(p0) < least, least, p0)
         x2 = tl.zeros_like(x1)
         size = tl.abs(x1)
-        tl.store(out_ptr + (n - 1) * n, x1, mask=inside)
+        tl.store(out_ptr + (n - 1) * BLOCK, x1, mask=inside)
         for step in range(0, n - 1):
             i = n - 2 - step
             y = tl.load(u_ptr + 3 * plane + i * n, mask=inside, other=0.0)
@@ -281,7 +289,7 @@ def _tridiagonal_vectors_kernel(
             x2 = x1
             x1 = y / tl.load(u_ptr + i * n, mask=inside, other=1.0)
             size = tl.maximum(size, tl.abs(x1))
-            tl.store(out_ptr + i * n, x1, mask=inside)
+            tl.store(out_ptr + i * BLOCK, x1, mask=inside)
         tl.debug_barrier()
 
 
@@ -325,16 +333,22 @@ def _bisect(
 
 
 @triton.jit
-def _right_hand_side(vectors_ptr, lanes, i, n, inside, iteration: tl.constexpr):
+def _right_hand_side(
+    vectors_ptr, lanes, i, n, inside, iteration: tl.constexpr, BLOCK: tl.constexpr
+):
     if iteration == 0:
-        return tl.rand(i, lanes).to(tl.float64) - 0.5
+        # Any start does that differs from lane to lane: bits of both indices, mixed.
+        bits = (lanes * 1024 + i).to(tl.uint32)
+        bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
+        bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
+        return (bits ^ (bits >> 16)).to(tl.float64) * 2.0**-32 - 0.5
     else:
-        return tl.load(vectors_ptr + i * n, mask=inside, other=0.0)
+        return tl.load(vectors_ptr + i * BLOCK, mask=inside, other=0.0)
 
 
 @triton.jit
 def _orthonormalise_kernel(
-    vectors_ptr,  # [P, n, n], in columns, in place
+    vectors_ptr,  # [P, BLOCK, BLOCK], in columns, in place
     n,
     BLOCK: tl.constexpr,
 ):
@@ -342,24 +356,26 @@ def _orthonormalise_kernel(
     rows = tl.arange(0, BLOCK)
     columns = rows[None, :]
     valid = (rows < n)[:, None] & (columns < n)
-    ptrs = vectors_ptr + problem * n * n + rows[:, None] * n + columns
+    ptrs = vectors_ptr + problem * BLOCK * BLOCK + rows[:, None] * BLOCK + columns
     z = tl.load(ptrs, mask=valid, other=0.0)
     largest = tl.max(tl.abs(z), axis=0)  # first: squares of what inverse iteration gives overflow
-    z = z / tl.where(largest > 0, largest, 1.0)[None, :]
-    z = z / tl.sqrt(tl.where(largest > 0, tl.sum(z * z, axis=0), 1.0))[None, :]
+    z *= (1 / tl.where(largest > 0, largest, 1.0))[None, :]
+    z *= (1 / tl.sqrt(tl.where(largest > 0, tl.sum(z * z, axis=0), 1.0)))[None, :]
     for j in range(0, n):
         q = tl.sum(tl.where(columns == j, z, 0.0), axis=1)
-        q = q / tl.sqrt(tl.sum(q * q))
+        norm = tl.sqrt(tl.sum(q * q))
+        q *= 1 / norm
+        # Later columns lose their part along q; column j, norm times q, becomes q.
         overlap = tl.sum(q[:, None] * z, axis=0)
-        z = tl.where(columns > j, z - q[:, None] * overlap[None, :], z)
-        z = tl.where(columns == j, q[:, None], z)
-    tl.store(ptrs, z, mask=valid)
+        overlap = tl.where(rows > j, overlap, tl.where(rows == j, norm - 1, 0.0))
+        z -= q[:, None] * overlap[None, :]
+    tl.store(ptrs, z)
 
 
 @triton.jit
 def _back_transform_kernel(
-    vectors_ptr,  # [P, n, n], in columns, in place
-    reflectors_ptr,  # [P, n, n]
+    vectors_ptr,  # [P, BLOCK, BLOCK], in columns, in place
+    reflectors_ptr,  # [P, BLOCK, BLOCK]
     factors_ptr,  # [P, n]
     n,
     COLUMNS: tl.constexpr,
@@ -370,11 +386,11 @@ def _back_transform_kernel(
     columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.arange(0, BLOCK)
     valid = (rows < n)[:, None] & (columns < n)[None, :]
-    ptrs = vectors_ptr + problem * n * n + rows[:, None] * n + columns[None, :]
+    ptrs = vectors_ptr + problem * BLOCK * BLOCK + rows[:, None] * BLOCK + columns[None, :]
     z = tl.load(ptrs, mask=valid, other=0.0)
     for step in range(0, n - 2):
         k = n - 3 - step
-        v = tl.load(reflectors_ptr + (problem * n + k) * n + rows, mask=rows < n, other=0.0)
+        v = tl.load(reflectors_ptr + (problem * BLOCK + k) * BLOCK + rows)
         factor = tl.load(factors_ptr + problem * n + k)
         z -= (factor * v)[:, None] * tl.sum(v[:, None] * z, axis=0)[None, :]
     tl.store(ptrs, z, mask=valid)
@@ -390,24 +406,29 @@ def _certify_kernel(
     certified_ptr,  # [P] int32
     n,
     TOLERANCE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, BLOCK)
-    columns = rows[None, :]
-    valid = (rows < n)[:, None] & (columns < n)
-    tile = problem * n * n + rows[:, None] * n + columns
     scale = tl.load(scale_ptr + problem)
-    v = tl.load(vectors_ptr + tile, mask=valid, other=0.0)
-    image = tl.load(images_ptr + tile, mask=valid, other=0.0) / scale
-    value = tl.sum(v * image, axis=0)
-    tl.store(values_ptr + problem * n + rows, value * scale, mask=rows < n)
-    residual = tl.abs(image - v * value[None, :])
-    identity = tl.where((rows[:, None] == columns) & valid, 1.0, 0.0)
-    residual += tl.abs(tl.load(overlaps_ptr + tile, mask=valid, other=0.0) - identity)
-    # Counted, for a maximum passes over NaN. Where scale is NaN there is nothing to solve again.
-    failures = tl.sum(tl.where(residual <= TOLERANCE, 0, 1))
-    tl.store(certified_ptr + problem, ((failures == 0) | (scale != scale)).to(tl.int32))
+    failures = tl.zeros([COLUMNS], tl.int32)
+    for first in range(0, n, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        valid = (rows < n)[:, None] & (columns < n)[None, :]
+        tile = problem * n * n + rows[:, None] * n + columns[None, :]
+        v = tl.load(vectors_ptr + tile, mask=valid, other=0.0)
+        image = tl.load(images_ptr + tile, mask=valid, other=0.0) / scale
+        value = tl.sum(v * image, axis=0)
+        tl.store(values_ptr + problem * n + columns, value * scale, mask=columns < n)
+        residual = tl.abs(image - v * value[None, :])
+        identity = tl.where((rows[:, None] == columns[None, :]) & valid, 1.0, 0.0)
+        residual += tl.abs(tl.load(overlaps_ptr + tile, mask=valid, other=0.0) - identity)
+        # Counted, for a maximum passes over NaN.
+        failures += tl.sum(tl.where(residual <= TOLERANCE, 0, 1), axis=0)
+    # Where scale is NaN there is nothing to solve again.
+    good = (tl.sum(failures) == 0) | (scale != scale)
+    tl.store(certified_ptr + problem, good.to(tl.int32))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 SWEEPS = 24  # a bound; convergence is quadratic after a few, and takes 6 to 10
-ROWS = 32  # rows of the matrix in registers at a time
+ROWS = 16  # rows of the matrix in registers at a time
 
 _EPS = tl.constexpr(2.0**-52)
 
