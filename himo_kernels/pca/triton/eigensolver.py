@@ -2,7 +2,8 @@
 
 n <= 128, one problem a program or several, all in float64:
 
-1. Householder reflectors make A tridiagonal, A = Q T Q^T, the matrix in registers.
+1. Householder reflectors make A tridiagonal, A = Q T Q^T, in one pass over what is left of A for
+   each: the last update and the next product.
 2. Sturm counts bracket each eigenvalue: 32 points cut a bracket to a 33rd, 11 times.
 3. Two steps of inverse iteration, elimination with row exchanges, from a random start of its own
    for each vector: equal eigenvalues then give independent vectors.
@@ -25,6 +26,7 @@ from himo_kernels.pca.triton.jacobi import jacobi_where_not
 
 LARGEST = 128  # a matrix of this size in float64 fills half the registers of an SM
 LANES = 16  # eigenvalues of a program of the tridiagonal problem: n / 16 SMs share one matrix
+ROWS = 32  # of the matrix in registers at a time, while it is made tridiagonal
 SECTIONS = 32  # points in a bracket: with 16 lanes, four for each of 128 threads to overlap
 SWEEPS = 11  # 33^11 > 2^53: brackets of the width of a rounding error
 ITERATIONS = 2  # of inverse iteration: the first leaves 1e-16 / gap of other vectors
@@ -99,15 +101,26 @@ def _eigh_by_torch(moment: Tensor) -> tuple[Tensor, Tensor]:
 def _inverse_iteration(moment: Tensor, block: int) -> tuple[Tensor, Tensor]:
     # Steps 1 to 4 up to Newton-Schulz: vectors [P, n, n], and scale [P], NaN for NaN.
     problems, size, _ = moment.shape
-    # A warp for 2048 elements of the matrix: 64 float64 of a thread, half of its registers.
-    options = {"num_warps": max(4, block * block // 2048), "enable_fp_fusion": True}
-    few = {"num_warps": 4, "enable_fp_fusion": True}
     # Padded to the block: the address of an element is then a constant away from the first.
-    reflectors, vectors = moment.new_empty((2, problems, block, block))
+    work, reflectors, vectors = moment.new_empty((3, problems, block, block))
+    images = moment.new_empty((problems, 2, block))
     factors, diagonal, off_diagonal = moment.new_empty((3, problems, size))
     scale = moment.new_empty(problems)
+    wide = {"num_warps": _warps(block), "enable_fp_fusion": True}
+    few = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
     _tridiagonalise_kernel[(problems,)](
-        moment, reflectors, factors, diagonal, off_diagonal, scale, size, BLOCK=block, **options
+        moment,
+        work,
+        reflectors,
+        images,
+        factors,
+        diagonal,
+        off_diagonal,
+        scale,
+        size,
+        ROWS=min(ROWS, block),
+        BLOCK=block,
+        **wide,
     )
     eliminated = moment.new_empty((problems, 4, size, size))
     # Programs cost the interpreter more than lanes do.
@@ -126,11 +139,16 @@ def _inverse_iteration(moment: Tensor, block: int) -> tuple[Tensor, Tensor]:
         BLOCK=block,
         **few,
     )
-    _orthonormalise_kernel[(problems,)](vectors, size, BLOCK=block, **options)
+    _orthonormalise_kernel[(problems,)](vectors, size, BLOCK=block, **wide)
     _back_transform_kernel[(parts,)](
         vectors, reflectors, factors, size, COLUMNS=lanes, BLOCK=block, **few
     )
     return vectors[:, :size, :size], scale
+
+
+def _warps(block: int) -> int:
+    # One for 2048 elements of a matrix in registers: 64 float64 of a thread, half of what it has.
+    return max(4, block * block // 2048)
 
 
 def _certify(
@@ -167,7 +185,7 @@ def _sort(values: Tensor, vectors: Tensor, scale: Tensor, block: int) -> tuple[T
         sorted_vectors,
         values.shape[-1],
         BLOCK=block,
-        num_warps=max(4, block * block // 2048),
+        num_warps=_warps(block),
         enable_fp_fusion=True,
     )
     return sorted_values, sorted_vectors
@@ -176,55 +194,87 @@ def _sort(values: Tensor, vectors: Tensor, scale: Tensor, block: int) -> tuple[T
 @triton.jit
 def _tridiagonalise_kernel(
     moment_ptr,  # [P, n, n]
+    work_ptr,  # [P, BLOCK, BLOCK]: the matrix, with all updates but the last
     reflectors_ptr,  # [P, BLOCK, BLOCK], row k holds v_k
+    images_ptr,  # [P, 2, BLOCK]: A v and w, for threads to share
     factors_ptr,  # [P, n], 2 / v_k . v_k
     diagonal_ptr,  # [P, n]
     off_diagonal_ptr,  # [P, n], the last of them undefined
     scale_ptr,  # [P], a power of two; NaN where the matrix is not finite
     n,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, BLOCK)
-    columns = rows[None, :]
-    valid = (rows < n)[:, None] & (columns < n)
-    matrix = moment_ptr + problem * n * n
-    # Both halves count: the reductions below take the matrix to be symmetric.
-    a = 0.5 * tl.load(matrix + rows[:, None] * n + columns, mask=valid, other=0.0)
-    a += 0.5 * tl.load(matrix + columns * n + rows[:, None], mask=valid, other=0.0)
-    finite = tl.sum(tl.where(tl.abs(a) < float("inf"), 0, 1)) == 0
-    a = tl.where(finite, a, 0.0)
-    # A power of two, from the exponent bits: scaling rounds nothing, and squares stay in range.
-    exponent = tl.max(tl.abs(a)).to(tl.int64, bitcast=True) & 0x7FF0000000000000
-    scale = exponent.to(tl.float64, bitcast=True)
-    scale = tl.where(scale > _SMALLEST_SCALE, scale, 1.0)
-    a *= 1 / scale  # exact
-    tl.store(scale_ptr + problem, tl.where(finite, scale, float("nan")))
-
+    work_ptr += problem * BLOCK * BLOCK
     reflectors_ptr += problem * BLOCK * BLOCK
-    for k in range(0, n - 2):
-        column = tl.sum(tl.where(columns == k, a, 0.0), axis=1)
-        first = tl.sum(tl.where(rows == k + 1, column, 0.0))
-        rest = tl.sum(tl.where(rows > k + 1, column * column, 0.0))
+    images_ptr += problem * 2 * BLOCK
+    scale = _scaled_copy(moment_ptr + problem * n * n, work_ptr, n, ROWS, BLOCK)
+    tl.store(scale_ptr + problem, scale)
+
+    j = tl.arange(0, BLOCK)
+    v = tl.zeros([BLOCK], tl.float64)  # A - v w^T - w v^T is current
+    w = tl.zeros([BLOCK], tl.float64)
+    tl.store(images_ptr + BLOCK + j, w)
+    tl.debug_barrier()
+    last_ptr = images_ptr + BLOCK  # of v; zeros at first
+    for k in range(0, n):
+        row = tl.load(work_ptr + k * BLOCK + j)
+        row -= tl.load(last_ptr + k) * w + tl.load(images_ptr + BLOCK + k) * v
+        first = tl.sum(tl.where(j == k + 1, row, 0.0))
+        rest = tl.sum(tl.where(j > k + 1, row * row, 0.0))
         reflects = rest > 0
         norm = tl.sqrt(first * first + rest)
         end = tl.where(reflects, tl.where(first > 0, -norm, norm), first)
-        v = tl.where(rows == k + 1, column - end, tl.where(rows > k, column, 0.0))
-        squares = tl.where(reflects, tl.sum(v * v), 1.0)
+        next_v = tl.where(j == k + 1, row - end, tl.where(j > k, row, 0.0))
+        squares = tl.where(reflects, tl.sum(next_v * next_v), 1.0)
         factor = tl.where(reflects, 2.0 / squares, 0.0)
-        image = factor * tl.sum(a * v[None, :], axis=1)
-        w = tl.where(rows > k, image - (0.5 * factor * tl.sum(v * image)) * v, 0.0)
-        a -= v[:, None] * w[None, :]
-        a -= w[:, None] * v[None, :]
-        tl.store(reflectors_ptr + k * BLOCK + rows, v)
-        tl.store(factors_ptr + problem * n + k, factor)
+        tl.store(diagonal_ptr + problem * n + k, tl.sum(tl.where(j == k, row, 0.0)))
         tl.store(off_diagonal_ptr + problem * n + k, end)
+        tl.store(factors_ptr + problem * n + k, factor)
+        tl.store(reflectors_ptr + k * BLOCK + j, next_v)
+        # One pass over what is left: the last update, and the product with the new reflector.
+        for start in range((k + 1) // ROWS * ROWS, n, ROWS):
+            i = start + tl.arange(0, ROWS)
+            ptrs = work_ptr + i[:, None] * BLOCK + j[None, :]
+            left = (j > k)[None, :] & (i > k)[:, None]
+            a = tl.load(ptrs, mask=left, other=0.0)
+            a -= tl.load(last_ptr + i)[:, None] * w[None, :]
+            a -= tl.load(images_ptr + BLOCK + i)[:, None] * v[None, :]
+            tl.store(ptrs, a, mask=left)
+            tl.store(images_ptr + i, factor * tl.sum(a * next_v[None, :], axis=1))
+        tl.debug_barrier()  # what follows reads what other threads wrote
+        image = tl.load(images_ptr + j, mask=(j > k) & (j < n), other=0.0)
+        v = next_v
+        w = image - (0.5 * factor * tl.sum(v * image)) * v
+        tl.store(images_ptr + BLOCK + j, w)
+        last_ptr = reflectors_ptr + k * BLOCK
+        tl.debug_barrier()
 
-    diagonal = tl.sum(tl.where(rows[:, None] == columns, a, 0.0), axis=1)
-    tl.store(diagonal_ptr + problem * n + rows, diagonal, mask=rows < n)
-    if n > 1:
-        last = tl.sum(tl.where((rows[:, None] == n - 1) & (columns == n - 2), a, 0.0))
-        tl.store(off_diagonal_ptr + problem * n + n - 2, last)
+
+@triton.jit
+def _scaled_copy(moment_ptr, work_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # Writes the matrix divided by a power of two near its largest element, which rounds nothing
+    # and keeps squares in range; returns that. Of a matrix that is not finite, zeros and NaN.
+    j = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], tl.float64)
+    infinite = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, ROWS):
+        i = start + tl.arange(0, ROWS)
+        valid = (i < n)[:, None] & (j < n)[None, :]
+        size = tl.abs(tl.load(moment_ptr + i[:, None] * n + j[None, :], mask=valid, other=0.0))
+        infinite += tl.sum(tl.where(size < float("inf"), 0, 1), axis=0)
+        largest = tl.maximum(largest, tl.max(size, axis=0))
+    finite = tl.sum(infinite) == 0
+    exponent = tl.max(largest).to(tl.int64, bitcast=True) & 0x7FF0000000000000
+    scale = exponent.to(tl.float64, bitcast=True)
+    scale = tl.where(finite & (scale > _SMALLEST_SCALE), scale, 1.0)
+    for start in range(0, BLOCK, ROWS):
+        i = start + tl.arange(0, ROWS)
+        valid = (i < n)[:, None] & (j < n)[None, :]
+        a = tl.load(moment_ptr + i[:, None] * n + j[None, :], mask=valid, other=0.0)
+        tl.store(work_ptr + i[:, None] * BLOCK + j[None, :], tl.where(finite, a * (1 / scale), 0.0))
+    return tl.where(finite, scale, float("nan"))
 
 
 @triton.jit
