@@ -6,6 +6,7 @@ the same bits in every run.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,14 +85,14 @@ def sample_moment(
 
 def aot_cases() -> Iterator[Case]:
     """The launches that himo_kernels.aot compiles."""
-    sides = {"covariance": (covariance_fwd, covariance_bwd), "gram": (gram_fwd, gram_bwd)}
-    for name, (fwd, bwd) in sides.items():
-        for dtype in (torch.bfloat16, torch.float32):
-            for sums in (torch.float32, torch.float64):
-                x = torch.empty(4, 1024, 768, dtype=dtype, device="meta")
+    for dtype in (torch.bfloat16, torch.float32):
+        for sums in (torch.float32, torch.float64):
+            label = f"covariance and gram, {dtype} sums in {sums}".replace("torch.", "")
+            yield Case(label, partial(_launch_all, dtype, sums))
 
-                def run(x: Tensor = x, sums: torch.dtype = sums, fwd=fwd, bwd=bwd) -> None:
-                    mean, moment = fwd(x, sums)
-                    bwd(mean, moment, x, mean)
 
-                yield Case(f"{name} {x.dtype} sums in {sums}".replace("torch.", ""), run)
+def _launch_all(dtype: torch.dtype, sums: torch.dtype) -> None:
+    x = torch.empty(4, 1024, 768, dtype=dtype, device="meta")
+    for fwd, bwd in ((covariance_fwd, covariance_bwd), (gram_fwd, gram_bwd)):
+        mean, moment = fwd(x, sums)
+        bwd(mean, moment, x, mean)

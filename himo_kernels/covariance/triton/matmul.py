@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from himo_kernels import _triton
+
 # A program holds 64 x 64 sums, 64 registers of a thread in float64. Chosen from the compiler's
 # figures (no spill, two programs on an SM); not yet measured on hardware.
 BLOCK = 64
@@ -85,16 +87,18 @@ def _matmul_kernel(
     n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     m_valid, n_valid = m < rows, n < columns
+    m_kept, n_kept = m_valid, n_valid
+    limit = end
     if LIMITED != "none":
         limit = tl.load(limit_ptr + problem)
         if LIMITED == "rows":
             if first_m >= limit:
                 return
-            m_valid = m_valid & (m < limit)
+            m_kept = m < tl.minimum(limit, rows)
         elif LIMITED == "columns":
             if first_n >= limit:
                 return
-            n_valid = n_valid & (n < limit)
+            n_kept = n < tl.minimum(limit, columns)
         else:
             end = tl.minimum(end, limit)
 
@@ -103,7 +107,8 @@ def _matmul_kernel(
     means = mean_ptr + problem * mean_length
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
     for first_k in range(start, end, BLOCK_K):
-        k_valid = first_k + k < end
+        # Of whole vectors: a bound that is no multiple of 16 would split every load.
+        k_valid = first_k + k < inner
         a_valid = m_valid[:, None] & k_valid[None, :]
         b_valid = k_valid[:, None] & n_valid[None, :]
         a = _load(a_ptrs + first_k * a_stride_k, a_valid, SUMS)
@@ -120,9 +125,12 @@ def _matmul_kernel(
         elif B_MEAN == "inner":
             mean = _load(means + first_k + k, k_valid, SUMS)
             b = b - mean[:, None]
+        if LIMITED == "inner":
+            a = tl.where((first_k + k < limit)[None, :], a, 0.0)
+            b = tl.where((first_k + k < limit)[:, None], b, 0.0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=SUMS)
 
-    valid = m_valid[:, None] & n_valid[None, :]
+    valid = m_kept[:, None] & n_kept[None, :]
     if ADD:
         add_ptr += problem * add_stride_p
         add_ptrs = add_ptr + m[:, None] * add_stride_m + n[None, :] * add_stride_n
@@ -172,6 +180,19 @@ def matmul(
     tiles = triton.cdiv(rows, BLOCK) * triton.cdiv(columns, BLOCK)
     if problems == 0:
         return out
+    if _triton.INTERPRETED and out.dtype == torch.bfloat16:  # to which the interpreter truncates
+        rounded = matmul(
+            a,
+            b,
+            sums,
+            mean=mean,
+            a_mean=a_mean,
+            b_mean=b_mean,
+            limited=limited,
+            limit=limit,
+            add=add,
+        )
+        return out.copy_(rounded)
     block_inner = BLOCK_INNER[sums]
     # Shapes alone decide the number of splits: the same sums on every device and in every run.
     splits = 1

@@ -6,6 +6,8 @@ and programs past it return at once. Equation numbers are those of himo_kernels/
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from himo_kernels.pca.triton.eigensolver import choose_rank, eigh_descending
 from himo_kernels.pca.triton.weights import null_weights, weigh_pairs
 
 F64 = torch.float64
+Options = dict[str, Any]  # of matmul
 ZERO_VARIANCE = 1e-8  # as in the reference, the released code's value
 
 
@@ -57,7 +60,7 @@ def pca_bwd(
     grads = torch.where(present, flat(grad_components), 0.0)
     add = flat(grad_mean, 1).unsqueeze(-2) / x.shape[-2]
     scaled = eigenvectors * (2 * flat(grad_eigenvalues, 1).unsqueeze(-2))
-    kept = {"limit": rank}
+    kept: Options = {"limit": rank}
     if _feature_side(x):
         turn = matmul(grads, eigenvectors, F64, limited="rows", **kept)
         weigh_pairs(turn, eigenvalues, rank, gap_eps)
@@ -65,7 +68,7 @@ def pca_bwd(
         turned = matmul(turn.mT, components, F64, limited="inner", **kept)
         moment = matmul(scaled, eigenvectors.mT, F64, add=turned + turned.mT)
         return _finished(shape, x, x, moment, mean=mean, a_mean="inner", add=add)
-    centred = {"mean": mean, "b_mean": "columns"}
+    centred: Options = {"mean": mean, "b_mean": "columns"}
     unit = torch.where(eigenvalues > 0, eigenvalues, 1.0).gather(-1, rank.unsqueeze(-1) - 1)
     axes = matmul(eigenvectors.mT, x, F64, **centred) / unit.sqrt().unsqueeze(-1)  # a_j, scaled
     overlaps = matmul(grads, components.mT, F64)
@@ -91,7 +94,8 @@ def project_reconstruct_fwd(
 ) -> Tensor:
     """Returns (x - mean) P^T P + mean, with P the first rank rows of components."""
     shape, x, mean = x.shape, flat(x), flat(mean, 1)
-    components, kept = flat(components), {"limit": flat(rank, 0)}
+    components = flat(components)
+    kept: Options = {"limit": flat(rank, 0)}
     coefficients = matmul(
         x, components.mT, mean.dtype, mean=mean, a_mean="inner", limited="columns", **kept
     )
@@ -109,9 +113,11 @@ def project_reconstruct_bwd(
     """Returns the gradients of x [*, N, D], mean [*, D] and components [*, K, D]."""
     shape, components_shape = x.shape, components.shape
     grad, x, mean = flat(grad_reconstruction), flat(x), flat(mean, 1)
-    components, kept, sums = flat(components), {"limit": flat(rank, 0)}, mean.dtype
-    centred = {"mean": mean, "a_mean": "inner", "limited": "columns", **kept}
-    coefficients = matmul(x, components.mT, sums, **centred)
+    components, sums = flat(components), mean.dtype
+    kept: Options = {"limit": flat(rank, 0)}
+    coefficients = matmul(
+        x, components.mT, sums, mean=mean, a_mean="inner", limited="columns", **kept
+    )
     grad_coefficients = matmul(grad, components.mT, sums, limited="columns", **kept)
     grad_x = _finished(shape, x, grad_coefficients, components, limited="inner", **kept)
     # The sum of G - G Pi over the samples, from the sum of G: one row.
@@ -120,8 +126,8 @@ def project_reconstruct_bwd(
     grad_mean = total - matmul(along, components, sums, limited="inner", **kept)
     first = matmul(coefficients.mT, grad, sums, limited="rows", **kept)
     grad_components = torch.zeros_like(components, memory_format=torch.contiguous_format)
-    centred = {"mean": mean, "b_mean": "columns", "limited": "rows", **kept}
-    matmul(grad_coefficients.mT, x, sums, add=first, out=grad_components, **centred)
+    kept |= {"mean": mean, "b_mean": "columns", "add": first, "out": grad_components}
+    matmul(grad_coefficients.mT, x, sums, limited="rows", **kept)
     return grad_x, grad_mean.view(*shape[:-2], shape[-1]), grad_components.view(components_shape)
 
 
@@ -132,7 +138,7 @@ def pca_reconstruct_fwd(
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     shape, x = x.shape, flat(x)
     mean, eigenvalues, eigenvectors, rank = _decompose(x, variance_threshold)
-    kept = {"limit": rank}
+    kept: Options = {"limit": rank}
     if _feature_side(x):
         left = matmul(x, eigenvectors, F64, mean=mean, a_mean="inner", limited="columns", **kept)
         right = eigenvectors.mT
@@ -161,10 +167,10 @@ def pca_reconstruct_bwd(
     """
     shape, grad, x, mean = x.shape, flat(grad_reconstruction), flat(x), flat(mean, 1)
     eigenvalues, eigenvectors, rank = flat(eigenvalues, 1), flat(eigenvectors), flat(rank, 0)
-    kept = {"limit": rank}
+    kept: Options = {"limit": rank}
     grad_mean = grad.mean(-2, dtype=F64)
     add = grad_mean.unsqueeze(-2)
-    centred_grad = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **kept}
+    centred_grad: Options = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **kept}
     if not differentiate_basis:
         components = _components(x, mean, eigenvalues, eigenvectors, rank)
         left = matmul(grad, components.mT, F64, **centred_grad)
@@ -249,29 +255,35 @@ def _batched(batch: torch.Size, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.view((*batch, *tensor.shape[1:])) for tensor in tensors)
 
 
-def _finished(shape: torch.Size, x: Tensor, a: Tensor, b: Tensor, **options: object) -> Tensor:
+def _finished(shape: torch.Size, x: Tensor, a: Tensor, b: Tensor, **options: Any) -> Tensor:
     # a @ b + add in the dtype of x, in this shape; sums in the dtype of a.
     out = x.new_empty(x.shape)
     sums = F64 if F64 in (a.dtype, b.dtype) else a.dtype
-    return matmul(a, b, sums, out=out, **options).view(shape)  # type: ignore[arg-type]
+    return matmul(a, b, sums, out=out, **options).view(shape)
 
 
 def aot_cases() -> Iterator[Case]:
     """The launches that himo_kernels.aot compiles."""
-    shapes = {"N < D": (4, 128, 768), "N > D": (4, 512, 48), "n > 128": (1024, 768)}
-    for name, shape in shapes.items():
-        for dtype in (torch.bfloat16, torch.float32):
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    yield Case("pca_reconstruct N < D bfloat16", partial(_launch_fused, (4, 128, 768), bfloat16))
+    yield Case("pca_reconstruct N > D float32", partial(_launch_fused, (512, 48), float32))
+    yield Case("pca_reconstruct n > 128 float32", partial(_launch_fused, (1024, 768), float32))
+    yield Case("pca_reconstruct N = 1 float32", partial(_launch_fused, (1, 6), float32))
+    yield Case("pca, project_reconstruct bfloat16", partial(_launch_parts, (4, 128, 768)))
 
-            def run(shape: tuple[int, ...] = shape, dtype: torch.dtype = dtype) -> None:
-                x = torch.empty(shape, dtype=dtype, device="meta")
-                reconstruction, rank, *saved = pca_reconstruct_fwd(x, 0.9)
-                pca_reconstruct_bwd(reconstruction, x, *saved, rank, 1e-6, True)
-                pca_reconstruct_bwd(reconstruction, x, *saved, rank, 1e-6, False)
-                mean, eigenvalues, components, rank, eigenvectors = pca_fwd(x, 0.9)
-                grads = (mean, eigenvalues, components)
-                pca_bwd(*grads, x, mean, eigenvalues, eigenvectors, rank, 1e-6)
-                projection = (x, mean.float(), components.float(), rank)
-                project_reconstruct_fwd(*projection)
-                project_reconstruct_bwd(x, *projection)
 
-            yield Case(f"pca {name} {dtype}".replace("torch.", ""), run)
+def _launch_fused(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    grad, rank, mean, eigenvalues, eigenvectors = pca_reconstruct_fwd(x, 0.9)
+    for differentiate_basis in (True, False):
+        saved = (x, mean, eigenvalues, eigenvectors, rank)
+        pca_reconstruct_bwd(grad, *saved, 1e-6, differentiate_basis)
+
+
+def _launch_parts(shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    mean, eigenvalues, components, rank, eigenvectors = pca_fwd(x, 0.9)
+    grads = (mean, eigenvalues, components)
+    pca_bwd(*grads, x, mean, eigenvalues, eigenvectors, rank, 1e-6)
+    project_reconstruct_fwd(x, mean.float(), components.float(), rank)
+    project_reconstruct_bwd(x, x, mean.float(), components.float(), rank)
