@@ -5,10 +5,11 @@ n <= 128, one problem a program or several, all in float64:
 1. Householder reflectors make A tridiagonal, A = Q T Q^T, in one pass over what is left of A for
    each: the last update and the next product.
 2. Sturm counts bracket each eigenvalue: 32 points cut a bracket to a 33rd, 11 times.
-3. Two steps of inverse iteration, elimination with row exchanges, from a random start of its own
-   for each vector: equal eigenvalues then give independent vectors.
-4. Gram-Schmidt over all vectors, then Q, then one Newton-Schulz step V (3 I - V^T V) / 2, which
-   squares what is left of V^T V - I.
+3. Twice: a step of inverse iteration, by elimination with row exchanges, and Gram-Schmidt over all
+   vectors. The first starts from random numbers of its own for each vector: equal eigenvalues then
+   give independent vectors, and the second step heals what their Gram-Schmidt magnified.
+4. Back to A by Q, and one Newton-Schulz step V (3 I - V^T V) / 2, which squares what is left of
+   V^T V - I.
 5. Rayleigh quotients are the eigenvalues. A problem is certified when max |V^T V - I| and
    max |A V - V L| are rounding; one that is not is solved again by Jacobi rotations (jacobi.py).
 

@@ -14,7 +14,6 @@ LANES = 16  # eigenvalues of a program of the tridiagonal problem: n / 16 SMs sh
 ROWS = 32  # of the matrix in registers at a time, while it is made tridiagonal
 SECTIONS = 32  # points in a bracket: with 16 lanes, four for each of 128 threads to overlap
 SWEEPS = 11  # 33^11 > 2^53: brackets of the width of a rounding error
-ITERATIONS = 2  # of inverse iteration: the first leaves 1e-16 / gap of other vectors
 
 _EPS = tl.constexpr(2.0**-52)
 _SMALLEST_SCALE = tl.constexpr(2.0**-1000)
@@ -55,20 +54,32 @@ def approximate_eigenvectors(
     # Programs cost the interpreter more than lanes do.
     lanes = block if _triton.INTERPRETED else LANES
     parts = problems * triton.cdiv(size, lanes)
-    _tridiagonal_vectors_kernel[(parts,)](
+    shifts = moment.new_empty((problems, size))
+    _bisect_kernel[(parts,)](
         diagonal,
         off_diagonal,
-        vectors,
-        eliminated,
+        shifts,
         size,
         LANES=lanes,
         SECTIONS=SECTIONS,
         SWEEPS=SWEEPS,
-        ITERATIONS=ITERATIONS,
         BLOCK=block,
         **few,
     )
-    _orthonormalise_kernel[(problems,)](vectors, size, BLOCK=block, **wide)
+    for first in (True, False):
+        _inverse_iteration_kernel[(parts,)](
+            diagonal,
+            off_diagonal,
+            shifts,
+            vectors,
+            eliminated,
+            size,
+            FIRST=first,
+            LANES=lanes,
+            BLOCK=block,
+            **few,
+        )
+        _orthonormalise_kernel[(problems,)](vectors, size, BLOCK=block, **wide)
     _back_transform_kernel[(parts,)](
         vectors, reflectors, factors, size, COLUMNS=lanes, BLOCK=block, **few
     )
@@ -170,88 +181,26 @@ def _scaled_copy(moment_ptr, work_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _tridiagonal_vectors_kernel(
+def _bisect_kernel(
     diagonal_ptr,  # [P, n]
     off_diagonal_ptr,  # [P, n], the last not read
-    vectors_ptr,  # [P, BLOCK, BLOCK]
-    eliminated_ptr,  # [P, 4, n, n]: the three diagonals of U and the right-hand side, in rows
+    shifts_ptr,  # [P, n]: eigenvalues, descending
     n,
     LANES: tl.constexpr,
     SECTIONS: tl.constexpr,
     SWEEPS: tl.constexpr,
-    ITERATIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     parts = tl.cdiv(n, LANES)
     problem = (tl.program_id(0) // parts).to(tl.int64)
     lanes = tl.program_id(0) % parts * LANES + tl.arange(0, LANES)
-    inside = lanes < n
     d_ptr = diagonal_ptr + problem * n
     e_ptr = off_diagonal_ptr + problem * n
-    shift, bound = _bisect(d_ptr, e_ptr, lanes, n, LANES, SECTIONS, SWEEPS, BLOCK)
-
-    out_ptr = vectors_ptr + problem * BLOCK * BLOCK + lanes
-    u_ptr = eliminated_ptr + problem * 4 * n * n + lanes
-    plane = n * n
-    least = bound * _EPS  # of a pivot
-    size = tl.full([LANES], 1.0, tl.float64)
-    for iteration in tl.static_range(ITERATIONS):
-        p0 = tl.load(d_ptr) - shift  # row i of T - shift at columns i and i + 1
-        p1 = tl.load(e_ptr, mask=n > 1, other=0.0) + tl.zeros_like(shift)
-        rhs = _right_hand_side(out_ptr, lanes, 0, n, inside, iteration, BLOCK) / size
-        for i in range(0, n - 1):
-            e = tl.load(e_ptr + i)
-            next_d = tl.load(d_ptr + i + 1) - shift
-            next_e = tl.load(e_ptr + i + 1, mask=i < n - 2, other=0.0)
-            next_rhs = _right_hand_side(out_ptr, lanes, i + 1, n, inside, iteration, BLOCK) / size
-            swap = tl.abs(p0) < tl.abs(e)
-            u0 = tl.where(swap, e, p0)
-            u0 = tl.where(tl.abs(u0) < least, least, u0)
-            u1 = tl.where(swap, next_d, p1)
-            u2 = tl.where(swap, next_e, 0.0)
-            y = tl.where(swap, next_rhs, rhs)
-            ratio = tl.where(swap, p0, e) / u0
-            p0 = tl.where(swap, p1, next_d) - ratio * u1
-            p1 = tl.where(swap, 0.0, next_e) - ratio * u2
-            rhs = tl.where(swap, rhs, next_rhs) - ratio * y
-            tl.store(u_ptr + i * n, u0, mask=inside)
-            tl.store(u_ptr + plane + i * n, u1, mask=inside)
-            tl.store(u_ptr + 2 * plane + i * n, u2, mask=inside)
-            tl.store(u_ptr + 3 * plane + i * n, y, mask=inside)
-        tl.debug_barrier()  # what follows reads what other threads wrote
-        x1 = rhs / tl.where(tl.abs(p0) < least, least, p0)
-        x2 = tl.zeros_like(x1)
-        size = tl.abs(x1)
-        tl.store(out_ptr + (n - 1) * BLOCK, x1, mask=inside)
-        for step in range(0, n - 1):
-            i = n - 2 - step
-            y = tl.load(u_ptr + 3 * plane + i * n, mask=inside, other=0.0)
-            y -= tl.load(u_ptr + plane + i * n, mask=inside, other=0.0) * x1
-            y -= tl.load(u_ptr + 2 * plane + i * n, mask=inside, other=0.0) * x2
-            x2 = x1
-            x1 = y / tl.load(u_ptr + i * n, mask=inside, other=1.0)
-            size = tl.maximum(size, tl.abs(x1))
-            tl.store(out_ptr + i * BLOCK, x1, mask=inside)
-        tl.debug_barrier()
-
-
-@triton.jit
-def _bisect(
-    d_ptr,
-    e_ptr,
-    lanes,  # the lanes-th largest eigenvalues are asked for
-    n,
-    LANES: tl.constexpr,
-    SECTIONS: tl.constexpr,
-    SWEEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # Returns the eigenvalues [LANES], and a bound of |T|, at least 1.
     rows = tl.arange(0, BLOCK)
     right = tl.load(e_ptr + rows, mask=rows < n - 1, other=0.0)
     left = tl.load(e_ptr + rows - 1, mask=(rows > 0) & (rows < n), other=0.0)
     middle = tl.load(d_ptr + rows, mask=rows < n, other=0.0)
-    bound = tl.max(tl.abs(middle) + tl.abs(left) + tl.abs(right))
+    bound = tl.max(tl.abs(middle) + tl.abs(left) + tl.abs(right))  # Gershgorin's
     bound = tl.maximum(bound * (1 + 8 * _EPS), 1.0)
     low = tl.zeros([LANES], tl.float64) - bound
     width = 2 * bound
@@ -271,21 +220,79 @@ def _bisect(
         passed = tl.sum((count <= (n - 1 - lanes)[:, None]).to(tl.int32), axis=1)
         low += width * (passed.to(tl.float64) / (SECTIONS + 1))
         width = width / (SECTIONS + 1)
-    return low + 0.5 * width, bound
+    tl.store(shifts_ptr + problem * n + lanes, low + 0.5 * width, mask=lanes < n)
 
 
 @triton.jit
-def _right_hand_side(
-    vectors_ptr, lanes, i, n, inside, iteration: tl.constexpr, BLOCK: tl.constexpr
+def _inverse_iteration_kernel(
+    diagonal_ptr,  # [P, n]
+    off_diagonal_ptr,  # [P, n], the last not read
+    shifts_ptr,  # [P, n]
+    vectors_ptr,  # [P, BLOCK, BLOCK], in columns, in place
+    eliminated_ptr,  # [P, 4, n, n]: the three diagonals of U and the right-hand side, in rows
+    n,
+    FIRST: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    if iteration == 0:
+    parts = tl.cdiv(n, LANES)
+    problem = (tl.program_id(0) // parts).to(tl.int64)
+    lanes = tl.program_id(0) % parts * LANES + tl.arange(0, LANES)
+    inside = lanes < n
+    d_ptr = diagonal_ptr + problem * n
+    e_ptr = off_diagonal_ptr + problem * n
+    x_ptr = vectors_ptr + problem * BLOCK * BLOCK + lanes
+    u_ptr = eliminated_ptr + problem * 4 * n * n + lanes
+    plane = n * n
+    shift = tl.load(shifts_ptr + problem * n + lanes, mask=inside, other=0.0)
+
+    p0 = tl.load(d_ptr) - shift  # row i of T - shift, at columns i and i + 1
+    p1 = tl.load(e_ptr, mask=n > 1, other=0.0) + tl.zeros_like(shift)
+    rhs = _right_hand_side(x_ptr, lanes, 0, inside, FIRST, BLOCK)
+    for i in range(0, n - 1):
+        e = tl.load(e_ptr + i)
+        next_d = tl.load(d_ptr + i + 1) - shift
+        next_e = tl.load(e_ptr + i + 1, mask=i < n - 2, other=0.0)
+        next_rhs = _right_hand_side(x_ptr, lanes, i + 1, inside, FIRST, BLOCK)
+        swap = tl.abs(p0) < tl.abs(e)
+        u0 = tl.where(swap, e, p0)
+        u0 = tl.where(tl.abs(u0) < _EPS, _EPS, u0)  # the matrix is scaled: |T| is 1 or more
+        u1 = tl.where(swap, next_d, p1)
+        u2 = tl.where(swap, next_e, 0.0)
+        y = tl.where(swap, next_rhs, rhs)
+        ratio = tl.where(swap, p0, e) / u0
+        p0 = tl.where(swap, p1, next_d) - ratio * u1
+        p1 = tl.where(swap, 0.0, next_e) - ratio * u2
+        rhs = tl.where(swap, rhs, next_rhs) - ratio * y
+        tl.store(u_ptr + i * n, u0, mask=inside)
+        tl.store(u_ptr + plane + i * n, u1, mask=inside)
+        tl.store(u_ptr + 2 * plane + i * n, u2, mask=inside)
+        tl.store(u_ptr + 3 * plane + i * n, y, mask=inside)
+    tl.debug_barrier()  # what follows reads what other threads wrote
+
+    x1 = rhs / tl.where(tl.abs(p0) < _EPS, _EPS, p0)
+    x2 = tl.zeros_like(x1)
+    tl.store(x_ptr + (n - 1) * BLOCK, x1, mask=inside)
+    for step in range(0, n - 1):
+        i = n - 2 - step
+        y = tl.load(u_ptr + 3 * plane + i * n, mask=inside, other=0.0)
+        y -= tl.load(u_ptr + plane + i * n, mask=inside, other=0.0) * x1
+        y -= tl.load(u_ptr + 2 * plane + i * n, mask=inside, other=0.0) * x2
+        x2 = x1
+        x1 = y / tl.load(u_ptr + i * n, mask=inside, other=1.0)
+        tl.store(x_ptr + i * BLOCK, x1, mask=inside)
+
+
+@triton.jit
+def _right_hand_side(x_ptr, lanes, i, inside, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    if FIRST:
         # Any start does that differs from lane to lane: bits of both indices, mixed.
         bits = (lanes * 1024 + i).to(tl.uint32)
         bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
         bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
         return (bits ^ (bits >> 16)).to(tl.float64) * 2.0**-32 - 0.5
     else:
-        return tl.load(vectors_ptr + i * BLOCK, mask=inside, other=0.0)
+        return tl.load(x_ptr + i * BLOCK, mask=inside, other=0.0)
 
 
 @triton.jit
