@@ -108,9 +108,8 @@ def test_eigenpairs_of_random_matrices(size, generator):
     check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
 
 
-@pytest.mark.parametrize("shape", [(128, 200), (100, 128)], ids=["n=128", "n=100"])
-def test_eigenpairs_at_the_largest_size(shape, generator):
-    x = hkt.power_law(*shape, dtype=torch.float64, device=DEVICE, generator=generator)
+def test_eigenpairs_at_the_largest_size(generator):
+    x = hkt.power_law(128, 200, dtype=torch.float64, device=DEVICE, generator=generator)
     moment = ((x - x.mean(0)) @ (x - x.mean(0)).T).unsqueeze(0)
     check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
 
