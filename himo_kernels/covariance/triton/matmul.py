@@ -22,18 +22,26 @@ from himo_kernels import _triton
 # A program holds 64 x 64 sums, 64 registers of a thread in float64. Chosen from the compiler's
 # figures (no spill, two programs on an SM); not yet measured on hardware.
 BLOCK = 64
-BLOCK_INNER = {torch.float32: 32, torch.float64: 16}
+BLOCK_INNER = 16
 PROGRAMS = 264  # that a product is split into, where it is: two for each SM of an H100
 LEAST_SPLIT = 256  # inner elements of a split: partial sums must cost less than they save
 SYMMETRIC_FROM = 4  # tiles on a side from which the upper half is not worth computing
 
 
 @triton.jit
-def _load(ptrs, mask, SUMS: tl.constexpr):
-    values = tl.load(ptrs, mask=mask, other=0.0)
+def _raised(values, SUMS: tl.constexpr):
     if values.dtype == tl.bfloat16:
         values = values.to(tl.float32)  # Triton's interpreter has no bfloat16 -> float64
     return values.to(SUMS)
+
+
+@triton.jit
+def _tiles(a_ptrs, b_ptrs, first_k, k, m_valid, n_valid, inner, a_stride_k, b_stride_k):
+    k_valid = first_k + k < inner
+    a_valid = m_valid[:, None] & k_valid[None, :]
+    b_valid = k_valid[:, None] & n_valid[None, :]
+    a = tl.load(a_ptrs + first_k * a_stride_k, mask=a_valid, other=0.0)
+    return a, tl.load(b_ptrs + first_k * b_stride_k, mask=b_valid, other=0.0)
 
 
 @triton.jit
@@ -88,7 +96,6 @@ def _matmul_kernel(
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     m_valid, n_valid = m < rows, n < columns
     m_kept, n_kept = m_valid, n_valid
-    limit = end
     if LIMITED != "none":
         limit = tl.load(limit_ptr + problem)
         if LIMITED == "rows":
@@ -106,35 +113,37 @@ def _matmul_kernel(
     b_ptrs = b_ptr + problem * b_stride_p + k[:, None] * b_stride_k + n[None, :] * b_stride_n
     means = mean_ptr + problem * mean_length
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
+    # Tiles are loaded one step ahead, by hand, and carried as they are: Triton 3.6 cannot multiply
+    # float64 operands that it sees come from loads of a narrower dtype. Loads are bounded by inner,
+    # not by end: a bound that is no multiple of 16 would split each of them.
+    next_a, next_b = _tiles(
+        a_ptrs, b_ptrs, start, k, m_valid, n_valid, inner, a_stride_k, b_stride_k
+    )
     for first_k in range(start, end, BLOCK_K):
-        # Of whole vectors: a bound that is no multiple of 16 would split every load.
-        k_valid = first_k + k < inner
-        a_valid = m_valid[:, None] & k_valid[None, :]
-        b_valid = k_valid[:, None] & n_valid[None, :]
-        a = _load(a_ptrs + first_k * a_stride_k, a_valid, SUMS)
-        b = _load(b_ptrs + first_k * b_stride_k, b_valid, SUMS)
+        at = first_k + k
+        a, b = _raised(next_a, SUMS), _raised(next_b, SUMS)
+        next_k = first_k + BLOCK_K
+        next_a, next_b = _tiles(
+            a_ptrs, b_ptrs, next_k, k, m_valid, n_valid, inner, a_stride_k, b_stride_k
+        )
+        k_valid = at < end
         if A_MEAN == "rows":
-            mean = _load(means + m, m_valid, SUMS)
-            a = tl.where(a_valid, a - mean[:, None], 0.0)
+            a -= tl.load(means + m, mask=m_valid, other=0.0)[:, None]
         elif A_MEAN == "inner":
-            mean = _load(means + first_k + k, k_valid, SUMS)
-            a = a - mean[None, :]
+            a -= tl.load(means + at, mask=k_valid, other=0.0)[None, :]
         if B_MEAN == "columns":
-            mean = _load(means + n, n_valid, SUMS)
-            b = tl.where(b_valid, b - mean[None, :], 0.0)
+            b -= tl.load(means + n, mask=n_valid, other=0.0)[None, :]
         elif B_MEAN == "inner":
-            mean = _load(means + first_k + k, k_valid, SUMS)
-            b = b - mean[:, None]
-        if LIMITED == "inner":
-            a = tl.where((first_k + k < limit)[None, :], a, 0.0)
-            b = tl.where((first_k + k < limit)[:, None], b, 0.0)
+            b -= tl.load(means + at, mask=k_valid, other=0.0)[:, None]
+        a = tl.where(k_valid[None, :], a, 0.0)
+        b = tl.where(k_valid[:, None], b, 0.0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=SUMS)
 
     valid = m_kept[:, None] & n_kept[None, :]
     if ADD:
         add_ptr += problem * add_stride_p
         add_ptrs = add_ptr + m[:, None] * add_stride_m + n[None, :] * add_stride_n
-        sums += _load(add_ptrs, valid, SUMS)
+        sums += _raised(tl.load(add_ptrs, mask=valid, other=0.0), SUMS)
     if out_ptr.dtype.element_ty == tl.bfloat16:
         sums = sums.to(tl.float32)
     out_ptr += slot * rows * columns
@@ -193,19 +202,18 @@ def matmul(
             add=add,
         )
         return out.copy_(rounded)
-    block_inner = BLOCK_INNER[sums]
     # Shapes alone decide the number of splits: the same sums on every device and in every run.
     splits = 1
     if limited == "none" and add is None:
         splits = min(triton.cdiv(PROGRAMS, tiles * problems), triton.cdiv(inner, LEAST_SPLIT))
-    inner_per_split = triton.cdiv(triton.cdiv(inner, splits), block_inner) * block_inner
+    inner_per_split = triton.cdiv(triton.cdiv(inner, splits), BLOCK_INNER) * BLOCK_INNER
     splits = triton.cdiv(inner, inner_per_split)
     partial = out.new_empty((splits, *out.shape), dtype=sums) if splits > 1 else out
     added = partial if add is None else add.expand(out.shape)
     options: dict[str, Any] = {
         "num_warps": 4,
         "maxnreg": 255,  # ptxas spills a few to fit more programs on an SM
-        "num_stages": 2 if sums == torch.float64 else 3,
+        "num_stages": 1,  # the kernel loads ahead by itself
         "enable_fp_fusion": True,
     }
     _matmul_kernel[(splits * problems * tiles,)](
@@ -233,7 +241,7 @@ def matmul(
         PRECISION="ieee" if sums == torch.float64 else "tf32x3",
         BLOCK_M=BLOCK,
         BLOCK_N=BLOCK,
-        BLOCK_K=block_inner,
+        BLOCK_K=BLOCK_INNER,
         **options,
     )
     return out.copy_(partial.sum(0)) if splits > 1 else out

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from himo_kernels.covariance.triton.matmul import matmul
 from himo_kernels.pca.triton.jacobi import jacobi_where_not
-from himo_kernels.pca.triton.tridiagonal import approximate_eigenvectors, warps
+from himo_kernels.pca.triton.tridiagonal import approximate_eigenvectors
 
-COLUMNS = 16  # of a matrix in registers at a time, where it need not be there whole
-LARGEST = 128  # a matrix of this size in float64 fills half the registers of an SM
+COLUMNS = 16  # of a matrix in registers at a time
+LARGEST = 128  # steps 1 and 3 have one SM for a problem, and time grows as n^3 beyond
 
 # Largest accepted |V^T V - I| and |A V - V L| / scale, per n: what rounding leaves is about 1.
 CERTIFIED = 16 * 2.0**-52
@@ -125,8 +125,9 @@ def _sort(values: Tensor, vectors: Tensor, scale: Tensor, block: int) -> tuple[T
         sorted_values,
         sorted_vectors,
         values.shape[-1],
+        COLUMNS=COLUMNS,
         BLOCK=block,
-        num_warps=warps(block),
+        num_warps=4,
         enable_fp_fusion=True,
     )
     return sorted_values, sorted_vectors
@@ -175,21 +176,26 @@ def _sort_kernel(
     sorted_values_ptr,  # [P, n]
     sorted_vectors_ptr,  # [P, n, n]
     n,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, BLOCK)
-    valid = (rows < n)[:, None] & (rows < n)[None, :]
-    tile = problem * n * n + rows[:, None] * n
     nan = tl.load(scale_ptr + problem) * 0.0
-    value = tl.load(values_ptr + problem * n + rows, mask=rows < n, other=-1.0)
-    value = tl.where(value > 0, value, 0.0)  # of a positive semi-definite matrix; NaN in order
-    one, other = value[:, None], value[None, :]
-    before = (one > other) | ((one == other) & (rows[:, None] < rows[None, :]))
-    place = tl.sum((before & (rows < n)[:, None]).to(tl.int32), axis=0)
-    v = tl.load(vectors_ptr + tile + rows[None, :], mask=valid, other=0.0)
-    tl.store(sorted_vectors_ptr + tile + place[None, :], v + nan, mask=valid)
-    tl.store(sorted_values_ptr + problem * n + place, value + nan, mask=rows < n)
+    one = tl.load(values_ptr + problem * n + rows, mask=rows < n, other=-1.0)
+    one = tl.where(one > 0, one, 0.0)[:, None]  # of a positive semi-definite matrix; NaN in order
+    for first in range(0, n, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        valid = (rows < n)[:, None] & (columns < n)[None, :]
+        value = tl.load(values_ptr + problem * n + columns, mask=columns < n, other=-1.0)
+        value = tl.where(value > 0, value, 0.0)
+        other = value[None, :]
+        before = (one > other) | ((one == other) & (rows[:, None] < columns[None, :]))
+        place = tl.sum((before & valid).to(tl.int32), axis=0)
+        tile = problem * n * n + rows[:, None] * n
+        v = tl.load(vectors_ptr + tile + columns[None, :], mask=valid, other=0.0)
+        tl.store(sorted_vectors_ptr + tile + place[None, :], v + nan, mask=valid)
+        tl.store(sorted_values_ptr + problem * n + place, value + nan, mask=columns < n)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ def jacobi_where_not(
         ROWS=min(ROWS, block),
         BLOCK=block,
         num_warps=8,
+        maxnreg=255,
         enable_fp_fusion=True,
     )
 

@@ -1,7 +1,7 @@
 """Eigenvectors of small symmetric matrices by way of a tridiagonal one: steps 1 to 4 of the solver.
 
-See eigensolver.py. Each step is a kernel; those that hold a whole matrix have one program for a
-problem, the others one for 16 vectors of it.
+See eigensolver.py. Each step is a kernel: with one program for a problem where it passes over a
+whole matrix, with one for 16 vectors elsewhere.
 """
 
 import triton
@@ -11,7 +11,8 @@ from torch import Tensor
 from himo_kernels import _triton
 
 LANES = 16  # eigenvalues of a program of the tridiagonal problem: n / 16 SMs share one matrix
-ROWS = 32  # of the matrix in registers at a time, while it is made tridiagonal
+ROWS = 32  # of a matrix in registers at a time, of one that a program passes over
+WARPS = 8  # of such a program: 16 elements of a thread at a time
 SECTIONS = 32  # points in a bracket: with 16 lanes, four for each of 128 threads to overlap
 SWEEPS = 11  # 33^11 > 2^53: brackets of the width of a rounding error
 
@@ -31,10 +32,11 @@ def approximate_eigenvectors(
     problems, size, _ = moment.shape
     # Padded to the block: the address of an element is then a constant away from the first.
     work, reflectors, vectors = moment.new_empty((3, problems, block, block))
-    images = moment.new_empty((problems, 2, block))
+    images = moment.new_empty((problems, 2, block))  # scratch, for threads to share
     factors, diagonal, off_diagonal = moment.new_empty((3, problems, size))
     scale = moment.new_empty(problems)
-    wide = {"num_warps": warps(block), "enable_fp_fusion": True}
+    rows = min(ROWS, block)
+    wide = {"num_warps": WARPS, "maxnreg": 255, "enable_fp_fusion": True}
     few = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
     _tridiagonalise_kernel[(problems,)](
         moment,
@@ -46,7 +48,7 @@ def approximate_eigenvectors(
         off_diagonal,
         scale,
         size,
-        ROWS=min(ROWS, block),
+        ROWS=rows,
         BLOCK=block,
         **wide,
     )
@@ -79,19 +81,11 @@ def approximate_eigenvectors(
             BLOCK=block,
             **few,
         )
-        _orthonormalise_kernel[(problems,)](vectors, size, BLOCK=block, **wide)
+        _orthonormalise_kernel[(problems,)](vectors, images, size, ROWS=rows, BLOCK=block, **wide)
     _back_transform_kernel[(parts,)](
         vectors, reflectors, factors, size, COLUMNS=lanes, BLOCK=block, **few
     )
-    return vectors[:, :size, :size], scale
-
-
-def warps(block: int) -> int:
-    """Returns the warps of a program that holds a block x block matrix in registers.
-
-    One for 2048 elements: 64 float64 of a thread, half of its registers.
-    """
-    return max(4, block * block // 2048)
+    return vectors[:, :size, :size].mT, scale
 
 
 @triton.jit
@@ -228,7 +222,7 @@ def _inverse_iteration_kernel(
     diagonal_ptr,  # [P, n]
     off_diagonal_ptr,  # [P, n], the last not read
     shifts_ptr,  # [P, n]
-    vectors_ptr,  # [P, BLOCK, BLOCK], in columns, in place
+    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
     eliminated_ptr,  # [P, 4, n, n]: the three diagonals of U and the right-hand side, in rows
     n,
     FIRST: tl.constexpr,
@@ -241,19 +235,19 @@ def _inverse_iteration_kernel(
     inside = lanes < n
     d_ptr = diagonal_ptr + problem * n
     e_ptr = off_diagonal_ptr + problem * n
-    x_ptr = vectors_ptr + problem * BLOCK * BLOCK + lanes
+    x_ptr = vectors_ptr + (problem * BLOCK + lanes) * BLOCK
     u_ptr = eliminated_ptr + problem * 4 * n * n + lanes
     plane = n * n
     shift = tl.load(shifts_ptr + problem * n + lanes, mask=inside, other=0.0)
 
     p0 = tl.load(d_ptr) - shift  # row i of T - shift, at columns i and i + 1
     p1 = tl.load(e_ptr, mask=n > 1, other=0.0) + tl.zeros_like(shift)
-    rhs = _right_hand_side(x_ptr, lanes, 0, inside, FIRST, BLOCK)
+    rhs = _right_hand_side(x_ptr, lanes, 0, inside, FIRST)
     for i in range(0, n - 1):
         e = tl.load(e_ptr + i)
         next_d = tl.load(d_ptr + i + 1) - shift
         next_e = tl.load(e_ptr + i + 1, mask=i < n - 2, other=0.0)
-        next_rhs = _right_hand_side(x_ptr, lanes, i + 1, inside, FIRST, BLOCK)
+        next_rhs = _right_hand_side(x_ptr, lanes, i + 1, inside, FIRST)
         swap = tl.abs(p0) < tl.abs(e)
         u0 = tl.where(swap, e, p0)
         u0 = tl.where(tl.abs(u0) < _EPS, _EPS, u0)  # the matrix is scaled: |T| is 1 or more
@@ -272,7 +266,7 @@ def _inverse_iteration_kernel(
 
     x1 = rhs / tl.where(tl.abs(p0) < _EPS, _EPS, p0)
     x2 = tl.zeros_like(x1)
-    tl.store(x_ptr + (n - 1) * BLOCK, x1, mask=inside)
+    tl.store(x_ptr + n - 1, x1, mask=inside)
     for step in range(0, n - 1):
         i = n - 2 - step
         y = tl.load(u_ptr + 3 * plane + i * n, mask=inside, other=0.0)
@@ -280,11 +274,11 @@ def _inverse_iteration_kernel(
         y -= tl.load(u_ptr + 2 * plane + i * n, mask=inside, other=0.0) * x2
         x2 = x1
         x1 = y / tl.load(u_ptr + i * n, mask=inside, other=1.0)
-        tl.store(x_ptr + i * BLOCK, x1, mask=inside)
+        tl.store(x_ptr + i, x1, mask=inside)
 
 
 @triton.jit
-def _right_hand_side(x_ptr, lanes, i, inside, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def _right_hand_side(x_ptr, lanes, i, inside, FIRST: tl.constexpr):
     if FIRST:
         # Any start does that differs from lane to lane: bits of both indices, mixed.
         bits = (lanes * 1024 + i).to(tl.uint32)
@@ -292,38 +286,54 @@ def _right_hand_side(x_ptr, lanes, i, inside, FIRST: tl.constexpr, BLOCK: tl.con
         bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
         return (bits ^ (bits >> 16)).to(tl.float64) * 2.0**-32 - 0.5
     else:
-        return tl.load(x_ptr + i * BLOCK, mask=inside, other=0.0)
+        return tl.load(x_ptr + i, mask=inside, other=0.0)
 
 
 @triton.jit
 def _orthonormalise_kernel(
-    vectors_ptr,  # [P, BLOCK, BLOCK], in columns, in place
+    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
+    overlaps_ptr,  # [P, 2, BLOCK]: of each vector with the last finished one, by turns
     n,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, BLOCK)
-    columns = rows[None, :]
-    valid = (rows < n)[:, None] & (columns < n)
-    ptrs = vectors_ptr + problem * BLOCK * BLOCK + rows[:, None] * BLOCK + columns
-    z = tl.load(ptrs, mask=valid, other=0.0)
-    largest = tl.max(tl.abs(z), axis=0)  # first: squares of what inverse iteration gives overflow
-    z *= (1 / tl.where(largest > 0, largest, 1.0))[None, :]
-    z *= (1 / tl.sqrt(tl.where(largest > 0, tl.sum(z * z, axis=0), 1.0)))[None, :]
-    for j in range(0, n):
-        q = tl.sum(tl.where(columns == j, z, 0.0), axis=1)
-        norm = tl.sqrt(tl.sum(q * q))
-        q *= 1 / norm
-        # Later columns lose their part along q; column j, norm times q, becomes q.
-        overlap = tl.sum(q[:, None] * z, axis=0)
-        overlap = tl.where(rows > j, overlap, tl.where(rows == j, norm - 1, 0.0))
-        z -= q[:, None] * overlap[None, :]
-    tl.store(ptrs, z)
+    vectors_ptr += problem * BLOCK * BLOCK
+    overlaps_ptr += problem * 2 * BLOCK
+    j = tl.arange(0, BLOCK)
+    for start in range(0, n, ROWS):
+        i = start + tl.arange(0, ROWS)
+        valid = (i < n)[:, None] & (j < n)[None, :]
+        z = tl.load(vectors_ptr + i[:, None] * BLOCK + j[None, :], mask=valid, other=0.0)
+        largest = tl.max(tl.abs(z), axis=1)  # first: squares of the solutions may overflow
+        z *= (1 / tl.where(largest > 0, largest, 1.0))[:, None]
+        z *= (1 / tl.sqrt(tl.where(largest > 0, tl.sum(z * z, axis=1), 1.0)))[:, None]
+        tl.store(vectors_ptr + i[:, None] * BLOCK + j[None, :], z)
+    tl.store(overlaps_ptr + j, tl.zeros([BLOCK], tl.float64))
+    tl.debug_barrier()
+
+    q = tl.zeros([BLOCK], tl.float64)  # later rows still hold overlap times q
+    for k in range(0, n):
+        last_ptr = overlaps_ptr + k % 2 * BLOCK
+        next_ptr = overlaps_ptr + (k + 1) % 2 * BLOCK
+        row = tl.load(vectors_ptr + k * BLOCK + j) - tl.load(last_ptr + k) * q
+        next_q = row * (1 / tl.sqrt(tl.sum(row * row)))
+        # One pass over the later rows: out of q, and the overlap with the next one.
+        for start in range((k + 1) // ROWS * ROWS, n, ROWS):
+            i = start + tl.arange(0, ROWS)
+            ptrs = vectors_ptr + i[:, None] * BLOCK + j[None, :]
+            later = ((i > k) & (i < n))[:, None] & (j < n)[None, :]
+            z = tl.load(ptrs, mask=later, other=0.0) - tl.load(last_ptr + i)[:, None] * q[None, :]
+            tl.store(ptrs, z, mask=later)
+            tl.store(next_ptr + i, tl.sum(z * next_q[None, :], axis=1))
+        tl.debug_barrier()  # what follows reads what other threads wrote
+        tl.store(vectors_ptr + k * BLOCK + j, next_q)
+        q = next_q
 
 
 @triton.jit
 def _back_transform_kernel(
-    vectors_ptr,  # [P, BLOCK, BLOCK], in columns, in place
+    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
     reflectors_ptr,  # [P, BLOCK, BLOCK]
     factors_ptr,  # [P, n]
     n,
@@ -335,7 +345,7 @@ def _back_transform_kernel(
     columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.arange(0, BLOCK)
     valid = (rows < n)[:, None] & (columns < n)[None, :]
-    ptrs = vectors_ptr + problem * BLOCK * BLOCK + rows[:, None] * BLOCK + columns[None, :]
+    ptrs = vectors_ptr + problem * BLOCK * BLOCK + columns[None, :] * BLOCK + rows[:, None]
     z = tl.load(ptrs, mask=valid, other=0.0)
     for step in range(0, n - 2):
         k = n - 3 - step
