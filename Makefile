@@ -24,12 +24,13 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # torch's default, two jobs more than there are cores, runs small machines out of memory.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test lint bench gpu demo clean in-place
+.PHONY: help setup test lint aot bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
 	@echo "make test    set up where needed and run the tests"
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
+	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
 	@echo "make bench   time every operator on this machine's CPU (not there yet)"
 	@echo "make gpu     time every operator on this machine's GPU (not there yet)"
 	@echo "make demo    render scenes, train two small models, evaluate them, write demo/report.html"
@@ -74,6 +75,9 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 clang-format --dry-run -Werror
+
+aot: $(READY)
+	$(PY) -m himo_kernels.aot
 
 bench:
 	@echo "make bench: there are no benchmarks yet; they come with the CPU kernels" >&2; exit 1

@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+# Before himo_kernels and Triton are imported: without a GPU, Triton kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SEED_VARIABLE = "HIMO_TEST_SEED"
 _seed = int(os.environ.get(SEED_VARIABLE, secrets.randbelow(2**31)))
 
