@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels._dispatch import (
     Backend,
     Operator,
@@ -13,27 +14,42 @@ from himo_kernels._dispatch import (
 )
 from himo_kernels.info_nce import reference
 
+
+def _triton_backend(operator: str) -> Backend:
+    module = "himo_kernels.info_nce.triton"
+    kernels = {
+        direction: _triton.deferred(module, f"{operator}_{direction}")
+        for direction in ("fwd", "bwd")
+    }
+    return Backend(kernels, _triton.why_not, auto=False)
+
+
 INFO_NCE = Operator(
     "info_nce",
-    {"reference": Backend({"fwd": reference.info_nce_fwd, "bwd": reference.info_nce_bwd})},
+    {
+        "triton": _triton_backend("info_nce"),
+        "reference": Backend({"fwd": reference.info_nce_fwd, "bwd": reference.info_nce_bwd}),
+    },
 )
 DUAL_INFO_NCE = Operator(
     "dual_info_nce",
     {
+        "triton": _triton_backend("dual_info_nce"),
         "reference": Backend(
             {"fwd": reference.dual_info_nce_fwd, "bwd": reference.dual_info_nce_bwd}
-        )
+        ),
     },
 )
 DUAL_INFO_NCE_LOW_RANK = Operator(
     "dual_info_nce_low_rank",
     {
+        "triton": _triton_backend("dual_info_nce_low_rank"),
         "reference": Backend(
             {
                 "fwd": reference.dual_info_nce_low_rank_fwd,
                 "bwd": reference.dual_info_nce_low_rank_bwd,
             }
-        )
+        ),
     },
 )
 
