@@ -2,8 +2,8 @@
 
 S = s X Y^T. X [TERMS, B, N, W] is the sum of its terms: one for features, more for a product that
 16 bits cannot hold. Both are contiguous and W is a multiple of 16 (launch.py pads), so that loads
-are whole vectors. `rank` bounds the inner dimension on the device. Offsets of problems and of
-blocks are int64, inside a block int32.
+are whole vectors. `rank` bounds the inner dimension on the device, and both are zero past it.
+Offsets of problems and of blocks are int64, inside a block int32.
 """
 
 import triton
@@ -49,13 +49,15 @@ def _products(
 
 
 @triton.jit
-def _inner_size(rank_ptr, problem, width):
-    # rank, or the whole width where there is none
+def up_to_rank(rank_ptr, problem, width):
+    """rank rounded up to whole vectors of 16, or the width where there is none.
+
+    What lies between is zero (launch.py), and masks of whole vectors keep loads whole.
+    """
     if rank_ptr is None:
         inner = width
     else:
-        rank = tl.load(rank_ptr + problem)
-        inner = tl.minimum(tl.maximum(rank, 0), width).to(tl.int32)
+        inner = (tl.cdiv(tl.load(rank_ptr + problem), 16) * 16).to(tl.int32)
     return inner
 
 
@@ -94,7 +96,7 @@ def statistics_kernel(
     split = (program // row_blocks) % splits
     problem = (program // (row_blocks * splits)).to(tl.int64)
     scale = tl.load(scale_ptr).to(tl.float32)
-    inner = _inner_size(rank_ptr, problem, width)
+    inner = up_to_rank(rank_ptr, problem, width)
     left_ptr += problem * samples * width
     right_ptr += problem * samples * width
     positives_ptr += problem * samples
@@ -269,7 +271,7 @@ def positives_kernel(
         first_column,
         samples,
         width,
-        _inner_size(rank_ptr, problem, width),
+        up_to_rank(rank_ptr, problem, width),
         term_stride,
         TERMS,
         BLOCK_ROWS,
@@ -333,7 +335,7 @@ def grad_logits_kernel(
         first_column,
         samples,
         width,
-        _inner_size(rank_ptr, problem, width),
+        up_to_rank(rank_ptr, problem, width),
         term_stride,
         TERMS,
         BLOCK_ROWS,

@@ -35,8 +35,8 @@ class Branch:
 
     left: Tensor  # [TERMS, B, N, W]
     right: Tensor  # [B, N, W]
-    rank: Tensor | None  # [B] int64, at most W: what counts of W
     scale: Tensor  # []
+    rank: Tensor | None = None  # [B] int64, at least 0 and at most W: what is not zero of W
 
     @property
     def problems(self) -> int:
@@ -76,50 +76,63 @@ class Branch:
 
 def features_branch(image: Tensor, text: Tensor, scale: Tensor) -> Branch:
     """Returns the loss of image [*, N, D] against text [*, N, D]."""
-    return Branch(padded(image).unsqueeze(0), padded(text), None, scale)
+    return Branch(padded(image).unsqueeze(0), padded(text), scale)
 
 
 # What the sum of X's terms holds of a float32 number: 24 bits, 22 bits, all.
 _TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 
 
-def factors_branch(
+@dataclass(frozen=True)
+class Factors:
+    """V, C and B of component_features = C B, all with zeros past the rank."""
+
+    image: Tensor  # [B, N, W of D]
+    coefficients: Tensor  # [B, N, W]
+    basis: Tensor  # [B, W, W of D]
+    rank: Tensor  # [B] int64, at least 0 and at most W
+
+
+def kept_factors(
     image: Tensor,  # [*, N, D]
     coefficients: Tensor,  # [*, N, K]
     basis: Tensor,  # [*, K, D]
     rank: Tensor,  # [*] int64
-    scale: Tensor,  # []
-) -> Branch:
+) -> Factors:
+    """Returns the factors with what is past the rank set to zero: nobody need have filled it."""
+    coefficients, basis = padded(coefficients), padded(basis, rows=True)
+    rank = rank.reshape(-1).clamp(0, coefficients.shape[-1])
+    kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank[:, None]  # [B, W]
+    return Factors(
+        padded(image),
+        torch.where(kept[:, None, :], coefficients, 0.0),
+        torch.where(kept[:, :, None], basis, 0.0),
+        rank,
+    )
+
+
+def factors_branch(factors: Factors, scale: Tensor) -> Branch:
     """Returns the loss of images against coefficients @ basis, inside the K columns of a factor.
 
     V (C B)^T = (V B^T) C^T, whose inner dimension is the rank. V B^T in 16 bits would cost the
     logits their digits, so it is kept in terms of 16 bits. In float16 it must stay below 65504.
     """
-    image, right, basis = padded(image), padded(coefficients), as_problems(basis)
-    rank = rank.reshape(-1).clamp(0, basis.shape[-2])
-    kept = torch.arange(right.shape[-1], device=right.device) < rank[:, None, None]
-    right = torch.where(kept, right, 0.0)  # nobody need have filled what is past the rank
-    problems, samples, width = right.shape
-    terms = _TERMS[image.dtype]
-    left = torch.empty((terms, problems, samples, width), dtype=image.dtype, device=image.device)
-    features = basis.shape[-1]
-    bounded_product(image[..., :features], basis.mT, rank, "columns", left)
-    return Branch(left, right, rank, scale)
+    dtype, shape = factors.image.dtype, factors.coefficients.shape
+    left = torch.empty((_TERMS[dtype], *shape), dtype=dtype, device=factors.image.device)
+    bounded_product(factors.image, factors.basis.mT, factors.rank, "columns", left)
+    return Branch(left, factors.coefficients, scale, factors.rank)
 
 
-def as_problems(x: Tensor) -> Tensor:
-    """Returns [*, N, D] as [B, N, D]."""
-    return x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
+def padded(x: Tensor, rows: bool = False) -> Tensor:
+    """Returns [*, N, D] as [B, N, W], contiguous, W the next multiple of 16; N too if rows.
 
-
-def padded(x: Tensor) -> Tensor:
-    """Returns [*, N, D] as [B, N, W], contiguous, W a multiple of 16; a copy only where it is not.
-
-    Rows then begin where a load of whole vectors can.
+    Rows then begin where a load of whole vectors can. A copy only where x is not so already.
     """
-    x = as_problems(x)
-    missing = -x.shape[-1] % 16
-    return F.pad(x, (0, missing)) if missing else x.contiguous()
+    x = x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
+    columns_missing, rows_missing = -x.shape[-1] % 16, -x.shape[-2] % 16 if rows else 0
+    if columns_missing or rows_missing:
+        x = F.pad(x, (0, columns_missing, 0, rows_missing))
+    return x.contiguous()
 
 
 def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,14 +230,14 @@ def gradients(
     """Returns the gradients of X, Y and s: eq. (6) and (7) of the README."""
     if needs == Needs():
         return Gradients()
-    nlls = [nll.reshape(branch.problems, branch.samples) for nll in (row_nll, column_nll)]
+    row_nll, column_nll = (nll.reshape(-1, branch.samples) for nll in (row_nll, column_nll))
     shape = branch.right.shape
     left = branch.new_empty(*shape) if needs.left else None
     left_keys = branch.new_empty(*shape) if needs.left_keys and not differentiate_keys else None
     right = branch.new_empty(*shape) if needs.right else None
     products = left is not None or left_keys is not None or right is not None
     parts = 0 if not products else 1 if differentiate_keys else 2
-    pass_2 = _GradLogits(branch, *nlls, label_smoothing, parts, needs.scale)
+    pass_2 = _GradLogits(branch, row_nll, column_nll, label_smoothing, parts, needs.scale)
     for rows, grad_rows, grad_columns in pass_2.chunks():
         if left is not None:
             _multiply(branch, grad_rows, branch.right, left[:, rows])

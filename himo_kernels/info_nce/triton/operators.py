@@ -6,12 +6,11 @@ from torch import Tensor
 from himo_kernels.info_nce.triton.launch import (
     Branch,
     Needs,
-    as_problems,
     factors_branch,
     features_branch,
     gradients,
+    kept_factors,
     losses,
-    padded,
 )
 from himo_kernels.info_nce.triton.products import bounded_product
 
@@ -51,7 +50,8 @@ def dual_info_nce_low_rank_fwd(
     label_smoothing: float,
 ) -> tuple[Tensor, ...]:
     """Returns what dual_info_nce_fwd does of component_features = coefficients @ basis."""
-    branch = factors_branch(image_features, coefficients, basis, rank, logit_scale)
+    factors = kept_factors(image_features, coefficients, basis, rank)
+    branch = factors_branch(factors, logit_scale)
     return (
         *info_nce_fwd(image_features, text_features, logit_scale, label_smoothing),
         *_losses(branch, image_features, label_smoothing),
@@ -168,9 +168,9 @@ def dual_info_nce_low_rank_bwd(
         differentiate_keys,
         Needs(left=needs_image, right=needs_text, scale=needs_scale),
     )
-    branch = factors_branch(image_features, coefficients, basis, rank, logit_scale)
+    factors = kept_factors(image_features, coefficients, basis, rank)
     of_factors = gradients(
-        branch,
+        factors_branch(factors, logit_scale),
         grad_component_loss,
         component_row_nll,
         component_column_nll,
@@ -180,20 +180,14 @@ def dual_info_nce_low_rank_bwd(
     )
     # X = V B^T: dV = dX B and dB = dX^T V. B belongs to the texts, so what it gets where keys are
     # constants is the part of dX in which the texts are queries: that of the columns.
-    inner, features = basis.shape[-2:]
-    if of_text.left is not None and of_factors.left is not None:
-        out = of_text.left[..., :features]
+    if of_factors.left is not None and of_text.left is not None:
         bounded_product(
-            of_factors.left, as_problems(basis), branch.rank, "inner", out, accumulate=True
+            of_factors.left, factors.basis, factors.rank, "inner", of_text.left, accumulate=True
         )
     grad_basis = None
     if of_factors.left_keys is not None:
-        grad_x = of_factors.left_keys[..., :inner]
-        grad_basis = torch.empty(
-            (branch.problems, inner, features), dtype=torch.float32, device=basis.device
-        )
-        image = padded(image_features)[..., :features]
-        bounded_product(grad_x.mT, image, branch.rank, "rows", grad_basis)
+        grad_basis = torch.empty_like(factors.basis, dtype=torch.float32)
+        bounded_product(of_factors.left_keys.mT, factors.image, factors.rank, "rows", grad_basis)
     return (
         _like(image_features, of_text.left),
         _like(text_features, of_text.right),
@@ -209,6 +203,6 @@ def _like(value: Tensor, *grads: Tensor | None) -> Tensor:
     if not present:
         return value.new_empty(0)
     total = present[0] if len(present) == 1 else present[0] + present[1]
-    if value.dim():
-        total = total[..., : value.shape[-1]].reshape(value.shape)
+    if value.dim():  # without what pads [B, N, D]
+        total = total[:, : value.shape[-2], : value.shape[-1]].reshape(value.shape)
     return total.to(value.dtype)

@@ -1,7 +1,8 @@
 """Matrix products that a rank on the device bounds: those of the low-rank component branch.
 
 torch.bmm reads every column of its operands whatever the rank is; here a block past the rank costs
-one store of zeros, and an inner loop ends at the rank. All other products are torch's.
+one store of zeros, and an inner loop ends at the rank. All other products are torch's. The bounded
+dimension is a multiple of 16, and what bounds it zero past the rank.
 """
 
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from himo_kernels._triton_jit import dot, rounded
+from himo_kernels.info_nce.triton.kernels import up_to_rank
 from himo_kernels.info_nce.triton.tiles import Tile, precision_for, product_tile_for
 
 
@@ -41,22 +43,21 @@ def bounded_product_kernel(
 ):
     """X Y with zeros past the rank, added to out or written to it as the sum of TERMS parts.
 
-    The operands are read in the wider of their dtypes. A part is the rest so far, rounded to the
-    dtype of out: three of bfloat16 hold 24 bits.
+    Both are multiplied in the dtype of X. A part is the rest so far, rounded to the dtype of out:
+    three of bfloat16 hold 24 bits.
     """
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
     row_block = tl.program_id(0) % row_blocks
     column_block = (tl.program_id(0) // row_blocks) % column_blocks
     problem = (tl.program_id(0) // (row_blocks * column_blocks)).to(tl.int64)
-    rank = tl.maximum(tl.load(rank_ptr + problem), 0)
     row_limit, column_limit, inner_limit = rows, columns, inner
     if BOUND == "rows":
-        row_limit = tl.minimum(rank, rows).to(tl.int32)
+        row_limit = up_to_rank(rank_ptr, problem, rows)
     if BOUND == "columns":
-        column_limit = tl.minimum(rank, columns).to(tl.int32)
+        column_limit = up_to_rank(rank_ptr, problem, columns)
     if BOUND == "inner":
-        inner_limit = tl.minimum(rank, inner).to(tl.int32)
+        inner_limit = up_to_rank(rank_ptr, problem, inner)
 
     first_row = (row_block * BLOCK_ROWS).to(tl.int64)
     first_column = (column_block * BLOCK_COLUMNS).to(tl.int64)
@@ -93,14 +94,14 @@ def bounded_product_kernel(
 
 def bounded_product(
     x: Tensor,  # [B, M, K]
-    y: Tensor,  # [B, K, L], of the dtype of x, or narrower than float32 x
-    rank: Tensor,  # [B] int64
+    y: Tensor,  # [B, K, L], of the dtype of x, or narrower where x is float32
+    rank: Tensor,  # [B] int64, at least 0 and at most the bounded dimension
     bound: str,  # "rows", "columns" or "inner"
     out: Tensor,  # [B, M, L], or [TERMS, B, M, L] for a product in parts; last dimension contiguous
     *,
     accumulate: bool = False,
 ) -> None:
-    """Writes x @ y to out, or adds it, with what is bounded ending at the rank of each problem."""
+    """Writes x @ y to out, or adds it, where the rank of each problem bounds M, L or K."""
     parts = out if out.dim() == 4 else out.unsqueeze(0)
     terms, problems, rows, columns = parts.shape
     tile: Tile = product_tile_for(x)
