@@ -232,11 +232,12 @@ def gradients(
         return Gradients()
     row_nll, column_nll = (nll.reshape(-1, branch.samples) for nll in (row_nll, column_nll))
     shape = branch.right.shape
-    left = branch.new_empty(*shape) if needs.left else None
-    left_keys = branch.new_empty(*shape) if needs.left_keys and not differentiate_keys else None
+    apart = not differentiate_keys
+    left = branch.new_empty(*shape) if needs.left or (needs.left_keys and not apart) else None
+    left_keys = branch.new_empty(*shape) if needs.left_keys and apart else None
     right = branch.new_empty(*shape) if needs.right else None
     products = left is not None or left_keys is not None or right is not None
-    parts = 0 if not products else 1 if differentiate_keys else 2
+    parts = 0 if not products else 2 if apart else 1
     pass_2 = _GradLogits(branch, row_nll, column_nll, label_smoothing, parts, needs.scale)
     for rows, grad_rows, grad_columns in pass_2.chunks():
         if left is not None:
@@ -249,7 +250,7 @@ def gradients(
     weight = grad_loss.reshape(-1).float() / (2 * branch.samples)  # [B]
     factor = (weight * branch.scale.float())[:, None, None]
     of_rows, of_columns = pass_2.diagonals
-    if differentiate_keys:
+    if not apart:
         of_rows = of_columns = of_rows + of_columns
     x = branch.left[0] if branch.left.shape[0] == 1 else branch.left.sum(0, dtype=torch.float32)
     for gradient, diagonal, factors in (
@@ -264,7 +265,7 @@ def gradients(
     scale = None
     if pass_2.scale_partials is not None:
         scale = (weight * pass_2.scale_partials.sum((1, 2))).sum()
-    return Gradients(left, left if differentiate_keys else left_keys, right, scale)
+    return Gradients(left, left_keys if apart else left, right, scale)
 
 
 class _GradLogits:
