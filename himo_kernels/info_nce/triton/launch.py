@@ -265,7 +265,9 @@ def gradients(
     scale = None
     if pass_2.scale_partials is not None:
         scale = (weight * pass_2.scale_partials.sum((1, 2))).sum()
-    return Gradients(left, left_keys if apart else left, right, scale)
+    if needs.left_keys and not apart:
+        left_keys = left
+    return Gradients(left if needs.left else None, left_keys, right, scale)
 
 
 class _GradLogits:
