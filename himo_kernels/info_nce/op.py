@@ -12,7 +12,7 @@ from himo_kernels._dispatch import (
     accumulation_dtype,
     refuse_double_backward,
 )
-from himo_kernels.info_nce import reference
+from himo_kernels.info_nce import cpu, reference
 
 
 def _triton_backend(operator: str) -> Backend:
@@ -28,6 +28,7 @@ INFO_NCE = Operator(
     "info_nce",
     {
         "triton": _triton_backend("info_nce"),
+        "cpu": Backend({"fwd": cpu.info_nce_fwd, "bwd": cpu.info_nce_bwd}, cpu.why_not),
         "reference": Backend({"fwd": reference.info_nce_fwd, "bwd": reference.info_nce_bwd}),
     },
 )
@@ -35,6 +36,7 @@ DUAL_INFO_NCE = Operator(
     "dual_info_nce",
     {
         "triton": _triton_backend("dual_info_nce"),
+        "cpu": Backend({"fwd": cpu.dual_info_nce_fwd, "bwd": cpu.dual_info_nce_bwd}, cpu.why_not),
         "reference": Backend(
             {"fwd": reference.dual_info_nce_fwd, "bwd": reference.dual_info_nce_bwd}
         ),
@@ -44,6 +46,10 @@ DUAL_INFO_NCE_LOW_RANK = Operator(
     "dual_info_nce_low_rank",
     {
         "triton": _triton_backend("dual_info_nce_low_rank"),
+        "cpu": Backend(
+            {"fwd": cpu.dual_info_nce_low_rank_fwd, "bwd": cpu.dual_info_nce_low_rank_bwd},
+            cpu.why_not,
+        ),
         "reference": Backend(
             {
                 "fwd": reference.dual_info_nce_low_rank_fwd,

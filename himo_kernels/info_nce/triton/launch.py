@@ -24,6 +24,9 @@ PROGRAMS = 1024
 # dS of as many rows as fit. Large enough that the products with it are of some thousand rows at
 # N = 32768, where they run at the rate of large ones.
 WORKSPACE_BYTES = 256 * 2**20
+# Samples from which dS of 16-bit features has 16 bits, for the tensor cores. Below, its products
+# cost nothing beside the launches, and the gradients are rounded once, to the features' dtype.
+ROUNDED_FROM = 128
 
 _MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4}
 _FUSED = {"enable_fp_fusion": True}  # multiply-adds; stated, for Triton's default is to change
@@ -233,6 +236,7 @@ def gradients(
     row_nll, column_nll = (nll.reshape(-1, branch.samples) for nll in (row_nll, column_nll))
     shape = branch.right.shape
     apart = not differentiate_keys
+    x = branch.left[0] if branch.left.shape[0] == 1 else branch.left.sum(0, dtype=torch.float32)
     left = branch.new_empty(*shape) if needs.left or (needs.left_keys and not apart) else None
     left_keys = branch.new_empty(*shape) if needs.left_keys and apart else None
     right = branch.new_empty(*shape) if needs.right else None
@@ -245,14 +249,14 @@ def gradients(
         if left_keys is not None:
             _multiply(branch, grad_columns, branch.right, left_keys[:, rows])
         if right is not None:
-            x = branch.left[0][:, rows]  # the first term: X rounded to the dtype of dS
-            _multiply(branch, grad_columns.mT, x, right, accumulate=rows.start > 0)
+            # Beside dS of 16 bits the first term: X rounded to its dtype.
+            y = x if grad_columns.dtype == torch.float32 else branch.left[0]
+            _multiply(branch, grad_columns.mT, y[:, rows], right, accumulate=rows.start > 0)
     weight = grad_loss.reshape(-1).float() / (2 * branch.samples)  # [B]
     factor = (weight * branch.scale.float())[:, None, None]
     of_rows, of_columns = pass_2.diagonals
     if not apart:
         of_rows = of_columns = of_rows + of_columns
-    x = branch.left[0] if branch.left.shape[0] == 1 else branch.left.sum(0, dtype=torch.float32)
     for gradient, diagonal, factors in (
         (left, of_rows, branch.right),
         (left_keys, of_columns, branch.right),
@@ -285,8 +289,9 @@ class _GradLogits:
         self.branch, self.parts = branch, parts
         self.label_smoothing = label_smoothing
         problems, samples, tile = branch.problems, branch.samples, branch.tile
+        self.dtype = branch.right.dtype if samples >= ROUNDED_FROM else torch.float32
         # float16 has no digits left for a probability of 1e-5, float32 and bfloat16 have.
-        self.gain = 1024.0 if branch.right.dtype == torch.float16 else 1.0
+        self.gain = 1024.0 if self.dtype == torch.float16 else 1.0
         self.positives = branch.new_empty(problems, samples)
         # P_ii - 1 = expm1(-nll): one less a probability near one would lose the digits.
         target = label_smoothing - label_smoothing / samples
@@ -301,10 +306,10 @@ class _GradLogits:
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yields rows, and 2 N dS of them [B, rows, N], of the rows' and the columns' softmax.
 
-        In the dtype of the features, times the gain, with zeros on the diagonal. With one workspace
-        both are one tensor, their sum; with none nothing is yielded.
+        Times the gain, with zeros on the diagonal. With one workspace both are one tensor, their
+        sum; with none nothing is yielded.
         """
-        branch, tile, dtype = self.branch, self.branch.tile, self.branch.right.dtype
+        branch, tile, dtype = self.branch, self.branch.tile, self.dtype
         problems, samples, row_blocks = branch.problems, branch.samples, branch.row_blocks
         tiles = triton.cdiv(samples, tile.columns)
         kernels.positives_kernel[(problems * row_blocks,)](
