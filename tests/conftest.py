@@ -8,6 +8,9 @@ from collections.abc import Iterator
 # times slower wherever anything else uses the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Before the first product on a GPU: cuBLAS is deterministic with workspaces of one size.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 

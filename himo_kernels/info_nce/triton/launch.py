@@ -187,7 +187,8 @@ def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tens
         **_MERGE,
         **_FUSED,
     )
-    row_nll, column_nll = torch.logaddexp(log_odds, log_odds.new_zeros(()))  # eq. (4)
+    zero = log_odds.new_zeros(())
+    row_nll, column_nll = (torch.logaddexp(odds, zero) for odds in log_odds)  # eq. (4)
     loss = (row_nll + column_nll).mean(-1) / 2
     if label_smoothing:
         loss = loss + label_smoothing * (positives.mean(-1) - _mean_logit(branch))  # eq. (5)
