@@ -64,13 +64,13 @@ def arguments_of(inputs: Inputs) -> list[Tensor]:
 
 
 class TestAgainstEager:
-    # (N, D) and options: ragged in every way, even, one pair, one feature, wide.
+    # (N, D) and options: ragged in every way, tile-even, ragged without smoothing, few pairs.
     CASES = (
         ((40, 35), {"label_smoothing": 0.1}),
         ((32, 64), {}),
         ((17, 5), {"differentiate_keys": False, "label_smoothing": 0.1}),
         ((1, 16), {"label_smoothing": 0.1}),
-        ((2, 1), {"differentiate_keys": False}),
+        ((2, 3), {"differentiate_keys": False}),
     )
 
     @per_operator
@@ -166,7 +166,7 @@ class TestChunks:
     def test_workspaces_do_not_grow_with_the_square_of_the_samples(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # On meta tensors as for an H200; kernels are not launched.
+        # On meta tensors as for an H200; kernels and products are not run.
         kernels = (
             "statistics_kernel",
             "fold_kernel",
@@ -181,6 +181,7 @@ class TestChunks:
 
         for kernel in kernels:
             monkeypatch.setattr(launch.kernels, kernel, Ignored())
+        monkeypatch.setattr(launch, "_multiply", lambda *arguments, **options: None)
         monkeypatch.setattr(_triton, "aot_target", 90)
         sizes: list[int] = []
         empty = torch.empty
@@ -236,7 +237,8 @@ class TestRank:
         for loss, truth in zip(losses, expected, strict=True):
             torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-6)
         for name, gradient in gradients.items():
-            tolerance = torch.finfo(gradient.dtype).eps * (1 if dtype in HALVES else 50)
+            rounded = gradient.dtype in HALVES
+            tolerance = torch.finfo(gradient.dtype).eps * (1 if rounded else 50)
             assert relative_error(gradient, expected_gradients[name]) <= tolerance, name
         assert not gradients["coefficients"].mT[past].any()
         assert not gradients["basis"][past].any()
