@@ -60,7 +60,10 @@ def agree(
     table = members.all_gather(torch.tensor(record, device=members.table_device)).tolist()
     failed = [rank for rank, row in enumerate(table) if row[0]]
     if failed:
-        _raise_everywhere(members, failed, table, failure)
+        try:
+            _raise_everywhere(members, failed, table, failure)
+        finally:
+            del failure  # its frames hold this one, which would hold it: a cycle with the group
     _compare(operator, members, "features of one width", [row[2] for row in table])
     _compare(operator, members, "features of one dtype", [FLOATING_DTYPES[row[3]] for row in table])
     _compare(
@@ -104,4 +107,4 @@ def _raise_everywhere(
     words = bytes(messages[first].tolist()).rstrip(b"\0").decode(errors="replace")
     more = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
     kind = _TYPES[table[first][0] - 1]
-    raise kind(f"rank {members.name(first)}: {words}{more}") from failure
+    raise kind(f"rank {members.name(first)}: {words}{more}")

@@ -45,7 +45,12 @@ def _count(kind: str, sent: float) -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """A process group and this process's place in it. Without one, a group of one rank."""
+    """A process group and this process's place in it; one rank where there is no group.
+
+    The group of all processes is None here and not the object, which must not outlive
+    destroy_process_group: saved graphs and the frames of an exception hold what they have met, and
+    gloo aborts a process that still holds its group when the interpreter ends.
+    """
 
     group: dist.ProcessGroup | None
     rank: int
@@ -54,8 +59,7 @@ class Members:
     @property
     def table_device(self) -> torch.device:
         """Where small tables for the host travel: NCCL moves no CPU memory, all else does."""
-        nccl = self.group is not None and dist.get_backend(self.group) == "nccl"
-        return torch.device("cuda" if nccl else "cpu")
+        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
     def name(self, rank: int) -> int:
         """The number that the launcher knows this rank of the group by."""
@@ -185,7 +189,6 @@ def members_of(group: dist.ProcessGroup | None, operator: str) -> Members:
         if group is not None:
             raise ValueError(f"{operator}: expected group None before init_process_group")
         return Members(None, 0, 1)
-    group = dist.group.WORLD if group is None else group
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"{operator}: expected a group that this process is a member of")
