@@ -97,7 +97,7 @@ def extension() -> dict[str, object]:
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
-        extra_link_args=openmp,
+        extra_link_args=[],
         depends=[str(path) for path in sorted(ROOT.glob("csrc/**/*.h"))],
     )
     ninja = cpp_extension.is_ninja_available()

@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "covariance.h"
+#include "info_nce.h"
 
 namespace py = pybind11;
 
@@ -54,4 +55,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("x"), py::arg("mean"), no_gil());
   m.def("gram_bwd", &himo::gram_bwd, py::arg("grad_mean"), py::arg("grad_gram"), py::arg("x"),
         py::arg("mean"), no_gil());
+  m.def("info_nce_fwd", &himo::info_nce_fwd, py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("keep_products"), no_gil());
+  m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"), py::arg("products"),
+        py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),
+        py::arg("needs_key"), no_gil());
 }

@@ -11,29 +11,37 @@ from himo_kernels._dispatch import (
     accumulation_dtype,
     refuse_double_backward,
 )
-from himo_kernels.info_nce import reference
+from himo_kernels.info_nce import cpu, reference
 
 INFO_NCE = Operator(
     "info_nce",
-    {"reference": Backend({"fwd": reference.info_nce_fwd, "bwd": reference.info_nce_bwd})},
+    {
+        "cpu": Backend({"fwd": cpu.info_nce_fwd, "bwd": cpu.info_nce_bwd}, cpu.why_not),
+        "reference": Backend({"fwd": reference.info_nce_fwd, "bwd": reference.info_nce_bwd}),
+    },
 )
 DUAL_INFO_NCE = Operator(
     "dual_info_nce",
     {
+        "cpu": Backend({"fwd": cpu.dual_info_nce_fwd, "bwd": cpu.dual_info_nce_bwd}, cpu.why_not),
         "reference": Backend(
             {"fwd": reference.dual_info_nce_fwd, "bwd": reference.dual_info_nce_bwd}
-        )
+        ),
     },
 )
 DUAL_INFO_NCE_LOW_RANK = Operator(
     "dual_info_nce_low_rank",
     {
+        "cpu": Backend(
+            {"fwd": cpu.dual_info_nce_low_rank_fwd, "bwd": cpu.dual_info_nce_low_rank_bwd},
+            cpu.why_not,
+        ),
         "reference": Backend(
             {
                 "fwd": reference.dual_info_nce_low_rank_fwd,
                 "bwd": reference.dual_info_nce_low_rank_bwd,
             }
-        )
+        ),
     },
 )
 

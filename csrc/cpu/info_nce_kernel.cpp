@@ -1,0 +1,335 @@
+// Forward: row blocks of 64 against column tiles of 256; the softmax statistics of both directions
+// come from one pass over each tile. Column statistics are kept for up to 64 groups of row blocks
+// and combined in order: 64 N numbers, and the same bits whatever the number of threads.
+//
+// Backward: the tiles are formed again (or read, where the forward kept them) and turned into
+// scale dL/dS. Each row block adds its product with the keys to grad_query, and writes its
+// transpose into a workspace of kWorkspace bytes or a few row blocks a thread; when a chunk of rows
+// is there, each column block adds its product with the queries to grad_key. No thread adds to what
+// another one writes.
+
+#include "cpu/info_nce_kernel.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "common/interrupt.h"
+#include "cpu/tile_loops.h"
+#include "cpu/tile_products.h"
+
+namespace himo::cpu {
+namespace {
+
+// A block of rows (196 KiB of float at K = 768), a tile (64 KiB) and its gradient fit the
+// second-level cache together.
+constexpr int64_t kRows = 64;
+constexpr int64_t kColumns = RightFactor<float>::kColumns;
+constexpr int64_t kGroups = 64;
+constexpr int64_t kWorkspace = 16 << 20;
+// From here on bfloat16 features have their gradients formed from dL/dS rounded to bfloat16, as
+// under autocast, which takes half the time. Below, the time is not in these products, and the sums
+// are so short that the rounding would show.
+constexpr int64_t kRoundedSamples = 128;
+// Small problems share the threads: as many at a time as hold this many rows together.
+constexpr int64_t kRowsAtATime = 4096;
+
+const TileLoops& tile_loops() {
+#ifdef HIMO_X86_TILE_LOOPS
+  static const TileLoops* const loops = [] {
+    const auto capability = at::get_cpu_capability();
+    if (capability == "AVX512") return &avx512::tile_loops;
+    if (capability == "AVX2") return &avx2::tile_loops;
+    return &default_isa::tile_loops;
+  }();
+  return *loops;
+#else
+  return default_isa::tile_loops;
+#endif
+}
+
+const auto& loops_of(float) { return tile_loops().float32; }
+const auto& loops_of(double) { return tile_loops().float64; }
+
+// [padded(N)], 0 past the last.
+at::Tensor pad(const at::Tensor& values) {  // [N]
+  const auto result = at::zeros({padded(values.size(0))}, values.options());
+  result.narrow(0, 0, values.size(0)).copy_(values);
+  return result;
+}
+
+// -log P of a positive: log(1 + sum of exp(S - p)), of which sum is exp(max) times too small.
+template <typename acc_t>
+acc_t nll(acc_t max, acc_t sum) {
+  const double m = max, s = sum;
+  if (m == 0) return static_cast<acc_t>(std::log1p(s));
+  return static_cast<acc_t>(m + std::log(s + std::exp(-m)));
+}
+
+// A problem's factors, laid out for the tile products: of logits, and of gradients.
+template <typename factor_t, typename gradient_t>
+struct Factors {
+  using acc_t = accumulator_t<factor_t>;
+  at::Tensor positives;              // [padded(N)]
+  at::Tensor query;                  // left [N, K]
+  RightFactor<factor_t> key_turned;  // right [K, N]
+  RightFactor<gradient_t> keys;      // right [N, K]
+  RightFactor<gradient_t> queries;   // right [N, K]
+
+  explicit Factors(const InfoNCE& problem)
+      : positives(pad(problem.positives)),
+        query(left_factor<factor_t>(problem.query)),
+        key_turned(problem.key.t()) {
+    if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
+    if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
+  }
+};
+
+template <typename factor_t, typename gradient_t>
+std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems) {
+  return {problems.begin(), problems.end()};
+}
+
+// A tile of query key^T: formed in scratch or in the kept products, or read from these.
+template <typename factor_t>
+struct ProductTile {
+  using acc_t = accumulator_t<factor_t>;
+  acc_t* data;
+  int64_t stride;
+
+  ProductTile(const InfoNCE& problem, int64_t row, int64_t column, acc_t* scratch) {
+    if (problem.products.defined()) {
+      stride = problem.products.size(1);
+      data = problem.products.template mutable_data_ptr<acc_t>() + row * stride + column;
+    } else {
+      stride = kColumns;
+      data = scratch;
+    }
+  }
+
+  template <typename Factors>
+  void form(const Factors& factors, int64_t row, int64_t rows, int64_t column,
+            int64_t columns) const {
+    const int64_t query_stride = factors.query.stride(0), inner = factors.query.size(1);
+    factors.key_turned.multiply(
+        factors.query.template const_data_ptr<factor_t>() + row * query_stride, query_stride, rows,
+        0, inner, column, columns, /*add=*/false, data, stride);
+  }
+};
+
+template <typename factor_t>
+void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interrupt) {
+  using acc_t = accumulator_t<factor_t>;
+  const auto factors = factors_of<factor_t, acc_t>(problems);
+  const int64_t samples = problems[0].query.size(0), width = padded(samples);
+  const int64_t row_blocks = at::divup(samples, kRows);
+  const int64_t group_blocks = at::divup(row_blocks, kGroups);
+  const int64_t groups = at::divup(row_blocks, group_blocks);
+  const int64_t count = problems.size();
+  const auto options = factors[0].positives.options();
+  // max and sum of each column over the rows of a group [problems, groups, 2, padded(N)]
+  const auto partial = at::zeros({count, groups, 2, width}, options);
+  acc_t* partial_data = partial.template mutable_data_ptr<acc_t>();
+
+  at::parallel_for(0, count * groups, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = at::empty({2 * kRows * kColumns + kColumns}, options);
+    acc_t* logits = scratch.template mutable_data_ptr<acc_t>();
+    for (int64_t task = begin; task < end; ++task) {
+      const auto& problem = problems[task / groups];
+      const auto& own = factors[task / groups];
+      const acc_t* positives = own.positives.template const_data_ptr<acc_t>();
+      acc_t* column_max = partial_data + task * 2 * width;
+      acc_t* row_nll = problem.row_nll.template mutable_data_ptr<acc_t>();
+      const int64_t group_end = std::min(samples, (task % groups + 1) * group_blocks * kRows);
+      for (int64_t row = task % groups * group_blocks * kRows; row < group_end; row += kRows) {
+        const int64_t rows = std::min(kRows, group_end - row);
+        acc_t row_max[kRows] = {}, row_sum[kRows] = {};
+        for (int64_t column = 0; column < samples; column += kColumns) {
+          if (interrupt.poll()) return;
+          const int64_t columns = std::min(kColumns, samples - column);
+          const ProductTile<factor_t> tile(problem, row, column, logits + kRows * kColumns);
+          tile.form(own, row, rows, column, columns);
+          loops_of(acc_t{}).statistics(
+              {tile.data, tile.stride, logits, rows, columns, row - column,
+               static_cast<acc_t>(scale), positives + row, positives + column, row_max, row_sum,
+               column_max + column, column_max + width + column, logits + 2 * kRows * kColumns});
+        }
+        for (int64_t i = 0; i < rows; ++i) row_nll[row + i] = nll(row_max[i], row_sum[i]);
+      }
+    }
+  });
+
+  at::parallel_for(0, count * samples, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task % samples;
+      const acc_t* first = partial_data + task / samples * groups * 2 * width + column;
+      acc_t max = 0, sum = 0;
+      for (int64_t g = 0; g < groups; ++g) max = std::max(max, first[g * 2 * width]);
+      for (int64_t g = 0; g < groups; ++g) {
+        sum += first[(g * 2 + 1) * width] * std::exp(first[g * 2 * width] - max);
+      }
+      problems[task / samples].column_nll.template mutable_data_ptr<acc_t>()[column] =
+          nll(max, sum);
+    }
+  });
+}
+
+// The gradient of a tile as the left factor of a product with the keys.
+template <typename acc_t>
+const acc_t* as_factor(const acc_t* tile, int64_t, int64_t, acc_t*) {
+  return tile;
+}
+const c10::BFloat16* as_factor(const float* tile, int64_t rows, int64_t width,
+                               c10::BFloat16* rounded) {
+  tile_loops().round_bfloat16(tile, width, rows, width, reinterpret_cast<uint16_t*>(rounded),
+                              width);
+  return rounded;
+}
+
+// Its transpose, columns of a left factor of the products with the queries.
+template <typename acc_t>
+void transpose(const acc_t* tile, int64_t width, int64_t rows, int64_t columns, acc_t* out,
+               int64_t stride) {
+  loops_of(acc_t{}).transpose(tile, width, rows, columns, out, stride);
+}
+void transpose(const float* tile, int64_t width, int64_t rows, int64_t columns, c10::BFloat16* out,
+               int64_t stride) {
+  tile_loops().transpose_bfloat16(tile, width, rows, columns, reinterpret_cast<uint16_t*>(out),
+                                  stride);
+  if (rows % 2 == 0) return;  // the last row of a problem: the other half of its pair is 0
+  for (int64_t j = 0; j < columns; ++j) out[j * stride + rows] = 0;
+}
+
+template <typename factor_t, typename gradient_t>
+double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
+                 Interrupt& interrupt) {
+  using acc_t = accumulator_t<factor_t>;
+  const auto factors = factors_of<factor_t, gradient_t>(problems);
+  const int64_t samples = problems[0].query.size(0), count = problems.size();
+  const bool needs_query = problems[0].grad_query.defined();
+  const bool needs_key = problems[0].grad_key.defined();
+  const auto scale = static_cast<acc_t>(options.scale);
+  const auto smoothing = static_cast<acc_t>(options.label_smoothing);
+
+  const int64_t row_bytes = samples * static_cast<int64_t>(sizeof(gradient_t));
+  const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks a thread
+  const int64_t most = at::divup(samples, kRows) * kRows;
+  const int64_t chunk =
+      count > 1 ? most : std::min(most, std::max(least, kWorkspace / row_bytes / kRows * kRows));
+  const auto options_of_acc = factors[0].positives.options();
+  const auto options_of_factor = options_of_acc.dtype(c10::CppTypeToScalarType<gradient_t>::value);
+  // transposed scale dL/dS of a chunk of rows [problems, N, chunk]
+  const auto workspace = at::empty({needs_key ? count * samples * chunk : 0}, options_of_factor);
+  gradient_t* const turned = workspace.template mutable_data_ptr<gradient_t>();
+  std::vector<at::Tensor> row_nll, column_nll;
+  for (const auto& problem : problems) {
+    row_nll.push_back(problem.row_nll);
+    column_nll.push_back(pad(problem.column_nll));
+  }
+  const int64_t row_blocks = at::divup(samples, kRows);
+  std::vector<double> grad_scale(count * row_blocks, 0.0);
+
+  for (int64_t chunk_row = 0; chunk_row < samples; chunk_row += chunk) {
+    const int64_t chunk_rows = std::min(chunk, samples - chunk_row);
+    const int64_t chunk_blocks = at::divup(chunk_rows, kRows);
+    at::parallel_for(0, count * chunk_blocks, 1, [&](int64_t begin, int64_t end) {
+      const auto scratch = at::empty({3 * kRows * kColumns}, options_of_acc);
+      const auto rounded = at::empty({kRows * kColumns}, options_of_factor);
+      acc_t* const products = scratch.template mutable_data_ptr<acc_t>();
+      acc_t* const row_part = products + kRows * kColumns;
+      acc_t* const column_part = options.differentiate_keys ? nullptr : row_part + kRows * kColumns;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / chunk_blocks;
+        const int64_t row = chunk_row + task % chunk_blocks * kRows;
+        const int64_t rows = std::min(kRows, samples - row);
+        const auto& problem = problems[b];
+        const int64_t inner = problem.query.size(1);
+        const acc_t* positives = factors[b].positives.template const_data_ptr<acc_t>();
+        double sum = 0;
+        for (int64_t column = 0; column < samples; column += kColumns) {
+          if (interrupt.poll()) return;
+          const int64_t columns = std::min(kColumns, samples - column), width = padded(columns);
+          const ProductTile<factor_t> tile(problem, row, column, products);
+          if (!problem.products.defined()) tile.form(factors[b], row, rows, column, columns);
+          sum += loops_of(acc_t{}).gradient(
+              {tile.data, tile.stride, rows, columns, row - column, scale,
+               static_cast<acc_t>(problem.weight), smoothing,
+               smoothing / static_cast<acc_t>(samples), positives + row,
+               row_nll[b].template const_data_ptr<acc_t>() + row, positives + column,
+               column_nll[b].template const_data_ptr<acc_t>() + column, row_part, column_part});
+          if (needs_query) {
+            factors[b].keys.multiply(
+                as_factor(row_part, rows, width, rounded.template mutable_data_ptr<gradient_t>()),
+                width, rows, column, columns, 0, inner, /*add=*/true,
+                problem.grad_query.template mutable_data_ptr<acc_t>() + row * inner, inner);
+          }
+          if (needs_key) {
+            transpose(column_part == nullptr ? row_part : column_part, width, rows, columns,
+                      turned + (b * samples + column) * chunk + (row - chunk_row), chunk);
+          }
+        }
+        grad_scale[b * row_blocks + row / kRows] = sum;
+      }
+    });
+    if (!needs_key) continue;
+    at::parallel_for(0, count * row_blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        if (interrupt.poll()) return;
+        const int64_t b = task / row_blocks, row = task % row_blocks * kRows;
+        const int64_t inner = problems[b].query.size(1);
+        factors[b].queries.multiply(
+            turned + (b * samples + row) * chunk, chunk, std::min(kRows, samples - row), chunk_row,
+            chunk_rows, 0, inner, /*add=*/true,
+            problems[b].grad_key.template mutable_data_ptr<acc_t>() + row * inner, inner);
+      }
+    });
+  }
+  return std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
+}
+
+// Calls run(problems of a group, factor_t{}, gradient_t{}) for groups that share the threads.
+template <typename Run>
+void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
+  if (problems.empty()) return;
+  const int64_t samples = problems[0].query.size(0);
+  const auto dtype = problems[0].query.scalar_type();
+  const size_t size = std::max<int64_t>(1, kRowsAtATime / samples);
+  for (size_t first = 0; first < problems.size(); first += size) {
+    const c10::ArrayRef<InfoNCE> group(problems.data() + first,
+                                       std::min(size, problems.size() - first));
+    if (dtype == at::kDouble) {
+      run(group, double{}, double{});
+    } else if (dtype != at::kBFloat16 || !multiplies_bfloat16()) {
+      run(group, float{}, float{});
+    } else if (samples < kRoundedSamples) {
+      run(group, c10::BFloat16{}, float{});
+    } else {
+      run(group, c10::BFloat16{}, c10::BFloat16{});
+    }
+  }
+}
+
+}  // namespace
+
+void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale) {
+  Interrupt interrupt;
+  for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto) {
+    statistics<decltype(factor)>(group, scale, interrupt);
+  });
+}
+
+double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOptions& options) {
+  Interrupt interrupt;
+  double grad_scale = 0;
+  for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto gradient) {
+    grad_scale += gradients<decltype(factor), decltype(gradient)>(group, options, interrupt);
+  });
+  return grad_scale;
+}
+
+}  // namespace himo::cpu

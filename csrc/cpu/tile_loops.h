@@ -1,0 +1,88 @@
+// Element-wise loops over one tile of products v_i . u_j: running softmax statistics, and the
+// gradient of the logits. Compiled for AVX-512, AVX2 and the compiler's default, and chosen by
+// ATen's CPU capability (ATEN_CPU_CAPABILITY narrows it).
+//
+// acc_t is float or double. Arrays over the columns of a tile are read and written up to the next
+// multiple of kTilePadding: the caller allocates them so.
+#pragma once
+
+#include <cstdint>
+
+namespace himo::cpu {
+
+constexpr int64_t kTilePadding = 16;  // floats in a 64-byte vector, the widest
+
+constexpr int64_t padded(int64_t size) {
+  return (size + kTilePadding - 1) / kTilePadding * kTilePadding;
+}
+
+// For row i, over the columns j other than its positive: max M_i of 0 and S_ij - p_i, and
+// sum exp(S_ij - p_i - M_i); likewise for column j. Both directions are updated in place.
+template <typename acc_t>
+struct StatisticsTile {
+  const acc_t* products;  // [rows, products_stride]
+  int64_t products_stride;
+  acc_t* logits;  // [rows, padded(columns)], scratch
+  int64_t rows, columns;
+  int64_t diagonal;  // column of the first row's positive; may lie outside the tile
+  acc_t scale;
+  const acc_t* row_positives;     // [rows]
+  const acc_t* column_positives;  // [padded(columns)]
+  acc_t* row_max;                 // [rows]
+  acc_t* row_sum;                 // [rows]
+  acc_t* column_max;              // [padded(columns)]
+  acc_t* column_sum;              // [padded(columns)]
+  acc_t* column_old_max;          // [padded(columns)], scratch
+};
+
+// scale * dL/dS of the tile. Row part: weight (P - (1 - smoothing) I - share), column part likewise
+// with the softmax of the columns; row_part holds their sum where column_part is null.
+template <typename acc_t>
+struct GradientTile {
+  const acc_t* products;  // [rows, products_stride]
+  int64_t products_stride;
+  int64_t rows, columns;
+  int64_t diagonal;
+  acc_t scale, weight, smoothing;
+  acc_t share;                    // smoothing / N
+  const acc_t* row_positives;     // [rows]
+  const acc_t* row_nll;           // [rows]
+  const acc_t* column_positives;  // [padded(columns)]
+  const acc_t* column_nll;        // [padded(columns)]
+  acc_t* row_part;                // [rows, padded(columns)]; 0 past columns
+  acc_t* column_part;             // [rows, padded(columns)] or null; 0 past columns
+};
+
+template <typename acc_t>
+struct Loops {
+  void (*statistics)(const StatisticsTile<acc_t>&);
+  double (*gradient)(const GradientTile<acc_t>&);  // returns sum dL/dS_ij v_i . u_j
+  // out[j, i] = tile[i, j]
+  void (*transpose)(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns, acc_t* out,
+                    int64_t out_stride);
+};
+
+struct TileLoops {
+  Loops<float> float32;
+  Loops<double> float64;
+  // Rounded to bfloat16, to nearest: out[j, i] = tile[i, j], and out[i, j] = tile[i, j].
+  void (*transpose_bfloat16)(const float* tile, int64_t stride, int64_t rows, int64_t columns,
+                             uint16_t* out, int64_t out_stride);
+  void (*round_bfloat16)(const float* tile, int64_t stride, int64_t rows, int64_t columns,
+                         uint16_t* out, int64_t out_stride);
+};
+
+namespace default_isa {
+extern const TileLoops tile_loops;
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HIMO_X86_TILE_LOOPS
+namespace avx2 {
+extern const TileLoops tile_loops;
+}
+namespace avx512 {
+extern const TileLoops tile_loops;
+}
+#endif
+
+}  // namespace himo::cpu

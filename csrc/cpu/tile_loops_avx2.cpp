@@ -1,0 +1,16 @@
+// tile_loops.h for AVX2 with FMA.
+#include "cpu/tile_loops.h"
+
+#ifdef HIMO_X86_TILE_LOOPS
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define HIMO_ISA avx2
+#define HIMO_VECTOR_BYTES 32
+#include "cpu/tile_loops_body.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,17 @@
+// tile_loops.h for AVX-512.
+#include "cpu/tile_loops.h"
+
+#ifdef HIMO_X86_TILE_LOOPS
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+#define HIMO_ISA avx512
+#define HIMO_VECTOR_BYTES 64
+#include "cpu/tile_loops_body.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,313 @@
+// The loops of tile_loops.h. Included once by each tile_loops_<instruction set>.cpp, inside which
+// the instruction set is on for all that follows: nothing here may instantiate a template of the
+// standard library, which other files would then share.
+
+#include <cstdint>
+
+#include "cpu/tile_loops.h"
+
+#if !defined(HIMO_ISA) || !defined(HIMO_VECTOR_BYTES)
+#error "define HIMO_ISA, the namespace of the instruction set, and HIMO_VECTOR_BYTES, its width"
+#endif
+
+namespace himo::cpu::HIMO_ISA {
+namespace {
+
+// One register of acc_t, and of integers of the same size.
+template <typename acc_t>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using type = float __attribute__((vector_size(HIMO_VECTOR_BYTES)));
+  using bits = int32_t __attribute__((vector_size(HIMO_VECTOR_BYTES)));
+  using unaligned = float __attribute__((vector_size(HIMO_VECTOR_BYTES), aligned(4)));
+  static constexpr int64_t count = HIMO_VECTOR_BYTES / 4;
+};
+template <>
+struct Lanes<double> {
+  using type = double __attribute__((vector_size(HIMO_VECTOR_BYTES)));
+  using bits = int64_t __attribute__((vector_size(HIMO_VECTOR_BYTES)));
+  using unaligned = double __attribute__((vector_size(HIMO_VECTOR_BYTES), aligned(8)));
+  static constexpr int64_t count = HIMO_VECTOR_BYTES / 8;
+};
+
+#define HIMO_INLINE inline __attribute__((always_inline))
+
+template <typename acc_t>
+HIMO_INLINE typename Lanes<acc_t>::type load(const acc_t* source) {
+  return *reinterpret_cast<const typename Lanes<acc_t>::unaligned*>(source);
+}
+
+template <typename acc_t>
+HIMO_INLINE void store(acc_t* target, typename Lanes<acc_t>::type value) {
+  *reinterpret_cast<typename Lanes<acc_t>::unaligned*>(target) = value;
+}
+
+template <typename acc_t>
+HIMO_INLINE typename Lanes<acc_t>::type fill(acc_t value) {
+  return value - typename Lanes<acc_t>::type{};  // x - 0 is x, for -0 and NaN too
+}
+
+// The larger; b where a is NaN. The exponentials carry the NaN on.
+template <typename lanes_t>
+HIMO_INLINE lanes_t larger(lanes_t a, lanes_t b) {
+  return a > b ? a : b;
+}
+
+template <typename acc_t>
+HIMO_INLINE acc_t largest(typename Lanes<acc_t>::type value) {
+  acc_t result = value[0];
+  for (int64_t k = 1; k < Lanes<acc_t>::count; ++k) result = value[k] > result ? value[k] : result;
+  return result;
+}
+
+template <typename acc_t>
+HIMO_INLINE acc_t total(typename Lanes<acc_t>::type value) {
+  acc_t result = 0;
+  for (int64_t k = 0; k < Lanes<acc_t>::count; ++k) result += value[k];
+  return result;
+}
+
+// The product, rounded: a fused multiply-subtract would take S off p by more digits in one pass
+// than in the other, and the probabilities of a row would not add up to 1.
+template <typename acc_t>
+HIMO_INLINE typename Lanes<acc_t>::type rounded_product(typename Lanes<acc_t>::type a, acc_t b) {
+  auto product = a * b;
+#if HIMO_VECTOR_BYTES == 64
+  __asm__("" : "+v"(product));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#endif
+  return product;
+}
+
+// exp(x) = 2^n exp(r), n the integer nearest x / ln 2, |r| <= ln 2 / 2. ln 2 is split so that
+// n * kLn2High is exact; r's polynomial is the series to the term below an ulp. Below kSmallest the
+// result is 0, above kLargest (where only an overflow is) it is the value there; NaN stays NaN.
+template <typename acc_t>
+struct Exponential;
+template <>
+struct Exponential<float> {
+  static constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kSmallest = -87.0f, kLargest = 88.0f;
+  static constexpr int32_t kOne = 0x3f800000, kMantissa = 23;  // bits of 1.0f
+  static constexpr int kDegree = 7;
+};
+template <>
+struct Exponential<double> {
+  static constexpr double kLog2E = 1.4426950408889634, kLn2High = 0.693147180369123816490,
+                          kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kSmallest = -708.0, kLargest = 709.0;
+  static constexpr int64_t kOne = 0x3ff0000000000000, kMantissa = 52;
+  static constexpr int kDegree = 13;
+};
+
+constexpr double kInverseFactorials[] = {1.0,
+                                         1.0,
+                                         1.0 / 2,
+                                         1.0 / 6,
+                                         1.0 / 24,
+                                         1.0 / 120,
+                                         1.0 / 720,
+                                         1.0 / 5040,
+                                         1.0 / 40320,
+                                         1.0 / 362880,
+                                         1.0 / 3628800,
+                                         1.0 / 39916800,
+                                         1.0 / 479001600,
+                                         1.0 / 6227020800.0};
+
+template <typename acc_t>
+HIMO_INLINE typename Lanes<acc_t>::type exponential(typename Lanes<acc_t>::type x) {
+  using lanes_t = typename Lanes<acc_t>::type;
+  using bits_t = typename Lanes<acc_t>::bits;
+  using E = Exponential<acc_t>;
+  const lanes_t capped = x > E::kLargest ? fill<acc_t>(E::kLargest) : x;
+  const lanes_t rounded = capped * E::kLog2E + E::kRound;
+  const lanes_t n = rounded - E::kRound;
+  const lanes_t r = (capped - n * E::kLn2High) - n * E::kLn2Low;
+  lanes_t series = fill<acc_t>(static_cast<acc_t>(kInverseFactorials[E::kDegree]));
+#pragma GCC unroll 16
+  for (int k = E::kDegree - 1; k >= 0; --k) {
+    series = series * r + static_cast<acc_t>(kInverseFactorials[k]);
+  }
+  // The low bits of `rounded` hold n: moved to the exponent, they make 2^n.
+  const bits_t power = ((bits_t)rounded << E::kMantissa) + E::kOne;
+  const lanes_t value = series * (lanes_t)power;
+  return capped < E::kSmallest ? lanes_t{} : value;
+}
+
+// logits = scale * products, -inf at the positives and past the last column.
+template <typename acc_t>
+void scale_tile(const StatisticsTile<acc_t>& tile) {
+  constexpr int64_t step = Lanes<acc_t>::count;
+  constexpr acc_t kMinusInfinity = -__builtin_inf();
+  const int64_t width = padded(tile.columns), whole = tile.columns / step * step;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const acc_t* products = tile.products + i * tile.products_stride;
+    acc_t* logits = tile.logits + i * width;
+    for (int64_t j = 0; j < whole; j += step) {
+      store<acc_t>(logits + j, rounded_product<acc_t>(load<acc_t>(products + j), tile.scale));
+    }
+    for (int64_t j = whole; j < tile.columns; ++j) logits[j] = products[j] * tile.scale;
+    for (int64_t j = tile.columns; j < width; ++j) logits[j] = kMinusInfinity;
+    const int64_t positive = tile.diagonal + i;
+    if (0 <= positive && positive < tile.columns) logits[positive] = kMinusInfinity;
+  }
+}
+
+template <typename acc_t>
+void statistics(const StatisticsTile<acc_t>& tile) {
+  using lanes_t = typename Lanes<acc_t>::type;
+  constexpr int64_t step = Lanes<acc_t>::count;
+  const int64_t width = padded(tile.columns);
+  scale_tile(tile);
+  for (int64_t j = 0; j < width; j += step) {
+    store<acc_t>(tile.column_old_max + j, load<acc_t>(tile.column_max + j));
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const acc_t* logits = tile.logits + i * width;
+    const lanes_t positive = fill<acc_t>(tile.row_positives[i]);
+    lanes_t row_max = fill<acc_t>(tile.row_max[i]);
+    for (int64_t j = 0; j < width; j += step) {
+      const lanes_t logit = load<acc_t>(logits + j);
+      row_max = larger(logit - positive, row_max);
+      store<acc_t>(tile.column_max + j, larger(logit - load<acc_t>(tile.column_positives + j),
+                                               load<acc_t>(tile.column_max + j)));
+    }
+    const acc_t old_max = tile.row_max[i], new_max = largest<acc_t>(row_max);
+    tile.row_max[i] = new_max;
+    if (new_max > old_max) {
+      tile.row_sum[i] *= exponential<acc_t>(fill<acc_t>(old_max - new_max))[0];
+    }
+  }
+  for (int64_t j = 0; j < width; j += step) {
+    const lanes_t change = load<acc_t>(tile.column_old_max + j) - load<acc_t>(tile.column_max + j);
+    store<acc_t>(tile.column_sum + j,
+                 load<acc_t>(tile.column_sum + j) * exponential<acc_t>(change));
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const acc_t* logits = tile.logits + i * width;
+    const lanes_t positive = fill<acc_t>(tile.row_positives[i]);
+    const lanes_t row_max = fill<acc_t>(tile.row_max[i]);
+    lanes_t row_sum{};
+    for (int64_t j = 0; j < width; j += step) {
+      const lanes_t logit = load<acc_t>(logits + j);
+      // Two subtractions: S - p is exact where the two are close, p + M would round.
+      row_sum += exponential<acc_t>((logit - positive) - row_max);
+      const lanes_t column =
+          (logit - load<acc_t>(tile.column_positives + j)) - load<acc_t>(tile.column_max + j);
+      store<acc_t>(tile.column_sum + j,
+                   load<acc_t>(tile.column_sum + j) + exponential<acc_t>(column));
+    }
+    tile.row_sum[i] += total<acc_t>(row_sum);
+  }
+}
+
+// P_ii - (1 - smoothing) - share of the positive: P_ii - 1 = expm1(-nll), which keeps its digits.
+template <typename acc_t>
+HIMO_INLINE acc_t positive_part(acc_t nll, acc_t smoothing, acc_t share) {
+  return static_cast<acc_t>(__builtin_expm1(-static_cast<double>(nll))) + smoothing - share;
+}
+
+template <typename acc_t>
+double gradient(const GradientTile<acc_t>& tile) {
+  using lanes_t = typename Lanes<acc_t>::type;
+  constexpr int64_t step = Lanes<acc_t>::count;
+  const int64_t width = padded(tile.columns), whole = tile.columns / step * step;
+  double grad_scale = 0;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const acc_t* products = tile.products + i * tile.products_stride;
+    acc_t* row_part = tile.row_part + i * width;
+    acc_t* column_part = tile.column_part == nullptr ? nullptr : tile.column_part + i * width;
+    const lanes_t row_positive = fill<acc_t>(tile.row_positives[i]);
+    const lanes_t row_nll = fill<acc_t>(tile.row_nll[i]);
+    const int64_t positive = tile.diagonal + i;
+    // Writes the columns from j on, and adds to the gradient of scale.
+    lanes_t sum{};
+    const auto step_at = [&](int64_t j, lanes_t product) {
+      const lanes_t logit = rounded_product<acc_t>(product, tile.scale);
+      lanes_t row = exponential<acc_t>((logit - row_positive) - row_nll) - tile.share;
+      lanes_t column = exponential<acc_t>((logit - load<acc_t>(tile.column_positives + j)) -
+                                          load<acc_t>(tile.column_nll + j)) -
+                       tile.share;
+      if (j <= positive && positive < j + step) {
+        row[positive - j] = positive_part(tile.row_nll[i], tile.smoothing, tile.share);
+        column[positive - j] = positive_part(tile.column_nll[positive], tile.smoothing, tile.share);
+      }
+      if (j + step > tile.columns) {
+        for (int64_t k = 0; k < step; ++k) {
+          if (j + k >= tile.columns) row[k] = column[k] = 0;
+        }
+      }
+      row *= tile.weight;
+      column *= tile.weight;
+      sum += (row + column) * product;
+      if (column_part == nullptr) {
+        store<acc_t>(row_part + j, (row + column) * tile.scale);
+      } else {
+        store<acc_t>(row_part + j, row * tile.scale);
+        store<acc_t>(column_part + j, column * tile.scale);
+      }
+    };
+    for (int64_t j = 0; j < whole; j += step) step_at(j, load<acc_t>(products + j));
+    for (int64_t j = whole; j < width; j += step) {
+      acc_t last[step];  // products end with the columns
+      for (int64_t k = 0; k < step; ++k) {
+        last[k] = j + k < tile.columns ? products[j + k] : acc_t{0};
+      }
+      step_at(j, load<acc_t>(last));
+    }
+    grad_scale += static_cast<double>(total<acc_t>(sum));
+  }
+  return grad_scale;
+}
+
+HIMO_INLINE float convert(float value, float*) { return value; }
+HIMO_INLINE double convert(double value, double*) { return value; }
+HIMO_INLINE uint16_t convert(float value, uint16_t*) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);  // ties to even
+  return static_cast<uint16_t>((value != value ? 0x7fc00000 : rounded) >> 16);
+}
+
+// By strips of which the rows read stay in the first-level cache.
+template <typename acc_t, typename out_t>
+void transpose(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns, out_t* out,
+               int64_t out_stride) {
+  constexpr int64_t kStrip = 16;
+  for (int64_t i0 = 0; i0 < rows; i0 += kStrip) {
+    const int64_t i1 = i0 + kStrip < rows ? i0 + kStrip : rows;
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t i = i0; i < i1; ++i) {
+        out[j * out_stride + i] = convert(tile[i * stride + j], static_cast<out_t*>(nullptr));
+      }
+    }
+  }
+}
+
+void round_rows(const float* tile, int64_t stride, int64_t rows, int64_t columns, uint16_t* out,
+                int64_t out_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      out[i * out_stride + j] = convert(tile[i * stride + j], static_cast<uint16_t*>(nullptr));
+    }
+  }
+}
+
+}  // namespace
+
+extern const TileLoops tile_loops;
+const TileLoops tile_loops = {
+    {statistics<float>, gradient<float>, transpose<float, float>},
+    {statistics<double>, gradient<double>, transpose<double, double>},
+    transpose<float, uint16_t>,
+    round_rows,
+};
+
+}  // namespace himo::cpu::HIMO_ISA

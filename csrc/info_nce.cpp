@@ -1,0 +1,143 @@
+#include "info_nce.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+
+#include <vector>
+
+#include "common/check.h"
+#include "cpu/info_nce_kernel.h"
+
+namespace himo {
+namespace {
+
+constexpr const char* kOp = "info_nce";
+
+at::ScalarType accumulation_dtype(const at::Tensor& features) {
+  return features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_features(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale) {
+  HIMO_CHECK_CPU(kOp, "query", query);
+  HIMO_CHECK_CPU(kOp, "key", key);
+  HIMO_CHECK_CPU(kOp, "logit_scale", logit_scale);
+  const auto dtype = query.scalar_type();
+  HIMO_CHECK_DTYPE(at::isFloatingType(dtype) && !at::isFloat8Type(dtype), kOp, "query",
+                   "float16, bfloat16, float32 or float64", dtype);
+  HIMO_CHECK_DTYPE(key.scalar_type() == dtype, kOp, "key", "of query's dtype", key.scalar_type());
+  HIMO_CHECK_SHAPE(query.dim() >= 2 && query.size(-2) > 0, kOp, "query", query, "[*, N, K], N > 0");
+  HIMO_CHECK_SHAPE(key.sizes().equals(query.sizes()), kOp, "key", key, query.sizes());
+  HIMO_CHECK_SHAPE(logit_scale.dim() == 0, kOp, "logit_scale", logit_scale, "[]");
+}
+
+// The problems of the leading dimensions as views [N, K] of the features.
+std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor& key,
+                                      const at::Tensor& positives, const at::Tensor& row_nll,
+                                      const at::Tensor& column_nll, const at::Tensor& products) {
+  const int64_t samples = query.size(-2);
+  const auto lead = query.sizes().slice(0, query.dim() - 2);
+  const int64_t count = c10::multiply_integers(lead);
+  std::vector<cpu::InfoNCE> problems(count);
+  for (int64_t b = 0; b < count; ++b) {
+    auto one_query = query, one_key = key;
+    int64_t index = b, stride = count;
+    for (const int64_t size : lead) {  // views whatever the strides; a reshape could copy
+      stride /= size;
+      one_query = one_query.select(0, index / stride);
+      one_key = one_key.select(0, index / stride);
+      index %= stride;
+    }
+    problems[b].query = one_query.resolve_neg();
+    problems[b].key = one_key.resolve_neg();
+    problems[b].positives = positives.view({count, samples}).select(0, b);
+    problems[b].row_nll = row_nll.view({count, samples}).select(0, b);
+    problems[b].column_nll = column_nll.view({count, samples}).select(0, b);
+    if (products.dim() > 1) problems[b].products = products.view({count, samples, samples})[b];
+  }
+  return problems;
+}
+
+// S_ii of every pair, [*, N] in the accumulation dtype.
+at::Tensor positives_of(const at::Tensor& query, const at::Tensor& key, double scale) {
+  const auto dtype = accumulation_dtype(query);
+  return query.to(dtype).mul(key.to(dtype)).sum(-1).mul_(scale);
+}
+
+// mean_ij S_ij [*] in O(N K): the sum of all v_i . u_j is the product of the sums.
+at::Tensor mean_logit(const at::Tensor& query, const at::Tensor& key, double scale) {
+  const auto dtype = accumulation_dtype(query);
+  const double samples = query.size(-2);
+  const auto ones = at::ones({1, query.size(-2)}, query.options().dtype(dtype));
+  const auto query_sum = at::matmul(ones, query.to(dtype)),
+             key_sum = at::matmul(ones, key.to(dtype));
+  return query_sum.mul(key_sum).sum({-2, -1}, false, at::kDouble).mul(scale / (samples * samples));
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
+    double label_smoothing, bool keep_products) {
+  const c10::NoGradGuard no_grad;
+  check_features(query, key, logit_scale);
+  const auto dtype = accumulation_dtype(query);
+  const auto options = query.options().dtype(dtype);
+  const double scale = logit_scale.to(dtype).item<double>();
+  const auto rows = query.sizes().slice(0, query.dim() - 1);
+  const auto row_nll = at::empty(rows, options), column_nll = at::empty(rows, options);
+  auto square = rows.vec();
+  square.push_back(query.size(-2));
+  const auto products = at::empty(keep_products ? square : std::vector<int64_t>{0}, options);
+  const auto positives = positives_of(query, key, scale);
+  const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
+  cpu::info_nce_statistics(problems, scale);
+  // HiMo-CLIP eq. (2)
+  auto loss = row_nll.add(column_nll).mean(-1, false, at::kDouble).div(2);
+  if (label_smoothing != 0) {  // both directions share the smoothing term
+    loss = loss + label_smoothing *
+                      (positives.mean(-1, false, at::kDouble) - mean_logit(query, key, scale));
+  }
+  return {loss.to(dtype), row_nll, column_nll, products};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
+    const at::Tensor& grad_loss, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& logit_scale, const at::Tensor& row_nll, const at::Tensor& column_nll,
+    const at::Tensor& products, double label_smoothing, bool differentiate_keys, bool needs_query,
+    bool needs_key) {
+  const c10::NoGradGuard no_grad;
+  check_features(query, key, logit_scale);
+  const auto dtype = accumulation_dtype(query);
+  const auto options = query.options().dtype(dtype);
+  const auto rows = query.sizes().slice(0, query.dim() - 1);
+  const auto lead = query.sizes().slice(0, query.dim() - 2);
+  HIMO_CHECK_SHAPE(grad_loss.sizes().equals(lead), kOp, "grad_loss", grad_loss, lead);
+  HIMO_CHECK_SHAPE(row_nll.sizes().equals(rows), kOp, "row_nll", row_nll, rows);
+  HIMO_CHECK_SHAPE(column_nll.sizes().equals(rows), kOp, "column_nll", column_nll, rows);
+  auto square = rows.vec();
+  square.push_back(query.size(-2));
+  HIMO_CHECK_SHAPE(products.numel() == 0 || products.sizes().equals(square), kOp, "products",
+                   products, at::IntArrayRef(square));
+  HIMO_CHECK_DTYPE(products.scalar_type() == dtype, kOp, "products", dtype, products.scalar_type());
+
+  const auto gradient = [&](bool needed) {
+    return needed ? at::zeros(query.sizes(), options) : at::empty({0}, options);
+  };
+  const auto grad_query = gradient(needs_query), grad_key = gradient(needs_key);
+  const auto row = row_nll.to(dtype).contiguous(), column = column_nll.to(dtype).contiguous();
+  const double scale = logit_scale.to(dtype).item<double>();
+  auto problems =
+      problems_of(query, key, positives_of(query, key, scale), row, column, products.contiguous());
+  const int64_t count = problems.size(), samples = query.size(-2), inner = query.size(-1);
+  const auto weights = grad_loss.to(at::kDouble).reshape({count}).div(2.0 * samples).contiguous();
+  for (int64_t b = 0; b < count; ++b) {
+    problems[b].weight = weights.const_data_ptr<double>()[b];
+    if (needs_query) problems[b].grad_query = grad_query.view({count, samples, inner})[b];
+    if (needs_key) problems[b].grad_key = grad_key.view({count, samples, inner})[b];
+  }
+  const double grad_scale =
+      cpu::info_nce_gradients(problems, {scale, label_smoothing, differentiate_keys});
+  return {grad_query, grad_key, at::full({}, grad_scale, options)};
+}
+
+}  // namespace himo

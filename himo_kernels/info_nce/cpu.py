@@ -1,0 +1,290 @@
+"""The `cpu` backend of info_nce and its dual forms: csrc/info_nce.cpp, one loss at a time.
+
+Differs from the reference in memory and work: logits exist a tile at a time, both directions read
+each tile once, and the low-rank form multiplies K columns where the dense one multiplies D.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from himo_kernels import _extension
+from himo_kernels._dispatch import accumulation_dtype
+
+
+def why_not(image_features: Tensor, *_: Tensor) -> str | None:
+    """Returns why this backend cannot take the features, or None."""
+    if image_features.device.type != "cpu":
+        return f"needs CPU tensors, got {image_features.device.type}"
+    return _extension.why_not()
+
+
+def info_nce_fwd(
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor,  # []
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
+    forward = _extension.load().info_nce_fwd
+    return forward(image_features, text_features, logit_scale, label_smoothing, False)[:3]
+
+
+def info_nce_bwd(
+    grad_loss: Tensor,  # [*]
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor,  # []
+    row_nll: Tensor,  # [*, N]
+    column_nll: Tensor,  # [*, N]
+    label_smoothing: float,
+    differentiate_keys: bool,
+    needs_grad: list[bool],
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of image_features, text_features and logit_scale; empty if unneeded."""
+    inputs = (image_features, text_features, logit_scale)
+    grads = _gradients(
+        grad_loss, *inputs, row_nll, column_nll, label_smoothing, differentiate_keys, needs_grad
+    )
+    return _in_dtypes(grads, inputs, needs_grad)
+
+
+def dual_info_nce_fwd(
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    component_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor,  # []
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    """Returns (loss, row nll, column nll) of the texts, then of the components."""
+    return (
+        *info_nce_fwd(image_features, text_features, logit_scale, label_smoothing),
+        *info_nce_fwd(image_features, component_features, logit_scale, label_smoothing),
+    )
+
+
+def dual_info_nce_bwd(
+    grad_global_loss: Tensor,  # [*]
+    grad_component_loss: Tensor,  # [*]
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    component_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor,  # []
+    row_nll: Tensor,  # [*, N]
+    column_nll: Tensor,  # [*, N]
+    component_row_nll: Tensor,  # [*, N]
+    component_column_nll: Tensor,  # [*, N]
+    label_smoothing: float,
+    differentiate_keys: bool,
+    needs_grad: list[bool],
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of images, texts, components and logit_scale; empty if unneeded."""
+    needs_image, needs_text, needs_component, needs_scale = needs_grad
+    grad_image, grad_text, grad_scale = _gradients(
+        grad_global_loss,
+        image_features,
+        text_features,
+        logit_scale,
+        row_nll,
+        column_nll,
+        label_smoothing,
+        differentiate_keys,
+        [needs_image, needs_text, needs_scale],
+    )
+    grad_component_image, grad_component, grad_component_scale = _gradients(
+        grad_component_loss,
+        image_features,
+        component_features,
+        logit_scale,
+        component_row_nll,
+        component_column_nll,
+        label_smoothing,
+        differentiate_keys,
+        [needs_image, needs_component, needs_scale],
+    )
+    grads = (
+        grad_image.add_(grad_component_image),
+        grad_text,
+        grad_component,
+        grad_scale + grad_component_scale,
+    )
+    inputs = (image_features, text_features, component_features, logit_scale)
+    return _in_dtypes(grads, inputs, needs_grad)
+
+
+def dual_info_nce_low_rank_fwd(
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    coefficients: Tensor,  # [*, N, K]
+    basis: Tensor,  # [*, K, D]
+    rank: Tensor,  # [*] int64
+    logit_scale: Tensor,  # []
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    """Returns what dual_info_nce_fwd does of component_features = coefficients @ basis."""
+    dtype = accumulation_dtype(image_features.dtype)
+    *batch, samples, _ = image_features.shape
+    outputs = info_nce_fwd(image_features, text_features, logit_scale, label_smoothing)
+    component_outputs = tuple(
+        image_features.new_empty(shape, dtype=dtype)
+        for shape in (batch, (*batch, samples), (*batch, samples))
+    )
+    for image, kept_coefficients, kept_basis, *out in _low_rank_problems(
+        rank, image_features, coefficients, basis, *component_outputs
+    ):
+        projections = image.to(dtype) @ kept_basis.mT  # [N, R]
+        loss_and_nlls = info_nce_fwd(projections, kept_coefficients, logit_scale, label_smoothing)
+        for target, value in zip(out, loss_and_nlls, strict=True):
+            target.copy_(value)
+    return *outputs, *component_outputs
+
+
+def dual_info_nce_low_rank_bwd(
+    grad_global_loss: Tensor,  # [*]
+    grad_component_loss: Tensor,  # [*]
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    coefficients: Tensor,  # [*, N, K]
+    basis: Tensor,  # [*, K, D]
+    rank: Tensor,  # [*] int64
+    logit_scale: Tensor,  # []
+    row_nll: Tensor,  # [*, N]
+    column_nll: Tensor,  # [*, N]
+    component_row_nll: Tensor,  # [*, N]
+    component_column_nll: Tensor,  # [*, N]
+    label_smoothing: float,
+    differentiate_keys: bool,
+    needs_grad: list[bool],
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of images, texts, coefficients, basis and logit_scale."""
+    needs_image, needs_text, _, _, needs_scale = needs_grad
+    dtype = accumulation_dtype(image_features.dtype)
+    settings = (logit_scale, label_smoothing, differentiate_keys)
+    grad_image, grad_text, grad_scale = _gradients(
+        grad_global_loss,
+        image_features,
+        text_features,
+        logit_scale,
+        row_nll,
+        column_nll,
+        label_smoothing,
+        differentiate_keys,
+        [needs_image, needs_text, needs_scale],
+    )
+    grad_coefficients = coefficients.new_zeros(coefficients.shape, dtype=dtype)
+    grad_basis = basis.new_zeros(basis.shape, dtype=dtype)
+    if not needs_image:
+        grad_image = image_features.new_zeros(image_features.shape, dtype=dtype)
+    for tensors in _low_rank_problems(
+        rank,
+        image_features,
+        coefficients,
+        basis,
+        grad_component_loss,
+        component_row_nll,
+        component_column_nll,
+        grad_image,
+        grad_coefficients,
+        grad_basis,
+    ):
+        grad_scale = grad_scale + _add_component_gradients(*tensors, *settings)
+    grads = (grad_image, grad_text, grad_coefficients, grad_basis, grad_scale)
+    inputs = (image_features, text_features, coefficients, basis, logit_scale)
+    return _in_dtypes(grads, inputs, needs_grad)
+
+
+def _add_component_gradients(
+    image: Tensor,  # [N, D]
+    coefficients: Tensor,  # [N, R]
+    basis: Tensor,  # [R, D]
+    grad_loss: Tensor,  # []
+    row_nll: Tensor,  # [N]
+    column_nll: Tensor,  # [N]
+    grad_image: Tensor,  # [N, D], added to
+    grad_coefficients: Tensor,  # [N, K], its first R columns written
+    grad_basis: Tensor,  # [K, D], its first R rows written
+    logit_scale: Tensor,  # []
+    label_smoothing: float,
+    differentiate_keys: bool,
+) -> Tensor:
+    # Returns the gradient of logit_scale. S' = s (V B^T) A^T: a problem of inner dimension R, whose
+    # gradient of the projections V B^T carries that of V and of B.
+    rank = basis.shape[0]
+    image = image.to(basis.dtype)
+    if differentiate_keys:
+        query, key = image @ basis.mT, coefficients
+    else:  # V and B then take different halves of dS, and only the dense form has both
+        query, key = image, coefficients @ basis
+    settings = (label_smoothing, differentiate_keys, [True, True, True])
+    grad_query, grad_key, grad_scale = _gradients(
+        grad_loss, query, key, logit_scale, row_nll, column_nll, *settings
+    )
+    if differentiate_keys:
+        grad_image.addmm_(grad_query, basis)
+        grad_coefficients[:, :rank] = grad_key
+        grad_basis[:rank] = grad_query.mT @ image
+    else:
+        grad_image.add_(grad_query)
+        grad_coefficients[:, :rank] = grad_key @ basis.mT
+        grad_basis[:rank] = coefficients.mT @ grad_key
+    return grad_scale
+
+
+def _low_rank_problems(
+    rank: Tensor,  # [*] int64
+    image_features: Tensor,  # [*, N, D]
+    coefficients: Tensor,  # [*, N, K]
+    basis: Tensor,  # [*, K, D]
+    *others: Tensor,  # [*, ...]
+) -> Iterator[tuple[Tensor, ...]]:
+    # The views of each problem: images, the first R coefficients and rows of the basis (in the
+    # accumulation dtype), and what the others hold. A rank on the CPU is read without a wait.
+    dtype = accumulation_dtype(image_features.dtype)
+    tensors = (image_features, coefficients, basis, *others)
+    flat = [tensor.reshape(-1, *tensor.shape[rank.dim() :]) for tensor in tensors]
+    for index, kept in enumerate(rank.clamp(0, coefficients.shape[-1]).reshape(-1).tolist()):
+        image, own_coefficients, own_basis, *own_others = (tensor[index] for tensor in flat)
+        yield (
+            image,
+            own_coefficients[:, :kept].to(dtype),
+            own_basis[:kept].to(dtype),
+            *own_others,
+        )
+
+
+def _gradients(
+    grad_loss: Tensor,  # [*]
+    query: Tensor,  # [*, N, K]
+    key: Tensor,  # [*, N, K]
+    logit_scale: Tensor,  # []
+    row_nll: Tensor,  # [*, N]
+    column_nll: Tensor,  # [*, N]
+    label_smoothing: float,
+    differentiate_keys: bool,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Of query, key and logit_scale, in the accumulation dtype.
+    needs_query, needs_key, _ = needs_grad
+    return _extension.load().info_nce_bwd(
+        grad_loss,
+        query,
+        key,
+        logit_scale,
+        row_nll,
+        column_nll,
+        row_nll.new_empty(0),
+        label_smoothing,
+        differentiate_keys,
+        needs_query,
+        needs_key,
+    )
+
+
+def _in_dtypes(
+    grads: Sequence[Tensor], inputs: Sequence[Tensor], needs_grad: list[bool]
+) -> tuple[Tensor, ...]:
+    # Rounded once, to the dtype of each input; empty where it is not needed.
+    return tuple(
+        grad.to(like.dtype) if needed else like.new_empty(0)
+        for grad, like, needed in zip(grads, inputs, needs_grad, strict=True)
+    )
