@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+# Of the demo's training; 0 leaves it to torch. Its results depend on the number in the last digits.
+THREADS ?= 0
 # The version that development and tests are pinned to; the package takes any from 2.11 on.
 TORCH ?= torch==2.13.0
 
@@ -82,14 +84,15 @@ gpu:
 	@echo "make gpu: there are no benchmarks yet; they come with the GPU kernels" >&2; exit 1
 
 # A tiny model from scratch on rendered scenes, once with the HiMo loss and once with plain CLIP's.
-DEMO_TRAIN := --model tiny --batch-size 128 --epochs 14 --lr 1e-3 --wd 0.1 --warmup 20 --seed $(SEED)
+DEMO_TRAIN := --model tiny --batch-size 128 --epochs 14 --lr 1e-3 --wd 0.1 --warmup 20 \
+  --seed $(SEED) --val-frequency 2 --threads $(THREADS)
 demo: $(READY)
 	@rm -rf demo/logs
 	$(PY) -m himo synth --out demo/data --num 2000 --held-out 500 --seed 0 --overwrite
 	@set -e; for loss in himo clip; do \
 	  echo "== training with the $$loss loss"; \
-	  $(PY) -m himo train --train-data demo/data/train.json --loss $$loss $(DEMO_TRAIN) \
-	    --logs demo/logs --name $$loss; \
+	  $(PY) -m himo train --train-data demo/data/train.json --val-data demo/data/test.json \
+	    --loss $$loss $(DEMO_TRAIN) --logs demo/logs --name $$loss; \
 	  $(PY) -m himo eval --pretrained demo/logs/$$loss/checkpoints/epoch_14.safetensors \
 	    --data demo/data/test.json --out demo/logs/$$loss/eval.json; \
 	done

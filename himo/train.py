@@ -21,15 +21,17 @@ import himo_kernels
 from himo import checkpoint, config, training_state
 from himo.config import TrainConfig
 from himo.data import CaptionedImages, EpochSampler, SampleIndex, make_loader, open_dataset
+from himo.device import usable_device
 from himo.errors import HimoError
 from himo.files import atomic_path
+from himo.metrics import Metrics
 from himo.model import CONFIGS, HiMoCLIP, longest_text
 from himo.tokenizer import tokenize
 from himo.transforms import Preprocess, normalize
+from himo.validation import Validation
 from himo_kernels.nn import HiMoLoss
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's limit: a larger multiplier made its training unstable
-_SPECTRUM = 256  # eigenvalues of a spectrum that are recorded
 # A run is another one if these differ: its order of samples or its schedule would not continue.
 _IDENTITY = ("train_data", "batch_size", "seed", "loss", "preset")
 
@@ -99,11 +101,22 @@ def train(settings: TrainConfig) -> bool:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    device = _device(settings.device)
-    index = _open_data(settings)
+    device = usable_device(settings.device)
+    index, held_out = _open_data(settings)
     model = _build_model(settings, device)
     preprocess = Preprocess(model.config.image_resolution, settings.image_mode)
-    dataset = CaptionedImages(index, preprocess, tokenize, seed=settings.seed)
+    validation = None
+    if held_out is not None:
+        validation = Validation(
+            held_out,
+            preprocess,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            max_bad_fraction=settings.max_bad_fraction,
+        )
+    dataset = CaptionedImages(
+        index, preprocess, tokenize, seed=settings.seed, short_captions=settings.short_captions
+    )
     sampler = EpochSampler(len(dataset), settings.batch_size, seed=settings.seed)
     loader = make_loader(
         dataset,
@@ -118,9 +131,16 @@ def train(settings: TrainConfig) -> bool:
     total_steps = len(loader) * settings.epochs
 
     directory, step = _open_run(settings, model, optimizer, sampler, loader.bad, device)
+    if settings.warmup >= total_steps:
+        print(
+            f"himo: note: --warmup {settings.warmup} takes longer than the {total_steps} steps of "
+            f"this run, whose learning rate stays below --lr {settings.lr:g}",
+            file=sys.stderr,
+        )
     print(
         f"{directory}: {len(dataset)} pairs, {total_steps} steps of {settings.batch_size}, "
         f"{settings.loss} loss, {_count(model)} parameters on {device}"
+        + (f", {len(validation)} pairs to validate on" if validation is not None else "")
     )
     metrics = Metrics(directory / "metrics.jsonl", settings)
 
@@ -170,9 +190,19 @@ def train(settings: TrainConfig) -> bool:
                 step += 1
                 step_time_s = time.perf_counter() - ended
                 metrics.add(outputs["loss"], grad_norm, data_time_s, step_time_s)
-                if step % settings.log_every_n_steps == 0 or step in (1, total_steps):
+                found = {}
+                every = len(loader) * settings.val_frequency
+                if validation is not None and (step % every == 0 or step == total_steps):
+                    metrics.check_finite(step)
+                    found = validation.measure(model)
+                if found or step % settings.log_every_n_steps == 0 or step in (1, total_steps):
+                    outputs |= found
                     line = metrics.write(step, step / len(loader), lr, model.logit_scale, outputs)
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", data_s=f"{line['data_time_s']:.3f}")
+                    bar.set_postfix(
+                        loss=f"{line['loss']:.3f}",
+                        data_s=f"{line['data_time_s']:.3f}",
+                        refresh=False,
+                    )
                 bar.update()
                 if stop.requested:
                     metrics.check_finite(step)
@@ -208,85 +238,6 @@ def learning_rate(step: int, total_steps: int, settings: TrainConfig) -> float:
 def clamp_temperature(model: HiMoCLIP) -> None:
     """Keeps the logit multiplier from 1 to 100, as CLIP does after each step."""
     model.logit_scale.clamp_(0, MAX_LOG_SCALE)
-
-
-class Metrics:
-    """metrics.jsonl: one line each log_every_n_steps, of means since the last one.
-
-    Values stay on the device until a line is written: the loop does not wait for them.
-    """
-
-    def __init__(self, path: Path, settings: TrainConfig) -> None:
-        self.path, self.settings = path, settings
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._data_s = self._step_s = 0.0
-        self._spectrum_epoch = -1
-
-    def add(self, loss: Tensor, grad_norm: Tensor, data_time_s: float, step_time_s: float) -> None:
-        """Counts one step."""
-        self._pending.append((loss.detach(), grad_norm.detach()))
-        self._data_s += data_time_s
-        self._step_s += step_time_s
-
-    def check_finite(self, step: int) -> None:
-        """Raises HimoError if a loss or gradient since the last line is NaN or infinite."""
-        for back, values in enumerate(reversed(self._pending)):
-            for name, value in zip(("loss", "gradient"), values, strict=True):
-                if not torch.isfinite(value):
-                    raise HimoError(
-                        f"step {step - back}: the {name} is {value.item()}; nothing was saved "
-                        "since. A smaller --lr or --grad-clip-norm 1 may help"
-                    )
-
-    def write(
-        self, step: int, epoch: float, lr: float, logit_scale: Tensor, outputs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Appends a line and returns it; HimoError where a value is not finite."""
-        self.check_finite(step)
-        steps = len(self._pending)
-
-        def number(name: str) -> float | None:
-            return None if outputs[name] is None else float(outputs[name].detach())
-
-        line: dict[str, Any] = {
-            "step": step,
-            "epoch": epoch,
-            "samples": step * self.settings.batch_size,
-            "loss": number("loss"),
-            "contrastive_loss": number("contrastive_loss"),
-            "component_loss": number("component_loss"),
-            "logit_scale": float(logit_scale.detach().exp()),
-            "lr": lr,
-            "grad_norm": float(self._pending[-1][1]),
-            "rank": None if outputs["rank"] is None else int(outputs["rank"]),
-            "data_time_s": self._data_s / steps,
-            "step_time_s": self._step_s / steps,
-            "samples_per_s": steps * self.settings.batch_size / self._step_s,
-        }
-        if int(epoch) != self._spectrum_epoch:  # once an epoch: it costs an eigenproblem
-            self._spectrum_epoch = int(epoch)
-            texts = F.normalize(outputs["text_features"], dim=-1)
-            ratio = himo_kernels.pca(texts).explained_variance_ratio
-            line["spectrum"] = [round(float(share), 6) for share in ratio[:_SPECTRUM]]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._pending.clear()
-        self._data_s = self._step_s = 0.0
-        return line
-
-    def rewind(self, step: int) -> None:
-        """Drops the lines past a step: those of a run that is resumed from there."""
-        if not self.path.exists():
-            return
-        kept = []
-        for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if text.endswith("\n") and json.loads(text)["step"] <= step:
-                    kept.append(text)
-            except (ValueError, KeyError, TypeError):
-                continue  # cut off when the run was killed
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _open_run(
@@ -334,18 +285,37 @@ def _open_run(
     return directory, step
 
 
-def _open_data(settings: TrainConfig) -> SampleIndex:
-    table = settings.dataset_type == "csv" or settings.train_data.endswith((".csv", ".tsv"))
-    return open_dataset(
-        settings.train_data,
-        settings.dataset_type,
-        image_root=settings.image_root,
-        image_key=settings.csv_img_key if table else None,
-        caption_key=settings.csv_caption_key if table else None,
-        separator=settings.csv_separator if table else None,
-        skip_missing_images=settings.skip_missing_images,
-        max_bad_fraction=settings.max_bad_fraction,
-    )
+def _open_data(settings: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
+    # The pairs to train on, and those to validate on.
+    def opened(source: str) -> SampleIndex:
+        index = open_dataset(
+            source,
+            settings.dataset_type,
+            image_root=settings.image_root,
+            image_key=settings.csv_img_key,
+            caption_key=settings.csv_caption_key,
+            separator=settings.csv_separator,
+            skip_missing_images=settings.skip_missing_images,
+            follow_links=settings.follow_links,
+            max_bad_fraction=settings.max_bad_fraction,
+        )
+        print(index.report.summary())
+        return index
+
+    index = opened(settings.train_data)
+    held_out = opened(settings.val_data) if settings.val_data is not None else None
+    first, count = settings.held_out, settings.train_num_samples
+    if first:
+        if first >= len(index):
+            raise HimoError(f"--held-out: expected fewer than {len(index)} pairs, got {first}")
+        held_out = index[:first]
+    if count is not None and first + count > len(index):
+        raise HimoError(
+            f"--train-num-samples: expected at most {len(index) - first} pairs, got {count}"
+        )
+    if first or count is not None:
+        index = index[first:] if count is None else index[first : first + count]
+    return index, held_out
 
 
 def _build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
@@ -362,7 +332,11 @@ def _build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
     if settings.lock_text:
         model.lock_text_tower()
     model.set_grad_checkpointing(settings.grad_checkpointing)
-    return model.to(device)
+    model.to(device)
+    if settings.compile:  # in place: the names of the parameters stay
+        model.visual.compile()
+        model.transformer.compile(dynamic=True)  # the longest caption of a batch varies
+    return model
 
 
 def _optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
@@ -377,24 +351,22 @@ def _optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise HimoError(f"--device: cannot use {name}: {reason}") from error
-    return device
-
-
 def _count(model: nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
 
 
 def _progress(step: int, total_steps: int) -> "tqdm[Any]":
-    return tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+    # In a log file every drawing stays: there the bar is drawn twice a minute.
+    every_s = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total_steps,
+        initial=step,
+        unit="step",
+        dynamic_ncols=True,
+        smoothing=0.1,
+        mininterval=every_s,
+        maxinterval=max(10.0, every_s),
+    )
 
 
 class _Stop:
