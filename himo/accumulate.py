@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def cached_backward(
@@ -32,8 +33,8 @@ def cached_backward(
         for part in parts:
             states.append(_random_state(part))
             cached.append(encode(*part))
-    *joined, _ = (torch.cat(column) if column[0].dim() else column[0] for column in zip(*cached))
-    leaves = [tensor.detach().requires_grad_() for tensor in (*joined, cached[0][-1])]
+    *columns, scales = zip(*cached, strict=True)
+    leaves = [tensor.requires_grad_() for tensor in (*map(torch.cat, columns), scales[0])]
     outputs = losses(*leaves)
     outputs["loss"].backward()
     rows = [part[0].shape[0] for part in cached]
@@ -42,13 +43,14 @@ def cached_backward(
         last = number + 1 == len(parts)
         with torch.random.fork_rng(devices=list(state[1])):
             _set_random_state(state)
-            with nullcontext() if last or not hasattr(encode, "no_sync") else encode.no_sync():
+            waits = isinstance(encode, DistributedDataParallel) and not last
+            with encode.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 embeddings = encode(*part)
                 pairs = [(e, g[number]) for e, g in zip(embeddings, grads, strict=False)]
                 if last:  # the scale is shared: its gradient enters once
                     pairs.append((embeddings[-1], leaves[-1].grad))
                 pairs = [(e, g) for e, g in pairs if e.requires_grad]
-                torch.autograd.backward(*(list(column) for column in zip(*pairs, strict=True)))
+                torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
     return outputs
 
 

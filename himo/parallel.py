@@ -7,6 +7,7 @@ leaves its reason there. Whoever finds a reason, or silence, prints it and ends.
 
 import gc
 import os
+import signal
 import socket
 import sys
 import threading
@@ -20,14 +21,15 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from himo.errors import HimoError
 
 _BEAT_S = 1.0
-# Without a sign of life for so long, a process counts as gone. torchrun ends the others at once
-# and kills a stopped one after 30 s more, so that all is over within a minute.
-SILENCE_S = 15.0
+# A collective waits for so long: for a process that lives and yet does not come. Reading data has
+# a shorter limit of its own, saving and validating a large model may take minutes.
+_STUCK = timedelta(minutes=30)
 _DONE, _FAILED = "done", "failed"
 
 
@@ -85,7 +87,7 @@ class Vote:
 
 
 class _ManyRanks(Ranks):
-    def __init__(self, device: str, timeout_s: float) -> None:
+    def __init__(self, device: str) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -95,10 +97,9 @@ class _ManyRanks(Ranks):
         on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         if on_gpu:
             torch.cuda.set_device(device)
-        timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_STUCK)
         # Small things of the host go by a group of their own, and make no GPU wait.
-        self._control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
+        self._control = dist.new_group(backend="gloo", timeout=_STUCK) if on_gpu else None
 
     def device(self, name: str) -> str:
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
@@ -106,8 +107,7 @@ class _ManyRanks(Ranks):
         return name
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        # Without buffers to broadcast a forward is no collective, also with fewer of them.
-        return DistributedDataParallel(module, broadcast_buffers=False)
+        return DistributedDataParallel(module)
 
     def mean(self, values: Tensor) -> Tensor:
         values = values.clone()
@@ -145,14 +145,15 @@ def join(device: str, timeout_s: float) -> Iterator[Ranks]:
 
     Args:
         device: as --device.
-        timeout_s: seconds that a collective waits for the others.
+        timeout_s: seconds without a sign of life after which a process counts as gone. torchrun
+            then ends the others at once, and after 30 s more the one that is stopped.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
-    watch = _Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    watch = _Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_s)
     try:
-        yield _ManyRanks(device, timeout_s)
+        yield _ManyRanks(device)
         gc.collect()  # DDP's reducer, in a cycle with its module, must go before the group
         watch.leave()
         dist.destroy_process_group()
@@ -163,10 +164,10 @@ def join(device: str, timeout_s: float) -> Iterator[Ranks]:
 class _Watch:
     """Signs of life of this process, and the watch over the next one's."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, timeout_s: float) -> None:
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
         # A connection of its own: one that waits in a collective's set-up would hold it up.
-        store = dist.TCPStore(
+        store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
@@ -174,7 +175,7 @@ class _Watch:
             wait_for_workers=False,
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"himo/{attempt}", store)
+        self._store = PrefixStore(f"himo/{attempt}", store)
         self._store.set(f"host/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._store.set(f"beat/{rank}", "0")
         self._stop = threading.Event()
@@ -188,21 +189,24 @@ class _Watch:
 
     def end_after(self, error: BaseException) -> NoReturn:
         """Prints the reason, leaves it to the others and ends the process."""
+        # torchrun asks the others to end as soon as one has: not before they have said why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._quiet()
         status = 2 if isinstance(error, HimoError) else 1
         try:
-            if isinstance(error, HimoError):
-                message = str(error)
-                self._tell(message)
-            elif _lost_contact(error) and (cause := self._cause()):
-                message = cause
-            else:
+            # RuntimeError is what gloo and NCCL raise where a peer is gone.
+            if isinstance(error, RuntimeError) and (cause := self._cause()):
+                self._end_because(cause)
+            message = str(error)
+            if not isinstance(error, HimoError):
                 traceback.print_exception(error)
-                message = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
-                self._tell(message)
+                message = f"{type(error).__name__}: {message.partition(chr(10))[0]}"
+            if not message.startswith("rank "):  # said of one rank by all of them
+                message = f"rank {self.rank}: {message}"
+            self._tell(message)
         except (RuntimeError, OSError):  # the store went with the process that held it
-            message = f"lost contact with the other processes: {error}"
-        _end(f"rank {self.rank}: {message}", status)
+            message = f"rank {self.rank}: lost contact with the other processes: {error}"
+        _end(message, status)
 
     def _quiet(self) -> None:
         self._stop.set()
@@ -211,7 +215,7 @@ class _Watch:
 
     def _tell(self, message: str) -> None:
         # The first reason stands: what fails after it fails because of it.
-        self._store.compare_set(_FAILED, "", f"rank {self.rank}: {message}")
+        self._store.compare_set(_FAILED, "", message)
 
     def _run(self) -> None:
         watched = (self.rank + 1) % self.size
@@ -231,8 +235,8 @@ class _Watch:
                 return
             if beat != last or beat == _DONE:
                 last, heard = beat, time.monotonic()
-            elif time.monotonic() - heard > SILENCE_S and not self._stop.is_set():
-                reason = f"{self._describe(watched)} gave no sign of life for {SILENCE_S:.0f} s"
+            elif time.monotonic() - heard > self.timeout_s and not self._stop.is_set():
+                reason = f"{self._describe(watched)} gave no sign of life for {self.timeout_s:g} s"
                 self._tell(reason)
                 self._end_because(reason)
 
@@ -266,11 +270,6 @@ class _Watch:
 
     def _end_because(self, reason: str) -> NoReturn:
         _end(f"rank {self.rank}: ends because of {reason}", 1)
-
-
-def _lost_contact(error: BaseException) -> bool:
-    # What gloo and NCCL raise when a peer is gone or late.
-    return isinstance(error, dist.DistError | RuntimeError) and not isinstance(error, ValueError)
 
 
 def _end(message: str, status: int) -> NoReturn:

@@ -105,6 +105,6 @@ def _raise_everywhere(
     messages = members.all_gather(padded.to(members.table_device)).cpu()
     first = failed[0]
     words = bytes(messages[first].tolist()).rstrip(b"\0").decode(errors="replace")
-    more = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
+    more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
     kind = _TYPES[table[first][0] - 1]
     raise kind(f"rank {members.name(first)}: {words}{more}")

@@ -20,6 +20,7 @@ from torch.nn.utils import parameters_to_vector
 
 import himo_kernels
 from benchmarks.baselines import released
+from himo.accumulate import cached_backward
 from himo_kernels import distributed as hkd
 from himo_kernels import testing as hkt
 from himo_kernels.nn import PRESETS, HiMoLoss
@@ -171,6 +172,21 @@ def check_ddp(shape: str, dtype: str, strategy: str) -> None:
     del together  # before the process group: its reducer outlives it otherwise, and aborts
 
 
+def check_accumulation(dtype: str, parts: int) -> None:
+    # Micro-batches of unequal size, of unequal number on each rank, in towers with dropout off.
+    counts, width = SHAPES["uneven"]
+    images, texts, _ = batch(counts, width, DTYPES[dtype])
+    mine = own(images, counts), own(texts, counts)
+    gradients = []
+    for pieces in (1, parts):
+        towers = DistributedDataParallel(Towers(width).to(DTYPES[dtype]))
+        split = zip(*(tensor.tensor_split(pieces) for tensor in mine), strict=True)
+        loss = HiMoLoss()
+        cached_backward(towers, lambda *features: {"loss": loss(*features)}, list(split))  # noqa: B023
+        gradients.append(parameters_to_vector([p.grad for p in towers.parameters()]))
+    found[f"accumulation of {parts}, {dtype}"] = hkt.relative_error(*gradients)
+
+
 def check_info_nce(dtype: str, strategy: str) -> None:
     counts, width = SHAPES["uneven"]
     images, texts, scale = batch(counts, width, DTYPES[dtype])
@@ -289,6 +305,7 @@ def run(check: Callable[..., None], *options: object) -> None:
 run(check_loss, PRESETS, ("global", "local"), SHAPES, DTYPES, ("gather", "ring"))
 run(check_ddp, ("N > D", "N < D", "uneven"), DTYPES, ("gather", "ring"))
 run(check_info_nce, DTYPES, ("gather", "ring"))
+run(check_accumulation, DTYPES, (2, 4))
 gather_counts = [SHAPES[shape][0] for shape in ("N > D", "uneven", "an empty rank")]
 run(check_gather, (torch.bfloat16, torch.float32, torch.float64), gather_counts)
 if WORLD > 1:

@@ -44,6 +44,11 @@ def test_after_the_mean_of_ddp_every_parameter_has_the_gradient_of_one_process(
 
 
 @LIMITS
+def test_accumulation_over_ranks_gives_the_gradient_of_the_whole_batch(ranks, dtype, limit):
+    assert_below(limit, ranks, "accumulation", dtype)
+
+
+@LIMITS
 @STRATEGIES
 def test_info_nce_alone(ranks, strategy, dtype, limit):
     assert_below(limit, ranks, "info_nce", dtype, strategy)
