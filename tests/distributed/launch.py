@@ -33,13 +33,15 @@ def torchrun(world: int, *program: str) -> list[str]:
     return [*run, "--master_addr=127.0.0.1", f"--master_port={port}", *program]
 
 
-def found(worker: str, world: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def found(
+    worker: str, world: int, folder: Path, *arguments: str, **variables: str
+) -> list[dict[str, Any]]:
     """What each rank of a worker file wrote, in rank order; fails with its output if it failed."""
     run = subprocess.run(
         torchrun(world, str(WORKERS / worker), str(folder), *arguments),
         capture_output=True,
         text=True,
-        env=environment(),
+        env={**environment(), **variables},
         cwd=ROOT,
         timeout=120,
     )

