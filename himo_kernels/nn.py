@@ -233,8 +233,8 @@ class HiMoLoss(nn.Module):
         rows = self._agree(image_features, text_features, logit_scale)
         normalize = _normalize if self.normalize_features else _as_it_is
         texts = normalize(text_features)
-        # Over ranks the texts of the PCA stay in float64: rounding them first would leave some
-        # gradients 2e-6 from those of the joined batch.
+        # Over ranks the texts of the PCA stay in float64: rounded first, a narrow gap at the cut
+        # would put the gradient more than 1e-6 from that of the joined batch.
         wide_texts = texts if rows is None else normalize(text_features.double())
         component_features, self.rank = self._reconstruct(wide_texts, rows)
         if self.normalize_components:
