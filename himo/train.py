@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import himo_kernels
 from himo import checkpoint, config, parallel, training_state
-from himo.accumulate import cached_backward
 from himo.config import TrainConfig
 from himo.data import (
     BatchLoader,
@@ -35,12 +33,11 @@ from himo.errors import HimoError
 from himo.files import atomic_path
 from himo.metrics import Metrics
 from himo.model import CONFIGS, HiMoCLIP, longest_text
+from himo.objective import Objective
 from himo.parallel import Ranks
 from himo.tokenizer import tokenize
-from himo.transforms import Preprocess, normalize
+from himo.transforms import Preprocess
 from himo.validation import Validation
-from himo_kernels import distributed
-from himo_kernels.nn import HiMoLoss
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's limit: a larger multiplier made its training unstable
 # A run is another one if these differ: its order of samples or its schedule would not continue.
@@ -54,106 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
     settings = config.from_arguments(arguments)
     finished = train(settings)
     return 0 if finished else 130  # the status of an interrupted program
-
-
-class Towers(nn.Module):
-    """The model as its loss needs it: images and tokens in, features and logit scale out."""
-
-    def __init__(self, model: HiMoCLIP, precision: str) -> None:
-        super().__init__()
-        self.model, self.precision = model, precision
-
-    def forward(
-        self,
-        images: Tensor,  # uint8 [B, 3, R, R]
-        tokens: Tensor,  # [B, L]
-        max_length: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns image and text features [B, D] and the logit multiplier [], in float32."""
-        bf16 = self.precision == "amp_bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            image_features = self.model.encode_image(normalize(images))
-            text_features = self.model.encode_text(tokens, max_length)
-        # The loss in float32: half-precision logits near 100 are spaced by 0.06 and more.
-        scale = self.model.logit_scale.float().exp()
-        return image_features.float(), text_features.float(), scale
-
-
-class Objective(nn.Module):
-    """The model with its loss: images and tokens in, losses out.
-
-    Over ranks the losses are this rank's shares, whose mean is the loss of the joined batch.
-    """
-
-    def __init__(self, model: HiMoCLIP, settings: TrainConfig, ranks: Ranks | None = None) -> None:
-        super().__init__()
-        ranks = ranks or Ranks()
-        self.model = model
-        self.towers = ranks.wrap(Towers(model, settings.precision))
-        self.himo_loss = None
-        self.check_finite = ranks.size > 1  # where one rank's NaN would be every rank's
-        if settings.loss == "himo":
-            self.himo_loss = HiMoLoss(
-                settings.preset,
-                variance_threshold=settings.tau,
-                component_weight=settings.lambda_comp,
-                label_smoothing=settings.label_smoothing,
-                gap_eps=settings.gap_eps,
-                check_finite=self.check_finite,
-                strategy=settings.exchange,
-            )
-        self.label_smoothing = settings.label_smoothing or 0.0
-        self.strategy = settings.exchange
-
-    def forward(
-        self,
-        images: Tensor,  # uint8 [B, 3, R, R]
-        tokens: Tensor,  # [B, L]
-        max_length: int,
-    ) -> dict[str, Any]:
-        """Returns loss, contrastive_loss, component_loss and rank (None without HiDe), text."""
-        return self.losses(*self.towers(images, tokens, max_length))
-
-    def losses(
-        self,
-        image_features: Tensor,  # [B, D]
-        text_features: Tensor,  # [B, D]
-        scale: Tensor,  # []
-    ) -> dict[str, Any]:
-        """Returns what forward does, of the features."""
-        if self.himo_loss is not None:
-            losses = self.himo_loss(image_features, text_features, scale, output_dict=True)
-            rank = self.himo_loss.rank
-        else:
-            images_, texts = (F.normalize(t, dim=-1) for t in (image_features, text_features))
-            loss = distributed.info_nce(
-                images_,
-                texts,
-                scale,
-                strategy=self.strategy,
-                label_smoothing=self.label_smoothing,
-                check_finite=self.check_finite,
-            )
-            losses = {"loss": loss, "contrastive_loss": loss, "component_loss": None}
-            rank = None
-        return {**losses, "rank": rank, "text_features": text_features.detach()}
-
-    def backward(
-        self, images: Tensor, tokens: Tensor, max_length: int, size: int
-    ) -> dict[str, Any]:
-        """Adds the gradient of the batch's loss, made `size` rows at a time; returns as forward."""
-        try:
-            if images.shape[0] <= size:
-                outputs = self(images, tokens, max_length)
-                outputs["loss"].backward()
-                return outputs
-            columns = zip(images.split(size), tokens.split(size), strict=True)
-            parts = [(images_, tokens_, max_length) for images_, tokens_ in columns]
-            return cached_backward(self.towers, self.losses, parts)
-        except ValueError as error:
-            if not self.check_finite:
-                raise
-            raise HimoError(str(error)) from error  # what is wrong on one rank, said by all
 
 
 def train(settings: TrainConfig) -> bool:

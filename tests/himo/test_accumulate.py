@@ -9,7 +9,7 @@ import himo
 from himo.accumulate import cached_backward
 from himo.config import TrainConfig
 from himo.model import CONFIGS, HiMoCLIP
-from himo.train import Objective
+from himo.objective import Objective
 from himo_kernels.nn import HiMoLoss
 from himo_kernels.testing import relative_error
 
