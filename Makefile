@@ -23,6 +23,12 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
+BENCH_OUT ?= benchmarks/results/cpu
+GPU_OUT ?= benchmarks/results/cuda
+# The packages of this tree come before an installed copy.
+IN_TREE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+BENCH := $(IN_TREE) $(PY) -m benchmarks.run
+
 # torch's default, two jobs more than there are cores, runs small machines out of memory.
 export MAX_JOBS ?= 2
 
@@ -32,8 +38,8 @@ help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
 	@echo "make test    set up where needed and run the tests"
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
-	@echo "make bench   time every operator on this machine's CPU (not there yet)"
-	@echo "make gpu     time every operator on this machine's GPU (not there yet)"
+	@echo "make bench   time every operator on this machine's CPU, about 15 minutes: $(BENCH_OUT)"
+	@echo "make gpu     the GPU's tests, then time every operator on it, 10 minutes: $(GPU_OUT)"
 	@echo "make demo    render scenes, train two small models, evaluate them, write demo/report.html"
 	@echo "make clean   remove what was built; the environment stays"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)"
@@ -69,7 +75,7 @@ in-place:
 	$(BUILD_IN_PLACE)
 
 test: $(READY)
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) -m pytest $(PYTEST_FLAGS)
+	$(IN_TREE) $(PY) -m pytest $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -77,11 +83,27 @@ lint: $(READY)
 	$(PY) -m mypy
 	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 clang-format --dry-run -Werror
 
-bench:
-	@echo "make bench: there are no benchmarks yet; they come with the CPU kernels" >&2; exit 1
+# Rows, charts, and the table of benchmarks/README.md. Wants a machine that does nothing else.
+bench: $(READY)
+	@echo "timing every operator on the CPU: about 15 minutes, rows in $(BENCH_OUT)"
+	$(BENCH) --device cpu --all --seconds 0.5 --budget-minutes 15 --out $(BENCH_OUT)
+	$(IN_TREE) $(PY) -m benchmarks.plot $(BENCH_OUT) --svg $(BENCH_OUT) --update benchmarks/README.md
 
-gpu:
-	@echo "make gpu: there are no benchmarks yet; they come with the GPU kernels" >&2; exit 1
+# Tests, rows and logs in one folder. The tests come first, and a failure of theirs is the exit
+# status, but the rows are taken all the same: each cell checks its own accuracy.
+gpu: $(READY)
+	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \
+	  echo "make gpu: needs a CUDA device, and this torch sees none" >&2; exit 2; }
+	@mkdir -p $(GPU_OUT)
+	@start=$$(date +%s); status=0; \
+	$(IN_TREE) $(PY) -m himo_kernels.info | tee $(GPU_OUT)/info.txt; \
+	$(IN_TREE) timeout 300 $(PY) -m pytest -m gpu --junitxml=$(GPU_OUT)/tests.xml \
+	  >$(GPU_OUT)/tests.txt 2>&1 || status=$$?; \
+	tail -n 15 $(GPU_OUT)/tests.txt; \
+	left=$$((9 - ($$(date +%s) - start) / 60)); \
+	$(BENCH) --device cuda --all --budget-minutes $$left --out $(GPU_OUT) || status=$$?; \
+	$(IN_TREE) $(PY) -m benchmarks.plot $(GPU_OUT) --markdown >$(GPU_OUT)/table.md || status=$$?; \
+	echo "tests, rows and logs: $(GPU_OUT)"; exit $$status
 
 # A tiny model from scratch on rendered scenes, once with the HiMo loss and once with plain CLIP's.
 DEMO_TRAIN := --model tiny --batch-size 128 --epochs 14 --lr 1e-3 --wd 0.1 --warmup 20 \

@@ -75,6 +75,8 @@ def extension() -> dict[str, object]:
         raise LeftOut(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
 
     # at::parallel_for is a header template: without OpenMP in our own flags it runs on one thread.
+    # They are the compiler's alone: linked, the extension would bring a second OpenMP runtime
+    # beside torch's own, and the idle threads of each would spin against the other's work.
     openmp = [] if probe(compiler, ["-fopenmp"]) else ["-fopenmp"]
     if not openmp and (error := probe(compiler, [])):
         raise LeftOut(f"{compiler} cannot build a Python extension: {error}")
@@ -84,7 +86,8 @@ def extension() -> dict[str, object]:
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     flags += openmp
     macros = [("HIMO_CXX_FLAGS", f'"{" ".join(flags)}"')]
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+    folders = ("csrc", "csrc/common", "csrc/cpu")
+    sources = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/*.cpp"))]
     # Decided by the toolkit, never by a visible GPU: wheels are built on machines that have none.
     has_toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     cuda = sorted(ROOT.glob("csrc/cuda/*.cu")) if has_toolkit else []
@@ -97,7 +100,6 @@ def extension() -> dict[str, object]:
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
-        extra_link_args=[],
         depends=[str(path) for path in sorted(ROOT.glob("csrc/**/*.h"))],
     )
     ninja = cpp_extension.is_ninja_available()

@@ -48,17 +48,20 @@ class Operator:
     def define(
         self, direction: str, schema: str, fake: Callable[..., object]
     ) -> torch._ops.OpOverload:
-        """Returns torch.ops.himo_kernels.<name>_<direction>; the last argument is `str backend`.
+        """Returns torch.ops.himo_kernels.<name>_<direction>; its last positional is `str backend`.
+
+        Keyword-only arguments of the schema reach the kernels of a backend where they are not None.
 
         Outputs are made contiguous here, once for every backend, so that the strides of the fake
         are the strides of the result. Inside, dtypes follow the inputs and float32 is float32.
         """
 
-        def run(*args: object) -> object:
+        def run(*args: object, **optional: object) -> object:
             body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+            given = {name: value for name, value in optional.items() if value is not None}
             with torch.no_grad(), full_float32(device):
-                outputs = body(*args[:-1])
+                outputs = body(*args[:-1], **given)
             if isinstance(outputs, Tensor):
                 return outputs.contiguous()
             return tuple(output.contiguous() for output in outputs)  # type: ignore[attr-defined]

@@ -251,6 +251,11 @@ SETTING_MISTAKES = {
     "gap_eps": (PCAS, {**NUMBERS, "None": _instead(None, TypeError, "NoneType")}),
     "label_smoothing": (LOSSES, {**NUMBERS, "above 1": _instead(1.5, ValueError, "1.5")}),
     "component_weight": (("HiMoLoss",), NUMBERS),
+    # inf keeps all logits.
+    "keep_logits_mib": (
+        ("info_nce", "dual_info_nce", "dual_info_nce_low_rank"),
+        {name: mistake for name, mistake in NUMBERS.items() if name != "inf"},
+    ),
     "differentiate_basis": (("pca_reconstruct", "HiDe", "HiMoLoss"), FLAGS),
     "differentiate_keys": (("info_nce", "dual_info_nce", "dual_info_nce_low_rank"), FLAGS),
     "normalize_features": (("HiMoLoss",), FLAGS),

@@ -15,28 +15,40 @@ from himo_kernels._dispatch import (
     accumulation_dtype,
     refuse_double_backward,
 )
-from himo_kernels.pca import reference
+from himo_kernels.pca import cpu, reference
 
 PCA_OP = Operator(
-    "pca", {"reference": Backend({"fwd": reference.pca_fwd, "bwd": reference.pca_bwd})}
+    "pca",
+    {
+        "cpu": Backend({"fwd": cpu.pca_fwd, "bwd": cpu.pca_bwd}, cpu.why_not_decompose),
+        "reference": Backend({"fwd": reference.pca_fwd, "bwd": reference.pca_bwd}),
+    },
 )
 PROJECT_RECONSTRUCT = Operator(
     "project_reconstruct",
     {
+        "cpu": Backend(
+            {"fwd": cpu.project_reconstruct_fwd, "bwd": cpu.project_reconstruct_bwd},
+            cpu.why_not,
+        ),
         "reference": Backend(
             {
                 "fwd": reference.project_reconstruct_fwd,
                 "bwd": reference.project_reconstruct_bwd,
             }
-        )
+        ),
     },
 )
 PCA_RECONSTRUCT = Operator(
     "pca_reconstruct",
     {
+        "cpu": Backend(
+            {"fwd": cpu.pca_reconstruct_fwd, "bwd": cpu.pca_reconstruct_bwd},
+            cpu.why_not_decompose,
+        ),
         "reference": Backend(
             {"fwd": reference.pca_reconstruct_fwd, "bwd": reference.pca_reconstruct_bwd}
-        )
+        ),
     },
 )
 
