@@ -274,9 +274,9 @@ def runnable_backends(
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """||actual - exact|| / ||exact|| in float64; the absolute norm where exact is 0."""
-    exact = exact.double()
+    exact = exact.detach().double()
     norm = exact.norm()
-    difference = (actual.double() - exact).norm()
+    difference = (actual.detach().double() - exact).norm()
     return float(difference / norm if norm > 0 else difference)
 
 

@@ -26,6 +26,12 @@ def pytest_report_header() -> str:
     return f"random inputs: {SEED_VARIABLE}={_seed}"
 
 
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """The seed of this run, for processes that draw inputs of their own."""
+    return _seed
+
+
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator of its own for each test: fresh each run, the same for HIMO_TEST_SEED."""
