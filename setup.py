@@ -86,7 +86,8 @@ def extension() -> dict[str, object]:
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     flags += openmp
     macros = [("HIMO_CXX_FLAGS", f'"{" ".join(flags)}"')]
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+    folders = ("csrc", "csrc/common", "csrc/cpu")
+    sources = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/*.cpp"))]
     # Decided by the toolkit, never by a visible GPU: wheels are built on machines that have none.
     has_toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     cuda = sorted(ROOT.glob("csrc/cuda/*.cu")) if has_toolkit else []

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from himo_kernels.info_nce.triton import kernels
+from himo_kernels.info_nce.triton import kernels, tiles
 from himo_kernels.info_nce.triton.products import bounded_product
-from himo_kernels.info_nce.triton.tiles import Tile, precision_for, tile_for
+from himo_kernels.info_nce.triton.tiles import Tile, precision_for
 
 # Blocks of rows in one launch of pass 1. Column partials take 8 bytes for each of them and each
 # column: 1 KiB a sample, less than bfloat16 features of width 768, whatever N is.
@@ -51,7 +51,7 @@ class Branch:
 
     @property
     def tile(self) -> Tile:
-        return tile_for(self.right, self.problems, self.samples)
+        return tiles.tile_for(self.right, self.problems, self.samples)
 
     @property
     def row_blocks(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from himo_kernels.info_nce.triton import launch
+from himo_kernels.info_nce.triton import tiles
 from himo_kernels.info_nce.triton.tiles import Tile
 from himo_kernels.testing import power_law
 
@@ -82,7 +82,7 @@ def main() -> None:
     print(f"{name}, N={arguments.samples}, D={arguments.features}, {arguments.dtype}")
     timed: list[tuple[float, Tile]] = []
     for tile in arguments.tiles:
-        launch.tile_for = lambda *_, tile=tile: tile
+        tiles.tile_for = lambda *_, tile=tile: tile
         try:
             step = lambda: forward_and_backward(image, text, scale)  # noqa: E731
             timed.append((time_ms(step, device, arguments.repeats), tile))
