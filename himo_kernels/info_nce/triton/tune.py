@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from himo_kernels.info_nce.triton import tiles
+from himo_kernels.info_nce.triton import launch, tiles
 from himo_kernels.info_nce.triton.tiles import Tile
 from himo_kernels.testing import power_law
 
