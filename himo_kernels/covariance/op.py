@@ -11,14 +11,18 @@ from himo_kernels.covariance import cpu, reference
 COVARIANCE = Operator(
     "covariance",
     {
-        "cpu": Backend({"fwd": cpu.covariance_fwd, "bwd": cpu.covariance_bwd}, cpu.why_not),
+        "cpu": Backend(
+            {"fwd": cpu.covariance_fwd, "bwd": cpu.covariance_bwd},
+            cpu.why_not,
+            cpu.suits_covariance,
+        ),
         "reference": Backend({"fwd": reference.covariance_fwd, "bwd": reference.covariance_bwd}),
     },
 )
 GRAM = Operator(
     "gram",
     {
-        "cpu": Backend({"fwd": cpu.gram_fwd, "bwd": cpu.gram_bwd}, cpu.why_not),
+        "cpu": Backend({"fwd": cpu.gram_fwd, "bwd": cpu.gram_bwd}, cpu.why_not, cpu.suits_gram),
         "reference": Backend({"fwd": reference.gram_fwd, "bwd": reference.gram_bwd}),
     },
 )
