@@ -22,7 +22,11 @@ COVARIANCE = Operator(
             _triton.why_not_with_float64,
             auto=False,
         ),
-        "cpu": Backend({"fwd": cpu.covariance_fwd, "bwd": cpu.covariance_bwd}, cpu.why_not),
+        "cpu": Backend(
+            {"fwd": cpu.covariance_fwd, "bwd": cpu.covariance_bwd},
+            cpu.why_not,
+            cpu.suits_covariance,
+        ),
         "reference": Backend({"fwd": reference.covariance_fwd, "bwd": reference.covariance_bwd}),
     },
 )
@@ -37,7 +41,7 @@ GRAM = Operator(
             _triton.why_not_with_float64,
             auto=False,
         ),
-        "cpu": Backend({"fwd": cpu.gram_fwd, "bwd": cpu.gram_bwd}, cpu.why_not),
+        "cpu": Backend({"fwd": cpu.gram_fwd, "bwd": cpu.gram_bwd}, cpu.why_not, cpu.suits_gram),
         "reference": Backend({"fwd": reference.gram_fwd, "bwd": reference.gram_bwd}),
     },
 )
