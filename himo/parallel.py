@@ -30,7 +30,7 @@ _BEAT_S = 1.0
 # A collective waits for so long: for a process that lives and yet does not come. Reading data has
 # a shorter limit of its own, saving and validating a large model may take minutes.
 _STUCK = timedelta(minutes=30)
-_DONE, _FAILED = "done", "failed"
+_LEAVING, _FAILED = "leaving", "failed"
 
 
 class Ranks:
@@ -185,7 +185,7 @@ class _Watch:
     def leave(self) -> None:
         """Says that this process is through, so that its silence means nothing."""
         self._quiet()
-        self._store.set(f"beat/{self.rank}", _DONE)
+        self._store.set(f"beat/{self.rank}", _LEAVING)
 
     def end_after(self, error: BaseException) -> NoReturn:
         """Prints the reason, leaves it to the others and ends the process."""
@@ -194,6 +194,7 @@ class _Watch:
         self._quiet()
         status = 2 if isinstance(error, HimoError) else 1
         try:
+            self._store.set(f"beat/{self.rank}", _LEAVING)  # whose silence is not the cause
             # RuntimeError is what gloo and NCCL raise where a peer is gone.
             if isinstance(error, RuntimeError) and (cause := self._cause()):
                 self._end_because(cause)
@@ -233,7 +234,7 @@ class _Watch:
                 if not self._stop.wait(2 * _BEAT_S):
                     self._end_because("torchrun's store is gone, and with it the run")
                 return
-            if beat != last or beat == _DONE:
+            if beat != last or beat == _LEAVING:
                 last, heard = beat, time.monotonic()
             elif time.monotonic() - heard > self.timeout_s and not self._stop.is_set():
                 reason = f"{self._describe(watched)} gave no sign of life for {self.timeout_s:g} s"
@@ -253,17 +254,17 @@ class _Watch:
         # Why contact was lost: a reason that a rank left, or the one whose signs have ceased.
         deadline = time.monotonic() + 4 * _BEAT_S
         before = [self._beat(rank) for rank in range(self.size)]
-        silent: list[int] = []
         while time.monotonic() < deadline:
             if self._store.check([_FAILED]):
                 return self._store.get(_FAILED).decode()
             time.sleep(0.1)
-        for rank, beat in enumerate(before):
-            if rank != self.rank and beat != _DONE and self._beat(rank) == beat:
-                silent.append(rank)
+        silent = [
+            rank
+            for rank, beat in enumerate(before)
+            if beat != _LEAVING and self._beat(rank) == beat
+        ]
         if not silent:
             return None
-        # Those that are ending like this one are silent too, but have not been so for longer.
         reason = f"{self._describe(silent[0])} ended without a word: killed, or out of memory"
         self._tell(reason)
         return self._store.get(_FAILED).decode()
