@@ -94,7 +94,7 @@ aot: $(READY)
 # - vptr (setup.py): torch hides the type information that it compares;
 # - reference and triton: no code of the extension.
 # torch throws through libstdc++, which has to be there when the sanitizer looks for it. A quarantine
-# of 1 MiB, not 256: memory tests count it.
+# of 1 MiB, not 256: memory tests count it. Python's output alone is captured: a report is printed.
 SANITIZED := $(CURDIR)/build/sanitize/lib
 SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1
@@ -104,7 +104,7 @@ sanitize: $(READY)
 	@HIMO_KERNELS_SANITIZE=1 $(PY) setup.py build --build-base build/sanitize --build-lib $(SANITIZED) \
 	  >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
 	$(SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH="$(SANITIZED):$(CURDIR)" $(PY) -m pytest \
-	  -p no:cacheprovider -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
+	  -p no:cacheprovider --capture=sys -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
 	  $(or $(SANITIZE_TESTS),tests/covariance tests/pca tests/info_nce tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
 
 # Rows, charts, and the table of benchmarks/README.md. Wants a machine that does nothing else.

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/interrupt.h"
 #include "cpu/centring.h"
 #include "cpu/dense.h"
 
@@ -168,11 +169,13 @@ void covariance_fwd(const at::Tensor& x,             // [*, N, D]
   const int64_t step = lines_of_group(group, samples, features);
   const auto buffer = at::empty({group * step * features}, mean.options());
   if (samples == 0) covariance.zero_();
+  Interrupt interrupt;
   for (int64_t b = 0; b < batch; b += group) {
     const int64_t count = std::min(group, batch - b);
     const auto means = column_means(x, b, count);
     const auto product = covariance.narrow(0, b, count);
     for (int64_t row = 0; row < samples; row += step) {
+      interrupt.poll();
       const Block block{b, count, row, std::min(step, samples - row), 0, features};
       const auto centred = centre(x, means.data(), block, buffer);
       add_lower_product(product, centred.transpose(1, 2), row == 0);
@@ -190,11 +193,13 @@ void gram_fwd(const at::Tensor& x,       // [*, N, D]
   const int64_t step = lines_of_group(group, features, samples);
   const auto buffer = at::empty({group * samples * step}, mean.options());
   if (features == 0) gram.zero_();
+  Interrupt interrupt;
   for (int64_t b = 0; b < batch; b += group) {
     const int64_t count = std::min(group, batch - b);
     const auto means = column_means(x, b, count);
     const auto product = gram.narrow(0, b, count);
     for (int64_t column = 0; column < features; column += step) {
+      interrupt.poll();
       const Block block{b, count, 0, samples, column, std::min(step, features - column)};
       add_lower_product(product, centre(x, means.data(), block, buffer), column == 0);
     }
@@ -214,6 +219,7 @@ void covariance_bwd(const at::Tensor& grad_mean,        // [B, D]
   const int64_t step = lines_of_group(group, samples, features);
   const auto buffer = at::empty({group * step * features}, grad_mean.options());
   const auto scratch = scratch_like(buffer, grad_x);
+  Interrupt interrupt;
   for (int64_t b = 0; b < batch; b += group) {
     const int64_t count = std::min(group, batch - b);
     const auto means = column_means(x, b, count);
@@ -221,6 +227,7 @@ void covariance_bwd(const at::Tensor& grad_mean,        // [B, D]
     const auto symmetric = grad + grad.transpose(1, 2);              // [count, D, D]
     const auto offset = grad_mean.narrow(0, b, count).div(samples);  // [count, D]
     for (int64_t row = 0; row < samples; row += step) {
+      interrupt.poll();
       const Block block{b, count, row, std::min(step, samples - row), 0, features};
       write_gradient(centre(x, means.data(), block, buffer), symmetric, offset, scratch,
                      grad_x.narrow(0, b, count).narrow(1, row, block.rows));
@@ -241,6 +248,7 @@ void gram_bwd(const at::Tensor& grad_mean,  // [B, D]
   const auto buffer = at::empty({group * samples * step}, grad_mean.options());
   const auto scratch = scratch_like(buffer, grad_x);
   const auto means = mean.to(at::kDouble).contiguous();  // [B, D]
+  Interrupt interrupt;
   for (int64_t b = 0; b < batch; b += group) {
     const int64_t count = std::min(group, batch - b);
     const auto grad = grad_gram.narrow(0, b, count);
@@ -249,6 +257,7 @@ void gram_bwd(const at::Tensor& grad_mean,  // [B, D]
     const auto offset = grad_mean.narrow(0, b, count).div(samples);  // [count, D]
     const double* shift = means.const_data_ptr<double>() + b * features;
     for (int64_t column = 0; column < features; column += step) {
+      interrupt.poll();
       const Block block{b, count, 0, samples, column, std::min(step, features - column)};
       write_gradient(symmetric, centre(x, shift, block, buffer),
                      offset.narrow(1, column, block.columns), scratch,
