@@ -13,7 +13,7 @@ from torch import Tensor
 
 from himo_kernels.info_nce.triton import kernels
 from himo_kernels.info_nce.triton.products import bounded_product
-from himo_kernels.info_nce.triton.tiles import Tile, precision_for, tile_for
+from himo_kernels.info_nce.triton.tiles import FUSED, Tile, precision_for, tile_for
 
 # Blocks of rows in one launch of pass 1. Column partials take 8 bytes for each of them and each
 # column: 1 KiB a sample, less than bfloat16 features of width 768, whatever N is.
@@ -28,8 +28,7 @@ WORKSPACE_BYTES = 256 * 2**20
 # cost nothing beside the launches, and the gradients are rounded once, to the features' dtype.
 ROUNDED_FROM = 128
 
-_MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4}
-_FUSED = {"enable_fp_fusion": True}  # multiply-adds; stated, for Triton's default is to change
+_MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4, **FUSED}
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Branch:
 
     @property
     def tile(self) -> Tile:
-        return tile_for(self.right, self.problems, self.samples)
+        return tile_for(self.right, self.problems, self.samples, self.left.shape[0])
 
     @property
     def row_blocks(self) -> int:
@@ -73,7 +72,6 @@ class Branch:
             "TERMS": self.left.shape[0],
             "PRECISION": precision_for(self.right.dtype),
             **self.tile.constants(),
-            **_FUSED,
         }
 
 
@@ -171,7 +169,7 @@ def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tens
         )
         if folded:
             kernels.fold_kernel[(merge_grid,)](
-                partials, samples, slots, first_slot, blocks, splits + launch, **_MERGE, **_FUSED
+                partials, samples, slots, first_slot, blocks, splits + launch, **_MERGE
             )
     log_odds = branch.new_empty(2, problems, samples)
     kernels.log_odds_kernel[(2 * merge_grid,)](
@@ -185,7 +183,6 @@ def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tens
         splits,
         folded or at_once,
         **_MERGE,
-        **_FUSED,
     )
     zero = log_odds.new_zeros(())
     row_nll, column_nll = (torch.logaddexp(odds, zero) for odds in log_odds)  # eq. (4)
