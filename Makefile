@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+# Of the demo's training; 0 leaves it to torch. Its results depend on the number in the last digits.
+THREADS ?= 0
 # The version that development and tests are pinned to; the package takes any from 2.11 on.
 TORCH ?= torch==2.13.0
 
@@ -21,18 +23,25 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
+BENCH_OUT ?= benchmarks/results/cpu
+GPU_OUT ?= benchmarks/results/cuda
+# The packages of this tree come before an installed copy.
+IN_TREE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+BENCH := $(IN_TREE) $(PY) -m benchmarks.run
+
 # torch's default, two jobs more than there are cores, runs small machines out of memory.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test lint aot bench gpu demo clean in-place
+.PHONY: help setup test lint aot sanitize bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
 	@echo "make test    set up where needed and run the tests"
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
 	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
-	@echo "make bench   time every operator on this machine's CPU (not there yet)"
-	@echo "make gpu     time every operator on this machine's GPU (not there yet)"
+	@echo "make sanitize  the operators' tests on an extension with address and undefined-behaviour sanitizers"
+	@echo "make bench   time every operator on this machine's CPU, about 15 minutes: $(BENCH_OUT)"
+	@echo "make gpu     the GPU's tests, then time every operator on it, 10 minutes: $(GPU_OUT)"
 	@echo "make demo    render scenes, train two small models, evaluate them, write demo/report.html"
 	@echo "make clean   remove what was built; the environment stays"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)"
@@ -68,7 +77,7 @@ in-place:
 	$(BUILD_IN_PLACE)
 
 test: $(READY)
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY) -m pytest $(PYTEST_FLAGS)
+	$(IN_TREE) $(PY) -m pytest $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -79,21 +88,57 @@ lint: $(READY)
 aot: $(READY)
 	$(PY) -m himo_kernels.aot
 
-bench:
-	@echo "make bench: there are no benchmarks yet; they come with the CPU kernels" >&2; exit 1
+# The operators' tests with every access of the extension checked, in a build of its own: the one in
+# place stays. The first finding ends the run. What is left out, and why:
+# - leaks (detect_leaks=0): those of the interpreter and of torch at exit would hide ours;
+# - vptr (setup.py): torch hides the type information that it compares;
+# - reference and triton: no code of the extension.
+# torch throws through libstdc++, which has to be there when the sanitizer looks for it. A quarantine
+# of 1 MiB, not 256: memory tests count it.
+SANITIZED := $(CURDIR)/build/sanitize/lib
+SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1
+sanitize: $(READY)
+	@echo "building the extension with sanitizers in build/sanitize"
+	@mkdir -p build
+	@HIMO_KERNELS_SANITIZE=1 $(PY) setup.py build --build-base build/sanitize --build-lib $(SANITIZED) \
+	  >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
+	$(SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH="$(SANITIZED):$(CURDIR)" $(PY) -m pytest \
+	  -p no:cacheprovider -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
+	  $(or $(SANITIZE_TESTS),tests/covariance tests/pca tests/info_nce tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
 
-gpu:
-	@echo "make gpu: there are no benchmarks yet; they come with the GPU kernels" >&2; exit 1
+# Rows, charts, and the table of benchmarks/README.md. Wants a machine that does nothing else.
+bench: $(READY)
+	@echo "timing every operator on the CPU: about 15 minutes, rows in $(BENCH_OUT)"
+	$(BENCH) --device cpu --all --seconds 0.5 --budget-minutes 15 --out $(BENCH_OUT)
+	$(IN_TREE) $(PY) -m benchmarks.plot $(BENCH_OUT) --svg $(BENCH_OUT) --update benchmarks/README.md
+
+# Tests, rows and logs in one folder. The tests come first, and a failure of theirs is the exit
+# status, but the rows are taken all the same: each cell checks its own accuracy.
+gpu: $(READY)
+	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \
+	  echo "make gpu: needs a CUDA device, and this torch sees none" >&2; exit 2; }
+	@mkdir -p $(GPU_OUT)
+	@start=$$(date +%s); status=0; \
+	$(IN_TREE) $(PY) -m himo_kernels.info | tee $(GPU_OUT)/info.txt; \
+	$(IN_TREE) timeout 300 $(PY) -m pytest -m gpu --junitxml=$(GPU_OUT)/tests.xml \
+	  >$(GPU_OUT)/tests.txt 2>&1 || status=$$?; \
+	tail -n 15 $(GPU_OUT)/tests.txt; \
+	left=$$((9 - ($$(date +%s) - start) / 60)); \
+	$(BENCH) --device cuda --all --budget-minutes $$left --out $(GPU_OUT) || status=$$?; \
+	$(IN_TREE) $(PY) -m benchmarks.plot $(GPU_OUT) --markdown >$(GPU_OUT)/table.md || status=$$?; \
+	echo "tests, rows and logs: $(GPU_OUT)"; exit $$status
 
 # A tiny model from scratch on rendered scenes, once with the HiMo loss and once with plain CLIP's.
-DEMO_TRAIN := --model tiny --batch-size 128 --epochs 14 --lr 1e-3 --wd 0.1 --warmup 20 --seed $(SEED)
+DEMO_TRAIN := --model tiny --batch-size 128 --epochs 14 --lr 1e-3 --wd 0.1 --warmup 20 \
+  --seed $(SEED) --val-frequency 2 --threads $(THREADS)
 demo: $(READY)
 	@rm -rf demo/logs
 	$(PY) -m himo synth --out demo/data --num 2000 --held-out 500 --seed 0 --overwrite
 	@set -e; for loss in himo clip; do \
 	  echo "== training with the $$loss loss"; \
-	  $(PY) -m himo train --train-data demo/data/train.json --loss $$loss $(DEMO_TRAIN) \
-	    --logs demo/logs --name $$loss; \
+	  $(PY) -m himo train --train-data demo/data/train.json --val-data demo/data/test.json \
+	    --loss $$loss $(DEMO_TRAIN) --logs demo/logs --name $$loss; \
 	  $(PY) -m himo eval --pretrained demo/logs/$$loss/checkpoints/epoch_14.safetensors \
 	    --data demo/data/test.json --out demo/logs/$$loss/eval.json; \
 	done

@@ -18,6 +18,7 @@ import setuptools
 
 ROOT = Path(__file__).parent
 SWITCH = "HIMO_KERNELS_NO_EXTENSION"
+SANITIZE = "HIMO_KERNELS_SANITIZE"  # 1: what `make sanitize` builds
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 
 # Includes and links what the extension does, so that a failure here is the machine's, not ours.
@@ -26,6 +27,19 @@ PROBE = """
 #include <vector>
 int main_threads() { std::vector<int> threads(1); return static_cast<int>(threads.size()); }
 """
+
+
+# vptr looks up the type of every torch object, and torch hides its type information. A finding ends
+# the process: a test cannot pass over it.
+SANITIZERS = [
+    *("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"),
+    *("-fno-omit-frame-pointer", "-g1", "-O1"),
+]
+
+
+def switched_on(variable: str) -> bool:
+    """Returns whether an environment variable is set to something other than 0."""
+    return os.environ.get(variable, "0") not in ("", "0")
 
 
 class LeftOut(Exception):
@@ -62,7 +76,7 @@ def probe(compiler: str, flags: list[str]) -> str | None:
 
 def extension() -> dict[str, object]:
     """Returns the setup() arguments of the extension. Raises LeftOut where it cannot be built."""
-    if os.environ.get(SWITCH, "0") not in ("", "0"):
+    if switched_on(SWITCH):
         raise LeftOut(f"{SWITCH}={os.environ[SWITCH]}")
     compiler = find_compiler()
     try:
@@ -75,6 +89,8 @@ def extension() -> dict[str, object]:
         raise LeftOut(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
 
     # at::parallel_for is a header template: without OpenMP in our own flags it runs on one thread.
+    # They are the compiler's alone: linked, the extension would bring a second OpenMP runtime
+    # beside torch's own, and the idle threads of each would spin against the other's work.
     openmp = [] if probe(compiler, ["-fopenmp"]) else ["-fopenmp"]
     if not openmp and (error := probe(compiler, [])):
         raise LeftOut(f"{compiler} cannot build a Python extension: {error}")
@@ -83,8 +99,11 @@ def extension() -> dict[str, object]:
     # torch's BuildExtension adds the C++ standard that its own headers need.
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     flags += openmp
+    sanitizers = SANITIZERS if switched_on(SANITIZE) else []
+    flags += sanitizers
     macros = [("HIMO_CXX_FLAGS", f'"{" ".join(flags)}"')]
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+    folders = ("csrc", "csrc/common", "csrc/cpu")
+    sources = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/*.cpp"))]
     # Decided by the toolkit, never by a visible GPU: wheels are built on machines that have none.
     has_toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     cuda = sorted(ROOT.glob("csrc/cuda/*.cu")) if has_toolkit else []
@@ -97,7 +116,7 @@ def extension() -> dict[str, object]:
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
-        extra_link_args=[],
+        extra_link_args=sanitizers,
         depends=[str(path) for path in sorted(ROOT.glob("csrc/**/*.h"))],
     )
     ninja = cpp_extension.is_ninja_available()

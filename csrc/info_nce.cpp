@@ -30,10 +30,23 @@ void check_features(const at::Tensor& query, const at::Tensor& key, const at::Te
   HIMO_CHECK_SHAPE(logit_scale.dim() == 0, kOp, "logit_scale", logit_scale, "[]");
 }
 
+void check_products(const std::optional<at::Tensor>& products, const at::Tensor& query) {
+  if (!products) return;
+  auto square = query.sizes().slice(0, query.dim() - 1).vec();
+  square.push_back(query.size(-2));
+  HIMO_CHECK_CPU(kOp, "products", *products);
+  HIMO_CHECK_SHAPE(products->sizes().equals(square) && products->is_contiguous(), kOp, "products",
+                   *products, at::IntArrayRef(square));
+  const auto dtype = accumulation_dtype(query);
+  HIMO_CHECK_DTYPE(products->scalar_type() == dtype, kOp, "products", dtype,
+                   products->scalar_type());
+}
+
 // The problems of the leading dimensions as views [N, K] of the features.
 std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor& key,
                                       const at::Tensor& positives, const at::Tensor& row_nll,
-                                      const at::Tensor& column_nll, const at::Tensor& products) {
+                                      const at::Tensor& column_nll,
+                                      const std::optional<at::Tensor>& products) {
   const int64_t samples = query.size(-2);
   const auto lead = query.sizes().slice(0, query.dim() - 2);
   const int64_t count = c10::multiply_integers(lead);
@@ -49,18 +62,12 @@ std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor&
     }
     problems[b].query = one_query.resolve_neg();
     problems[b].key = one_key.resolve_neg();
-    problems[b].positives = positives.view({count, samples}).select(0, b);
+    if (positives.defined()) problems[b].positives = positives.view({count, samples}).select(0, b);
     problems[b].row_nll = row_nll.view({count, samples}).select(0, b);
     problems[b].column_nll = column_nll.view({count, samples}).select(0, b);
-    if (products.dim() > 1) problems[b].products = products.view({count, samples, samples})[b];
+    if (products) problems[b].products = products->view({count, samples, samples})[b];
   }
   return problems;
-}
-
-// S_ii of every pair, [*, N] in the accumulation dtype.
-at::Tensor positives_of(const at::Tensor& query, const at::Tensor& key, double scale) {
-  const auto dtype = accumulation_dtype(query);
-  return query.to(dtype).mul(key.to(dtype)).sum(-1).mul_(scale);
 }
 
 // mean_ij S_ij [*] in O(N K): the sum of all v_i . u_j is the product of the sums.
@@ -75,9 +82,9 @@ at::Tensor mean_logit(const at::Tensor& query, const at::Tensor& key, double sca
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
-    double label_smoothing, bool keep_products) {
+    double label_smoothing, const std::optional<at::Tensor>& products) {
   const c10::NoGradGuard no_grad;
   check_features(query, key, logit_scale);
   const auto dtype = accumulation_dtype(query);
@@ -85,10 +92,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   const double scale = logit_scale.to(dtype).item<double>();
   const auto rows = query.sizes().slice(0, query.dim() - 1);
   const auto row_nll = at::empty(rows, options), column_nll = at::empty(rows, options);
-  auto square = rows.vec();
-  square.push_back(query.size(-2));
-  const auto products = at::empty(keep_products ? square : std::vector<int64_t>{0}, options);
-  const auto positives = positives_of(query, key, scale);
+  const auto positives = at::empty(rows, options);
+  check_products(products, query);
   const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
   cpu::info_nce_statistics(problems, scale);
   // HiMo-CLIP eq. (2)
@@ -97,14 +102,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
     loss = loss + label_smoothing *
                       (positives.mean(-1, false, at::kDouble) - mean_logit(query, key, scale));
   }
-  return {loss.to(dtype), row_nll, column_nll, products};
+  return {loss.to(dtype), row_nll, column_nll};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& grad_loss, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& logit_scale, const at::Tensor& row_nll, const at::Tensor& column_nll,
-    const at::Tensor& products, double label_smoothing, bool differentiate_keys, bool needs_query,
-    bool needs_key) {
+    double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
+    const std::optional<at::Tensor>& products) {
   const c10::NoGradGuard no_grad;
   check_features(query, key, logit_scale);
   const auto dtype = accumulation_dtype(query);
@@ -114,11 +119,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   HIMO_CHECK_SHAPE(grad_loss.sizes().equals(lead), kOp, "grad_loss", grad_loss, lead);
   HIMO_CHECK_SHAPE(row_nll.sizes().equals(rows), kOp, "row_nll", row_nll, rows);
   HIMO_CHECK_SHAPE(column_nll.sizes().equals(rows), kOp, "column_nll", column_nll, rows);
-  auto square = rows.vec();
-  square.push_back(query.size(-2));
-  HIMO_CHECK_SHAPE(products.numel() == 0 || products.sizes().equals(square), kOp, "products",
-                   products, at::IntArrayRef(square));
-  HIMO_CHECK_DTYPE(products.scalar_type() == dtype, kOp, "products", dtype, products.scalar_type());
+  check_products(products, query);
 
   const auto gradient = [&](bool needed) {
     return needed ? at::zeros(query.sizes(), options) : at::empty({0}, options);
@@ -126,8 +127,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   const auto grad_query = gradient(needs_query), grad_key = gradient(needs_key);
   const auto row = row_nll.to(dtype).contiguous(), column = column_nll.to(dtype).contiguous();
   const double scale = logit_scale.to(dtype).item<double>();
-  auto problems =
-      problems_of(query, key, positives_of(query, key, scale), row, column, products.contiguous());
+  auto problems = problems_of(query, key, /*positives=*/{}, row, column, products);
   const int64_t count = problems.size(), samples = query.size(-2), inner = query.size(-1);
   const auto weights = grad_loss.to(at::kDouble).reshape({count}).div(2.0 * samples).contiguous();
   for (int64_t b = 0; b < count; ++b) {

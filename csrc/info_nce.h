@@ -4,20 +4,23 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace himo {
 
-// Returns loss [*], nll of the rows and of the columns of S [*, N], and query key^T [*, N, N] if
-// keep_products, else an empty tensor; all float32, or float64 for float64 features.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
+// Returns loss [*], and nll of the rows and of the columns of S [*, N]; float32, or float64 for
+// float64 features. Writes query key^T into products where it is defined.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
     const at::Tensor& query,        // [*, N, K]
     const at::Tensor& key,          // [*, N, K]
     const at::Tensor& logit_scale,  // []
-    double label_smoothing, bool keep_products);
+    double label_smoothing,
+    const std::optional<at::Tensor>& products);  // [*, N, N] contiguous, dtype of the results
 
 // Returns the gradients of query and key [*, N, K] and of logit_scale [], float32 or float64 as
-// above; empty ones where they are not needed. products is what the forward returned.
+// above; empty ones where they are not needed. products is what the forward
+// wrote, or nothing: then the products are formed again.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& grad_loss,    // [*]
     const at::Tensor& query,        // [*, N, K]
@@ -25,7 +28,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& logit_scale,  // []
     const at::Tensor& row_nll,      // [*, N]
     const at::Tensor& column_nll,   // [*, N]
-    const at::Tensor& products,     // [*, N, N] or [0]
-    double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key);
+    double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
+    const std::optional<at::Tensor>& products);  // [*, N, N]
 
 }  // namespace himo

@@ -6,6 +6,7 @@ Names are open_clip's where it has the flag. "paper" marks the values of HiMo-CL
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -30,9 +31,17 @@ class TrainConfig:
     csv_img_key: str | None = _flag(None, "column of the image; by default filepath, image, ...")
     csv_caption_key: str | None = _flag(None, "column of the caption; default title, caption, ...")
     skip_missing_images: bool = _flag(False, "train without the images that are not there")
+    follow_links: bool = _flag(False, "let links below the image root lead out of it")
+    short_captions: bool = _flag(False, "train on caption_short where a record has one")
+    train_num_samples: int | None = _flag(None, "pairs to train on, the first ones; default all")
     max_bad_fraction: float = _flag(0.01, "share of unreadable images that ends the run")
     image_mode: Literal["exact", "fast"] = _flag("exact", "exact resize, or the faster one")
     workers: int = _flag(2, "processes that read images; 0 reads in the training process")
+
+    # Validation: retrieval, into metrics.jsonl
+    val_data: str | None = _flag(None, "data set to validate on, read with the same data flags")
+    held_out: int = _flag(0, "or: first pairs of train-data, then not trained on; ShareGPT4V 1000")
+    val_frequency: int = _flag(1, "epochs between two validations; the last epoch has one too")
 
     # Model
     model: str = _flag("ViT-B-16", "configuration of a new model; --pretrained decides its own")
@@ -40,6 +49,7 @@ class TrainConfig:
     lock_image: bool = _flag(False, "freeze the image tower")
     lock_text: bool = _flag(False, "freeze the text tower")
     grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
+    compile: bool = _flag(False, "torch.compile for both towers; needs a C++ compiler on a CPU")
 
     # Loss
     loss: Literal["himo", "clip"] = _flag("himo", "HiMo loss, or plain CLIP for comparison")
@@ -50,7 +60,9 @@ class TrainConfig:
     gap_eps: float = _flag(1e-4, "floor of HiDe's eigenvalue gap; caps rare gradient spikes")
 
     # Optimisation
-    batch_size: int = _flag(128, "pairs in a batch; paper 128 on each of 8 GPUs")
+    batch_size: int = _flag(128, "pairs in a batch of one process; paper 128 on each of 8 GPUs")
+    accum_freq: int = _flag(1, "batches that make one: contrasted together, in the memory of one")
+    keep_last_batch: bool = _flag(False, "also train on the smaller batch at an epoch's end")
     epochs: int = _flag(10, "passes over the data; paper 10")
     lr: float = _flag(1e-6, "peak learning rate; paper 1e-6 (fine-tuning)")
     wd: float = _flag(1e-2, "weight decay of matrices; paper 1e-2")
@@ -59,6 +71,10 @@ class TrainConfig:
     eps: float = _flag(1e-8, "AdamW")
     warmup: int = _flag(200, "steps to the peak learning rate, then a cosine to 0; paper 200")
     grad_clip_norm: float | None = _flag(None, "largest norm of the gradient")
+    exchange: Literal["gather", "ring"] = _flag(
+        "gather", "of texts between processes; ring: O(N/W)"
+    )
+    rank_timeout: float = _flag(15.0, "seconds without a sign of life until a process is gone")
     precision: Literal["fp32", "amp_bf16"] = _flag("fp32", "float32, or bfloat16 autocast")
     seed: int = _flag(0, "of the initial weights, the order of the data and replaced images")
     device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
@@ -76,12 +92,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, minimum in _MINIMA.items():
             value = getattr(self, name)
-            if value is not None and not value >= minimum:
+            if value is not None and not minimum <= value < math.inf:
                 raise HimoError(f"--{_dashed(name)}: expected at least {minimum}, got {value}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise HimoError(f"--{_dashed(name)}: expected {low} to {high}, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise HimoError(f"--{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if self.val_data is not None and self.held_out:
+            raise HimoError("--held-out: expected none beside --val-data, or no --val-data")
         if self.tau is not None and not 0 < self.tau <= 1:
             raise HimoError(f"--tau: expected a number in (0, 1], got {self.tau}")
         if not self.train_data:
@@ -97,10 +118,10 @@ class TrainConfig:
 
 _MINIMA: dict[str, float] = {
     "batch_size": 2,
+    "accum_freq": 1,
+    "rank_timeout": 3.0,
     "epochs": 1,
     "warmup": 0,
-    "workers": 0,
-    "threads": 0,
     "lr": 0.0,
     "wd": 0.0,
     "eps": 0.0,
@@ -110,14 +131,17 @@ _MINIMA: dict[str, float] = {
     "save_frequency": 1,
     "save_every_n_steps": 0,
     "keep_checkpoints": 0,
-    "seed": 0,
     "grad_clip_norm": 0.0,
+    "train_num_samples": 1,
+    "held_out": 0,
+    "val_frequency": 1,
 }
-_RANGES = {
+_RANGES: dict[str, tuple[float, float]] = {
     "max_bad_fraction": (0.0, 1.0),
     "label_smoothing": (0.0, 1.0),
-    "beta1": (0.0, 1.0),
-    "beta2": (0.0, 1.0),
+    "workers": (0, 1024),  # each is a process
+    "threads": (0, 1024),  # torch crashes on far more
+    "seed": (0, 2**63 - 1),  # 64 bits and a sign, wherever it is stored
 }
 
 

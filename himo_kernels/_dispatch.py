@@ -29,12 +29,18 @@ class Backend:
     kernels maps the operator's pass, "fwd" or "bwd", to a function of the schema's arguments
     without the trailing backend name. why_not(*tensors) returns the reason why the backend cannot
     take these tensors, or None. A backend with auto=False runs only when named: it is not yet run
-    on the hardware that it is for.
+    on the hardware that it is for. Where auto is a function of the tensors, "auto" takes the
+    backend for those it returns True for, by shape, dtype and device: the others run faster on the
+    backends after it.
     """
 
     kernels: Mapping[str, Callable[..., object]]
     why_not: Callable[..., str | None] = lambda *tensors: None
-    auto: bool = True
+    auto: bool | Callable[..., bool] = True
+
+    def suits(self, *tensors: Tensor) -> bool:
+        """Returns whether "auto" may take this backend for these tensors, if it can run."""
+        return self.auto if isinstance(self.auto, bool) else self.auto(*tensors)
 
 
 class Operator:
@@ -48,17 +54,20 @@ class Operator:
     def define(
         self, direction: str, schema: str, fake: Callable[..., object]
     ) -> torch._ops.OpOverload:
-        """Returns torch.ops.himo_kernels.<name>_<direction>; the last argument is `str backend`.
+        """Returns torch.ops.himo_kernels.<name>_<direction>; its last positional is `str backend`.
+
+        Keyword-only arguments of the schema reach the kernels of a backend where they are not None.
 
         Outputs are made contiguous here, once for every backend, so that the strides of the fake
         are the strides of the result. Inside, dtypes follow the inputs and float32 is float32.
         """
 
-        def run(*args: object) -> object:
+        def run(*args: object, **optional: object) -> object:
             body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+            given = {name: value for name, value in optional.items() if value is not None}
             with torch.no_grad(), full_float32(device):
-                outputs = body(*args[:-1])
+                outputs = body(*args[:-1], **given)
             if isinstance(outputs, Tensor):
                 return outputs.contiguous()
             return tuple(output.contiguous() for output in outputs)  # type: ignore[attr-defined]
@@ -94,7 +103,7 @@ class Operator:
     def preferred(self, *tensors: Tensor) -> str | None:
         """Returns the first proven backend that can take these tensors: the choice of "auto"."""
         for name in BACKENDS:
-            if name in self.backends and self.backends[name].auto:
+            if name in self.backends and self.backends[name].suits(*tensors):
                 if self.why_not(name, *tensors) is None:
                     return name
         return None

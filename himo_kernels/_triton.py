@@ -36,10 +36,15 @@ MISSING = _find()  # why Triton cannot be used at all, or None
 
 def why_not(features: Tensor, *_: Tensor) -> str | None:
     """Returns why no Triton kernel can take these features, or None. torch.compile traces it."""
+    if MISSING is None and features.dtype == torch.float64:
+        return "needs float16, bfloat16 or float32, got float64"
+    return why_not_with_float64(features)
+
+
+def why_not_with_float64(features: Tensor, *_: Tensor) -> str | None:
+    """Returns the same for kernels that take float64 too."""
     if MISSING is not None:
         return MISSING
-    if features.dtype == torch.float64:
-        return "needs float16, bfloat16 or float32, got float64"
     if features.device.type == "cpu" and not INTERPRETED:
         return f"needs CUDA tensors, got cpu; {INTERPRETER_VARIABLE}=1 interprets the kernels there"
     if features.device.type not in ("cpu", "cuda"):

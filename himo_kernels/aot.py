@@ -28,7 +28,11 @@ TARGETS = (80, 90)  # A100, H100 and H200
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 # Modules with a function aot_cases() -> Iterable[Case].
-MODULES: tuple[str, ...] = ("himo_kernels.info_nce.triton",)
+MODULES: tuple[str, ...] = (
+    "himo_kernels.covariance.triton",
+    "himo_kernels.pca.triton",
+    "himo_kernels.info_nce.triton",
+)
 
 
 @dataclass(frozen=True)

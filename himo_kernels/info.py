@@ -53,8 +53,8 @@ def report() -> str:
         lines.append(f"{name:<12} {properties.name}, {capability}, {memory_gib:.0f} GiB")
     lines.append(f"{_dispatch.BACKEND_VARIABLE} = {_dispatch.default_backend()}")
     for name in dict.fromkeys(device.split(":")[0] for device in devices):
-        x = torch.zeros(1, 1, device=name)
-        lines += ["", f"operators on {name} (float32)"]
+        x = torch.empty(512, 512, device=name)  # "auto" leaves small ones to the reference at times
+        lines += ["", f"operators on {name} (float32, 512 x 512)"]
         for operator in _dispatch.OPERATORS.values():
             lines.append(f"  {operator.name}: auto takes {_choice(operator, x)}")
             lines += [f"    {b:<10} {_status(operator, b, x)}" for b in _dispatch.BACKENDS]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 # times slower wherever anything else uses the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Before the first product on a GPU: cuBLAS is deterministic with workspaces of one size.
+# Deterministic mode, which the fixture below turns on, lets cuBLAS run only with this (or :16:8).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
@@ -24,6 +24,12 @@ _seed = int(os.environ.get(SEED_VARIABLE, secrets.randbelow(2**31)))
 
 def pytest_report_header() -> str:
     return f"random inputs: {SEED_VARIABLE}={_seed}"
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """The seed of this run, for processes that draw inputs of their own."""
+    return _seed
 
 
 @pytest.fixture

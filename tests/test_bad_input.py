@@ -251,11 +251,17 @@ SETTING_MISTAKES = {
     "gap_eps": (PCAS, {**NUMBERS, "None": _instead(None, TypeError, "NoneType")}),
     "label_smoothing": (LOSSES, {**NUMBERS, "above 1": _instead(1.5, ValueError, "1.5")}),
     "component_weight": (("HiMoLoss",), NUMBERS),
+    # inf keeps all logits.
+    "keep_logits_mib": (
+        ("info_nce", "dual_info_nce", "dual_info_nce_low_rank"),
+        {name: mistake for name, mistake in NUMBERS.items() if name != "inf"},
+    ),
     "differentiate_basis": (("pca_reconstruct", "HiDe", "HiMoLoss"), FLAGS),
     "differentiate_keys": (("info_nce", "dual_info_nce", "dual_info_nce_low_rank"), FLAGS),
     "normalize_features": (("HiMoLoss",), FLAGS),
     "normalize_components": (("HiMoLoss",), FLAGS),
     "gather_with_grad": (("HiMoLoss",), FLAGS),
+    "check_ranks": (("HiMoLoss",), FLAGS),
     "check_finite": (ALL, {**FLAGS, "None": _instead(None, TypeError, "NoneType")}),
     "dtype": (
         ("covariance", "gram"),
@@ -506,6 +512,10 @@ TEXTS = {
     "HiMoLoss: expected preset to be one of ['paper', 'official'], got 'Paper'": (
         ValueError,
         lambda: nn.HiMoLoss("Paper"),
+    ),
+    "HiMoLoss: expected strategy to be one of ['gather', 'ring'], got 'all'": (
+        ValueError,
+        lambda: nn.HiMoLoss(strategy="all"),
     ),
     "HiMoLoss: expected pca_scope to be 'global' or 'local', got 'rank'": (
         ValueError,

@@ -85,11 +85,15 @@ def test_every_backend_has_a_forward_and_a_backward(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-def test_the_schema_ends_in_the_backend_and_changes_nothing(name: str, direction: str) -> None:
+def test_the_schema_ends_in_the_backend_and_changes_no_input(name: str, direction: str) -> None:
     schema = getattr(torch.ops.himo_kernels, f"{name}_{direction}").default._schema
-    assert schema.arguments[-1].name == "backend"
-    assert str(schema.arguments[-1].type) == "str"
-    assert not schema.is_mutable
+    *positional, last = [argument for argument in schema.arguments if not argument.kwarg_only]
+    assert last.name == "backend"
+    assert str(last.type) == "str"
+    assert not any(argument.alias_info for argument in positional)
+    # What a forward writes beside its results is asked for by name: the kept logits.
+    written = [argument.name for argument in schema.arguments if argument.alias_info]
+    assert written in ([], ["products"])
     assert all(result.alias_info is None for result in schema.returns)
 
 
@@ -134,6 +138,18 @@ def test_auto_leaves_an_unproven_backend_that_runs_by_name(
     actual = _forward_and_backward(x, "triton")
     assert passes == ["fwd", "bwd"]
     assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.usefixtures("only_reference")
+def test_auto_takes_a_backend_for_the_shapes_that_suit_it(
+    x: Tensor, register: Callable[..., list[str]]
+) -> None:
+    passes = register("cpu", auto=lambda x: x.shape[-1] > 3)
+    _forward_and_backward(x, "auto")
+    assert passes == []
+    _forward_and_backward(torch.cat([x, x], -1), "auto")
+    _forward_and_backward(x, "cpu")  # by name it takes every shape
+    assert passes == ["fwd", "bwd"] * 2
 
 
 def test_auto_with_nothing_left_lists_the_reasons(
@@ -293,9 +309,10 @@ def test_an_unknown_name_in_the_variable_is_an_error_at_the_first_call() -> None
     assert f"  pca: auto takes nothing: {text}\n" in report
 
 
-def test_info_lists_versions_and_every_operator_with_every_backend(x: Tensor) -> None:
+def test_info_lists_versions_and_every_operator_with_every_backend() -> None:
     report = run_python("-m", "himo_kernels.info", HIMO_KERNELS_BACKEND="auto")
     _assert_complete(report)
+    x = torch.empty(512, 512)
     for name, operator in OPERATORS.items():
         assert f"  {name}: auto takes {operator.preferred(x)}\n" in report
 
@@ -309,7 +326,7 @@ def _assert_complete(report: str) -> None:
         r"extension +\S+",
         r"cpu +\S+, \d+ threads",
         r"HIMO_KERNELS_BACKEND = \S+",
-        r"operators on cpu \(float32\)",
+        r"operators on cpu \(float32, 512 x 512\)",
     ):
         assert re.search(f"(?m)^{line}", report), f"{line} is not in\n{report}"
     on_cpu = report.split("operators on cpu")[1].split("\n\n")[0]

@@ -59,6 +59,24 @@ def himo_loss(
     all_texts = all_gather_constants(text_features)
     all_components = all_gather_constants(component_features)
 
+    return dual_loss(
+        image_features,
+        text_features,
+        component_features,
+        logit_scale,
+        (all_images, all_texts, all_components),
+    )
+
+
+def dual_loss(
+    image_features: Tensor,  # [N, D], this rank's rows
+    text_features: Tensor,  # [N, D]
+    component_features: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    gathered: tuple[Tensor, Tensor, Tensor],  # the three of all ranks, [W * N, D], constants
+) -> tuple[Tensor, Tensor]:
+    """(global loss, component loss): four products and four cross-entropies."""
+    all_images, all_texts, all_components = gathered
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     rows = image_features.shape[0]
     labels = torch.arange(rows, device=image_features.device) + rank * rows

@@ -19,3 +19,19 @@
   TORCH_CHECK_VALUE((tensor).device().is_cpu() && (tensor).layout() == at::kStrided, op, \
                     ": expected ", name, " to be a strided CPU tensor, got layout ",     \
                     (tensor).layout(), " on ", (tensor).device())
+
+namespace himo {
+
+inline bool is_computing_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble;
+}
+
+inline void check_features(const char* op, const char* name, const at::Tensor& x) {
+  HIMO_CHECK_CPU(op, name, x);
+  HIMO_CHECK_SHAPE(x.dim() >= 2, op, name, x, "[*, N, D]");
+  const auto dtype = x.scalar_type();
+  HIMO_CHECK_DTYPE(is_computing_dtype(dtype) || dtype == at::kHalf || dtype == at::kBFloat16, op,
+                   name, "float16, bfloat16, float32 or float64", dtype);
+}
+
+}  // namespace himo

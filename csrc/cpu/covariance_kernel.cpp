@@ -1,5 +1,5 @@
 // Centred products by blocks: a block of rows (covariance) or of columns (gram) is centred into a
-// buffer of the computing dtype and added to the product with addmm, so that no [N, D] temporary is
+// buffer of the computing dtype and added to the product, so that no [N, D] temporary is
 // made. Extra memory: one block, and 64 * D doubles of partial sums.
 //
 // Blocks are cut by the shape of x alone, never by the number of threads, and each sum has one
@@ -14,197 +14,53 @@
 #include <algorithm>
 #include <vector>
 
-// The loops over memory are compiled for wider vectors too; the processor chooses at load time, by
-// what GNU's C library has for that. They only add and subtract: no width changes a result.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define HIMO_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define HIMO_WIDE
-#endif
+#include "cpu/centring.h"
+#include "cpu/dense.h"
 
 namespace himo::cpu {
 namespace {
 
-// A block holds 8 MiB of float64, or 256 rows (columns, for gram) where those are longer than that:
-// fewer would spend the time on the product's own memory, and on starting threads.
-constexpr int64_t kBlockElements = 1024 * 1024;
-constexpr int64_t kBlockLines = 256;
+// Rows of the product that one call computes, up to the diagonal: half of them, which leaves out a
+// quarter of the multiplications, or 192 rows, at D = 768 3/8. Narrower panels lose more in the
+// matrix product than they leave out.
+constexpr int64_t kPanel = 192, kNarrowPanel = 48;
+// Below this inner size the time goes into writing the product, and one call writes it fastest.
+constexpr int64_t kThin = 16;
 
-// Rows of the product that one addmm computes, up to the diagonal: at D = 768 this leaves out 3/8
-// of the multiplications. Narrower panels lose more in the matrix product than they leave out.
-constexpr int64_t kPanel = 192;
-// Below this inner size the time goes into writing the product, and one addmm writes it fastest.
-constexpr int64_t kThin = 128;
+constexpr int64_t kTile = 32;  // a square of 8 KiB in float64, in the first-level cache
 
-// The mean is cut into row blocks that are summed apart and then added in order: of at least 64
-// rows, so that two threads share 128 of them; at most 64 blocks, which bounds the partial sums.
-constexpr int64_t kMeanRows = 64;
-constexpr int64_t kMeanBlocks = 64;
-constexpr int64_t kMeanColumns = 512;  // 4 KiB of partial sums: they stay in the first-level cache
-
-constexpr int64_t kTile = 32;      // a square of 8 KiB in float64, in the first-level cache
-constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it saves
-
-int64_t grain(int64_t elements_per_task) {
-  return at::divup(kGrain, std::max<int64_t>(elements_per_task, 1));
-}
-
-// Returns where problem b begins, in elements from the data pointer. A reshape of x to [B, N, D]
-// would copy an expanded or permuted x whole.
-int64_t problem_offset(const at::Tensor& x, int64_t b) {  // [*, N, D]
-  int64_t offset = 0;
-  for (int64_t dim = x.dim() - 3; dim >= 0; --dim) {
-    offset += b % x.size(dim) * x.stride(dim);
-    b /= x.size(dim);
-  }
-  return offset;
-}
+// Elements of a problem from which on panels of its own gain more than a part in a larger bmm.
+constexpr int64_t kLargeProblem = 64 * 1024;
 
 // Returns how many problems are taken at a time. Small ones share a block and one bmm: a call of
-// each costs more than the arithmetic. A product wider than a panel gains more from the panels.
+// each costs more than the arithmetic.
 int64_t group_size(const at::Tensor& x, int64_t batch, int64_t side) {  // [*, N, D]
   const int64_t elements = std::max<int64_t>(x.size(-2) * x.size(-1), 1);
-  if (side > kPanel || elements > kBlockElements / 2 || batch == 0) return 1;
+  if (side > kPanel || elements > kLargeProblem || batch == 0) return 1;
   const int64_t groups = at::divup(batch, kBlockElements / elements);
   return at::divup(batch, groups);  // of even size: a short last group would leave threads idle
 }
 
 // Returns how many rows (columns, for gram) are centred at a time: all of them in a group.
-int64_t block_lines(int64_t group, int64_t lines, int64_t length) {
-  if (group > 1) return lines;
-  return std::min(lines, std::max(kBlockLines, kBlockElements / std::max<int64_t>(length, 1)));
+int64_t lines_of_group(int64_t group, int64_t lines, int64_t length) {
+  return group > 1 ? lines : block_lines(lines, length);
 }
 
-// sums[j] += x[i, j]; the inner loop runs along the smaller stride.
-template <typename scalar_t>
-HIMO_WIDE void add_rows(const scalar_t* x,  // [rows, columns]
-                        int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
-                        double* sums) {  // [columns]
-  if (column_stride <= row_stride) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const scalar_t* row = x + i * row_stride;
-      if (column_stride == 1) {
-        for (int64_t j = 0; j < columns; ++j) sums[j] += static_cast<double>(row[j]);
-      } else {
-        for (int64_t j = 0; j < columns; ++j) {
-          sums[j] += static_cast<double>(row[j * column_stride]);
-        }
-      }
-    }
-    return;
-  }
-  for (int64_t j = 0; j < columns; ++j) {
-    const scalar_t* column = x + j * column_stride;
-    double sum = 0;
-    for (int64_t i = 0; i < rows; ++i) sum += static_cast<double>(column[i * row_stride]);
-    sums[j] += sum;
-  }
+template <typename T>
+Matrix<T> matrix_of(const at::Tensor& tensor) {  // [M, K]
+  return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.size(0), tensor.size(1),
+          tensor.stride(0), tensor.stride(1)};
 }
 
-// out[k] = x[k * stride] - mean[k * mean_step]; mean_step is 0 or 1. The difference is taken in
-// float64 and rounded once.
-template <typename in_t, typename out_t>
-HIMO_WIDE void centre_line(const in_t* x, int64_t stride, const double* mean, int64_t mean_step,
-                           int64_t size, out_t* out) {
-  if (stride != 1) {
-    for (int64_t k = 0; k < size; ++k) {
-      out[k] = static_cast<out_t>(static_cast<double>(x[k * stride]) - mean[k * mean_step]);
-    }
-  } else if (mean_step == 1) {
-    for (int64_t k = 0; k < size; ++k) {
-      out[k] = static_cast<out_t>(static_cast<double>(x[k]) - mean[k]);
-    }
-  } else {
-    const double shift = mean[0];
-    for (int64_t k = 0; k < size; ++k) {
-      out[k] = static_cast<out_t>(static_cast<double>(x[k]) - shift);
-    }
-  }
-}
-
-// Returns the means [count, D] of problems b to b + count, in float64 whatever the dtype of x:
-// rounding one to float32 would shift every row of X alike, which a large mean turns into the
-// leading error.
-std::vector<double> column_means(const at::Tensor& x, int64_t b, int64_t count) {  // [*, N, D]
-  const int64_t samples = x.size(-2), features = x.size(-1);
-  const int64_t row_stride = x.stride(-2), column_stride = x.stride(-1);
-  const int64_t blocks = std::clamp(at::divup(samples, kMeanRows), int64_t{1}, kMeanBlocks);
-  const int64_t block_rows = at::divup(samples, blocks);
-  const int64_t column_blocks = at::divup(features, kMeanColumns);
-  std::vector<double> partial(count * blocks * features, 0.0);  // [count, blocks, D]
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "column_means", [&] {
-    const scalar_t* data = x.const_data_ptr<scalar_t>();
-    const auto sum_block = [&](int64_t problem, int64_t block, int64_t column_block) {
-      const int64_t i = block * block_rows, j = column_block * kMeanColumns;
-      if (i >= samples) return;  // 64 blocks of whole rows may end before the last block
-      add_rows(data + problem_offset(x, b + problem) + i * row_stride + j * column_stride,
-               std::min(block_rows, samples - i), std::min(kMeanColumns, features - j), row_stride,
-               column_stride, partial.data() + (problem * blocks + block) * features + j);
-    };
-    at::parallel_for(0, count * blocks * column_blocks,
-                     grain(block_rows * std::min(features, kMeanColumns)),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t task = begin; task < end; ++task) {
-                         const int64_t rest = task / column_blocks;
-                         sum_block(rest / blocks, rest % blocks, task % column_blocks);
-                       }
-                     });
+// out = left right + beta out
+void add_product(const at::Tensor& out,    // [M, N]
+                 const at::Tensor& left,   // [M, K]
+                 const at::Tensor& right,  // [K, N]
+                 double beta) {
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "add_product", [&] {
+    multiply(matrix_of<scalar_t>(left), matrix_of<scalar_t>(right), matrix_of<scalar_t>(out),
+             scalar_t{1}, static_cast<scalar_t>(beta));
   });
-  std::vector<double> means(count * features, 0.0);  // [count, D]
-  for (int64_t problem = 0; problem < count; ++problem) {
-    double* mean = means.data() + problem * features;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const double* sums = partial.data() + (problem * blocks + block) * features;
-      for (int64_t j = 0; j < features; ++j) mean[j] += sums[j];
-    }
-    for (int64_t j = 0; j < features; ++j) mean[j] /= static_cast<double>(samples);
-  }
-  return means;
-}
-
-// The part of x that is centred at a time: rows and columns of problems b to b + count.
-struct Block {
-  int64_t b, count;
-  int64_t row, rows;
-  int64_t column, columns;
-};
-
-// Returns x - mean for the block, [count, rows, columns], in the buffer's dtype. It lies in memory
-// as x does, rows or columns first, so that both sides are read and written in order; a matrix
-// product takes either.
-at::Tensor centre(const at::Tensor& x,  // [*, N, D]
-                  const double* means,  // [count, D]
-                  const Block& block,
-                  const at::Tensor& buffer) {  // [>= count * rows * columns]
-  const int64_t row_stride = x.stride(-2), column_stride = x.stride(-1), features = x.size(-1);
-  const bool by_rows = column_stride <= row_stride;
-  const int64_t lines = by_rows ? block.rows : block.columns;
-  const int64_t length = by_rows ? block.columns : block.rows;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "centre", [&] {
-    using in_t = scalar_t;
-    const in_t* data =
-        x.const_data_ptr<in_t>() + block.row * row_stride + block.column * column_stride;
-    AT_DISPATCH_FLOATING_TYPES(buffer.scalar_type(), "centre", [&] {
-      scalar_t* out = buffer.mutable_data_ptr<scalar_t>();
-      at::parallel_for(0, block.count * lines, grain(length), [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t problem = task / lines, line = task % lines;
-          const in_t* source = data + problem_offset(x, block.b + problem);
-          const double* mean = means + problem * features + block.column;
-          if (by_rows) {
-            centre_line(source + line * row_stride, column_stride, mean, 1, length,
-                        out + task * length);
-          } else {
-            centre_line(source + line * column_stride, row_stride, mean + line, 0, length,
-                        out + task * length);
-          }
-        }
-      });
-    });
-  });
-  const auto centred =
-      buffer.narrow(0, 0, block.count * lines * length).view({block.count, lines, length});
-  return by_rows ? centred : centred.transpose(1, 2);
 }
 
 // product [count, M, M] = left left^T, or += unless first. One problem goes by panels of rows, each
@@ -217,39 +73,56 @@ void add_lower_product(const at::Tensor& product,  // [count, M, M]
     return;
   }
   const auto rows = left.select(0, 0), out = product.select(0, 0);
-  const int64_t side = out.size(0), panel = first && rows.size(1) < kThin ? side : kPanel;
+  const int64_t side = out.size(0);
+  const int64_t half = at::divup(side, 2 * kTile) * kTile;
+  const int64_t panel =
+      first && rows.size(1) < kThin ? side : std::clamp(half, kNarrowPanel, kPanel);
   for (int64_t i = 0; i < side; i += panel) {
     const int64_t end = std::min(i + panel, side);
-    out.narrow(0, i, end - i)
-        .narrow(1, 0, end)
-        .addmm_(rows.narrow(0, i, end - i), rows.narrow(0, 0, end).t(), first ? 0 : 1);
+    add_product(out.narrow(0, i, end - i).narrow(1, 0, end), rows.narrow(0, i, end - i),
+                rows.narrow(0, 0, end).t(), first ? 0 : 1);
   }
 }
 
-// Copies the lower triangles onto the upper ones, tile by tile through a small square, so that both
-// sides are read and written along their rows.
+// Copies a tile of the lower triangle onto the upper one. A whole tile goes by squares of
+// registers, which both sides are read and written along the rows of.
+template <typename T>
+HIMO_WIDE void mirror_tile(T* matrix, int64_t side, int64_t i0, int64_t j0) {  // j0 <= i0
+  constexpr int64_t kSquare = 8;
+  const int64_t rows = std::min(kTile, side - i0);
+  if (i0 == j0 || rows < kTile) {
+    for (int64_t i = i0; i < i0 + rows; ++i) {
+      const int64_t end = i0 == j0 ? i : j0 + kTile;
+      for (int64_t j = j0; j < end; ++j) matrix[j * side + i] = matrix[i * side + j];
+    }
+    return;
+  }
+  for (int64_t j = j0; j < j0 + kTile; j += kSquare) {
+    for (int64_t i = i0; i < i0 + kTile; i += kSquare) {
+      T square[kSquare][kSquare];
+      for (int64_t a = 0; a < kSquare; ++a) {
+        for (int64_t b = 0; b < kSquare; ++b) square[b][a] = matrix[(i + a) * side + j + b];
+      }
+      for (int64_t b = 0; b < kSquare; ++b) {
+        for (int64_t a = 0; a < kSquare; ++a) matrix[(j + b) * side + i + a] = square[b][a];
+      }
+    }
+  }
+}
+
 void mirror_lower(const at::Tensor& product) {  // [count, M, M], contiguous
   const int64_t side = product.size(1), tiles = at::divup(side, kTile);
   AT_DISPATCH_FLOATING_TYPES(product.scalar_type(), "mirror_lower", [&] {
     scalar_t* data = product.mutable_data_ptr<scalar_t>();
-    const auto copy_tile = [side](scalar_t* matrix, int64_t i0, int64_t j0) {  // j0 <= i0
-      scalar_t square[kTile][kTile + 1];  // + 1: a column must not fall on one set of the cache
-      const int64_t rows = std::min(kTile, side - i0), columns = std::min(kTile, side - j0);
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) square[j][i] = matrix[(i0 + i) * side + j0 + j];
-      }
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t first = i0 == j0 ? j + 1 : 0;  // of the diagonal tile, the upper half
-        for (int64_t i = first; i < rows; ++i) matrix[(j0 + j) * side + i0 + i] = square[j][i];
-      }
-    };
     at::parallel_for(
         0, product.size(0) * tiles, grain(kTile * side / 2), [&](int64_t begin, int64_t end) {
           for (int64_t task = begin; task < end; ++task) {
             scalar_t* matrix = data + task / tiles * side * side;
             // Long and short rows of tiles in turn: threads take runs of tasks.
             const int64_t k = task % tiles, row = k % 2 == 0 ? k / 2 : tiles - 1 - k / 2;
-            for (int64_t j0 = 0; j0 <= row * kTile; j0 += kTile) copy_tile(matrix, row * kTile, j0);
+            for (int64_t j0 = 0; j0 <= row * kTile; j0 += kTile) {
+              mirror_tile(matrix, side, row * kTile, j0);
+            }
           }
         });
   });
@@ -276,7 +149,7 @@ void write_gradient(const at::Tensor& left,      // [count, n, k]
   if (sum.size(0) > 1) {
     sum.baddbmm_(left, right);
   } else {
-    sum.select(0, 0).addmm_(left.select(0, 0), right.select(0, 0));
+    add_product(sum.select(0, 0), left.select(0, 0), right.select(0, 0), 1);
   }
   if (scratch.defined()) target.copy_(sum);
 }
@@ -292,7 +165,7 @@ void covariance_fwd(const at::Tensor& x,             // [*, N, D]
                     const at::Tensor& covariance) {  // [B, D, D]
   const int64_t samples = x.size(-2), features = x.size(-1), batch = mean.size(0);
   const int64_t group = group_size(x, batch, features);
-  const int64_t step = block_lines(group, samples, features);
+  const int64_t step = lines_of_group(group, samples, features);
   const auto buffer = at::empty({group * step * features}, mean.options());
   if (samples == 0) covariance.zero_();
   for (int64_t b = 0; b < batch; b += group) {
@@ -314,7 +187,7 @@ void gram_fwd(const at::Tensor& x,       // [*, N, D]
               const at::Tensor& gram) {  // [B, N, N]
   const int64_t samples = x.size(-2), features = x.size(-1), batch = mean.size(0);
   const int64_t group = group_size(x, batch, samples);
-  const int64_t step = block_lines(group, features, samples);
+  const int64_t step = lines_of_group(group, features, samples);
   const auto buffer = at::empty({group * samples * step}, mean.options());
   if (features == 0) gram.zero_();
   for (int64_t b = 0; b < batch; b += group) {
@@ -338,7 +211,7 @@ void covariance_bwd(const at::Tensor& grad_mean,        // [B, D]
                     const at::Tensor& grad_x) {         // [B, N, D]
   const int64_t samples = x.size(-2), features = x.size(-1), batch = grad_mean.size(0);
   const int64_t group = group_size(x, batch, features);
-  const int64_t step = block_lines(group, samples, features);
+  const int64_t step = lines_of_group(group, samples, features);
   const auto buffer = at::empty({group * step * features}, grad_mean.options());
   const auto scratch = scratch_like(buffer, grad_x);
   for (int64_t b = 0; b < batch; b += group) {
@@ -364,7 +237,7 @@ void gram_bwd(const at::Tensor& grad_mean,  // [B, D]
               const at::Tensor& grad_x) {   // [B, N, D]
   const int64_t samples = x.size(-2), features = x.size(-1), batch = grad_mean.size(0);
   const int64_t group = group_size(x, batch, samples);
-  const int64_t step = block_lines(group, features, samples);
+  const int64_t step = lines_of_group(group, features, samples);
   const auto buffer = at::empty({group * samples * step}, grad_mean.options());
   const auto scratch = scratch_like(buffer, grad_x);
   const auto means = mean.to(at::kDouble).contiguous();  // [B, D]

@@ -82,7 +82,7 @@ struct Factors {
   RightFactor<gradient_t> queries;   // right [N, K]
 
   explicit Factors(const InfoNCE& problem)
-      : positives(pad(problem.positives)),
+      : positives(at::zeros({padded(problem.query.size(0))}, problem.row_nll.options())),
         query(left_factor<factor_t>(problem.query)),
         key_turned(problem.key.t()) {
     if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
@@ -90,9 +90,32 @@ struct Factors {
   }
 };
 
+// Factors of every problem, with S_ii = scale q_i . k_i from the same products as the tiles': where
+// captions repeat, S_ij - S_ii is 0 to the bit.
 template <typename factor_t, typename gradient_t>
-std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems) {
-  return {problems.begin(), problems.end()};
+std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems,
+                                                      double scale) {
+  using acc_t = accumulator_t<factor_t>;
+  constexpr int64_t kBlock = 32;  // of the diagonal
+  std::vector<Factors<factor_t, gradient_t>> factors(problems.begin(), problems.end());
+  const int64_t count = problems.size(), samples = problems[0].query.size(0);
+  const int64_t blocks = at::divup(samples, kBlock);
+  at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const auto& own = factors[task / blocks];
+      const int64_t row = task % blocks * kBlock, rows = std::min(kBlock, samples - row);
+      const int64_t stride = own.query.stride(0);
+      acc_t products[kBlock * kBlock];
+      own.key_turned.multiply(own.query.template const_data_ptr<factor_t>() + row * stride, stride,
+                              rows, 0, problems[0].query.size(1), row, rows, /*add=*/false,
+                              products, kBlock);
+      acc_t* positives = own.positives.template mutable_data_ptr<acc_t>() + row;
+      for (int64_t i = 0; i < rows; ++i) {
+        positives[i] = static_cast<acc_t>(scale) * products[i * kBlock + i];
+      }
+    }
+  });
+  return factors;
 }
 
 // A tile of query key^T: formed in scratch or in the kept products, or read from these.
@@ -125,8 +148,11 @@ struct ProductTile {
 template <typename factor_t>
 void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const auto factors = factors_of<factor_t, acc_t>(problems);
+  const auto factors = factors_of<factor_t, acc_t>(problems, scale);
   const int64_t samples = problems[0].query.size(0), width = padded(samples);
+  for (size_t b = 0; b < problems.size(); ++b) {
+    problems[b].positives.copy_(factors[b].positives.narrow(0, 0, samples));
+  }
   const int64_t row_blocks = at::divup(samples, kRows);
   const int64_t group_blocks = at::divup(row_blocks, kGroups);
   const int64_t groups = at::divup(row_blocks, group_blocks);
@@ -209,7 +235,7 @@ template <typename factor_t, typename gradient_t>
 double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const auto factors = factors_of<factor_t, gradient_t>(problems);
+  const auto factors = factors_of<factor_t, gradient_t>(problems, options.scale);
   const int64_t samples = problems[0].query.size(0), count = problems.size();
   const bool needs_query = problems[0].grad_query.defined();
   const bool needs_key = problems[0].grad_key.defined();

@@ -12,7 +12,7 @@ namespace himo::cpu {
 struct InfoNCE {
   at::Tensor query;       // [N, K], any strides
   at::Tensor key;         // [N, K], any strides, dtype of query
-  at::Tensor positives;   // [N] acc: S_ii
+  at::Tensor positives;   // [N] acc: S_ii, written forward
   at::Tensor row_nll;     // [N] acc, contiguous: written forward, read backward
   at::Tensor column_nll;  // [N] acc, contiguous
   at::Tensor products;    // [N, N] acc: query key^T, kept from forward to backward; or undefined

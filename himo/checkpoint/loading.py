@@ -25,6 +25,7 @@ from himo.checkpoint.safetensors_files import (
     write_safetensors,
 )
 from himo.checkpoint.torch_files import read_legacy, read_zip
+from himo.device import usable_device
 from himo.errors import HimoError
 from himo.files import open_regular
 from himo.model import CONFIGS, CLIPConfig, HiMoCLIP
@@ -78,7 +79,7 @@ def load(
         HimoError: the file is missing, damaged, no CLIP or, with strict, does not fit.
     """
     name = os.fspath(path)
-    target = _usable_device(device)
+    target = usable_device(device)
     state, metadata = read_state_dict(path)
     if stretch and metadata["layout"] != "himo":
         state = stretch_positions(state)
@@ -354,16 +355,6 @@ def _checksum(container: str, file_data: Mapping[str, str]) -> str:
     if container == "safetensors":
         return "sha256" if DIGEST in file_data else "none"
     return "none" if container == "torch legacy" else "crc32"
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (AssertionError, RuntimeError, TypeError) as error:  # AssertionError: no CUDA in torch
-        reason = str(error).strip().splitlines()[0]
-        raise HimoError(f"load: the device {device!r} cannot be used: {reason}") from error
-    return target
 
 
 def _say(line: str) -> None:

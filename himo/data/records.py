@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 from himo.errors import HimoError
+from himo.tokenizer import MAX_CLEANED
 
 # Longest record of a text file, in bytes. ShareGPT4V's are about 1,100 and the longest known
 # conversations 50,000; a limit keeps a file without any line break from filling the memory.
 MAX_RECORD = 1 << 20
+
+# Longest caption, in characters. The text towers read 248 tokens, some 1,200 characters; and what
+# is no plain ASCII takes time to clean that grows with the square of its length at worst.
+MAX_CAPTION = MAX_CLEANED
 
 # Names of the fields where none is given: open_clip's csv, ShareGPT4V and jsonl, HiMo-Docci.
 IMAGE_KEYS = ("filepath", "image", "img_path")
@@ -172,6 +177,10 @@ def make_record(line: int, image: Any, caption: Any, caption_short: Any = None) 
     name = check_text(image, "image path")
     long = check_text(caption, "caption")
     short = "" if caption_short is None else check_text(caption_short, SHORT_CAPTION_KEY)
+    for caption in (long, short):
+        if len(caption) > MAX_CAPTION:
+            message = f"caption has {len(caption):,} characters, the limit is {MAX_CAPTION:,}"
+            raise RecordError("too_long", message)
     if not name or not long:
         raise RecordError("empty", f"{'caption' if name else 'image path'} is empty")
     return Record(line, name, long, short)

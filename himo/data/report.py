@@ -67,14 +67,15 @@ class IndexReport:
     def check(self, max_bad_fraction: float) -> None:
         """HimoError if more than that share of the records is bad, or no sample is left."""
         if self.bad_count > max_bad_fraction * self.total:
-            share = f"{100 * self.bad_count / self.total:.2g} %"
+            share = f"{100 * self.bad_count / self.total:.3g} %"
             raise HimoError(
                 f"{self.source}: {self.bad_count} of {self.total} records are bad ({share}, the "
                 f"limit is {100 * max_bad_fraction:g} %): {_listed(self.bad)}; first: "
                 f"{self.bad_examples[0]}"
             )
         if self.records == 0:
-            raise HimoError(f"{self.source}: no sample is left{_sentence(self._left_out())}")
+            first = f"; first: {self.bad_examples[0]}" if self.bad_examples else ""
+            raise HimoError(f"{self.source}: no sample is left{_sentence(self._left_out())}{first}")
 
     def check_missing(self) -> None:
         """HimoError if an image is missing, with how many by folder and the first paths."""

@@ -10,7 +10,7 @@ from himo.data.folder import Folder
 from himo.data.index import DamagedIndex, SampleIndex, write_index
 from himo.data.jsonl import JsonLines
 from himo.data.paths import ImageRoot
-from himo.data.records import Source
+from himo.data.records import Source, regular_file
 from himo.data.sharegpt4v import ShareGPT4V
 from himo.data.table import Table
 from himo.data.webdataset import WebDataset
@@ -87,6 +87,8 @@ def open_dataset(
         "follow_links": follow_links,
     }
     reader = _reader(path, dataset_type, given)
+    if reader.kind not in ("folder", "webdataset"):  # which look for their parts themselves
+        regular_file(path)
     root = None
     if reader.image_root is not None and reader.kind != "folder":
         root = ImageRoot(image_root or reader.image_root, follow_links)

@@ -28,6 +28,7 @@ from himo.evaluate.metrics import (
 from himo.evaluate.result import (
     add_himo_docci,
     caption_curves,
+    caption_misses,
     prefix_curves,
     table,
     write_result,
@@ -76,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-line", action="store_true", help="of each text of a folder, as Urban1k is read"
     )
     parser.add_argument(
+        "--follow-links", action="store_true", help="let links of --data lead out of the image root"
+    )
+    parser.add_argument(
         "--captions-per-image",
         type=int,
         metavar="N",
@@ -103,10 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise HimoError(f"--out {out}: cannot be written")  # said before an hour of work
     opened = _open(args)  # before the model, because most mistakes are here
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, preprocess = load(args.pretrained, device, _DTYPES[args.precision])
+    model, preprocess = load(args.pretrained, args.device, _DTYPES[args.precision])
     encoder = Encoder(model, preprocess, args.batch_size, args.workers)
 
     # In the order of the file: what is read by people first, long lists last.
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         result |= captions.sections
         result["protocol"]["dataset"] = args.data  # as given, and not where it lies here
         curves = caption_curves(captions)
+        result["misses"] = caption_misses(captions)
     if args.himo_docci:
         prefixes = score_himo_docci(
             encoder, args.himo_docci, args.image_root, allow_missing=args.allow_missing
@@ -143,6 +145,7 @@ def _open(args: argparse.Namespace) -> tuple[SampleIndex, Coverage] | None:
         caption_key=args.csv_caption_key,
         separator=args.csv_separator,
         first_line=args.first_line,
+        follow_links=args.follow_links,
     )
 
 

@@ -28,6 +28,8 @@ class CaptionScores:
         captions: the images and captions that took part.
         series: for each caption the scores [n] of its first 1, ..., n sentences.
         coverage: of its records.
+        image_features: [N, E] and
+        text_features: [M, E], float32 on the CPU, L2-normalised, in the order of `captions`.
         sections: the parts of eval.json: protocol, retrieval, himo, coverage, histogram.
     """
 
@@ -35,6 +37,8 @@ class CaptionScores:
     captions: CaptionedSet
     series: list[Tensor]
     coverage: Coverage
+    image_features: Tensor
+    text_features: Tensor
     sections: dict[str, Any]
 
 
@@ -158,4 +162,4 @@ def evaluate_captions(
         "histogram": histogram,
         "ranks": ways["ranks"],
     }
-    return CaptionScores(index, captions, series, coverage, sections)
+    return CaptionScores(index, captions, series, coverage, image_features, text_features, sections)

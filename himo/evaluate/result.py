@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from himo.evaluate.captions import CaptionScores
@@ -19,6 +20,7 @@ from himo.files import atomic_path
 from himo.transforms import open_image
 
 _CURVES = 6  # images whose growth of similarity is in the result
+_MISSES = 6  # captions that are in it with another image that fits better
 _THUMBNAIL = 160  # pixels of the longer side
 
 
@@ -48,6 +50,31 @@ def prefix_curves(scores: PrefixScores) -> list[dict[str, Any]]:
             scores.series[chosen],
         )
         for chosen in _choice(scores.series)
+    ]
+
+
+def caption_misses(scores: CaptionScores) -> list[dict[str, Any]]:
+    """A fixed choice of captions whose image is not ranked first, and the nearest other image."""
+    captions, ranks = scores.captions, scores.sections["ranks"]["text_to_image"]
+    missed = [caption for caption, rank in enumerate(ranks) if rank > 1]
+    chosen = sorted(random.Random(0).sample(missed, min(_MISSES, len(missed))))
+    own = [captions.caption_images[caption] for caption in chosen]
+    similarity = scores.text_features[chosen] @ scores.image_features.t()
+    similarity[range(len(chosen)), own] = -torch.inf
+    nearest = similarity.argmax(dim=1).tolist() if chosen else []
+
+    def picture(image: int) -> dict[str, Any]:
+        row = captions.image_rows[image]
+        return {"name": scores.index[row].image, "thumbnail": thumbnail(scores.index, row)}
+
+    return [
+        {
+            "caption": captions.captions[caption],
+            "rank": ranks[caption],
+            "image": picture(image),
+            "first": picture(other),
+        }
+        for caption, image, other in zip(chosen, own, nearest, strict=True)
     ]
 
 

@@ -106,7 +106,8 @@ def _numbers(runs: Sequence[Run]) -> dict[str, Any]:
     entries = []
     for run_ in runs:
         results = dict(run_.evaluation or {})
-        results.pop("ranks", None)  # of every query: they stay in eval.json
+        for name in ("ranks", "misses"):  # of every query, and pictures: they stay in eval.json
+            results.pop(name, None)
         results["curves"] = [
             {"image": c.image, "segments": list(c.segments), "scores": list(c.scores)}
             for c in run_.curves

@@ -10,6 +10,9 @@ from typing import Any
 
 from himo.errors import HimoError
 from himo.files import open_regular
+from himo.report.misses import Miss
+from himo.report.misses import read as read_misses
+from himo.validation import COLUMNS as VALIDATION_COLUMNS
 
 # The columns of metrics.jsonl that are drawn; `step` is one of its own.
 COLUMNS = (
@@ -25,6 +28,7 @@ COLUMNS = (
     "data_time_s",
     "step_time_s",
     "samples_per_s",
+    *VALIDATION_COLUMNS,
 )
 FILES = ("config.json", "metrics.jsonl", "eval.json")
 
@@ -72,6 +76,7 @@ class Run:
     spectra: list[Spectrum] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     curves: list[Curve] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what is missing or wrong, as sentences
 
     def column(self, name: str) -> list[float | None]:
@@ -140,7 +145,7 @@ def read_run(path: Path) -> Run:
     run.evaluation = _read_object(
         run, "eval.json", "there are no evaluation results until himo eval has written some"
     )
-    _read_curves(run)
+    _read_pictures(run)
     return run
 
 
@@ -261,7 +266,7 @@ def _read_metrics(run: Run) -> None:
             run.spectra.append(Spectrum(step, kept, tuple(ratios[:_MAX_COMPONENTS])))
 
 
-def _read_curves(run: Run) -> None:
+def _read_pictures(run: Run) -> None:
     if run.evaluation is None:
         return
     entries = run.evaluation.get("curves")
@@ -287,6 +292,10 @@ def _read_curves(run: Run) -> None:
         run.notes.append(f"eval.json: {what} could not be read and left out.")
     elif not run.curves:
         run.notes.append("eval.json holds no similarity curves.")
+    run.misses, bad = read_misses(run.evaluation.get("misses"), is_thumbnail)
+    if bad:
+        what = plural(bad, "miss", "misses")
+        run.notes.append(f"eval.json: {what} of retrieval could not be read and left out.")
 
 
 def is_thumbnail(value: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from himo.report import evaluation, monotonicity, training
+from himo.report import evaluation, misses, monotonicity, training
 from himo.report.charts import colour_class, swatch, text
 from himo.report.data import Run, differing, lookup, plural
 from himo.report.growth import CHOICE, card, examples
@@ -56,6 +56,11 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
             monotonicity.himo(runs),
         ),
         _growth(runs),
+        _section(
+            "What it mistakes",
+            "Captions that another image fits better than their own.",
+            misses.section([run.misses for run in runs], [run.label for run in runs]),
+        ),
         *(_training(runs) if any(run.step for run in runs) else []),
         _section("Settings", "", _settings(runs)),
     ]
@@ -69,23 +74,32 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
 
 def _training(runs: Sequence[Run]) -> list[str]:
     """The sections on training; all of them, so that what was not logged is seen."""
+
+    def charts(content: str) -> str:
+        return content and f'<div class="charts">{content}</div>'
+
     return [
         _section(
             "Loss",
             "Bold: moving average; faint: as logged. The number beside a title is the last value "
             "logged.",
-            f'<div class="charts">{training.losses(runs)}</div>',
+            charts(training.losses(runs)),
+        ),
+        _section(
+            "Retrieval while training",
+            "On held-out pairs, after an epoch.",
+            charts(training.validation(runs)),
         ),
         _section(
             "What the projection keeps",
             "Each batch of text features is projected on its R leading principal components, the "
             "fewest that hold a share τ of the variance. That is what the component loss sees.",
-            f'<div class="charts">{training.spectrum_charts(runs)}</div>',
+            charts(training.spectrum_charts(runs)),
         ),
         _section(
             "Optimisation",
             "",
-            f'<div class="charts">{training.optimisation(runs)}</div>',
+            charts(training.optimisation(runs)),
         ),
     ]
 

@@ -175,6 +175,15 @@ color:var(--quiet);font-size:13px;padding:12px}
 .big .scene{gap:32px;margin-bottom:20px}
 .big .scene img{width:auto;max-width:min(100%,420px);max-height:420px}
 @media(min-width:641px){.big .scene img{max-width:44%}}
+.misses{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:40px}
+.miss{display:flex;flex-wrap:wrap;gap:8px 16px;min-width:0;align-content:flex-start}
+.miss>p{flex-basis:100%;margin:0;font-size:14px;line-height:1.55;overflow-wrap:anywhere}
+.miss>div{width:132px}
+.miss img{display:block;max-width:100%;max-height:132px;border-radius:6px;background:var(--panel)}
+.miss .noimage{padding:40px 12px;text-align:center;border-radius:6px;background:var(--panel);
+color:var(--quiet);font-size:13px}
+.miss .said{color:var(--text)}
+.miss small{color:var(--quiet);font-size:12px}
 .choice{display:flex;flex-wrap:wrap;gap:6px 22px;margin:0 0 32px;padding:0;border:0;font-size:15px}
 .choice label{display:flex;gap:8px;align-items:center;cursor:pointer}
 .choice input{margin:0;accent-color:var(--c0)}

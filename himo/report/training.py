@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from himo.report.charts import (
     Line,
@@ -15,6 +16,7 @@ from himo.report.charts import (
     series_class,
 )
 from himo.report.data import Run, Spectrum, as_number
+from himo.report.evaluation import DIRECTIONS
 from himo.report.scales import (
     Scale,
     finite_only,
@@ -46,6 +48,17 @@ def losses(runs: Sequence[Run]) -> str:
     )
 
 
+def validation(runs: Sequence[Run]) -> str:
+    """R@1 both ways on held-out pairs as charts; nothing where no run was validated."""
+    charts = [(f"val_{way}_R@1", f"R@1, {title.lower()}") for way, title in DIRECTIONS]
+    if not any(run.has(column) for column, _ in charts for run in runs):
+        return ""
+    return "".join(
+        curve_chart(runs, column, title, "% of queries", zero=True, smooth=False, sparse=True)
+        for column, title in charts
+    )
+
+
 def optimisation(runs: Sequence[Run]) -> str:
     """Small multiples of what the optimizer and the machine did."""
     charts = (
@@ -71,6 +84,7 @@ def curve_chart(
     log: bool = False,
     smooth: bool = True,
     step: bool = False,
+    sparse: bool = False,
     factor: float = 1.0,
 ) -> str:
     """One column of metrics.jsonl over the training steps of all runs.
@@ -80,11 +94,14 @@ def curve_chart(
         log: makes it logarithmic where the values span several decades.
         smooth: draws a moving average over the values as logged.
         step: draws stairs, for whole numbers.
+        sparse: joins the steps at which it was logged, where most lines do not have it.
         factor: to the unit shown.
     """
     shown = [(index, run) for index, run in enumerate(runs) if run.has(column)]
     if not shown:
         return empty_figure(title, unit, f"No run logged {column}.")
+    if sparse:
+        shown = [(index, _where_logged(run, column)) for index, run in shown]
     budget = max(40, _POINTS // (len(shown) * (2 if smooth else 1)))
     lines: list[Line] = []
     bulk: list[float] = []  # what the vertical axis has to hold: no lone spikes
@@ -119,7 +136,7 @@ def curve_chart(
     if absent:
         notes.append(f"Not logged by {', '.join(absent)}.")
     svg = line_chart(
-        column.replace("_", "-"),
+        column.replace("_", "-").replace("@", ""),
         title,
         f"{title} over training steps. At the end: "
         + ", ".join(
@@ -129,6 +146,7 @@ def curve_chart(
         y,
         lines,
         x_label="step",
+        x_ticks=[tick for tick in x.ticks() if tick.is_integer()],
         hits=[
             (
                 place,
@@ -151,6 +169,11 @@ def curve_chart(
         "The value logged last at or before each step; every line is in the csv file.",
     )
     return figure(title, unit, svg, table, ends=ends, caption=" ".join(notes))
+
+
+def _where_logged(run: Run, column: str) -> Run:
+    logged = [(s, v) for s, v in zip(run.step, run.column(column), strict=True) if v is not None]
+    return replace(run, step=[s for s, _ in logged], columns={column: [v for _, v in logged]})
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

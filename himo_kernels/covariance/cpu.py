@@ -18,6 +18,22 @@ def why_not(x: Tensor, *_: Tensor) -> str | None:
     return _extension.why_not()
 
 
+def suits_covariance(x: Tensor, *_: Tensor) -> bool:
+    """Returns whether covariance is faster here than on the reference."""
+    return _suits(x, x.shape[-1])
+
+
+def suits_gram(x: Tensor, *_: Tensor) -> bool:
+    """Returns whether gram is faster here than on the reference."""
+    return _suits(x, x.shape[-2])
+
+
+def _suits(x: Tensor, side: int) -> bool:
+    # Below, exact symmetry costs more than half a product saves: the reference is up to 1.4 times
+    # as fast forward at N = 8, and 1.2 times with a batch of 32 x 64.
+    return side >= 96 and x.shape[-2] * x.shape[-1] >= 2**14
+
+
 def covariance_fwd(
     x: Tensor,  # [*, N, D]
     dtype: torch.dtype,

@@ -1,5 +1,7 @@
 """info_nce, dual_info_nce and dual_info_nce_low_rank: MoLo's losses (HiMo-CLIP section 3.3)."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from himo_kernels._checks import (
     check_shape,
     check_tensor,
     raise_shape,
+    raise_value,
 )
 from himo_kernels._dispatch import Operator, accumulation_dtype
 from himo_kernels.info_nce.op import (
@@ -24,6 +27,11 @@ from himo_kernels.info_nce.op import (
     ContrastiveLoss,
 )
 
+LOGITS_VARIABLE = "HIMO_KERNELS_LOGITS_MIB"
+# Read once: a compiled graph must not depend on a variable that changes under it. 64 MiB hold both
+# losses up to N = 2896; beyond, the memory counts more than the quarter of the products saved.
+_default_logits_mib = os.environ.get(LOGITS_VARIABLE, "64")
+
 
 def info_nce(
     image_features: Tensor,  # [*, N, D]
@@ -32,6 +40,7 @@ def info_nce(
     *,
     label_smoothing: float = 0.0,
     differentiate_keys: bool = True,
+    keep_logits_mib: float | None = None,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -51,6 +60,10 @@ def info_nce(
         differentiate_keys: False treats the texts as constants in the loss of images against
             texts, and the images in the other one: the gradient of the released code, whose
             all-gather returns constants.
+        keep_logits_mib: Keep the logits from the forward for the backward while they take at most
+            this many MiB (4 N^2 bytes for each loss), rather than form them again; by default the
+            environment variable HIMO_KERNELS_LOGITS_MIB as read at import, or 64. Only the `cpu`
+            backend keeps any.
         check_finite: Raise on NaN or inf (reads the device) rather than return NaN.
         backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
 
@@ -70,6 +83,7 @@ def info_nce(
         logit_scale,
         label_smoothing,
         differentiate_keys,
+        keep_logits_mib,
         check_finite,
         backend,
     )
@@ -84,6 +98,7 @@ def dual_info_nce(
     *,
     label_smoothing: float = 0.0,
     differentiate_keys: bool = True,
+    keep_logits_mib: float | None = None,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -108,6 +123,7 @@ def dual_info_nce(
         logit_scale,
         label_smoothing,
         differentiate_keys,
+        keep_logits_mib,
         check_finite,
         backend,
     )
@@ -124,6 +140,7 @@ def dual_info_nce_low_rank(
     rank: Tensor | None = None,  # [*]
     label_smoothing: float = 0.0,
     differentiate_keys: bool = True,
+    keep_logits_mib: float | None = None,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -164,6 +181,7 @@ def dual_info_nce_low_rank(
         logit_scale,
         label_smoothing,
         differentiate_keys,
+        keep_logits_mib,
         check_finite,
         backend,
     )
@@ -177,6 +195,7 @@ def _losses(
     logit_scale: Tensor | float,
     label_smoothing: float,
     differentiate_keys: bool,
+    keep_logits_mib: float | None,
     check_finite: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -186,17 +205,34 @@ def _losses(
         check_features(name, argument, value)
         check_same_as(name, argument, value, "image_features", image_features)
         check_shape(name, argument, value, image_features.shape)
-    scale = _check_logit_scale(name, logit_scale, image_features)
+    scale = check_logit_scale(name, logit_scale, image_features)
     label_smoothing = check_label_smoothing(name, label_smoothing)
     check_flag(name, "differentiate_keys", differentiate_keys)
+    logits_budget = 2**20 * check_keep_logits_mib(name, keep_logits_mib)
     if check_flag(name, "check_finite", check_finite):
         check_finite_values(name, **features, **factors, logit_scale=scale)
     inputs = (*features.values(), *factors.values(), scale)
     backend = operator.resolve(backend, *inputs)
-    return ContrastiveLoss.apply(name, label_smoothing, differentiate_keys, backend, *inputs)
+    settings = (label_smoothing, differentiate_keys, backend, logits_budget)
+    return ContrastiveLoss.apply(name, *settings, *inputs)
 
 
-def _check_logit_scale(operator: str, value: Tensor | float, features: Tensor) -> Tensor:
+def check_keep_logits_mib(operator: str, value: object) -> float:
+    """Returns the budget of kept logits in MiB, >= 0 or inf; that of the environment for None."""
+    name = "keep_logits_mib"
+    if value is None:
+        name = LOGITS_VARIABLE
+        try:
+            value = float(_default_logits_mib)
+        except ValueError:
+            raise_value(operator, name, "to be a number of MiB", _default_logits_mib)
+    number = check_number(operator, name, value)
+    if not number >= 0:
+        raise_value(operator, name, "to be >= 0", value)
+    return number
+
+
+def check_logit_scale(operator: str, value: Tensor | float, features: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         number = check_number(operator, "logit_scale", value)
         dtype = accumulation_dtype(features.dtype)

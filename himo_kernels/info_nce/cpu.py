@@ -5,6 +5,7 @@ each tile once, and the low-rank form multiplies K columns where the dense one m
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -24,10 +25,13 @@ def info_nce_fwd(
     text_features: Tensor,  # [*, N, D]
     logit_scale: Tensor,  # []
     label_smoothing: float,
+    products: Tensor | None = None,  # [1, *, N, N], written
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
-    forward = _extension.load().info_nce_fwd
-    return forward(image_features, text_features, logit_scale, label_smoothing, False)[:3]
+    (products,) = _each(products, 1)
+    return _extension.load().info_nce_fwd(
+        image_features, text_features, logit_scale, label_smoothing, products
+    )
 
 
 def info_nce_bwd(
@@ -40,11 +44,13 @@ def info_nce_bwd(
     label_smoothing: float,
     differentiate_keys: bool,
     needs_grad: list[bool],
+    products: Tensor | None = None,  # [1, *, N, N], what the forward wrote
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of image_features, text_features and logit_scale; empty if unneeded."""
     inputs = (image_features, text_features, logit_scale)
+    settings = (label_smoothing, differentiate_keys)
     grads = _gradients(
-        grad_loss, *inputs, row_nll, column_nll, label_smoothing, differentiate_keys, needs_grad
+        grad_loss, *inputs, row_nll, column_nll, *settings, needs_grad, *_each(products, 1)
     )
     return _in_dtypes(grads, inputs, needs_grad)
 
@@ -55,11 +61,15 @@ def dual_info_nce_fwd(
     component_features: Tensor,  # [*, N, D]
     logit_scale: Tensor,  # []
     label_smoothing: float,
+    products: Tensor | None = None,  # [2, *, N, N], written
 ) -> tuple[Tensor, ...]:
     """Returns (loss, row nll, column nll) of the texts, then of the components."""
+    forward = _extension.load().info_nce_fwd
+    settings = (logit_scale, label_smoothing)
+    text_products, component_products = _each(products, 2)
     return (
-        *info_nce_fwd(image_features, text_features, logit_scale, label_smoothing),
-        *info_nce_fwd(image_features, component_features, logit_scale, label_smoothing),
+        *forward(image_features, text_features, *settings, text_products),
+        *forward(image_features, component_features, *settings, component_products),
     )
 
 
@@ -77,9 +87,11 @@ def dual_info_nce_bwd(
     label_smoothing: float,
     differentiate_keys: bool,
     needs_grad: list[bool],
+    products: Tensor | None = None,  # [2, *, N, N], what the forward wrote
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of images, texts, components and logit_scale; empty if unneeded."""
     needs_image, needs_text, needs_component, needs_scale = needs_grad
+    text_products, component_products = _each(products, 2)
     grad_image, grad_text, grad_scale = _gradients(
         grad_global_loss,
         image_features,
@@ -90,6 +102,7 @@ def dual_info_nce_bwd(
         label_smoothing,
         differentiate_keys,
         [needs_image, needs_text, needs_scale],
+        text_products,
     )
     grad_component_image, grad_component, grad_component_scale = _gradients(
         grad_component_loss,
@@ -101,6 +114,7 @@ def dual_info_nce_bwd(
         label_smoothing,
         differentiate_keys,
         [needs_image, needs_component, needs_scale],
+        component_products,
     )
     grads = (
         grad_image.add_(grad_component_image),
@@ -120,23 +134,31 @@ def dual_info_nce_low_rank_fwd(
     rank: Tensor,  # [*] int64
     logit_scale: Tensor,  # []
     label_smoothing: float,
+    products: Tensor | None = None,  # [2, *, N, N], written
 ) -> tuple[Tensor, ...]:
     """Returns what dual_info_nce_fwd does of component_features = coefficients @ basis."""
+    forward = _extension.load().info_nce_fwd
+    settings = (logit_scale, label_smoothing)
+    text_products, component_products = _each(products, 2)
     dtype = accumulation_dtype(image_features.dtype)
     *batch, samples, _ = image_features.shape
-    outputs = info_nce_fwd(image_features, text_features, logit_scale, label_smoothing)
     component_outputs = tuple(
         image_features.new_empty(shape, dtype=dtype)
         for shape in (batch, (*batch, samples), (*batch, samples))
     )
-    for image, kept_coefficients, kept_basis, *out in _low_rank_problems(
-        rank, image_features, coefficients, basis, *component_outputs
+    for image, kept_coefficients, kept_basis, own_products, *out in _low_rank_problems(
+        rank, image_features, coefficients, basis, component_products, *component_outputs
     ):
-        projections = image.to(dtype) @ kept_basis.mT  # [N, R]
-        loss_and_nlls = info_nce_fwd(projections, kept_coefficients, logit_scale, label_smoothing)
-        for target, value in zip(out, loss_and_nlls, strict=True):
+        query, key = image.to(dtype), kept_coefficients @ kept_basis
+        if _projects(kept_basis):
+            query, key = query @ kept_basis.mT, kept_coefficients
+        values = forward(query, key, *settings, own_products)
+        for target, value in zip(out, values, strict=True):
             target.copy_(value)
-    return *outputs, *component_outputs
+    return (
+        *forward(image_features, text_features, *settings, text_products),
+        *component_outputs,
+    )
 
 
 def dual_info_nce_low_rank_bwd(
@@ -155,11 +177,12 @@ def dual_info_nce_low_rank_bwd(
     label_smoothing: float,
     differentiate_keys: bool,
     needs_grad: list[bool],
+    products: Tensor | None = None,  # [2, *, N, N], what the forward wrote
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of images, texts, coefficients, basis and logit_scale."""
     needs_image, needs_text, _, _, needs_scale = needs_grad
+    text_products, component_products = _each(products, 2)
     dtype = accumulation_dtype(image_features.dtype)
-    settings = (logit_scale, label_smoothing, differentiate_keys)
     grad_image, grad_text, grad_scale = _gradients(
         grad_global_loss,
         image_features,
@@ -170,6 +193,7 @@ def dual_info_nce_low_rank_bwd(
         label_smoothing,
         differentiate_keys,
         [needs_image, needs_text, needs_scale],
+        text_products,
     )
     grad_coefficients = coefficients.new_zeros(coefficients.shape, dtype=dtype)
     grad_basis = basis.new_zeros(basis.shape, dtype=dtype)
@@ -180,6 +204,7 @@ def dual_info_nce_low_rank_bwd(
         image_features,
         coefficients,
         basis,
+        component_products,
         grad_component_loss,
         component_row_nll,
         component_column_nll,
@@ -187,7 +212,12 @@ def dual_info_nce_low_rank_bwd(
         grad_coefficients,
         grad_basis,
     ):
-        grad_scale = grad_scale + _add_component_gradients(*tensors, *settings)
+        grad_scale = grad_scale + _add_component_gradients(
+            *tensors,
+            logit_scale=logit_scale,
+            label_smoothing=label_smoothing,
+            differentiate_keys=differentiate_keys,
+        )
     grads = (grad_image, grad_text, grad_coefficients, grad_basis, grad_scale)
     inputs = (image_features, text_features, coefficients, basis, logit_scale)
     return _in_dtypes(grads, inputs, needs_grad)
@@ -197,12 +227,14 @@ def _add_component_gradients(
     image: Tensor,  # [N, D]
     coefficients: Tensor,  # [N, R]
     basis: Tensor,  # [R, D]
+    products: Tensor | None,  # [N, N]
     grad_loss: Tensor,  # []
     row_nll: Tensor,  # [N]
     column_nll: Tensor,  # [N]
     grad_image: Tensor,  # [N, D], added to
     grad_coefficients: Tensor,  # [N, K], its first R columns written
     grad_basis: Tensor,  # [K, D], its first R rows written
+    *,
     logit_scale: Tensor,  # []
     label_smoothing: float,
     differentiate_keys: bool,
@@ -211,15 +243,14 @@ def _add_component_gradients(
     # gradient of the projections V B^T carries that of V and of B.
     rank = basis.shape[0]
     image = image.to(basis.dtype)
-    if differentiate_keys:
-        query, key = image @ basis.mT, coefficients
-    else:  # V and B then take different halves of dS, and only the dense form has both
-        query, key = image, coefficients @ basis
+    # With constant keys V and B take different halves of dS, and only the dense form has both.
+    project = differentiate_keys and _projects(basis)
+    query, key = (image @ basis.mT, coefficients) if project else (image, coefficients @ basis)
     settings = (label_smoothing, differentiate_keys, [True, True, True])
     grad_query, grad_key, grad_scale = _gradients(
-        grad_loss, query, key, logit_scale, row_nll, column_nll, *settings
+        grad_loss, query, key, logit_scale, row_nll, column_nll, *settings, products
     )
-    if differentiate_keys:
+    if project:
         grad_image.addmm_(grad_query, basis)
         grad_coefficients[:, :rank] = grad_key
         grad_basis[:rank] = grad_query.mT @ image
@@ -230,20 +261,29 @@ def _add_component_gradients(
     return grad_scale
 
 
+def _projects(basis: Tensor) -> bool:  # [R, D]
+    # Whether V B^T has fewer columns than V.
+    return basis.shape[0] < basis.shape[1]
+
+
 def _low_rank_problems(
     rank: Tensor,  # [*] int64
     image_features: Tensor,  # [*, N, D]
     coefficients: Tensor,  # [*, N, K]
     basis: Tensor,  # [*, K, D]
-    *others: Tensor,  # [*, ...]
-) -> Iterator[tuple[Tensor, ...]]:
+    *others: Tensor | None,  # [*, ...]
+) -> Iterator[tuple[Any, ...]]:
     # The views of each problem: images, the first R coefficients and rows of the basis (in the
     # accumulation dtype), and what the others hold. A rank on the CPU is read without a wait.
     dtype = accumulation_dtype(image_features.dtype)
     tensors = (image_features, coefficients, basis, *others)
-    flat = [tensor.reshape(-1, *tensor.shape[rank.dim() :]) for tensor in tensors]
+    flat: list[Any] = [
+        None if tensor is None else tensor.reshape(-1, *tensor.shape[rank.dim() :])
+        for tensor in tensors
+    ]
     for index, kept in enumerate(rank.clamp(0, coefficients.shape[-1]).reshape(-1).tolist()):
-        image, own_coefficients, own_basis, *own_others = (tensor[index] for tensor in flat)
+        own: list[Any] = [None if tensor is None else tensor[index] for tensor in flat]
+        image, own_coefficients, own_basis, *own_others = own
         yield (
             image,
             own_coefficients[:, :kept].to(dtype),
@@ -262,6 +302,7 @@ def _gradients(
     label_smoothing: float,
     differentiate_keys: bool,
     needs_grad: list[bool],
+    products: Tensor | None,  # [*, N, N]
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Of query, key and logit_scale, in the accumulation dtype.
     needs_query, needs_key, _ = needs_grad
@@ -272,12 +313,17 @@ def _gradients(
         logit_scale,
         row_nll,
         column_nll,
-        row_nll.new_empty(0),
         label_smoothing,
         differentiate_keys,
         needs_query,
         needs_key,
+        products,
     )
+
+
+def _each(products: Tensor | None, losses: int) -> Sequence[Tensor | None]:
+    # The kept products of each loss.
+    return [None] * losses if products is None else products.unbind()
 
 
 def _in_dtypes(

@@ -1,5 +1,6 @@
 """Schemas, fakes and autograd of info_nce, dual_info_nce and dual_info_nce_low_rank."""
 
+import math
 from typing import Any
 
 import torch
@@ -77,11 +78,15 @@ _INPUTS = {
 def _define(operator: Operator) -> tuple[Any, Any]:
     # Forward: (loss, row_nll, column_nll), once or, in the dual forms, twice.
     # Backward: (grad of each loss, inputs, nlls, ...) -> one gradient for each input but rank.
+    # products [losses, *, N, N], logits before the scale: written forward and read backward, by the
+    # backends that keep them.
     inputs = _INPUTS[operator.name]
     losses = 1 if operator is INFO_NCE else 2
     differentiable = [index for index, name in enumerate(inputs) if name != "rank"]
 
-    def fwd_fake(image_features: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def fwd_fake(
+        image_features: Tensor, *arguments: Any, products: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         *batch, samples, _ = image_features.shape
         dtype = accumulation_dtype(image_features.dtype)
         loss_and_nlls = (batch, (*batch, samples), (*batch, samples))
@@ -89,7 +94,7 @@ def _define(operator: Operator) -> tuple[Any, Any]:
             image_features.new_empty(shape, dtype=dtype) for shape in loss_and_nlls * losses
         )
 
-    def bwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    def bwd_fake(*arguments: Any, products: Tensor | None = None) -> tuple[Tensor, ...]:
         tensors = arguments[losses : losses + len(inputs)]
         needs_grad = arguments[-2]
         return tuple(
@@ -103,12 +108,13 @@ def _define(operator: Operator) -> tuple[Any, Any]:
     grads = ("grad_global_loss", "grad_component_loss")[:losses]
     nlls = ("row_nll", "column_nll", "component_row_nll", "component_column_nll")[: 2 * losses]
     fwd_schema = (
-        f"({arguments(*inputs)}float label_smoothing, str backend) -> "
-        f"({', '.join(['Tensor'] * 3 * losses)})"
+        f"({arguments(*inputs)}float label_smoothing, str backend, *, "
+        f"Tensor(a!)? products=None) -> ({', '.join(['Tensor'] * 3 * losses)})"
     )
     bwd_schema = (
         f"({arguments(*grads, *inputs, *nlls)}float label_smoothing, bool differentiate_keys, "
-        f"bool[] needs_grad, str backend) -> ({', '.join(['Tensor'] * len(differentiable))})"
+        f"bool[] needs_grad, str backend, *, Tensor? products=None) -> "
+        f"({', '.join(['Tensor'] * len(differentiable))})"
     )
     return (
         operator.define("fwd", fwd_schema, fwd_fake),
@@ -122,8 +128,25 @@ _KERNELS = {
 }
 
 
+# Backends that can keep the logits between the passes.
+KEEPING = ("cpu",)
+
+
+def _room_for_products(operator: str, image_features: Tensor, budget: float) -> Tensor | None:
+    *batch, samples, _ = image_features.shape
+    shape = (1 if operator == INFO_NCE.name else 2, *batch, samples, samples)
+    dtype = accumulation_dtype(image_features.dtype)
+    if math.prod(shape) * dtype.itemsize > budget:
+        return None
+    return image_features.new_empty(shape, dtype=dtype)
+
+
 class ContrastiveLoss(torch.autograd.Function):
-    """The losses of an operator named above. Saves its inputs and nlls [*, N], never logits."""
+    """The losses of an operator named above. Saves its inputs and nlls [*, N].
+
+    Logits, before the scale, are kept for the backward where a backend takes them and they fit
+    logits_budget bytes.
+    """
 
     @staticmethod
     def forward(
@@ -132,12 +155,18 @@ class ContrastiveLoss(torch.autograd.Function):
         label_smoothing: float,
         differentiate_keys: bool,
         backend: str,
+        logits_budget: float,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         fwd, _ = _KERNELS[operator]
-        outputs = fwd(*inputs, label_smoothing, backend)
+        products = None
+        if backend in KEEPING and any(ctx.needs_input_grad):
+            products = _room_for_products(operator, inputs[0], logits_budget)
+        outputs = fwd(*inputs, label_smoothing, backend, products=products)
         nlls = [output for index, output in enumerate(outputs) if index % 3]
-        ctx.save_for_backward(*inputs, *nlls)
+        kept = [] if products is None else [products]
+        ctx.save_for_backward(*inputs, *nlls, *kept)
+        ctx.kept = len(kept)
         ctx.operator, ctx.label_smoothing, ctx.backend = operator, label_smoothing, backend
         ctx.differentiate_keys = differentiate_keys
         return tuple(outputs[::3])
@@ -147,16 +176,18 @@ class ContrastiveLoss(torch.autograd.Function):
         refuse_double_backward(ctx.operator)
         _, bwd = _KERNELS[ctx.operator]
         names = _INPUTS[ctx.operator]
-        settings = 4  # arguments of forward before the inputs
+        settings = 5  # arguments of forward before the inputs
         needs_grad = dict(zip(names, ctx.needs_input_grad[settings:], strict=True))
         needs_grad.pop("rank", None)
+        saved = ctx.saved_tensors
         computed = bwd(
             *grad_losses,
-            *ctx.saved_tensors,
+            *saved[: len(saved) - ctx.kept],
             ctx.label_smoothing,
             ctx.differentiate_keys,
             list(needs_grad.values()),
             ctx.backend,
+            products=saved[-1] if ctx.kept else None,
         )
         grads = dict(zip(needs_grad, computed, strict=True))
         return *(None,) * settings, *(

@@ -1,10 +1,27 @@
-"""Fixtures of the tests of himo."""
+"""Fixtures of the tests of himo, and what they need beside torch and pytest."""
 
+import importlib.util
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# A machine with a GPU and no network may have the kernels' needs alone.
+NEEDED = ("PIL", "ftfy", "hypothesis", "numpy", "regex", "tqdm")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+class _Skipped(pytest.Module):
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(f"the tests of himo need {', '.join(MISSING)}")
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    # Before the module is imported, which is where it would fail.
+    return _Skipped.from_parent(parent, path=module_path) if MISSING else None
 
 
 @pytest.fixture

@@ -91,6 +91,9 @@ def metrics(loss: str, seed: int, steps: int = 2400, every: int = 10) -> list[di
             "rank": max(1, rank + rng.randint(-1, 1)) if loss == "himo" else None,
             "data_time_s": data_time, "step_time_s": step_time, "samples_per_s": 128 / step_time,
         }  # fmt: skip
+        if step % 120 == 0:
+            for way, best in (("image_to_text", 61), ("text_to_image", 59)):
+                line |= {f"val_{way}_R@{k}": best * done**0.5 * k**0.2 for k in (1, 5, 10)}
         if step % 120 < every:
             line["spectrum"] = [round(ratio, 6) for ratio in ratios]
         lines.append(line)

@@ -21,7 +21,7 @@ from captioned_files import (
 from himo.data import open_dataset
 from himo.data.folder import Folder
 from himo.data.jsonl import JsonLines
-from himo.data.records import MAX_RECORD, Record
+from himo.data.records import MAX_CAPTION, MAX_RECORD, Record
 from himo.data.sharegpt4v import ShareGPT4V
 from himo.data.table import Table
 from himo.data.webdataset import WebDataset
@@ -153,6 +153,16 @@ BAD_OBJECTS = {
     "empty image": ('{"image": "", "caption": "c"}', "empty", "image path is empty"),
     "lone surrogate": ('{"image": "a.jpg", "caption": "\\ud800"}', "encoding", "not valid UTF-8"),
     "NUL": ('{"image": "a.jpg", "caption": "a\\u0000b"}', "encoding", "NUL"),
+    "long caption": (
+        f'{{"image": "a.jpg", "caption": "{"c" * (MAX_CAPTION + 1)}"}}',
+        "too_long",
+        "caption has 8,193 characters, the limit is 8,192",
+    ),
+    "long short caption": (
+        f'{{"image": "a.jpg", "caption": "c", "caption_short": "{"c" * (MAX_CAPTION + 1)}"}}',
+        "too_long",
+        "caption has 8,193 characters",
+    ),
     "short caption": (
         '{"image": "a", "caption": "c", "caption_short": 1}',
         "type",

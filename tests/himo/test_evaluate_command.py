@@ -99,6 +99,21 @@ def test_a_captioned_set_from_files_to_result(evaluate, captions, checkpoint):
     assert max(map(len, out.splitlines())) <= max(80, len(str(checkpoint)) + 6)
 
 
+def test_misses_are_captions_with_a_nearer_image(evaluate, captions):
+    result = evaluate("--data", captions).result
+    index = open_dataset(captions)
+    names = [record.image for record in index]
+    text_of = {" ".join(record.caption.split()): row for row, record in enumerate(index)}
+    ranks = result["ranks"]["text_to_image"]
+    assert len(result["misses"]) == min(6, sum(rank > 1 for rank in ranks)) > 0
+    for miss in result["misses"]:
+        row = text_of[miss["caption"]]
+        assert miss["rank"] == ranks[row] > 1
+        assert miss["image"]["name"] == names[row] != miss["first"]["name"]
+        for picture in (miss["image"], miss["first"]):
+            assert picture["thumbnail"].startswith("data:image/jpeg;base64,")
+
+
 def test_curves_hold_sentences_scores_and_a_thumbnail(evaluate, captions, checkpoint):
     _, result, _, _ = evaluate("--data", captions)
     assert len(result["curves"]) == 6

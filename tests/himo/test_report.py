@@ -100,6 +100,7 @@ def test_page_shows_two_runs(runs: list[Path], tmp_path: Path) -> None:
     assert_self_contained(page)
     assert page.source.count("<h1>") == 1
     assert "They differ in loss (himo, clip)." in page.text.replace(" . ", ". ").replace("  ", " ")
+    assert "Retrieval while training" in page.source and "val-text-to-image-R1" in page.source
     for heading in ("Retrieval", "Single images", "Loss", "What the projection keeps", "Settings"):
         assert f"<h2>{heading}</h2>" in page.source
     thumbnails = sum(map(len, re.findall(r'src="data:image[^"]*"', page.source)))
@@ -129,7 +130,8 @@ def test_numbers_beside_the_page_are_those_of_the_runs(runs: list[Path], tmp_pat
     assert len(rows) == len(written)
     for row, line in zip(rows, written, strict=True):
         for name in ("step", *data.COLUMNS):
-            assert row[name] == "" if line[name] is None else float(row[name]) == line[name]
+            value = line.get(name)
+            assert row[name] == "" if value is None else float(row[name]) == value
     result = json.loads((tmp_path / "r.json").read_text())
     assert [entry["run"] for entry in result["runs"]] == ["tiny-himo", "tiny-clip"]
     for entry, run in zip(result["runs"], runs, strict=True):
@@ -158,6 +160,8 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
         for bad in ("http://192.0.2.1/x.png", 'data:image/png;base64,A" onload="x',
                     "data:text/html;base64,AAAA", "data:image/svg+xml;base64,AAAA", 7)
     ]  # fmt: skip
+    picture = {"name": HOSTILE, "thumbnail": "http://192.0.2.1/x.png"}
+    result["misses"] = [{"caption": HOSTILE, "rank": 2, "image": picture, "first": picture}]
     (run / "eval.json").write_text(json.dumps(result))
     page = Page(report.write_report([run], tmp_path / "r.html"))
     assert_self_contained(page)
@@ -188,6 +192,19 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
         ({"eval": '{"himo": {"HiMo@2": {"value": null, "used": 0}}}'}, ["No run has a value of"]),
         ({"eval": '{"curves": [{}, {"segments": ["a"], "scores": []}]}'}, ["2 similarity curves"]),
         ({"eval": '{"curves": [{"segments": ["a", "b"], "scores": [NaN, 1]}]}'}, ["no thumbnail"]),
+        (
+            {"eval": '{"misses": [7, {}, {"caption": "c", "rank": true}]}'},
+            ["3 misses of retrieval"],
+        ),
+        ({"eval": '{"misses": {"a": 1}, "curves": []}'}, ["no similarity curves"]),
+        (
+            {"eval": '{"misses": [{"caption": "c", "rank": 2, "image": {}, "first": []}]}'},
+            ["1 miss of retrieval"],
+        ),
+        (
+            {"eval": '{"misses": [{"caption": "c", "rank": 2, "image": {}, "first": {}}]}'},
+            ["What it mistakes", "its image, rank 2", "no thumbnail"],
+        ),
         ({"config": '{"loss": "himo", "preset": [], "tau": "x", "model": 3}'}, ["is missing"]),
     ],
 )

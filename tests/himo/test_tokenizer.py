@@ -23,6 +23,7 @@ import himo.tokenizer as tokenizer_module
 from himo.errors import HimoError
 from himo.tokenizer import (
     END_OF_TEXT,
+    MAX_CLEANED,
     START_OF_TEXT,
     Tokenizer,
     clean_text,
@@ -353,6 +354,21 @@ def test_word_of_100_000_characters_takes_seconds_at_most(tokenizer, text):
     ids = tokenizer.encode(text)
     assert time.process_time() - start < 5  # about 0.5; quadratic merging takes minutes
     assert tokenizer.decode(ids) == text
+
+
+# Entities within entities are undone one level at a time.
+@pytest.mark.parametrize("text", ["&" + "amp;" * 25_000, "&" + "amp;" * 12_500 + "Ã" * 50_000])
+def test_text_of_100_000_characters_to_be_cleaned_takes_seconds_at_most(tokenizer, text):
+    start = time.process_time()
+    ids = tokenizer.encode(text)
+    assert time.process_time() - start < 5  # about 0.2; 48 and over 100 if all of it were cleaned
+    assert ids == tokenizer.encode(text[:MAX_CLEANED])
+    with pytest.raises(HimoError, match=r"at most 8,192 characters in texts\[1\].*got 100,"):
+        tokenize(["a", text], truncate=False)
+
+
+def test_text_that_needs_no_cleaning_is_read_to_its_end(tokenizer):
+    assert len(tokenizer.encode("a cat. " * 5000)) == 15_000
 
 
 def test_30_000_captions_a_second_on_one_core(captions):

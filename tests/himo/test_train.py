@@ -18,10 +18,22 @@ import torch
 from PIL import Image
 
 import himo
+from himo.cli import main
 from himo.config import TrainConfig
+from himo.data import open_dataset
 from himo.errors import HimoError
 from himo.model import CONFIGS, HiMoCLIP
-from himo.train import MAX_LOG_SCALE, Objective, _optimizer, clamp_temperature, learning_rate
+from himo.train import (
+    MAX_LOG_SCALE,
+    Objective,
+    _build_model,
+    _optimizer,
+    clamp_temperature,
+    learning_rate,
+)
+from himo.transforms import Preprocess
+from himo.validation import COLUMNS as VALIDATION_COLUMNS
+from himo.validation import Validation
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6  # of a run below: 24 pairs, batches of 8, 2 epochs
@@ -58,6 +70,16 @@ def train(pairs: Path, logs: Path, *flags: str, status: int = 0) -> subprocess.C
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def refused(capsys, pairs: Path, logs: Path, *flags: str) -> str:
+    """What is said of flags that lead to no run, in one line; in this process."""
+    # Without the flag for threads, which would leave it with one.
+    given = " ".join(command(pairs, logs)[3:]).replace(" --threads 1", "").split()
+    assert main([*given, *flags]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("himo: error: ") and "\n" not in message
+    return message
 
 
 def lines(logs: Path) -> list[dict]:
@@ -150,15 +172,15 @@ def test_sigterm_saves_and_says_how_to_go_on(pairs, whole_run, tmp_path):
     assert digests(tmp_path) == digests(whole_run)
 
 
-def test_a_damaged_newest_state_names_the_good_one(pairs, tmp_path):
+def test_a_damaged_newest_state_names_the_good_one(pairs, tmp_path, capsys):
     train(pairs, tmp_path, "--save-every-n-steps", "1")
     newest = sorted(tmp_path.rglob("state-*"))[-1]
     content = bytearray(newest.read_bytes())
     content[-1000] ^= 1
     newest.write_bytes(content)
-    done = train(pairs, tmp_path, "--resume", "latest", status=2)
-    assert "damaged" in done.stderr and "--resume" in done.stderr
-    good = done.stderr.strip().rpartition("--resume ")[2]
+    message = refused(capsys, pairs, tmp_path, "--resume", "latest")
+    assert "damaged" in message and "--resume" in message
+    good = message.rpartition("--resume ")[2]
     train(pairs, tmp_path, "--resume", good)
 
 
@@ -185,35 +207,100 @@ def test_plain_clip_loss(pairs, tmp_path):
         (["--tau", "1.5"], ["--tau", "1.5"]),
         (["--pretrained", "missing.pt"], ["missing.pt"]),
         (["--resume", "missing.safetensors"], ["--resume", "missing.safetensors"]),
-        (["--device", "cuda:99"], ["--device", "cuda:99"]),
+        (["--device", "cuda:99"], ["the device 'cuda:99'"]),
         (["--label-smoothing", "-1"], ["--label-smoothing", "-1"]),
         (["--name", "a/b"], ["--name", "a/b"]),
         (["--lr", "nan"], ["--lr", "nan"]),
+        (["--lr", "inf"], ["--lr", "inf"]),
         (["--logs", "/proc/none"], ["/proc/none"]),
+        (["--name", "a" * 300], ["File name too long"]),
+        (["--beta1", "1"], ["--beta1", "[0, 1)"]),
+        (["--threads", "100000"], ["--threads", "100000"]),
+        (["--workers", "100000"], ["--workers", "100000"]),
+        (["--seed", "9" * 30], ["--seed", "9" * 30]),
+        (["--device", "meta"], ["'meta'"]),
+        (["--held-out", "24"], ["--held-out", "fewer than 24", "got 24"]),
+        (["--held-out", "4", "--val-data", "pairs.csv"], ["--held-out", "--val-data"]),
+        (["--train-num-samples", "25"], ["--train-num-samples", "at most 24", "got 25"]),
+        (["--val-data", "nothing.csv"], ["nothing.csv", "no such file"]),
+        (["--csv-img-key", "photo"], ["'photo'", "filepath"]),
+        (["--image-root", "nowhere"], ["nowhere"]),
     ],
-    ids=lambda value: " ".join(value[:2]) if value[0].startswith("--") else "",
+    ids=lambda value: " ".join(value)[:30] if value[0].startswith("--") else "",
 )
-def test_bad_flags_are_one_line_and_exit_status_two(flags, words, pairs, tmp_path):
-    done = train(pairs, tmp_path, *flags, status=2)
-    message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith("himo: error: ")
+def test_bad_flags_are_one_line_and_exit_status_two(flags, words, pairs, tmp_path, capsys):
+    message = refused(capsys, pairs, tmp_path, *flags)
     assert all(word in message for word in words), message
-    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_linked_images_short_captions_and_the_first_pairs(pairs, tmp_path, capsys):
+    table = tmp_path / "here" / "pairs.csv"
+    table.parent.mkdir()
+    (table.parent / "photos").symlink_to(pairs.parent)
+    rows = [f"photos/{number}.jpg,{'A word. ' * 200},Short {number}." for number in range(12)]
+    table.write_text("\n".join(["filepath,title,caption_short", *rows]) + "\n")
+    assert main(["train", "--train-data", str(table), "--logs", str(tmp_path)]) == 2
+    assert "is a link that leaves" in capsys.readouterr().err
+    assert main(["eval", "--pretrained", "x", "--data", str(table), "--out", f"{tmp_path}/e"]) == 2
+    assert "is a link that leaves" in capsys.readouterr().err
+    flags = ["--follow-links", "--short-captions", "--held-out", "2", "--train-num-samples", "9"]
+    done = train(table, tmp_path, *flags, "--epochs", "1")
+    assert ": 9 pairs, 1 steps of 8" in done.stdout and "2 pairs to validate on" in done.stdout
+    assert f"{table}: 12 samples (csv)\n" in done.stdout
+    assert "--warmup 2 takes longer than the 1 steps" in done.stderr
+    assert "longer than context_length" not in done.stderr  # as the long captions are
+
+
+def test_validation_is_what_himo_eval_finds_and_changes_no_bit(pairs, whole_run, tmp_path, capsys):
+    train(pairs, tmp_path, "--val-data", str(pairs), "--val-frequency", "2")
+    assert digests(tmp_path) == digests(whole_run)
+    *earlier, last = lines(tmp_path)
+    assert not any(column in row for row in earlier for column in VALIDATION_COLUMNS)
+    out = tmp_path / "eval.json"
+    checkpoint = tmp_path / "run/checkpoints/epoch_2.safetensors"
+    evaluation = ["eval", "--pretrained", checkpoint, "--data", pairs, "--out", out]
+    assert main(list(map(str, evaluation))) == 0
+    found = json.loads(out.read_text())["retrieval"]
+    for way in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10):
+            assert last[f"val_{way}_R@{k}"] == found[way][f"R@{k}"]
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "r.html")]) == 0
+    assert "Retrieval while training" in (tmp_path / "r.html").read_text()
+
+
+def test_validation_counts_unreadable_images_and_stops_at_its_limit(pairs, generator, tmp_path):
+    names = [f"{number}.png" for number in range(6)]
+    for name in names:
+        Image.new("RGB", (20, 20), 37 * int(name[0])).save(tmp_path / name)
+    table = tmp_path / "pairs.csv"
+    table.write_text("filepath,title\n" + "".join(f"{name},A card {name}.\n" for name in names))
+    index = open_dataset(table)
+    (tmp_path / names[2]).write_bytes(b"no picture")
+    torch.manual_seed(0)
+    model = HiMoCLIP(CONFIGS["tiny"])
+    options = {"batch_size": 4, "workers": 0}
+    measured = Validation(index, Preprocess(64), max_bad_fraction=0.2, **options).measure(model)
+    (tmp_path / names[2]).unlink()
+    table.write_text(table.read_text().replace(f"{names[2]},A card {names[2]}.\n", ""))
+    rest = Validation(open_dataset(table), Preprocess(64), max_bad_fraction=0, **options)
+    assert measured == rest.measure(model) and measured["val_text_to_image_R@5"] == 100
+    (tmp_path / names[3]).unlink()
+    with pytest.raises(HimoError, match=r"validation: .*3\.png"):
+        rest.measure(model)
 
 
 def test_an_unknown_flag_value_is_refused_by_the_parser(pairs, tmp_path):
     assert "--loss" in train(pairs, tmp_path, "--loss", "siglip", status=2).stderr
 
 
-def test_a_second_run_of_one_name_is_refused(pairs, whole_run):
-    done = train(pairs, whole_run, status=2)
-    assert "already holds a run" in done.stderr
+def test_a_second_run_of_one_name_is_refused(pairs, whole_run, capsys):
+    assert "already holds a run" in refused(capsys, pairs, whole_run)
 
 
-def test_resuming_with_another_batch_size_is_refused(pairs, whole_run):
-    done = train(pairs, whole_run, "--resume", "latest", "--batch-size", "4", status=2)
-    assert "expected --batch-size 8 as it began, got 4" in done.stderr
+def test_resuming_with_another_batch_size_is_refused(pairs, whole_run, capsys):
+    message = refused(capsys, pairs, whole_run, "--resume", "latest", "--batch-size", "4")
+    assert "expected --batch-size 8 as it began, got 4" in message
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path):
@@ -267,6 +354,18 @@ def test_loss_is_finite_at_the_highest_temperature(loss, precision, generator):
     outputs["loss"].backward()
     assert outputs["loss"].dtype == torch.float32 and outputs["loss"].isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_compiled_towers_keep_their_names():
+    # Compiling them takes most of a minute: a run is left to whoever changes this flag.
+    plain, compiled = (
+        _build_model(TrainConfig(train_data="x", model="tiny", compile=flag), torch.device("cpu"))
+        for flag in (False, True)
+    )
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+    for tower in (compiled.visual, compiled.transformer):
+        assert tower._compiled_call_impl is not None
+    assert plain.visual._compiled_call_impl is None
 
 
 def test_config_refuses_what_is_out_of_range():

@@ -26,6 +26,7 @@ from info_nce_cases import (
 from torch import Tensor
 
 from himo_kernels._dispatch import OPERATORS
+from himo_kernels.info_nce.op import KEEPING
 from himo_kernels.testing import relative_error
 
 EXACT = 1e-12
@@ -129,8 +130,12 @@ class TestDerivatives:
             torch.autograd.grad(sum(target(**leaves)), leaves["image_features"], create_graph=True)
 
     @per_target(*NAMES)
-    def test_logits_are_not_saved(self, target: Target, generator: torch.Generator) -> None:
+    @pytest.mark.parametrize("keep_logits_mib", [0, 1])
+    def test_logits_are_saved_only_within_their_budget(
+        self, target: Target, keep_logits_mib: float, generator: torch.Generator
+    ) -> None:
         samples = 64
+        losses = 1 if target.operator == "info_nce" else 2
         inputs = make_inputs(
             target.operator,
             samples,
@@ -146,9 +151,30 @@ class TestDerivatives:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            target(**leaves_of(inputs))
+            target(**leaves_of(inputs), keep_logits_mib=keep_logits_mib)
+        logits = losses * samples * samples
+        if keep_logits_mib and target.backend in KEEPING:
+            assert saved.pop() == logits
         assert saved
         assert max(saved) < samples * samples
+
+    @per_target(*NAMES)
+    def test_kept_logits_change_no_gradient_by_more_than_rounding(
+        self, target: Target, generator: torch.Generator
+    ) -> None:
+        inputs = make_inputs(
+            target.operator,
+            70,
+            33,
+            batch=(2,),
+            dtype=torch.float32,
+            device=target.device,
+            generator=generator,
+        )
+        _, again = losses_and_gradients(target, inputs, keep_logits_mib=0)
+        _, kept = losses_and_gradients(target, inputs, keep_logits_mib=64)
+        for name, gradient in kept.items():
+            assert relative_error(gradient, again[name]) <= 1e-6, name
 
 
 class TestRequiresGrad:
@@ -208,9 +234,9 @@ class TestRequiresGrad:
         backend = table[target.backend]
         asked: list[list[bool]] = []
 
-        def bwd(*arguments: object) -> object:
+        def bwd(*arguments: object, **kept: object) -> object:
             asked.append(arguments[-1])
-            return backend.kernels["bwd"](*arguments)
+            return backend.kernels["bwd"](*arguments, **kept)
 
         kernels = {**backend.kernels, "bwd": bwd}
         monkeypatch.setitem(table, target.backend, dataclasses.replace(backend, kernels=kernels))

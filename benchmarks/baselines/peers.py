@@ -1,0 +1,72 @@
+"""Losses of other libraries, called as their own pages say, one direction at a time.
+
+Each is found at import. One that cannot run here is a row with its reason, not an absence.
+"""
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_cross_entropy(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    label_smoothing: float,
+) -> Tensor:
+    """torch 2.13's chunked F.linear_cross_entropy, per direction: 12 N^2 D FLOPs with backward."""
+    labels = torch.arange(image.shape[0], device=image.device)
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def direction(queries: Tensor, keys: Tensor) -> Tensor:
+        queries = (logit_scale * queries).to(keys.dtype)
+        return F.linear_cross_entropy(
+            queries, keys, labels, label_smoothing=label_smoothing, options=options
+        )
+
+    return (direction(image, text) + direction(text, image)) / 2
+
+
+def inf_cl(image: Tensor, text: Tensor, logit_scale: Tensor, label_smoothing: float) -> Tensor:
+    """Inf-CL's loss of one process (inf-cl 1.2.1): it computes in TF32."""
+    loss = importlib.import_module("inf_cl").cal_flash_loss
+    # It cuts D into heads of a power of two, at most 256.
+    head = next(size for size in (256, 128, 64, 32, 16) if image.shape[-1] % size == 0)
+    rows = loss(image, text, scale=logit_scale, head_dim=head).mean()
+    return (rows + loss(text, image, scale=logit_scale, head_dim=head).mean()) / 2
+
+
+def liger(image: Tensor, text: Tensor, logit_scale: Tensor, label_smoothing: float) -> Tensor:
+    """Liger-Kernel's fused linear cross-entropy, per direction."""
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    loss = module.LigerFusedLinearCrossEntropyLoss(label_smoothing=label_smoothing)
+    labels = torch.arange(image.shape[0], device=image.device)
+
+    def direction(queries: Tensor, keys: Tensor) -> Tensor:
+        return loss(keys, (logit_scale * queries).to(keys.dtype), labels)
+
+    return (direction(image, text) + direction(text, image)) / 2
+
+
+def why_not(name: str, device: str, label_smoothing: float, differentiate_keys: bool) -> str | None:
+    """Returns why a peer cannot run here or does not compute this loss, or None."""
+    if not differentiate_keys:
+        return "has no form with constant keys"
+    if name == "linear_cross_entropy":
+        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return f"torch {torch.__version__} has no chunked F.linear_cross_entropy; 2.13 has"
+        return None
+    if device != "cuda":
+        return "needs a CUDA device"
+    if name == "inf_cl" and label_smoothing:
+        return "has no label smoothing"
+    try:
+        importlib.import_module({"inf_cl": "inf_cl", "liger": "liger_kernel"}[name])
+    except Exception as error:  # whatever a foreign import raises is the reason
+        return f"cannot be imported: {error}".splitlines()[0]
+    return None
+
+
+PEERS = {"linear_cross_entropy": linear_cross_entropy, "inf_cl": inf_cl, "liger": liger}

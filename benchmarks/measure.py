@@ -1,0 +1,330 @@
+"""One call of a candidate, its accuracy, and its time. Memory is in memory.py, rows in rows.py."""
+
+import gc
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.registry import (
+    Candidate,
+    Inputs,
+    Operation,
+    Outputs,
+    leading_rows,
+    make_inputs,
+    operation,
+)
+from himo_kernels import nn, pca_reconstruct
+from himo_kernels._dispatch import full_float32
+from himo_kernels.testing import oracle_info_nce, relative_error
+
+# The oracle holds N x N logits in float64: at most this many leading rows are checked, plus those
+# that make the last tile as ragged as the case's.
+CHECKED_ROWS = {"cpu": 2048, "cuda": 8192}
+# A baseline need not meet the library's budget, but it must compute the same thing: half precision
+# through autocast is within 1e-2, a wrong formula or a wrong gradient is not.
+BASELINE_ERROR = 5e-2
+
+WARM_UP = 10  # calls before a GPU is timed, fewer of long ones; a CPU has had one
+REPEATS = {"cpu": (3, 30), "cuda": (5, 50)}  # fewest and most turns, or calls on a GPU
+LONG_MS = 10.0  # a call on a CPU that loads the caches itself
+GRAPH_BELOW_MS = 0.1  # launch gaps dominate below: a replayed CUDA graph shows the kernels
+HOT_BELOW_MS = 5.0  # a longer call has evicted the L2 itself: hot and cold are the same
+FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Times of one candidate: milliseconds a call, sorted."""
+
+    times_ms: list[float]
+    l2: str = ""  # cold or hot, on a GPU
+    timing: str = "wall"  # wall, events or graph
+
+    def quantile(self, share: float) -> float:
+        return self.times_ms[round(share * (len(self.times_ms) - 1))]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its tensors: leaves that require gradients, and the incoming gradients."""
+
+    case: Case
+    inputs: Inputs
+    weights: tuple[Tensor, ...]  # float32 or float64, one for each output
+
+
+def make_problem(case: Case, device: str) -> Problem:
+    inputs = make_inputs(case, device)
+    generator = torch.Generator().manual_seed(1)
+    shapes = _output_shapes(case, inputs)
+    weights = tuple(
+        (torch.randn(shape, generator=generator) if shape else torch.ones(())).to(device)
+        for shape in shapes
+    )
+    return Problem(case, _leaves(inputs), weights)
+
+
+def _output_shapes(case: Case, inputs: Inputs) -> list[tuple[int, ...]]:
+    if case.op in ("covariance", "gram"):
+        *batch, n, d = inputs["x"].shape
+        side = d if case.op == "covariance" else n
+        return [(*batch, d), (*batch, side, side)]
+    if case.op == "pca_reconstruct":
+        return [tuple(inputs["x"].shape)]
+    return [()] * (2 if case.op.startswith("dual") else 1)
+
+
+def _leaves(inputs: Inputs) -> Inputs:
+    return {name: x.detach().requires_grad_() for name, x in inputs.items()}
+
+
+def step(candidate: Candidate, problem: Problem, mode: str) -> Callable[[], object]:
+    """A function of no argument that runs the candidate once: forward, or forward and backward."""
+    case, inputs = problem.case, problem.inputs
+    leaves = list(inputs.values())
+    device = leaves[0].device.type
+
+    def precision():
+        # A baseline gets half precision as in a training step, under autocast; the library's
+        # operators follow their inputs.
+        if candidate.library or case.dtype not in ("bfloat16", "float16"):
+            return nullcontext()
+        return torch.autocast(device, getattr(torch, case.dtype))
+
+    def forward() -> Outputs:
+        with torch.no_grad(), precision():
+            return candidate.call(inputs, case)
+
+    def forward_and_backward() -> tuple[Outputs, tuple[Tensor, ...]]:
+        with precision():
+            outputs = candidate.call(inputs, case)
+        weights = [w.to(o.dtype) for w, o in zip(problem.weights, outputs, strict=True)]
+        return outputs, torch.autograd.grad(outputs, leaves, weights)
+
+    return forward if mode == "fwd" else forward_and_backward
+
+
+# Accuracy.
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """float64 results of the leading rows, and the errors of plain PyTorch in the case's dtype."""
+
+    rows: int
+    problem: Problem
+    exact: dict[bool, list[Tensor]]  # by whether it is the official loss
+    eager_errors: list[float]
+
+
+def checked_rows(case: Case, device: str) -> int:
+    most = CHECKED_ROWS[device]
+    return case.N if most + 64 >= case.N else most + case.N % 64
+
+
+def make_oracle(problem: Problem, device: str, official: bool) -> Oracle:
+    """Runs the formula in float64; official too where a candidate computes that preset's loss."""
+    case, op = problem.case, operation(problem.case)
+    rows = checked_rows(case, device)
+    part = problem
+    if rows < case.N:
+        inputs = leading_rows(problem.inputs, case, rows)
+        weights = problem.weights
+        if case.op == "pca_reconstruct":
+            weights = (problem.weights[0][..., :rows, :],)
+        elif case.op == "gram":
+            weights = (problem.weights[0], problem.weights[1][..., :rows, :rows])
+        part = Problem(case, _leaves(inputs), weights)
+    double = Problem(
+        case,
+        _leaves({name: x.double() for name, x in part.inputs.items()}),
+        tuple(w.double() for w in part.weights),
+    )
+    formula = Candidate("formula", op.formula, library=True)
+    with full_float32(device):
+        exact = {False: _results(_exact(op, case), double)}
+        if official and case.preset != "official":
+            exact[True] = _results(_official(op, case), double)
+        elif official:
+            exact[True] = exact[False]
+        eager = _results(formula, part)
+    errors = [relative_error(a, e) for a, e in zip(eager, exact[False], strict=True)]
+    return Oracle(rows, part, exact, errors)
+
+
+def _exact(op: Operation, case: Case) -> Candidate:
+    # Equal rows make singular values equal, and the gradient through the SVD 0 / 0 in any
+    # precision: there the oracle is the closed form in float64 (tests/pca compares the two).
+    if case.spectrum == "duplicates" and op.rank is not None and "share" not in case.config:
+        return Candidate("closed form", lambda x, case: op.library(x, case, "reference"), True)
+    return Candidate("formula", op.formula, library=True)
+
+
+def _official(op: Operation, case: Case) -> Candidate:
+    """The released code's loss in float64: official switches, but the case's own threshold."""
+
+    def call(inputs: Inputs, case: Case) -> Outputs:
+        image, text = inputs["image_features"], inputs["text_features"]
+        smoothing = {"label_smoothing": 0.1, "differentiate_keys": False}
+        if case.op == "himo_loss":
+            tau = nn.PRESETS[case.preset]["variance_threshold"]
+            image, text = nn._normalize(image), nn._normalize(text)
+            component, _ = pca_reconstruct(text, tau, gap_eps=0.0, backend="reference")
+        elif "component_features" in inputs:
+            component = inputs["component_features"]
+        else:
+            component = inputs["coefficients"] @ inputs["basis"]
+        losses = [
+            oracle_info_nce(image, keys, inputs["logit_scale"], **smoothing)
+            for keys in (text, component)
+        ]
+        return (losses[0] + losses[1],) if case.op == "himo_loss" else tuple(losses)
+
+    return Candidate("official", call, library=True)
+
+
+def _results(candidate: Candidate, problem: Problem) -> list[Tensor]:
+    outputs, gradients = step(candidate, problem, "fwd+bwd")()
+    return [x.detach() for x in (*outputs, *gradients)]
+
+
+def names_of_results(problem: Problem) -> list[str]:
+    outputs = ["output"] if len(problem.weights) == 1 else [f"output {i}" for i in range(2)]
+    return outputs + [f"gradient of {name}" for name in problem.inputs]
+
+
+def accuracy(candidate: Candidate, oracle: Oracle) -> tuple[float, str | None]:
+    """(largest relative error of outputs and gradients, what is wrong with it or None)."""
+    case = oracle.problem.case
+    actual = _results(candidate, oracle.problem)
+    exact = oracle.exact[candidate.official]
+    worst, wrong = 0.0, None
+    eps = torch.finfo(getattr(torch, case.dtype)).eps
+    rounding = eps * operation(case).terms(case) ** 0.5
+    names = names_of_results(oracle.problem)
+    for name, a, e, eager in zip(names, actual, exact, oracle.eager_errors, strict=True):
+        error = relative_error(a, e)
+        # Plain PyTorch may itself be NaN, where the SVD's gradient is.
+        budget = (eager if eager < torch.inf else 0.0) + rounding
+        if not candidate.library:
+            budget = BASELINE_ERROR
+        if not error <= budget and wrong is None:
+            value = f"error {error:.2e} above {budget:.2e}" if error == error else "not finite"
+            wrong = f"{name}: {value}"
+        worst = error if error != error else max(worst, error)
+    return worst, wrong
+
+
+# Time.
+
+
+def time_together(
+    steps: dict[str, Callable[[], object]], device: str, seconds: float
+) -> dict[str, list[Sample]]:
+    """Samples of each step. On the CPU the steps take turns, so that noise meets all alike."""
+    if device == "cuda":
+        return {name: _time_cuda(run, seconds) for name, run in steps.items()}
+    fewest, most = REPEATS["cpu"]
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    start, turn = time.perf_counter(), 0
+    gc.collect()
+    gc.disable()
+    try:
+        while turn < fewest or (turn < most and time.perf_counter() - start < seconds * len(steps)):
+            for name, run in steps.items():
+                times[name].extend(_burst(run))
+            turn += 1
+    finally:
+        gc.enable()
+    return {name: [Sample(sorted(values))] for name, values in times.items()}
+
+
+def _burst(run: Callable[[], object]) -> list[float]:
+    # One call, or a short one again and again: the first of those finds the caches full of what
+    # the candidate before left there, and its threads asleep, and does not count.
+    first = _wall_ms(run)
+    if first > LONG_MS:
+        return [first]
+    return [_wall_ms(run) for _ in range(max(1, min(20, int(LONG_MS / first))))]
+
+
+def _wall_ms(run: Callable[[], object]) -> float:
+    before = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - before) / 1e6
+
+
+def _time_cuda(run: Callable[[], object], seconds: float) -> list[Sample]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    once = _events(run, 1, None)[0]
+    _events(run, max(1, min(WARM_UP, int(seconds * 1000 / max(once, 1e-3)))), None)
+    once = _events(run, 1, None)[0]
+    fewest, most = REPEATS["cuda"]
+    repeats = max(fewest, min(most, int(seconds * 1000 / max(once, 1e-3))))
+    cold = Sample(_events(run, repeats, flush), "cold", "events")
+    samples = [cold]
+    if cold.quantile(0.5) < HOT_BELOW_MS:
+        samples.append(Sample(_events(run, repeats, None), "hot", "events"))
+    if samples[-1].quantile(0.5) < GRAPH_BELOW_MS and (replay := _graph(run)) is not None:
+        samples.append(Sample(_events(replay, repeats, flush), "cold", "graph"))
+        samples.append(Sample(_events(replay, repeats, None), "hot", "graph"))
+    return samples
+
+
+def _events(run: Callable[[], object], repeats: int, flush: Tensor | None) -> list[float]:
+    pairs = []
+    for _ in range(repeats):
+        if flush is not None:
+            flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in pairs)
+
+
+def _graph(run: Callable[[], object]) -> Callable[[], object] | None:
+    # None where the call cannot be captured: it reads the device or allocates outside the pool.
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        return None
+    return graph.replay
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """Measured here and now: TFLOP/s of a square product by dtype, and GB/s of a copy."""
+    size, bytes_copied = (2048, 256 << 20) if device == "cpu" else (8192, 1 << 30)
+    found = {}
+    with full_float32(device):
+        for dtype in ("float32", "bfloat16", "float16", "float64"):
+            # On most CPUs float16 products are emulated: not a ceiling of anything measured here.
+            if device == "cpu" and dtype == "float16":
+                continue
+            # GPUs other than data-centre ones run float64 at 1/64: a smaller product will do.
+            n = size // 4 if dtype == "float64" and device == "cuda" else size
+            a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
+            best = _best_ms(lambda a=a: a @ a, device)
+            found[dtype] = 2 * n**3 / best / 1e9
+    source = torch.empty(bytes_copied, dtype=torch.int8, device=device).zero_()
+    target = torch.empty_like(source)
+    found["copy"] = 2 * bytes_copied / _best_ms(lambda: target.copy_(source), device) / 1e6
+    return found
+
+
+def _best_ms(run: Callable[[], object], device: str) -> float:
+    for _ in range(2):
+        run()
+    if device == "cuda":
+        return _events(run, 20, None)[0]
+    return min(_wall_ms(run) for _ in range(7))

@@ -1,0 +1,104 @@
+"""Peak of the memory that one call takes beyond its inputs.
+
+On a GPU it is the caching allocator's own peak. On a CPU it is the growth of the resident size,
+VmHWM of /proc/self/status after a reset through /proc/self/clear_refs, in a process forked for
+this one call: it sees whatever the call touches, C++ and BLAS buffers included. The kernel adds up
+its counts in steps of 64 pages a thread: differences below 1 MiB mean nothing.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+MIB = 1 << 20
+OUT_OF_MEMORY = "out of memory"
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_cuda(run: Callable[[], object]) -> float:
+    """MiB above what is allocated before the call; its result counts."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del result
+    return (peak - before) / MIB
+
+
+def in_child(work: Callable[[], object]) -> object:
+    """What work returns in a forked process, through JSON; {"reason": ...} where it fails.
+
+    The parent must not have started threads, or the child would wait for them: nothing may have
+    been computed before.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            limit_to_free_memory()
+            answer = work()
+        except Exception as error:  # the row says what happened
+            answer = {"reason": reason(error)}
+        with os.fdopen(write, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if text:
+        return json.loads(text)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return {"reason": OUT_OF_MEMORY if killed else f"died with status {status}"}
+
+
+def reason(error: Exception) -> str:
+    """What a row says of an error: out of memory, or its first line."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    # torch's CPU allocator raises a plain RuntimeError.
+    signs = ("not enough memory", "can't allocate memory", "std::bad_alloc", "OutOfMemoryError")
+    if isinstance(error, MemoryError) or any(sign in text for sign in signs):
+        return OUT_OF_MEMORY
+    return text
+
+
+def limit_to_free_memory() -> None:
+    """Lets this process grow to what the machine has free, and no further: an error, not a kill."""
+    available = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) << 10
+    size = int(re.search(r"VmSize:\s*(\d+)", _STATUS.read_text())[1]) << 10
+    limit = size + int(0.9 * available)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def peak_cpu(warm_up: Callable[[], object], run: Callable[[], object]) -> dict[str, float]:
+    """{"peak_mib", "time_ms"} of one run, to be called in a child.
+
+    warm_up runs first and does not count: it loads libraries and starts threads.
+    """
+    warm_up()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # free pages go back, so that using them again counts
+    _RESET.write_text("5")
+    before = _status_kib("VmRSS")
+    start = time.perf_counter()
+    result = run()
+    elapsed = time.perf_counter() - start
+    peak = _status_kib("VmHWM") - before
+    del result
+    return {"peak_mib": peak / 1024, "time_ms": elapsed * 1000}
+
+
+def _status_kib(field: str) -> int:
+    return int(re.search(rf"^{field}:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)[1])

@@ -1,0 +1,257 @@
+"""Tables and charts of committed rows; nothing is measured here.
+
+python -m benchmarks.plot benchmarks/results/cpu --markdown            print the table
+python -m benchmarks.plot benchmarks/results/cpu --update README.md    put it between its markers
+python -m benchmarks.plot benchmarks/results/cpu --svg benchmarks/results/cpu
+"""
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import rows as table
+from benchmarks.cases import Case
+from benchmarks.rows import LIBRARY, BenchmarkError, Row
+
+LABELS = {
+    "pca_reconstruct": "HiDe",
+    "himo_loss": "whole head",
+    "dual_info_nce": "dual loss",
+    "dual_info_nce_low_rank": "dual loss, low rank",
+    "info_nce": "InfoNCE",
+    "covariance": "covariance",
+    "gram": "gram",
+}
+HEAD = (
+    "| forward + backward | dtype | backend | ms | to released | to best PyTorch | extra MiB |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def read_folder(folder: Path) -> list[Row]:
+    """The rows of every operator's file in a folder."""
+    if not folder.is_dir():
+        raise BenchmarkError(f"{folder}: expected a directory of rows")
+    found = [row for op in LABELS for row in table.read(folder / f"{op}.csv")]
+    if not found:
+        raise BenchmarkError(f"{folder}: expected at least one of {', '.join(LABELS)} as csv")
+    return found
+
+
+def cells(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """The rows of forward + backward by cell and then candidate; cold L2, a graph where it is."""
+    names = ("op", "B", "N", "D", "dtype", "config")
+    found: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["mode"] == "fwd+bwd" and row["l2"] in ("", "cold"):
+            cell = found[tuple(row[name] for name in names)]
+            if row["timing"] == "graph" or row["backend"] not in cell:
+                cell[row["backend"]] = row
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """One table for each device in the rows, the largest ratios of each operator together."""
+    devices = sorted({(row["device"], row["threads"]) for row in rows})
+    parts = []
+    for device, threads in devices:
+        own = [row for row in rows if (row["device"], row["threads"]) == (device, threads)]
+        lines = [_line(cell, found) for cell, found in sorted(cells(own).items(), key=_place)]
+        lines = [line for line in lines if line]
+        if lines:
+            parts.append("\n".join([HEAD, *lines, "", _caption(own)]))
+    return "\n\n".join(parts)
+
+
+def _place(item: tuple[tuple[str, ...], object]) -> tuple:
+    op, b, n, d, dtype, config = item[0]
+    return (
+        list(LABELS).index(op),
+        config != _default(op),
+        dtype != "float32",
+        int(b),
+        int(n),
+        int(d),
+    )
+
+
+def _default(op: str) -> str:
+    return Case(op, N=1).config
+
+
+def _line(cell: tuple[str, ...], found: dict[str, Row]) -> str:
+    own = next((row for row in found.values() if row["auto"] and _time(row)), None)
+    if own is None:
+        return ""
+    others = [row for row in found.values() if row["backend"] not in (*LIBRARY, "released")]
+    others = [row for row in others if not row["backend"].startswith("released+")]
+    timed = [row for row in others if _time(row)]
+    best = min(timed, key=_time, default=None)
+    columns = [
+        _work(cell),
+        own["dtype"],
+        own["backend"],
+        f"{_time(own):.3g}",
+        _ratio(own, found.get("released")),
+        f"{_ratio(own, best)} ({best['backend']})" if best else "–",
+        _memory(own, found.get("released")),
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+def _work(cell: tuple[str, ...]) -> str:
+    op, b, n, d, _, config = cell
+    size = " x ".join([b, n, d] if b != "1" else [n, d])
+    # Only what differs from the default of the operator.
+    usual = set(_default(op).split())
+    special = [option for option in config.split() if option not in usual]
+    return " ".join([LABELS[op], size, *special])
+
+
+def _time(row: Row) -> float:
+    """Milliseconds: the least on a CPU, where others disturb; the median on a GPU. 0 without."""
+    return float(row["time_ms_min" if not row["l2"] else "time_ms_p50"] or 0)
+
+
+def _ratio(own: Row, other: Row | None) -> str:
+    if other is None:
+        return "–"
+    if not _time(other):
+        return _why(other)
+    return f"{_time(other) / _time(own):.2f}x"
+
+
+def _why(row: Row) -> str:
+    if row["status"] == "inaccurate":
+        return "NaN" if "not finite" in row["reason"] else "wrong"
+    return {"out of memory": "OOM"}.get(row["status"], row["status"])
+
+
+def _memory(own: Row, released: Row | None) -> str:
+    if not own["peak_mib"]:
+        return "–"
+    text = f"{float(own['peak_mib']):.3g}"
+    if released is not None and released["peak_mib"]:
+        text += f" ({float(own['peak_mib']) / float(released['peak_mib']):.2f}x released)"
+    elif released is not None and released["status"] == "out of memory":
+        text += " (released: OOM)"
+    return text
+
+
+def _caption(rows: list[Row]) -> str:
+    first = rows[0]
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    loads = [float(row["load"]) for row in rows if row["load"]]
+    on = f"{first['device']}, {first['threads']} threads"
+    times = "median of a cold L2" if any(row["l2"] for row in rows) else "least of the repeats"
+    versions = f"torch {first['torch']}" + (f", CUDA {first['cuda']}" if first["cuda"] else "")
+    return (
+        f"{on}; {versions}; load {min(loads):.1f} to {max(loads):.1f}; commit {commits}; "
+        f"times are the {times}. A ratio is how many times longer the other takes, in the same "
+        "process."
+    )
+
+
+def between_markers(text: str, name: str) -> re.Match[str]:
+    """The place of a generated table in a text. Raises BenchmarkError where it has none."""
+    marker = rf"(<!-- benchmarks: {re.escape(name)} -->\n).*?(<!-- end of benchmarks -->)"
+    found = re.search(marker, text, re.DOTALL)
+    if found is None:
+        start, end = f"<!-- benchmarks: {name} -->", "<!-- end of benchmarks -->"
+        raise BenchmarkError(f"expected the lines {start} and {end} in the text")
+    return found
+
+
+def update(text: str, name: str, content: str) -> str:
+    """The text with the content between the markers of this name."""
+    found = between_markers(text, name)
+    return text[: found.start()] + f"{found[1]}{content}\n{found[2]}" + text[found.end() :]
+
+
+def draw(rows: list[Row]) -> dict[str, str]:
+    """{file name: SVG}: time and extra memory over N, for each operator and dtype with 3 sizes."""
+    from benchmarks import charts  # with himo's scales, which tables do without
+
+    found: dict[str, str] = {}
+    for op in LABELS:
+        for dtype in ("float32", "bfloat16"):
+            own = {
+                int(cell[2]): candidates
+                for cell, candidates in cells(rows).items()
+                if cell[0] == op
+                and cell[1] == "1"
+                and cell[3] == "768"
+                and cell[4] == dtype
+                and cell[5] == _default(op)
+            }
+            if len(own) < 3:
+                continue
+            title = f"{LABELS[op]}, D = 768, {dtype}, forward + backward"
+            for kind, unit, value in (("time", "ms", _time), ("memory", "MiB", _peak)):
+                lines = _lines(own, value, oom=kind == "memory")
+                if any(len(points) > 1 for _, points, _ in lines):
+                    curves = [charts.Line(*line) for line in lines]
+                    svg = charts.svg(f"{title}: {kind}", unit, sorted(own), curves)
+                    found[f"{op}_{dtype}_{kind}.svg"] = svg
+    return found
+
+
+def _peak(row: Row) -> float:
+    return float(row["peak_mib"] or 0)
+
+
+def _lines(
+    sizes: dict[int, dict[str, Row]], value: Callable[[Row], float], oom: bool
+) -> list[tuple[str, list[tuple[int, float]], list[int]]]:
+    # Name, points, and sizes without memory. The library's choice first, whatever it is at each
+    # size; then the baselines.
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    crosses: dict[str, list[int]] = defaultdict(list)
+    for n, candidates in sizes.items():
+        for name, row in candidates.items():
+            if row["auto"]:
+                name = "himo_kernels"
+            elif name in LIBRARY:
+                continue
+            if value(row):
+                points[name][n] = value(row)
+            elif oom and row["status"] == "out of memory":
+                crosses[name].append(n)
+    names = sorted({*points, *crosses}, key=lambda name: (name != "himo_kernels", name))
+    return [(name, sorted(points[name].items()), sorted(crosses[name])) for name in names]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status, 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, help="rows of one device, as run.py writes them")
+    parser.add_argument("--markdown", action="store_true", help="print the table")
+    parser.add_argument("--update", type=Path, metavar="FILE", help="put the table into a text")
+    parser.add_argument("--svg", type=Path, metavar="DIR", help="write the charts")
+    options = parser.parse_args(arguments)
+    try:
+        rows = read_folder(options.folder)
+        if options.markdown:
+            print(markdown(rows))
+        if options.update:
+            text = options.update.read_text()
+            table.write_whole(options.update, update(text, options.folder.name, markdown(rows)))
+        if options.svg:
+            options.svg.mkdir(parents=True, exist_ok=True)
+            for name, svg in draw(rows).items():
+                table.write_whole(options.svg / name, svg)
+    except BenchmarkError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"benchmarks: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

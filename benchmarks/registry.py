@@ -1,0 +1,423 @@
+"""One entry for each operator: its inputs, its candidates, its oracle, and its cost by formula.
+
+The library's candidates are whatever the operator's table in himo_kernels holds: a new backend is
+measured without a change here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import himo_kernels
+from benchmarks.baselines import eager, peers, released
+from benchmarks.cases import Case
+from himo_kernels import testing as hkt
+from himo_kernels._dispatch import BACKENDS, OPERATORS
+from himo_kernels.nn import PRESETS, HiMoLoss
+
+Inputs = dict[str, Tensor]
+Outputs = tuple[Tensor, ...]
+Call = Callable[[Inputs, Case], Outputs]
+
+LOGIT_SCALE = 50.0  # between CLIP's first, 14.3, and its clamp, 100
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation. A refusal is why it cannot run on this case."""
+
+    name: str
+    call: Call
+    library: bool  # one of himo_kernels' backends: held to its error budget
+    auto: bool = False  # what backend="auto" takes
+    official: bool = False  # computes the official preset's loss whatever the case asks
+    compiled: bool = False
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the harness needs to know of an operator.
+
+    formula is plain PyTorch: in float64 the oracle, in the case's dtype the error budget's eager
+    result. flops and elements are the model of one call, (case, rank, with_backward) -> count: the
+    same for every candidate, so that rates compare.
+    """
+
+    inputs: Callable[[Case, torch.Generator], Inputs]
+    library: Callable[[Inputs, Case, str], Outputs]
+    formula: Call
+    flops: Callable[[Case, int, bool], float]
+    elements: Callable[[Case, bool], float]  # read and written at least once
+    terms: Callable[[Case], int]  # length of the longest sum
+    baselines: Mapping[str, Call] = field(default_factory=dict)
+    compiled: tuple[str, ...] = ()  # the baselines that torch.compile is tried on too
+    peers: int = 0  # losses in one call, each a call of the other libraries' loss
+    rank: Callable[[Inputs, Case], int] | None = None
+
+
+def operation(case: Case) -> Operation:
+    return OPERATIONS[case.op]
+
+
+def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
+    """The tensors of a case by argument name, the same on every device, not yet leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = operation(case).inputs(case, generator)
+    dtype = getattr(torch, case.dtype)
+    # The scale is a model's float32 parameter whatever the features are.
+    own = {"logit_scale": torch.promote_types(dtype, torch.float32)}
+    return {name: x.to(device, own.get(name, dtype)) for name, x in inputs.items()}
+
+
+def leading_rows(inputs: Inputs, case: Case, rows: int) -> Inputs:
+    """The inputs of the first rows samples."""
+    return {
+        name: x[..., :rows, :].contiguous() if x.dim() >= 2 and name != "basis" else x
+        for name, x in inputs.items()
+    }
+
+
+def candidates(case: Case, inputs: Inputs) -> list[Candidate]:
+    """Every backend in the operator's table, then every baseline, with refusals."""
+    op, device = operation(case), next(iter(inputs.values())).device.type
+    found = _backends(case, op, inputs)
+    for name, call in op.baselines.items():
+        official = name == "released" and "preset" in case.config
+        found.append(Candidate(name, call, library=False, official=official))
+        if name in op.compiled:
+            compiled = Candidate(
+                f"{name}+compile",
+                _compiled(call),
+                library=False,
+                official=official,
+                compiled=True,
+            )
+            found.append(compiled)
+    if op.peers:
+        options = eager.loss_options(case.preset)
+        for name, peer in peers.PEERS.items():
+            refusal = peers.why_not(name, device, *options)
+            found.append(Candidate(name, _peer(peer, op.peers), library=False, refusal=refusal))
+    return found
+
+
+def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
+    def call(backend: str) -> Call:
+        return lambda inputs, case: op.library(inputs, case, backend)
+
+    tensors = tuple(inputs.values())
+    if case.op == "himo_loss":  # several operators: a name holds for all, "auto" for each
+        parts = ("pca_reconstruct", "dual_info_nce")
+        features = inputs["text_features"]
+        held = {name for part in parts for name in OPERATORS[part].backends}
+        names = [name for name in BACKENDS if name in held]
+        reasons = {
+            name: next(filter(None, (OPERATORS[p].why_not(name, features) for p in parts)), None)
+            for name in names
+        }
+        backends = [Candidate("auto", call("auto"), library=True, auto=True)]
+        return backends + [Candidate(n, call(n), True, refusal=reasons[n]) for n in names]
+    table = OPERATORS[case.op]
+    if case.op == "dual_info_nce_low_rank":  # the operator's own order, its rank before the scale
+        *features, scale = tensors
+        rank = torch.zeros((), dtype=torch.int64, device=scale.device)
+        tensors = (*features, rank, scale)
+    preferred = table.preferred(*tensors)
+    return [
+        Candidate(
+            name,
+            call(name),
+            library=True,
+            auto=name == preferred,
+            refusal=table.why_not(name, *tensors),
+        )
+        for name in table.backends
+    ]
+
+
+def _compiled(call: Call) -> Call:
+    # At the first call: torch.compile imports a compiler that most candidates do not need.
+    compiled: list[Call] = []
+
+    def run(inputs: Inputs, case: Case) -> Outputs:
+        if not compiled:
+            compiled.append(torch.compile(call, dynamic=False))
+        return compiled[0](inputs, case)
+
+    return run
+
+
+def _peer(peer: Callable[..., Tensor], losses: int) -> Call:
+    def call(inputs: Inputs, case: Case) -> Outputs:
+        smoothing, _ = eager.loss_options(case.preset)
+        texts = [inputs["text_features"]]
+        if losses == 2:
+            texts.append(_component(inputs))
+        image, scale = inputs["image_features"], inputs["logit_scale"]
+        return tuple(peer(image, text, scale, smoothing) for text in texts)
+
+    return call
+
+
+# Inputs, drawn in float64 on the CPU.
+
+
+def _rows(case: Case, generator: torch.Generator) -> Tensor:
+    if case.spectrum == "duplicates":
+        problems = [
+            hkt.duplicate_captions(
+                case.N, case.D, case.N // 2, dtype=torch.float64, generator=generator
+            )
+            for _ in range(case.B)
+        ]
+        return problems[0] if case.B == 1 else torch.stack(problems)
+    flat = {"exponent": 0.0, "noise": 0.0} if case.spectrum == "flat" else {}
+    batch = () if case.B == 1 else (case.B,)
+    return hkt.power_law(
+        case.N, case.D, batch=batch, dtype=torch.float64, generator=generator, **flat
+    )
+
+
+def _samples(case: Case, generator: torch.Generator) -> Inputs:
+    return {"x": _rows(case, generator)}
+
+
+def _pairs(case: Case, generator: torch.Generator) -> Inputs:
+    # Images near their captions: a loss that is neither 0 nor log N.
+    text = _rows(case, generator)
+    aside = torch.randn(text.shape, dtype=torch.float64, generator=generator) / case.D**0.5
+    return {"image_features": F.normalize(text + aside, dim=-1), "text_features": text}
+
+
+def _scaled(inputs: Inputs) -> Inputs:
+    return inputs | {"logit_scale": torch.tensor(LOGIT_SCALE, dtype=torch.float64)}
+
+
+def _factors(case: Case, generator: torch.Generator) -> Inputs:
+    # Texts projected onto `inner` random directions.
+    inputs = _pairs(case, generator)
+    directions = torch.randn(case.D, case.inner, dtype=torch.float64, generator=generator)
+    basis = torch.linalg.qr(directions)[0].T.contiguous()
+    coefficients = inputs["text_features"] @ basis.T
+    return _scaled(inputs | {"coefficients": coefficients, "basis": basis})
+
+
+def _triples(case: Case, generator: torch.Generator) -> Inputs:
+    inputs = _factors(case, generator)
+    scale, basis = inputs.pop("logit_scale"), inputs.pop("basis")
+    component = inputs.pop("coefficients") @ basis
+    return inputs | {"component_features": component, "logit_scale": scale}
+
+
+def _component(inputs: Inputs) -> Tensor:
+    if "component_features" in inputs:
+        return inputs["component_features"]
+    return inputs["coefficients"] @ inputs["basis"]
+
+
+# Calls.
+
+
+def _library_loss(inputs: Inputs, case: Case, backend: str) -> Outputs:
+    smoothing, keys = eager.loss_options(case.preset)
+    losses = getattr(himo_kernels, case.op)(
+        **inputs, label_smoothing=smoothing, differentiate_keys=keys, backend=backend
+    )
+    return losses if isinstance(losses, tuple) else (losses,)
+
+
+def _clip(inputs: Inputs, case: Case) -> Outputs:
+    image, scale = inputs["image_features"], inputs["logit_scale"]
+    options = eager.loss_options(case.preset)
+    texts = [inputs["text_features"]]
+    if case.op != "info_nce":
+        texts.append(_component(inputs))
+    return tuple(eager.clip_loss(image, text, scale, *options) for text in texts)
+
+
+def _released_dual(inputs: Inputs, case: Case) -> Outputs:
+    features = (inputs["image_features"], inputs["text_features"], _component(inputs))
+    gathered = tuple(x.detach() for x in features)
+    return released.dual_loss(*features, inputs["logit_scale"], gathered)
+
+
+def _library_head(inputs: Inputs, case: Case, backend: str) -> Outputs:
+    head = HiMoLoss(case.preset, variance_threshold=_head_tau(case), backend=backend)
+    return (head(*inputs.values()),)
+
+
+def _head(hide: Callable[[Tensor, float], Tensor]) -> Call:
+    def call(inputs: Inputs, case: Case) -> Outputs:
+        return (eager.himo_loss(*inputs.values(), case.preset, _head_tau(case), hide),)
+
+    return call
+
+
+def _released_head(inputs: Inputs, case: Case) -> Outputs:
+    losses = released.himo_loss(*inputs.values(), ratio=_head_tau(case))
+    return (losses[0] + losses[1],)
+
+
+def _head_tau(case: Case) -> float:
+    return PRESETS[case.preset]["variance_threshold"]
+
+
+def _moment(side: str) -> Call:
+    return lambda inputs, case: eager.moment(inputs["x"], side)
+
+
+def _library_moment(inputs: Inputs, case: Case, backend: str) -> Outputs:
+    return getattr(himo_kernels, case.op)(inputs["x"], backend=backend)
+
+
+def _library_hide(inputs: Inputs, case: Case, backend: str) -> Outputs:
+    return himo_kernels.pca_reconstruct(inputs["x"], case.tau, backend=backend)[:1]
+
+
+def _released_hide(inputs: Inputs, case: Case) -> Outputs:
+    x = inputs["x"]
+    if x.dim() == 2:
+        return (released.cumulative_ratio_pca(x, case.tau),)
+    return (torch.stack([released.cumulative_ratio_pca(problem, case.tau) for problem in x]),)
+
+
+def _rank_of(x: Tensor, tau: float) -> int:
+    # Of the first problem.
+    _, rank = himo_kernels.pca_reconstruct(x.detach(), tau)
+    return int(rank.flatten()[0])
+
+
+# Costs of one call (design: the cost tables in the operators' READMEs).
+
+
+def _moment_flops(case: Case, rank: int, backward: bool) -> float:
+    square = case.D if case.op == "covariance" else case.N
+    return (4.0 if backward else 2.0) * case.B * case.N * case.D * square
+
+
+def _moment_elements(case: Case, backward: bool) -> float:
+    square = (case.D if case.op == "covariance" else case.N) ** 2
+    forward = case.B * (case.N * case.D + square)
+    return forward + case.B * (2 * case.N * case.D + square) if backward else forward
+
+
+def _hide_flops(case: Case, rank: int, backward: bool) -> float:
+    n = min(case.N, case.D)
+    forward = 2 * case.N * case.D * n + 9 * n**3 + 4 * case.N * case.D * rank
+    extra = 8 * case.N * case.D * n + 8 * n**3 if backward else 0
+    return float(case.B * (forward + extra))
+
+
+def _hide_elements(case: Case, backward: bool) -> float:
+    return float(case.B * case.N * case.D * (5 if backward else 2))
+
+
+def _loss_flops(branches: Callable[[Case, int], float]) -> Callable[[Case, int, bool], float]:
+    # One branch: logits once forward (2); logits again and both gradients backward (6).
+    return lambda case, rank, backward: (
+        (8.0 if backward else 2.0) * case.N**2 * case.D * branches(case, rank)
+    )
+
+
+def _loss_elements(count: int) -> Callable[[Case, bool], float]:
+    return lambda case, backward: float(case.N * case.D * count * (3 if backward else 1))
+
+
+_one_loss = _loss_flops(lambda case, rank: 1)
+_two_losses = _loss_flops(lambda case, rank: 2)
+_low_rank = _loss_flops(lambda case, rank: 1 + case.inner / case.D)
+
+
+def _head_flops(case: Case, rank: int, backward: bool) -> float:
+    # The component branch at its rank, plus one for the mean, wherever a candidate uses it or not.
+    low_rank = _loss_flops(lambda case, rank: 1 + (rank + 1) / case.D)
+    return _hide_flops(case, rank, backward) + low_rank(case, rank, backward)
+
+
+def _features(case: Case) -> int:
+    return case.D
+
+
+def _longest(case: Case) -> int:
+    return max(case.N, case.D)
+
+
+OPERATIONS: dict[str, Operation] = {
+    **{
+        side: Operation(
+            inputs=_samples,
+            library=_library_moment,
+            formula=_moment(side),
+            flops=_moment_flops,
+            elements=_moment_elements,
+            terms=_longest,
+            baselines={"eager": _moment(side)},
+            compiled=("eager",),
+        )
+        for side in ("covariance", "gram")
+    },
+    "pca_reconstruct": Operation(
+        inputs=_samples,
+        library=_library_hide,
+        formula=lambda inputs, case: (eager.hide_svd(inputs["x"], case.tau),),
+        flops=_hide_flops,
+        elements=_hide_elements,
+        terms=_longest,
+        baselines={
+            "released": _released_hide,
+            "eager svd": lambda inputs, case: (eager.hide_svd(inputs["x"], case.tau),),
+            "eager eigh": lambda inputs, case: (eager.hide_eigh(inputs["x"], case.tau),),
+        },
+        compiled=("released", "eager eigh"),
+        rank=lambda inputs, case: _rank_of(inputs["x"], case.tau),
+    ),
+    "info_nce": Operation(
+        inputs=lambda case, generator: _scaled(_pairs(case, generator)),
+        library=_library_loss,
+        formula=_clip,
+        flops=_one_loss,
+        elements=_loss_elements(2),
+        terms=_features,
+        baselines={"open_clip": _clip},
+        compiled=("open_clip",),
+        peers=1,
+    ),
+    "dual_info_nce": Operation(
+        inputs=_triples,
+        library=_library_loss,
+        formula=_clip,
+        flops=_two_losses,
+        elements=_loss_elements(3),
+        terms=_features,
+        baselines={"released": _released_dual, "open_clip": _clip},
+        compiled=("released", "open_clip"),
+        peers=2,
+    ),
+    "dual_info_nce_low_rank": Operation(
+        inputs=_factors,
+        library=_library_loss,
+        formula=_clip,
+        flops=_low_rank,
+        elements=_loss_elements(3),
+        terms=_features,
+        baselines={"released": _released_dual, "open_clip": _clip},
+        compiled=("open_clip",),
+        peers=2,
+        rank=lambda inputs, case: case.inner,
+    ),
+    "himo_loss": Operation(
+        inputs=lambda case, generator: _scaled(_pairs(case, generator)),
+        library=_library_head,
+        formula=_head(eager.hide_svd),
+        flops=_head_flops,
+        elements=_loss_elements(2),
+        terms=_longest,
+        baselines={"released": _released_head, "eager": _head(eager.hide_eigh)},
+        compiled=("released", "eager"),
+        rank=lambda inputs, case: _rank_of(inputs["text_features"], _head_tau(case)),
+    ),
+}

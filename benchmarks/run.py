@@ -1,0 +1,291 @@
+"""Times every operator beside its baselines and writes one row for each cell.
+
+python -m benchmarks.run --device cpu --all --out benchmarks/results/cpu
+python -m benchmarks.run --device cpu --op dual_info_nce --n 1024 4096 --out /tmp/rows
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from benchmarks import cases as grid
+from benchmarks import rows as table
+from benchmarks.cases import Case
+from benchmarks.rows import LIBRARY, BenchmarkError, Row
+
+CASE_TIMEOUT = 600  # seconds without an answer after which a worker is given up
+
+
+class Worker:
+    """A process that measures; it is started again after it died."""
+
+    def __init__(self, device: str, threads: int, log: TextIO) -> None:
+        self.device, self.log = device, log
+        self.environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_PROC_BIND": "true",  # a thread that moves takes a cold cache with it
+            "OMP_PLACES": "cores",
+            # A pool of processes would share the two cores with what is timed.
+            **({"TORCHINDUCTOR_COMPILE_THREADS": "1"} if device == "cpu" else {}),
+            "PYTHONWARNINGS": "ignore",
+        }
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The answers to one request. Raises WorkerDied where it ends before the last of them."""
+        if self.process is None:
+            self._start()
+        assert self.process is not None and self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the reader finds out
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        while True:
+            try:
+                answer = self.answers.get(timeout=CASE_TIMEOUT)
+            except queue.Empty:
+                self.stop()
+                raise WorkerDied(f"no answer for {CASE_TIMEOUT} s") from None
+            if answer is None:
+                status = self.process.wait()
+                self.stop()
+                signal = "out of memory (killed)" if status == -9 else f"status {status}"
+                raise WorkerDied(f"the process ended with {signal}; see log.txt")
+            if answer.get("done"):
+                return
+            yield answer
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def _start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", self.device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=table.ROOT,
+            env=self.environment,
+        )
+        self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read, args=(self.process, self.answers), daemon=True).start()
+
+    @staticmethod
+    def _read(process: subprocess.Popen[str], answers: queue.Queue) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            answers.put(json.loads(line))
+        answers.put(None)
+
+
+class WorkerDied(Exception):
+    """A worker that ended or hung in the middle of a case."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status, 2 for a mistake of the user."""
+    options = _parser().parse_args(arguments)
+    try:
+        cases = _cases(options)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise BenchmarkError("--device cuda: this torch sees no CUDA device")
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            log = (options.out / "log.txt").open("w")
+        except OSError as error:
+            raise BenchmarkError(f"--out {options.out}: {error.strerror}") from error
+        with log:
+            return run(cases, options, log)
+    except BenchmarkError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; finished cells are written", file=sys.stderr)
+        return 130
+
+
+def run(cases: list[Case], options: argparse.Namespace, log: TextIO) -> int:
+    """Measures the cases within the budget; returns 1 where a library backend is inaccurate."""
+    end = time.monotonic() + 60 * options.budget_minutes
+    for op in {case.op for case in cases}:
+        table.read(options.out / f"{op}.csv")  # a file of another format, before any work
+    if options.device == "cpu" and os.getloadavg()[0] > 0.5:
+        warn(f"load average {os.getloadavg()[0]:.1f}: something else runs here; the rows say so")
+    worker = Worker(options.device, options.threads, log)
+    facts = table.facts(options.device, options.threads)
+    bad, left_out = 0, []
+    try:
+        (ceilings,) = worker.ask({})
+        print(f"ceilings: {json.dumps(ceilings)}", file=log, flush=True)
+        with progress(len(cases)) as bar:
+            for case in cases:
+                name = f"{case.op} {case.size} {case.dtype} {case.config}"
+                if time.monotonic() > end:
+                    left_out.append(name)
+                    bar.update()
+                    continue
+                bar.set_description_str(name)
+                if options.device == "cpu":
+                    worker.stop()  # a fresh process for each cell
+                found = [facts | row for row in _measure(worker, case, options, ceilings)]
+                table.merge(options.out / f"{case.op}.csv", found)
+                for row in found:
+                    print(_line(row), file=log, flush=True)
+                    bad += row["status"] == "inaccurate" and row["backend"] in LIBRARY
+                bar.update()
+    except WorkerDied as error:
+        raise BenchmarkError(f"the ceilings cannot be measured: {error}") from error
+    finally:
+        worker.stop()
+    for name in left_out:
+        print(f"left out, the budget is used up: {name}", file=log)
+    if left_out:
+        warn(f"{len(left_out)} of {len(cases)} cells left out: the budget is used up")
+    if bad:
+        warn(f"{bad} rows of the library fail their accuracy check; see {options.out}")
+    return 1 if bad else 0
+
+
+def warn(text: str) -> None:
+    print(f"benchmarks: {text}", file=sys.stderr)
+
+
+def _measure(
+    worker: Worker, case: Case, options: argparse.Namespace, ceilings: dict[str, float]
+) -> list[Row]:
+    request = {
+        "case": dataclasses.asdict(case),
+        "seconds": options.seconds,
+        "ceilings": ceilings,
+        "compile": not options.no_compile,
+        "memory": not options.no_memory,
+        "only": options.backend,
+    }
+    found: list[Row] = []
+    try:
+        found.extend(worker.ask(request))
+    except WorkerDied as error:
+        cell = {name: str(getattr(case, name)) for name in ("op", *table.CELL[1:6])}
+        died = {"backend": table.CRASHED, "mode": "", "status": "failed", "reason": str(error)}
+        found.append(cell | died)
+    return found
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    given = {
+        "N": options.n,
+        "D": options.d,
+        "B": options.batch,
+        "dtype": options.dtype,
+        "spectrum": options.spectrum,
+        "tau": options.tau,
+        "preset": options.preset,
+        "share": options.rank_share,
+        "modes": [(mode,) for mode in options.mode] if options.mode else None,
+    }
+    given = {name: values for name, values in given.items() if values}
+    if options.all:
+        if given or options.op:
+            raise BenchmarkError("--all: expected no --op and no other choice of cells beside it")
+        return grid.full_run(options.device)
+    if not options.op or not options.n:
+        raise BenchmarkError("expected --all, or --op and --n")
+    modes = given.pop("modes", [grid.MODES])
+    cases = [case for op in options.op for case in grid.product(op, **given)]
+    # One cell for both modes, not two: they share inputs, checks and compilation.
+    both = tuple(mode for choice in modes for mode in choice)
+    cases = [dataclasses.replace(case, modes=both, memory=True) for case in cases]
+    for case in cases:
+        if case.B > 1 and case.op not in ("covariance", "gram", "pca_reconstruct"):
+            raise BenchmarkError(f"--batch {case.B}: {case.op} is measured on one problem only")
+    return cases
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--out", type=Path, required=True, help="directory of the csv files and log.txt")
+    add("--all", action="store_true", help="the cells of a full run, the most important first")
+    add("--op", nargs="+", choices=tuple(grid.OPTIONS), metavar="OP", help=", ".join(grid.OPTIONS))
+    add("--n", nargs="+", type=_positive, help="samples")
+    add("--d", nargs="+", type=_positive, help="features; 768 by default")
+    add("--batch", nargs="+", type=_positive, help="independent problems; 1 by default")
+    add("--dtype", nargs="+", choices=grid.DTYPES, help="float32 by default")
+    add("--mode", nargs="+", choices=grid.MODES, help="both by default")
+    add("--spectrum", nargs="+", choices=grid.SPECTRA, help="of the texts")
+    add("--tau", nargs="+", type=_share, help="variance threshold of pca_reconstruct")
+    add("--preset", nargs="+", choices=grid.PRESETS, help="of the losses")
+    add("--rank-share", nargs="+", type=_share, help="R / D of the low-rank loss")
+    add("--backend", nargs="+", default=[], help="only these candidates, by name in the rows")
+    add("--threads", type=_positive, default=min(2, os.cpu_count() or 1), help="of the CPU")
+    add("--seconds", type=float, default=1.0, help="of timing, a candidate and mode; default 1")
+    add("--budget-minutes", type=float, default=60.0, help="no cell starts after; default 60")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--no-memory", action="store_true", help="leave the peaks of memory out on a CPU")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text}")
+    return value
+
+
+def _line(row: Row) -> str:
+    time_ms = f"{row['time_ms_p50']} ms" if row.get("time_ms_p50") else row.get("reason", "")
+    place = " ".join(row[name] for name in ("op", "backend", "mode", "B", "N", "D", "dtype"))
+    return f"{place} {row['config']}: {row['status']} {time_ms}"
+
+
+class _Lines:
+    # What tqdm does here, one line a cell, where it is not installed.
+    def __init__(self, total: int) -> None:
+        self.total, self.at = total, 0
+
+    def set_description_str(self, text: str) -> None:
+        print(f"[{self.at + 1}/{self.total}] {text}", file=sys.stderr, flush=True)
+
+    def update(self) -> None:
+        self.at += 1
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Any]:
+    """A progress bar; lines where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield _Lines(total)
+        return
+    with tqdm(total=total, unit="cell", dynamic_ncols=True) as bar:
+        yield bar
+
+
+if __name__ == "__main__":
+    sys.exit(main())

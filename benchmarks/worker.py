@@ -1,0 +1,229 @@
+"""Measures cases in a process of its own: JSON requests on stdin, JSON rows on stdout.
+
+A request is {} for the ceilings, or {"case": {...}} with the settings of a Cell; the answer is one
+line for each row (or the ceilings) and {"done": true}. Started by benchmarks.run, which a crash
+here costs one case.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.cases import Case
+from benchmarks.measure import (
+    Problem,
+    Sample,
+    accuracy,
+    ceilings,
+    make_oracle,
+    make_problem,
+    step,
+    time_together,
+)
+from benchmarks.registry import Candidate, candidates, operation
+from benchmarks.rows import Row, number
+
+
+def main() -> None:
+    """Answers requests until stdin ends. The only argument is the device, cpu or cuda."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no answer
+    device = sys.argv[1]
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "case" not in request:
+            print(json.dumps(ceilings(device)), file=answers)
+        else:
+            fields = request.pop("case")
+            case = Case(**{**fields, "modes": tuple(fields["modes"])})
+            for row in Cell(case, device, **request).rows():
+                print(json.dumps(row), file=answers)
+        print(json.dumps({"done": True}), file=answers)
+
+
+@dataclass
+class Cell:
+    """One case on this device: rows() measures it."""
+
+    case: Case
+    device: str
+    seconds: float  # of timing, for each candidate and mode
+    ceilings: dict[str, float]  # of this machine, from a request of its own
+    compile: bool = True  # torch.compile the baselines too
+    memory: bool = True  # measure peaks where the case asks for them
+    only: list[str] = field(default_factory=list)  # names of candidates; empty: all
+    peaks: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    rank: int | None = None
+
+    def rows(self) -> Iterator[Row]:
+        """A row for each candidate, mode and way of timing; refusals and failures are rows too."""
+        self.load = f"{os.getloadavg()[0]:.2f}"
+        if self.device == "cpu":
+            if self.memory and self.case.memory:
+                self._measure_peaks_in_children()
+            memory.limit_to_free_memory()
+        problem = make_problem(self.case, self.device)
+        if (rank := operation(self.case).rank) is not None:
+            self.rank = rank(problem.inputs, self.case)
+        accurate = []
+        for candidate, columns in self._check(problem):
+            if "status" in columns:
+                for mode in self.case.modes:
+                    yield self._row(candidate, mode, **columns)
+            else:
+                accurate.append((candidate, columns))
+            self._free()
+        for mode in self.case.modes:
+            yield from self._time(problem, accurate, mode)
+
+    def _candidates(self, problem: Problem) -> list[Candidate]:
+        compile = self.compile and self.case.compile
+        return [
+            candidate
+            for candidate in candidates(self.case, problem.inputs)
+            if (compile or not candidate.compiled)
+            and (not self.only or candidate.name in self.only)
+        ]
+
+    def _check(self, problem: Problem) -> Iterator[tuple[Candidate, Row]]:
+        # Each candidate with the columns of its accuracy; a status where it must not be timed.
+        chosen = self._candidates(problem)
+        official = any(candidate.official for candidate in chosen)
+        oracle = make_oracle(problem, self.device, official)
+        for candidate in chosen:
+            if candidate.refusal is not None:
+                yield candidate, {"status": "refused", "reason": candidate.refusal}
+                continue
+            try:
+                error, wrong = accuracy(candidate, oracle)
+            except Exception as failed:  # a foreign library's errors are its own
+                yield candidate, _failure(memory.reason(failed))
+                continue
+            columns = {"error": number(error), "checked_n": str(oracle.rows)}
+            if wrong is not None:
+                columns |= {"status": "inaccurate", "reason": wrong}
+            yield candidate, columns
+
+    def _time(
+        self, problem: Problem, accurate: list[tuple[Candidate, Row]], mode: str
+    ) -> Iterator[Row]:
+        # Compiling for each mode takes longer than all the rest: fwd+bwd is what training runs.
+        compete = [(c, columns) for c, columns in accurate if mode != "fwd" or not c.compiled]
+        steps = {}
+        for candidate, _ in compete:
+            peak = self.peaks.get((candidate.name, mode), {})
+            reason = peak.get("reason")
+            if reason is None and self.case.timed:
+                reason = self._warm_up(candidate, problem, mode)
+            if reason is not None:
+                yield self._row(candidate, mode, **_failure(reason))
+            else:
+                steps[candidate.name] = step(candidate, problem, mode)
+        if self.case.timed:
+            samples = time_together(steps, self.device, self.seconds)
+        else:
+            samples = {
+                name: [Sample([self.peaks[name, mode]["time_ms"]], timing="once")]
+                for name in steps
+                if (name, mode) in self.peaks
+            }
+        for candidate, columns in compete:
+            for sample in samples.get(candidate.name, []):
+                timed = self._columns(sample, mode)
+                yield self._row(candidate, mode, **columns, **timed)
+
+    def _warm_up(self, candidate: Candidate, problem: Problem, mode: str) -> str | None:
+        # Compiles, and on a GPU gives the peak. Returns why it cannot run.
+        run = step(candidate, problem, mode)
+        try:
+            run()
+            if self.device == "cuda":
+                self.peaks[candidate.name, mode] = {"peak_mib": memory.peak_cuda(run)}
+        except Exception as failed:
+            self._free()
+            return memory.reason(failed)
+        return None
+
+    def _measure_peaks_in_children(self) -> None:
+        def names() -> list[str]:
+            problem = make_problem(self.case, self.device)
+            chosen = self._candidates(problem)
+            # Compiling would have to run once more before the peak means anything.
+            return [c.name for c in chosen if c.refusal is None and not c.compiled]
+
+        found = memory.in_child(names)
+        if isinstance(found, dict):  # the inputs alone do not fit; the cell will say so
+            return
+        for name in found:
+            for mode in self.case.modes:
+                peak = memory.in_child(lambda name=name, mode=mode: self._peak(name, mode))
+                self.peaks[name, mode] = peak
+
+    def _peak(self, name: str, mode: str) -> dict[str, float]:
+        problem = make_problem(self.case, self.device)
+        candidate = next(c for c in self._candidates(problem) if c.name == name)
+        run = step(candidate, problem, mode)
+        small = dataclasses.replace(self.case, N=min(self.case.N, 8))
+        return memory.peak_cpu(step(candidate, make_problem(small, "cpu"), mode), run)
+
+    def _row(self, candidate: Candidate, mode: str, **columns: str) -> Row:
+        case = self.case
+        row = {
+            "op": case.op,
+            "backend": candidate.name,
+            "auto": "yes" if candidate.auto else "",
+            "mode": mode,
+            **{name: str(getattr(case, name)) for name in ("B", "N", "D", "dtype", "config")},
+            "R": "" if self.rank is None else str(self.rank),
+            "peak_mib": number(self.peaks.get((candidate.name, mode), {}).get("peak_mib")),
+            "ceiling_tflops": number(self.ceilings.get(case.dtype)),
+            "ceiling_gbs": number(self.ceilings.get("copy")),
+            "status": "ok",
+            "load": self.load,
+        }
+        return row | columns
+
+    def _columns(self, sample: Sample, mode: str) -> Row:
+        # Rates of the model's work at the median, and the share of the roofline they reach.
+        op, case, backward = operation(self.case), self.case, mode == "fwd+bwd"
+        median = sample.quantile(0.5)
+        tera = op.flops(case, self.rank or 0, backward) / 1e12
+        giga = op.elements(case, backward) * getattr(torch, case.dtype).itemsize / 1e9
+        rates = {"gbs": giga / median * 1e3, "tflops": tera / median * 1e3}
+        peak, copy = self.ceilings.get(case.dtype), self.ceilings.get("copy")
+        roof: dict[str, str] = {}
+        if peak and copy:
+            compute, traffic = tera / peak * 1e3, giga / copy * 1e3  # ms at the ceilings
+            roof["fraction"] = number(max(compute, traffic) / median)
+            roof["bound"] = "compute" if compute >= traffic else "memory"
+        times = {"min": 0.0, "p20": 0.2, "p50": 0.5, "p80": 0.8}
+        return {
+            "l2": sample.l2,
+            "timing": sample.timing,
+            "repeats": str(len(sample.times_ms)),
+            **{f"time_ms_{name}": number(sample.quantile(q)) for name, q in times.items()},
+            **{name: number(value) for name, value in rates.items()},
+            **roof,
+        }
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _failure(reason: str) -> Row:
+    status = memory.OUT_OF_MEMORY if reason == memory.OUT_OF_MEMORY else "failed"
+    return {"status": status, "reason": reason}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+// Leading dimensions: what an entry point takes as [*, ...] and a kernel as [B, ...].
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <initializer_list>
+#include <vector>
+
+namespace himo {
+
+// Returns [*, tail...], with * the leading dimensions of x [*, N, D].
+inline std::vector<int64_t> with_tail(const at::Tensor& x, std::initializer_list<int64_t> tail) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end() - 2);
+  shape.insert(shape.end(), tail);
+  return shape;
+}
+
+// Returns the tensor with its leading dimensions as one, [B, tail...].
+inline at::Tensor flatten_lead(const at::Tensor& tensor, int64_t tail_dims) {
+  const auto lead = tensor.sizes().slice(0, tensor.dim() - tail_dims);
+  std::vector<int64_t> shape{c10::multiply_integers(lead)};
+  shape.insert(shape.end(), tensor.sizes().end() - tail_dims, tensor.sizes().end());
+  return tensor.reshape(shape);
+}
+
+}  // namespace himo

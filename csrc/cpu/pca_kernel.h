@@ -1,0 +1,68 @@
+// The arithmetic of pca, project_reconstruct and pca_reconstruct. x and incoming gradients have any
+// leading dimensions and strides; everything else comes contiguous, with its leading dimensions
+// flattened to B. n = min(N, D); V holds the eigenvectors of the small side, X^T X when D <= N and
+// X X^T when N < D, in columns. Equation numbers are those of himo_kernels/pca/README.md.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace himo::cpu {
+
+// Replaces the moments of the small side by V and finds eigenvalues and rank; README (2). NaN in a
+// moment gives NaN eigenvalues and V, and rank n.
+void decompose(const at::Tensor& moments,      // [B, n, n] float64, becomes V
+               double variance_threshold,      //
+               const at::Tensor& eigenvalues,  // [B, n] float64, descending
+               const at::Tensor& rank);        // [B] int64
+
+void components(const at::Tensor& x,             // [*, N, D]
+                const at::Tensor& mean,          // [B, D] float64
+                const at::Tensor& eigenvalues,   // [B, n] float64
+                const at::Tensor& eigenvectors,  // [B, n, n] float64
+                const at::Tensor& rank,          // [B] int64
+                const at::Tensor& out);          // [B, n, D] float64
+
+void pca_bwd(const at::Tensor& grad_mean,         // [B, D] float64
+             const at::Tensor& grad_eigenvalues,  // [B, n] float64
+             const at::Tensor& grad_components,   // [B, n, D] float64
+             const at::Tensor& x,                 // [*, N, D]
+             const at::Tensor& mean,              // [B, D] float64
+             const at::Tensor& eigenvalues,       // [B, n] float64
+             const at::Tensor& eigenvectors,      // [B, n, n] float64
+             const at::Tensor& rank,              // [B] int64
+             double gap_eps,                      //
+             const at::Tensor& grad_x);           // [B, N, D]
+
+void project_reconstruct_fwd(const at::Tensor& x,                // [*, N, D]
+                             const at::Tensor& mean,             // [B, D] float32 or float64
+                             const at::Tensor& components,       // [B, K, D], as mean
+                             const at::Tensor& rank,             // [B] int64
+                             const at::Tensor& reconstruction);  // [B, N, D], as x
+
+void project_reconstruct_bwd(const at::Tensor& grad,              // [*, N, D]
+                             const at::Tensor& x,                 // [*, N, D]
+                             const at::Tensor& mean,              // [B, D] float32 or float64
+                             const at::Tensor& components,        // [B, K, D], as mean
+                             const at::Tensor& rank,              // [B] int64
+                             const at::Tensor& grad_x,            // [B, N, D], as x
+                             const at::Tensor& grad_mean,         // [B, D], as mean
+                             const at::Tensor& grad_components);  // [B, K, D], as mean
+
+void pca_reconstruct_fwd(const at::Tensor& x,                // [*, N, D]
+                         const at::Tensor& mean,             // [B, D] float64
+                         const at::Tensor& eigenvalues,      // [B, n] float64
+                         const at::Tensor& eigenvectors,     // [B, n, n] float64
+                         const at::Tensor& rank,             // [B] int64
+                         const at::Tensor& reconstruction);  // [B, N, D], as x
+
+void pca_reconstruct_bwd(const at::Tensor& grad,          // [*, N, D]
+                         const at::Tensor& x,             // [*, N, D]
+                         const at::Tensor& mean,          // [B, D] float64
+                         const at::Tensor& eigenvalues,   // [B, n] float64
+                         const at::Tensor& eigenvectors,  // [B, n, n] float64
+                         const at::Tensor& rank,          // [B] int64
+                         double gap_eps,                  //
+                         bool differentiate_basis,        //
+                         const at::Tensor& grad_x);       // [B, N, D], as x
+
+}  // namespace himo::cpu

@@ -1,0 +1,116 @@
+// What the passes over one problem share.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/centring.h"
+#include "cpu/dense.h"
+
+namespace himo::cpu {
+
+inline bool feature_side(const at::Tensor& x) { return x.size(-1) <= x.size(-2); }  // D <= N
+
+// FLOPs of one problem, for the cut of a batch.
+inline double problem_flops(const at::Tensor& x) {
+  const auto n = static_cast<double>(std::min(x.size(-1), x.size(-2)));
+  return 10 * n * n * n + 10 * n * static_cast<double>(x.size(-1) * x.size(-2));
+}
+
+// The decomposition of one problem.
+struct Spectrum {
+  const double* eigenvalues;   // [n], descending
+  const double* eigenvectors;  // V [n, n]
+  int64_t n, rank;
+
+  Spectrum(const at::Tensor& values, const at::Tensor& vectors, const at::Tensor& ranks, int64_t b)
+      : eigenvalues(values.const_data_ptr<double>() + b * values.size(1)),
+        eigenvectors(vectors.const_data_ptr<double>() + b * vectors.size(1) * vectors.size(1)),
+        n(values.size(1)),
+        rank(std::clamp(ranks.const_data_ptr<int64_t>()[b], int64_t{1}, values.size(1))) {}
+
+  bool is_nan() const { return std::isnan(eigenvalues[0]); }
+  bool keeps_all() const { return rank == n; }
+  double trace() const {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += eigenvalues[i];
+    return sum;
+  }
+  // Whether a kept direction holds variance: at tau = 1 the last ones are rounding noise.
+  bool is_nonzero(int64_t i) const {
+    return eigenvalues[i] > eigenvalues[0] * static_cast<double>(n) * 0x1p-52;
+  }
+  // lambda_R, the unit of pair weights: squares of eigenvalues overflow.
+  double unit() const { return eigenvalues[rank - 1] > 0 ? eigenvalues[rank - 1] : 1.0; }
+};
+
+// F_ij delta of a gap in units of lambda_R, README below (7); 0 at a gap of 0, where it is the
+// limit for every gap_eps > 0. A gap is 0 or at least 2^-53: its square does not underflow.
+inline double regularised_inverse(double gap, double gap_eps) {
+  return gap == 0 ? 0.0 : gap / (gap * gap + gap_eps * gap_eps);
+}
+
+// Kept directions that have a component. On the sample side one without variance has none:
+// X^T v / sqrt(lambda) is 0 / 0. Eigenvalues descend, so they are the first ones.
+int64_t present_components(const Spectrum& spectrum, bool features);
+
+// The first `count` eigenvectors of X^T X in rows: those of P that are present.
+void write_components(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
+                      int64_t count,
+                      double* out);  // [count, D]
+
+// A power of two that makes the entries of X / scale about 1: float32 products neither overflow nor
+// underflow whatever the length of the rows, and no bit changes.
+inline double entry_scale(const at::Tensor& x, const Spectrum& spectrum) {
+  const double mean_square = spectrum.trace() / static_cast<double>(x.size(-1) * x.size(-2));
+  return mean_square > 0 ? std::exp2(std::round(0.5 * std::log2(mean_square))) : 1.0;
+}
+
+// Memory that one thread uses for one problem after the other.
+template <typename T>
+class Buffer {
+ public:
+  // Returns uninitialised memory; what an earlier call returned is gone.
+  T* get(int64_t elements) {
+    if (!memory_.defined() || memory_.numel() < elements) {
+      memory_ = at::empty({elements}, at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+    }
+    return memory_.template mutable_data_ptr<T>();
+  }
+
+ private:
+  at::Tensor memory_;
+};
+
+// A problem's x, gradient or output seen from its small side: as [m, n], m its long side. It is
+// walked by blocks of the m lines.
+struct Sides {
+  bool features;  // the small side is that of the features: [m, n] is [N, D], else its transpose
+  int64_t m, n;
+
+  Sides(const at::Tensor& x, bool small_side_is_features)
+      : features(small_side_is_features),
+        m(x.size(features ? -2 : -1)),
+        n(x.size(features ? -1 : -2)) {}
+
+  int64_t step() const { return block_lines(m, n); }
+  Block block(int64_t b, int64_t line, int64_t lines) const {
+    return features ? Block{b, 1, line, lines, 0, n} : Block{b, 1, 0, n, line, lines};
+  }
+};
+
+// Returns lines of (x - mean) / scale, [lines, n].
+template <typename T>
+Matrix<T> centred_lines(const at::Tensor& x, const double* mean, const Sides& sides, int64_t b,
+                        int64_t line, int64_t lines, double scale, Buffer<T>& buffer) {
+  const auto block = sides.block(b, line, lines);
+  T* data = buffer.get(lines * sides.n);
+  const bool by_rows = centre(x, mean, block, 1 / scale, data);
+  const auto natural = by_rows ? row_major(data, block.rows, block.columns)
+                               : row_major(data, block.columns, block.rows).t();
+  return sides.features ? natural : natural.t();
+}
+
+}  // namespace himo::cpu

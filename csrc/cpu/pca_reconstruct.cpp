@@ -1,0 +1,316 @@
+// Projection onto the kept directions and its gradients. Products are made in float32 for float32
+// and lower input, from float64 eigenvectors: their rounding is not divided by a gap beside what
+// the exact gradient is. A problem whose kept eigenvalues span too much for that is taken in
+// float64.
+//
+// Of the kept and the dropped directions, the fewer are multiplied by: S [n, k], k <= n / 2, and O
+// the others. X Pi = X S S^T when S is kept, X - X S S^T when it is dropped.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+
+#include <vector>
+
+#include "cpu/pca_kernel.h"
+#include "cpu/pca_output.h"
+#include "cpu/pca_problem.h"
+#include "cpu/problems.h"
+
+namespace himo::cpu {
+namespace {
+
+// In float32, a direction of X is rounded to about eps sqrt(trace / n) and the gradient divides by
+// sqrt(lambda_R): lambda_R >= trace / (64 n) keeps that to 8 eps. (1 - tau) / n of the trace is a
+// lower bound of lambda_R, so that tau <= 0.98 always passes.
+constexpr double kSpread = 64;
+
+bool fits_float32(const Spectrum& spectrum) {
+  const double last = spectrum.eigenvalues[spectrum.rank - 1];
+  return last * static_cast<double>(spectrum.n) * kSpread >= spectrum.trace();
+}
+
+template <typename T>
+HIMO_WIDE void convert(const double* in, int64_t size, T* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(in[i]);
+}
+
+// What one thread needs for one problem.
+template <typename T>
+struct Workspace {
+  Buffer<T> vectors, x, grad, sums, along, products, factors, turned;
+};
+
+struct Workspaces {
+  Workspace<float> narrow;
+  Workspace<double> wide;
+};
+
+// The smaller side of the eigenvectors and the other, in T.
+template <typename T>
+struct Basis {
+  bool dropped;                    // the smaller side is the dropped one
+  Matrix<const T> smaller, other;  // S [n, k], O [n, n - k]
+
+  Basis(const Spectrum& spectrum, Buffer<T>& buffer) : dropped(2 * spectrum.rank > spectrum.n) {
+    const int64_t n = spectrum.n, rank = spectrum.rank;
+    Matrix<const T> all;
+    if constexpr (std::is_same_v<T, double>) {
+      all = row_major(spectrum.eigenvectors, n, n);
+    } else {
+      T* data = buffer.get(n * n);
+      convert(spectrum.eigenvectors, n * n, data);
+      all = row_major(data, n, n);
+    }
+    const auto kept = all.column_block(0, rank), rest = all.column_block(rank, n - rank);
+    smaller = dropped ? rest : kept;
+    other = dropped ? kept : rest;
+  }
+};
+
+// out = mean + (values - mean) S S^T, or values - (values - mean) S S^T when S is dropped.
+template <typename T>
+void project(const at::Tensor& values,  // [*, N, D]
+             int64_t b,
+             const double* mean,          // [D]
+             Matrix<const T> directions,  // S [n, k]
+             bool dropped, const Sides& sides, double scale, Workspace<T>& work,
+             const at::Tensor& out) {  // [B, N, D]
+  const int64_t k = directions.columns, step = sides.step();
+  Output<T> output(out, b, sides, work.sums);
+  for (int64_t line = 0; line < sides.m; line += step) {
+    const int64_t lines = std::min(step, sides.m - line);
+    const auto x = centred_lines(values, mean, sides, b, line, lines, scale, work.x);
+    const auto along = row_major(work.along.get(lines * k), lines, k);
+    multiply(x, directions, along);
+    const auto block =
+        dropped ? output.begin_at(values, b, line, lines) : output.begin_at(mean, line, lines);
+    multiply(along, directions.t(), block, static_cast<T>(dropped ? -scale : scale), 1);
+    output.end();
+  }
+}
+
+// products[i][j] *= F, README (5), with rows over O and columns over S; F in units of 1 / scale^2.
+template <typename T>
+HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double unit, double gap_eps,
+                           double scale, bool dropped, Matrix<T> products) {  // [n - k, k]
+  const double* of_rows = eigenvalues + (dropped ? 0 : rank);
+  const double* of_columns = eigenvalues + (dropped ? rank : 0);
+  const double sign = dropped ? 1 / unit : -1 / unit;
+  const double factor = scale / unit * scale;
+  for (int64_t i = 0; i < products.rows; ++i) {
+    T* row = products.data + i * products.row_stride;
+    for (int64_t j = 0; j < products.columns; ++j) {
+      const double gap = (of_rows[i] - of_columns[j]) * sign;  // kept less dropped
+      row[j] =
+          static_cast<T>(static_cast<double>(row[j]) * regularised_inverse(gap, gap_eps) * factor);
+    }
+  }
+}
+
+// README (4) to (7) through thin products, none of them n x n:
+//   E = (B + B^T) S = X^T (G S) + G^T (X S)                       [n, k]
+//   K = O (F * (O^T E))                                           [n, k]
+//   dC = K S^T + S K^T,  dX = +-(G S + X K) S^T + (X S) K^T
+// with G centred. The rows of X add up to zero and so do those of dX: the mean of G passes as it
+// is.
+template <typename T>
+void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, const double* mean,
+                     const Spectrum& spectrum, double gap_eps, Workspace<T>& work,
+                     const at::Tensor& grad_x) {  // [B, N, D]
+  const Sides sides(x, feature_side(x));
+  const auto grad_mean = column_means(grad, b, 1);
+  const Basis<T> basis(spectrum, work.vectors);
+  const double scale = entry_scale(x, spectrum);
+  const int64_t n = sides.n, k = basis.smaller.columns, step = sides.step();
+
+  const auto both = row_major(work.along.get(sides.m * 2 * k), sides.m, 2 * k);  // G S | X S
+  const auto turned = row_major(work.turned.get(n * k), n, k);                   // E
+  Matrix<T> centred{};
+  for (int64_t line = 0; line < sides.m; line += step) {
+    const int64_t lines = std::min(step, sides.m - line);
+    centred = centred_lines(x, mean, sides, b, line, lines, scale, work.x);
+    const auto g = centred_lines(grad, grad_mean.data(), sides, b, line, lines, 1.0, work.grad);
+    const auto along = both.row_block(line, lines);
+    multiply(g, basis.smaller, along.column_block(0, k));
+    multiply(centred, basis.smaller, along.column_block(k, k));
+    multiply(centred.t(), along.column_block(0, k), turned, 1, line == 0 ? 0 : 1);
+    multiply(g.t(), along.column_block(k, k), turned, 1, 1);
+  }
+  const auto pairs = row_major(work.products.get((n - k) * k), n - k, k);
+  multiply(basis.other.t(), turned, pairs);
+  weigh_pairs(spectrum.eigenvalues, spectrum.rank, spectrum.unit(), gap_eps, scale, basis.dropped,
+              pairs);
+  const auto factors = row_major(work.factors.get(n * 2 * k), n, 2 * k);  // S | K
+  for (int64_t i = 0; i < n; ++i) {
+    std::copy_n(basis.smaller.data + i * basis.smaller.row_stride, k, factors.data + i * 2 * k);
+  }
+  const auto turn = factors.column_block(k, k);
+  multiply(basis.other, pairs, turn);
+
+  Output<T> output(grad_x, b, sides, work.sums);
+  for (int64_t line = 0; line < sides.m; line += step) {
+    const int64_t lines = std::min(step, sides.m - line);
+    if (step < sides.m) {
+      centred = centred_lines(x, mean, sides, b, line, lines, scale, work.x);
+    }
+    const auto along = both.row_block(line, lines);
+    multiply(centred, turn, along.column_block(0, k), 1, basis.dropped ? -1 : 1);
+    const auto block = basis.dropped ? output.begin_at(grad, b, line, lines)
+                                     : output.begin_at(grad_mean.data(), line, lines);
+    multiply(along, factors.t(), block, 1, 1);
+    output.end();
+  }
+}
+
+// G Pi alone, in float64. Pi is that of the features: on the sample side it needs the components.
+void constant_basis_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, const double* mean,
+                        const Spectrum& spectrum, Workspace<double>& work,
+                        const at::Tensor& grad_x) {
+  const auto grad_mean = column_means(grad, b, 1);
+  Matrix<const double> directions{};
+  bool dropped = false;
+  if (feature_side(x)) {
+    const Basis<double> basis(spectrum, work.vectors);
+    directions = basis.smaller, dropped = basis.dropped;
+  } else {
+    const int64_t count = present_components(spectrum, false), features = x.size(-1);
+    double* rows = work.vectors.get(count * features);
+    write_components(x, b, mean, spectrum, count, rows);
+    directions = row_major<const double>(rows, count, features).t();
+  }
+  project(grad, b, grad_mean.data(), directions, dropped, Sides(x, true), 1.0, work, grad_x);
+}
+
+// vector -= P^T P vector
+template <typename T>
+void leave_along(Matrix<const T> rows, std::vector<double>& vector) {  // P [R, D], [D]
+  std::vector<double> coefficients(rows.rows, 0.0);
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    const T* row = rows.data + i * rows.row_stride;
+    for (int64_t j = 0; j < rows.columns; ++j) coefficients[i] += row[j] * vector[j];
+  }
+  for (int64_t i = 0; i < rows.rows; ++i) {
+    const T* row = rows.data + i * rows.row_stride;
+    for (int64_t j = 0; j < rows.columns; ++j) vector[j] -= coefficients[i] * row[j];
+  }
+}
+
+}  // namespace
+
+void pca_reconstruct_fwd(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& eigenvalues,
+                         const at::Tensor& eigenvectors, const at::Tensor& rank,
+                         const at::Tensor& reconstruction) {
+  const Sides sides(x, feature_side(x));
+  for_each_problem<Workspaces>(mean.size(0), problem_flops(x), [&](int64_t b, Workspaces& work) {
+    const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
+    const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
+    const auto run = [&](auto& typed) {
+      const Basis basis(spectrum, typed.vectors);
+      project(x, b, mean_b, basis.smaller, basis.dropped, sides, entry_scale(x, spectrum), typed,
+              reconstruction);  // HiMo-CLIP eq. (1)
+    };
+    if (spectrum.is_nan()) {
+      fill_nan(reconstruction, b);
+    } else if (spectrum.keeps_all()) {
+      copy_problem(x, reconstruction, b);
+    } else if (x.scalar_type() == at::kDouble) {
+      run(work.wide);
+    } else {
+      run(work.narrow);
+    }
+  });
+}
+
+void pca_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
+                         const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
+                         const at::Tensor& rank, double gap_eps, bool differentiate_basis,
+                         const at::Tensor& grad_x) {
+  for_each_problem<Workspaces>(mean.size(0), problem_flops(x), [&](int64_t b, Workspaces& work) {
+    const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
+    const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
+    if (spectrum.is_nan()) {
+      fill_nan(grad_x, b);
+    } else if (spectrum.keeps_all()) {
+      copy_problem(grad, grad_x, b);
+    } else if (!differentiate_basis) {
+      constant_basis_bwd(grad, x, b, mean_b, spectrum, work.wide, grad_x);
+    } else if (x.scalar_type() == at::kDouble || !fits_float32(spectrum)) {
+      reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, work.wide, grad_x);
+    } else {
+      reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, work.narrow, grad_x);
+    }
+  });
+}
+
+void project_reconstruct_fwd(const at::Tensor& x, const at::Tensor& mean,
+                             const at::Tensor& components, const at::Tensor& rank,
+                             const at::Tensor& reconstruction) {
+  const auto means = mean.to(at::kDouble);  // [B, D]
+  const int64_t stored = components.size(1), features = components.size(2);
+  const Sides sides(x, true);
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "project_reconstruct", [&] {
+    const auto project_one = [&](int64_t b, Workspace<scalar_t>& work) {
+      const double* mean_b = means.const_data_ptr<double>() + b * features;
+      const int64_t kept = std::clamp(rank.const_data_ptr<int64_t>()[b], int64_t{0}, stored);
+      if (kept == 0) {
+        Output<scalar_t> output(reconstruction, b, sides, work.sums);
+        output.begin_at(mean_b, 0, sides.m);
+        return output.end();
+      }
+      const scalar_t* rows = components.const_data_ptr<scalar_t>() + b * stored * features;
+      project(x, b, mean_b, row_major(rows, kept, features).t(), false, sides, 1.0, work,
+              reconstruction);
+    };
+    for_each_problem<Workspace<scalar_t>>(mean.size(0), problem_flops(x), project_one);
+  });
+}
+
+void project_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
+                             const at::Tensor& components, const at::Tensor& rank,
+                             const at::Tensor& grad_x, const at::Tensor& grad_mean,
+                             const at::Tensor& grad_components) {
+  const auto means = mean.to(at::kDouble);  // [B, D]
+  const int64_t samples = x.size(-2), stored = components.size(1), features = components.size(2);
+  const std::vector<double> zeros(features, 0.0);
+  const Sides sides(x, true);
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "project_reconstruct", [&] {
+    const auto project_one = [&](int64_t b, Workspace<scalar_t>& work) {
+      const double* mean_b = means.const_data_ptr<double>() + b * features;
+      const int64_t kept = std::clamp(rank.const_data_ptr<int64_t>()[b], int64_t{0}, stored);
+      const scalar_t* data = components.const_data_ptr<scalar_t>() + b * stored * features;
+      const auto rows = row_major(data, kept, features);  // P
+      scalar_t* out = grad_components.mutable_data_ptr<scalar_t>() + b * stored * features;
+      const auto grad_rows = row_major(out, kept, features);
+      std::fill_n(out + kept * features, (stored - kept) * features, scalar_t{0});
+
+      // dL/dmean = (sum of G) (I - P^T P): what it reaches directly, less what leaves with x -
+      // mean.
+      auto through_mean = column_means(grad, b, 1);
+      for (double& value : through_mean) value *= static_cast<double>(samples);
+      leave_along(rows, through_mean);
+      convert(through_mean.data(), features, grad_mean.mutable_data_ptr<scalar_t>() + b * features);
+
+      Output<scalar_t> output(grad_x, b, sides, work.sums);
+      const int64_t step = sides.step();
+      for (int64_t line = 0; line < samples; line += step) {
+        const int64_t lines = std::min(step, samples - line);
+        const auto block = output.begin_at(zeros.data(), line, lines);
+        if (kept > 0) {
+          const auto centred = centred_lines(x, mean_b, sides, b, line, lines, 1.0, work.x);
+          const auto g = centred_lines(grad, zeros.data(), sides, b, line, lines, 1.0, work.grad);
+          const auto along = row_major(work.along.get(lines * kept), lines, kept);
+          const auto grad_along = row_major(work.products.get(lines * kept), lines, kept);
+          multiply(centred, rows.t(), along);
+          multiply(g, rows.t(), grad_along);
+          multiply(along.t(), g, grad_rows, 1, line == 0 ? 0 : 1);
+          multiply(grad_along.t(), centred, grad_rows, 1, 1);
+          multiply(grad_along, rows, block, 1, 1);
+        }
+        output.end();
+      }
+    };
+    for_each_problem<Workspace<scalar_t>>(mean.size(0), problem_flops(x), project_one);
+  });
+}
+
+}  // namespace himo::cpu

@@ -1,0 +1,101 @@
+"""The `cpu` backend of pca, project_reconstruct and pca_reconstruct: csrc/pca.cpp, any strides.
+
+Differs from the reference in work and memory, not in the formula: kept and dropped directions are
+slices of the eigenvectors, products go through the fewer of the two, and of float32 and lower input
+they are float32 products of float64 eigenvectors. Problems of a batch run in parallel.
+"""
+
+import torch
+from torch import Tensor
+
+from himo_kernels import _extension
+
+LARGEST_SIDE = 32766  # the length of LAPACK's work array, 1 + 6 n + 2 n^2, is a 32-bit integer
+
+
+def why_not(x: Tensor, *_: Tensor) -> str | None:
+    """Returns why this backend cannot take x, or None."""
+    if x.device.type != "cpu":
+        return f"needs CPU tensors, got {x.device.type}"
+    return _extension.why_not()
+
+
+def why_not_decompose(x: Tensor, *_: Tensor) -> str | None:
+    """Returns why this backend cannot solve the eigenproblem of x, or None."""
+    if not torch._C.has_lapack:
+        return "this torch is built without LAPACK"
+    if min(x.shape[-2:]) > LARGEST_SIDE:
+        return f"takes min(N, D) up to {LARGEST_SIDE}, got {min(x.shape[-2:])}"
+    return why_not(x)
+
+
+def pca_fwd(
+    x: Tensor,  # [*, N, D]
+    variance_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n]."""
+    return _extension.load().pca_fwd(x, variance_threshold)
+
+
+def pca_bwd(
+    grad_mean: Tensor,  # [*, D] float64
+    grad_eigenvalues: Tensor,  # [*, n] float64
+    grad_components: Tensor,  # [*, n, D] float64
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D] float64
+    eigenvalues: Tensor,  # [*, n] float64
+    eigenvectors: Tensor,  # [*, n, n] float64
+    rank: Tensor,  # [*] int64
+    gap_eps: float,
+) -> Tensor:
+    """Returns the gradient of x [*, N, D], README.md equations (8) to (10), in float64."""
+    saved = (mean, eigenvalues, eigenvectors, rank)
+    return _extension.load().pca_bwd(
+        grad_mean, grad_eigenvalues, grad_components, x, *saved, gap_eps
+    )
+
+
+def project_reconstruct_fwd(
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D]
+    components: Tensor,  # [*, K, D]
+    rank: Tensor,  # [*] int64
+) -> Tensor:
+    """Returns (x - mean) P^T P + mean, with P the first rank rows of components."""
+    return _extension.load().project_reconstruct_fwd(x, mean, components, rank)
+
+
+def project_reconstruct_bwd(
+    grad_reconstruction: Tensor,  # [*, N, D]
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D]
+    components: Tensor,  # [*, K, D]
+    rank: Tensor,  # [*] int64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of x [*, N, D], mean [*, D] and components [*, K, D]."""
+    return _extension.load().project_reconstruct_bwd(grad_reconstruction, x, mean, components, rank)
+
+
+def pca_reconstruct_fwd(
+    x: Tensor,  # [*, N, D]
+    variance_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
+    return _extension.load().pca_reconstruct_fwd(x, variance_threshold)
+
+
+def pca_reconstruct_bwd(
+    grad_reconstruction: Tensor,  # [*, N, D]
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D] float64
+    eigenvalues: Tensor,  # [*, n] float64
+    eigenvectors: Tensor,  # [*, n, n] float64
+    rank: Tensor,  # [*] int64
+    gap_eps: float,
+    differentiate_basis: bool,
+) -> Tensor:
+    """Returns the gradient of x [*, N, D], README.md equations (4) to (7)."""
+    saved = (mean, eigenvalues, eigenvectors, rank)
+    return _extension.load().pca_reconstruct_bwd(
+        grad_reconstruction, x, *saved, gap_eps, differentiate_basis
+    )

@@ -1,0 +1,174 @@
+"""The harness itself: accuracy before time, peaks of memory, failures as rows."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from fresh_process import run_python
+
+import himo_kernels
+from benchmarks import measure, memory, worker
+from benchmarks.cases import OPTIONS, Case
+from benchmarks.registry import OPERATIONS, Candidate, candidates
+from himo_kernels._dispatch import OPERATORS, Backend
+
+SMALL = {"N": 24, "D": 8}
+needs_proc = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
+)
+
+
+def cell(case: Case, **settings) -> worker.Cell:
+    settings = {"compile": False, "memory": False} | settings
+    return worker.Cell(
+        case, "cpu", seconds=0.0, ceilings={"float32": 1.0, "copy": 10.0}, **settings
+    )
+
+
+@pytest.fixture
+def unlimited(monkeypatch):
+    """Cells that run in the process of the tests, which must not be limited, and briefly."""
+    monkeypatch.setattr(memory, "limit_to_free_memory", lambda: None)
+    monkeypatch.setattr(measure, "LONG_MS", 0.0)  # one call a turn
+
+
+@pytest.mark.parametrize("spectrum", ["power-law", "duplicates"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", OPTIONS)
+def test_the_library_and_plain_pytorch_pass_on_every_operator(op, dtype, spectrum):
+    case = Case(op, **SMALL, dtype=dtype, spectrum=spectrum, share=0.5)
+    problem = measure.make_problem(case, "cpu")
+    found = candidates(case, problem.inputs)
+    oracle = measure.make_oracle(problem, "cpu", official=any(c.official for c in found))
+    checked = set()
+    for candidate in found:
+        hard = spectrum == "duplicates" and not candidate.library  # the SVD's gradient may be NaN
+        if candidate.refusal is None and not candidate.compiled and not hard:
+            assert measure.accuracy(candidate, oracle)[1] is None, candidate.name
+            checked.add(candidate.name)
+    assert checked & {"auto", "reference"}
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+@pytest.mark.parametrize("op", ["dual_info_nce", "himo_loss", "dual_info_nce_low_rank"])
+def test_the_released_code_is_checked_against_its_own_semantics(op, preset):
+    problem = measure.make_problem(Case(op, **SMALL, preset=preset, dtype="float64"), "cpu")
+    oracle = measure.make_oracle(problem, "cpu", official=True)
+    (candidate,) = (c for c in candidates(problem.case, problem.inputs) if c.name == "released")
+    error, wrong = measure.accuracy(candidate, oracle)
+    assert wrong is None and error < 1e-9
+
+
+def test_a_baseline_with_a_nan_gradient_is_not_timed(unlimited):
+    case = Case("pca_reconstruct", 128, spectrum="duplicates", modes=("fwd+bwd",))
+    rows = list(cell(case, only=["released", "reference"]).rows())
+    for row in rows:
+        if row["backend"] == "released":
+            assert row["status"] == "inaccurate" and "gradient of x: not finite" in row["reason"]
+            assert "time_ms_p50" not in row
+    assert any(row["backend"] == "reference" and row["time_ms_p50"] for row in rows)
+
+
+def test_a_backend_outside_its_budget_is_not_timed(unlimited, monkeypatch):
+    # A new backend is measured without being named anywhere; this one is off by 1e-4.
+    reference = OPERATORS["covariance"].backends["reference"].kernels
+
+    def off(*arguments):
+        mean, moment = reference["fwd"](*arguments)
+        return mean, moment * (1 + 1e-4)
+
+    wrong = Backend({"fwd": off, "bwd": reference["bwd"]})
+    monkeypatch.setitem(OPERATORS["covariance"].backends, "cuda", wrong)
+    rows = [r for r in cell(Case("covariance", **SMALL)).rows() if r["backend"] == "cuda"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["status"] == "inaccurate" and row["reason"].startswith("output 1: error 1.0")
+        assert "time_ms_p50" not in row and row["auto"] == "yes"
+
+
+def test_a_backend_that_raises_is_a_row(unlimited, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no such instruction")
+
+    broken = Backend({"fwd": fail, "bwd": fail})
+    monkeypatch.setitem(OPERATORS["gram"].backends, "triton", broken)
+    rows = [r for r in cell(Case("gram", **SMALL)).rows() if r["backend"] == "triton"]
+    assert [row["status"] for row in rows] == ["failed"] * 2
+    assert rows[0]["reason"] == "RuntimeError: no such instruction"
+
+
+def test_candidates_take_turns(monkeypatch):
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "AB"}
+    monkeypatch.setattr(measure, "LONG_MS", 0.0)  # every call is a long one
+    samples = measure.time_together(steps, "cpu", seconds=0.0)
+    assert calls == ["A", "B"] * 3
+    assert all(len(found[0].times_ms) == 3 for found in samples.values())
+
+
+def test_large_cells_are_checked_on_leading_rows_with_the_same_ragged_tile(monkeypatch):
+    monkeypatch.setitem(measure.CHECKED_ROWS, "cpu", 64)
+    assert measure.checked_rows(Case("gram", 128), "cpu") == 128
+    assert measure.checked_rows(Case("gram", 32768 + 37), "cpu") == 64 + 37
+    for op in OPTIONS:
+        problem = measure.make_problem(Case(op, 64 + 64 + 1 + 64, D=8), "cpu")
+        oracle = measure.make_oracle(problem, "cpu", official=False)
+        assert oracle.rows == 65
+        (chosen,) = (c for c in candidates(problem.case, problem.inputs) if c.auto)
+        assert measure.accuracy(chosen, oracle)[1] is None
+
+
+@needs_proc
+def test_the_peak_sees_memory_that_torch_does_not_count():
+    # In a process that has started no thread: forked ones would wait for those that are missing.
+    script = """
+import ctypes, json
+from benchmarks import memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def run():
+    block = libc.malloc(ctypes.c_size_t(50 << 20))
+    ctypes.memset(ctypes.c_void_p(block), 1, 50 << 20)
+    libc.free(ctypes.c_void_p(block))
+print(json.dumps(memory.in_child(lambda: memory.peak_cpu(lambda: None, run))))
+print(json.dumps(memory.in_child(lambda: bytearray(1 << 50))))
+print(json.dumps(memory.in_child(lambda: 1 / 0)))
+"""
+    peak, too_much, wrong = map(json.loads, run_python("-c", script).splitlines())
+    assert 49 < peak["peak_mib"] < 51 and peak["time_ms"] > 0
+    assert too_much == {"reason": "out of memory"}
+    assert wrong == {"reason": "ZeroDivisionError: division by zero"}
+
+
+def test_the_cost_model_of_the_losses():
+    # performance: 8 N^2 D for one loss with its backward, 8 + 8 R / D more for the component.
+    case = Case("info_nce", 100, D=64, share=0.25)
+    flops = {op: OPERATIONS[op].flops for op in OPERATIONS}
+    assert flops["info_nce"](case, 0, True) == 8 * 100**2 * 64
+    assert flops["dual_info_nce"](case, 0, True) == 16 * 100**2 * 64
+    assert flops["dual_info_nce_low_rank"](case, 16, True) == 10 * 100**2 * 64
+    assert flops["info_nce"](case, 0, False) == 2 * 100**2 * 64
+
+
+def test_every_operator_of_a_loss_or_moment_is_registered():
+    covered = {"project_reconstruct": "pca_reconstruct", "pca": "pca_reconstruct"}
+    missing = set(OPERATORS) - set(OPERATIONS) - set(covered)
+    assert not missing
+    assert set(OPERATIONS) - set(OPERATORS) == {"himo_loss"} and himo_kernels.nn.HiMoLoss
+    assert set(OPERATIONS) == set(OPTIONS)
+
+
+def test_half_precision_baselines_run_under_autocast():
+    problem = measure.make_problem(Case("info_nce", **SMALL, dtype="bfloat16"), "cpu")
+    seen = []
+
+    def call(inputs, case):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return (inputs["image_features"].sum() + sum(x.sum() for x in inputs.values()),)
+
+    baseline = Candidate("baseline", call, library=False)
+    for candidate in (baseline, dataclasses.replace(baseline, library=True)):
+        measure.step(candidate, problem, "fwd+bwd")()
+    assert seen == [True, False]

@@ -1,0 +1,77 @@
+"""The himo command itself: what it imports, sets, and says when something outside of it fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from himo.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_and_synth_do_not_wait_for_torch(tmp_path):
+    code = f"""
+import os, sys
+from himo.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+assert main(["synth", "--out", {str(tmp_path / "s")!r}, "--num", "2", "--held-out", "1"]) == 0
+assert "torch" not in sys.modules
+print(os.environ["OMP_WAIT_POLICY"])
+"""
+    assert python(code).endswith("PASSIVE\n")
+
+
+def test_a_wait_policy_of_the_user_stays():
+    code = "import os; from himo.cli import main; main(['report', 'nothing']); "
+    code += "print(os.environ['OMP_WAIT_POLICY'])"
+    assert python(code, OMP_WAIT_POLICY="ACTIVE") == "ACTIVE\n"
+
+
+def test_the_package_gives_its_names_on_first_use():
+    code = """
+import himo
+assert sorted(himo.__all__) == ["HiMoCLIP", "__version__", "load", "save", "tokenize"]
+print(himo.tokenize("a cat").shape, himo.HiMoCLIP.__name__, callable(himo.load), himo.__version__)
+try:
+    himo.nothing
+except AttributeError as error:
+    print(error)
+"""
+    first, second = python(code).splitlines()
+    assert first.startswith("torch.Size([1, 248]) HiMoCLIP True 0.")
+    assert second == "module 'himo' has no attribute 'nothing'"
+
+
+def test_output_that_nobody_reads_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "himo", "synth", "--num", "1", "--held-out", "0", "--out"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "s")], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(writer)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
+    assert main(["report", str(tmp_path / ("a" * 300))]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("himo: error: ") and message.count("\n") == 1
+    assert "File name too long" in message

@@ -1,0 +1,138 @@
+"""What is particular to the `cpu` backend: memory, instruction sets, wide bfloat16, Ctrl-C."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from fresh_process import run_python
+from info_nce_cases import (
+    NAMES,
+    Target,
+    eager_losses,
+    in_float64,
+    losses_and_gradients,
+    make_inputs,
+)
+
+from himo_kernels import _extension
+from himo_kernels.testing import relative_error
+
+needs_extension = pytest.mark.skipif(
+    _extension.why_not() is not None, reason=_extension.why_not() or ""
+)
+pytestmark = needs_extension
+
+# Peak of the resident memory over one step, above what it was before. N x N float32 is 256 MiB.
+PEAK = """
+import torch, himo_kernels
+torch.set_num_threads(2)
+samples, features = 8192, 48
+image, text, component = (
+    torch.nn.functional.normalize(torch.randn(samples, features), dim=-1).requires_grad_()
+    for _ in range(3)
+)
+scale = torch.tensor(50.0, requires_grad=True)
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+def step(samples):
+    losses = himo_kernels.dual_info_nce(
+        image[:samples], text[:samples], component[:samples], scale, backend="cpu"
+    )
+    sum(losses).backward()
+step(300)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+step(samples)
+print(status("VmHWM") - before)
+"""
+
+
+def test_memory_is_that_of_the_features_not_of_the_logits() -> None:
+    feature_mib = 8192 * 48 * 4 / 2**20
+    # Factors and gradients, a dozen times the features; column statistics, 128 numbers a column;
+    # the workspace of 16 MiB; the allocator's own.
+    bound_mib = 12 * feature_mib + 128 * 8192 * 4 / 2**20 + 16 + 16
+    assert bound_mib < 8192**2 * 4 / 2**20 / 3
+    assert float(run_python("-c", PEAK, HIMO_KERNELS_LOGITS_MIB="64")) <= bound_mib
+
+
+AGAINST_REFERENCE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from info_nce_cases import NAMES, Target, losses_and_gradients, make_inputs
+from himo_kernels.testing import relative_error
+worst = 0.0
+for name in NAMES:
+    for dtype, unit in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float64, 1e-13)):
+        for shape in ((65, 33), (140, 16)):
+            generator = torch.Generator().manual_seed(int(sys.argv[2]))
+            inputs = make_inputs(name, *shape, dtype=dtype, generator=generator)
+            results = [
+                losses_and_gradients(Target(name, backend, "cpu"), inputs, label_smoothing=0.1)
+                for backend in ("cpu", "reference")
+            ]
+            (losses, gradients), (true_losses, true_gradients) = results
+            got = [*losses, *gradients.values()]
+            true = [*true_losses, *(true_gradients[argument] for argument in gradients)]
+            worst = max(worst, *(relative_error(a, b) / unit for a, b in zip(got, true)))
+print(torch.backends.cpu.get_cpu_capability(), worst)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_instruction_sets(capability: str, generator: torch.Generator) -> None:
+    folder = str(__file__).rpartition("/")[0]
+    seed = str(generator.initial_seed())
+    printed = run_python(
+        "-c", AGAINST_REFERENCE, folder, seed, ATEN_CPU_CAPABILITY=capability
+    ).split()
+    assert printed[0].lower() == capability
+    # In units of the dtype's rounding: sums in another order, no other formula.
+    assert float(printed[1]) <= 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rounded_gradients_of_wide_bfloat16_are_no_worse_than_autocast(
+    name: str, generator: torch.Generator
+) -> None:
+    # From 128 samples on dL/dS is rounded to bfloat16 on machines that multiply it.
+    inputs = make_inputs(
+        name, 512, 64, inner=20, scale=50.0, dtype=torch.bfloat16, generator=generator
+    )
+    _, exact = losses_and_gradients(eager_losses, in_float64(inputs))
+    _, actual = losses_and_gradients(Target(name, "cpu", "cpu"), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, eager = losses_and_gradients(eager_losses, inputs)
+    for argument, gradient in actual.items():
+        error = relative_error(gradient, exact[argument])
+        eager_error = relative_error(eager[argument], exact[argument])
+        assert error <= max(eager_error, torch.finfo(torch.bfloat16).eps / 2), argument
+
+
+LONG = """
+import torch, himo_kernels
+x = torch.randn(60_000, 256)
+print("started", flush=True)
+himo_kernels.info_nce(x, x, 1.0, backend="cpu")
+print("finished")
+"""
+
+
+def test_ctrl_c_ends_a_long_call() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LONG], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    # Well before the call's own end; the margin is for a machine that does other things too.
+    assert time.monotonic() - sent < 5
+    assert "finished" not in out
+    assert err.rstrip().endswith("KeyboardInterrupt")
