@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from himo_kernels.info_nce.triton import kernels, tiles
+from himo_kernels.info_nce.triton import kernels
 from himo_kernels.info_nce.triton.products import bounded_product
-from himo_kernels.info_nce.triton.tiles import Tile, precision_for
+from himo_kernels.info_nce.triton.tiles import FUSED, Tile, precision_for, tile_for
 
 # Blocks of rows in one launch of pass 1. Column partials take 8 bytes for each of them and each
 # column: 1 KiB a sample, less than bfloat16 features of width 768, whatever N is.
@@ -28,8 +28,7 @@ WORKSPACE_BYTES = 256 * 2**20
 # cost nothing beside the launches, and the gradients are rounded once, to the features' dtype.
 ROUNDED_FROM = 128
 
-_MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4}
-_FUSED = {"enable_fp_fusion": True}  # multiply-adds; stated, for Triton's default is to change
+_MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4, **FUSED}
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Branch:
 
     @property
     def tile(self) -> Tile:
-        return tiles.tile_for(self.right, self.problems, self.samples)
+        return tile_for(self.right, self.problems, self.samples, self.left.shape[0])
 
     @property
     def row_blocks(self) -> int:
@@ -73,7 +72,6 @@ class Branch:
             "TERMS": self.left.shape[0],
             "PRECISION": precision_for(self.right.dtype),
             **self.tile.constants(),
-            **_FUSED,
         }
 
 
@@ -171,7 +169,7 @@ def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tens
         )
         if folded:
             kernels.fold_kernel[(merge_grid,)](
-                partials, samples, slots, first_slot, blocks, splits + launch, **_MERGE, **_FUSED
+                partials, samples, slots, first_slot, blocks, splits + launch, **_MERGE
             )
     log_odds = branch.new_empty(2, problems, samples)
     kernels.log_odds_kernel[(2 * merge_grid,)](
@@ -185,7 +183,6 @@ def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tens
         splits,
         folded or at_once,
         **_MERGE,
-        **_FUSED,
     )
     zero = log_odds.new_zeros(())
     row_nll, column_nll = (torch.logaddexp(odds, zero) for odds in log_odds)  # eq. (4)
@@ -214,12 +211,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What was asked for, in float32; None where it was not."""
+    """What was asked for; None where it was not."""
 
-    left: Tensor | None = None  # [B, N, W]
-    left_keys: Tensor | None = None  # [B, N, W]
-    right: Tensor | None = None  # [B, N, W]
-    scale: Tensor | None = None  # []
+    left: Tensor | None = None  # [B, N, W] float32
+    left_keys: Tensor | None = None  # [B, N, W] float32
+    right: Tensor | None = None  # [B, N, W] in the dtype of Y
+    scale: Tensor | None = None  # [] float32
 
 
 def gradients(
@@ -230,49 +227,60 @@ def gradients(
     label_smoothing: float,
     differentiate_keys: bool,
     needs: Needs,
+    add_to: Tensor | None = None,  # [B, N, W] float32
 ) -> Gradients:
-    """Returns the gradients of X, Y and s: eq. (6) and (7) of the README."""
+    """Returns the gradients of X, Y and s, that of X added to add_to: eq. (6) and (7)."""
     if needs == Needs():
         return Gradients()
     row_nll, column_nll = (nll.reshape(-1, branch.samples) for nll in (row_nll, column_nll))
-    shape = branch.right.shape
-    apart = not differentiate_keys
     x = branch.left[0] if branch.left.shape[0] == 1 else branch.left.sum(0, dtype=torch.float32)
-    left = branch.new_empty(*shape) if needs.left or (needs.left_keys and not apart) else None
-    left_keys = branch.new_empty(*shape) if needs.left_keys and apart else None
-    right = branch.new_empty(*shape) if needs.right else None
-    products = left is not None or left_keys is not None or right is not None
-    parts = 0 if not products else 2 if apart else 1
+    y = branch.right
+    one_left = needs.left_keys and differentiate_keys  # left and left_keys are one gradient
+    left, left_keys, right = add_to, None, None
+    if left is None and (needs.left or one_left):
+        left = torch.zeros_like(y, dtype=torch.float32)
+    if needs.left_keys and not one_left:
+        left_keys = torch.zeros_like(y, dtype=torch.float32)
+    if needs.right:
+        right = branch.new_empty(*y.shape)
+    parts = 1 if differentiate_keys else 2
+    if left is left_keys is right is None:
+        parts = 0
     pass_2 = _GradLogits(branch, row_nll, column_nll, label_smoothing, parts, needs.scale)
-    for rows, grad_rows, grad_columns in pass_2.chunks():
-        if left is not None:
-            _multiply(branch, grad_rows, branch.right, left[:, rows])
-        if left_keys is not None:
-            _multiply(branch, grad_columns, branch.right, left_keys[:, rows])
-        if right is not None:
-            # Beside dS of 16 bits the first term: X rounded to its dtype.
-            y = x if grad_columns.dtype == torch.float32 else branch.left[0]
-            _multiply(branch, grad_columns.mT, y[:, rows], right, accumulate=rows.start > 0)
     weight = grad_loss.reshape(-1).float() / (2 * branch.samples)  # [B]
     factor = (weight * branch.scale.float())[:, None, None]
     of_rows, of_columns = pass_2.diagonals
-    if not apart:
+    if differentiate_keys:
         of_rows = of_columns = of_rows + of_columns
-    for gradient, diagonal, factors in (
-        (left, of_rows, branch.right),
-        (left_keys, of_columns, branch.right),
-        (right, of_columns, x),
-    ):
-        if gradient is not None:
-            # The positives' part in float32: the largest entries of dS, and their rounding to 16
-            # bits would be most of the error.
-            gradient.mul_(1 / pass_2.gain).addcmul_(diagonal.unsqueeze(-1), factors).mul_(factor)
+
+    def finish(gradient: Tensor, diagonal: Tensor, factors: Tensor) -> Tensor:
+        # The positives' part in float32: the largest entries of dS, and their rounding to 16 bits
+        # would be most of the error.
+        gradient.mul_(1 / pass_2.gain).addcmul_(diagonal.unsqueeze(-1), factors)
+        return gradient.mul_(factor)
+
+    for rows, grad_rows, grad_columns in pass_2.chunks():
+        for grad, diagonal, to in (
+            (grad_rows, of_rows, left),
+            (grad_columns, of_columns, left_keys),
+        ):
+            if to is not None:
+                part = branch.new_empty(*grad.shape[:2], y.shape[-1])
+                _multiply(branch, grad, y, part)
+                to[:, rows] += finish(part, diagonal[:, rows], y[:, rows])
+        if right is not None:
+            # Beside dS of 16 bits the first term: X rounded to its dtype.
+            factors = x if grad_columns.dtype == torch.float32 else branch.left[0]
+            _multiply(branch, grad_columns.mT, factors[:, rows], right, rows.start > 0)
     scale = None
     if pass_2.scale_partials is not None:
         scale = (weight * pass_2.scale_partials.sum((1, 2))).sum()
-    if needs.left_keys and not apart:
-        left_keys = left
-    return Gradients(left if needs.left else None, left_keys, right, scale)
+    return Gradients(
+        left if needs.left else None,
+        left if one_left else left_keys,
+        None if right is None else finish(right, of_columns, x).to(y.dtype),
+        scale,
+    )
 
 
 class _GradLogits:
@@ -350,8 +358,8 @@ class _GradLogits:
 
 def _multiply(
     branch: Branch,
-    x: Tensor,  # [B, M, N]
-    y: Tensor,  # [B, N, W]
+    x: Tensor,  # [B, M, K]
+    y: Tensor,  # [B, K, W]
     out: Tensor,  # [B, M, W] float32
     accumulate: bool = False,
 ) -> None:

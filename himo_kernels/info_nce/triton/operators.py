@@ -131,9 +131,10 @@ def dual_info_nce_bwd(
         label_smoothing,
         differentiate_keys,
         Needs(left=needs_image, right=needs_component, scale=needs_scale),
+        add_to=of_text.left,
     )
     return (
-        _like(image_features, of_text.left, of_component.left),
+        _like(image_features, of_component.left),
         _like(text_features, of_text.right),
         _like(component_features, of_component.right),
         _like(logit_scale, of_text.scale, of_component.scale),
@@ -202,7 +203,7 @@ def _like(value: Tensor, *grads: Tensor | None) -> Tensor:
     present = [grad for grad in grads if grad is not None]
     if not present:
         return value.new_empty(0)
-    total = present[0] if len(present) == 1 else present[0] + present[1]
+    total = sum(present[1:], start=present[0])
     if value.dim():  # without what pads [B, N, D]
         total = total[:, : value.shape[-2], : value.shape[-1]].reshape(value.shape)
     return total.to(value.dtype)

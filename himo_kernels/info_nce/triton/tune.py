@@ -10,6 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def forward_and_backward(image: Tensor, text: Tensor, scale: Tensor) -> None:
 
 def main() -> None:
     """Times the tiles of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=32768)
     parser.add_argument("--features", type=int, default=768)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -82,9 +83,9 @@ def main() -> None:
     print(f"{name}, N={arguments.samples}, D={arguments.features}, {arguments.dtype}")
     timed: list[tuple[float, Tile]] = []
     for tile in arguments.tiles:
-        tiles.tile_for = lambda *_, tile=tile: tile
+        tiles.forced = tile
+        step = partial(forward_and_backward, image, text, scale)
         try:
-            step = lambda: forward_and_backward(image, text, scale)  # noqa: E731
             timed.append((time_ms(step, device, arguments.repeats), tile))
         except Exception as error:  # too much shared memory, mostly: Triton has no one type for it
             print(f"{tile} does not run: {str(error).splitlines()[0]}")
