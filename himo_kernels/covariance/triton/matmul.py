@@ -128,13 +128,13 @@ def _matmul_kernel(
         )
         k_valid = at < end
         if A_MEAN == "rows":
-            a -= tl.load(means + m, mask=m_valid, other=0.0)[:, None]
+            a -= tl.load(means + m, mask=m_valid, other=0.0).to(SUMS)[:, None]
         elif A_MEAN == "inner":
-            a -= tl.load(means + at, mask=k_valid, other=0.0)[None, :]
+            a -= tl.load(means + at, mask=k_valid, other=0.0).to(SUMS)[None, :]
         if B_MEAN == "columns":
-            b -= tl.load(means + n, mask=n_valid, other=0.0)[None, :]
+            b -= tl.load(means + n, mask=n_valid, other=0.0).to(SUMS)[None, :]
         elif B_MEAN == "inner":
-            b -= tl.load(means + at, mask=k_valid, other=0.0)[:, None]
+            b -= tl.load(means + at, mask=k_valid, other=0.0).to(SUMS)[:, None]
         a = tl.where(k_valid[None, :], a, 0.0)
         b = tl.where(k_valid[:, None], b, 0.0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=SUMS)
