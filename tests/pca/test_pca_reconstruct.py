@@ -196,10 +196,15 @@ def test_degenerate_batches_are_finite(backend, name, shape, dtype, generator):
 def test_released_code_gives_nan_where_we_do_not(name, dtype, generator):
     if name == "64 duplicate pairs" and dtype == torch.float64:
         pytest.skip("in float64 about half of these batches break the SVD's autograd")
-    x = hkt.DEGENERATE[name](128, 768, dtype=dtype, generator=generator)
-    weights = torch.randn(x.shape, generator=generator)
-    assert released_gradient(x, weights).isnan().any()
-    assert gradient(x, weights).isfinite().all()
+    # Which batch has two tail singular values equal to the bit depends on LAPACK's rounding.
+    for _ in range(20):
+        x = hkt.DEGENERATE[name](128, 768, dtype=dtype, generator=generator)
+        weights = torch.randn(x.shape, generator=generator)
+        assert gradient(x, weights).isfinite().all()
+        if released_gradient(x, weights).isnan().any():
+            break
+    else:
+        pytest.fail("no NaN in 20 batches")
 
 
 @per_backend
