@@ -459,8 +459,11 @@ class TestMemory:
 
 
 def test_a_tile_holds_the_diagonal_of_its_rows() -> None:
-    for table in (tiles._LARGE, tiles._SMALL, {0: tiles._INTERPRETER}):
-        assert all(tile.columns % tile.rows == 0 for tile in table.values())
+    found = [value for value in vars(tiles).values() if isinstance(value, tiles.Tile)]
+    for table in (tiles._LARGE, tiles._SMALL, tiles._LARGE_OF_TERMS):
+        found += table.values()
+    assert len(found) >= 12
+    assert all(tile.columns % tile.rows == 0 for tile in found)
 
 
 def test_launches_are_recorded_for_the_compiler() -> None:

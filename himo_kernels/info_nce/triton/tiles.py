@@ -4,7 +4,7 @@
 this table. None is measured yet; the reasons below are arithmetic.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,6 +56,13 @@ _SMALL = {
     (90, 32): Tile(32, 32, 16, num_warps=4, num_stages=3),
     (80, 32): Tile(32, 32, 16, num_warps=4, num_stages=3),
 }
+# Where X is a sum of terms of 16 bits, a step loads all of them beside Y: half as deep, it needs no
+# more shared memory. sm_80 addresses each load in registers, which fewer rows leave free.
+_LARGE_OF_TERMS = {
+    90: Tile(128, 128, 32, num_warps=8, num_stages=3),
+    80: Tile(64, 128, 32, num_warps=8, num_stages=3),
+}
+_SMALL_OF_TERMS = Tile(64, 64, 32, num_warps=4, num_stages=3)
 # Small enough that a test of 40 rows has several; rows and columns differ on purpose.
 _INTERPRETER = Tile(16, 32, 32, num_warps=4, num_stages=1)
 
@@ -71,13 +78,13 @@ def tile_for(features: Tensor, problems: int, samples: int, terms: int = 1) -> T
         return forced
     if capability == 0:
         return _INTERPRETER
-    # The newest architecture of the table that is not newer than the device.
-    key = (90 if capability >= 90 else 80, 8 * features.element_size())
-    large = _LARGE[key]
+    architecture = 90 if capability >= 90 else 80  # the newest that is not newer than the device
+    key = (architecture, 8 * features.element_size())
+    large, small = _LARGE[key], _SMALL[key]
+    if terms > 1:
+        large, small = _LARGE_OF_TERMS[architecture], _SMALL_OF_TERMS
     tiles = problems * -(-samples // large.rows) * -(-samples // large.columns)
-    tile = large if tiles >= FEW_TILES else _SMALL[key]
-    # A step loads every term of X beside Y: half as deep, it needs no more shared memory.
-    return tile if terms == 1 else replace(tile, inner=min(tile.inner, 32))
+    return large if tiles >= FEW_TILES else small
 
 
 def precision_for(dtype: torch.dtype) -> str:
