@@ -23,10 +23,15 @@ namespace {
 // sqrt(lambda_R): lambda_R >= trace / (64 n) keeps that to 8 eps. (1 - tau) / n of the trace is a
 // lower bound of lambda_R, so that tau <= 0.98 always passes.
 constexpr double kSpread = 64;
+// A gap at the cut, relative to the last kept eigenvalue, from which on float32 gradients stay well
+// below 2e-6: at 1e-5 some come to 2.05e-6.
+constexpr double kGap = 1e-4;
 
 bool fits_float32(const Spectrum& spectrum) {
   const double last = spectrum.eigenvalues[spectrum.rank - 1];
-  return last * static_cast<double>(spectrum.n) * kSpread >= spectrum.trace();
+  const double next = spectrum.rank < spectrum.n ? spectrum.eigenvalues[spectrum.rank] : 0.0;
+  return last * static_cast<double>(spectrum.n) * kSpread >= spectrum.trace() &&
+         last - next >= kGap * last;
 }
 
 template <typename T>
