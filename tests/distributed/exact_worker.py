@@ -30,14 +30,15 @@ dist.init_process_group("gloo")
 RANK, WORLD = dist.get_rank(), dist.get_world_size()
 found: dict[str, object] = {}
 
-# Rows of each rank, and the features.
+# Rows of each rank, and the features. One process alone has 13 rows at least: of fewer, a gradient
+# in float32 is a difference that keeps no six digits.
 SHAPES = {
     "N > D": ([16] * WORLD, 12),
-    "N < D": ([5] * WORLD, 64),
-    "uneven": ([9, 16, 4, 11][:WORLD], 12),
-    "uneven, N < D": ([3, 5, 1, 4][:WORLD], 64),
+    "N < D": ([5] * WORLD if WORLD > 1 else [13], 64),
+    "uneven": ([9, 16, 4, 11][:WORLD] if WORLD > 1 else [20], 12),
+    "uneven, N < D": ([3, 5, 1, 4][:WORLD] if WORLD > 1 else [13], 64),
     "an empty rank": ([0, 20, 13, 7][:WORLD] if WORLD > 1 else [20], 12),
-    "one row each": ([1] * WORLD if WORLD > 1 else [2], 8),
+    "one row each": ([1] * WORLD if WORLD > 1 else [13], 8),
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -47,8 +48,8 @@ def batch(counts: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
     Gradients grow, and lose digits, as 1 / gap at the cut: batches with a gap below 2 % of the
     last kept eigenvalue are drawn again, for each PCA that the checks make of them. One process
-    rounds the normalised texts to float32 before its PCA, which the gap divides too: 20 %. A logit of
-    size s is s eps wrong in float32: s is small enough that 1e-6 is a bound on the exchange.
+    rounds the normalised texts to float32 before its PCA, which the gap divides too: 20 %. A logit
+    of size s is s eps wrong in float32: s is small enough that 1e-6 is a bound on the exchange.
     """
     rows, least = sum(counts), 0.02 if WORLD > 1 else 0.2
     generator = torch.Generator().manual_seed(int(sys.argv[2]) + 100 * rows + width)
