@@ -32,12 +32,13 @@ BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 # torch's default, two jobs more than there are cores, runs small machines out of memory.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test lint sanitize bench gpu demo clean in-place
+.PHONY: help setup test lint aot sanitize bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
 	@echo "make test    set up where needed and run the tests"
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
+	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
 	@echo "make sanitize  the operators' tests on an extension with address and undefined-behaviour sanitizers"
 	@echo "make bench   time every operator on this machine's CPU, about 15 minutes: $(BENCH_OUT)"
 	@echo "make gpu     the GPU's tests, then time every operator on it, 10 minutes: $(GPU_OUT)"
@@ -83,6 +84,9 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 clang-format --dry-run -Werror
+
+aot: $(READY)
+	$(PY) -m himo_kernels.aot
 
 # The operators' tests with every access of the extension checked, in a build of its own: the one in
 # place stays. The first finding ends the run. What is left out, and why:

@@ -89,6 +89,8 @@ def extension() -> dict[str, object]:
         raise LeftOut(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
 
     # at::parallel_for is a header template: without OpenMP in our own flags it runs on one thread.
+    # They are the compiler's alone: linked, the extension would bring a second OpenMP runtime
+    # beside torch's own, and the idle threads of each would spin against the other's work.
     openmp = [] if probe(compiler, ["-fopenmp"]) else ["-fopenmp"]
     if not openmp and (error := probe(compiler, [])):
         raise LeftOut(f"{compiler} cannot build a Python extension: {error}")
@@ -100,7 +102,8 @@ def extension() -> dict[str, object]:
     sanitizers = SANITIZERS if switched_on(SANITIZE) else []
     flags += sanitizers
     macros = [("HIMO_CXX_FLAGS", f'"{" ".join(flags)}"')]
-    sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+    folders = ("csrc", "csrc/common", "csrc/cpu")
+    sources = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/*.cpp"))]
     # Decided by the toolkit, never by a visible GPU: wheels are built on machines that have none.
     has_toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     cuda = sorted(ROOT.glob("csrc/cuda/*.cu")) if has_toolkit else []

@@ -56,6 +56,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("x"), py::arg("mean"), no_gil());
   m.def("gram_bwd", &himo::gram_bwd, py::arg("grad_mean"), py::arg("grad_gram"), py::arg("x"),
         py::arg("mean"), no_gil());
+  m.def("info_nce_fwd", &himo::info_nce_fwd, py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("products"), no_gil());
+  m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
+        py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),
+        py::arg("needs_key"), py::arg("products"), no_gil());
   m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), no_gil());
   m.def("pca_bwd", &himo::pca_bwd, py::arg("grad_mean"), py::arg("grad_eigenvalues"),
         py::arg("grad_components"), py::arg("x"), py::arg("mean"), py::arg("eigenvalues"),
@@ -69,10 +75,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pca_reconstruct_bwd", &himo::pca_reconstruct_bwd, py::arg("grad"), py::arg("x"),
         py::arg("mean"), py::arg("eigenvalues"), py::arg("eigenvectors"), py::arg("rank"),
         py::arg("gap_eps"), py::arg("differentiate_basis"), no_gil());
-  m.def("info_nce_fwd", &himo::info_nce_fwd, py::arg("query"), py::arg("key"),
-        py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("products"), no_gil());
-  m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
-        py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
-        py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),
-        py::arg("needs_key"), py::arg("products"), no_gil());
 }

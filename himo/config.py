@@ -60,7 +60,9 @@ class TrainConfig:
     gap_eps: float = _flag(1e-4, "floor of HiDe's eigenvalue gap; caps rare gradient spikes")
 
     # Optimisation
-    batch_size: int = _flag(128, "pairs in a batch; paper 128 on each of 8 GPUs")
+    batch_size: int = _flag(128, "pairs in a batch of one process; paper 128 on each of 8 GPUs")
+    accum_freq: int = _flag(1, "batches that make one: contrasted together, in the memory of one")
+    keep_last_batch: bool = _flag(False, "also train on the smaller batch at an epoch's end")
     epochs: int = _flag(10, "passes over the data; paper 10")
     lr: float = _flag(1e-6, "peak learning rate; paper 1e-6 (fine-tuning)")
     wd: float = _flag(1e-2, "weight decay of matrices; paper 1e-2")
@@ -69,6 +71,10 @@ class TrainConfig:
     eps: float = _flag(1e-8, "AdamW")
     warmup: int = _flag(200, "steps to the peak learning rate, then a cosine to 0; paper 200")
     grad_clip_norm: float | None = _flag(None, "largest norm of the gradient")
+    exchange: Literal["gather", "ring"] = _flag(
+        "gather", "of texts between processes; ring: O(N/W)"
+    )
+    rank_timeout: float = _flag(15.0, "seconds without a sign of life until a process is gone")
     precision: Literal["fp32", "amp_bf16"] = _flag("fp32", "float32, or bfloat16 autocast")
     seed: int = _flag(0, "of the initial weights, the order of the data and replaced images")
     device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
@@ -112,6 +118,8 @@ class TrainConfig:
 
 _MINIMA: dict[str, float] = {
     "batch_size": 2,
+    "accum_freq": 1,
+    "rank_timeout": 3.0,
     "epochs": 1,
     "warmup": 0,
     "lr": 0.0,

@@ -13,27 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import himo_kernels
-from himo import checkpoint, config, training_state
+from himo import checkpoint, config, parallel, training_state
 from himo.config import TrainConfig
-from himo.data import CaptionedImages, EpochSampler, SampleIndex, make_loader, open_dataset
+from himo.data import (
+    BatchLoader,
+    CaptionedImages,
+    EpochSampler,
+    Sample,
+    SampleIndex,
+    make_loader,
+    open_dataset,
+)
 from himo.device import usable_device
 from himo.errors import HimoError
 from himo.files import atomic_path
 from himo.metrics import Metrics
 from himo.model import CONFIGS, HiMoCLIP, longest_text
+from himo.objective import Objective
+from himo.parallel import Ranks
 from himo.tokenizer import tokenize
-from himo.transforms import Preprocess, normalize
+from himo.transforms import Preprocess
 from himo.validation import Validation
-from himo_kernels.nn import HiMoLoss
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's limit: a larger multiplier made its training unstable
 # A run is another one if these differ: its order of samples or its schedule would not continue.
-_IDENTITY = ("train_data", "batch_size", "seed", "loss", "preset")
+_IDENTITY = ("train_data", "batch_size", "accum_freq", "seed", "loss", "preset")
 
 add_arguments = config.add_arguments
 
@@ -45,68 +53,30 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if finished else 130  # the status of an interrupted program
 
 
-class Objective(nn.Module):
-    """The model with its loss: images and tokens in, losses out."""
-
-    def __init__(self, model: HiMoCLIP, settings: TrainConfig) -> None:
-        super().__init__()
-        self.model = model
-        self.himo_loss = None
-        if settings.loss == "himo":
-            self.himo_loss = HiMoLoss(
-                settings.preset,
-                variance_threshold=settings.tau,
-                component_weight=settings.lambda_comp,
-                label_smoothing=settings.label_smoothing,
-                gap_eps=settings.gap_eps,
-            )
-        self.label_smoothing = settings.label_smoothing or 0.0
-        self.precision = settings.precision
-
-    def forward(
-        self,
-        images: Tensor,  # uint8 [B, 3, R, R]
-        tokens: Tensor,  # [B, L]
-        max_length: int,
-    ) -> dict[str, Any]:
-        """Returns loss, contrastive_loss, component_loss and rank (None without HiDe), text."""
-        bf16 = self.precision == "amp_bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            image_features = self.model.encode_image(normalize(images))
-            text_features = self.model.encode_text(tokens, max_length)
-        # The loss in float32: half-precision logits near 100 are spaced by 0.06 and more.
-        image_features, text_features = image_features.float(), text_features.float()
-        scale = self.model.logit_scale.float().exp()
-        if self.himo_loss is not None:
-            losses = self.himo_loss(image_features, text_features, scale, output_dict=True)
-            rank = self.himo_loss.rank
-        else:
-            images_, texts = (F.normalize(t, dim=-1) for t in (image_features, text_features))
-            loss = himo_kernels.info_nce(
-                images_, texts, scale, label_smoothing=self.label_smoothing
-            )
-            losses = {"loss": loss, "contrastive_loss": loss, "component_loss": None}
-            rank = None
-        return {**losses, "rank": rank, "text_features": text_features.detach()}
-
-
 def train(settings: TrainConfig) -> bool:
     """Runs or resumes a training run; returns False if it was stopped by a signal.
 
     Writes config.json, metrics.jsonl and checkpoints/ below settings.logs / settings.run_name.
 
     Raises:
-        HimoError: bad data or settings, a damaged checkpoint, a loss that is not finite.
+        HimoError: bad data or settings, a damaged checkpoint, a loss that is not finite. Under
+            torchrun the process ends instead, and says why.
     """
+    with parallel.join(settings.device, settings.rank_timeout) as ranks:
+        return _train(settings, ranks)
+
+
+def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    device = usable_device(settings.device)
-    index, held_out = _open_data(settings)
+    device = usable_device(ranks.device(settings.device))
+    with ranks.main_first():  # which writes the index that the others read
+        index, held_out = _open_data(settings, ranks)
     model = _build_model(settings, device)
     preprocess = Preprocess(model.config.image_resolution, settings.image_mode)
     validation = None
-    if held_out is not None:
+    if held_out is not None and ranks.main:
         validation = Validation(
             held_out,
             preprocess,
@@ -117,7 +87,15 @@ def train(settings: TrainConfig) -> bool:
     dataset = CaptionedImages(
         index, preprocess, tokenize, seed=settings.seed, short_captions=settings.short_captions
     )
-    sampler = EpochSampler(len(dataset), settings.batch_size, seed=settings.seed)
+    sampler = EpochSampler(
+        len(dataset),
+        settings.batch_size * settings.accum_freq,
+        seed=settings.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        drop_last=not settings.keep_last_batch,
+    )
+    pairs_per_step = sampler.batch_size * ranks.size
     loader = make_loader(
         dataset,
         sampler,
@@ -126,29 +104,36 @@ def train(settings: TrainConfig) -> bool:
         max_bad_fraction=settings.max_bad_fraction,
         pin_memory=device.type == "cuda",
     )
-    objective = Objective(model, settings)
+    objective = Objective(model, settings, ranks)
     optimizer = _optimizer(model, settings)
-    total_steps = len(loader) * settings.epochs
+    steps_per_epoch = sampler.global_batches()
+    total_steps = steps_per_epoch * settings.epochs
 
-    directory, step = _open_run(settings, model, optimizer, sampler, loader.bad, device)
-    if settings.warmup >= total_steps:
+    directory, step = _open_run(settings, model, optimizer, sampler, loader.bad, device, ranks)
+    if settings.warmup >= total_steps and ranks.main:
         print(
             f"himo: note: --warmup {settings.warmup} takes longer than the {total_steps} steps of "
             f"this run, whose learning rate stays below --lr {settings.lr:g}",
             file=sys.stderr,
         )
-    print(
-        f"{directory}: {len(dataset)} pairs, {total_steps} steps of {settings.batch_size}, "
-        f"{settings.loss} loss, {_count(model)} parameters on {device}"
-        + (f", {len(validation)} pairs to validate on" if validation is not None else "")
-    )
-    metrics = Metrics(directory / "metrics.jsonl", settings)
+    if ranks.main:
+        print(
+            f"{directory}: {len(dataset)} pairs, {total_steps} steps of {pairs_per_step}, "
+            f"{settings.loss} loss, {_count(model)} parameters on {device}"
+            + (f", {ranks.size} processes" if ranks.size > 1 else "")
+            + (f", {len(validation)} pairs to validate on" if validation is not None else "")
+        )
+    metrics = Metrics(directory / "metrics.jsonl", pairs_per_step, ranks)
 
     def save(final: bool) -> None:
+        bad = [state["reasons"] for state in ranks.gather(loader.bad.state_dict())]
+        if not ranks.main:
+            return
         loop = {
             "sampler": sampler.state_dict(),
-            "bad_samples": loader.bad.state_dict(),
+            "bad_samples": {"reasons": {k: v for reasons in bad for k, v in reasons.items()}},
             "settings": dataclasses.asdict(settings),
+            "processes": ranks.size,
         }
         checkpoints = directory / "checkpoints"
         if final:
@@ -162,12 +147,12 @@ def train(settings: TrainConfig) -> bool:
 
     objective.train()
     first_epoch = sampler.epoch
-    with _stop_requests() as stop, _progress(step, total_steps) as bar:
+    with _stop_requests() as stop, _progress(step, total_steps, ranks) as bar:
         for epoch in range(first_epoch, settings.epochs):
             if epoch != first_epoch:
                 sampler.set_epoch(epoch)
             ended = time.perf_counter()
-            for batch in loader:
+            for batch in _same_number(loader, sampler.global_batches(), model):
                 data_time_s = time.perf_counter() - ended
                 max_length = longest_text(batch.tokens)  # on the CPU: no sync
                 images = batch.image.to(device, non_blocking=True)
@@ -176,9 +161,9 @@ def train(settings: TrainConfig) -> bool:
                 lr = learning_rate(step, total_steps, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                outputs = objective(images, tokens, max_length)
+                stopping = ranks.any(stop.requested)
                 optimizer.zero_grad(set_to_none=True)
-                outputs["loss"].backward()
+                outputs = objective.backward(images, tokens, max_length, settings.batch_size)
                 limit = settings.grad_clip_norm
                 grad_norm = nn.utils.clip_grad_norm_(
                     model.parameters(), math.inf if limit is None else limit
@@ -191,23 +176,25 @@ def train(settings: TrainConfig) -> bool:
                 step_time_s = time.perf_counter() - ended
                 metrics.add(outputs["loss"], grad_norm, data_time_s, step_time_s)
                 found = {}
-                every = len(loader) * settings.val_frequency
+                every = steps_per_epoch * settings.val_frequency
                 if validation is not None and (step % every == 0 or step == total_steps):
                     metrics.check_finite(step)
                     found = validation.measure(model)
                 if found or step % settings.log_every_n_steps == 0 or step in (1, total_steps):
                     outputs |= found
-                    line = metrics.write(step, step / len(loader), lr, model.logit_scale, outputs)
+                    epoch_now = step / steps_per_epoch
+                    line = metrics.write(step, epoch_now, lr, model.logit_scale, outputs)
                     bar.set_postfix(
                         loss=f"{line['loss']:.3f}",
                         data_s=f"{line['data_time_s']:.3f}",
                         refresh=False,
                     )
                 bar.update()
-                if stop.requested:
+                if stopping.result():
                     metrics.check_finite(step)
                     save(final=False)
-                    tqdm.write(f"stopped at step {step}; go on with --resume latest")
+                    if ranks.main:
+                        tqdm.write(f"stopped at step {step}; go on with --resume latest")
                     return False
                 every = settings.save_every_n_steps
                 if every and step % every == 0:
@@ -218,12 +205,27 @@ def train(settings: TrainConfig) -> bool:
             last = epoch + 1 == settings.epochs
             if last or (epoch + 1) % settings.save_frequency == 0:
                 save(final=True)
-    if loader.bad.reasons:
-        print(loader.bad.summary())
-    print(
-        f"{directory}: done, {directory / 'checkpoints' / f'epoch_{settings.epochs}.safetensors'}"
-    )
+    for reasons in [state["reasons"] for state in ranks.gather(loader.bad.state_dict())]:
+        loader.bad.reasons |= reasons
+    if ranks.main:
+        if loader.bad.reasons:
+            print(loader.bad.summary())
+        checkpoint_path = directory / "checkpoints" / f"epoch_{settings.epochs}.safetensors"
+        print(f"{directory}: done, {checkpoint_path}")
     return True
+
+
+def _same_number(loader: BatchLoader, steps: int, model: HiMoCLIP) -> Iterator[Sample]:
+    # So many batches on every rank: what is left at an epoch's end may give some ranks none, and
+    # those take part in the step with no rows.
+    number = 0
+    for number, batch in enumerate(loader, 1):  # noqa: B007
+        yield batch
+    for _ in range(steps - number):
+        size = model.visual.input_resolution
+        none = torch.zeros(0, dtype=torch.int64)
+        image = torch.zeros(0, 3, size, size, dtype=torch.uint8)
+        yield Sample(image, torch.zeros(0, model.context_length, dtype=torch.int64), none, none)
 
 
 def learning_rate(step: int, total_steps: int, settings: TrainConfig) -> float:
@@ -247,6 +249,7 @@ def _open_run(
     sampler: EpochSampler,
     bad: Any,
     device: torch.device,
+    ranks: Ranks,
 ) -> tuple[Path, int]:
     # Returns the run's directory and the steps already done.
     directory = Path(settings.logs) / settings.run_name
@@ -261,20 +264,26 @@ def _open_run(
     if state is not None:
         loop = training_state.load_state(state, model, optimizer, device)
         for name in _IDENTITY:
-            before, now = loop["settings"][name], getattr(settings, name)
+            now = getattr(settings, name)
+            before = loop["settings"].get(name, now)  # of a run that began before the flag was
             if before != now:
                 flag = name.replace("_", "-")
                 raise HimoError(f"{state}: expected --{flag} {before} as it began, got {now}")
+        if (before := loop.get("processes", 1)) != ranks.size:
+            raise HimoError(f"{state}: expected {before} processes as it began, got {ranks.size}")
         sampler.load_state_dict(loop["sampler"])
         bad.load_state_dict(loop["bad_samples"])
         step = loop["step"]
-    elif settings.resume:
+    elif settings.resume and ranks.main:
         print(f"{checkpoints}: no checkpoint yet, starting from the beginning")
+    ranks.barrier()  # every rank has seen what was there before
+    if not ranks.main:
+        return directory, step
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HimoError(f"{checkpoints}: cannot be made: {error.strerror}") from error
-    Metrics(directory / "metrics.jsonl", settings).rewind(step)
+    Metrics(directory / "metrics.jsonl").rewind(step)
     record = {
         **dataclasses.asdict(settings),
         "versions": {"himo": himo_kernels.__version__, "torch": torch.__version__},
@@ -285,7 +294,7 @@ def _open_run(
     return directory, step
 
 
-def _open_data(settings: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
+def _open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
     # The pairs to train on, and those to validate on.
     def opened(source: str) -> SampleIndex:
         index = open_dataset(
@@ -299,7 +308,8 @@ def _open_data(settings: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
             follow_links=settings.follow_links,
             max_bad_fraction=settings.max_bad_fraction,
         )
-        print(index.report.summary())
+        if ranks.main:
+            print(index.report.summary())
         return index
 
     index = opened(settings.train_data)
@@ -355,12 +365,13 @@ def _count(model: nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
 
 
-def _progress(step: int, total_steps: int) -> "tqdm[Any]":
+def _progress(step: int, total_steps: int, ranks: Ranks) -> "tqdm[Any]":
     # In a log file every drawing stays: there the bar is drawn twice a minute.
     every_s = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=total_steps,
         initial=step,
+        disable=not ranks.main,
         unit="step",
         dynamic_ncols=True,
         smoothing=0.1,

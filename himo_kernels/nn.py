@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from himo_kernels._checks import (
     check_features,
+    check_finite_values,
     check_flag,
     check_gap_eps,
     check_label_smoothing,
@@ -19,7 +20,12 @@ from himo_kernels._checks import (
     raise_value,
 )
 from himo_kernels._dispatch import accumulation_dtype, check_backend
+from himo_kernels.distributed import loss as loss_over_ranks
+from himo_kernels.distributed import moments
+from himo_kernels.distributed.agreement import agree, check_rows
+from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.info_nce import dual_info_nce
+from himo_kernels.info_nce.api import check_logit_scale
 from himo_kernels.pca import pca_reconstruct
 
 # What the paper states and what its released code does, switch by switch. Both train with L2-
@@ -96,6 +102,12 @@ class HiMoLoss(nn.Module):
     A preset fixes every switch; an argument given beside it wins. `paper` is the method as
     published, `official` what the released code does.
 
+    Over several processes each rank passes its own rows and gets its share of the loss: the mean
+    over ranks of the shares is the loss of one process on the joined batch, and the mean over
+    ranks of the gradients, which DDP takes, its gradient, that of logit_scale included. Row counts
+    may differ from rank to rank. Where any rank's arguments are wrong, every rank raises the same
+    error. himo_kernels/distributed/README.md has the derivation and the cost.
+
     Args:
         preset: "paper" or "official".
         variance_threshold: tau of the in-batch PCA, in (0, 1]. paper 0.9, official 0.85.
@@ -105,13 +117,18 @@ class HiMoLoss(nn.Module):
             are unchanged to rounding). Both True.
         normalize_components: L2-normalise the reconstructed texts. paper True, official False.
         pca_scope: PCA over the "global" batch (paper) or each rank's "local" one (official). In
-            one process, all that the loss takes so far, they are the same.
+            one process they are the same.
         gather_with_grad: True (paper) differentiates both sides of each direction; False
             (official) treats the keys, the gathered side, as constants.
         differentiate_basis: Gradient through the PCA basis. Both True.
         gap_eps: Relative floor of the eigenvalue gap in the PCA's backward; see `pca_reconstruct`.
-        check_finite: Raise on NaN or inf (reads the device).
+        check_finite: Raise on NaN, inf and, where features are normalised, a row of zeros (reads
+            the device).
         backend: As in every operator; the same name goes to each.
+        group: The ranks that share a batch; None is all of them, where there is a process group.
+        strategy: How a rank gets the others' texts: "gather", or "ring" in O(N D / W) memory.
+        check_ranks: False skips the agreement of the ranks before each step, and with it its wait
+            for the device: every rank must then have equally many rows and the same settings.
     """
 
     def __init__(
@@ -129,6 +146,9 @@ class HiMoLoss(nn.Module):
         gap_eps: float = 1e-6,
         check_finite: bool = False,
         backend: str = "auto",
+        group: dist.ProcessGroup | None = None,
+        strategy: str = "gather",
+        check_ranks: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(preset, str):
@@ -169,6 +189,10 @@ class HiMoLoss(nn.Module):
             check_finite=check_finite,
             backend=backend,
         )
+        self.group = group
+        loss_over_ranks.check_strategy("HiMoLoss", strategy)
+        self.strategy = strategy
+        self.check_ranks = check_flag("HiMoLoss", "check_ranks", check_ranks)
         self.rank: Tensor | None = None  # kept rank of the last batch, on the device, for logging
 
     @overload
@@ -206,31 +230,17 @@ class HiMoLoss(nn.Module):
                 weight), "loss": eq. (4)}.
         """
         check_flag("HiMoLoss", "output_dict", output_dict)
-        _refuse_several_processes()
-        for argument, value in (
-            ("image_features", image_features),
-            ("text_features", text_features),
-        ):
-            check_features("HiMoLoss", argument, value)
-            check_same_as("HiMoLoss", argument, value, "image_features", image_features)
-            check_shape("HiMoLoss", argument, value, image_features.shape)
-        if self.normalize_features:
-            image_features, text_features = (
-                _normalize(image_features),
-                _normalize(text_features),
-            )
-        component_features, self.rank = self.hide(text_features)
+        rows = self._agree(image_features, text_features, logit_scale)
+        normalize = _normalize if self.normalize_features else _as_it_is
+        texts = normalize(text_features)
+        # Over ranks the texts of the PCA stay in float64: rounded first, a narrow gap at the cut
+        # would put the gradient more than 1e-6 from that of the joined batch.
+        wide_texts = texts if rows is None else normalize(text_features.double())
+        component_features, self.rank = self._reconstruct(wide_texts, rows)
         if self.normalize_components:
             component_features = _normalize(component_features)
-        contrastive_loss, component_loss = dual_info_nce(
-            image_features,
-            text_features,
-            component_features,
-            logit_scale,
-            label_smoothing=self.label_smoothing,
-            differentiate_keys=self.gather_with_grad,
-            check_finite=self.check_finite,
-            backend=self.backend,
+        contrastive_loss, component_loss = self._losses(
+            normalize(image_features), texts, component_features.to(texts.dtype), logit_scale, rows
         )
         loss = contrastive_loss + self.component_weight * component_loss
         if not output_dict:
@@ -241,6 +251,86 @@ class HiMoLoss(nn.Module):
             "loss": loss,
         }
 
+    def _agree(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
+    ) -> Rows | None:
+        # The rows of every rank, or None in one process. Raises for what is wrong on any rank.
+        one_process = _in_one_process(self.group)
+        check_each = check_features if one_process else check_rows
+
+        def check() -> None:
+            for argument, value in (
+                ("image_features", image_features),
+                ("text_features", text_features),
+            ):
+                check_each("HiMoLoss", argument, value)
+                check_same_as("HiMoLoss", argument, value, "image_features", image_features)
+                check_shape("HiMoLoss", argument, value, image_features.shape)
+                if self.check_finite:
+                    check_finite_values("HiMoLoss", **{argument: value})
+                    if self.normalize_features:
+                        _check_directions(argument, value)
+            check_logit_scale("HiMoLoss", logit_scale, image_features)
+
+        if one_process:
+            check()
+            return None
+        members = members_of(self.group, "HiMoLoss")
+        loss_over_ranks.check_backend_over_ranks("HiMoLoss", self.backend, members.size)
+        if not self.check_ranks:
+            check()
+            return Rows(members, (image_features.shape[0],) * members.size)
+        needs_grad = loss_over_ranks.grad_flags(image_features, text_features, logit_scale)
+        settings = (self.extra_repr(), self.hide.extra_repr(), self.backend, self.strategy)
+        return agree(
+            "HiMoLoss", members, image_features, check, settings=settings, needs_grad=needs_grad
+        )
+
+    def _reconstruct(self, text_features: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
+        if rows is None:
+            return self.hide(text_features)
+        if self.pca_scope == "global":
+            return moments.reconstruct(
+                text_features,
+                rows,
+                self.hide.variance_threshold,
+                self.hide.gap_eps,
+                self.hide.differentiate_basis,
+                self.backend,
+            )
+        if rows.own == 0:
+            return text_features, torch.zeros((), dtype=torch.int64, device=text_features.device)
+        return self.hide(text_features)
+
+    def _losses(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        component_features: Tensor,
+        logit_scale: Tensor | float,
+        rows: Rows | None,
+    ) -> tuple[Tensor, ...]:
+        if rows is None:
+            return dual_info_nce(
+                image_features,
+                text_features,
+                component_features,
+                logit_scale,
+                label_smoothing=self.label_smoothing,
+                differentiate_keys=self.gather_with_grad,
+                check_finite=self.check_finite,
+                backend=self.backend,
+            )
+        return loss_over_ranks.losses(
+            rows,
+            self.strategy,
+            image_features,
+            (text_features, component_features),
+            check_logit_scale("HiMoLoss", logit_scale, image_features),
+            label_smoothing=self.label_smoothing,
+            differentiate_keys=self.gather_with_grad,
+        )
+
     def extra_repr(self) -> str:
         """Returns the settings shown by print(module)."""
         # The rest, tau among it, is shown by the submodule.
@@ -248,13 +338,21 @@ class HiMoLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _refuse_several_processes() -> None:
-    # The loss of each rank's own rows would be neither preset, without a word.
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise NotImplementedError(
-            f"HiMoLoss: expected one process, got a group of {dist.get_world_size()}: "
-            "the loss over several processes is not implemented"
-        )
+def _in_one_process(group: dist.ProcessGroup | None) -> bool:
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return True
+    return dist.get_world_size(group) == 1
+
+
+def _check_directions(argument: str, features: Tensor) -> None:
+    zero = (features.detach() == 0).all(-1)
+    if zero.any():
+        row = [int(index) for index in zero.nonzero()[0]]
+        raise ValueError(f"HiMoLoss: expected {argument} without rows of zeros, got one at {row}")
+
+
+def _as_it_is(features: Tensor) -> Tensor:
+    return features
 
 
 def _normalize(features: Tensor) -> Tensor:

@@ -14,12 +14,22 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+# Before himo_kernels and Triton are imported: without a GPU, Triton kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SEED_VARIABLE = "HIMO_TEST_SEED"
 _seed = int(os.environ.get(SEED_VARIABLE, secrets.randbelow(2**31)))
 
 
 def pytest_report_header() -> str:
     return f"random inputs: {SEED_VARIABLE}={_seed}"
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """The seed of this run, for processes that draw inputs of their own."""
+    return _seed
 
 
 @pytest.fixture

@@ -261,6 +261,7 @@ SETTING_MISTAKES = {
     "normalize_features": (("HiMoLoss",), FLAGS),
     "normalize_components": (("HiMoLoss",), FLAGS),
     "gather_with_grad": (("HiMoLoss",), FLAGS),
+    "check_ranks": (("HiMoLoss",), FLAGS),
     "check_finite": (ALL, {**FLAGS, "None": _instead(None, TypeError, "NoneType")}),
     "dtype": (
         ("covariance", "gram"),
@@ -511,6 +512,10 @@ TEXTS = {
     "HiMoLoss: expected preset to be one of ['paper', 'official'], got 'Paper'": (
         ValueError,
         lambda: nn.HiMoLoss("Paper"),
+    ),
+    "HiMoLoss: expected strategy to be one of ['gather', 'ring'], got 'all'": (
+        ValueError,
+        lambda: nn.HiMoLoss(strategy="all"),
     ),
     "HiMoLoss: expected pca_scope to be 'global' or 'local', got 'rank'": (
         ValueError,

@@ -148,6 +148,7 @@ _OPERATORS = [
     for name, operator in OPERATORS.items()
     for backend in operator.backends
     for device, marks in DEVICES.items()
+    if (backend, device) != ("triton", "cpu")  # interpreted, in seconds a call: in their folders
 ]
 _MODULES = [
     pytest.param((name, "auto", device), id=f"{name}-{device}".replace(" ", "-"), marks=marks)

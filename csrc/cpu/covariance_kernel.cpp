@@ -1,5 +1,5 @@
 // Centred products by blocks: a block of rows (covariance) or of columns (gram) is centred into a
-// buffer of the computing dtype and added to the product with addmm, so that no [N, D] temporary is
+// buffer of the computing dtype and added to the product, so that no [N, D] temporary is
 // made. Extra memory: one block, and 64 * D doubles of partial sums.
 //
 // Blocks are cut by the shape of x alone, never by the number of threads, and each sum has one
@@ -16,15 +16,16 @@
 
 #include "common/interrupt.h"
 #include "cpu/centring.h"
+#include "cpu/dense.h"
 
 namespace himo::cpu {
 namespace {
 
-// Rows of the product that one addmm computes, up to the diagonal: half of them, which leaves out a
+// Rows of the product that one call computes, up to the diagonal: half of them, which leaves out a
 // quarter of the multiplications, or 192 rows, at D = 768 3/8. Narrower panels lose more in the
 // matrix product than they leave out.
 constexpr int64_t kPanel = 192, kNarrowPanel = 48;
-// Below this inner size the time goes into writing the product, and one addmm writes it fastest.
+// Below this inner size the time goes into writing the product, and one call writes it fastest.
 constexpr int64_t kThin = 16;
 
 constexpr int64_t kTile = 32;  // a square of 8 KiB in float64, in the first-level cache
@@ -46,6 +47,23 @@ int64_t lines_of_group(int64_t group, int64_t lines, int64_t length) {
   return group > 1 ? lines : block_lines(lines, length);
 }
 
+template <typename T>
+Matrix<T> matrix_of(const at::Tensor& tensor) {  // [M, K]
+  return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.size(0), tensor.size(1),
+          tensor.stride(0), tensor.stride(1)};
+}
+
+// out = left right + beta out
+void add_product(const at::Tensor& out,    // [M, N]
+                 const at::Tensor& left,   // [M, K]
+                 const at::Tensor& right,  // [K, N]
+                 double beta) {
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "add_product", [&] {
+    multiply(matrix_of<scalar_t>(left), matrix_of<scalar_t>(right), matrix_of<scalar_t>(out),
+             scalar_t{1}, static_cast<scalar_t>(beta));
+  });
+}
+
 // product [count, M, M] = left left^T, or += unless first. One problem goes by panels of rows, each
 // up to its diagonal block: what is above the diagonal is not to be read before mirror_lower.
 void add_lower_product(const at::Tensor& product,  // [count, M, M]
@@ -62,9 +80,8 @@ void add_lower_product(const at::Tensor& product,  // [count, M, M]
       first && rows.size(1) < kThin ? side : std::clamp(half, kNarrowPanel, kPanel);
   for (int64_t i = 0; i < side; i += panel) {
     const int64_t end = std::min(i + panel, side);
-    out.narrow(0, i, end - i)
-        .narrow(1, 0, end)
-        .addmm_(rows.narrow(0, i, end - i), rows.narrow(0, 0, end).t(), first ? 0 : 1);
+    add_product(out.narrow(0, i, end - i).narrow(1, 0, end), rows.narrow(0, i, end - i),
+                rows.narrow(0, 0, end).t(), first ? 0 : 1);
   }
 }
 
@@ -133,7 +150,7 @@ void write_gradient(const at::Tensor& left,      // [count, n, k]
   if (sum.size(0) > 1) {
     sum.baddbmm_(left, right);
   } else {
-    sum.select(0, 0).addmm_(left.select(0, 0), right.select(0, 0));
+    add_product(sum.select(0, 0), left.select(0, 0), right.select(0, 0), 1);
   }
   if (scratch.defined()) target.copy_(sum);
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/centring.h"
+#include "cpu/wide_products.h"
 
 namespace himo::cpu {
 namespace {
@@ -64,6 +65,10 @@ template <typename T>
 void multiply_any(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha, T beta) {
   if (out.rows * out.columns * a.columns <= kSmallProduct) {
     return multiply_small(a, b, out, alpha, beta);
+  }
+  if (multiplies_wide()) {
+    if (out.column_stride == 1) return multiply_wide(a, b, out, alpha, beta);
+    return multiply_wide(b.t(), a.t(), out.t(), alpha, beta);
   }
   auto result = view(out);
   at::cpu::addmm_out(result, result, view(a), view(b), beta, alpha);

@@ -35,7 +35,7 @@ constexpr int64_t kWorkspace = 16 << 20;
 // From here on bfloat16 features have their gradients formed from dL/dS rounded to bfloat16, as
 // under autocast, which takes half the time. Below, the time is not in these products, and the sums
 // are so short that the rounding would show.
-constexpr int64_t kRoundedSamples = 128;
+constexpr int64_t kRoundedSamples = 256;
 // Small problems share the threads: as many at a time as hold this many rows together.
 constexpr int64_t kRowsAtATime = 4096;
 

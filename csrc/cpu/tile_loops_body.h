@@ -85,7 +85,7 @@ HIMO_INLINE typename Lanes<acc_t>::type rounded_product(typename Lanes<acc_t>::t
 
 // exp(x) = 2^n exp(r), n the integer nearest x / ln 2, |r| <= ln 2 / 2. ln 2 is split so that
 // n * kLn2High is exact; r's polynomial is the series to the term below an ulp. Below kSmallest the
-// result is 0, above kLargest (where only an overflow is) it is the value there; NaN stays NaN.
+// result is 0, above kLargest infinity; NaN stays NaN.
 template <typename acc_t>
 struct Exponential;
 template <>
@@ -138,7 +138,8 @@ HIMO_INLINE typename Lanes<acc_t>::type exponential(typename Lanes<acc_t>::type 
   // The low bits of `rounded` hold n: moved to the exponent, they make 2^n.
   const bits_t power = ((bits_t)rounded << E::kMantissa) + E::kOne;
   const lanes_t value = series * (lanes_t)power;
-  return capped < E::kSmallest ? lanes_t{} : value;
+  const lanes_t bounded = x > E::kLargest ? fill<acc_t>(__builtin_inf()) : value;
+  return x < E::kSmallest ? lanes_t{} : bounded;
 }
 
 // logits = scale * products, -inf at the positives and past the last column.

@@ -98,6 +98,11 @@ class EpochSampler(Sampler[list[int]]):
         full, rest = divmod(self.length, self.batch_size * self.world_size)
         return full + (not self.drop_last and rest > self.rank * self.batch_size)
 
+    def global_batches(self) -> int:
+        """Batches of all ranks together from the position to the end of the epoch."""
+        left, step = self.length - self.position, self.batch_size * self.world_size
+        return left // step if self.drop_last else -(-left // step)
+
     def state_dict(self) -> dict[str, int]:
         """What `load_state_dict` needs, as plain numbers."""
         return {

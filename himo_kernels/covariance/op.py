@@ -5,12 +5,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels._dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.covariance import cpu, reference
+
+_TRITON = "himo_kernels.covariance.triton"
 
 COVARIANCE = Operator(
     "covariance",
     {
+        "triton": Backend(
+            {
+                "fwd": _triton.deferred(_TRITON, "covariance_fwd"),
+                "bwd": _triton.deferred(_TRITON, "covariance_bwd"),
+            },
+            _triton.why_not_with_float64,
+            auto=False,
+        ),
         "cpu": Backend(
             {"fwd": cpu.covariance_fwd, "bwd": cpu.covariance_bwd},
             cpu.why_not,
@@ -22,6 +33,14 @@ COVARIANCE = Operator(
 GRAM = Operator(
     "gram",
     {
+        "triton": Backend(
+            {
+                "fwd": _triton.deferred(_TRITON, "gram_fwd"),
+                "bwd": _triton.deferred(_TRITON, "gram_bwd"),
+            },
+            _triton.why_not_with_float64,
+            auto=False,
+        ),
         "cpu": Backend({"fwd": cpu.gram_fwd, "bwd": cpu.gram_bwd}, cpu.why_not, cpu.suits_gram),
         "reference": Backend({"fwd": reference.gram_fwd, "bwd": reference.gram_bwd}),
     },

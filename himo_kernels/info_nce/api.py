@@ -205,7 +205,7 @@ def _losses(
         check_features(name, argument, value)
         check_same_as(name, argument, value, "image_features", image_features)
         check_shape(name, argument, value, image_features.shape)
-    scale = _check_logit_scale(name, logit_scale, image_features)
+    scale = check_logit_scale(name, logit_scale, image_features)
     label_smoothing = check_label_smoothing(name, label_smoothing)
     check_flag(name, "differentiate_keys", differentiate_keys)
     logits_budget = 2**20 * check_keep_logits_mib(name, keep_logits_mib)
@@ -232,7 +232,7 @@ def check_keep_logits_mib(operator: str, value: object) -> float:
     return number
 
 
-def _check_logit_scale(operator: str, value: Tensor | float, features: Tensor) -> Tensor:
+def check_logit_scale(operator: str, value: Tensor | float, features: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         number = check_number(operator, "logit_scale", value)
         dtype = accumulation_dtype(features.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels._dispatch import (
     Backend,
     Operator,
@@ -14,9 +15,20 @@ from himo_kernels._dispatch import (
 )
 from himo_kernels.info_nce import cpu, reference
 
+
+def _triton_backend(operator: str) -> Backend:
+    module = "himo_kernels.info_nce.triton"
+    kernels = {
+        direction: _triton.deferred(module, f"{operator}_{direction}")
+        for direction in ("fwd", "bwd")
+    }
+    return Backend(kernels, _triton.why_not, auto=False)
+
+
 INFO_NCE = Operator(
     "info_nce",
     {
+        "triton": _triton_backend("info_nce"),
         "cpu": Backend({"fwd": cpu.info_nce_fwd, "bwd": cpu.info_nce_bwd}, cpu.why_not),
         "reference": Backend({"fwd": reference.info_nce_fwd, "bwd": reference.info_nce_bwd}),
     },
@@ -24,6 +36,7 @@ INFO_NCE = Operator(
 DUAL_INFO_NCE = Operator(
     "dual_info_nce",
     {
+        "triton": _triton_backend("dual_info_nce"),
         "cpu": Backend({"fwd": cpu.dual_info_nce_fwd, "bwd": cpu.dual_info_nce_bwd}, cpu.why_not),
         "reference": Backend(
             {"fwd": reference.dual_info_nce_fwd, "bwd": reference.dual_info_nce_bwd}
@@ -33,6 +46,7 @@ DUAL_INFO_NCE = Operator(
 DUAL_INFO_NCE_LOW_RANK = Operator(
     "dual_info_nce_low_rank",
     {
+        "triton": _triton_backend("dual_info_nce_low_rank"),
         "cpu": Backend(
             {"fwd": cpu.dual_info_nce_low_rank_fwd, "bwd": cpu.dual_info_nce_low_rank_bwd},
             cpu.why_not,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels._dispatch import (
     Backend,
     Operator,
@@ -17,9 +18,19 @@ from himo_kernels._dispatch import (
 )
 from himo_kernels.pca import cpu, reference
 
+
+def _triton_backend(name: str) -> Backend:
+    module = "himo_kernels.pca.triton"
+    kernels = {
+        direction: _triton.deferred(module, f"{name}_{direction}") for direction in ("fwd", "bwd")
+    }
+    return Backend(kernels, _triton.why_not_with_float64, auto=False)
+
+
 PCA_OP = Operator(
     "pca",
     {
+        "triton": _triton_backend("pca"),
         "cpu": Backend({"fwd": cpu.pca_fwd, "bwd": cpu.pca_bwd}, cpu.why_not_decompose),
         "reference": Backend({"fwd": reference.pca_fwd, "bwd": reference.pca_bwd}),
     },
@@ -27,6 +38,7 @@ PCA_OP = Operator(
 PROJECT_RECONSTRUCT = Operator(
     "project_reconstruct",
     {
+        "triton": _triton_backend("project_reconstruct"),
         "cpu": Backend(
             {"fwd": cpu.project_reconstruct_fwd, "bwd": cpu.project_reconstruct_bwd},
             cpu.why_not,
@@ -42,6 +54,7 @@ PROJECT_RECONSTRUCT = Operator(
 PCA_RECONSTRUCT = Operator(
     "pca_reconstruct",
     {
+        "triton": _triton_backend("pca_reconstruct"),
         "cpu": Backend(
             {"fwd": cpu.pca_reconstruct_fwd, "bwd": cpu.pca_reconstruct_bwd},
             cpu.why_not_decompose,

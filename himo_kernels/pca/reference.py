@@ -39,7 +39,7 @@ def pca_bwd(
     """Returns the gradient of x [*, N, D]; README.md equations (8) to (10)."""
     centred = x.double() - mean.unsqueeze(-2)
     components = _components(centred, eigenvalues, eigenvectors, rank)  # P, zero past rank
-    kept = _kept(eigenvalues, rank)
+    kept = kept_columns(eigenvalues, rank)
     grad_components = torch.where(_present(x, eigenvalues, kept), grad_components, 0.0)
     if _feature_side(x):
         pair_weights = _pair_weights(eigenvalues, kept, gap_eps)  # F [*, n, n]
@@ -98,9 +98,9 @@ def pca_reconstruct_fwd(
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     mean, centred = _centre(x)
     eigenvalues, eigenvectors, rank = _decompose(centred, variance_threshold)
-    projected = _project(centred, eigenvectors, _kept(eigenvalues, rank))
+    projected = _project(centred, eigenvectors, kept_columns(eigenvalues, rank))
     reconstruction = projected + mean.unsqueeze(-2)  # HiMo-CLIP eq. (1)
-    reconstruction = torch.where(_identity(eigenvalues, rank), x.double(), reconstruction)
+    reconstruction = torch.where(is_identity(eigenvalues, rank), x.double(), reconstruction)
     return reconstruction.to(x.dtype), rank, mean, eigenvalues, eigenvectors
 
 
@@ -120,18 +120,29 @@ def pca_reconstruct_bwd(
     if not differentiate_basis:
         components = _components(centred, eigenvalues, eigenvectors, rank)
         grad_centred = (grad @ components.mT) @ components  # G Pi
-        grad_centred = torch.where(_identity(eigenvalues, rank), grad, grad_centred)
+        grad_centred = torch.where(is_identity(eigenvalues, rank), grad, grad_centred)
         return _uncentre(grad_centred, grad.mean(-2)).to(x.dtype)
-    kept = _kept(eigenvalues, rank)
-    # B = dL/dPi, turned into the eigenbasis, weighted, and turned back: dC, or dGram.
-    grad_projector = centred.mT @ grad if _feature_side(x) else grad @ centred.mT
-    in_basis = eigenvectors.mT @ (grad_projector + grad_projector.mT) @ eigenvectors
-    in_basis = in_basis * _pair_weights(eigenvalues, kept, gap_eps)
-    grad_moment = eigenvectors @ (in_basis + in_basis.mT) @ eigenvectors.mT
+    kept = kept_columns(eigenvalues, rank)
+    grad_projector = centred.mT @ grad if _feature_side(x) else grad @ centred.mT  # B, eq. (4)
+    grad_projector = grad_projector + grad_projector.mT
+    grad_moment = moment_bwd(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
     grad_centred = _project(grad, eigenvectors, kept) + (
         centred @ grad_moment if _feature_side(x) else grad_moment @ centred
     )
     return _uncentre(grad_centred, grad.mean(-2)).to(x.dtype)
+
+
+def moment_bwd(
+    grad_projector: Tensor,  # [*, n, n], B + B^T with B = dL/dPi
+    eigenvalues: Tensor,  # [*, n]
+    eigenvectors: Tensor,  # [*, n, n]
+    rank: Tensor,  # [*] int64
+    gap_eps: float,
+) -> Tensor:
+    """Returns dL/dC of the moment, C or Gram, that was decomposed: equations (5) and (6)."""
+    in_basis = eigenvectors.mT @ grad_projector @ eigenvectors
+    in_basis = in_basis * _pair_weights(eigenvalues, kept_columns(eigenvalues, rank), gap_eps)
+    return eigenvectors @ (in_basis + in_basis.mT) @ eigenvectors.mT
 
 
 def _feature_side(x: Tensor) -> bool:
@@ -150,8 +161,15 @@ def _uncentre(grad_centred: Tensor, grad_mean: Tensor) -> Tensor:
 
 
 def _decompose(centred: Tensor, variance_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    # Returns eigenvalues [*, n] descending, eigenvectors [*, n, n] in columns, rank [*].
     moment = centred.mT @ centred if _feature_side(centred) else centred @ centred.mT
+    return decompose_moment(moment, variance_threshold)
+
+
+def decompose_moment(
+    moment: Tensor,  # [*, n, n] float64, of the small side
+    variance_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns eigenvalues [*, n] descending, eigenvectors [*, n, n] in columns, rank [*]."""
     # LAPACK raises on NaN, for all problems of the batch: solve zeros there and return NaN.
     finite = moment.isfinite().all(-1).all(-1)
     eigenvalues, eigenvectors = torch.linalg.eigh(
@@ -177,8 +195,9 @@ def _first_rows(components: Tensor, rank: Tensor) -> Tensor:
     return torch.where((rows < rank.unsqueeze(-1)).unsqueeze(-1), components, 0.0)
 
 
-def _kept(eigenvalues: Tensor, rank: Tensor) -> Tensor:
-    return torch.arange(eigenvalues.shape[-1], device=rank.device) < rank.unsqueeze(-1)  # [*, n]
+def kept_columns(eigenvalues: Tensor, rank: Tensor) -> Tensor:
+    """Returns True for the first rank directions, [*, n]."""
+    return torch.arange(eigenvalues.shape[-1], device=rank.device) < rank.unsqueeze(-1)
 
 
 def _nonzero(eigenvalues: Tensor, kept: Tensor) -> Tensor:
@@ -195,7 +214,7 @@ def _present(x: Tensor, eigenvalues: Tensor, kept: Tensor) -> Tensor:
 
 def _components(centred: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank: Tensor) -> Tensor:
     # P [*, n, D]: kept eigenvectors of X^T X in rows, zero past rank.
-    present = _present(centred, eigenvalues, _kept(eigenvalues, rank))
+    present = _present(centred, eigenvalues, kept_columns(eigenvalues, rank))
     if _feature_side(centred):
         rows = eigenvectors.mT
     else:
@@ -204,8 +223,8 @@ def _components(centred: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank
     return torch.where(present, rows, 0.0)
 
 
-def _identity(eigenvalues: Tensor, rank: Tensor) -> Tensor:
-    # Problems of which every direction is kept [*, 1, 1]; not those that hold NaN.
+def is_identity(eigenvalues: Tensor, rank: Tensor) -> Tensor:
+    """Returns True for problems of which every direction is kept, [*, 1, 1]; not for NaN."""
     identity = (rank == eigenvalues.shape[-1]) & eigenvalues.isfinite().all(-1)
     return identity[..., None, None]
 

@@ -152,7 +152,8 @@ def test_runs_are_bitwise_equal(operator, backend, generator):
     weights = torch.randn(1, generator=generator)
     first = OPERATORS[operator](x, backend=backend)[1]
     first_gradient = torch.autograd.grad((first * weights).sum(), x)[0]
-    for _ in range(30):
+    interpreted = backend == "triton" and x.device.type == "cpu"  # seconds a run
+    for _ in range(1 if interpreted else 30):
         again = OPERATORS[operator](x, backend=backend)[1]
         assert torch.equal(again, first)
         assert torch.equal(torch.autograd.grad((again * weights).sum(), x)[0], first_gradient)

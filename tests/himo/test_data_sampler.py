@@ -105,6 +105,8 @@ def test_a_resumed_epoch_goes_on_as_if_never_stopped(
     resumed.load_state_dict(whole.state_dict())
 
     assert list(resumed) == expected[stop:]
+    if rank == 0:  # which has a batch wherever any rank has one
+        assert resumed.global_batches() == len(expected) - stop
     assert list(whole) == expected[stop:]  # the same object goes on too
     resumed.set_epoch(epoch)
     assert list(resumed) == expected

@@ -8,7 +8,7 @@ from himo_kernels import PCA, project_reconstruct
 from himo_kernels import pca as run_pca
 from himo_kernels import testing as hkt
 
-BACKENDS = hkt.runnable_backends("pca")
+BACKENDS = hkt.runnable_backends("pca", interpreted=False)
 per_backend = pytest.mark.parametrize("backend", BACKENDS)
 per_projection_backend = pytest.mark.parametrize(
     "backend", hkt.runnable_backends("project_reconstruct")

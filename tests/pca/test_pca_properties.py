@@ -16,7 +16,7 @@ examples = hypothesis.settings(max_examples=200, deadline=None)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 thresholds = st.sampled_from([0.3, 0.5, 0.85, 0.9, 0.99, 1.0])
 seeds = st.integers(0, 2**31 - 1)
-backends = st.sampled_from(hkt.runnable_backends("pca_reconstruct"))
+backends = st.sampled_from(hkt.runnable_backends("pca_reconstruct", interpreted=False))
 
 
 @st.composite

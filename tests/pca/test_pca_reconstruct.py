@@ -12,7 +12,7 @@ from himo_kernels import pca as run_pca
 from himo_kernels import pca_reconstruct, project_reconstruct
 from himo_kernels import testing as hkt
 
-BACKENDS = hkt.runnable_backends("pca_reconstruct")
+BACKENDS = hkt.runnable_backends("pca_reconstruct", interpreted=False)
 SIDES = [(24, 9), (16, 16), (9, 24)]  # N > D, N = D, N < D
 per_backend = pytest.mark.parametrize("backend", BACKENDS)
 per_side = pytest.mark.parametrize("shape", SIDES, ids=["N>D", "N=D", "N<D"])
@@ -196,10 +196,15 @@ def test_degenerate_batches_are_finite(backend, name, shape, dtype, generator):
 def test_released_code_gives_nan_where_we_do_not(name, dtype, generator):
     if name == "64 duplicate pairs" and dtype == torch.float64:
         pytest.skip("in float64 about half of these batches break the SVD's autograd")
-    x = hkt.DEGENERATE[name](128, 768, dtype=dtype, generator=generator)
-    weights = torch.randn(x.shape, generator=generator)
-    assert released_gradient(x, weights).isnan().any()
-    assert gradient(x, weights).isfinite().all()
+    # Which batch has two tail singular values equal to the bit depends on LAPACK's rounding.
+    for _ in range(20):
+        x = hkt.DEGENERATE[name](128, 768, dtype=dtype, generator=generator)
+        weights = torch.randn(x.shape, generator=generator)
+        assert gradient(x, weights).isfinite().all()
+        if released_gradient(x, weights).isnan().any():
+            break
+    else:
+        pytest.fail("no NaN in 20 batches")
 
 
 @per_backend

@@ -1,0 +1,116 @@
+"""What `himo train` minimises: the towers, and the loss of their features over all ranks."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from himo.accumulate import cached_backward
+from himo.config import TrainConfig
+from himo.errors import HimoError
+from himo.model import HiMoCLIP
+from himo.parallel import Ranks
+from himo.transforms import normalize
+from himo_kernels import distributed
+from himo_kernels.nn import HiMoLoss
+
+
+class Towers(nn.Module):
+    """The model as its loss needs it: images and tokens in, features and logit scale out."""
+
+    def __init__(self, model: HiMoCLIP, precision: str) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(
+        self,
+        images: Tensor,  # uint8 [B, 3, R, R]
+        tokens: Tensor,  # [B, L]
+        max_length: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns image and text features [B, D] and the logit multiplier [], in float32."""
+        bf16 = self.precision == "amp_bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            image_features = self.model.encode_image(normalize(images))
+            text_features = self.model.encode_text(tokens, max_length)
+        # The loss in float32: half-precision logits near 100 are spaced by 0.06 and more.
+        scale = self.model.logit_scale.float().exp()
+        return image_features.float(), text_features.float(), scale
+
+
+class Objective(nn.Module):
+    """The model with its loss: images and tokens in, losses out.
+
+    Over ranks the losses are this rank's shares, whose mean is the loss of the joined batch.
+    """
+
+    def __init__(self, model: HiMoCLIP, settings: TrainConfig, ranks: Ranks | None = None) -> None:
+        super().__init__()
+        ranks = ranks or Ranks()
+        self.model = model
+        self.towers = ranks.wrap(Towers(model, settings.precision))
+        self.himo_loss = None
+        self.check_finite = ranks.size > 1  # where one rank's NaN would be every rank's
+        if settings.loss == "himo":
+            self.himo_loss = HiMoLoss(
+                settings.preset,
+                variance_threshold=settings.tau,
+                component_weight=settings.lambda_comp,
+                label_smoothing=settings.label_smoothing,
+                gap_eps=settings.gap_eps,
+                check_finite=self.check_finite,
+                strategy=settings.exchange,
+            )
+        self.label_smoothing = settings.label_smoothing or 0.0
+        self.strategy = settings.exchange
+
+    def forward(
+        self,
+        images: Tensor,  # uint8 [B, 3, R, R]
+        tokens: Tensor,  # [B, L]
+        max_length: int,
+    ) -> dict[str, Any]:
+        """Returns loss, contrastive_loss, component_loss and rank (None without HiDe), text."""
+        return self.losses(*self.towers(images, tokens, max_length))
+
+    def losses(
+        self,
+        image_features: Tensor,  # [B, D]
+        text_features: Tensor,  # [B, D]
+        scale: Tensor,  # []
+    ) -> dict[str, Any]:
+        """Returns what forward does, of the features."""
+        if self.himo_loss is not None:
+            losses = self.himo_loss(image_features, text_features, scale, output_dict=True)
+            rank = self.himo_loss.rank
+        else:
+            images_, texts = (F.normalize(t, dim=-1) for t in (image_features, text_features))
+            loss = distributed.info_nce(
+                images_,
+                texts,
+                scale,
+                strategy=self.strategy,
+                label_smoothing=self.label_smoothing,
+                check_finite=self.check_finite,
+            )
+            losses = {"loss": loss, "contrastive_loss": loss, "component_loss": None}
+            rank = None
+        return {**losses, "rank": rank, "text_features": text_features.detach()}
+
+    def backward(
+        self, images: Tensor, tokens: Tensor, max_length: int, size: int
+    ) -> dict[str, Any]:
+        """Adds the gradient of the batch's loss, made `size` rows at a time; returns as forward."""
+        try:
+            if images.shape[0] <= size:
+                outputs = self(images, tokens, max_length)
+                outputs["loss"].backward()
+                return outputs
+            columns = zip(images.split(size), tokens.split(size), strict=True)
+            parts = [(images_, tokens_, max_length) for images_, tokens_ in columns]
+            return cached_backward(self.towers, self.losses, parts)
+        except ValueError as error:
+            if not self.check_finite:
+                raise
+            raise HimoError(str(error)) from error  # what is wrong on one rank, said by all

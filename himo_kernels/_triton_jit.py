@@ -1,0 +1,33 @@
+"""Triton functions that every backend's kernels share. Imported by modules with kernels alone.
+
+Both exist for Triton's interpreter (3.6 to 3.9), which keeps bfloat16 as integers: tl.dot
+multiplies their bits, and rounding to bfloat16 drops the carry into the exponent (1.999 gives 1).
+"""
+
+import triton
+import triton.language as tl
+
+from himo_kernels import _triton
+
+INTERPRETED = tl.constexpr(_triton.INTERPRETED)
+
+
+@triton.jit
+def dot(x, y, accumulator, PRECISION: tl.constexpr):
+    """x y + accumulator, in float32 sums. Products of 16-bit numbers are exact in float32."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in another floating-point dtype, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        result = tl.where(x == x, nearest, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(dtype)
+    return result

@@ -1,0 +1,247 @@
+"""One matrix product, with what centred moments and projections ask of it.
+
+Operands of any strides and dtype are raised to the dtype of the sums before anything else. A mean
+may leave an operand on its way in, so that no centred copy exists. Rows, columns or the inner
+dimension may end at a number that only the device knows, the rank: programs past it return at once,
+and the loop over the inner dimension stops there.
+
+float64 products use the float64 tensor cores of sm_80 and later. float32 products are three TF32
+products each, which keeps float32's digits; plain TF32 is never used.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from himo_kernels import _triton
+
+# A program holds 64 x 64 sums, 64 registers of a thread in float64. Chosen from the compiler's
+# figures (no spill, two programs on an SM); not yet measured on hardware.
+BLOCK = 64
+BLOCK_INNER = 16
+PROGRAMS = 264  # that a product is split into, where it is: two for each SM of an H100
+LEAST_SPLIT = 256  # inner elements of a split: partial sums must cost less than they save
+SYMMETRIC_FROM = 4  # tiles on a side from which the upper half is not worth computing
+
+
+@triton.jit
+def _raised(values, SUMS: tl.constexpr):
+    if values.dtype == tl.bfloat16:
+        values = values.to(tl.float32)  # Triton's interpreter has no bfloat16 -> float64
+    return values.to(SUMS)
+
+
+@triton.jit
+def _tiles(a_ptrs, b_ptrs, first_k, k, m_valid, n_valid, inner, a_stride_k, b_stride_k):
+    k_valid = first_k + k < inner
+    a_valid = m_valid[:, None] & k_valid[None, :]
+    b_valid = k_valid[:, None] & n_valid[None, :]
+    a = tl.load(a_ptrs + first_k * a_stride_k, mask=a_valid, other=0.0)
+    return a, tl.load(b_ptrs + first_k * b_stride_k, mask=b_valid, other=0.0)
+
+
+@triton.jit
+def _matmul_kernel(
+    out_ptr,  # [splits, P, M, N]
+    a_ptr,  # [P, M, K]
+    b_ptr,  # [P, K, N]
+    mean_ptr,  # [P, mean_length]
+    add_ptr,  # [P, M, N]
+    limit_ptr,  # [P] int64
+    problems,
+    rows,
+    columns,
+    inner,
+    inner_per_split,
+    mean_length,
+    a_stride_p,
+    a_stride_m,
+    a_stride_k,
+    b_stride_p,
+    b_stride_k,
+    b_stride_n,
+    add_stride_p,
+    add_stride_m,
+    add_stride_n,
+    A_MEAN: tl.constexpr,  # the mean of a runs along its "rows" or "inner" dimension, or "none"
+    B_MEAN: tl.constexpr,  # that of b along "inner" or "columns", or "none"
+    LIMITED: tl.constexpr,  # "rows", "columns" or "inner" end at limit, or "none"
+    ADD: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    tiles = tl.cdiv(rows, BLOCK_M) * tiles_n
+    tile = tl.program_id(0) % tiles
+    slot = (tl.program_id(0) // tiles).to(tl.int64)  # split * problems + problem
+    problem = slot % problems
+    start = (slot // problems) * inner_per_split
+    end = tl.minimum(start + inner_per_split, inner)
+    first_m = (tile // tiles_n) * BLOCK_M
+    first_n = (tile % tiles_n) * BLOCK_N
+    if SYMMETRIC:
+        if first_n > first_m:
+            return  # written by the program of the transposed tile
+    # int64: a matrix may hold more than 2^31 elements.
+    m = (first_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    m_valid, n_valid = m < rows, n < columns
+    m_kept, n_kept = m_valid, n_valid
+    if LIMITED != "none":
+        limit = tl.load(limit_ptr + problem)
+        if LIMITED == "rows":
+            if first_m >= limit:
+                return
+            m_kept = m < tl.minimum(limit, rows)
+        elif LIMITED == "columns":
+            if first_n >= limit:
+                return
+            n_kept = n < tl.minimum(limit, columns)
+        else:
+            end = tl.minimum(end, limit)
+
+    a_ptrs = a_ptr + problem * a_stride_p + m[:, None] * a_stride_m + k[None, :] * a_stride_k
+    b_ptrs = b_ptr + problem * b_stride_p + k[:, None] * b_stride_k + n[None, :] * b_stride_n
+    means = mean_ptr + problem * mean_length
+    sums = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
+    # Tiles are loaded one step ahead, by hand, and carried as they are: Triton 3.6 cannot multiply
+    # float64 operands that it sees come from loads of a narrower dtype. Loads are bounded by inner,
+    # not by end: a bound that is no multiple of 16 would split each of them.
+    next_a, next_b = _tiles(
+        a_ptrs, b_ptrs, start, k, m_valid, n_valid, inner, a_stride_k, b_stride_k
+    )
+    for first_k in range(start, end, BLOCK_K):
+        at = first_k + k
+        a, b = _raised(next_a, SUMS), _raised(next_b, SUMS)
+        next_k = first_k + BLOCK_K
+        next_a, next_b = _tiles(
+            a_ptrs, b_ptrs, next_k, k, m_valid, n_valid, inner, a_stride_k, b_stride_k
+        )
+        k_valid = at < end
+        if A_MEAN == "rows":
+            a -= tl.load(means + m, mask=m_valid, other=0.0).to(SUMS)[:, None]
+        elif A_MEAN == "inner":
+            a -= tl.load(means + at, mask=k_valid, other=0.0).to(SUMS)[None, :]
+        if B_MEAN == "columns":
+            b -= tl.load(means + n, mask=n_valid, other=0.0).to(SUMS)[None, :]
+        elif B_MEAN == "inner":
+            b -= tl.load(means + at, mask=k_valid, other=0.0).to(SUMS)[:, None]
+        a = tl.where(k_valid[None, :], a, 0.0)
+        b = tl.where(k_valid[:, None], b, 0.0)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=SUMS)
+
+    valid = m_kept[:, None] & n_kept[None, :]
+    if ADD:
+        add_ptr += problem * add_stride_p
+        add_ptrs = add_ptr + m[:, None] * add_stride_m + n[None, :] * add_stride_n
+        sums += _raised(tl.load(add_ptrs, mask=valid, other=0.0), SUMS)
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        sums = sums.to(tl.float32)
+    out_ptr += slot * rows * columns
+    tl.store(out_ptr + m[:, None] * columns + n[None, :], sums, mask=valid)
+    if SYMMETRIC:
+        tl.store(out_ptr + n[None, :] * columns + m[:, None], sums, mask=valid)
+
+
+def flat(tensor: Tensor, dims: int = 2) -> Tensor:
+    """Returns tensor with all but its last dims dimensions as one, the problems.
+
+    A copy is made only where no stride expresses that.
+    """
+    (*batch,) = tensor.shape[: tensor.dim() - dims]
+    return tensor.reshape(math.prod(batch), *tensor.shape[tensor.dim() - dims :])
+
+
+def matmul(
+    a: Tensor,  # [P, M, K]
+    b: Tensor,  # [P, K, N]
+    sums: torch.dtype,
+    *,
+    mean: Tensor | None = None,  # [P, length of the dimensions that a_mean and b_mean name]
+    a_mean: str = "none",
+    b_mean: str = "none",
+    limited: str = "none",
+    limit: Tensor | None = None,  # [P] int64
+    add: Tensor | None = None,  # broadcasts to [P, M, N]
+    symmetric: bool = False,
+    out: Tensor | None = None,  # [P, M, N], contiguous; its dtype rounds the sums once
+) -> Tensor:
+    """Returns (a - mean) @ (b - mean) + add [P, M, N], summed in float32 or float64.
+
+    a_mean names the dimension of a ("rows" or "inner") that the mean runs along, b_mean that of b
+    ("inner" or "columns"). With limited = "inner" the sum ends at limit. With "rows" or "columns"
+    nothing is written at and past limit: the caller never reads it, or gives an out with zeros.
+    symmetric=True says that the product is; both halves are then equal to the last bit.
+    """
+    problems, rows, inner = a.shape
+    columns = b.shape[-1]
+    if out is None:
+        out = a.new_empty((problems, rows, columns), dtype=sums)
+    tiles = triton.cdiv(rows, BLOCK) * triton.cdiv(columns, BLOCK)
+    if problems == 0:
+        return out
+    if _triton.INTERPRETED and out.dtype == torch.bfloat16:  # to which the interpreter truncates
+        rounded = matmul(
+            a,
+            b,
+            sums,
+            mean=mean,
+            a_mean=a_mean,
+            b_mean=b_mean,
+            limited=limited,
+            limit=limit,
+            add=add,
+        )
+        return out.copy_(rounded)
+    # Shapes alone decide the number of splits: the same sums on every device and in every run.
+    splits = 1
+    if limited == "none" and add is None:
+        splits = min(triton.cdiv(PROGRAMS, tiles * problems), triton.cdiv(inner, LEAST_SPLIT))
+    inner_per_split = triton.cdiv(triton.cdiv(inner, splits), BLOCK_INNER) * BLOCK_INNER
+    splits = triton.cdiv(inner, inner_per_split)
+    partial = out.new_empty((splits, *out.shape), dtype=sums) if splits > 1 else out
+    added = partial if add is None else add.expand(out.shape)
+    options: dict[str, Any] = {
+        "num_warps": 4,
+        "maxnreg": 255,  # ptxas spills a few to fit more programs on an SM
+        "num_stages": 1,  # the kernel loads ahead by itself
+        "enable_fp_fusion": True,
+    }
+    _matmul_kernel[(splits * problems * tiles,)](
+        partial,
+        a,
+        b,
+        a if mean is None else mean,
+        added,
+        a if limit is None else limit,
+        problems,
+        rows,
+        columns,
+        inner,
+        inner_per_split,
+        0 if mean is None else mean.shape[-1],
+        *a.stride(),
+        *b.stride(),
+        *added.stride()[-3:],
+        A_MEAN=a_mean,
+        B_MEAN=b_mean,
+        LIMITED=limited,
+        ADD=add is not None,
+        SYMMETRIC=symmetric and triton.cdiv(rows, BLOCK) >= SYMMETRIC_FROM,
+        SUMS=tl.float64 if sums == torch.float64 else tl.float32,
+        PRECISION="ieee" if sums == torch.float64 else "tf32x3",
+        BLOCK_M=BLOCK,
+        BLOCK_N=BLOCK,
+        BLOCK_K=BLOCK_INNER,
+        **options,
+    )
+    return out.copy_(partial.sum(0)) if splits > 1 else out

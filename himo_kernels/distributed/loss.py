@@ -1,0 +1,299 @@
+"""InfoNCE of the joined batch of all ranks, in which each rank owns its rows.
+
+README.md derives what is exchanged and why the gradient is, after the mean over ranks that DDP
+takes, that of one process.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from himo_kernels._checks import (
+    check_finite_values,
+    check_flag,
+    check_label_smoothing,
+    check_same_as,
+    check_shape,
+    raise_value,
+)
+from himo_kernels._dispatch import (
+    accumulation_dtype,
+    check_backend,
+    default_backend,
+    refuse_double_backward,
+)
+from himo_kernels.distributed.agreement import agree, check_rows
+from himo_kernels.distributed.blocks import block_bwd, block_fwd
+from himo_kernels.distributed.exchange import STRATEGIES
+from himo_kernels.distributed.wire import Rows, members_of
+from himo_kernels.info_nce import api as of_one
+
+# Logits that a rank holds at once, as long as its features are not larger: 16 MiB in float32.
+_BLOCK_LOGITS = 1 << 22
+
+
+def info_nce(
+    image_features: Tensor,  # [M, D]
+    text_features: Tensor,  # [M, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "gather",
+    label_smoothing: float = 0.0,
+    differentiate_keys: bool = True,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """This rank's share of himo_kernels.info_nce of the joined rows of all ranks.
+
+    The share is the loss of this rank's M of the N rows, both directions, times W / N. So the mean
+    over the W ranks is the loss of one process on the joined batch, and the mean over ranks of the
+    gradients, which DDP takes, is its gradient, that of logit_scale included.
+
+    Args:
+        image_features: this rank's rows [M, D]; M may differ from rank to rank and may be 0.
+        text_features: [M, D].
+        group: the ranks; None is all of them, and this process alone where there is no group.
+        strategy: "gather" holds the keys of all ranks, "ring" those of two at a time.
+        Others as in `himo_kernels.info_nce`; the same on every rank.
+
+    Returns:
+        Share of the loss [], float32, or float64 for float64 features.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: on every rank, where any rank's arguments are
+            wrong, with the number of that rank.
+    """
+    settings = (label_smoothing, differentiate_keys, check_finite, strategy, backend)
+    (loss,) = _public("info_nce", group, logit_scale, settings, image_features, text=text_features)
+    return loss
+
+
+def dual_info_nce(
+    image_features: Tensor,  # [M, D]
+    text_features: Tensor,  # [M, D]
+    component_features: Tensor,  # [M, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "gather",
+    label_smoothing: float = 0.0,
+    differentiate_keys: bool = True,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """This rank's shares of himo_kernels.dual_info_nce; texts and components travel together.
+
+    Arguments and errors as in `info_nce`.
+
+    Returns:
+        Shares of the global loss [] and of the component loss [].
+    """
+    settings = (label_smoothing, differentiate_keys, check_finite, strategy, backend)
+    keys = {"text": text_features, "component": component_features}
+    global_loss, component_loss = _public(
+        "dual_info_nce", group, logit_scale, settings, image_features, **keys
+    )
+    return global_loss, component_loss
+
+
+def _public(
+    operator: str,
+    group: dist.ProcessGroup | None,
+    logit_scale: Tensor | float,
+    settings: tuple[float, bool, bool, str, str],
+    image_features: Tensor,
+    **keys: Tensor,
+) -> tuple[Tensor, ...]:
+    label_smoothing, differentiate_keys, check_finite, strategy, backend = settings
+    members = members_of(group, operator)
+    features = {"image_features": image_features}
+    features |= {f"{name}_features": value for name, value in keys.items()}
+
+    def check() -> None:
+        for name, value in features.items():
+            check_rows(operator, name, value)
+            check_same_as(operator, name, value, "image_features", image_features)
+            check_shape(operator, name, value, image_features.shape)
+        scale = of_one.check_logit_scale(operator, logit_scale, image_features)
+        check_label_smoothing(operator, label_smoothing)
+        check_flag(operator, "differentiate_keys", differentiate_keys)
+        check_strategy(operator, strategy)
+        check_backend_over_ranks(operator, backend, members.size)
+        if check_flag(operator, "check_finite", check_finite):
+            check_finite_values(operator, **features, logit_scale=scale)
+
+    rows = agree(
+        operator,
+        members,
+        image_features,
+        check,
+        settings=settings,
+        needs_grad=grad_flags(*features.values(), logit_scale),
+    )
+    return losses(
+        rows,
+        strategy,
+        image_features,
+        tuple(keys.values()),
+        of_one.check_logit_scale(operator, logit_scale, image_features),
+        label_smoothing=label_smoothing,
+        differentiate_keys=differentiate_keys,
+        backend=backend,
+    )
+
+
+def losses(
+    rows: Rows,
+    strategy: str,
+    image_features: Tensor,  # [M, D]
+    keys: tuple[Tensor, ...],  # texts, or texts and components, [M, D] each
+    logit_scale: Tensor,  # []
+    *,
+    label_smoothing: float,
+    differentiate_keys: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Shares of the losses of arguments that the ranks agreed on."""
+    if rows.members.size == 1:
+        function: Any = of_one.info_nce if len(keys) == 1 else of_one.dual_info_nce
+        loss = function(
+            image_features,
+            *keys,
+            logit_scale,
+            label_smoothing=label_smoothing,
+            differentiate_keys=differentiate_keys,
+            backend=backend,
+        )
+        return loss if isinstance(loss, tuple) else (loss,)
+    return JoinedLoss.apply(
+        rows,
+        strategy,
+        float(label_smoothing),
+        differentiate_keys,
+        image_features,
+        logit_scale,
+        *keys,
+    )
+
+
+class JoinedLoss(torch.autograd.Function):
+    """Shares of the losses. Saves inputs and nlls [M]; the gathered keys too where they are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Rows,
+        strategy: str,
+        smoothing: float,
+        differentiate_keys: bool,
+        image_features: Tensor,  # [M, D]
+        logit_scale: Tensor,  # []
+        *keys: Tensor,  # [M, D] each
+    ) -> tuple[Tensor, ...]:
+        dtype = accumulation_dtype(image_features.dtype)
+        scale, features = logit_scale.to(dtype), image_features.shape[1]
+        wide = image_features.to(dtype)
+        # [M, K], K losses; so are all tables of rows below.
+        positives = scale * torch.stack([(wide * key.to(dtype)).sum(1) for key in keys], 1)
+        ctx.exchange = STRATEGIES[strategy](rows)
+        ctx.budget = max(_BLOCK_LOGITS, image_features.numel())
+        own_stats = scale.new_zeros(rows.own, len(keys), 2)
+        own_stats[..., 0] = -torch.inf
+        key_stats = scale.new_empty(rows.total, len(keys), 2)
+        for first, block, table in ctx.exchange.blocks(torch.cat(keys, 1), positives):
+            offset = rows.first(rows.rank) - first
+            for k, key in enumerate(block.split(features, 1)):
+                of_rows, of_keys = block_fwd(
+                    image_features, key, scale, positives[:, k], table[:, k], offset, ctx.budget
+                )
+                own_stats[:, k, 0] = torch.logaddexp(own_stats[:, k, 0], of_rows[:, 0])
+                own_stats[:, k, 1] += of_rows[:, 1]
+                key_stats[first : first + len(key), k] = of_keys
+        received = rows.exchange(key_stats)  # [W, M, K, 2], of own keys
+        zero = torch.zeros_like(positives)
+        row_nll = torch.logaddexp(own_stats[..., 0], zero)
+        column_nll = torch.logaddexp(torch.logsumexp(received[..., 0], 0), zero)
+        sums = own_stats[..., 1] + received[..., 1].sum(0)
+        # info_nce/README.md (5), of own rows; both directions share the smoothing term.
+        smoothed = smoothing * (2 * positives - sums / rows.total)
+        shares = _weight(rows) * (row_nll + column_nll + smoothed).sum(0)
+        ctx.save_for_backward(image_features, logit_scale, *keys, positives, row_nll, column_nll)
+        ctx.rows, ctx.smoothing, ctx.differentiate_keys = rows, smoothing, differentiate_keys
+        return tuple(share.clone() for share in shares)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_shares: Tensor) -> Any:
+        refuse_double_backward("info_nce")
+        rows: Rows = ctx.rows
+        image_features, logit_scale, *keys, positives, row_nll, column_nll = ctx.saved_tensors
+        scale, features = logit_scale.to(positives.dtype), image_features.shape[1]
+        # A rank's losses may have incoming gradients of their own: they travel with its keys.
+        weights = (_weight(rows) * torch.stack(grad_shares)).expand_as(positives)
+        table = torch.cat([positives, column_nll, weights], 1)
+        grad_image = scale.new_zeros(image_features.shape)
+        for first, block, block_table in ctx.exchange.blocks(torch.cat(keys, 1), table):
+            offset = rows.first(rows.rank) - first
+            of_keys = block_table.unflatten(1, (3, len(keys)))  # positives, nlls, weights
+            grads = []
+            for k, key in enumerate(block.split(features, 1)):
+                to_images, to_keys = block_bwd(
+                    image_features,
+                    key,
+                    scale,
+                    positives[:, k],
+                    row_nll[:, k],
+                    weights[:, k],
+                    of_keys[:, 0, k],
+                    of_keys[:, 1, k],
+                    of_keys[:, 2, k],
+                    offset,
+                    ctx.budget,
+                    ctx.smoothing,
+                    rows.total,
+                    ctx.differentiate_keys,
+                )
+                grad_image += to_images
+                grads.append(to_keys)
+            ctx.exchange.add(torch.cat(grads, 1))
+        grad_keys = ctx.exchange.collect()  # [M, K D]
+        grad_scale = (image_features * grad_image).sum()
+        if not ctx.differentiate_keys:  # grad_image then lacks the direction of own keys
+            grad_scale = grad_scale + (torch.cat(keys, 1) * grad_keys).sum()
+        return (
+            *(None,) * 4,
+            (scale * grad_image).to(image_features.dtype),
+            grad_scale.to(logit_scale.dtype),
+            *((scale * grad).to(image_features.dtype) for grad in grad_keys.split(features, 1)),
+        )
+
+
+def _weight(rows: Rows) -> float:
+    # Of a row in its rank's share: the mean over N rows and two directions, times the W that DDP's
+    # mean over ranks divides by.
+    return rows.members.size / (2 * rows.total)
+
+
+def check_strategy(operator: str, strategy: object) -> None:
+    """Raises unless strategy names one."""
+    if strategy not in STRATEGIES:
+        raise_value(operator, "strategy", f"to be one of {list(STRATEGIES)}", strategy)
+
+
+def check_backend_over_ranks(operator: str, backend: str, size: int) -> None:
+    """Raises where a named backend has no kernel for the blocks of several ranks."""
+    named = check_backend(operator, backend)
+    named = default_backend() if named == "auto" else named
+    if size > 1 and named not in ("auto", "reference"):
+        raise NotImplementedError(
+            f"{operator}: backend {named!r} has no kernel for the loss over {size} ranks, "
+            "only 'reference' has"
+        )
+
+
+def grad_flags(*inputs: object) -> tuple[bool, ...]:
+    """Which inputs a backward will reach: the same on every rank, or some would wait in vain."""
+    enabled = torch.is_grad_enabled()
+    return tuple(isinstance(x, Tensor) and x.requires_grad and enabled for x in inputs)

@@ -1,0 +1,182 @@
+"""HiDe over the batch of all ranks: PCA and reconstruction without gathering features.
+
+Ranks exchange moments, D x D, where the joined batch has at least D rows; below that its rows are
+the smaller thing, and are gathered. README.md derives both.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from himo_kernels._checks import (
+    check_finite_values,
+    check_flag,
+    check_gap_eps,
+    check_variance_threshold,
+)
+from himo_kernels._dispatch import refuse_double_backward
+from himo_kernels.covariance import covariance
+from himo_kernels.distributed.agreement import agree, check_rows
+from himo_kernels.distributed.gather import AllGather
+from himo_kernels.distributed.wire import Rows, members_of
+from himo_kernels.pca import pca_reconstruct as pca_reconstruct_of_one
+from himo_kernels.pca import reference
+
+
+def pca_reconstruct(
+    x: Tensor,  # [M, D]
+    variance_threshold: float = 0.9,
+    *,
+    group: dist.ProcessGroup | None = None,
+    gap_eps: float = 1e-6,
+    differentiate_basis: bool = True,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """himo_kernels.pca_reconstruct of the joined rows of all ranks, eq. (1); own rows come back.
+
+    Args:
+        x: this rank's rows [M, D]; M may differ from rank to rank and may be 0.
+        group: the ranks; None is all of them.
+        Others as in `himo_kernels.pca_reconstruct`; the same on every rank.
+
+    Returns:
+        reconstruction [M, D] of this rank's rows, in x's dtype, and rank [], int64, on the device:
+        chosen by rank 0 of the group, since eigenvalues within rounding of tau would let ranks of
+        different hardware disagree.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: on every rank, where any rank's arguments are
+            wrong, with the number of that rank.
+    """
+    operator = "pca_reconstruct"
+
+    def check() -> None:
+        check_variance_threshold(operator, variance_threshold)
+        check_gap_eps(operator, gap_eps)
+        check_flag(operator, "differentiate_basis", differentiate_basis)
+        check_rows(operator, "x", x)
+        if check_flag(operator, "check_finite", check_finite):
+            check_finite_values(operator, x=x)
+
+    settings = (variance_threshold, gap_eps, differentiate_basis, backend)
+    rows = agree(
+        operator,
+        members_of(group, operator),
+        x,
+        check,
+        settings=settings,
+        needs_grad=(isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled(),),
+    )
+    return reconstruct(x, rows, *settings)
+
+
+def reconstruct(
+    x: Tensor,  # [M, D]
+    rows: Rows,
+    variance_threshold: float,
+    gap_eps: float,
+    differentiate_basis: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """pca_reconstruct of arguments that the ranks agreed on."""
+    if rows.members.size > 1 and x.shape[1] <= rows.total:
+        return MomentPCA.apply(
+            x, rows, float(variance_threshold), float(gap_eps), differentiate_basis, backend
+        )
+    # N < D: every rank decomposes the N x N side of all rows. Each differentiates its own rows
+    # alone; the gather's backward sums what they say of each other's.
+    reconstruction, rank = pca_reconstruct_of_one(
+        AllGather.apply(x, rows),
+        variance_threshold,
+        gap_eps=gap_eps,
+        differentiate_basis=differentiate_basis,
+        backend=backend,
+    )
+    return reconstruction.split(rows.counts)[rows.rank], rank
+
+
+class MomentPCA(torch.autograd.Function):
+    """pca_reconstruct with D <= N: moments are exchanged, everything in float64."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [M, D]
+        rows: Rows,
+        variance_threshold: float,
+        gap_eps: float,
+        differentiate_basis: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        mean, moment = _joined_moment(x, rows, backend)
+        eigenvalues, eigenvectors, rank = reference.decompose_moment(moment, variance_threshold)
+        rank = rows.members.broadcast(rank)
+        kept = reference.kept_columns(eigenvalues, rank)
+        centred = x.double() - mean
+        basis = torch.where(kept, eigenvectors, 0.0)
+        reconstruction = (centred @ basis) @ basis.mT + mean
+        identity = reference.is_identity(eigenvalues, rank)[..., 0]
+        reconstruction = torch.where(identity, x.double(), reconstruction)
+        ctx.save_for_backward(x, mean, eigenvalues, eigenvectors, rank)
+        ctx.rows, ctx.gap_eps, ctx.differentiate_basis = rows, gap_eps, differentiate_basis
+        ctx.mark_non_differentiable(rank)
+        return reconstruction.to(x.dtype), rank
+
+    @staticmethod
+    def backward(ctx: Any, grad_reconstruction: Tensor, grad_rank: None) -> Any:
+        refuse_double_backward("pca_reconstruct")
+        x, mean, eigenvalues, eigenvectors, rank = ctx.saved_tensors
+        rows = ctx.rows
+        grad = grad_reconstruction.double()
+        kept = reference.kept_columns(eigenvalues, rank)
+        centred = x.double() - mean
+        sums = grad.sum(0)  # [D]
+        if ctx.differentiate_basis:
+            grad_projector = centred.mT @ grad  # B of this rank's rows, pca/README.md (4)
+            sums = torch.cat([sums, _pack_triangle(grad_projector + grad_projector.mT)])
+        sums = rows.members.all_reduce(sums)
+        grad_mean = sums[: x.shape[1]] / rows.total
+        # The centred rows of all ranks sum to 0, so only G Pi has a mean: pca/README.md (7).
+        basis = torch.where(kept, eigenvectors, 0.0)
+        grad_x = ((grad - grad_mean) @ basis) @ basis.mT + grad_mean
+        grad_x = torch.where(reference.is_identity(eigenvalues, rank)[..., 0], grad, grad_x)
+        if ctx.differentiate_basis:
+            grad_projector = _unpack_triangle(sums[x.shape[1] :], x.shape[1])
+            grad_x = grad_x + centred @ reference.moment_bwd(
+                grad_projector, eigenvalues, eigenvectors, rank, ctx.gap_eps
+            )
+        return grad_x.to(x.dtype), None, None, None, None, None
+
+
+def _joined_moment(x: Tensor, rows: Rows, backend: str) -> tuple[Tensor, Tensor]:
+    # Mean [D] and centred second moment [D, D] of all rows, float64, from those of each rank:
+    # C = sum_r (C_r + n_r d_r d_r^T), d_r = mean_r - mean. No large sums are subtracted.
+    features = x.shape[1]
+    if rows.own:
+        mean, moment = covariance(x, dtype=torch.float64, backend=backend)
+    else:
+        mean = x.new_zeros(features, dtype=torch.float64)
+        moment = mean.new_zeros(features, features)
+    counts = torch.tensor(rows.counts, dtype=torch.float64, device=x.device)
+    means = rows.members.all_gather(mean)  # [size, D]
+    joined = (counts.unsqueeze(-1) * means).sum(0) / rows.total
+    away = mean - joined
+    moment = moment + rows.own * away.unsqueeze(-1) * away
+    moment = rows.members.all_reduce(_pack_triangle(moment))
+    return joined, _unpack_triangle(moment, features)
+
+
+def _pack_triangle(symmetric: Tensor) -> Tensor:  # [D, D] -> [D (D + 1) / 2]
+    row, column = torch.triu_indices(*symmetric.shape, device=symmetric.device)
+    return symmetric[row, column]
+
+
+def _unpack_triangle(packed: Tensor, size: int) -> Tensor:  # [D (D + 1) / 2] -> [D, D]
+    row, column = torch.triu_indices(size, size, device=packed.device)
+    symmetric = packed.new_empty(size, size)
+    symmetric[row, column] = packed
+    symmetric[column, row] = packed
+    return symmetric

@@ -1,0 +1,220 @@
+"""The collectives that this package uses, each counted: members of a group, and rows over them.
+
+Every rank of a group calls the same ones in the same order. Bytes are what one rank sends under
+the ring algorithms of NCCL and gloo; README.md has the cost model that they check.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """What this rank sent: calls and bytes of each kind of collective."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+
+_counting: list[Traffic] = []
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Yields a Traffic that counts the collectives of this package while the body runs."""
+    traffic = Traffic()
+    _counting.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _counting.remove(traffic)
+
+
+def _count(kind: str, sent: float) -> None:
+    for traffic in _counting:
+        traffic.calls[kind] += 1
+        traffic.bytes[kind] += round(sent)
+
+
+@dataclass(frozen=True)
+class Members:
+    """A process group and this process's place in it; one rank where there is no group.
+
+    The group of all processes is None here and not the object, which must not outlive
+    destroy_process_group: saved graphs and the frames of an exception hold what they have met, and
+    gloo aborts a process that still holds its group when the interpreter ends.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    @property
+    def table_device(self) -> torch.device:
+        """Where small tables for the host travel: NCCL moves no CPU memory, all else does."""
+        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+
+    def name(self, rank: int) -> int:
+        """The number that the launcher knows this rank of the group by."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks, of one shape, stacked: [size, *]."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        x = x.contiguous()
+        gathered = x.new_empty((self.size, *x.shape))
+        _count("all_gather", (self.size - 1) * _bytes(x))
+        _all_gather(gathered.view(-1), x.view(-1), group=self.group)
+        return gathered
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks, the same bits on each. Writes into x."""
+        if self.size > 1:
+            _count("all_reduce", 2 * (self.size - 1) / self.size * _bytes(x))
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """The tensor of rank 0 of the group. Writes into x."""
+        if self.size > 1:
+            _count("broadcast", _bytes(x) if self.rank < self.size - 1 else 0)
+            dist.broadcast(x, group_src=0, group=self.group)
+        return x
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch over the ranks of a group: rank r owns counts[r] of them, in rank order."""
+
+    members: Members
+    counts: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.members.rank
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def own(self) -> int:
+        return self.counts[self.rank]
+
+    def first(self, rank: int) -> int:
+        """The number, in the joined batch, of a rank's first row."""
+        return sum(self.counts[:rank])
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The rows of all ranks in one buffer: [own, *] -> [total, *]."""
+        longest = max(self.counts)
+        if self.own < longest:  # gloo and NCCL gather equal shapes: pad to the longest
+            padding = x.new_zeros((longest - self.own, *x.shape[1:]))
+            x = torch.cat([x, padding])
+        gathered = self.members.all_gather(x)  # [size, longest, *]
+        if min(self.counts) == longest:
+            return gathered.flatten(0, 1)
+        return torch.cat([part[:count] for part, count in zip(gathered, self.counts, strict=True)])
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """The sum over ranks of each one's rows: [total, *] -> [own, *]."""
+        members, longest = self.members, max(self.counts)
+        if members.size == 1:
+            return x
+        own = x.new_empty((longest, *x.shape[1:]))
+        if min(self.counts) < longest:
+            padded = x.new_zeros((members.size, *own.shape))
+            for part, rows in zip(padded, x.split(self.counts), strict=True):
+                part[: rows.shape[0]] = rows
+            x = padded
+        _count("reduce_scatter", (members.size - 1) * _bytes(own))
+        _reduce_scatter(own.view(-1), x.contiguous().view(-1), group=members.group)
+        return own[: self.own]
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """What every rank holds of this one's rows: [total, *] -> [size, own, *]."""
+        members = self.members
+        if members.size == 1:
+            return x.unsqueeze(0)
+        received = x.new_empty((members.size * self.own, *x.shape[1:]))
+        _count("all_to_all", _bytes(x) * (1 - self.own / self.total))
+        dist.all_to_all_single(
+            received,
+            x.contiguous(),
+            [self.own] * members.size,
+            list(self.counts),
+            group=members.group,
+        )
+        return received.view(members.size, self.own, *x.shape[1:])
+
+    def shift(self, sent: Tensor, received: Tensor, tag: int) -> "Transfer":
+        """Starts sending a tensor to the next rank and receiving one from the rank before."""
+        members, group = self.members, self.members.group
+        following = members.name((self.rank + 1) % members.size)
+        preceding = members.name((self.rank - 1) % members.size)
+        operations = []
+        if sent.numel():  # both ends know the row counts, and so that nothing comes
+            _count("send", _bytes(sent))
+            operations.append(dist.P2POp(dist.isend, sent, following, group, tag))
+        if received.numel():
+            operations.append(dist.P2POp(dist.irecv, received, preceding, group, tag))
+        requests = dist.batch_isend_irecv(operations) if operations else []
+        return Transfer(requests, sent, received)
+
+
+class Transfer:
+    """A shift under way; holds the tensors until both its ends are through."""
+
+    def __init__(self, requests: Sequence[Any], sent: Tensor, received: Tensor) -> None:
+        self._requests, self._sent, self._received = requests, sent, received
+
+    def wait(self) -> Tensor:
+        """Returns what was received; what was sent may then be overwritten."""
+        for request in self._requests:
+            request.wait()
+        return self._received
+
+
+def members_of(group: dist.ProcessGroup | None, operator: str) -> Members:
+    """The members of a group; of all processes for None, or of this one where there is no group."""
+    if not dist.is_available() or not dist.is_initialized():
+        if group is not None:
+            raise ValueError(f"{operator}: expected group None before init_process_group")
+        return Members(None, 0, 1)
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"{operator}: expected a group that this process is a member of")
+    return Members(group, rank, dist.get_world_size(group))
+
+
+def pack_rows(*tensors: Tensor) -> Tensor:  # [M, C_i] of any dtypes -> uint8 [M, bytes]
+    """One buffer of bytes, so that tensors of several dtypes travel together."""
+    return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
+
+
+def unpack_rows(buffer: Tensor, *like: Tensor) -> list[Tensor]:
+    """The tensors that pack_rows joined, given ones of their dtypes and columns."""
+    widths = [tensor.shape[1] * tensor.element_size() for tensor in like]
+    parts = buffer.split(widths, dim=1)
+    return [
+        # A fresh copy even of a part that is contiguous: a view of another dtype must be aligned.
+        part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
+        for part, tensor in zip(parts, like, strict=True)
+    ]
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+# torch 2.13 renames the two and deprecates the old names; 2.11 and 2.12 have only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -1,0 +1,25 @@
+"""The `triton` backend of info_nce and its dual forms. Not yet run on hardware.
+
+tiles.py holds the tile sizes, kernels.py what runs over the N x N logits, products.py the products
+that a rank on the device bounds, launch.py the passes, and this file the three operators.
+"""
+
+from himo_kernels.info_nce.triton.cases import aot_cases
+from himo_kernels.info_nce.triton.operators import (
+    dual_info_nce_bwd,
+    dual_info_nce_fwd,
+    dual_info_nce_low_rank_bwd,
+    dual_info_nce_low_rank_fwd,
+    info_nce_bwd,
+    info_nce_fwd,
+)
+
+__all__ = [
+    "aot_cases",
+    "dual_info_nce_bwd",
+    "dual_info_nce_fwd",
+    "dual_info_nce_low_rank_bwd",
+    "dual_info_nce_low_rank_fwd",
+    "info_nce_bwd",
+    "info_nce_fwd",
+]

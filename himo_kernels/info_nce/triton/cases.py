@@ -1,0 +1,44 @@
+"""What himo_kernels.aot compiles of this backend: both tiles, every dtype, every kind of branch."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo_kernels.aot import Case
+from himo_kernels.info_nce.triton import operators
+
+
+def aot_cases() -> Iterable[Case]:
+    """Yields forward and backward at sizes that take the large and the small tile."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for samples in (8192, 128):
+            label = f"info_nce {str(dtype)[6:]}, N={samples}"
+            yield Case(label, partial(_info_nce, samples, dtype))
+            yield Case(f"{label}, low rank", partial(_low_rank, samples, dtype))
+    label = "info_nce bfloat16, N=8192, constant keys"
+    yield Case(label, partial(_info_nce, 8192, torch.bfloat16, differentiate_keys=False))
+
+
+def _info_nce(samples: int, dtype: torch.dtype, differentiate_keys: bool = True) -> None:
+    features, scale = _meta(samples, 768, dtype=dtype), _meta()
+    inputs = (features, features, scale)
+    loss, *nlls = operators.info_nce_fwd(*inputs, 0.0)
+    arguments: tuple[Any, ...] = (loss, *inputs, *nlls, 0.0, differentiate_keys, [True] * 3)
+    operators.info_nce_bwd(*arguments)
+
+
+def _low_rank(samples: int, dtype: torch.dtype) -> None:
+    features, scale = _meta(samples, 768, dtype=dtype), _meta()
+    coefficients, basis = _meta(samples, 257, dtype=dtype), _meta(257, 768, dtype=dtype)
+    inputs = (features, features, coefficients, basis, _meta(dtype=torch.int64), scale)
+    outputs = operators.dual_info_nce_low_rank_fwd(*inputs, 0.0)
+    nlls = [output for index, output in enumerate(outputs) if index % 3]
+    arguments: tuple[Any, ...] = (*outputs[::3], *inputs, *nlls, 0.0, True, [True] * 5)
+    operators.dual_info_nce_low_rank_bwd(*arguments)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

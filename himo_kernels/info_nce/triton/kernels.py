@@ -1,0 +1,383 @@
+"""The kernels over the N x N logits, which are formed a tile at a time and never stored.
+
+S = s X Y^T. X [TERMS, B, N, W] is the sum of its terms: one for features, more for a product that
+16 bits cannot hold. Both are contiguous and W is a multiple of 16 (launch.py pads), so that loads
+are whole vectors. `rank` bounds the inner dimension on the device, and both are zero past it.
+Offsets of problems and of blocks are int64, inside a block int32.
+"""
+
+import triton
+import triton.language as tl
+
+from himo_kernels._triton_jit import dot, rounded
+
+
+@triton.jit
+def _products(
+    left_ptr,  # [TERMS, N, W] of one problem
+    right_ptr,  # [N, W] of one problem
+    first_row,
+    first_column,
+    samples,
+    width,
+    inner,  # columns of W that count
+    term_stride,
+    TERMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # X Y^T [BLOCK_ROWS, BLOCK_COLUMNS] in float32; zeros past N.
+    rows = tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    depth = tl.arange(0, BLOCK_INNER)
+    left_ptr += first_row.to(tl.int64) * width
+    right_ptr += first_column.to(tl.int64) * width
+    left = left_ptr + rows[:, None] * width + depth[None, :]
+    right = right_ptr + columns[None, :] * width + depth[:, None]
+    row_mask = (first_row + rows < samples)[:, None]
+    column_mask = (first_column + columns < samples)[None, :]
+    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, inner, BLOCK_INNER):
+        kept = start + depth < inner
+        y = tl.load(right + start, mask=kept[:, None] & column_mask, other=0.0)
+        for term in tl.static_range(TERMS):
+            x = tl.load(left + term * term_stride + start, mask=kept[None, :] & row_mask, other=0.0)
+            accumulator = dot(x, y, accumulator, PRECISION)
+    return accumulator
+
+
+@triton.jit
+def up_to_rank(rank_ptr, problem, width):
+    """rank rounded up to whole vectors of 16, or the width where there is none.
+
+    What lies between is zero (launch.py), and masks of whole vectors keep loads whole.
+    """
+    if rank_ptr is None:
+        inner = width
+    else:
+        inner = (tl.cdiv(tl.load(rank_ptr + problem), 16) * 16).to(tl.int32)
+    return inner
+
+
+@triton.jit
+def _finite_shift(maximum):
+    # What to subtract before exp: -inf, the maximum of nothing, less itself would be NaN.
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def statistics_kernel(
+    left_ptr,  # [TERMS, B, N, W]
+    right_ptr,  # [B, N, W]
+    rank_ptr,  # [B] int64, or None
+    scale_ptr,  # []
+    positives_ptr,  # [B, N] float32: S_ii
+    partials_ptr,  # [B, slots, 2, N] float32: maximum and sum of exp over some of j != i
+    samples,
+    width,
+    term_stride,
+    slots,
+    first_slot,  # of the column partials of this launch; row partials begin at slot 0
+    first_block,  # of this launch
+    row_blocks,  # of this launch
+    splits,  # programs that share a block of rows, each with some of its columns
+    TERMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Pass 1: row and column statistics of the negatives, and the positives, from one S."""
+    # Neighbouring programs walk the same columns: those come from L2 for all but the first.
+    program = tl.program_id(0)
+    block = program % row_blocks
+    split = (program // row_blocks) % splits
+    problem = (program // (row_blocks * splits)).to(tl.int64)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    inner = up_to_rank(rank_ptr, problem, width)
+    left_ptr += problem * samples * width
+    right_ptr += problem * samples * width
+    positives_ptr += problem * samples
+    partials_ptr += problem * slots * 2 * samples
+    column_partials_ptr = partials_ptr + (first_slot + block).to(tl.int64) * 2 * samples
+
+    first_row = (first_block + block) * BLOCK_ROWS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    row_max = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
+    tiles = tl.cdiv(samples, BLOCK_COLUMNS)
+    per_split = tl.cdiv(tiles, splits)
+    for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
+        first_column = tile * BLOCK_COLUMNS
+        columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+        logits = scale * _products(
+            left_ptr,
+            right_ptr,
+            first_row,
+            first_column,
+            samples,
+            width,
+            inner,
+            term_stride,
+            TERMS,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_INNER,
+            PRECISION,
+        )
+        diagonal = rows[:, None] == columns[None, :]
+        has_diagonal = first_row // BLOCK_COLUMNS == tile  # BLOCK_ROWS divides BLOCK_COLUMNS
+        if has_diagonal:
+            positives = tl.sum(tl.where(diagonal, logits, 0.0), 1)
+            tl.store(positives_ptr + rows, positives, mask=rows < samples)
+        ragged = (first_row + BLOCK_ROWS > samples) | (first_column + BLOCK_COLUMNS > samples)
+        if has_diagonal | ragged:
+            inside = (rows < samples)[:, None] & (columns < samples)[None, :]
+            logits = tl.where(inside & (rows[:, None] != columns[None, :]), logits, float("-inf"))
+
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        shift = _finite_shift(new_max)
+        row_sum = row_sum * tl.exp(row_max - shift)
+        row_sum += tl.sum(tl.exp(logits - shift[:, None]), 1)
+        row_max = new_max
+
+        column_max = tl.max(logits, 0)
+        column_sum = tl.sum(tl.exp(logits - _finite_shift(column_max)[None, :]), 0)
+        tl.store(column_partials_ptr + columns, column_max, mask=columns < samples)
+        tl.store(column_partials_ptr + samples + columns, column_sum, mask=columns < samples)
+
+    row_partials_ptr = partials_ptr + split.to(tl.int64) * 2 * samples
+    tl.store(row_partials_ptr + rows, row_max, mask=rows < samples)
+    tl.store(row_partials_ptr + samples + rows, row_sum, mask=rows < samples)
+
+
+@triton.jit
+def _merged(
+    partials_ptr,  # [slots, 2, N] of one problem
+    first_slot,
+    count,
+    entries,  # [BLOCK] int, which of N
+    samples,
+    SLOTS_AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Maximum and sum [BLOCK] over the slots, in their order: the same bits in every run.
+    total_max = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, SLOTS_AT_ONCE):
+        slot = start + tl.arange(0, SLOTS_AT_ONCE)
+        mask = (slot < count)[:, None] & (entries < samples)[None, :]
+        at = partials_ptr + (first_slot + slot).to(tl.int64)[:, None] * 2 * samples
+        at += entries[None, :]
+        maximum = tl.load(at, mask=mask, other=float("-inf"))
+        summed = tl.load(at + samples, mask=mask, other=0.0)
+        new_max = tl.maximum(total_max, tl.max(maximum, 0))
+        shift = _finite_shift(new_max)
+        total = total * tl.exp(total_max - shift)
+        total += tl.sum(summed * tl.exp(maximum - shift[None, :]), 0)
+        total_max = new_max
+    return total_max, total
+
+
+@triton.jit
+def fold_kernel(
+    partials_ptr,  # [B, slots, 2, N] float32
+    samples,
+    slots,
+    first_slot,
+    count,
+    to_slot,
+    SLOTS_AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merges the column partials of one launch into one slot, so that the next can use theirs."""
+    blocks = tl.cdiv(samples, BLOCK)
+    entries = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    partials_ptr += problem * slots * 2 * samples
+    maximum, total = _merged(
+        partials_ptr, first_slot, count, entries, samples, SLOTS_AT_ONCE, BLOCK
+    )
+    to_ptr = partials_ptr + tl.cast(to_slot, tl.int64) * 2 * samples
+    tl.store(to_ptr + entries, maximum, mask=entries < samples)
+    tl.store(to_ptr + samples + entries, total, mask=entries < samples)
+
+
+@triton.jit
+def log_odds_kernel(
+    partials_ptr,  # [B, slots, 2, N] float32
+    positives_ptr,  # [B, N] float32
+    log_odds_ptr,  # [2, B, N] float32: of the rows, then of the columns
+    samples,
+    problems,
+    slots,
+    splits,  # row partials: slots 0 to splits
+    first_slot,  # column partials
+    count,
+    SLOTS_AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """log sum_{j != i} exp(S_ij - S_ii): minus the log-odds of the positive, all digits kept."""
+    blocks = tl.cdiv(samples, BLOCK)
+    entries = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    of_columns = (tl.program_id(0) // blocks) % 2
+    problem = (tl.program_id(0) // (2 * blocks)).to(tl.int64)
+    maximum, total = _merged(
+        partials_ptr + problem * slots * 2 * samples,
+        tl.where(of_columns == 1, first_slot, 0),
+        tl.where(of_columns == 1, count, splits),
+        entries,
+        samples,
+        SLOTS_AT_ONCE,
+        BLOCK,
+    )
+    positives = tl.load(positives_ptr + problem * samples + entries, mask=entries < samples)
+    # The difference of two logits near 100 first: it is exact, and small where it matters.
+    log_odds = (maximum - positives) + tl.log(total)
+    out = log_odds_ptr + (of_columns * problems + problem) * samples + entries
+    tl.store(out, log_odds, mask=entries < samples)
+
+
+@triton.jit
+def positives_kernel(
+    left_ptr,  # [TERMS, B, N, W]
+    right_ptr,  # [B, N, W]
+    rank_ptr,  # [B] int64, or None
+    scale_ptr,  # []
+    positives_ptr,  # [B, N] float32
+    samples,
+    width,
+    term_stride,
+    row_blocks,
+    TERMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """S_ii by the tiles that hold them, not by N dot products.
+
+    The same bits as S_ij of equal rows in pass 2, whose gradient is then zero to the last bit.
+    """
+    first_row = (tl.program_id(0) % row_blocks) * BLOCK_ROWS
+    problem = (tl.program_id(0) // row_blocks).to(tl.int64)
+    first_column = first_row // BLOCK_COLUMNS * BLOCK_COLUMNS
+    products = _products(
+        left_ptr + problem * samples * width,
+        right_ptr + problem * samples * width,
+        first_row,
+        first_column,
+        samples,
+        width,
+        up_to_rank(rank_ptr, problem, width),
+        term_stride,
+        TERMS,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_INNER,
+        PRECISION,
+    )
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    logits = tl.load(scale_ptr).to(tl.float32) * products
+    positives = tl.sum(tl.where(rows[:, None] == columns[None, :], logits, 0.0), 1)
+    tl.store(positives_ptr + problem * samples + rows, positives, mask=rows < samples)
+
+
+@triton.jit
+def grad_logits_kernel(
+    left_ptr,  # [TERMS, B, N, W]
+    right_ptr,  # [B, N, W]
+    rank_ptr,  # [B] int64, or None
+    scale_ptr,  # []
+    positives_ptr,  # [B, N] float32
+    row_nll_ptr,  # [B, N] float32
+    column_nll_ptr,  # [B, N] float32
+    row_diagonal_ptr,  # [B, N] float32: P_ii - (1 - eps) - eps / N
+    column_diagonal_ptr,  # [B, N] float32: C_ii - (1 - eps) - eps / N
+    grad_rows_ptr,  # [B, M, pitch], or None: (P - eps / N) GAIN of M rows, 0 on the diagonal, ...
+    grad_columns_ptr,  # [B, M, pitch], or None: ... and of C; None: the sum of both in grad_rows
+    scale_partials_ptr,  # [B, row blocks, column tiles] float32, or None
+    samples,
+    width,
+    term_stride,
+    pitch,
+    chunk_rows,  # M
+    first_block,  # of this launch
+    row_blocks,  # of this launch
+    all_row_blocks,
+    TERMS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    GAIN: tl.constexpr,
+    GROUP: tl.constexpr,  # blocks of rows that are walked column by column, for L2
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Pass 2: S again, a tile of 2 N dS into a workspace, and its part of ds."""
+    tiles = tl.cdiv(samples, BLOCK_COLUMNS)
+    problem = (tl.program_id(0) // (row_blocks * tiles)).to(tl.int64)
+    program = tl.program_id(0) % (row_blocks * tiles)
+    group = program // (GROUP * tiles)
+    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
+    block = group * GROUP + (program % (GROUP * tiles)) % group_rows
+    tile = (program % (GROUP * tiles)) // group_rows
+
+    first_row = (first_block + block) * BLOCK_ROWS
+    first_column = tile * BLOCK_COLUMNS
+    products = _products(
+        left_ptr + problem * samples * width,
+        right_ptr + problem * samples * width,
+        first_row,
+        first_column,
+        samples,
+        width,
+        up_to_rank(rank_ptr, problem, width),
+        term_stride,
+        TERMS,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_INNER,
+        PRECISION,
+    )
+    logits = tl.load(scale_ptr).to(tl.float32) * products
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    row_mask, column_mask = rows < samples, columns < samples
+    at_rows, at_columns = problem * samples + rows, problem * samples + columns
+
+    positives = tl.load(positives_ptr + at_rows, mask=row_mask, other=0.0)
+    nll = tl.load(row_nll_ptr + at_rows, mask=row_mask, other=0.0)
+    grad_rows = tl.exp((logits - positives[:, None]) - nll[:, None]) - SMOOTHING / samples
+    positives = tl.load(positives_ptr + at_columns, mask=column_mask, other=0.0)
+    nll = tl.load(column_nll_ptr + at_columns, mask=column_mask, other=0.0)
+    grad_columns = tl.exp((logits - positives[None, :]) - nll[None, :]) - SMOOTHING / samples
+    negatives = row_mask[:, None] & column_mask[None, :] & (rows[:, None] != columns[None, :])
+    grad_rows = tl.where(negatives, grad_rows, 0.0)
+    grad_columns = tl.where(negatives, grad_columns, 0.0)
+
+    if scale_partials_ptr is not None:
+        part = tl.sum((grad_rows + grad_columns) * products)
+        if first_row // BLOCK_COLUMNS == tile:
+            diagonal = tl.load(row_diagonal_ptr + at_rows, mask=row_mask, other=0.0)
+            diagonal += tl.load(column_diagonal_ptr + at_rows, mask=row_mask, other=0.0)
+            positive = tl.where(rows[:, None] == columns[None, :], products, 0.0)
+            part += tl.sum(diagonal * tl.sum(positive, 1))
+        at = (problem * all_row_blocks + first_block + block) * tiles + tile
+        tl.store(scale_partials_ptr + at, part)
+    if grad_rows_ptr is not None:
+        inside = row_mask[:, None] & column_mask[None, :]
+        start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
+        at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        dtype = grad_rows_ptr.dtype.element_ty
+        if grad_columns_ptr is None:
+            grad = (grad_rows + grad_columns) * GAIN
+            tl.store(grad_rows_ptr + start + at, rounded(grad, dtype), mask=inside)
+        else:
+            tl.store(grad_rows_ptr + start + at, rounded(grad_rows * GAIN, dtype), mask=inside)
+            tl.store(
+                grad_columns_ptr + start + at, rounded(grad_columns * GAIN, dtype), mask=inside
+            )

@@ -1,0 +1,373 @@
+"""The two passes over one loss, and the workspaces between them.
+
+Nothing here reads a value on the host: shapes alone decide, so a CUDA graph can hold all of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from himo_kernels.info_nce.triton import kernels
+from himo_kernels.info_nce.triton.products import bounded_product
+from himo_kernels.info_nce.triton.tiles import FUSED, Tile, precision_for, tile_for
+
+# Blocks of rows in one launch of pass 1. Column partials take 8 bytes for each of them and each
+# column: 1 KiB a sample, less than bfloat16 features of width 768, whatever N is.
+ROW_BLOCKS_AT_ONCE = 128
+# Programs that pass 1 is split into where there are fewer blocks of rows: eight for each
+# multiprocessor of the largest chips, so that the last wave is short.
+PROGRAMS = 1024
+# dS of as many rows as fit. Large enough that the products with it are of some thousand rows at
+# N = 32768, where they run at the rate of large ones.
+WORKSPACE_BYTES = 256 * 2**20
+# Samples from which dS of 16-bit features has 16 bits, for the tensor cores. Below, its products
+# cost nothing beside the launches, and the gradients are rounded once, to the features' dtype.
+ROUNDED_FROM = 128
+
+_MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4, **FUSED}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One loss: S = s X Y^T, with X the sum of its terms."""
+
+    left: Tensor  # [TERMS, B, N, W]
+    right: Tensor  # [B, N, W]
+    scale: Tensor  # []
+    rank: Tensor | None = None  # [B] int64, at least 0 and at most W: what is not zero of W
+
+    @property
+    def problems(self) -> int:
+        return self.right.shape[0]
+
+    @property
+    def samples(self) -> int:
+        return self.right.shape[1]
+
+    @property
+    def tile(self) -> Tile:
+        return tile_for(self.right, self.problems, self.samples, self.left.shape[0])
+
+    @property
+    def row_blocks(self) -> int:
+        return triton.cdiv(self.samples, self.tile.rows)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Returns what every kernel over S takes: N, W and the stride of a term."""
+        return self.samples, self.right.shape[-1], self.left.stride(0)
+
+    def new_empty(self, *shape: int) -> Tensor:
+        """Returns uninitialised float32 memory on the branch's device."""
+        return torch.empty(shape, dtype=torch.float32, device=self.right.device)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        return self.left, self.right, self.rank, self.scale
+
+    def constants(self) -> dict[str, object]:
+        return {
+            "TERMS": self.left.shape[0],
+            "PRECISION": precision_for(self.right.dtype),
+            **self.tile.constants(),
+        }
+
+
+def features_branch(image: Tensor, text: Tensor, scale: Tensor) -> Branch:
+    """Returns the loss of image [*, N, D] against text [*, N, D]."""
+    return Branch(padded(image).unsqueeze(0), padded(text), scale)
+
+
+# What the sum of X's terms holds of a float32 number: 24 bits, 22 bits, all.
+_TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """V, C and B of component_features = C B, all with zeros past the rank."""
+
+    image: Tensor  # [B, N, W of D]
+    coefficients: Tensor  # [B, N, W]
+    basis: Tensor  # [B, W, W of D]
+    rank: Tensor  # [B] int64, at least 0 and at most W
+
+
+def kept_factors(
+    image: Tensor,  # [*, N, D]
+    coefficients: Tensor,  # [*, N, K]
+    basis: Tensor,  # [*, K, D]
+    rank: Tensor,  # [*] int64
+) -> Factors:
+    """Returns the factors with what is past the rank set to zero: nobody need have filled it."""
+    coefficients, basis = padded(coefficients), padded(basis, rows=True)
+    rank = rank.reshape(-1).clamp(0, coefficients.shape[-1])
+    kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank[:, None]  # [B, W]
+    return Factors(
+        padded(image),
+        torch.where(kept[:, None, :], coefficients, 0.0),
+        torch.where(kept[:, :, None], basis, 0.0),
+        rank,
+    )
+
+
+def factors_branch(factors: Factors, scale: Tensor) -> Branch:
+    """Returns the loss of images against coefficients @ basis, inside the K columns of a factor.
+
+    V (C B)^T = (V B^T) C^T, whose inner dimension is the rank. V B^T in 16 bits would cost the
+    logits their digits, so it is kept in terms of 16 bits. In float16 it must stay below 65504.
+    """
+    dtype, shape = factors.image.dtype, factors.coefficients.shape
+    left = torch.empty((_TERMS[dtype], *shape), dtype=dtype, device=factors.image.device)
+    bounded_product(factors.image, factors.basis.mT, factors.rank, "columns", left)
+    return Branch(left, factors.coefficients, scale, factors.rank)
+
+
+def padded(x: Tensor, rows: bool = False) -> Tensor:
+    """Returns [*, N, D] as [B, N, W], contiguous, W the next multiple of 16; N too if rows.
+
+    Rows then begin where a load of whole vectors can. A copy only where x is not so already.
+    """
+    x = x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
+    columns_missing, rows_missing = -x.shape[-1] % 16, -x.shape[-2] % 16 if rows else 0
+    if columns_missing or rows_missing:
+        x = F.pad(x, (0, columns_missing, 0, rows_missing))
+    return x.contiguous()
+
+
+def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss [B] and nll of the rows and columns [B, N]: eq. (4) and (5) of the README."""
+    problems, samples, tile = branch.problems, branch.samples, branch.tile
+    row_blocks = branch.row_blocks
+    at_once = min(row_blocks, ROW_BLOCKS_AT_ONCE)
+    launches = triton.cdiv(row_blocks, at_once)
+    splits = min(
+        triton.cdiv(samples, tile.columns), triton.cdiv(PROGRAMS, max(problems, 1) * at_once)
+    )
+    # Slots of the partials: of the rows, one for each launch folded, of the columns of a launch.
+    folded = launches if launches > 1 else 0
+    first_slot = splits + folded
+    slots = first_slot + at_once
+    partials = branch.new_empty(problems, slots, 2, samples)
+    positives = branch.new_empty(problems, samples)
+    merge_grid = problems * triton.cdiv(samples, _MERGE["BLOCK"])
+    for launch in range(launches):
+        first_block = launch * at_once
+        blocks = min(at_once, row_blocks - first_block)
+        kernels.statistics_kernel[(problems * splits * blocks,)](
+            *branch.operands(),
+            positives,
+            partials,
+            *branch.sizes(),
+            slots,
+            first_slot,
+            first_block,
+            blocks,
+            splits,
+            **branch.constants(),
+        )
+        if folded:
+            kernels.fold_kernel[(merge_grid,)](
+                partials, samples, slots, first_slot, blocks, splits + launch, **_MERGE
+            )
+    log_odds = branch.new_empty(2, problems, samples)
+    kernels.log_odds_kernel[(2 * merge_grid,)](
+        partials,
+        positives,
+        log_odds,
+        samples,
+        problems,
+        slots,
+        splits,
+        splits,
+        folded or at_once,
+        **_MERGE,
+    )
+    zero = log_odds.new_zeros(())
+    row_nll, column_nll = (torch.logaddexp(odds, zero) for odds in log_odds)  # eq. (4)
+    loss = (row_nll + column_nll).mean(-1) / 2
+    if label_smoothing:
+        loss = loss + label_smoothing * (positives.mean(-1) - _mean_logit(branch))  # eq. (5)
+    return loss, row_nll, column_nll
+
+
+def _mean_logit(branch: Branch) -> Tensor:
+    # mean_ij S_ij = s / N^2 (sum_i x_i) . (sum_j y_j): O(N W), no logits
+    left = branch.left.sum((0, 2), dtype=torch.float32)  # [B, W]
+    right = branch.right.sum(1, dtype=torch.float32)
+    return branch.scale.float() / branch.samples**2 * (left * right).sum(-1)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients pass 2 makes."""
+
+    left: bool = False  # of X
+    left_keys: bool = False  # of X where X is the key: of the columns alone if keys are constants
+    right: bool = False  # of Y
+    scale: bool = False
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What was asked for; None where it was not."""
+
+    left: Tensor | None = None  # [B, N, W] float32
+    left_keys: Tensor | None = None  # [B, N, W] float32
+    right: Tensor | None = None  # [B, N, W] in the dtype of Y
+    scale: Tensor | None = None  # [] float32
+
+
+def gradients(
+    branch: Branch,
+    grad_loss: Tensor,  # [*]
+    row_nll: Tensor,  # [*, N]
+    column_nll: Tensor,  # [*, N]
+    label_smoothing: float,
+    differentiate_keys: bool,
+    needs: Needs,
+    add_to: Tensor | None = None,  # [B, N, W] float32
+) -> Gradients:
+    """Returns the gradients of X, Y and s, that of X added to add_to: eq. (6) and (7)."""
+    if needs == Needs():
+        return Gradients()
+    row_nll, column_nll = (nll.reshape(-1, branch.samples) for nll in (row_nll, column_nll))
+    x = branch.left[0] if branch.left.shape[0] == 1 else branch.left.sum(0, dtype=torch.float32)
+    y = branch.right
+    one_left = needs.left_keys and differentiate_keys  # left and left_keys are one gradient
+    left, left_keys, right = add_to, None, None
+    if left is None and (needs.left or one_left):
+        left = torch.zeros_like(y, dtype=torch.float32)
+    if needs.left_keys and not one_left:
+        left_keys = torch.zeros_like(y, dtype=torch.float32)
+    if needs.right:
+        right = branch.new_empty(*y.shape)
+    parts = 1 if differentiate_keys else 2
+    if left is left_keys is right is None:
+        parts = 0
+    pass_2 = _GradLogits(branch, row_nll, column_nll, label_smoothing, parts, needs.scale)
+    weight = grad_loss.reshape(-1).float() / (2 * branch.samples)  # [B]
+    factor = (weight * branch.scale.float())[:, None, None]
+    of_rows, of_columns = pass_2.diagonals
+    if differentiate_keys:
+        of_rows = of_columns = of_rows + of_columns
+
+    def finish(gradient: Tensor, diagonal: Tensor, factors: Tensor) -> Tensor:
+        # The positives' part in float32: the largest entries of dS, and their rounding to 16 bits
+        # would be most of the error.
+        gradient.mul_(1 / pass_2.gain).addcmul_(diagonal.unsqueeze(-1), factors)
+        return gradient.mul_(factor)
+
+    for rows, grad_rows, grad_columns in pass_2.chunks():
+        for grad, diagonal, to in (
+            (grad_rows, of_rows, left),
+            (grad_columns, of_columns, left_keys),
+        ):
+            if to is not None:
+                part = branch.new_empty(*grad.shape[:2], y.shape[-1])
+                _multiply(branch, grad, y, part)
+                to[:, rows] += finish(part, diagonal[:, rows], y[:, rows])
+        if right is not None:
+            # Beside dS of 16 bits the first term: X rounded to its dtype.
+            factors = x if grad_columns.dtype == torch.float32 else branch.left[0]
+            _multiply(branch, grad_columns.mT, factors[:, rows], right, rows.start > 0)
+    scale = None
+    if pass_2.scale_partials is not None:
+        scale = (weight * pass_2.scale_partials.sum((1, 2))).sum()
+    return Gradients(
+        left if needs.left else None,
+        left if one_left else left_keys,
+        None if right is None else finish(right, of_columns, x).to(y.dtype),
+        scale,
+    )
+
+
+class _GradLogits:
+    """Pass 2: 2 N dS of one loss, its diagonal at once and the rest a chunk of rows at a time."""
+
+    def __init__(
+        self,
+        branch: Branch,
+        row_nll: Tensor,  # [B, N]
+        column_nll: Tensor,  # [B, N]
+        label_smoothing: float,
+        parts: int,  # workspaces: none, one, or rows and columns apart
+        scale: bool,
+    ) -> None:
+        self.branch, self.parts = branch, parts
+        self.label_smoothing = label_smoothing
+        problems, samples, tile = branch.problems, branch.samples, branch.tile
+        self.dtype = branch.right.dtype if samples >= ROUNDED_FROM else torch.float32
+        # float16 has no digits left for a probability of 1e-5, float32 and bfloat16 have.
+        self.gain = 1024.0 if self.dtype == torch.float16 else 1.0
+        self.positives = branch.new_empty(problems, samples)
+        # P_ii - 1 = expm1(-nll): one less a probability near one would lose the digits.
+        target = label_smoothing - label_smoothing / samples
+        self.diagonals = [torch.expm1(-nll) + target for nll in (row_nll, column_nll)]
+        nlls = (row_nll.contiguous(), column_nll.contiguous())
+        self.vectors = (self.positives, *nlls, *self.diagonals)
+        self.scale_partials = None
+        if scale:
+            tiles = triton.cdiv(samples, tile.columns)
+            self.scale_partials = branch.new_empty(problems, branch.row_blocks, tiles)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields rows, and 2 N dS of them [B, rows, N], of the rows' and the columns' softmax.
+
+        Times the gain, with zeros on the diagonal. With one workspace both are one tensor, their
+        sum; with none nothing is yielded.
+        """
+        branch, tile, dtype = self.branch, self.branch.tile, self.dtype
+        problems, samples, row_blocks = branch.problems, branch.samples, branch.row_blocks
+        tiles = triton.cdiv(samples, tile.columns)
+        kernels.positives_kernel[(problems * row_blocks,)](
+            *branch.operands(), self.positives, *branch.sizes(), row_blocks, **branch.constants()
+        )
+        pitch = 64 * triton.cdiv(samples, 64)  # rows begin at whole cache lines
+        block_bytes = self.parts * problems * tile.rows * pitch * dtype.itemsize
+        fitting = WORKSPACE_BYTES // block_bytes if block_bytes else row_blocks
+        at_once = max(1, min(row_blocks, fitting))
+        shape = (self.parts, problems, at_once * tile.rows, pitch)
+        workspace = torch.empty(shape, dtype=dtype, device=branch.right.device)
+        for first_block in range(0, row_blocks, at_once):
+            blocks = min(at_once, row_blocks - first_block)
+            kernels.grad_logits_kernel[(problems * blocks * tiles,)](
+                *branch.operands(),
+                *self.vectors,
+                workspace[0] if self.parts else None,
+                workspace[1] if self.parts == 2 else None,
+                self.scale_partials,
+                *branch.sizes(),
+                pitch,
+                at_once * tile.rows,
+                first_block,
+                blocks,
+                row_blocks,
+                SMOOTHING=self.label_smoothing,
+                GAIN=self.gain,
+                GROUP=8,
+                **branch.constants(),
+            )
+            if self.parts:
+                first, last = first_block * tile.rows, (first_block + blocks) * tile.rows
+                last = min(last, samples)
+                chunk = workspace[:, :, : last - first, :samples]
+                yield slice(first, last), chunk[0], chunk[-1]
+
+
+def _multiply(
+    branch: Branch,
+    x: Tensor,  # [B, M, K]
+    y: Tensor,  # [B, K, W]
+    out: Tensor,  # [B, M, W] float32
+    accumulate: bool = False,
+) -> None:
+    # out = x y, or out += x y, in float32 sums
+    if branch.rank is not None:
+        bounded_product(x, y, branch.rank, "columns", out, accumulate=accumulate)
+    elif x.is_cuda and x.dtype != torch.float32:
+        beta = int(accumulate)  # 0: out is not read
+        torch.baddbmm(out, x, y, out_dtype=torch.float32, beta=beta, out=out)
+    else:
+        torch.baddbmm(out, x.float(), y.float(), beta=int(accumulate), out=out)

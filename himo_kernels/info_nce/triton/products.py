@@ -1,0 +1,127 @@
+"""Matrix products that a rank on the device bounds: those of the low-rank component branch.
+
+torch.bmm reads every column of its operands whatever the rank is; here a block past the rank costs
+one store of zeros, and an inner loop ends at the rank. All other products are torch's. The bounded
+dimension is a multiple of 16, and what bounds it zero past the rank.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from himo_kernels._triton_jit import dot, rounded
+from himo_kernels.info_nce.triton.kernels import up_to_rank
+from himo_kernels.info_nce.triton.tiles import Tile, precision_for, product_tile_for
+
+
+@triton.jit
+def bounded_product_kernel(
+    x_ptr,  # [B, rows, inner], any strides
+    y_ptr,  # [B, inner, columns], any strides
+    out_ptr,  # [TERMS, B, rows, columns], columns contiguous
+    rank_ptr,  # [B] int64
+    rows,
+    columns,
+    inner,
+    x_problem_stride,
+    x_row_stride,
+    x_inner_stride,
+    y_problem_stride,
+    y_inner_stride,
+    y_column_stride,
+    out_term_stride,
+    out_problem_stride,
+    out_row_stride,
+    BOUND: tl.constexpr,  # "rows", "columns" or "inner": what ends at the rank
+    TERMS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """X Y with zeros past the rank, added to out or written to it as the sum of TERMS parts.
+
+    Both are multiplied in the dtype of X. A part is the rest so far, rounded to the dtype of out:
+    three of bfloat16 hold 24 bits.
+    """
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    row_block = tl.program_id(0) % row_blocks
+    column_block = (tl.program_id(0) // row_blocks) % column_blocks
+    problem = (tl.program_id(0) // (row_blocks * column_blocks)).to(tl.int64)
+    row_limit, column_limit, inner_limit = rows, columns, inner
+    if BOUND == "rows":
+        row_limit = up_to_rank(rank_ptr, problem, rows)
+    if BOUND == "columns":
+        column_limit = up_to_rank(rank_ptr, problem, columns)
+    if BOUND == "inner":
+        inner_limit = up_to_rank(rank_ptr, problem, inner)
+
+    first_row = (row_block * BLOCK_ROWS).to(tl.int64)
+    first_column = (column_block * BLOCK_COLUMNS).to(tl.int64)
+    in_row, in_column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
+    depth = tl.arange(0, BLOCK_INNER)
+    x_ptr += problem * x_problem_stride + first_row * x_row_stride
+    y_ptr += problem * y_problem_stride + first_column * y_column_stride
+    x_at = in_row[:, None] * x_row_stride + depth[None, :] * x_inner_stride
+    y_at = depth[:, None] * y_inner_stride + in_column[None, :] * y_column_stride
+    row_kept = first_row + in_row < row_limit
+    column_kept = first_column + in_column < column_limit
+    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    if (first_row < row_limit) & (first_column < column_limit):
+        for start in range(0, inner_limit, BLOCK_INNER):
+            kept = start + depth < inner_limit
+            x = tl.load(x_ptr + x_at, mask=row_kept[:, None] & kept[None, :], other=0.0)
+            y = tl.load(y_ptr + y_at, mask=kept[:, None] & column_kept[None, :], other=0.0)
+            if x_ptr.dtype.element_ty == tl.float32:
+                y = y.to(tl.float32)
+            accumulator = dot(x, y, accumulator, PRECISION)
+            x_ptr += tl.cast(BLOCK_INNER, tl.int64) * x_inner_stride
+            y_ptr += tl.cast(BLOCK_INNER, tl.int64) * y_inner_stride
+
+    out_ptr += problem * out_problem_stride + first_row * out_row_stride + first_column
+    out_at = in_row[:, None] * out_row_stride + in_column[None, :]
+    inside = (first_row + in_row < rows)[:, None] & (first_column + in_column < columns)[None, :]
+    if ACCUMULATE:
+        accumulator += tl.load(out_ptr + out_at, mask=inside, other=0.0)
+    for term in tl.static_range(TERMS):
+        part = rounded(accumulator, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + term * out_term_stride + out_at, part, mask=inside)
+        accumulator -= part.to(tl.float32)
+
+
+def bounded_product(
+    x: Tensor,  # [B, M, K]
+    y: Tensor,  # [B, K, L], of the dtype of x, or narrower where x is float32
+    rank: Tensor,  # [B] int64, at least 0 and at most the bounded dimension
+    bound: str,  # "rows", "columns" or "inner"
+    out: Tensor,  # [B, M, L], or [TERMS, B, M, L] for a product in parts; last dimension contiguous
+    *,
+    accumulate: bool = False,
+) -> None:
+    """Writes x @ y to out, or adds it, where the rank of each problem bounds M, L or K."""
+    parts = out if out.dim() == 4 else out.unsqueeze(0)
+    terms, problems, rows, columns = parts.shape
+    tile: Tile = product_tile_for(x)
+    grid = (problems * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    # float32 beside 16-bit features: three TF32 products keep 22 bits, at tensor core speed.
+    mixed = x.dtype == torch.float32 and y.dtype != torch.float32
+    bounded_product_kernel[grid](
+        x,
+        y,
+        parts,
+        rank,
+        rows,
+        columns,
+        x.shape[-1],
+        *x.stride(),
+        *y.stride(),
+        *parts.stride()[:3],
+        BOUND=bound,
+        TERMS=terms,
+        ACCUMULATE=accumulate,
+        PRECISION="tf32x3" if mixed else precision_for(x.dtype),
+        **tile.constants(),
+    )

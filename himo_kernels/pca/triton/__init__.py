@@ -1,0 +1,289 @@
+"""The `triton` backend of pca, project_reconstruct and pca_reconstruct. Not yet run on hardware.
+
+Products are float64, as in the reference, on float64 tensor cores; project_reconstruct follows the
+dtype of its PCA. Everything after the eigensolver reads the rank on the device: loops end at it,
+and programs past it return at once. Equation numbers are those of himo_kernels/pca/README.md.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo_kernels.aot import Case
+from himo_kernels.covariance.triton import feature_moment, sample_moment
+from himo_kernels.covariance.triton.matmul import flat, matmul
+from himo_kernels.pca.triton.eigensolver import choose_rank, eigh_descending
+from himo_kernels.pca.triton.weights import null_weights, weigh_pairs
+
+F64 = torch.float64
+Options = dict[str, Any]  # of matmul
+ZERO_VARIANCE = 1e-8  # as in the reference, the released code's value
+
+
+def pca_fwd(
+    x: Tensor,  # [*, N, D]
+    variance_threshold: float,
+) -> tuple[Tensor, ...]:
+    """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n].
+
+    float64, rank int64. Rows of components at and past rank are zero.
+    """
+    batch, x = x.shape[:-2], flat(x)
+    mean, eigenvalues, eigenvectors, rank = _decompose(x, variance_threshold)
+    components = _components(x, mean, eigenvalues, eigenvectors, rank)
+    return _batched(batch, mean, eigenvalues, components, rank, eigenvectors)
+
+
+def pca_bwd(
+    grad_mean: Tensor,  # [*, D] float64
+    grad_eigenvalues: Tensor,  # [*, n] float64
+    grad_components: Tensor,  # [*, n, D] float64
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D] float64
+    eigenvalues: Tensor,  # [*, n] float64
+    eigenvectors: Tensor,  # [*, n, n] float64
+    rank: Tensor,  # [*] int64
+    gap_eps: float,
+) -> Tensor:
+    """Returns the gradient of x [*, N, D]; equations (8) to (10).
+
+    The columns of every term of (10) sum to 0 as those of X do: only the mean's own gradient is
+    added.
+    """
+    shape, x, mean, rank = x.shape, flat(x), flat(mean, 1), flat(rank, 0)
+    eigenvalues, eigenvectors = flat(eigenvalues, 1), flat(eigenvectors)
+    components = _components(x, mean, eigenvalues, eigenvectors, rank)  # P, zero past rank
+    present = _present(x, eigenvalues, rank).unsqueeze(-1)
+    grads = torch.where(present, flat(grad_components), 0.0)
+    add = flat(grad_mean, 1).unsqueeze(-2) / x.shape[-2]
+    scaled = eigenvectors * (2 * flat(grad_eigenvalues, 1).unsqueeze(-2))
+    kept: Options = {"limit": rank}
+    if _feature_side(x):
+        turn = matmul(grads, eigenvectors, F64, limited="rows", **kept)
+        weigh_pairs(turn, eigenvalues, rank, gap_eps)
+        turn = matmul(turn, eigenvectors.mT, F64, limited="rows", **kept)  # h, eq. (8)
+        turned = matmul(turn.mT, components, F64, limited="inner", **kept)
+        moment = matmul(scaled, eigenvectors.mT, F64, add=turned + turned.mT)
+        return _finished(shape, x, x, moment, mean=mean, a_mean="inner", add=add)
+    centred: Options = {"mean": mean, "b_mean": "columns"}
+    unit = torch.where(eigenvalues > 0, eigenvalues, 1.0).gather(-1, rank.unsqueeze(-1) - 1)
+    axes = matmul(eigenvectors.mT, x, F64, **centred) / unit.sqrt().unsqueeze(-1)  # a_j, scaled
+    overlaps = matmul(grads, components.mT, F64)
+    outside = matmul(-overlaps, components, F64, add=grads)
+    corrections = matmul(grads, axes.mT, F64)
+    weigh_pairs(corrections, eigenvalues, rank, gap_eps, null=True)
+    weights = null_weights(eigenvalues, rank, present.squeeze(-1), gap_eps)
+    # h, eq. (9), zero past rank as weights are
+    turn = matmul(corrections, axes, F64, add=weights.unsqueeze(-1) * outside)
+    turn = torch.where(present, turn, 0.0)
+    left = matmul(x, turn.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
+    add = matmul(left, components, F64, limited="inner", add=add, **kept)
+    left = matmul(x, components.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
+    add = matmul(left, turn, F64, limited="inner", add=add, **kept)
+    return _finished(shape, x, scaled * unit.sqrt().unsqueeze(-1), axes, add=add)
+
+
+def project_reconstruct_fwd(
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D]
+    components: Tensor,  # [*, K, D]
+    rank: Tensor,  # [*] int64
+) -> Tensor:
+    """Returns (x - mean) P^T P + mean, with P the first rank rows of components."""
+    shape, x, mean = x.shape, flat(x), flat(mean, 1)
+    components = flat(components)
+    kept: Options = {"limit": flat(rank, 0)}
+    coefficients = matmul(
+        x, components.mT, mean.dtype, mean=mean, a_mean="inner", limited="columns", **kept
+    )
+    add = mean.unsqueeze(-2)
+    return _finished(shape, x, coefficients, components, limited="inner", add=add, **kept)
+
+
+def project_reconstruct_bwd(
+    grad_reconstruction: Tensor,  # [*, N, D]
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D]
+    components: Tensor,  # [*, K, D]
+    rank: Tensor,  # [*] int64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of x [*, N, D], mean [*, D] and components [*, K, D]."""
+    shape, components_shape = x.shape, components.shape
+    grad, x, mean = flat(grad_reconstruction), flat(x), flat(mean, 1)
+    components, sums = flat(components), mean.dtype
+    kept: Options = {"limit": flat(rank, 0)}
+    coefficients = matmul(
+        x, components.mT, sums, mean=mean, a_mean="inner", limited="columns", **kept
+    )
+    grad_coefficients = matmul(grad, components.mT, sums, limited="columns", **kept)
+    grad_x = _finished(shape, x, grad_coefficients, components, limited="inner", **kept)
+    # The sum of G - G Pi over the samples, from the sum of G: one row.
+    total = grad.sum(-2, keepdim=True, dtype=sums)
+    along = matmul(total, components.mT, sums, limited="columns", **kept)
+    grad_mean = total - matmul(along, components, sums, limited="inner", **kept)
+    first = matmul(coefficients.mT, grad, sums, limited="rows", **kept)
+    grad_components = torch.zeros_like(components, memory_format=torch.contiguous_format)
+    kept |= {"mean": mean, "b_mean": "columns", "add": first, "out": grad_components}
+    matmul(grad_coefficients.mT, x, sums, limited="rows", **kept)
+    return grad_x, grad_mean.view(*shape[:-2], shape[-1]), grad_components.view(components_shape)
+
+
+def pca_reconstruct_fwd(
+    x: Tensor,  # [*, N, D]
+    variance_threshold: float,
+) -> tuple[Tensor, ...]:
+    """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
+    shape, x = x.shape, flat(x)
+    mean, eigenvalues, eigenvectors, rank = _decompose(x, variance_threshold)
+    kept: Options = {"limit": rank}
+    if _feature_side(x):
+        left = matmul(x, eigenvectors, F64, mean=mean, a_mean="inner", limited="columns", **kept)
+        right = eigenvectors.mT
+    else:  # X Pi = W W^T X
+        left = eigenvectors
+        right = matmul(eigenvectors.mT, x, F64, mean=mean, b_mean="columns", limited="rows", **kept)
+    add = mean.unsqueeze(-2)
+    projected = _finished(x.shape, x, left, right, limited="inner", add=add, **kept)  # eq. (3)
+    reconstruction = torch.where(_identity(eigenvalues, rank), x, projected).view(shape)
+    return reconstruction, *_batched(shape[:-2], rank, mean, eigenvalues, eigenvectors)
+
+
+def pca_reconstruct_bwd(
+    grad_reconstruction: Tensor,  # [*, N, D]
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D] float64
+    eigenvalues: Tensor,  # [*, n] float64
+    eigenvectors: Tensor,  # [*, n, n] float64
+    rank: Tensor,  # [*] int64
+    gap_eps: float,
+    differentiate_basis: bool,
+) -> Tensor:
+    """Returns the gradient of x [*, N, D]; equations (4) to (7).
+
+    The mean of dX over the samples leaves before the last product, as the mean of its left factor.
+    """
+    shape, grad, x, mean = x.shape, flat(grad_reconstruction), flat(x), flat(mean, 1)
+    eigenvalues, eigenvectors, rank = flat(eigenvalues, 1), flat(eigenvectors), flat(rank, 0)
+    kept: Options = {"limit": rank}
+    grad_mean = grad.mean(-2, dtype=F64)
+    add = grad_mean.unsqueeze(-2)
+    centred_grad: Options = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **kept}
+    if not differentiate_basis:
+        components = _components(x, mean, eigenvalues, eigenvectors, rank)
+        left = matmul(grad, components.mT, F64, **centred_grad)
+        grad_x = _finished(x.shape, x, left, components, limited="inner", add=add, **kept)
+        return torch.where(_identity(eigenvalues, rank), grad, grad_x).view(shape)
+    if _feature_side(x):
+        grad_projector = matmul(x.mT, grad, F64, mean=mean, a_mean="rows")  # B, eq. (4)
+        turn = _grad_moment(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
+        add = matmul(x, turn, F64, mean=mean, a_mean="inner", add=add)
+        left, right = matmul(grad, eigenvectors, F64, **centred_grad), eigenvectors.mT
+    else:
+        grad_projector = matmul(grad, x.mT, F64, mean=mean, b_mean="inner")
+        turn = _grad_moment(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
+        turn = turn - turn.mean(-2, keepdim=True)
+        add = matmul(turn, x, F64, mean=mean, b_mean="columns", add=add)
+        left = eigenvectors - eigenvectors.mean(-2, keepdim=True)
+        right = matmul(eigenvectors.mT, grad, F64, limited="rows", **kept)
+    return _finished(shape, x, left, right, limited="inner", add=add, **kept)  # eq. (7)
+
+
+def _feature_side(x: Tensor) -> bool:
+    return x.shape[-1] <= x.shape[-2]  # D <= N: the D x D side is the smaller one
+
+
+def _decompose(x: Tensor, variance_threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = x.mean(-2, dtype=F64)
+    moment = feature_moment(x, mean) if _feature_side(x) else sample_moment(x, mean)
+    eigenvalues, eigenvectors = eigh_descending(moment)
+    rank = choose_rank(eigenvalues, variance_threshold, ZERO_VARIANCE)
+    return mean, eigenvalues, eigenvectors, rank
+
+
+def _grad_moment(
+    grad_projector: Tensor,  # B [P, n, n]
+    eigenvalues: Tensor,
+    eigenvectors: Tensor,
+    rank: Tensor,
+    gap_eps: float,
+) -> Tensor:
+    # dC [P, n, n], equations (5) and (6); only the first rank rows of H are formed.
+    symmetric = grad_projector + grad_projector.mT
+    pairs = matmul(eigenvectors.mT, symmetric, F64, limited="rows", limit=rank)
+    pairs = matmul(pairs, eigenvectors, F64, limited="rows", limit=rank)
+    weigh_pairs(pairs, eigenvalues, rank, gap_eps)
+    pairs = matmul(pairs, eigenvectors.mT, F64, limited="rows", limit=rank)
+    half = matmul(eigenvectors, pairs, F64, limited="inner", limit=rank)
+    return half + half.mT
+
+
+def _components(
+    x: Tensor, mean: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank: Tensor
+) -> Tensor:
+    # P [P, n, D]: kept eigenvectors of X^T X in rows, zero past rank.
+    present = _present(x, eigenvalues, rank)
+    if _feature_side(x):
+        return torch.where(present.unsqueeze(-1), eigenvectors.mT, 0.0)
+    inverse_norms = torch.where(present, eigenvalues, torch.inf).rsqrt().unsqueeze(-2)
+    components = x.new_zeros((*eigenvalues.shape, x.shape[-1]), dtype=F64)
+    rows = (eigenvectors * inverse_norms).mT
+    return matmul(
+        rows, x, F64, mean=mean, b_mean="columns", limited="rows", limit=rank, out=components
+    )
+
+
+def _present(x: Tensor, eigenvalues: Tensor, rank: Tensor) -> Tensor:
+    # Rows of components that are not zero [P, n]. On the sample side a direction without variance,
+    # rounding noise at tau = 1, has none; NaN must come through.
+    size = eigenvalues.shape[-1]
+    kept = torch.arange(size, device=rank.device) < rank.unsqueeze(-1)
+    if _feature_side(x):
+        return kept
+    return kept & ~(eigenvalues <= eigenvalues[..., :1] * (size * torch.finfo(F64).eps))
+
+
+def _identity(eigenvalues: Tensor, rank: Tensor) -> Tensor:
+    # Problems of which every direction is kept [P, 1, 1]; not those that hold NaN.
+    identity = (rank == eigenvalues.shape[-1]) & eigenvalues.isfinite().all(-1)
+    return identity[..., None, None]
+
+
+def _batched(batch: torch.Size, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.view((*batch, *tensor.shape[1:])) for tensor in tensors)
+
+
+def _finished(shape: torch.Size, x: Tensor, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+    # a @ b + add in the dtype of x, in this shape; sums in the dtype of a.
+    out = x.new_empty(x.shape)
+    sums = F64 if F64 in (a.dtype, b.dtype) else a.dtype
+    return matmul(a, b, sums, out=out, **options).view(shape)
+
+
+def aot_cases() -> Iterator[Case]:
+    """The launches that himo_kernels.aot compiles."""
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    yield Case("pca_reconstruct N < D bfloat16", partial(_launch_fused, (4, 128, 768), bfloat16))
+    yield Case("pca_reconstruct N > D float32", partial(_launch_fused, (512, 48), float32))
+    yield Case("pca_reconstruct n > 128 float32", partial(_launch_fused, (1024, 768), float32))
+    yield Case("pca_reconstruct N = 1 float32", partial(_launch_fused, (1, 6), float32))
+    yield Case("pca, project_reconstruct bfloat16", partial(_launch_parts, (4, 128, 768)))
+
+
+def _launch_fused(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    grad, rank, mean, eigenvalues, eigenvectors = pca_reconstruct_fwd(x, 0.9)
+    for differentiate_basis in (True, False):
+        saved = (x, mean, eigenvalues, eigenvectors, rank)
+        pca_reconstruct_bwd(grad, *saved, 1e-6, differentiate_basis)
+
+
+def _launch_parts(shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    mean, eigenvalues, components, rank, eigenvectors = pca_fwd(x, 0.9)
+    grads = (mean, eigenvalues, components)
+    pca_bwd(*grads, x, mean, eigenvalues, eigenvectors, rank, 1e-6)
+    project_reconstruct_fwd(x, mean.float(), components.float(), rank)
+    project_reconstruct_bwd(x, x, mean.float(), components.float(), rank)

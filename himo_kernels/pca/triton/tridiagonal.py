@@ -1,0 +1,355 @@
+"""Eigenvectors of small symmetric matrices by way of a tridiagonal one: steps 1 to 4 of the solver.
+
+See eigensolver.py. Each step is a kernel: with one program for a problem where it passes over a
+whole matrix, with one for 16 vectors elsewhere.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from himo_kernels import _triton
+
+LANES = 16  # eigenvalues of a program of the tridiagonal problem: n / 16 SMs share one matrix
+ROWS = 32  # of a matrix in registers at a time, of one that a program passes over
+WARPS = 8  # of such a program: 16 elements of a thread at a time
+SECTIONS = 32  # points in a bracket: with 16 lanes, four for each of 128 threads to overlap
+SWEEPS = 11  # 33^11 > 2^53: brackets of the width of a rounding error
+
+_EPS = tl.constexpr(2.0**-52)
+_SMALLEST_SCALE = tl.constexpr(2.0**-1000)
+
+
+def approximate_eigenvectors(
+    moment: Tensor,  # [P, n, n] float64
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns nearly orthonormal columns [P, n, n], by descending eigenvalue, and scales [P].
+
+    A scale is a power of two near the largest element, NaN where the matrix is not finite. block is
+    a power of two, n or above.
+    """
+    problems, size, _ = moment.shape
+    # Padded to the block: the address of an element is then a constant away from the first.
+    work, reflectors, vectors = moment.new_empty((3, problems, block, block))
+    images = moment.new_empty((problems, 2, block))  # scratch, for threads to share
+    factors, diagonal, off_diagonal = moment.new_empty((3, problems, size))
+    scale = moment.new_empty(problems)
+    rows = min(ROWS, block)
+    wide = {"num_warps": WARPS, "maxnreg": 255, "enable_fp_fusion": True}
+    few = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
+    _tridiagonalise_kernel[(problems,)](
+        moment,
+        work,
+        reflectors,
+        images,
+        factors,
+        diagonal,
+        off_diagonal,
+        scale,
+        size,
+        ROWS=rows,
+        BLOCK=block,
+        **wide,
+    )
+    eliminated = moment.new_empty((problems, 4, size, size))
+    # Programs cost the interpreter more than lanes do.
+    lanes = block if _triton.INTERPRETED else LANES
+    parts = problems * triton.cdiv(size, lanes)
+    shifts = moment.new_empty((problems, size))
+    _bisect_kernel[(parts,)](
+        diagonal,
+        off_diagonal,
+        shifts,
+        size,
+        LANES=lanes,
+        SECTIONS=SECTIONS,
+        SWEEPS=SWEEPS,
+        BLOCK=block,
+        **few,
+    )
+    for first in (True, False):
+        _inverse_iteration_kernel[(parts,)](
+            diagonal,
+            off_diagonal,
+            shifts,
+            vectors,
+            eliminated,
+            size,
+            FIRST=first,
+            LANES=lanes,
+            BLOCK=block,
+            **few,
+        )
+        _orthonormalise_kernel[(problems,)](vectors, images, size, ROWS=rows, BLOCK=block, **wide)
+    _back_transform_kernel[(parts,)](
+        vectors, reflectors, factors, size, COLUMNS=lanes, BLOCK=block, **few
+    )
+    return vectors[:, :size, :size].mT, scale
+
+
+@triton.jit
+def _tridiagonalise_kernel(
+    moment_ptr,  # [P, n, n]
+    work_ptr,  # [P, BLOCK, BLOCK]: the matrix, with all updates but the last
+    reflectors_ptr,  # [P, BLOCK, BLOCK], row k holds v_k
+    images_ptr,  # [P, 2, BLOCK]: A v and w, for threads to share
+    factors_ptr,  # [P, n], 2 / v_k . v_k
+    diagonal_ptr,  # [P, n]
+    off_diagonal_ptr,  # [P, n], the last of them undefined
+    scale_ptr,  # [P], a power of two; NaN where the matrix is not finite
+    n,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    work_ptr += problem * BLOCK * BLOCK
+    reflectors_ptr += problem * BLOCK * BLOCK
+    images_ptr += problem * 2 * BLOCK
+    scale = _scaled_copy(moment_ptr + problem * n * n, work_ptr, n, ROWS, BLOCK)
+    tl.store(scale_ptr + problem, scale)
+
+    j = tl.arange(0, BLOCK)
+    v = tl.zeros([BLOCK], tl.float64)  # A - v w^T - w v^T is current
+    w = tl.zeros([BLOCK], tl.float64)
+    tl.store(images_ptr + BLOCK + j, w)
+    tl.debug_barrier()
+    last_ptr = images_ptr + BLOCK  # of v; zeros at first
+    for k in range(0, n):
+        row = tl.load(work_ptr + k * BLOCK + j)
+        row -= tl.load(last_ptr + k) * w + tl.load(images_ptr + BLOCK + k) * v
+        first = tl.sum(tl.where(j == k + 1, row, 0.0))
+        rest = tl.sum(tl.where(j > k + 1, row * row, 0.0))
+        reflects = rest > 0
+        norm = tl.sqrt(first * first + rest)
+        end = tl.where(reflects, tl.where(first > 0, -norm, norm), first)
+        next_v = tl.where(j == k + 1, row - end, tl.where(j > k, row, 0.0))
+        squares = tl.where(reflects, tl.sum(next_v * next_v), 1.0)
+        factor = tl.where(reflects, 2.0 / squares, 0.0)
+        tl.store(diagonal_ptr + problem * n + k, tl.sum(tl.where(j == k, row, 0.0)))
+        tl.store(off_diagonal_ptr + problem * n + k, end)
+        tl.store(factors_ptr + problem * n + k, factor)
+        tl.store(reflectors_ptr + k * BLOCK + j, next_v)
+        # One pass over what is left: the last update, and the product with the new reflector.
+        for start in range((k + 1) // ROWS * ROWS, n, ROWS):
+            i = start + tl.arange(0, ROWS)
+            ptrs = work_ptr + i[:, None] * BLOCK + j[None, :]
+            left = (j > k)[None, :] & (i > k)[:, None]
+            a = tl.load(ptrs, mask=left, other=0.0)
+            a -= tl.load(last_ptr + i)[:, None] * w[None, :]
+            a -= tl.load(images_ptr + BLOCK + i)[:, None] * v[None, :]
+            tl.store(ptrs, a, mask=left)
+            tl.store(images_ptr + i, factor * tl.sum(a * next_v[None, :], axis=1))
+        tl.debug_barrier()  # what follows reads what other threads wrote
+        image = tl.load(images_ptr + j, mask=(j > k) & (j < n), other=0.0)
+        v = next_v
+        w = image - (0.5 * factor * tl.sum(v * image)) * v
+        tl.store(images_ptr + BLOCK + j, w)
+        last_ptr = reflectors_ptr + k * BLOCK
+        tl.debug_barrier()
+
+
+@triton.jit
+def _scaled_copy(moment_ptr, work_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # Writes the matrix divided by a power of two near its largest element, which rounds nothing
+    # and keeps squares in range; returns that. Of a matrix that is not finite, zeros and NaN.
+    j = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], tl.float64)
+    infinite = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, ROWS):
+        i = start + tl.arange(0, ROWS)
+        valid = (i < n)[:, None] & (j < n)[None, :]
+        size = tl.abs(tl.load(moment_ptr + i[:, None] * n + j[None, :], mask=valid, other=0.0))
+        infinite += tl.sum(tl.where(size < float("inf"), 0, 1), axis=0)
+        largest = tl.maximum(largest, tl.max(size, axis=0))
+    finite = tl.sum(infinite) == 0
+    exponent = tl.max(largest).to(tl.int64, bitcast=True) & 0x7FF0000000000000
+    scale = exponent.to(tl.float64, bitcast=True)
+    scale = tl.where(finite & (scale > _SMALLEST_SCALE), scale, 1.0)
+    for start in range(0, BLOCK, ROWS):
+        i = start + tl.arange(0, ROWS)
+        valid = (i < n)[:, None] & (j < n)[None, :]
+        a = tl.load(moment_ptr + i[:, None] * n + j[None, :], mask=valid, other=0.0)
+        tl.store(work_ptr + i[:, None] * BLOCK + j[None, :], tl.where(finite, a * (1 / scale), 0.0))
+    return tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def _bisect_kernel(
+    diagonal_ptr,  # [P, n]
+    off_diagonal_ptr,  # [P, n], the last not read
+    shifts_ptr,  # [P, n]: eigenvalues, descending
+    n,
+    LANES: tl.constexpr,
+    SECTIONS: tl.constexpr,
+    SWEEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    parts = tl.cdiv(n, LANES)
+    problem = (tl.program_id(0) // parts).to(tl.int64)
+    lanes = tl.program_id(0) % parts * LANES + tl.arange(0, LANES)
+    d_ptr = diagonal_ptr + problem * n
+    e_ptr = off_diagonal_ptr + problem * n
+    rows = tl.arange(0, BLOCK)
+    right = tl.load(e_ptr + rows, mask=rows < n - 1, other=0.0)
+    left = tl.load(e_ptr + rows - 1, mask=(rows > 0) & (rows < n), other=0.0)
+    middle = tl.load(d_ptr + rows, mask=rows < n, other=0.0)
+    bound = tl.max(tl.abs(middle) + tl.abs(left) + tl.abs(right))  # Gershgorin's
+    bound = tl.maximum(bound * (1 + 8 * _EPS), 1.0)
+    low = tl.zeros([LANES], tl.float64) - bound
+    width = 2 * bound
+    share = (tl.arange(0, SECTIONS) + 1).to(tl.float64) / (SECTIONS + 1)
+    least = bound * _EPS * _EPS  # of a pivot: bounds the quotient, moves an eigenvalue by nothing
+    for _ in range(SWEEPS):
+        x = low[:, None] + (width * share)[None, :]
+        count = tl.zeros([LANES, SECTIONS], tl.int32)  # eigenvalues below x: negative pivots
+        pivot = tl.full([LANES, SECTIONS], 1.0, tl.float64)
+        square = bound * 0.0
+        for i in range(0, n):
+            pivot = (tl.load(d_ptr + i) - x) - square / pivot
+            pivot = tl.where(tl.abs(pivot) < least, -least, pivot)
+            count += (pivot < 0).to(tl.int32)
+            e = tl.load(e_ptr + i, mask=i < n - 1, other=0.0)
+            square = e * e
+        passed = tl.sum((count <= (n - 1 - lanes)[:, None]).to(tl.int32), axis=1)
+        low += width * (passed.to(tl.float64) / (SECTIONS + 1))
+        width = width / (SECTIONS + 1)
+    tl.store(shifts_ptr + problem * n + lanes, low + 0.5 * width, mask=lanes < n)
+
+
+@triton.jit
+def _inverse_iteration_kernel(
+    diagonal_ptr,  # [P, n]
+    off_diagonal_ptr,  # [P, n], the last not read
+    shifts_ptr,  # [P, n]
+    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
+    eliminated_ptr,  # [P, 4, n, n]: the three diagonals of U and the right-hand side, in rows
+    n,
+    FIRST: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    parts = tl.cdiv(n, LANES)
+    problem = (tl.program_id(0) // parts).to(tl.int64)
+    lanes = tl.program_id(0) % parts * LANES + tl.arange(0, LANES)
+    inside = lanes < n
+    d_ptr = diagonal_ptr + problem * n
+    e_ptr = off_diagonal_ptr + problem * n
+    x_ptr = vectors_ptr + (problem * BLOCK + lanes) * BLOCK
+    u_ptr = eliminated_ptr + problem * 4 * n * n + lanes
+    plane = n * n
+    shift = tl.load(shifts_ptr + problem * n + lanes, mask=inside, other=0.0)
+
+    p0 = tl.load(d_ptr) - shift  # row i of T - shift, at columns i and i + 1
+    p1 = tl.load(e_ptr, mask=n > 1, other=0.0) + tl.zeros_like(shift)
+    rhs = _right_hand_side(x_ptr, lanes, 0, inside, FIRST)
+    for i in range(0, n - 1):
+        e = tl.load(e_ptr + i)
+        next_d = tl.load(d_ptr + i + 1) - shift
+        next_e = tl.load(e_ptr + i + 1, mask=i < n - 2, other=0.0)
+        next_rhs = _right_hand_side(x_ptr, lanes, i + 1, inside, FIRST)
+        swap = tl.abs(p0) < tl.abs(e)
+        u0 = tl.where(swap, e, p0)
+        u0 = tl.where(tl.abs(u0) < _EPS, _EPS, u0)  # the matrix is scaled: |T| is 1 or more
+        u1 = tl.where(swap, next_d, p1)
+        u2 = tl.where(swap, next_e, 0.0)
+        y = tl.where(swap, next_rhs, rhs)
+        ratio = tl.where(swap, p0, e) / u0
+        p0 = tl.where(swap, p1, next_d) - ratio * u1
+        p1 = tl.where(swap, 0.0, next_e) - ratio * u2
+        rhs = tl.where(swap, rhs, next_rhs) - ratio * y
+        tl.store(u_ptr + i * n, u0, mask=inside)
+        tl.store(u_ptr + plane + i * n, u1, mask=inside)
+        tl.store(u_ptr + 2 * plane + i * n, u2, mask=inside)
+        tl.store(u_ptr + 3 * plane + i * n, y, mask=inside)
+    tl.debug_barrier()  # what follows reads what other threads wrote
+
+    x1 = rhs / tl.where(tl.abs(p0) < _EPS, _EPS, p0)
+    x2 = tl.zeros_like(x1)
+    tl.store(x_ptr + n - 1, x1, mask=inside)
+    for step in range(0, n - 1):
+        i = n - 2 - step
+        y = tl.load(u_ptr + 3 * plane + i * n, mask=inside, other=0.0)
+        y -= tl.load(u_ptr + plane + i * n, mask=inside, other=0.0) * x1
+        y -= tl.load(u_ptr + 2 * plane + i * n, mask=inside, other=0.0) * x2
+        x2 = x1
+        x1 = y / tl.load(u_ptr + i * n, mask=inside, other=1.0)
+        tl.store(x_ptr + i, x1, mask=inside)
+
+
+@triton.jit
+def _right_hand_side(x_ptr, lanes, i, inside, FIRST: tl.constexpr):
+    if FIRST:
+        # Any start does that differs from lane to lane: bits of both indices, mixed.
+        bits = (lanes * 1024 + i).to(tl.uint32)
+        bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
+        bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
+        return (bits ^ (bits >> 16)).to(tl.float64) * 2.0**-32 - 0.5
+    else:
+        return tl.load(x_ptr + i, mask=inside, other=0.0)
+
+
+@triton.jit
+def _orthonormalise_kernel(
+    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
+    overlaps_ptr,  # [P, 2, BLOCK]: of each vector with the last finished one, by turns
+    n,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    vectors_ptr += problem * BLOCK * BLOCK
+    overlaps_ptr += problem * 2 * BLOCK
+    j = tl.arange(0, BLOCK)
+    for start in range(0, n, ROWS):
+        i = start + tl.arange(0, ROWS)
+        valid = (i < n)[:, None] & (j < n)[None, :]
+        z = tl.load(vectors_ptr + i[:, None] * BLOCK + j[None, :], mask=valid, other=0.0)
+        largest = tl.max(tl.abs(z), axis=1)  # first: squares of the solutions may overflow
+        z *= (1 / tl.where(largest > 0, largest, 1.0))[:, None]
+        z *= (1 / tl.sqrt(tl.where(largest > 0, tl.sum(z * z, axis=1), 1.0)))[:, None]
+        tl.store(vectors_ptr + i[:, None] * BLOCK + j[None, :], z)
+    tl.store(overlaps_ptr + j, tl.zeros([BLOCK], tl.float64))
+    tl.debug_barrier()
+
+    q = tl.zeros([BLOCK], tl.float64)  # later rows still hold overlap times q
+    for k in range(0, n):
+        last_ptr = overlaps_ptr + k % 2 * BLOCK
+        next_ptr = overlaps_ptr + (k + 1) % 2 * BLOCK
+        row = tl.load(vectors_ptr + k * BLOCK + j) - tl.load(last_ptr + k) * q
+        next_q = row * (1 / tl.sqrt(tl.sum(row * row)))
+        # One pass over the later rows: out of q, and the overlap with the next one.
+        for start in range((k + 1) // ROWS * ROWS, n, ROWS):
+            i = start + tl.arange(0, ROWS)
+            ptrs = vectors_ptr + i[:, None] * BLOCK + j[None, :]
+            later = ((i > k) & (i < n))[:, None] & (j < n)[None, :]
+            z = tl.load(ptrs, mask=later, other=0.0) - tl.load(last_ptr + i)[:, None] * q[None, :]
+            tl.store(ptrs, z, mask=later)
+            tl.store(next_ptr + i, tl.sum(z * next_q[None, :], axis=1))
+        tl.debug_barrier()  # what follows reads what other threads wrote
+        tl.store(vectors_ptr + k * BLOCK + j, next_q)
+        q = next_q
+
+
+@triton.jit
+def _back_transform_kernel(
+    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
+    reflectors_ptr,  # [P, BLOCK, BLOCK]
+    factors_ptr,  # [P, n]
+    n,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    parts = tl.cdiv(n, COLUMNS)
+    problem = (tl.program_id(0) // parts).to(tl.int64)
+    columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.arange(0, BLOCK)
+    valid = (rows < n)[:, None] & (columns < n)[None, :]
+    ptrs = vectors_ptr + problem * BLOCK * BLOCK + columns[None, :] * BLOCK + rows[:, None]
+    z = tl.load(ptrs, mask=valid, other=0.0)
+    for step in range(0, n - 2):
+        k = n - 3 - step
+        v = tl.load(reflectors_ptr + (problem * BLOCK + k) * BLOCK + rows)
+        factor = tl.load(factors_ptr + problem * n + k)
+        z -= (factor * v)[:, None] * tl.sum(v[:, None] * z, axis=0)[None, :]
+    tl.store(ptrs, z, mask=valid)

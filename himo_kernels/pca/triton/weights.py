@@ -1,0 +1,94 @@
+"""The weights of pairs of eigenvectors in the projector's gradient, applied in place."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 32  # entries on a side of a tile
+
+
+def weigh_pairs(
+    products: Tensor,  # [P, n, n] float64, in place
+    eigenvalues: Tensor,  # [P, n] float64
+    rank: Tensor,  # [P]
+    gap_eps: float,
+    *,
+    null: bool = False,
+) -> None:
+    """Multiplies entry (i, j), i kept, by F_ij where j is dropped and by 0 where it is kept.
+
+    Rows past rank are left alone. With null=True the weight is that of eq. (9),
+    lambda_R (F_ij - F_i0) / lambda_j, in which no small lambda_j divides.
+    """
+    problems, size = eigenvalues.shape
+    tiles = triton.cdiv(size, BLOCK)
+    if problems:
+        _weigh_pairs_kernel[(problems * tiles * tiles,)](
+            products,
+            eigenvalues,
+            rank,
+            eigenvalues.new_full((), gap_eps),  # a Python float would reach the kernel as float32
+            size,
+            NULL=null,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def null_weights(
+    eigenvalues: Tensor,  # [P, n]
+    rank: Tensor,  # [P]
+    present: Tensor,  # [P, n] bool
+    gap_eps: float,
+) -> Tensor:
+    """Returns F_i0 [P, n], the pair weight of i with a direction of variance 0."""
+    last_kept = eigenvalues.gather(-1, rank.unsqueeze(-1) - 1)
+    last_kept = torch.where(last_kept == 0, 1.0, last_kept)
+    relative = eigenvalues / last_kept
+    denominator = torch.where(present, relative + gap_eps**2 / relative, torch.inf)
+    return 1 / denominator / last_kept
+
+
+@triton.jit
+def _weigh_pairs_kernel(
+    products_ptr,  # [P, n, n]
+    eigenvalues_ptr,  # [P, n]
+    rank_ptr,  # [P]
+    gap_eps_ptr,  # []
+    n,
+    NULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tiles = tl.cdiv(n, BLOCK)
+    tile = tl.program_id(0) % (tiles * tiles)
+    problem = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
+    i = (tile // tiles) * BLOCK + tl.arange(0, BLOCK)
+    j = (tile % tiles) * BLOCK + tl.arange(0, BLOCK)
+    rank = tl.load(rank_ptr + problem)
+    if (tile // tiles) * BLOCK >= rank:
+        return
+    values = eigenvalues_ptr + problem * n
+    # lambda_R is the unit: squares of eigenvalues overflow. Where it is 0 no pair has weight.
+    unit = tl.load(values + rank - 1)
+    unit = tl.where(unit == 0, 1.0, unit)
+    kept = tl.load(values + i, mask=i < rank, other=0.0)[:, None]
+    dropped = tl.load(values + j, mask=j < n, other=0.0)[None, :]
+    valid = (i < rank)[:, None] & (j < n)[None, :]
+    gap = (kept - dropped) / unit  # subtracted first, which is exact where it matters
+    weighs = valid & (j >= rank)[None, :] & (gap != 0)  # 0 is the limit at a gap of 0
+    square = tl.load(gap_eps_ptr) * tl.load(gap_eps_ptr)
+    if NULL:
+        relative = kept / unit
+        noise = tl.load(values) * (n * 2.0**-52)
+        weighs = weighs & ((kept <= noise) == 0)
+        numerator = gap * relative - square
+        denominator = (gap * gap + square) * (relative * relative + square)
+    else:
+        numerator = 1.0
+        denominator = gap + square / tl.where(weighs, gap, 1.0)
+    weight = numerator / tl.where(weighs, denominator, 1.0) / unit
+    ptrs = products_ptr + (problem * n + i[:, None]) * n + j[None, :]
+    product = tl.load(ptrs, mask=valid, other=0.0)
+    tl.store(ptrs, tl.where(weighs, product * weight, 0.0), mask=valid)

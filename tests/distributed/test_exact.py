@@ -1,0 +1,112 @@
+"""W processes give the values and gradients of one: 1e-6 in float32, 1e-12 in float64 (G7, G23)."""
+
+from collections import Counter
+
+import pytest
+from launch import found
+
+from himo_kernels.distributed.cost import step_traffic
+
+LIMITS = pytest.mark.parametrize("dtype, limit", [("float32", 1e-6), ("float64", 1e-12)])
+STRATEGIES = pytest.mark.parametrize("strategy", ["gather", "ring"])
+
+
+@pytest.fixture(scope="module", params=(1, 2, 3, 4), ids=lambda world: f"W={world}")
+def ranks(request, seed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exact")
+    return found("exact_worker.py", request.param, folder, str(seed))
+
+
+def assert_below(limit: float, ranks: list[dict], *words: str) -> None:
+    """Every check whose name begins with the first word and holds the others, on each rank."""
+    errors = [
+        (error, f"rank {rank}: {name}")
+        for rank, checks in enumerate(ranks)
+        for name, error in checks.items()
+        if name.startswith(words[0]) and all(f", {word}" in name for word in words[1:])
+    ]
+    assert errors, words
+    worst, name = max(errors)
+    assert worst <= limit, f"{name}: {worst:.3e} above {limit:g}"
+
+
+@LIMITS
+@STRATEGIES
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_loss_and_gradients(ranks, preset, scope, strategy, dtype, limit):
+    assert_below(limit, ranks, f"loss {preset} {scope}", dtype, strategy)
+    assert_below(limit, ranks, f"scale {preset} {scope}", dtype, strategy)
+
+
+@LIMITS
+@STRATEGIES
+def test_after_the_mean_of_ddp_every_parameter_has_the_gradient_of_one_process(
+    ranks, strategy, dtype, limit
+):
+    assert_below(limit, ranks, "after DDP's mean", dtype, strategy)
+
+
+@LIMITS
+def test_accumulation_over_ranks_gives_the_gradient_of_the_whole_batch(ranks, dtype, limit):
+    assert_below(limit, ranks, "accumulation", dtype)
+
+
+@LIMITS
+@STRATEGIES
+def test_info_nce_alone(ranks, strategy, dtype, limit):
+    assert_below(limit, ranks, "info_nce", dtype, strategy)
+
+
+@STRATEGIES
+def test_the_official_preset_is_the_released_code_on_each_rank(ranks, strategy):
+    assert_below(1e-12, ranks, "released code, values", strategy)
+    assert_below(1e-9, ranks, "released code, gradients", strategy)  # theirs is that of an SVD
+
+
+def test_all_gather_is_exact_and_so_is_its_gradient(ranks):
+    assert_below(0.0, ranks, "all_gather")
+
+
+def test_moments_over_ranks_are_those_of_the_joined_batch(ranks):
+    assert_below(1e-12, ranks, "moments, [")
+
+
+def test_moments_far_from_the_origin(ranks):
+    # A mean 5e6 times the spread leaves 9 digits in the input: E[xx] - E[x]E[x] would leave 3.
+    assert_below(1e-7, ranks, "moments, far mean")
+
+
+def test_degenerate_captions_are_finite(ranks):
+    assert_below(0.0, ranks, "degenerate")
+
+
+@STRATEGIES
+def test_a_sub_group(ranks, strategy):
+    if len(ranks) == 1:
+        pytest.skip("one process has no sub-group")
+    assert_below(1e-12, ranks, "sub-group", strategy)
+    assert ranks[1][f"not a member, {strategy}"] == 0
+
+
+def test_without_the_agreement_the_bits_are_the_same(ranks):
+    if len(ranks) == 1:
+        pytest.skip("one process agrees with itself")
+    assert_below(0.0, ranks, "check_ranks changes no bit")
+    for checks in ranks:
+        assert checks["gathers, check_ranks=True"] == checks["gathers, check_ranks=False"] + 1
+
+
+@STRATEGIES
+@pytest.mark.parametrize("shape", ["N > D", "N < D", "one row each"])
+def test_the_cost_model_counts_what_is_sent(ranks, shape, strategy):
+    if len(ranks) == 1:
+        pytest.skip("one process sends nothing")
+    counted = [checks[f"traffic, {shape}, {strategy}"] for checks in ranks]
+    rows, features = counted[0]["rows"], counted[0]["features"]
+    expected = step_traffic(len(ranks), rows, features, strategy=strategy)
+    for rank, traffic in enumerate(counted):
+        sent = {kind: number for kind, number in traffic["bytes"].items() if number}
+        if rank + 1 == len(ranks):
+            sent["broadcast"] = expected["broadcast"]  # it passes on nothing
+        assert +Counter(sent) == +expected

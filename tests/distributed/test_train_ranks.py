@@ -1,0 +1,215 @@
+"""`himo train` under torchrun: the steps of one process, and an end for all ranks (G23, G24)."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import ROOT, environment, torchrun
+from PIL import Image
+
+import himo
+from himo_kernels.testing import relative_error
+
+FLAGS = ["--model", "tiny", "--lr", "1e-4", "--warmup", "2", "--workers", "0"]
+FLAGS += ["--log-every-n-steps", "1", "--threads", "1", "--name", "run"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """256 photos of noise in one colour, and what each shows."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["filepath", "title"])
+        for number in range(256):
+            colour = rng.integers(0, 255, 3)
+            pixels = (colour + rng.integers(0, 60, (24, 24, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+            writer.writerow([f"{number}.png", f"A card of red {colour[0]} and blue {colour[2]}."])
+    return folder / "pairs.csv"
+
+
+TEN_EPOCHS = ["--epochs", "10", "--save-frequency", "10"]
+
+
+def arguments(pairs: Path, logs: Path, *flags: str) -> list[str]:
+    return ["train", "--train-data", str(pairs), "--logs", str(logs), *FLAGS, *flags]
+
+
+def alone(pairs: Path, logs: Path, *flags: str) -> Path:
+    run = [sys.executable, "-m", "himo", *arguments(pairs, logs, *flags)]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return logs
+
+
+class Ranks:
+    """`himo train` as several processes; `end` waits for all of them."""
+
+    def __init__(self, world: int, pairs: Path, logs: Path, *flags: str) -> None:
+        self.logs = logs
+        # `--`, because torchrun would take --logs for its own --logs-specs.
+        command = torchrun(world, "-m", "--", "himo", *arguments(pairs, logs, *flags))
+        self.output = open(logs.parent / f"{logs.name}.txt", "w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+            cwd=ROOT,
+        )
+
+    def end(self, status: int | None = 0) -> str:
+        returned = self.process.wait(timeout=120)
+        self.output.seek(0)
+        output = self.output.read()
+        self.output.close()
+        assert (returned == status) if status is not None else returned, output
+        return output
+
+    def wait_for(self, pattern: str) -> None:
+        deadline = time.monotonic() + 90
+        while not list(self.logs.glob(pattern)):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.end()
+            time.sleep(0.02)
+
+    def process_of(self, rank: int) -> int:
+        for entry in Path("/proc").iterdir():
+            try:
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            except (OSError, IndexError):
+                continue
+            if f"RANK={rank}".encode() in variables and int(parent) == self.process.pid:
+                return int(entry.name)
+        raise AssertionError(f"no process of rank {rank}")
+
+
+def weights(logs: Path, epoch: int) -> dict[str, torch.Tensor]:
+    model, _ = himo.load(logs / f"run/checkpoints/epoch_{epoch}.safetensors")
+    return model.state_dict()
+
+
+def assert_equal_weights(logs: Path, expected: Path, epoch: int) -> None:
+    actual = weights(logs, epoch)
+    for name, tensor in weights(expected, epoch).items():
+        pair = actual[name], tensor
+        if name.endswith("attn.in_proj_bias"):
+            # Attention does not depend on the biases of its keys. Their gradients are 0 but for
+            # rounding, of which Adam makes steps of full length.
+            query, _, value = zip(*(bias.chunk(3) for bias in pair), strict=True)
+            pair = torch.cat([query[0], value[0]]), torch.cat([query[1], value[1]])
+        assert relative_error(*pair) <= 1e-5, name
+
+
+def losses(logs: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (logs / "run/metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def twenty_steps(pairs, tmp_path_factory) -> Path:
+    """One process x 128, 10 epochs of two steps."""
+    return alone(pairs, tmp_path_factory.mktemp("alone"), "--batch-size", "128", *TEN_EPOCHS)
+
+
+def test_two_processes_killed_and_resumed_take_the_steps_of_one(pairs, twenty_steps, tmp_path):
+    flags = ["--batch-size", "64", *TEN_EPOCHS, "--save-every-n-steps", "5"]
+    ranks = Ranks(2, pairs, tmp_path / "logs", *flags)
+    ranks.wait_for("run/checkpoints/state-00000005*")
+    victim = ranks.process_of(1)
+    start = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    output = ranks.end(status=None)
+    assert time.monotonic() - start < 60
+    assert f"rank 1 (process {victim} on " in output and "ended without a word" in output
+    assert "terminate called" not in output
+
+    assert "done" in Ranks(2, pairs, tmp_path / "logs", *flags, "--resume", "latest").end()
+    assert losses(tmp_path / "logs") == pytest.approx(losses(twenty_steps), rel=1e-5)
+    assert_equal_weights(tmp_path / "logs", twenty_steps, epoch=10)
+
+
+def test_accumulation_around_a_ring_with_nothing_left_for_some_ranks(pairs, tmp_path):
+    # 256 pairs in batches of 3 x 42, made 14 at a time: the third step has 4, all rank 0's. An eps
+    # so large that Adam's first steps are as long as their gradients, not all of one length.
+    flags = ["--keep-last-batch", "--epochs", "1", "--eps", "1e-4", "--lr", "1e-2"]
+    expected = alone(pairs, tmp_path / "alone", "--batch-size", "126", *flags)
+    ranks = ["--batch-size", "14", "--accum-freq", "3", "--exchange", "ring"]
+    Ranks(3, pairs, tmp_path / "ranks", *ranks, *flags).end()
+    assert losses(tmp_path / "ranks") == pytest.approx(losses(expected), rel=1e-5)
+    assert len(losses(expected)) == 3
+    assert_equal_weights(tmp_path / "ranks", expected, epoch=1)
+
+
+def test_a_rank_that_raises_ends_all_with_its_reason(pairs, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for file in pairs.parent.iterdir():
+        (photos / file.name).symlink_to(file)
+    (photos / "7.png").unlink()
+    (photos / "7.png").write_bytes((pairs.parent / "7.png").read_bytes()[:200])
+    start = time.monotonic()
+    flags = ["--batch-size", "16", "--max-bad-fraction", "0", "--follow-links"]
+    output = Ranks(2, photos / "pairs.csv", tmp_path / "logs", *flags).end(status=None)
+    assert time.monotonic() - start < 60
+    said = [line for line in output.splitlines() if "himo: error: rank" in line]
+    reason = "too many bad images, the limit is 0 %: 1 of 256 images could not be read"
+    (first,) = {
+        line.partition("himo: error: ")[2][:6] for line in said if "ends because" not in line
+    }
+    assert all(reason in line for line in said) and len(said) == 2
+    other = "rank 1" if first == "rank 0" else "rank 0"
+    assert any(f"{other}: ends because of {first}: too many" in line for line in said)
+    assert not list(tmp_path.rglob("epoch_*"))
+
+
+def test_a_stopped_rank_is_missed(pairs, tmp_path):
+    flags = ["--batch-size", "32", "--epochs", "1000", "--rank-timeout", "4"]
+    ranks = Ranks(2, pairs, tmp_path / "logs", *flags)
+    ranks.wait_for("run/metrics.jsonl")
+    victim, other = ranks.process_of(1), ranks.process_of(0)
+    start = time.monotonic()
+    os.kill(victim, signal.SIGSTOP)
+    while Path(f"/proc/{other}").exists() and "Z" not in Path(f"/proc/{other}/stat").read_text():
+        assert time.monotonic() - start < 30
+        time.sleep(0.1)
+    os.kill(victim, signal.SIGKILL)  # as torchrun does after 30 s
+    output = ranks.end(status=None)
+    assert f"rank 1 (process {victim} on " in output
+    assert "gave no sign of life for 4 s" in output
+
+
+def test_a_stop_request_stops_all_ranks_after_the_same_step(pairs, tmp_path):
+    ranks = Ranks(2, pairs, tmp_path / "logs", "--batch-size", "32", "--epochs", "1000")
+    ranks.wait_for("run/metrics.jsonl")
+    os.kill(ranks.process_of(1), signal.SIGTERM)
+    output = ranks.end(status=None)
+    assert "go on with --resume latest" in output
+    (state,) = (tmp_path / "logs/run/checkpoints").glob("state-*")
+    assert f"stopped at step {int(state.stem.partition('-')[2])};" in output
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--batch-size", "200"], "256 samples do not fill one batch of 200 on each of 2"),
+        (
+            ["--batch-size", "16", "--lr", "1e30", "--warmup", "0"],
+            "to be finite, got nan at [0, 0]",
+        ),
+    ],
+    ids=["too few samples", "a loss that diverges"],
+)
+def test_what_is_wrong_for_all_is_said(flags, words, pairs, tmp_path):
+    output = Ranks(2, pairs, tmp_path / "logs", *flags).end(status=None)
+    assert words in output and 'Traceback (most recent call last):\n  File "/work' not in output

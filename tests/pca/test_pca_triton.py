@@ -1,0 +1,313 @@
+"""The Triton backend of the PCA operators: its product, its eigensolver, and it against reference.
+
+Without a GPU the kernels run in Triton's interpreter, half a second an eigenproblem: small shapes,
+each for a path of its own. test_pca_cuda.py holds what only a GPU can show.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from himo_kernels import _triton, pca_reconstruct
+from himo_kernels import pca as run_pca
+from himo_kernels import testing as hkt
+
+pytest.importorskip("triton", reason="needs Triton")
+from himo_kernels.covariance.triton.matmul import matmul
+from himo_kernels.pca.triton import eigensolver
+from himo_kernels.pca.triton.jacobi import jacobi_where_not
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not _triton.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+    ),
+    # The interpreter computes in NumPy, which warns of what a kernel does on purpose.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+
+
+def randn(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(DEVICE)
+
+
+def random_moments(problems: int, size: int, generator: torch.Generator) -> Tensor:
+    x = randn(problems, size, size + 3, generator=generator)
+    return x @ x.mT
+
+
+def check_eigenpairs(moment: Tensor, values: Tensor, vectors: Tensor) -> None:
+    """Asserts order, orthonormality, residual and LAPACK's eigenvalues, to rounding."""
+    size = moment.shape[-1]
+    scale = moment.abs().amax((-2, -1), keepdim=True).clamp(min=1e-300)
+    tolerance = 1e-14 * (size + 4)
+    assert (values >= 0).all() and (values.diff() <= 0).all()
+    identity = torch.eye(size, dtype=torch.float64, device=moment.device)
+    assert (vectors.mT @ vectors - identity).abs().max() <= tolerance
+    residual = (moment @ vectors - vectors * values.unsqueeze(-2)) / scale
+    assert residual.abs().max() <= tolerance
+    expected = torch.linalg.eigvalsh(moment).flip(-1).clamp(min=0)
+    assert ((values - expected) / scale.squeeze(-1)).abs().max() <= tolerance
+
+
+# The product.
+
+
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("limited", ["none", "rows", "columns", "inner"])
+@pytest.mark.parametrize("limit", [0, 3, 70, 200])
+def test_product_ends_at_the_limit_and_touches_nothing_past_it(limited, limit, sums, generator):
+    rows, inner, columns = 75, 90, 70
+    a, b = randn(2, rows, inner, generator=generator), randn(2, inner, columns, generator=generator)
+    a, b = a.to(sums), b.to(sums)
+    mean = randn(2, inner, generator=generator)
+    ranks = torch.tensor([limit, 5], device=DEVICE)
+    out = torch.full((4, rows, columns), 7.0, dtype=sums, device=DEVICE)
+    expected = ((a.double() - mean.unsqueeze(-2)) @ b.double()).to(sums)
+    for problem, rank in enumerate(ranks.tolist()):
+        if limited == "rows":
+            expected[problem, rank:] = 7
+        elif limited == "columns":
+            expected[problem, :, rank:] = 7
+        elif limited == "inner":
+            left = a[problem, :, :rank].double() - mean[problem, :rank]
+            expected[problem] = left @ b[problem, :rank].double()
+            a[problem, :, rank:] = torch.nan  # nothing past the limit may reach a sum
+            b[problem, rank:] = torch.nan
+    options = {} if limited == "none" else {"limited": limited, "limit": ranks}
+    matmul(a, b, sums, mean=mean, a_mean="inner", out=out[1:3], **options)
+    tolerance = 1e-11 if sums == torch.float64 else 1e-3
+    torch.testing.assert_close(out[1:3], expected, rtol=0, atol=tolerance)
+    assert (out[0] == 7).all() and (out[3] == 7).all()
+
+
+def test_product_in_parts_is_symmetric_to_the_last_bit_and_repeats(generator):
+    x = randn(600, 260, generator=generator).unsqueeze(0)  # 5 tiles a side, split into 3 parts
+    mean = x.mean(-2)
+    first, again = (
+        matmul(x.mT, x, torch.float64, mean=mean, a_mean="rows", b_mean="columns", symmetric=True)
+        for _ in range(2)
+    )
+    centred = x - mean
+    torch.testing.assert_close(first, centred.mT @ centred, rtol=0, atol=1e-10)
+    assert torch.equal(first, first.mT) and torch.equal(first, again)
+
+
+def test_product_rounds_to_bfloat16_once(generator):
+    a, b = randn(1, 20, 20, generator=generator), randn(1, 20, 20, generator=generator)
+    out = torch.empty(1, 20, 20, dtype=torch.bfloat16, device=DEVICE)
+    assert torch.equal(matmul(a, b, torch.float64, out=out), (a @ b).float().bfloat16())
+
+
+# The eigensolver.
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 33])
+def test_eigenpairs_of_random_matrices(size, generator):
+    moment = random_moments(2, size, generator)
+    check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
+
+
+def test_eigenpairs_at_the_largest_size(generator):
+    x = hkt.power_law(128, 200, dtype=torch.float64, device=DEVICE, generator=generator)
+    moment = ((x - x.mean(0)) @ (x - x.mean(0)).T).unsqueeze(0)
+    check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
+
+
+@pytest.mark.parametrize("name", hkt.DEGENERATE)
+def test_eigenpairs_of_degenerate_batches(name, generator):
+    x = hkt.DEGENERATE[name](20, 9, dtype=torch.float64, device=DEVICE, generator=generator)
+    x = x - x.mean(0)
+    moments = [x.T @ x] + ([x @ x.T] if name in ("4 labels", "one-hot rows") else [])
+    for moment in moments:
+        check_eigenpairs(moment[None], *eigensolver.eigh_descending(moment[None].clone()))
+
+
+def test_a_graded_spectrum_and_a_matrix_of_blocks(generator):
+    graded = randn(12, 14, generator=generator) * 10 ** torch.linspace(0, -9, 14, device=DEVICE)
+    blocks = torch.block_diag(*random_moments(4, 3, generator))
+    blocks[6:9, 6:9] = blocks[:3, :3]  # each eigenvalue twice, in blocks that do not touch
+    for moment in (graded @ graded.T, blocks):
+        check_eigenpairs(moment[None], *eigensolver.eigh_descending(moment[None].clone()))
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1e290, 0.0])
+def test_no_scale_is_out_of_range(scale, generator):
+    moment = random_moments(1, 5, generator) / 100 * scale
+    check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_matrix_that_is_not_finite_spoils_no_other(bad, generator):
+    moment = random_moments(3, 6, generator)
+    moment[1, 2, 3] = bad
+    values, vectors = eigensolver.eigh_descending(moment.clone())
+    assert values[1].isnan().all() and vectors[1].isnan().all()
+    check_eigenpairs(moment[::2], values[::2], vectors[::2])
+
+
+def test_jacobi_solves_what_is_not_certified_and_leaves_the_rest(generator):
+    moment = random_moments(3, 7, generator)
+    moment[2] = torch.eye(7)
+    scale = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64, device=DEVICE)
+    certified = torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
+    values, vectors = torch.full_like(moment[..., 0], 7), torch.full_like(moment, 7)
+    scratch = torch.empty_like(moment), torch.empty_like(moment)
+    jacobi_where_not(certified, moment.clone(), scale, values, vectors, scratch)
+    assert (values[1] == 7).all() and (vectors[1] == 7).all()
+    order = values.argsort(-1, descending=True)
+    values, vectors = values.gather(-1, order), vectors.gather(-1, order[:, None].expand(3, 7, 7))
+    check_eigenpairs(moment[::2], values[::2], vectors[::2])
+
+
+def test_a_failed_certificate_leads_to_jacobi(generator, monkeypatch):
+    monkeypatch.setattr(eigensolver, "CERTIFIED", 0.0)
+    solved = []
+
+    def watched(certified, *arguments):
+        solved.append(certified.clone())
+        jacobi_where_not(certified, *arguments)
+
+    monkeypatch.setattr(eigensolver, "jacobi_where_not", watched)
+    moment = random_moments(2, 6, generator)
+    check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
+    assert (solved[0] == 0).all()
+
+
+def test_rank():
+    values = torch.tensor(
+        [[18.0, 2, 0], [5, 5, 5], [0, 0, 0], [torch.nan] * 3, [1e-9, 0, 0]],
+        dtype=torch.float64,
+        device=DEVICE,
+    )
+    for threshold, expected in {
+        0.9: [1, 3, 3, 3, 3],
+        0.90001: [2, 3, 3, 3, 3],
+        1.0: [2, 3, 3, 3, 3],
+    }.items():
+        assert eigensolver.choose_rank(values, threshold, 1e-8).tolist() == expected
+    assert eigensolver.choose_rank(values, 0.5, 1e-8).tolist() == [1, 2, 3, 3, 3]
+
+
+# The operators, against the reference.
+
+
+def run_reconstruct(x: Tensor, weights: Tensor, threshold: float, backend: str, **options):
+    x = x.detach().requires_grad_()
+    reconstruction, rank = pca_reconstruct(x, threshold, backend=backend, **options)
+    return reconstruction.detach(), rank, torch.autograd.grad(reconstruction, x, weights.to(x))[0]
+
+
+CASES = [
+    ((6, 11), 0.7, torch.float32),
+    ((11, 6), 0.7, torch.float32),
+    ((7, 7), 0.9, torch.float64),
+    ((2, 2, 4, 9), 0.6, torch.float64),
+    ((3, 9, 4), 0.6, torch.float16),
+    ((5, 33), 0.9, torch.bfloat16),
+    ((1, 6), 0.9, torch.float32),
+    ((6, 1), 0.9, torch.float32),
+    ((8, 5), 1.0, torch.float64),
+    ((5, 8), 1.0, torch.float32),
+    ((130, 140), 0.9, torch.float32),  # n > 128: torch's eigensolver
+]
+
+
+@pytest.mark.parametrize("shape, threshold, dtype", CASES, ids=str)
+def test_reconstruction_and_gradient(shape, threshold, dtype, generator):
+    x = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    weights = torch.randn(shape, generator=generator).to(DEVICE)
+    for differentiate_basis in (True, False) if shape in ((6, 11), (11, 6)) else (True,):
+        options = {"gap_eps": 0.0, "differentiate_basis": differentiate_basis}
+        actual, rank, grad = run_reconstruct(x, weights, threshold, "triton", **options)
+        expected, expected_rank, expected_grad = run_reconstruct(
+            x, weights, threshold, "reference", **options
+        )
+        assert actual.dtype == grad.dtype == dtype
+        if threshold < 1:  # at 1 the last directions are rounding noise
+            assert torch.equal(rank, expected_rank)
+        eps = max(torch.finfo(dtype).eps, 1e-11)
+        assert hkt.relative_error(actual, expected) <= eps
+        assert hkt.relative_error(grad, expected_grad) <= 4 * eps
+
+
+@pytest.mark.parametrize(
+    "name", ["2 duplicate pairs", "4 labels", "all rows equal", "one-hot rows"]
+)
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)], ids=["N<D", "N>D"])
+def test_degenerate_batches_are_finite(name, shape, generator):
+    x = hkt.DEGENERATE[name](*shape, device=DEVICE, generator=generator)
+    weights = torch.randn(shape, generator=generator).to(DEVICE)
+    actual, rank, grad = run_reconstruct(x, weights, 0.8, "triton")
+    assert actual.isfinite().all() and grad.isfinite().all()
+    assert 1 <= rank <= 8
+    if name == "all rows equal":
+        assert torch.equal(actual, x) and rank == 8
+        torch.testing.assert_close(grad, weights)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6)], ids=["N<D", "N>D"])
+def test_nan_stays_in_its_problem(shape, generator):
+    x = torch.randn(shape, generator=generator).to(DEVICE)
+    clean, clean_rank, clean_grad = run_reconstruct(x, x, 0.8, "triton")
+    weights = x.clone()
+    x[1, 2, 3] = torch.nan
+    actual, rank, grad = run_reconstruct(x, weights, 0.8, "triton")
+    assert actual[1].isnan().all() and grad[1].isnan().all()
+    for other in (0, 2):
+        assert torch.equal(actual[other], clean[other]) and rank[other] == clean_rank[other]
+        assert torch.equal(grad[other], clean_grad[other])
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)], ids=["N<D", "N>D"])
+def test_layouts_and_repeats(shape, generator):
+    x = torch.randn(shape, generator=generator).to(DEVICE)
+    weights = torch.randn(shape, generator=generator).to(DEVICE)
+    expected = run_reconstruct(x, weights, 0.8, "triton")
+    wide = torch.full((2 * shape[0], 2 * shape[1]), torch.nan, device=DEVICE)
+    wide[::2, 1::2] = x
+    for view in (x, x.T.contiguous().T, wide[::2, 1::2]):
+        before = view.clone()
+        actual = run_reconstruct(view, weights, 0.8, "triton")
+        assert torch.equal(view, before)
+        # Strides change the order of the mean's sums at most; the same input gives the same bits.
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e) if view is x else torch.allclose(a, e, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)], ids=["N<D", "N>D"])
+def test_backward_of_one_backend_accepts_the_forward_of_another(shape, generator):
+    x = torch.randn(shape, generator=generator).to(DEVICE)
+    weights = torch.randn(shape, generator=generator).to(DEVICE)
+    fwd = torch.ops.himo_kernels.pca_reconstruct_fwd
+    bwd = torch.ops.himo_kernels.pca_reconstruct_bwd
+    grads = []
+    for forward in ("triton", "reference"):
+        _, rank, *saved = fwd(x, 0.8, forward)
+        for backward in ("triton", "reference"):
+            grads.append(bwd(weights, x, *saved, rank, 1e-6, True, backward))
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap_eps", [0.0, 1e-2])
+@pytest.mark.parametrize("shape", [(2, 6, 10), (2, 10, 6), (7, 7)], ids=str)
+@pytest.mark.parametrize("threshold", [0.6, 1.0])
+def test_pca_and_its_gradient(shape, threshold, gap_eps, generator):
+    x = randn(*shape, generator=generator)
+    results = []
+    for backend in ("triton", "reference"):
+        fitted = x.clone().requires_grad_()
+        p = run_pca(fitted, threshold, gap_eps=gap_eps, backend=backend)
+        projector = p.components.mT @ p.components
+        outputs = (p.mean, p.eigenvalues, p.explained_variance_ratio, projector)
+        draw = torch.Generator().manual_seed(3)
+        grads = [randn(*output.shape, generator=draw) for output in outputs]
+        grad = torch.autograd.grad(outputs, fitted, grads)[0]
+        results.append((*(output.detach() for output in outputs), grad))
+        if threshold < 1:
+            results[-1] += (p.rank,)
+            past = torch.arange(p.components.shape[-2], device=DEVICE) >= p.rank.unsqueeze(-1)
+            assert (p.components[past] == 0).all()
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
