@@ -35,8 +35,9 @@ void check_products(const std::optional<at::Tensor>& products, const at::Tensor&
   auto square = query.sizes().slice(0, query.dim() - 1).vec();
   square.push_back(query.size(-2));
   HIMO_CHECK_CPU(kOp, "products", *products);
-  HIMO_CHECK_SHAPE(products->sizes().equals(square) && products->is_contiguous(), kOp, "products",
-                   *products, at::IntArrayRef(square));
+  HIMO_CHECK_SHAPE(
+      products->sizes().equals(square) && products->is_contiguous() && !products->is_neg(), kOp,
+      "products", *products, at::IntArrayRef(square));
   const auto dtype = accumulation_dtype(query);
   HIMO_CHECK_DTYPE(products->scalar_type() == dtype, kOp, "products", dtype,
                    products->scalar_type());
@@ -125,11 +126,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     return needed ? at::zeros(query.sizes(), options) : at::empty({0}, options);
   };
   const auto grad_query = gradient(needs_query), grad_key = gradient(needs_key);
-  const auto row = row_nll.to(dtype).contiguous(), column = column_nll.to(dtype).contiguous();
+  const auto row = row_nll.to(dtype).resolve_neg().contiguous();
+  const auto column = column_nll.to(dtype).resolve_neg().contiguous();
   const double scale = logit_scale.to(dtype).item<double>();
   auto problems = problems_of(query, key, /*positives=*/{}, row, column, products);
   const int64_t count = problems.size(), samples = query.size(-2), inner = query.size(-1);
-  const auto weights = grad_loss.to(at::kDouble).reshape({count}).div(2.0 * samples).contiguous();
+  const auto weights =
+      grad_loss.to(at::kDouble).reshape({count}).div(2.0 * samples).resolve_neg().contiguous();
   for (int64_t b = 0; b < count; ++b) {
     problems[b].weight = weights.const_data_ptr<double>()[b];
     if (needs_query) problems[b].grad_query = grad_query.view({count, samples, inner})[b];

@@ -26,7 +26,7 @@ at::Tensor flat(const char* op, const char* name, const at::Tensor& tensor, cons
   const auto shape = with_tail(x, tail);
   HIMO_CHECK_SHAPE(tensor.sizes().equals(shape), op, name, tensor, at::IntArrayRef(shape));
   HIMO_CHECK_DTYPE(tensor.scalar_type() == dtype, op, name, dtype, tensor.scalar_type());
-  return flatten_lead(tensor, static_cast<int64_t>(tail.size())).contiguous();
+  return flatten_lead(tensor.resolve_neg(), static_cast<int64_t>(tail.size())).contiguous();
 }
 
 void check_grad(const char* op, const at::Tensor& grad, const at::Tensor& x) {

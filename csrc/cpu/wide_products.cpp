@@ -117,20 +117,23 @@ void multiply_wide(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha,
     });
     const T factor = first == 0 ? beta : 1;
     at::parallel_for(0, row_tasks * splits, 1, [&](int64_t begin, int64_t end) {
-      T strips[kRows * kInner], tile[kStrip * kPanel<T>];
+      // Up to 128 KiB, which a worker's stack (OMP_STACKSIZE) need not have.
+      const std::unique_ptr<T[]> strips(new T[task_rows * inner]);
+      T tile[kStrip * kPanel<T>];
       int64_t packed_row = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t row = task / splits * task_rows, last = std::min(rows, row + task_rows);
         if (row != packed_row) {
           pack(a.data + row * a.row_stride + first * a.column_stride, a.row_stride, a.column_stride,
-               last - row, inner, kStrip, strips);
+               last - row, inner, kStrip, strips.get());
           packed_row = row;
         }
         const int64_t panel_end = std::min(panels, (task % splits + 1) * task_panels);
         for (int64_t panel = task % splits * task_panels; panel < panel_end; ++panel) {
           const int64_t column = panel * kPanel<T>;
           for (int64_t i = row; i < last; i += kStrip) {
-            register_tile(strips + (i - row) * inner, packed.get() + column * inner, inner, tile);
+            register_tile(strips.get() + (i - row) * inner, packed.get() + column * inner, inner,
+                          tile);
             write_tile(tile, std::min(kStrip, last - i), std::min(kPanel<T>, columns - column),
                        alpha, factor, out.data + i * out.row_stride + column, out.row_stride);
           }

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from fresh_process import run_python
 from torch import Tensor
 
 from benchmarks.baselines.released import cumulative_ratio_pca
+from himo_kernels import _extension, pca_reconstruct, project_reconstruct
 from himo_kernels import pca as run_pca
-from himo_kernels import pca_reconstruct, project_reconstruct
 from himo_kernels import testing as hkt
 
 BACKENDS = hkt.runnable_backends("pca_reconstruct", interpreted=False)
@@ -590,3 +591,25 @@ def test_no_host_sync_on_cuda(backend, generator):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert rank.is_cuda
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
+def test_cpu_workers_need_little_stack() -> None:
+    lines = (
+        "import torch",
+        "from himo_kernels import pca_reconstruct",
+        "torch.set_num_threads(2)",
+        "x = torch.randn(256, 256, dtype=torch.float64, requires_grad=True)",
+        "pca_reconstruct(x, 0.5, backend='cpu')[0].sum().backward()",
+        "print('done')",
+    )
+    assert run_python("-c", "\n".join(lines), OMP_STACKSIZE="64k") == "done"
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the cpu backend")
+def test_cpu_entry_points_read_negated_views() -> None:
+    x, mean, components = hkt.power_law(9, 4), torch.ones(4), torch.eye(4)[:2]
+    negated = [torch._neg_view(-tensor) for tensor in (mean, components)]
+    entry = _extension.load().project_reconstruct_fwd
+    rank = torch.tensor(2)
+    assert torch.equal(entry(x, *negated, rank), entry(x, mean, components, rank))
