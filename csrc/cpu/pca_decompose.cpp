@@ -248,18 +248,18 @@ void pca_bwd(const at::Tensor& grad_mean, const at::Tensor& grad_eigenvalues,
         const Incoming grad{grad_eigenvalues.const_data_ptr<double>() + b * n,
                             row_major(grad_components.const_data_ptr<double>() + b * n * features,
                                       present_components(spectrum, feature_side(x)), features)};
-        // The rows of X add up to zero, and so do those of dX: only the mean's own gradient is
-        // added.
-        std::vector<double> start(grad_mean.const_data_ptr<double>() + b * features,
-                                  grad_mean.const_data_ptr<double>() + (b + 1) * features);
-        for (double& value : start) value /= static_cast<double>(samples);
         Output<double> output(grad_x, b, sides, sums);
-        const auto out = output.begin_at(start.data(), 0, samples);
+        // The rows of X add up to zero, and so do those of dX, which weights of noise may hide.
+        std::vector<double> means(features, 0.0);
+        const auto out = output.begin_at(means.data(), 0, samples);
         if (feature_side(x)) {
           features_bwd(x, b, mean_b, spectrum, grad, gap_eps, out);
         } else {
           samples_bwd(x, b, mean_b, spectrum, grad, gap_eps, out);
         }
+        const double* of_mean = grad_mean.const_data_ptr<double>() + b * features;
+        for (int64_t j = 0; j < features; ++j) means[j] = of_mean[j] / static_cast<double>(samples);
+        set_column_means(out, means);
         output.end();
       });
 }

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/centring.h"
 #include "cpu/dense.h"
@@ -111,6 +112,24 @@ Matrix<T> centred_lines(const at::Tensor& x, const double* mean, const Sides& si
   const auto natural = by_rows ? row_major(data, block.rows, block.columns)
                                : row_major(data, block.columns, block.rows).t();
   return sides.features ? natural : natural.t();
+}
+
+// Shifts every column to this mean over the rows.
+template <typename T>
+void set_column_means(Matrix<T> matrix,  // rows of column_stride 1
+                      const std::vector<double>& means) {
+  std::vector<double> shifts(matrix.columns, 0.0);
+  for (int64_t i = 0; i < matrix.rows; ++i) {
+    const T* row = matrix.data + i * matrix.row_stride;
+    for (int64_t j = 0; j < matrix.columns; ++j) shifts[j] += row[j];
+  }
+  for (int64_t j = 0; j < matrix.columns; ++j) {
+    shifts[j] = means[j] - shifts[j] / static_cast<double>(matrix.rows);
+  }
+  for (int64_t i = 0; i < matrix.rows; ++i) {
+    T* row = matrix.data + i * matrix.row_stride;
+    for (int64_t j = 0; j < matrix.columns; ++j) row[j] = static_cast<T>(row[j] + shifts[j]);
+  }
 }
 
 }  // namespace himo::cpu

@@ -1,7 +1,8 @@
 // Projection onto the kept directions and its gradients. Products are made in float32 for float32
-// and lower input, from float64 eigenvectors: their rounding is not divided by a gap beside what
-// the exact gradient is. A problem whose kept eigenvalues span too much for that is taken in
-// float64.
+// and lower input, from float64 eigenvectors: rounding that is divided by a gap stands beside a
+// derivative that is divided by it too. Two things would break that, and are done in float64: few
+// pairs across the cut, which may cancel by themselves (sum_near_pairs), and a problem whose kept
+// eigenvalues span too much (fits_float32).
 //
 // Of the kept and the dropped directions, the fewer are multiplied by: S [n, k], k <= n / 2, and O
 // the others. X Pi = X S S^T when S is kept, X - X S S^T when it is dropped.
@@ -20,18 +21,18 @@ namespace himo::cpu {
 namespace {
 
 // In float32, a direction of X is rounded to about eps sqrt(trace / n) and the gradient divides by
-// sqrt(lambda_R): lambda_R >= trace / (64 n) keeps that to 8 eps. (1 - tau) / n of the trace is a
-// lower bound of lambda_R, so that tau <= 0.98 always passes.
-constexpr double kSpread = 64;
-// A gap at the cut, relative to the last kept eigenvalue, from which on float32 gradients stay well
-// below 2e-6: at 1e-5 some come to 2.05e-6.
-constexpr double kGap = 1e-4;
+// sqrt(lambda_R): lambda_R >= trace / (16 n) keeps that to 4 eps. (1 - tau) / n of the trace is a
+// lower bound of lambda_R, so that tau <= 0.93 always passes.
+constexpr double kSpread = 16;
+
+// Directions on either side of the cut whose pairs are summed in float64. A narrow gap makes one or
+// two pairs the whole gradient, and those may be small by chance beside their rounding; of the
+// pairs beyond, 8 at least are alike, which are not small together.
+constexpr int64_t kNear = 4;
 
 bool fits_float32(const Spectrum& spectrum) {
   const double last = spectrum.eigenvalues[spectrum.rank - 1];
-  const double next = spectrum.rank < spectrum.n ? spectrum.eigenvalues[spectrum.rank] : 0.0;
-  return last * static_cast<double>(spectrum.n) * kSpread >= spectrum.trace() &&
-         last - next >= kGap * last;
+  return last * static_cast<double>(spectrum.n) * kSpread >= spectrum.trace();
 }
 
 template <typename T>
@@ -43,6 +44,7 @@ HIMO_WIDE void convert(const double* in, int64_t size, T* out) {
 template <typename T>
 struct Workspace {
   Buffer<T> vectors, x, grad, sums, along, products, factors, turned;
+  Buffer<double> exact_x, exact_grad, near;
 };
 
 struct Workspaces {
@@ -112,6 +114,37 @@ HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double unit,
   }
 }
 
+// Replaces p_i^T (B + B^T) q_j of the pairs next to the cut by its float64 sum.
+template <typename T>
+void sum_near_pairs(const at::Tensor& grad, const double* grad_mean, const at::Tensor& x, int64_t b,
+                    const double* mean, const Spectrum& spectrum, double scale, bool dropped,
+                    Workspace<T>& work, Matrix<T> products) {  // [n - k, k]
+  const Sides sides(x, feature_side(x));
+  const int64_t n = spectrum.n, rank = spectrum.rank, step = sides.step();
+  const int64_t kept = std::min(kNear, rank), all = kept + std::min(kNear, n - rank);
+  const auto near = row_major(spectrum.eigenvectors, n, n).column_block(rank - kept, all);
+  double* memory = work.near.get(all * (2 * step + all));
+  const auto pairs = row_major(memory + 2 * step * all, all, all);  // near^T B near
+  for (int64_t line = 0; line < sides.m; line += step) {
+    const int64_t lines = std::min(step, sides.m - line);
+    const auto centred = centred_lines(x, mean, sides, b, line, lines, scale, work.exact_x);
+    const auto g = centred_lines(grad, grad_mean, sides, b, line, lines, 1.0, work.exact_grad);
+    const auto x_along = row_major(memory, lines, all);
+    const auto grad_along = row_major(memory + step * all, lines, all);
+    multiply(centred, near, x_along);
+    multiply(g, near, grad_along);
+    multiply(x_along.t(), grad_along, pairs, 1, line == 0 ? 0 : 1);
+  }
+  for (int64_t i = 0; i < kept; ++i) {
+    for (int64_t j = kept; j < all; ++j) {
+      const int64_t row = dropped ? rank - kept + i : j - kept;
+      const int64_t column = dropped ? j - kept : rank - kept + i;
+      products.data[row * products.row_stride + column] =
+          static_cast<T>(pairs.data[i * all + j] + pairs.data[j * all + i]);
+    }
+  }
+}
+
 // README (4) to (7) through thin products, none of them n x n:
 //   E = (B + B^T) S = X^T (G S) + G^T (X S)                       [n, k]
 //   K = O (F * (O^T E))                                           [n, k]
@@ -143,6 +176,9 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   }
   const auto pairs = row_major(work.products.get((n - k) * k), n - k, k);
   multiply(basis.other.t(), turned, pairs);
+  if constexpr (!std::is_same_v<T, double>) {
+    sum_near_pairs(grad, grad_mean.data(), x, b, mean, spectrum, scale, basis.dropped, work, pairs);
+  }
   weigh_pairs(spectrum.eigenvalues, spectrum.rank, spectrum.unit(), gap_eps, scale, basis.dropped,
               pairs);
   const auto factors = row_major(work.factors.get(n * 2 * k), n, 2 * k);  // S | K
@@ -152,7 +188,6 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   const auto turn = factors.column_block(k, k);
   multiply(basis.other, pairs, turn);
 
-  Output<T> output(grad_x, b, sides, work.sums);
   for (int64_t line = 0; line < sides.m; line += step) {
     const int64_t lines = std::min(step, sides.m - line);
     if (step < sides.m) {
@@ -160,9 +195,19 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
     }
     const auto along = both.row_block(line, lines);
     multiply(centred, turn, along.column_block(0, k), 1, basis.dropped ? -1 : 1);
+  }
+  // Where noise is kept, weights are large enough to bring out that the rows of X add up to zero
+  // but for rounding: make those of dX do, through its factor along the samples.
+  if (!fits_float32(spectrum)) {
+    set_column_means(sides.features ? both : factors, std::vector<double>(2 * k, 0.0));
+  }
+
+  Output<T> output(grad_x, b, sides, work.sums);
+  for (int64_t line = 0; line < sides.m; line += step) {
+    const int64_t lines = std::min(step, sides.m - line);
     const auto block = basis.dropped ? output.begin_at(grad, b, line, lines)
                                      : output.begin_at(grad_mean.data(), line, lines);
-    multiply(along, factors.t(), block, 1, 1);
+    multiply(both.row_block(line, lines), factors.t(), block, 1, 1);
     output.end();
   }
 }

@@ -121,7 +121,8 @@ def test_projection_of_no_and_of_every_component(dtype, generator):
             gradients = torch.autograd.grad(values, leaves, torch.ones_like(values))
             results.append([values.detach(), *gradients])
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(*results, rtol=4 * eps, atol=8 * eps)
+        # Sums of 20 terms, which may cancel, of length up to 1.
+        torch.testing.assert_close(*results, rtol=4 * eps, atol=40 * eps)
 
 
 @pytest.mark.parametrize("first, second", [("cpu", "reference"), ("reference", "cpu")])
