@@ -84,8 +84,8 @@ void RightFactor<double>::multiply(const double* left, int64_t left_stride, int6
                    product_stride);
 }
 
-// oneDNN's micro-kernel. It uses the widest registers on every processor that has them, where MKL
-// takes half of an AMD processor's: 2.0 to 2.6 times its rate on Zen 5 (benchmarks/README.md).
+// oneDNN's micro-kernel. It uses the widest registers on every processor that has them, where MKL,
+// ATen's BLAS, uses half of their width on those that are not Intel's.
 template <>
 void RightFactor<float>::multiply(const float* left, int64_t left_stride, int64_t rows, int64_t row,
                                   int64_t inner, int64_t column, int64_t columns, bool add,

@@ -187,8 +187,8 @@ def test_degenerate_batches_are_finite(backend, name, shape, dtype, generator):
         assert 1 <= rank <= min(shape)
 
 
-# Tail singular values that LAPACK returns exactly equal, whatever the seed. With few copies of a
-# row (2 pairs, 32 copies of one) they come out equal in some batches only.
+# Tail singular values that LAPACK returns exactly equal, in most batches if not in each. With few
+# copies of a row (2 pairs, 32 copies of one) that is rare.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "name",
@@ -197,7 +197,6 @@ def test_degenerate_batches_are_finite(backend, name, shape, dtype, generator):
 def test_released_code_gives_nan_where_we_do_not(name, dtype, generator):
     if name == "64 duplicate pairs" and dtype == torch.float64:
         pytest.skip("in float64 about half of these batches break the SVD's autograd")
-    # Which batch has two tail singular values equal to the bit depends on LAPACK's rounding.
     for _ in range(20):
         x = hkt.DEGENERATE[name](128, 768, dtype=dtype, generator=generator)
         weights = torch.randn(x.shape, generator=generator)
