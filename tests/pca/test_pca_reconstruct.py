@@ -188,7 +188,7 @@ def test_degenerate_batches_are_finite(backend, name, shape, dtype, generator):
 
 
 # Tail singular values that LAPACK returns exactly equal, in most batches if not in each. With few
-# copies of a row (2 pairs, 32 copies of one) that is rare.
+# copies of a row (2 pairs, 32 copies of one) they come out equal in some batches only.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "name",
