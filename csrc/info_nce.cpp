@@ -97,12 +97,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   check_products(products, query);
   const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
   cpu::info_nce_statistics(problems, scale);
-  // HiMo-CLIP eq. (2)
+  // HiMo-CLIP eq. (2); both directions share the smoothing term. An infinite positive times a
+  // smoothing of 0 is NaN: the loss of infinite features is never finite.
   auto loss = row_nll.add(column_nll).mean(-1, false, at::kDouble).div(2);
-  if (label_smoothing != 0) {  // both directions share the smoothing term
-    loss = loss + label_smoothing *
-                      (positives.mean(-1, false, at::kDouble) - mean_logit(query, key, scale));
-  }
+  loss.add_(positives.mean(-1, false, at::kDouble), label_smoothing);
+  if (label_smoothing != 0) loss.sub_(mean_logit(query, key, scale), label_smoothing);
   return {loss.to(dtype), row_nll, column_nll};
 }
 

@@ -114,7 +114,8 @@ def test_rounded_gradients_of_wide_bfloat16_are_no_worse_than_autocast(
 
 
 LONG = """
-import torch, himo_kernels
+import signal, torch, himo_kernels
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs with &
 x = torch.randn(200_000, 64)
 print("started", flush=True)
 himo_kernels.info_nce(x, x, 1.0, backend="cpu")
