@@ -1,16 +1,20 @@
-// Blocks of the inner dimension: the right factor's is packed into panels of two registers, once
-// for all threads; each task packs the left factor's rows in strips of 8 and runs register tiles.
+// A block of the product is made by one thread, from the first to the last of the inner dimension:
+// a block of b is packed into panels of three registers, and register tiles of 8 rows run down it.
+// Rows of a are read where they lie, or packed where they are not contiguous.
 
 #include "cpu/wide_products.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
-#include <memory>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HIMO_WIDE_PRODUCTS
+#define HIMO_AVX512 __attribute__((target("avx512f")))
+#else
+#define HIMO_AVX512
 #endif
 
 namespace himo::cpu {
@@ -27,69 +31,147 @@ bool multiplies_wide() {
 
 namespace {
 
-// Rows of a register tile: 8 x 2 sums hide the latency of a multiply-add.
-constexpr int64_t kStrip = 8;
-template <typename T>
-constexpr int64_t kPanel = 128 / sizeof(T);  // columns of a register tile
-constexpr int64_t kInner = 256;              // a panel of 32 KiB, in the first-level cache
-constexpr int64_t kRows = 64;                // rows of a task at most
+constexpr int64_t kStrip = 8;       // rows of a register tile
+constexpr int64_t kVectors = 3;     // by 3 vectors: 24 sums, 3 of b and a broadcast of 32 registers
+constexpr int64_t kInner = 192;     // rows of a panel: 36 KiB, which the first-level cache holds
+constexpr int64_t kPanels = 8;      // of a block: 288 KiB in the second level
+constexpr int64_t kRows = 512;      // of a block at most, as much again in float32
+constexpr double kForkFlops = 2e6;  // below, a second thread costs more than it saves
 
-#ifdef HIMO_WIDE_PRODUCTS
-#define HIMO_AVX512 __attribute__((target("avx512f")))
-#else
-#define HIMO_AVX512
-#endif
-
-// tile[8, panel] = left strip [inner, 8] times panel [inner, panel].
 template <typename T>
-HIMO_AVX512 void register_tile(const T* strip, const T* panel, int64_t inner, T* tile) {
-  using lanes_t __attribute__((vector_size(64))) = T;
-  using unaligned_t __attribute__((vector_size(64), aligned(sizeof(T)))) = T;
-  constexpr int64_t kLanes = 64 / sizeof(T);
-  lanes_t low[kStrip] = {}, high[kStrip] = {};
+constexpr int64_t kLanes = 64 / sizeof(T);
+template <typename T>
+constexpr int64_t kPanel = kVectors * kLanes<T>;  // columns
+
+// Where entry (i, k) of a factor lies.
+template <typename T>
+struct Factor {
+  const T* data;
+  int64_t row, column;  // strides
+};
+
+// out [rows <= 8, columns] = alpha a b + beta out, with b packed, [inner][vectors]. Rows of a come
+// packed, [inner][8], or contiguous. Absent rows repeat the last and are not stored.
+template <typename T, int vectors, bool packed>
+HIMO_AVX512 void register_tile(int64_t rows, int64_t columns, int64_t inner, T alpha,
+                               const Factor<T>& a, const T* b, T beta, T* out, int64_t stride) {
+  using lanes_t __attribute__((vector_size(64), aligned(sizeof(T)))) = T;
+  const T* lines[kStrip];
+  for (int64_t i = 0; i < kStrip; ++i) {
+    lines[i] = packed ? a.data + i : a.data + std::min(i, rows - 1) * a.row;
+  }
+  lanes_t sums[kStrip][vectors] = {};
   for (int64_t k = 0; k < inner; ++k) {
-    const lanes_t low_row = *reinterpret_cast<const unaligned_t*>(panel + k * 2 * kLanes);
-    const lanes_t high_row = *reinterpret_cast<const unaligned_t*>(panel + k * 2 * kLanes + kLanes);
+    lanes_t right[vectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) {
+      right[v] = *reinterpret_cast<const lanes_t*>(b + (k * vectors + v) * kLanes<T>);
+    }
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kStrip; ++i) {
-      low[i] += strip[k * kStrip + i] * low_row;
-      high[i] += strip[k * kStrip + i] * high_row;
+      const T left = lines[i][packed ? k * kStrip : k];
+#pragma GCC unroll 3
+      for (int v = 0; v < vectors; ++v) sums[i][v] += left * right[v];
     }
   }
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kStrip; ++i) {
-    *reinterpret_cast<unaligned_t*>(tile + i * 2 * kLanes) = low[i];
-    *reinterpret_cast<unaligned_t*>(tile + i * 2 * kLanes + kLanes) = high[i];
-  }
-}
-
-// out = alpha tile + beta out, of which rows and columns are inside.
-template <typename T>
-HIMO_AVX512 void write_tile(const T* tile, int64_t rows, int64_t columns, T alpha, T beta, T* out,
-                            int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* from = tile + i * kPanel<T>;
-    T* to = out + i * stride;
-    if (beta == 0) {
-      for (int64_t j = 0; j < columns; ++j) to[j] = alpha * from[j];
-    } else {
-      for (int64_t j = 0; j < columns; ++j) to[j] = alpha * from[j] + beta * to[j];
+    if (i >= rows) break;
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t count = columns - v * kLanes<T>;
+      T* to = out + i * stride + v * kLanes<T>;
+      const lanes_t value = alpha * sums[i][v];
+      if (count >= kLanes<T>) {
+        lanes_t* whole = reinterpret_cast<lanes_t*>(to);
+        *whole = beta == 0 ? value : value + beta * *whole;
+      } else {
+        for (int64_t j = 0; j < count; ++j) to[j] = beta == 0 ? value[j] : value[j] + beta * to[j];
+      }
     }
   }
 }
 
-// packed[l / width][k][l % width] = lines l of the source along k, 0 past the last.
+// packed[k][j] = b(k, j), and 0 from `columns` to `width`.
 template <typename T>
-void pack(const T* source, int64_t line_stride, int64_t inner_stride, int64_t lines, int64_t inner,
-          int64_t width, T* packed) {
-  for (int64_t first = 0; first < lines; first += width, packed += inner * width) {
-    const int64_t count = std::min(width, lines - first);
-    const T* from = source + first * line_stride;
+HIMO_AVX512 void pack_panel(const Factor<T>& b, int64_t inner, int64_t columns, int64_t width,
+                            T* packed) {
+  if (b.column == 1 && columns == width) {
     for (int64_t k = 0; k < inner; ++k) {
-      for (int64_t l = 0; l < count; ++l) {
-        packed[k * width + l] = from[l * line_stride + k * inner_stride];
+      for (int64_t j = 0; j < width; ++j) packed[k * width + j] = b.data[k * b.row + j];
+    }
+    return;
+  }
+  for (int64_t first = 0; first < inner; first += kStrip) {  // whole cache lines of either side
+    const int64_t last = std::min(first + kStrip, inner);
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t k = first; k < last; ++k) {
+        packed[k * width + j] = b.data[k * b.row + j * b.column];
       }
-      for (int64_t l = count; l < width; ++l) packed[k * width + l] = 0;
+    }
+    for (int64_t k = first; k < last; ++k) {
+      std::fill(packed + k * width + columns, packed + (k + 1) * width, T{0});
+    }
+  }
+}
+
+// packed[k][i] = a(i, k) for 8 rows, of which absent ones repeat the last.
+template <typename T>
+HIMO_AVX512 void pack_strip(const Factor<T>& a, int64_t rows, int64_t inner, T* packed) {
+  if (rows == kStrip && a.row == 1) {
+    for (int64_t k = 0; k < inner; ++k) {
+      for (int64_t i = 0; i < kStrip; ++i) packed[k * kStrip + i] = a.data[k * a.column + i];
+    }
+    return;
+  }
+  for (int64_t k = 0; k < inner; ++k) {
+    for (int64_t i = 0; i < kStrip; ++i) {
+      packed[k * kStrip + i] = a.data[std::min(i, rows - 1) * a.row + k * a.column];
+    }
+  }
+}
+
+template <typename T, bool packed>
+void multiply_panel(int64_t rows, int64_t columns, int64_t inner, T alpha, Factor<T> a, const T* b,
+                    T beta, T* out, int64_t stride) {
+  const int64_t vectors = at::divup(columns, kLanes<T>);
+  const auto tile = vectors == 1   ? register_tile<T, 1, packed>
+                    : vectors == 2 ? register_tile<T, 2, packed>
+                                   : register_tile<T, 3, packed>;
+  for (int64_t i = 0; i < rows; i += kStrip) {
+    tile(std::min(kStrip, rows - i), columns, inner, alpha, a, b, beta, out + i * stride, stride);
+    a.data += packed ? kStrip * inner : kStrip * a.row;
+  }
+}
+
+// out = alpha a b + beta out, of at most kRows by kPanels panels.
+template <typename T>
+void multiply_block(int64_t rows, int64_t columns, int64_t inner, T alpha, const Factor<T>& a,
+                    const Factor<T>& b, T beta, T* out, int64_t stride) {
+  const bool packs = a.column != 1;
+  const int64_t strips = at::divup(rows, kStrip) * kStrip, depth = std::min(kInner, inner);
+  const auto memory = c10::GetCPUAllocator()->allocate((kPanel<T> + (packs ? strips : 0)) * depth *
+                                                       sizeof(T));  // aligned to 64 bytes
+  T* panel = static_cast<T*>(memory.get());
+  T* packed = panel + kPanel<T> * depth;
+  for (int64_t k = 0; k < inner; k += kInner) {
+    const int64_t count = std::min(kInner, inner - k);
+    const Factor<T> left{a.data + k * a.column, a.row, a.column};
+    for (int64_t i = 0; packs && i < rows; i += kStrip) {
+      const Factor<T> strip{left.data + i * a.row, a.row, a.column};
+      pack_strip(strip, std::min(kStrip, rows - i), count, packed + i * count);
+    }
+    const T factor = k == 0 ? beta : 1;
+    for (int64_t j = 0; j < columns; j += kPanel<T>) {
+      const int64_t width = std::min(kPanel<T>, columns - j);
+      const Factor<T> right{b.data + k * b.row + j * b.column, b.row, b.column};
+      pack_panel(right, count, width, at::divup(width, kLanes<T>) * kLanes<T>, panel);
+      if (packs) {
+        multiply_panel<T, true>(rows, width, count, alpha, {packed, 0, 0}, panel, factor, out + j,
+                                stride);
+      } else {
+        multiply_panel<T, false>(rows, width, count, alpha, left, panel, factor, out + j, stride);
+      }
     }
   }
 }
@@ -98,49 +180,29 @@ void pack(const T* source, int64_t line_stride, int64_t inner_stride, int64_t li
 
 template <typename T>
 void multiply_wide(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha, T beta) {
-  const int64_t rows = out.rows, columns = out.columns;
-  const int64_t panels = at::divup(columns, kPanel<T>);
-  // Tasks are blocks of rows, and of panels where there are few rows: four a thread or so.
-  const int64_t wanted = 4 * at::get_num_threads();
-  const int64_t task_rows =
-      std::clamp(at::divup(at::divup(rows, wanted), kStrip) * kStrip, kStrip, kRows);
-  const int64_t row_tasks = at::divup(rows, task_rows);
-  const int64_t splits = std::clamp(wanted / row_tasks, int64_t{1}, panels);
-  const int64_t task_panels = at::divup(panels, splits);
-  const std::unique_ptr<T[]> packed(new T[panels * kPanel<T> * std::min(kInner, a.columns)]);
-  for (int64_t first = 0; first < a.columns; first += kInner) {
-    const int64_t inner = std::min(kInner, a.columns - first);
-    at::parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
-      const int64_t lines = std::min(columns, end * kPanel<T>) - begin * kPanel<T>;
-      pack(b.data + begin * kPanel<T> * b.column_stride + first * b.row_stride, b.column_stride,
-           b.row_stride, lines, inner, kPanel<T>, packed.get() + begin * kPanel<T> * inner);
-    });
-    const T factor = first == 0 ? beta : 1;
-    at::parallel_for(0, row_tasks * splits, 1, [&](int64_t begin, int64_t end) {
-      // Up to 128 KiB, which a worker's stack (OMP_STACKSIZE) need not have.
-      const std::unique_ptr<T[]> strips(new T[task_rows * inner]);
-      T tile[kStrip * kPanel<T>];
-      int64_t packed_row = -1;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task / splits * task_rows, last = std::min(rows, row + task_rows);
-        if (row != packed_row) {
-          pack(a.data + row * a.row_stride + first * a.column_stride, a.row_stride, a.column_stride,
-               last - row, inner, kStrip, strips.get());
-          packed_row = row;
-        }
-        const int64_t panel_end = std::min(panels, (task % splits + 1) * task_panels);
-        for (int64_t panel = task % splits * task_panels; panel < panel_end; ++panel) {
-          const int64_t column = panel * kPanel<T>;
-          for (int64_t i = row; i < last; i += kStrip) {
-            register_tile(strips.get() + (i - row) * inner, packed.get() + column * inner, inner,
-                          tile);
-            write_tile(tile, std::min(kStrip, last - i), std::min(kPanel<T>, columns - column),
-                       alpha, factor, out.data + i * out.row_stride + column, out.row_stride);
-          }
-        }
-      }
-    });
+  const double flops = 2.0 * static_cast<double>(out.rows * out.columns) * a.columns;
+  const bool alone = at::in_parallel_region() || flops < kForkFlops;
+  const int64_t threads = alone ? 1 : at::get_num_threads();
+  int64_t row_blocks = at::divup(out.rows, kRows);
+  int64_t column_blocks = at::divup(out.columns, kPanels * kPanel<T>);
+  if (row_blocks * column_blocks % threads != 0) {  // as many for each thread, of the longer side
+    int64_t& blocks = out.rows >= out.columns ? row_blocks : column_blocks;
+    blocks = at::divup(blocks, threads) * threads;
   }
+  const int64_t rows = at::divup(at::divup(out.rows, row_blocks), kStrip) * kStrip;
+  const int64_t columns = at::divup(at::divup(out.columns, column_blocks), kPanel<T>) * kPanel<T>;
+  const auto multiply_blocks = [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t i = block / column_blocks * rows, j = block % column_blocks * columns;
+      if (i >= out.rows || j >= out.columns) continue;
+      multiply_block<T>(std::min(rows, out.rows - i), std::min(columns, out.columns - j), a.columns,
+                        alpha, {a.data + i * a.row_stride, a.row_stride, a.column_stride},
+                        {b.data + j * b.column_stride, b.row_stride, b.column_stride}, beta,
+                        out.data + i * out.row_stride + j, out.row_stride);
+    }
+  };
+  if (threads == 1) return multiply_blocks(0, row_blocks * column_blocks);
+  at::parallel_for(0, row_blocks * column_blocks, 1, multiply_blocks);
 }
 
 template void multiply_wide(Matrix<const float>, Matrix<const float>, Matrix<float>, float, float);
