@@ -71,6 +71,10 @@ class TrainConfig:
     eps: float = _flag(1e-8, "AdamW")
     warmup: int = _flag(200, "steps to the peak learning rate, then a cosine to 0; paper 200")
     grad_clip_norm: float | None = _flag(None, "largest norm of the gradient")
+    on_nonfinite: Literal["raise", "skip"] = _flag(
+        "raise",
+        "NaN or inf in a loss or gradient: end the run, or skip the step; 10 in a row end it",
+    )
     exchange: Literal["gather", "ring"] = _flag(
         "gather", "of texts between processes; ring: O(N/W)"
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import himo_kernels
 from himo.errors import HimoError
@@ -17,6 +18,7 @@ from himo_kernels import distributed
 
 _LOSSES = ("loss", "contrastive_loss", "component_loss")
 _SPECTRUM = 256  # eigenvalues of a spectrum that are recorded
+_SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run: it will not come back
 
 
 class Metrics:
@@ -36,13 +38,30 @@ class Metrics:
         self.ranks = ranks or Ranks()
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._data_s = self._step_s = 0.0
+        self._skipped = self._skipped_in_a_row = 0
         self._spectrum_epoch = -1
 
-    def add(self, loss: Tensor, grad_norm: Tensor, data_time_s: float, step_time_s: float) -> None:
-        """Counts one step."""
-        self._pending.append((loss.detach(), grad_norm.detach()))
+    def add_time(self, data_time_s: float, step_time_s: float) -> None:
+        """Counts the time of one step, and how much of it was spent waiting for data."""
         self._data_s += data_time_s
         self._step_s += step_time_s
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Counts one step."""
+        self._pending.append((loss.detach(), grad_norm.detach()))
+        self._skipped_in_a_row = 0
+
+    def skip(self, step: int, grad_norm: Tensor) -> None:
+        """Counts one step that changed no weight; HimoError where it is one too many."""
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == _SKIPS_IN_A_ROW:
+            raise HimoError(
+                f"step {step}: the gradient is {grad_norm.item()}, as in the {_SKIPS_IN_A_ROW - 1} "
+                "steps before. A smaller --lr or --grad-clip-norm 1 may help"
+            )
+        if self.ranks.main:
+            tqdm.write(f"step {step}: skipped, the gradient is {grad_norm.item()}")
 
     def check_finite(self, step: int) -> None:
         """Raises HimoError if a loss or gradient since the last line is NaN or infinite."""
@@ -59,7 +78,7 @@ class Metrics:
     ) -> dict[str, Any]:
         """Appends a line and returns it; HimoError where a value is not finite."""
         self.check_finite(step)
-        steps = len(self._pending)
+        steps = len(self._pending) + self._skipped
 
         names = [name for name in _LOSSES if outputs[name] is not None]
         means = self.ranks.mean(torch.stack([outputs[name].detach() for name in names]))
@@ -77,6 +96,7 @@ class Metrics:
             "data_time_s": self._data_s / steps,
             "step_time_s": self._step_s / steps,
             "samples_per_s": steps * self.pairs_per_step / self._step_s,
+            "skipped_steps": self._skipped,
             **{name: outputs[name] for name in VALIDATION_COLUMNS if name in outputs},
         }
         if int(epoch) != self._spectrum_epoch:  # once an epoch: it costs an eigenproblem
@@ -87,6 +107,7 @@ class Metrics:
             line["spectrum"] = [round(float(share), 6) for share in ratio[:_SPECTRUM]]
         self._pending.clear()
         self._data_s = self._step_s = 0.0
+        self._skipped = 0
         if not self.ranks.main:
             return line
         try:

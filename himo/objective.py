@@ -51,7 +51,8 @@ class Objective(nn.Module):
         self.model = model
         self.towers = ranks.wrap(Towers(model, settings.precision))
         self.himo_loss = None
-        self.check_finite = ranks.size > 1  # where one rank's NaN would be every rank's
+        # One rank's NaN is every rank's: they say whose it was, or skip the step together.
+        self.check_finite = ranks.size > 1 and settings.on_nonfinite == "raise"
         if settings.loss == "himo":
             self.himo_loss = HiMoLoss(
                 settings.preset,

@@ -14,8 +14,9 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -30,7 +31,7 @@ _BEAT_S = 1.0
 # A collective waits for so long: for a process that lives and yet does not come. Reading data has
 # a shorter limit of its own, saving and validating a large model may take minutes.
 _STUCK = timedelta(minutes=30)
-_LEAVING, _FAILED = "leaving", "failed"
+_LEAVING, _FAILED, _SILENT = "leaving", "failed", "silent"
 
 
 class Ranks:
@@ -145,8 +146,8 @@ def join(device: str, timeout_s: float) -> Iterator[Ranks]:
 
     Args:
         device: as --device.
-        timeout_s: seconds without a sign of life after which a process counts as gone. torchrun
-            then ends the others at once, and after 30 s more the one that is stopped.
+        timeout_s: seconds without a sign of life after which a process counts as gone, and is
+            killed if it is not.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
@@ -176,7 +177,7 @@ class _Watch:
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = PrefixStore(f"himo/{attempt}", store)
-        self._store.set(f"host/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        self._store.set(f"host/{rank}", f"{os.getpid()} on {socket.gethostname()}")
         self._store.set(f"beat/{rank}", "0")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="himo-watch", daemon=True)
@@ -238,6 +239,7 @@ class _Watch:
                 last, heard = beat, time.monotonic()
             elif time.monotonic() - heard > self.timeout_s and not self._stop.is_set():
                 reason = f"{self._describe(watched)} gave no sign of life for {self.timeout_s:g} s"
+                self._store.set(_SILENT, str(watched))
                 self._tell(reason)
                 self._end_because(reason)
 
@@ -245,10 +247,13 @@ class _Watch:
         key = f"beat/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
-    def _describe(self, rank: int) -> str:
+    def _where(self, rank: int) -> str:
         key = f"host/{rank}"
-        where = self._store.get(key).decode() if self._store.check([key]) else "not yet started"
-        return f"rank {rank} ({where})"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _describe(self, rank: int) -> str:
+        where = self._where(rank)
+        return f"rank {rank} ({f'process {where}' if where else 'not yet started'})"
 
     def _cause(self) -> str | None:
         # Why contact was lost: a reason that a rank left, or the one whose signs have ceased.
@@ -269,8 +274,25 @@ class _Watch:
         self._tell(reason)
         return self._store.get(_FAILED).decode()
 
+    def _kill_silent(self) -> None:
+        # A stopped process does not hear torchrun's SIGTERM; its SIGKILL comes 30 s later.
+        if not self._store.check([_SILENT]):
+            return
+        pid, _, host = self._where(int(self._store.get(_SILENT))).partition(" on ")
+        if host == socket.gethostname() and pid and _parent(int(pid)) == os.getppid():
+            os.kill(int(pid), signal.SIGKILL)
+
     def _end_because(self, reason: str) -> NoReturn:
+        with suppress(RuntimeError, OSError):  # the store, or the process, is already gone
+            self._kill_silent()
         _end(f"rank {self.rank}: ends because of {reason}", 1)
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def _end(message: str, status: int) -> NoReturn:

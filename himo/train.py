@@ -168,19 +168,25 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
                 grad_norm = nn.utils.clip_grad_norm_(
                     model.parameters(), math.inf if limit is None else limit
                 )
-                optimizer.step()
-                if settings.preset == "paper":  # the released code does not clamp
-                    clamp_temperature(model)
-
+                # The same norm on each rank, after the mean. Asking makes the host wait.
+                skipped = settings.on_nonfinite == "skip" and not torch.isfinite(grad_norm)
                 step += 1
-                step_time_s = time.perf_counter() - ended
-                metrics.add(outputs["loss"], grad_norm, data_time_s, step_time_s)
+                if not skipped:
+                    optimizer.step()
+                    if settings.preset == "paper":  # the released code does not clamp
+                        clamp_temperature(model)
+                metrics.add_time(data_time_s, time.perf_counter() - ended)
+                if skipped:
+                    metrics.skip(step, grad_norm)
+                else:
+                    metrics.add(outputs["loss"], grad_norm)
                 found = {}
                 every = steps_per_epoch * settings.val_frequency
                 if validation is not None and (step % every == 0 or step == total_steps):
                     metrics.check_finite(step)
                     found = validation.measure(model)
-                if found or step % settings.log_every_n_steps == 0 or step in (1, total_steps):
+                log = found or step % settings.log_every_n_steps == 0 or step in (1, total_steps)
+                if log and not skipped:
                     outputs |= found
                     epoch_now = step / steps_per_epoch
                     line = metrics.write(step, epoch_now, lr, model.logit_scale, outputs)

@@ -309,6 +309,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path):
     assert "step " in done.stderr and not list(tmp_path.rglob("epoch_*"))
 
 
+def test_skipped_steps_end_the_run_where_they_do_not_end(pairs, tmp_path):
+    flags = ["--lr", "1e30", "--warmup", "0", "--epochs", "9", "--on-nonfinite", "skip"]
+    done = train(pairs, tmp_path, *flags, status=2)
+    assert done.stdout.count(": skipped, the gradient is ") == 9
+    assert "as in the 9 steps before. A smaller --lr" in done.stderr
+
+
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
     settings = TrainConfig(train_data="x", lr=2.0, warmup=4)
     rates = [learning_rate(step, 12, settings) for step in range(12)]

@@ -224,6 +224,9 @@ def assert_result_within_budget(
         eager = losses_and_gradients(eager_losses, inputs, **options)
     exact = losses_and_gradients(eager_losses, in_float64(inputs), **options)
     samples, features = inputs["image_features"].shape[-2:]
+    terms = max(samples, features)  # of the longest sum
+    if "basis" in inputs:
+        terms = max(terms, inputs["basis"].shape[-2])
     # A logit of size |s| is off by up to eps |s|, and so is the relative error of a probability.
     # A quarter: the roundings of a row do not all have one sign.
     of_logits = 1 + inputs["logit_scale"].abs().item() / 4
@@ -238,7 +241,7 @@ def assert_result_within_budget(
             got,
             plain,
             truth,
-            terms=max(samples, features),
+            terms=terms,
             constant=condition * eps_ratio,
         )
 

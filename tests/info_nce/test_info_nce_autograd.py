@@ -358,6 +358,8 @@ class TestOneSpecificationOfWhatIsSaved:
             )
             for name, gradient in zip(inputs, gradients, strict=True):
                 error = relative_error(gradient, exact[name])
+                if name == "logit_scale":  # of differences of mean cosines: relative to cosines
+                    error *= min(1.0, exact[name].norm().item())
                 assert error <= 1e-5, f"forward {target.backend}, backward {backend}: {name}"
 
     @targets_by_dtype(*NAMES, dtypes=[torch.float32, torch.bfloat16])
