@@ -1,7 +1,5 @@
 """HiDe and HiMoLoss: presets against independent formulas and the released code's semantics."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,7 +197,8 @@ def test_rank_of_the_last_batch_is_kept_for_logging(generator):
 
 
 def test_training_with_the_loss_aligns_the_pairs(generator):
-    # Ten steps of plain gradient descent on the features lower the loss at every step.
+    # Plain gradient descent on the features. Not every step lowers the loss: where a step changes
+    # the rank, the components jump.
     images, texts, scale = features(generator, dtype=torch.float32)
     loss, history = HiMoLoss(), []
     for _ in range(10):
@@ -207,4 +206,4 @@ def test_training_with_the_loss_aligns_the_pairs(generator):
         history.append(value.item())
         for tensor, grad in zip((images, texts), gradients(value, (images, texts)), strict=True):
             tensor.data -= 0.5 * grad
-    assert all(later < earlier for earlier, later in itertools.pairwise(history))
+    assert history[-1] < 0.9 * history[0]
