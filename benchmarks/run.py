@@ -25,7 +25,8 @@ from benchmarks import rows as table
 from benchmarks.cases import Case
 from benchmarks.rows import LIBRARY, BenchmarkError, Row
 
-CASE_TIMEOUT = 600  # seconds without an answer after which a worker is given up
+# Seconds without an answer after which a worker is given up.
+CASE_TIMEOUT = {"cpu": 600, "cuda": 120}
 
 
 class Worker:
@@ -33,13 +34,16 @@ class Worker:
 
     def __init__(self, device: str, threads: int, log: TextIO) -> None:
         self.device, self.log = device, log
-        self.environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
+        bound = {
             "OMP_PROC_BIND": "true",  # a thread that moves takes a cold cache with it
             "OMP_PLACES": "cores",
             # A pool of processes would share the two cores with what is timed.
-            **({"TORCHINDUCTOR_COMPILE_THREADS": "1"} if device == "cpu" else {}),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }
+        self.environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            **(bound if device == "cpu" else {}),  # which would bind the compiler's processes too
             "PYTHONWARNINGS": "ignore",
         }
         self.process: subprocess.Popen[str] | None = None
@@ -54,10 +58,10 @@ class Worker:
             self.process.stdin.flush()
         while True:
             try:
-                answer = self.answers.get(timeout=CASE_TIMEOUT)
+                answer = self.answers.get(timeout=CASE_TIMEOUT[self.device])
             except queue.Empty:
                 self.stop()
-                raise WorkerDied(f"no answer for {CASE_TIMEOUT} s") from None
+                raise WorkerDied(f"no answer for {CASE_TIMEOUT[self.device]} s") from None
             if answer is None:
                 status = self.process.wait()
                 self.stop()
@@ -103,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         cases = _cases(options)
+        cores = os.cpu_count() or 1
+        options.threads = options.threads or (min(2, cores) if options.device == "cpu" else cores)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError("--device cuda: this torch sees no CUDA device")
         try:
@@ -235,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", nargs="+", choices=grid.PRESETS, help="of the losses")
     add("--rank-share", nargs="+", type=_share, help="R / D of the low-rank loss")
     add("--backend", nargs="+", default=[], help="only these candidates, by name in the rows")
-    add("--threads", type=_positive, default=min(2, os.cpu_count() or 1), help="of the CPU")
+    add("--threads", type=_positive, help="of the CPU; default 2, and all beside a GPU")
     add("--seconds", type=float, default=1.0, help="of timing, a candidate and mode; default 1")
     add("--budget-minutes", type=float, default=60.0, help="no cell starts after; default 60")
     add("--no-compile", action="store_true", help="leave torch.compile out")

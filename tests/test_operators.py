@@ -142,7 +142,7 @@ def _detached(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 _no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = {"cpu": (), "cuda": _no_cuda}
+DEVICES = {"cpu": (), "cuda": (_no_cuda, pytest.mark.gpu)}
 _OPERATORS = [
     pytest.param((name, backend, device), id=f"{name}-{backend}-{device}", marks=marks)
     for name, operator in OPERATORS.items()

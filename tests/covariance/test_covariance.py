@@ -174,6 +174,7 @@ def test_backward_of_one_backend_accepts_the_forward_of_another(operator, genera
         torch.testing.assert_close(result, results[0])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("sums", [torch.float32, torch.float64], ids=["sums32", "sums64"])

@@ -36,6 +36,7 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 
 pytestmark = [
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
     # Masked lanes hold anything, and NumPy says so where a GPU is silent.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.skipif(

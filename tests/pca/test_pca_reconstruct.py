@@ -547,6 +547,7 @@ print(int(rank), digest.hexdigest())
     assert first == second and len(first.split()) == 2
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(128, 768), (768, 128), (4, 16, 32)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -562,6 +563,7 @@ def test_cuda_gives_what_the_cpu_gives(dtype, shape, generator):
     assert hkt.relative_error(on_device, gradient(x, weights)) <= 10 * tolerance
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tf32_changes_no_bit_on_cuda(generator):
     x = hkt.power_law(256, 768, device="cuda", generator=generator)
@@ -575,6 +577,7 @@ def test_tf32_changes_no_bit_on_cuda(generator):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_no_host_sync_on_cuda(backend, generator):

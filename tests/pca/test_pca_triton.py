@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from himo_kernels import _triton, pca_reconstruct
+from himo_kernels import _triton, pca_reconstruct, project_reconstruct
 from himo_kernels import pca as run_pca
 from himo_kernels import testing as hkt
 
@@ -19,6 +19,7 @@ from himo_kernels.pca.triton.jacobi import jacobi_where_not
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
     pytest.mark.skipif(
         DEVICE == "cpu" and not _triton.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
     ),
@@ -273,6 +274,20 @@ def test_layouts_and_repeats(shape, generator):
         # Strides change the order of the mean's sums at most; the same input gives the same bits.
         for a, e in zip(actual, expected, strict=True):
             assert torch.equal(a, e) if view is x else torch.allclose(a, e, atol=1e-6)
+
+
+def test_projection_by_a_strided_mean_and_an_expanded_rank(generator):
+    x = randn(3, 6, 10, generator=generator).requires_grad_()
+    p = run_pca(x.detach(), 0.8, backend="reference")
+    mean = torch.stack([p.mean, -p.mean], dim=-1)[..., 0]
+    rank = torch.tensor([9, 2, 9], device=DEVICE)[1:2].expand(3)
+    results = []
+    for backend in ("triton", "reference"):
+        projected = project_reconstruct(x, p._replace(mean=mean, rank=rank), backend=backend)
+        (grad,) = torch.autograd.grad(projected.square().sum(), x)
+        results.append((projected.detach(), grad))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)], ids=["N<D", "N>D"])

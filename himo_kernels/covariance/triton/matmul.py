@@ -186,6 +186,9 @@ def matmul(
     columns = b.shape[-1]
     if out is None:
         out = a.new_empty((problems, rows, columns), dtype=sums)
+    # The kernel reads them by their number alone: one of another stride, or one that was expanded.
+    mean = None if mean is None else mean.contiguous()
+    limit = None if limit is None else limit.contiguous()
     tiles = triton.cdiv(rows, BLOCK) * triton.cdiv(columns, BLOCK)
     if problems == 0:
         return out
