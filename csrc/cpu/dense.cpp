@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/centring.h"
+#include "cpu/symmetric_eigen.h"
 #include "cpu/wide_products.h"
 
 namespace himo::cpu {
@@ -87,6 +88,12 @@ void reverse_transpose(const double* in, double* out, int64_t n) {
   }
 }
 
+int64_t lapack_work(int64_t n) { return 1 + 6 * n + 2 * n * n; }
+
+// Below, LAPACK is as fast.
+constexpr int64_t kSmallestWideSide = 16;
+bool solves_wide(int64_t n) { return n >= kSmallestWideSide && multiplies_wide(); }
+
 }  // namespace
 
 void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> out, float alpha,
@@ -99,18 +106,21 @@ void multiply(Matrix<const double> a, Matrix<const double> b, Matrix<double> out
   multiply_any(a, b, out, alpha, beta);
 }
 
-int64_t solver_work(int64_t n) { return 1 + 6 * n + 2 * n * n; }
+int64_t solver_work(int64_t n) {
+  return solves_wide(n) ? solve_symmetric_wide_work(n) : lapack_work(n);
+}
 
 void solve_symmetric(double* matrix,       // [n, n]
                      double* eigenvalues,  // [n]
                      int64_t n,
                      double* work) {  // [solver_work(n)]
+  if (solves_wide(n)) return solve_symmetric_wide(matrix, eigenvalues, n, work);
 #if AT_BUILD_WITH_LAPACK()
   std::vector<int> integers(3 + 5 * n);
   const int size = static_cast<int>(n);
   int info = 0;
   at::native::lapackSyevd<double, double>(
-      'V', 'L', size, matrix, size, eigenvalues, work, static_cast<int>(solver_work(n)), nullptr, 0,
+      'V', 'L', size, matrix, size, eigenvalues, work, static_cast<int>(lapack_work(n)), nullptr, 0,
       integers.data(), static_cast<int>(integers.size()), &info);
   TORCH_CHECK_LINALG(info == 0, "pca: LAPACK's syevd of a ", n, " x ", n,
                      " matrix did not converge (info ", info, ")");

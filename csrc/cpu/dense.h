@@ -1,5 +1,6 @@
-// Small dense linear algebra on memory, through torch's BLAS and LAPACK. Inside at::parallel_for a
-// call runs on the one thread it is made from, elsewhere on all of them.
+// Small dense linear algebra on memory, through torch's BLAS and LAPACK, or AVX-512 of our own
+// where those use half of its width. Inside at::parallel_for a call runs on the one thread it is
+// made from, elsewhere on all of them.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,8 @@ int64_t solver_work(int64_t n);
 constexpr int64_t kLargestSide = 32766;
 
 // Replaces the symmetric matrix by its eigenvectors in columns, ordered by descending eigenvalue.
-// Throws where LAPACK does not converge, which takes NaN or inf.
+// Entries are finite: LAPACK, where it is used, throws where it does not converge, and the solver
+// of cpu/symmetric_eigen.h has no answer for them.
 void solve_symmetric(double* matrix,       // [n, n], row-major
                      double* eigenvalues,  // [n], descending
                      int64_t n,

@@ -10,12 +10,7 @@
 
 #include <algorithm>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HIMO_WIDE_PRODUCTS
-#define HIMO_AVX512 __attribute__((target("avx512f")))
-#else
-#define HIMO_AVX512
-#endif
+#include "cpu/wide_lanes.h"
 
 namespace himo::cpu {
 

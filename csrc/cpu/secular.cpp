@@ -1,0 +1,233 @@
+// An eigenvalue is a root of f(x) = 1 / rho + sum_j z_j^2 / (d_j - x), one between each two poles.
+// It is sought as its distance from the nearer of them, so that the differences d_j - x, of which
+// the vectors are made, keep all their digits; the two sums, of the poles on either side, are
+// interpolated by a pole each (Li, LAPACK Working Note 89, 1994). From the roots follows the z of
+// which they are the exact roots, and with it the vectors are orthogonal (Gu and Eisenstat, SIAM J.
+// Matrix Anal. Appl. 16, 1995).
+
+#include "cpu/secular.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/wide_lanes.h"
+
+namespace himo::cpu {
+namespace {
+
+constexpr double kEps = std::numeric_limits<double>::epsilon() / 2;
+constexpr int kSteps = 24;         // of interpolation; 3 or 4 are usual
+constexpr int kBisections = 1200;  // more than halve the range of a double to nothing
+constexpr int64_t kGrain = 16384;  // divisions below which a second thread does not pay
+
+// The two sums of f at some x, over the poles below and above it, their derivatives, and f.
+struct Sums {
+  double below, above, below_slope, above_slope, value;
+
+  double slope() const { return below_slope + above_slope; }
+
+  // Returns whether f is 0 but for the rounding of its terms and of x.
+  bool vanish(double rho, double shift) const {
+    const double terms = 1 / rho + std::abs(below) + std::abs(above);
+    return std::abs(value) <= kEps * (8 * terms + std::abs(shift) * slope());
+  }
+};
+
+struct PartialSums {
+  Lanes below, above, below_slope, above_slope;
+};
+
+// Adds the terms of poles j to j + 8 at x = origin + shift; `below` takes those up to `split`.
+HIMO_AVX512_INLINE void add_terms(const Secular& problem, int64_t j, double origin, double shift,
+                                  double split, PartialSums& sums) {
+  const Lanes d = load(problem.d + j), z = load(problem.z + j), none{};
+  const Lanes quotient = z / ((d - origin) - shift);
+  const Lanes term = z * quotient, slope = quotient * quotient;
+  sums.below += d <= split ? term : none;
+  sums.above += d <= split ? none : term;
+  sums.below_slope += d <= split ? slope : none;
+  sums.above_slope += d <= split ? none : slope;
+}
+
+HIMO_AVX512 Sums evaluate(const Secular& problem, double origin, double shift, double split) {
+  PartialSums even{}, odd{};
+  const int64_t width = round_up(problem.count);
+  int64_t j = 0;
+  for (; j + 2 * kLaneCount <= width; j += 2 * kLaneCount) {
+    add_terms(problem, j, origin, shift, split, even);
+    add_terms(problem, j + kLaneCount, origin, shift, split, odd);
+  }
+  if (j < width) add_terms(problem, j, origin, shift, split, even);
+  Sums sums{total(even.below + odd.below), total(even.above + odd.above),
+            total(even.below_slope + odd.below_slope), total(even.above_slope + odd.above_slope),
+            0};
+  sums.value = 1 / problem.rho + sums.below + sums.above;
+  return sums;
+}
+
+// The root of c y^2 - a y + b that is nearer to the pole the interpolation has on its side; NaN or
+// infinite where there is none, which is then outside of every bracket.
+double interpolation_root(double a, double b, double c, bool last) {
+  const double root = std::sqrt(std::abs(a * a - 4 * b * c));
+  if (last) return a >= 0 ? (a + root) / (2 * c) : 2 * b / (a - root);
+  return a <= 0 ? (a - root) / (2 * c) : 2 * b / (a + root);
+}
+
+HIMO_AVX512 void write_differences(const Secular& problem, double origin, double shift,
+                                   double* differences) {
+  for (int64_t j = 0; j < problem.count; j += kLaneCount) {
+    store(differences + j, (load(problem.d + j) - origin) - shift);
+  }
+}
+
+// The bracket of a root, as distances from the pole at `origin`, and the two poles of which the
+// interpolation of f is made: those around the root, or the last two.
+struct Bracket {
+  double left, right, left_square, right_square;  // poles, and their z^2
+  bool last;
+  double origin, low, high;
+
+  // Returns a distance of the root from `shift` at which the interpolation is 0. f is matched with
+  // its slope: by `fixed`, with the nearer pole's own weight and one for all else, or by a weight
+  // for the poles of each side. Where the answer is on the wrong side, Newton's.
+  double step(const Sums& sums, double shift, bool fixed) const {
+    const double p = (left - origin) - shift, q = (right - origin) - shift;
+    const double slope = sums.slope(), value = sums.value;
+    double c;
+    if (fixed && !last) {
+      c = origin == left ? value - q * slope - (p - q) * left_square / (p * p)
+                         : value - p * slope - (q - p) * right_square / (q * q);
+    } else {
+      c = value - p * sums.below_slope - q * sums.above_slope;
+    }
+    const double a = (p + q) * value - p * q * slope, b = p * q * value;
+    const double change = interpolation_root(a, b, last ? std::abs(c) : c, last);
+    return change * value < 0 ? change : -value / slope;
+  }
+};
+
+// Returns root i, and d - root as `differences`.
+double find_root(const Secular& problem, int64_t i, double* differences) {
+  const auto square = [&](int64_t j) { return problem.z[j] * problem.z[j]; };
+  const bool last = i == problem.count - 1;
+  const int64_t own = problem.sorted[i];
+  if (problem.count == 1) {
+    const double shift = problem.rho * square(own);
+    write_differences(problem, problem.d[own], shift, differences);
+    return problem.d[own] + shift;
+  }
+  const int64_t l = last ? problem.sorted[i - 1] : own, r = last ? own : problem.sorted[i + 1];
+  const double gap = problem.d[r] - problem.d[l];
+  // The last root is at most rho |z|^2 above its pole, and |z| <= 1 but for rounding.
+  const double reach = last ? problem.rho * (1 + 1e-9) : gap;
+  Bracket bracket{problem.d[l], problem.d[r], square(l), square(r), last, problem.d[own], 0, reach};
+
+  // f half way tells the nearer pole; what it is there without the two poles is about what it is at
+  // the root, which is the first guess.
+  double shift = reach / 2;
+  Sums sums = evaluate(problem, bracket.origin, shift, bracket.left);
+  (sums.value < 0 ? bracket.low : bracket.high) = shift;
+  const double p = bracket.left - bracket.origin - shift,
+               q = bracket.right - bracket.origin - shift;
+  const double rest = sums.value - square(l) / p - square(r) / q, squares = square(l) + square(r);
+  double guess;
+  if (last || sums.value < 0) {
+    guess = interpolation_root(squares - rest * gap, -square(r) * gap, rest, last);
+    if (!last) {
+      bracket.origin = bracket.right;
+      bracket.low = shift = shift - gap;
+      bracket.high = 0;
+    }
+  } else {
+    guess = interpolation_root(squares + rest * gap, square(l) * gap, rest, false);
+  }
+
+  bool fixed = true;
+  double before = std::abs(sums.value);
+  for (int step = 0; step < kBisections && !sums.vanish(problem.rho, shift); ++step) {
+    if (!(guess > bracket.low && guess < bracket.high) || step >= kSteps) {
+      guess = bracket.low + (bracket.high - bracket.low) / 2;
+      if (guess <= bracket.low || guess >= bracket.high) break;  // neighbours
+    }
+    if (guess == shift) break;
+    shift = guess;
+    sums = evaluate(problem, bracket.origin, shift, bracket.left);
+    (sums.value < 0 ? bracket.low : bracket.high) = shift;
+    if (std::abs(sums.value) > 0.1 * before) fixed = !fixed;  // it is slow
+    before = std::abs(sums.value);
+    guess = shift + bracket.step(sums, shift, fixed);
+  }
+  write_differences(problem, bracket.origin, shift, differences);
+  return bracket.origin + shift;
+}
+
+// d - pole, and 1 for the pole itself.
+HIMO_AVX512_INLINE Lanes distance(Lanes d, double pole) {
+  const Lanes value = d - pole;
+  return value == 0.0 ? Lanes{} + 1.0 : value;
+}
+
+// weights[from:to] = the z of which the roots are exact, by Loewner's formula
+// z_j^2 = (root_j - d_j) prod_{i != j} (root_i - d_j) / (d_i - d_j), but for a factor.
+HIMO_AVX512 void recover_weights(const Secular& problem, const double* rows, int64_t stride,
+                                 int64_t from, int64_t to, double* weights) {
+  for (int64_t j = from; j < to; j += kLaneCount) {
+    const Lanes d = load(problem.d + j);
+    Lanes product = Lanes{} + 1.0;
+    const auto* poles = problem.sorted;
+    int64_t i = 0;
+    for (; i + 4 <= problem.count; i += 4) {  // four to a division; see Secular
+      const double* row = rows + i * stride + j;
+      const Lanes above =
+          (load(row) * load(row + stride)) * (load(row + 2 * stride) * load(row + 3 * stride));
+      const Lanes below =
+          (distance(d, problem.d[poles[i]]) * distance(d, problem.d[poles[i + 1]])) *
+          (distance(d, problem.d[poles[i + 2]]) * distance(d, problem.d[poles[i + 3]]));
+      product *= above / below;
+    }
+    for (; i < problem.count; ++i) {
+      product *= load(rows + i * stride + j) / distance(d, problem.d[poles[i]]);
+    }
+    store(weights + j, product);
+  }
+  for (int64_t j = from; j < to; ++j) {
+    weights[j] =
+        j < problem.count ? std::copysign(std::sqrt(std::abs(weights[j])), problem.z[j]) : 0;
+  }
+}
+
+// row = weights / row, of length 1.
+HIMO_AVX512 void make_vector(const double* weights, int64_t width, double* row) {
+  Lanes sums{};
+  for (int64_t j = 0; j < width; j += kLaneCount) {
+    const Lanes entries = load(weights + j) / load(row + j);
+    store(row + j, entries);
+    sums += entries * entries;
+  }
+  const double factor = 1 / std::sqrt(total(sums));
+  for (int64_t j = 0; j < width; j += kLaneCount) store(row + j, factor * load(row + j));
+}
+
+}  // namespace
+
+void solve_secular(const Secular& problem, double* eigenvalues, double* rows, int64_t stride,
+                   double* weights) {
+  const int64_t count = problem.count, width = round_up(count);
+  const int64_t grain = at::divup(kGrain, width);
+  at::parallel_for(0, count, at::divup(grain, 4), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      eigenvalues[i] = find_root(problem, i, rows + i * stride);
+    }
+  });
+  at::parallel_for(0, width / kLaneCount, at::divup(grain, 2), [&](int64_t begin, int64_t end) {
+    recover_weights(problem, rows, stride, begin * kLaneCount, end * kLaneCount, weights);
+  });
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) make_vector(weights, width, rows + i * stride);
+  });
+}
+
+}  // namespace himo::cpu

@@ -1,0 +1,345 @@
+// Columns are reduced by panels: within one, A stands as it was at the panel's start, and
+// A - V W^T - W V^T is what it is by now, W from the products A v. What is left of A is read once
+// for each column, half of it, and written once for each panel. A row of the upper half is a column
+// of the lower: all runs along rows.
+
+#include "cpu/tridiagonal.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/dense.h"
+#include "cpu/wide_lanes.h"
+#include "cpu/wide_products.h"
+
+namespace himo::cpu {
+namespace {
+
+constexpr int64_t kPanel = 16;       // columns reduced between two updates of the matrix
+constexpr int64_t kUpdateRows = 48;  // of a block of the update, whose lower half is in vain
+// Reflections applied at once: more read the vectors less often, and cost more of their own.
+constexpr int64_t kWyBlock = 72;
+int64_t wy_block(int64_t n) { return n < 512 ? 24 : kWyBlock; }
+constexpr int64_t kStrip = 8;  // rows of a register tile
+// Columns left below which a second thread costs more than it saves: in one product A v, and in the
+// back-transformation as a whole.
+constexpr int64_t kForkSide = 256;
+constexpr int64_t kBackForkSide = 128;
+constexpr int64_t kCopyGrain = 32768;  // entries copied by a thread at least
+
+// out += A x, of A the rows from `from` to `to` of the upper half and their mirror image. Columns
+// left of `from` are not read: x is 0 there, as it is for rows that are done. Bounds are multiples
+// of 8.
+HIMO_AVX512 void multiply_symmetric(const double* matrix, int64_t stride, int64_t from, int64_t to,
+                                    int64_t width, const double* x, double* out) {
+  for (int64_t i = from; i < to; i += kStrip) {
+    const double* rows = matrix + i * stride;
+    Lanes sums[kStrip] = {}, own = load(out + i);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kStrip; ++r) own += x[i + r] * load(rows + r * stride + i);
+    store(out + i, own);
+    for (int64_t k = i + kStrip; k < width; k += kLaneCount) {
+      const Lanes right = load(x + k);
+      Lanes below = load(out + k), more{};  // two chains of additions
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kStrip; ++r) {
+        const Lanes entries = load(rows + r * stride + k);
+        sums[r] += entries * right;
+        (r % 2 ? more : below) += x[i + r] * entries;
+      }
+      store(out + k, below + more);
+    }
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kStrip; ++r) out[i + r] += total(sums[r]);
+  }
+}
+
+// out[r] = rows[r][from:width] . x[from:width], for 4 rows.
+HIMO_AVX512 void dot_rows(const double* rows, int64_t stride, int64_t from, int64_t width,
+                          const double* x, double* out) {
+  Lanes sums[4] = {};
+  for (int64_t k = from; k < width; k += kLaneCount) {
+    const Lanes right = load(x + k);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < 4; ++r) sums[r] += right * load(rows + r * stride + k);
+  }
+  for (int64_t r = 0; r < 4; ++r) out[r] = total(sums[r]);
+}
+
+// What one pass over V and W takes off two rows: a combination of theirs.
+struct Pass {
+  const double *v, *w;  // [count, stride]
+  int64_t stride, count;
+  const double *v_of_product, *w_of_product;  // coefficients, [count]
+  const double *v_of_next, *w_of_next;
+  double *product, *next;
+};
+
+template <int vectors>
+HIMO_AVX512_INLINE void subtract_at(const Pass& pass, int64_t k) {
+  Lanes product[vectors], next[vectors];
+  for (int i = 0; i < vectors; ++i) {
+    product[i] = load(pass.product + k + i * kLaneCount);
+    next[i] = load(pass.next + k + i * kLaneCount);
+  }
+  for (int64_t m = 0; m < pass.count; ++m) {
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) {
+      const Lanes v = load(pass.v + m * pass.stride + k + i * kLaneCount);
+      const Lanes w = load(pass.w + m * pass.stride + k + i * kLaneCount);
+      product[i] -= pass.v_of_product[m] * v;
+      next[i] -= pass.v_of_next[m] * v;
+      product[i] -= pass.w_of_product[m] * w;
+      next[i] -= pass.w_of_next[m] * w;
+    }
+  }
+  for (int i = 0; i < vectors; ++i) {
+    store(pass.product + k + i * kLaneCount, product[i]);
+    store(pass.next + k + i * kLaneCount, next[i]);
+  }
+}
+
+HIMO_AVX512 void subtract_rows(const Pass& pass, int64_t from, int64_t width) {
+  int64_t k = from;
+  for (; k + 4 * kLaneCount <= width; k += 4 * kLaneCount) subtract_at<4>(pass, k);
+  for (; k < width; k += kLaneCount) subtract_at<1>(pass, k);
+}
+
+HIMO_AVX512 double dot(const double* a, const double* b, int64_t from, int64_t width) {
+  Lanes sums{};
+  for (int64_t k = from; k < width; k += kLaneCount) sums += load(a + k) * load(b + k);
+  return total(sums);
+}
+
+// out = a out + b x
+HIMO_AVX512 void combine(double a, double* out, double b, const double* x, int64_t from,
+                         int64_t width) {
+  for (int64_t k = from; k < width; k += kLaneCount) {
+    store(out + k, a * load(out + k) + b * load(x + k));
+  }
+}
+
+HIMO_AVX512 void add(double* out, const double* x, int64_t from, int64_t width) {
+  for (int64_t k = from; k < width; k += kLaneCount) store(out + k, load(out + k) + load(x + k));
+}
+
+// Returns the factor of the reflection that leaves of x[j + 1:] its first entry alone, the
+// off-diagonal one of T. x becomes v, 0 up to j and 1 at j + 1. Entries whose squares could vanish
+// are 0 beside a matrix of entries of order 1.
+double reflect(double* x, int64_t j, int64_t width, double& off_diagonal) {
+  const int64_t from = round_down(j + 1);
+  const double first = x[j + 1];
+  std::fill(x + from, x + j + 2, 0.0);
+  const double square = dot(x, x, from, width);
+  const bool reflects = square >= 1e-280;
+  off_diagonal = reflects ? -std::copysign(std::sqrt(first * first + square), first) : first;
+  combine(reflects ? 1 / (first - off_diagonal) : 0, x, 0, x, from, width);
+  x[j + 1] = 1;
+  return reflects ? (off_diagonal - first) / off_diagonal : 0;
+}
+
+struct Reduction {
+  double* matrix;  // a copy, [width, stride]; rows and columns from n to width are 0
+  int64_t width, stride, threads;
+  double *v, *w, *v_again;  // [kPanel, stride] each, one behind the other
+  double* products;         // [threads, stride]
+  double dots[2 * kPanel];  // of V, and of W
+
+  // products[0] = A v, dots = (V, W) . v
+  void multiply(const double* x, int64_t j, int64_t count) {
+    const int64_t from = round_down(j + 1), left = width - from;
+    const int64_t tasks = left < kForkSide || at::in_parallel_region() ? 1 : threads;
+    const int64_t groups = at::divup(count, 4), each = at::divup(2 * groups, tasks);
+    // Rows from which on a share of the triangle's area is left.
+    const auto bound = [&](int64_t task) {
+      const double share = std::sqrt(1 - static_cast<double>(task) / static_cast<double>(tasks));
+      return task == tasks ? width : width - round_down(std::llround(share * left));
+    };
+    const auto work = [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = bound(task);
+        double* out = products + task * stride;
+        std::fill(out + first, out + width, 0.0);
+        multiply_symmetric(matrix, stride, first, bound(task + 1), width, x, out);
+        for (int64_t group = task * each; group < std::min((task + 1) * each, 2 * groups);
+             ++group) {
+          const bool of_v = group < groups;
+          const int64_t m = (of_v ? group : group - groups) * 4;
+          dot_rows((of_v ? v : w) + m * stride, stride, from, width, x,
+                   dots + (of_v ? 0 : kPanel) + m);
+        }
+      }
+    };
+    if (tasks == 1) return work(0, 1);
+    at::parallel_for(0, tasks, 1, work);
+    for (int64_t task = 1; task < tasks; ++task) {
+      add(products, products + task * stride, bound(task), width);
+    }
+  }
+
+  // Reduces the columns from `first` on, `count` of them.
+  void reduce_panel(int64_t first, int64_t count, double* diagonal, double* off_diagonal,
+                    double* factors) {
+    double v_next[kPanel], w_next[kPanel];
+    const double* top = matrix + first * stride;
+    std::copy(top + round_down(first), top + width, v + round_down(first));
+    for (int64_t l = 0; l < count; ++l) {
+      const int64_t j = first + l, from = round_down(j + 1);
+      double *x = v + l * stride, *product = w + l * stride;
+      diagonal[j] = x[j];
+      const double factor = reflect(x, j, width, off_diagonal[j]);
+      factors[j] = factor;
+      multiply(x, j, l);
+      std::copy(products + from, products + width, product + from);
+      double* next = l + 1 < kPanel ? v + (l + 1) * stride : products;
+      const double* row = matrix + (j + 1) * stride;
+      std::copy(row + from, row + width, next + from);
+      for (int64_t m = 0; m < l; ++m) {
+        v_next[m] = v[m * stride + j + 1];
+        w_next[m] = w[m * stride + j + 1];
+      }
+      subtract_rows({v, w, stride, l, dots + kPanel, dots, w_next, v_next, product, next}, from,
+                    width);
+      const double along = dot(product, x, from, width);
+      combine(factor, product, -0.5 * factor * factor * along, x, from, width);
+      std::fill(product + round_down(first), product + j + 1, 0.0);
+      combine(1, next, -product[j + 1], x, from, width);
+      combine(1, next, -1, product, from, width);
+      diagonal[j + 1] = next[j + 1];  // which stays where nothing is left to reduce
+    }
+  }
+
+  // A -= V W^T + W V^T from row `first` on, of the upper half and a little more.
+  void update(int64_t first) {
+    std::copy(v, v + kPanel * stride, v_again);
+    const Matrix<const double> left{v, 2 * kPanel, width, stride, 1};
+    const Matrix<const double> right{w, 2 * kPanel, width, stride, 1};
+    const int64_t blocks = at::divup(width - first, kUpdateRows), pairs = at::divup(blocks, 2);
+    const auto update_block = [&](int64_t block) {
+      const int64_t i = first + block * kUpdateRows, rows = std::min(kUpdateRows, width - i);
+      multiply_wide<double>(left.column_block(i, rows).t(), right.column_block(i, width - i),
+                            {matrix + i * stride + i, rows, width - i, stride, 1}, -1, 1);
+    };
+    // A long block of rows and a short one make a task.
+    const int64_t grain = width - first < kForkSide ? pairs : 1;
+    at::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        update_block(task);
+        if (blocks - 1 - task != task) update_block(blocks - 1 - task);
+      }
+    });
+  }
+};
+
+// H_0 H_1 ... = I - V^T T V with v_j in rows: triangle = T^T, from gram = V V^T, by one reflection
+// after the other (Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10, 1989).
+void wy_triangle(const double* factors, int64_t count, const double* gram, double* triangle) {
+  std::fill(triangle, triangle + count * count, 0.0);
+  for (int64_t i = 0; i < count; ++i) {
+    double* row = triangle + i * count;
+    for (int64_t k = 0; k < i; ++k) {
+      const double weight = -factors[i] * gram[i * count + k];
+      const double* above = triangle + k * count;
+      for (int64_t m = 0; m <= k; ++m) row[m] += weight * above[m];
+    }
+    row[i] = factors[i];
+  }
+}
+
+}  // namespace
+
+int64_t tridiagonalise_work(int64_t n) {
+  return solver_stride(n) * (round_up(n) + 3 * kPanel + at::get_num_threads());
+}
+
+void tridiagonalise(double* matrix, int64_t n, double scale, double* diagonal, double* off_diagonal,
+                    double* factors, double* work) {
+  const int64_t width = round_up(n), stride = solver_stride(n);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  double* v = work + width * stride;
+  double* w = v + kPanel * stride;
+  double* again = w + kPanel * stride;
+  Reduction reduction{work, width, stride, threads, v, w, again, again + kPanel * stride, {}};
+  std::fill(v, again, 0.0);
+  at::parallel_for(0, width, at::divup(kCopyGrain, n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double* row = work + i * stride;
+      const int64_t from = round_down(i);
+      std::fill(row + from, row + width, 0.0);
+      if (i >= n) continue;
+      for (int64_t k = from; k < i; ++k) row[k] = scale * matrix[k * n + i];
+      for (int64_t k = i; k < n; ++k) row[k] = scale * matrix[i * n + k];
+    }
+  });
+  for (int64_t first = 0; first + 1 < n; first += kPanel) {
+    const int64_t count = std::min(kPanel, n - 1 - first);
+    reduction.reduce_panel(first, count, diagonal, off_diagonal, factors);
+    for (int64_t l = 0; l < count; ++l) {
+      double* row = matrix + (first + l) * n;
+      std::fill(row, row + first + l + 1, 0.0);
+      std::copy(v + l * stride + first + l + 1, v + l * stride + n, row + first + l + 1);
+    }
+    if (first + count + 1 < n) reduction.update(first + count);
+  }
+}
+
+int64_t back_transform_work(int64_t n) { return n * (solver_stride(n) + kWyBlock); }
+
+void back_transform(const double* reflections, const double* factors, int64_t n, double* rows,
+                    int64_t stride, double* work) {
+  const int64_t size = wy_block(n), blocks = at::divup(n - 1, size);
+  const int64_t work_stride = solver_stride(n);
+  double* combined = work;
+  double* products = work + n * work_stride;  // [n, size]
+  // H_first ... of `count` reflections is I - V^T T V: v the rows of V from where they begin, at
+  // `column`, and combined T^T V.
+  struct Block {
+    int64_t count, column, columns;
+    Matrix<const double> v;
+    Matrix<double> combined;
+  };
+  const auto block_at = [&](int64_t block) {
+    const int64_t first = block * size, count = std::min(size, n - 1 - first);
+    const int64_t column = first + 1, columns = n - column;
+    return Block{count,
+                 column,
+                 columns,
+                 {reflections + first * n + column, count, columns, n, 1},
+                 {combined + first * work_stride + column, count, columns, work_stride, 1}};
+  };
+  const auto combine_block = [&](int64_t index) {
+    const Block block = block_at(index);
+    std::vector<double> memory(2 * block.count * block.count);  // threads have little stack
+    const auto gram = row_major(memory.data(), block.count, block.count);
+    const auto triangle = row_major(&memory[block.count * block.count], block.count, block.count);
+    multiply_wide<double>(block.v, block.v.t(), gram, 1, 0);
+    wy_triangle(factors + index * size, block.count, gram.data, triangle.data);
+    multiply_wide<double>(triangle, block.v, block.combined, 1, 0);
+  };
+  const int64_t pairs = at::divup(blocks, 2), grain = n < kBackForkSide ? blocks : 1;
+  at::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {  // a long block and a short one
+      combine_block(task);
+      if (blocks - 1 - task != task) combine_block(blocks - 1 - task);
+    }
+  });
+  const int64_t tasks = n < kBackForkSide || at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t each = round_up(at::divup(n, tasks));
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * each, count = std::min(n, end * each) - first;
+    if (count <= 0) return;
+    for (int64_t index = blocks - 1; index >= 0; --index) {
+      const Block block = block_at(index);
+      const Matrix<double> part{rows + first * stride + block.column, count, block.columns, stride,
+                                1};
+      const auto product = row_major(products + first * size, count, block.count);
+      multiply_wide<double>(part, block.v.t(), product, 1, 0);
+      multiply_wide<double>(product, block.combined, part, -1, 1);
+    }
+  });
+}
+
+}  // namespace himo::cpu

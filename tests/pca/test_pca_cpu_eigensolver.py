@@ -1,0 +1,138 @@
+"""The eigenproblem of the `cpu` backend, on matrices that break eigensolvers.
+
+Which solver a processor has, csrc/cpu/symmetric_eigen.cpp or LAPACK, is not for a test to know. A
+matrix A is given as the moment of [L; -L] / sqrt(2) with L^T L = A, whose mean is 0.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from himo_kernels import _extension
+
+pytestmark = pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def solve(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [2 n, n] -> [n, n], [n], [n, n]
+    """Returns A, its eigenvalues and its eigenvectors in columns."""
+    _, eigenvalues, _, _, eigenvectors = _extension.load().pca_fwd(x, 0.9)
+    return x.mT @ x, eigenvalues, eigenvectors
+
+
+def of_factor(factor: Tensor) -> Tensor:  # [n, n] -> [2 n, n]
+    return torch.stack([factor, -factor], 1).flatten(0, 1) * 0.5**0.5
+
+
+def of_tridiagonal(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    matrix = torch.diag(diagonal) + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    return of_factor(torch.linalg.cholesky(matrix).mT)
+
+
+def of_spectrum(eigenvalues: Tensor, generator: torch.Generator) -> Tensor:
+    n = len(eigenvalues)
+    rotation = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
+    return of_factor(eigenvalues.sqrt().unsqueeze(-1) * rotation)
+
+
+def glued_wilkinson(n: int, glue: float) -> Tensor:
+    # W21+, whose largest eigenvalues pair up to rounding, again and again; made positive.
+    position = torch.arange(n)
+    diagonal = (position % 21 - 10).abs().double() + 3
+    return of_tridiagonal(diagonal, torch.where(position[1:] % 21 == 0, glue, 1.0).double())
+
+
+def one_hot(n: int, generator: torch.Generator) -> Tensor:
+    labels = torch.randint(0, n // 4 + 1, (n,), generator=generator)
+    return of_factor(torch.nn.functional.one_hot(labels, n).double())
+
+
+def duplicates(n: int, generator: torch.Generator) -> Tensor:
+    labels = torch.randint(0, n // 4 + 1, (n,), generator=generator)
+    return of_factor(torch.randn(n, n, dtype=torch.float64, generator=generator)[:, labels])
+
+
+def gaussian(n: int, generator: torch.Generator) -> Tensor:
+    return of_factor(torch.randn(n, n, dtype=torch.float64, generator=generator))
+
+
+MATRICES = {
+    "gaussian": gaussian,
+    "rank 3": lambda n, g: of_factor(gaussian(n, g)[:n] * (torch.arange(n) < 3).unsqueeze(-1)),
+    "duplicates": duplicates,
+    "one-hot": one_hot,
+    "zero": lambda n, g: torch.zeros(2 * n, n, dtype=torch.float64),
+    "identity": lambda n, g: of_factor(torch.eye(n, dtype=torch.float64)),
+    "ones": lambda n, g: of_factor(torch.ones(n, n, dtype=torch.float64)),
+    "diagonal": lambda n, g: of_factor(torch.rand(n, dtype=torch.float64, generator=g).diag()),
+    "two values": lambda n, g: of_spectrum(1.0 + torch.arange(n).double() % 2, g),
+    "close values": lambda n, g: of_spectrum(1 + 1e-13 * torch.arange(n).double(), g),
+    "graded": lambda n, g: of_spectrum(torch.logspace(0, -30, n, dtype=torch.float64), g),
+    "graded columns": lambda n, g: gaussian(n, g) * torch.logspace(0, -75, n, dtype=torch.float64),
+    "graded columns, last largest": lambda n, g: (
+        gaussian(n, g) * torch.logspace(-75, 0, n, dtype=torch.float64)
+    ),
+    "entries of 1e-150": lambda n, g: gaussian(n, g) * 1e-75,
+    "entries of 1e+150": lambda n, g: gaussian(n, g) * 1e75,
+    "second differences": lambda n, g: of_tridiagonal(
+        torch.full((n,), 2.0).double(), torch.full((n - 1,), -1.0).double()
+    ),
+    "Wilkinson": lambda n, g: of_tridiagonal(
+        (torch.arange(n).double() - (n - 1) / 2).abs() + 3, torch.ones(n - 1).double()
+    ),
+    "glued": lambda n, g: glued_wilkinson(n, 1e-8),
+    "loosely glued": lambda n, g: glued_wilkinson(n, 1e-14),
+}
+
+
+def assert_solved(x: Tensor) -> None:
+    matrix, eigenvalues, eigenvectors = solve(x)
+    # In units in which nothing of the check overflows or vanishes.
+    unit = torch.clamp(matrix.abs().max(), min=1e-300)
+    matrix, eigenvalues = matrix / unit, eigenvalues / unit
+    n = len(eigenvalues)
+    exact = torch.linalg.eigvalsh(matrix).flip(0)
+    tolerance = 8 * n * EPS * max(1.0, float(exact[0]))  # of which the moment takes a half
+    assert bool((eigenvalues[:-1] >= eigenvalues[1:]).all())
+    assert float((eigenvalues - exact.clamp(min=0)).abs().max()) <= tolerance
+    residual = matrix @ eigenvectors - eigenvectors * eigenvalues
+    assert float(residual.abs().max()) <= tolerance
+    identity = torch.eye(n, dtype=torch.float64)
+    assert float((eigenvectors.mT @ eigenvectors - identity).abs().max()) <= 4 * n * EPS
+
+
+@pytest.mark.parametrize("n", [20, 65, 150, 270])
+@pytest.mark.parametrize("name", MATRICES)
+def test_hard_matrices(name, n, generator):
+    assert_solved(MATRICES[name](n, generator))
+
+
+# On either side of registers of 8, panels of 16, leaves and blocks of 24, and halves of them.
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 7, 8, 9, 15, 16, 17, 18, 23, 24, 25, 26, 47, 48, 49, 50, 97, 127, 128, 129, 513]
+)
+@pytest.mark.parametrize("name", ["gaussian", "one-hot"])
+def test_sides_around_every_block(name, n, generator):
+    assert_solved(MATRICES[name](n, generator))
+
+
+@pytest.mark.parametrize("n", [40, 300])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_bits_are_the_same_from_run_to_run(n, threads, generator):
+    x = gaussian(n, generator)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        first, second = solve(x), solve(x)
+        assert_solved(x)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_batch_is_solved_on_one_thread_each(generator):
+    x = torch.stack([gaussian(150, generator) for _ in range(4)])
+    eigenvalues, eigenvectors = (_extension.load().pca_fwd(x, 0.9)[i] for i in (1, 4))
+    rebuilt = (eigenvectors * eigenvalues.unsqueeze(-2)) @ eigenvectors.mT
+    torch.testing.assert_close(rebuilt, x.mT @ x, rtol=0, atol=1e-9)
