@@ -43,42 +43,9 @@ HIMO_AVX512 void rotate(double* a, double* b, int64_t n, double c, double s) {
   }
 }
 
-struct Rotation {
-  double c, s;
-};
-
-// Rotates rows k and k + 1 for k from 0 to count, one pair after the other.
-HIMO_AVX512 void rotate_rows(double* rows, int64_t stride, int64_t columns,
-                             const Rotation* rotations, int64_t count) {
-  int64_t i = 0;
-  for (; i + 4 * kLaneCount <= columns; i += 4 * kLaneCount) {
-    Lanes carried[4];
-    double* row = rows + i;
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) carried[v] = load(row + v * kLaneCount);
-    for (int64_t k = 0; k < count; ++k) {
-      const auto [c, s] = rotations[k];
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) {
-        const Lanes below = load(row + stride + v * kLaneCount);
-        store(row + v * kLaneCount, c * carried[v] + s * below);
-        carried[v] = c * below - s * carried[v];
-      }
-      row += stride;
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) store(row + v * kLaneCount, carried[v]);
-  }
-  for (int64_t k = 0; k < count && i < columns; ++k) {
-    rotate(rows + k * stride + i, rows + (k + 1) * stride + i, columns - i, rotations[k].c,
-           rotations[k].s);
-  }
-}
-
 // Diagonalises by QR sweeps with Wilkinson's shift (Golub and Van Loan, section 8.3), and rotates
 // the rows with them. Returns whether all of e vanished within kSweeps.
 bool solve_by_sweeps(double* d, double* e, int64_t n, double* rows, int64_t stride) {
-  Rotation rotations[kLeaf];
   const auto negligible = [&](int64_t k) {
     return std::abs(e[k]) <= kEps * (std::abs(d[k]) + std::abs(d[k + 1])) ||
            std::abs(e[k]) < kFloor * kEps;
@@ -99,7 +66,7 @@ bool solve_by_sweeps(double* d, double* e, int64_t n, double* rows, int64_t stri
     for (int64_t k = first; k < last; ++k) {
       const double length = std::sqrt(x * x + y * y);
       const double c = length > 0 ? x / length : 1, s = length > 0 ? y / length : 0;
-      rotations[k - first] = {c, s};
+      rotate(rows + k * stride, rows + (k + 1) * stride, n, c, s);
       if (k > first) e[k - 1] = length;
       const double change = s * (2 * c * e[k] + s * (d[k + 1] - d[k]));
       const double below = e[k];
@@ -112,7 +79,6 @@ bool solve_by_sweeps(double* d, double* e, int64_t n, double* rows, int64_t stri
         e[k + 1] *= c;
       }
     }
-    rotate_rows(rows + first * stride, stride, n, rotations, last - first);
   }
   return true;
 }

@@ -268,7 +268,8 @@ void tridiagonalise(double* matrix, int64_t n, double scale, double* diagonal, d
     for (int64_t i = begin; i < end; ++i) {
       double* row = work + i * stride;
       const int64_t from = round_down(i);
-      std::fill(row + from, row + width, 0.0);
+      // Blocks of the update, from up to kUpdateRows to the left, take no garbage along in vain.
+      std::fill(row + std::max<int64_t>(0, from - kUpdateRows), row + width, 0.0);
       if (i >= n) continue;
       for (int64_t k = from; k < i; ++k) row[k] = scale * matrix[k * n + i];
       for (int64_t k = i; k < n; ++k) row[k] = scale * matrix[i * n + k];

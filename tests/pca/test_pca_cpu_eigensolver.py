@@ -128,7 +128,7 @@ def test_the_bits_are_the_same_from_run_to_run(n, threads, generator):
         assert_solved(x)
     finally:
         torch.set_num_threads(before)
-    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first[1:], second[1:]))  # first[0] is torch's own product
 
 
 def test_a_batch_is_solved_on_one_thread_each(generator):
