@@ -31,6 +31,9 @@ HEAD = (
 )
 
 
+FIRST_LOOK = (128, 1024, 4096, 16384, 32768, 65536)  # samples
+
+
 def read_folder(folder: Path) -> list[Row]:
     """The rows of every operator's file in a folder."""
     if not folder.is_dir():
@@ -64,6 +67,16 @@ def markdown(rows: list[Row]) -> str:
         if lines:
             parts.append("\n".join([HEAD, *lines, "", _caption(own)]))
     return "\n\n".join(parts)
+
+
+def tables(name: str, rows: list[Row]) -> dict[str, str]:
+    """{marker: table} of a folder of this name: all of its rows, and the shapes of a first look."""
+
+    def first_look(row: Row) -> bool:
+        usual = row["B"] == "1" and row["config"] == _default(row["op"])
+        return usual and int(row["N"]) in FIRST_LOOK and not row["op"].endswith("low_rank")
+
+    return {name: markdown(rows), f"{name}, in short": markdown(list(filter(first_look, rows)))}
 
 
 def _place(item: tuple[tuple[str, ...], object]) -> tuple:
@@ -165,10 +178,14 @@ def between_markers(text: str, name: str) -> re.Match[str]:
     return found
 
 
-def update(text: str, name: str, content: str) -> str:
-    """The text with the content between the markers of this name."""
-    found = between_markers(text, name)
-    return text[: found.start()] + f"{found[1]}{content}\n{found[2]}" + text[found.end() :]
+def update(text: str, contents: dict[str, str]) -> str:
+    """The text with each content between the markers of its name, where it has them."""
+    present = [name for name in contents if f"<!-- benchmarks: {name} -->" in text]
+    for name in present or contents:
+        found = between_markers(text, name)
+        content = contents[name]
+        text = text[: found.start()] + f"{found[1]}{content}\n{found[2]}" + text[found.end() :]
+    return text
 
 
 def draw(rows: list[Row]) -> dict[str, str]:
@@ -230,16 +247,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, help="rows of one device, as run.py writes them")
     parser.add_argument("--markdown", action="store_true", help="print the table")
-    parser.add_argument("--update", type=Path, metavar="FILE", help="put the table into a text")
+    parser.add_argument(
+        "--update",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="put its tables into texts",
+    )
     parser.add_argument("--svg", type=Path, metavar="DIR", help="write the charts")
     options = parser.parse_args(arguments)
     try:
         rows = read_folder(options.folder)
         if options.markdown:
             print(markdown(rows))
-        if options.update:
-            text = options.update.read_text()
-            table.write_whole(options.update, update(text, options.folder.name, markdown(rows)))
+        for path in options.update:
+            text = update(path.read_text(), tables(options.folder.name, rows))
+            table.write_whole(path, text)
         if options.svg:
             options.svg.mkdir(parents=True, exist_ok=True)
             for name, svg in draw(rows).items():

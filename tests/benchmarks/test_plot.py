@@ -96,8 +96,6 @@ def test_a_folder_without_rows_is_one_line_and_status_2(folder, tmp_path, capsys
 def test_a_committed_table_is_what_the_committed_rows_say(text):
     content = text.read_text()
     for folder in sorted(path for path in (ROOT / "benchmarks" / "results").iterdir()):
-        if f"<!-- benchmarks: {folder.name} -->" in content:
-            assert (
-                plot.update(content, folder.name, plot.markdown(plot.read_folder(folder)))
-                == content
-            )
+        if f"<!-- benchmarks: {folder.name}" in content:
+            tables = plot.tables(folder.name, plot.read_folder(folder))
+            assert plot.update(content, tables) == content
