@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 
-from himo.report.scales import Scale, fit, number, tick_labels
+from himo.report.scales import Scale, fit, number
 from himo.report.style import COLOURS, DARK, LIGHT
 
 WIDTH, HEIGHT = 760, 400
@@ -43,11 +43,11 @@ def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> s
         f'<text class="quiet" x="{LEFT}" y="42">{escape(unit)}</text>',
         f'<text class="quiet" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">N</text>',
     ]
-    for tick, label in zip(ticks, tick_labels(ticks), strict=True):
+    for tick in ticks:
         parts.append(
             f'<path class="grid" d="M{LEFT} {down(tick):.1f}H{WIDTH - RIGHT}"/>'
             f'<text class="quiet" x="{LEFT - 8}" y="{down(tick) + 4:.1f}" text-anchor="end">'
-            f"{label}</text>"
+            f"{tick:,.10g}</text>"
         )
     for size in sizes:
         parts.append(

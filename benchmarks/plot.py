@@ -211,7 +211,8 @@ def draw(rows: list[Row]) -> dict[str, str]:
                 lines = _lines(own, value, oom=kind == "memory")
                 if any(len(points) > 1 for _, points, _ in lines):
                     curves = [charts.Line(*line) for line in lines]
-                    svg = charts.svg(f"{title}: {kind}", unit, sorted(own), curves)
+                    sizes = {n for _, points, crosses in lines for n in (*dict(points), *crosses)}
+                    svg = charts.svg(f"{title}: {kind}", unit, sorted(sizes), curves)
                     found[f"{op}_{dtype}_{kind}.svg"] = svg
     return found
 
