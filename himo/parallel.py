@@ -98,7 +98,13 @@ class _ManyRanks(Ranks):
         on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         if on_gpu:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_STUCK)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=_STUCK,
+            store=_store("group"),
+            rank=self.rank,
+            world_size=self.size,
+        )
         # Small things of the host go by a group of their own, and make no GPU wait.
         self._control = dist.new_group(backend="gloo", timeout=_STUCK) if on_gpu else None
 
@@ -162,21 +168,27 @@ def join(device: str, timeout_s: float) -> Iterator[Ranks]:
         watch.end_after(error)
 
 
+def _store(use: str) -> PrefixStore:
+    # A connection of its own for each use: one that waits in a collective's set-up would hold up
+    # the other. By attempt: after --max-restarts torchrun's store may still hold the addresses of
+    # processes that are gone.
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=os.environ["RANK"] == "0"
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        multi_tenant=True,
+        wait_for_workers=False,
+    )
+    return PrefixStore(f"himo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{use}", store)
+
+
 class _Watch:
     """Signs of life of this process, and the watch over the next one's."""
 
     def __init__(self, rank: int, size: int, timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
-        # A connection of its own: one that waits in a collective's set-up would hold it up.
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            multi_tenant=True,
-            wait_for_workers=False,
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"himo/{attempt}", store)
+        self._store = _store("watch")
         self._store.set(f"host/{rank}", f"{os.getpid()} on {socket.gethostname()}")
         self._store.set(f"beat/{rank}", "0")
         self._stop = threading.Event()

@@ -56,10 +56,12 @@ def alone(pairs: Path, logs: Path, *flags: str) -> Path:
 class Ranks:
     """`himo train` as several processes; `end` waits for all of them."""
 
-    def __init__(self, world: int, pairs: Path, logs: Path, *flags: str) -> None:
+    def __init__(
+        self, world: int, pairs: Path, logs: Path, *flags: str, launch: tuple[str, ...] = ()
+    ) -> None:
         self.logs = logs
         # `--`, because torchrun would take --logs for its own --logs-specs.
-        command = torchrun(world, "-m", "--", "himo", *arguments(pairs, logs, *flags))
+        command = torchrun(world, *launch, "-m", "--", "himo", *arguments(pairs, logs, *flags))
         self.output = open(logs.parent / f"{logs.name}.txt", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
@@ -141,6 +143,17 @@ def test_two_processes_killed_and_resumed_take_the_steps_of_one(
     assert "terminate called" not in output
 
     assert "done" in Ranks(2, pairs, tmp_path / "logs", *flags, "--resume", "latest").end()
+    assert losses(tmp_path / "logs") == pytest.approx(losses(twenty_steps), rel=1e-5)
+    assert_equal_weights(tmp_path / "logs", twenty_steps, epoch=10)
+
+
+def test_a_run_that_torchrun_restarts_goes_on_where_it_was(pairs, twenty_steps, tmp_path):
+    flags = ["--batch-size", "64", *TEN_EPOCHS, "--save-every-n-steps", "5", "--resume", "latest"]
+    ranks = Ranks(2, pairs, tmp_path / "logs", *flags, launch=("--max-restarts=1",))
+    ranks.wait_for("run/checkpoints/state-00000005*")
+    os.kill(ranks.process_of(1), signal.SIGKILL)
+    output = ranks.end()
+    assert "ended without a word" in output and "done" in output
     assert losses(tmp_path / "logs") == pytest.approx(losses(twenty_steps), rel=1e-5)
     assert_equal_weights(tmp_path / "logs", twenty_steps, epoch=10)
 
