@@ -181,7 +181,7 @@ def _measure(
         "ceilings": ceilings,
         "compile": not options.no_compile,
         "memory": not options.no_memory,
-        "only": options.backend,
+        "only": options.backend or case.only,
     }
     found: list[Row] = []
     try:

@@ -43,8 +43,7 @@ def main() -> None:
             print(json.dumps(ceilings(device)), file=answers)
         else:
             fields = request.pop("case")
-            names = {name: tuple(fields[name]) for name in ("modes", "only")}
-            case = Case(**{**fields, **names})
+            case = Case(**{**fields, "modes": tuple(fields["modes"])})
             for row in Cell(case, device, **request).rows():
                 print(json.dumps(row), file=answers)
         print(json.dumps({"done": True}), file=answers)
@@ -92,7 +91,6 @@ class Cell:
             for candidate in candidates(self.case, problem.inputs)
             if (compile or not candidate.compiled)
             and (not self.only or candidate.name in self.only)
-            and (not self.case.only or candidate.name in self.case.only)
         ]
 
     def _check(self, problem: Problem) -> Iterator[tuple[Candidate, Row]]:

@@ -21,6 +21,8 @@ if not torch.cuda.is_available():
 SEED_VARIABLE = "HIMO_TEST_SEED"
 # The same inputs for every change that is tested; "random" draws others.
 _given = os.environ.get(SEED_VARIABLE, "0")
+if _given != "random" and not _given.isdecimal():
+    raise pytest.UsageError(f"{SEED_VARIABLE}: expected a number or random, got {_given!r}")
 _seed = secrets.randbelow(2**31) if _given == "random" else int(_given)
 
 
