@@ -168,20 +168,20 @@ class TestChunks:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # On meta tensors as for an H200; kernels and products are not run.
-        kernels = (
-            "statistics_kernel",
-            "fold_kernel",
-            "log_odds_kernel",
-            "positives_kernel",
-            "grad_logits_kernel",
-        )
+        modules = {
+            launch.kernels: ("statistics_kernel", "positives_kernel", "grad_logits_kernel"),
+            launch.epilogues: (
+                *("fold_kernel", "nll_kernel", "gradient_kernel", "scale_gradient_kernel"),
+            ),
+        }
 
         class Ignored:
             def __getitem__(self, grid: object) -> Callable[..., None]:
                 return lambda *arguments, **options: None
 
-        for kernel in kernels:
-            monkeypatch.setattr(launch.kernels, kernel, Ignored())
+        for module, kernels in modules.items():
+            for kernel in kernels:
+                monkeypatch.setattr(module, kernel, Ignored())
         monkeypatch.setattr(launch, "_multiply", lambda *arguments, **options: None)
         monkeypatch.setattr(_triton, "aot_target", 90)
         sizes: list[int] = []
@@ -204,10 +204,11 @@ class TestChunks:
                 needs = launch.Needs(left=True, right=True, scale=True)
                 launch.gradients(branch, empty(1, device="meta"), *nlls, 0.0, True, needs)
             # The README's formulas: partials of at most 128 blocks of rows, some splits and
-            # folded launches; dS within its budget and two gradients in float32.
+            # folded launches; dS within its budget, dX in float32, dY as it is and in float32, and
+            # the chunks of dX's product, which take turns but are counted one by one.
             assert forward <= 8 * samples * (128 + 256 + samples // 16384 + 1) + 64 * samples
             scale_partials = 4 * (samples // 128 + 1) ** 2
-            gradients = 2 * 4 * samples * features
+            gradients = (4 + 2 + 4 + 4) * samples * features
             assert sum(sizes) <= launch.WORKSPACE_BYTES + gradients + scale_partials + 64 * samples
 
 
@@ -479,7 +480,14 @@ def test_launches_are_recorded_for_the_compiler() -> None:
     lines = run_python("-c", script, TRITON_INTERPRET="0").splitlines()
     assert len(lines) == 4  # two sizes on two architectures
     for line in lines:
-        for kernel in ("statistics", "log_odds", "positives", "grad_logits", "bounded_product"):
+        for kernel in (
+            "statistics",
+            "nll",
+            "positives",
+            "grad_logits",
+            "gradient",
+            "bounded_product",
+        ):
             assert f"'{kernel}_kernel'" in line
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from himo_kernels._triton_jit import dot, rounded
+from himo_kernels.info_nce.triton.epilogues import finite_shift, grad_positives
 
 
 @triton.jit
@@ -59,12 +60,6 @@ def up_to_rank(rank_ptr, problem, width):
     else:
         inner = (tl.cdiv(tl.load(rank_ptr + problem), 16) * 16).to(tl.int32)
     return inner
-
-
-@triton.jit
-def _finite_shift(maximum):
-    # What to subtract before exp: -inf, the maximum of nothing, less itself would be NaN.
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -138,106 +133,19 @@ def statistics_kernel(
             logits = tl.where(inside & (rows[:, None] != columns[None, :]), logits, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(logits, 1))
-        shift = _finite_shift(new_max)
+        shift = finite_shift(new_max)
         row_sum = row_sum * tl.exp(row_max - shift)
         row_sum += tl.sum(tl.exp(logits - shift[:, None]), 1)
         row_max = new_max
 
         column_max = tl.max(logits, 0)
-        column_sum = tl.sum(tl.exp(logits - _finite_shift(column_max)[None, :]), 0)
+        column_sum = tl.sum(tl.exp(logits - finite_shift(column_max)[None, :]), 0)
         tl.store(column_partials_ptr + columns, column_max, mask=columns < samples)
         tl.store(column_partials_ptr + samples + columns, column_sum, mask=columns < samples)
 
     row_partials_ptr = partials_ptr + split.to(tl.int64) * 2 * samples
     tl.store(row_partials_ptr + rows, row_max, mask=rows < samples)
     tl.store(row_partials_ptr + samples + rows, row_sum, mask=rows < samples)
-
-
-@triton.jit
-def _merged(
-    partials_ptr,  # [slots, 2, N] of one problem
-    first_slot,
-    count,
-    entries,  # [BLOCK] int, which of N
-    samples,
-    SLOTS_AT_ONCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # Maximum and sum [BLOCK] over the slots, in their order: the same bits in every run.
-    total_max = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, SLOTS_AT_ONCE):
-        slot = start + tl.arange(0, SLOTS_AT_ONCE)
-        mask = (slot < count)[:, None] & (entries < samples)[None, :]
-        at = partials_ptr + (first_slot + slot).to(tl.int64)[:, None] * 2 * samples
-        at += entries[None, :]
-        maximum = tl.load(at, mask=mask, other=float("-inf"))
-        summed = tl.load(at + samples, mask=mask, other=0.0)
-        new_max = tl.maximum(total_max, tl.max(maximum, 0))
-        shift = _finite_shift(new_max)
-        total = total * tl.exp(total_max - shift)
-        total += tl.sum(summed * tl.exp(maximum - shift[None, :]), 0)
-        total_max = new_max
-    return total_max, total
-
-
-@triton.jit
-def fold_kernel(
-    partials_ptr,  # [B, slots, 2, N] float32
-    samples,
-    slots,
-    first_slot,
-    count,
-    to_slot,
-    SLOTS_AT_ONCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Merges the column partials of one launch into one slot, so that the next can use theirs."""
-    blocks = tl.cdiv(samples, BLOCK)
-    entries = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    problem = (tl.program_id(0) // blocks).to(tl.int64)
-    partials_ptr += problem * slots * 2 * samples
-    maximum, total = _merged(
-        partials_ptr, first_slot, count, entries, samples, SLOTS_AT_ONCE, BLOCK
-    )
-    to_ptr = partials_ptr + tl.cast(to_slot, tl.int64) * 2 * samples
-    tl.store(to_ptr + entries, maximum, mask=entries < samples)
-    tl.store(to_ptr + samples + entries, total, mask=entries < samples)
-
-
-@triton.jit
-def log_odds_kernel(
-    partials_ptr,  # [B, slots, 2, N] float32
-    positives_ptr,  # [B, N] float32
-    log_odds_ptr,  # [2, B, N] float32: of the rows, then of the columns
-    samples,
-    problems,
-    slots,
-    splits,  # row partials: slots 0 to splits
-    first_slot,  # column partials
-    count,
-    SLOTS_AT_ONCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """log sum_{j != i} exp(S_ij - S_ii): minus the log-odds of the positive, all digits kept."""
-    blocks = tl.cdiv(samples, BLOCK)
-    entries = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    of_columns = (tl.program_id(0) // blocks) % 2
-    problem = (tl.program_id(0) // (2 * blocks)).to(tl.int64)
-    maximum, total = _merged(
-        partials_ptr + problem * slots * 2 * samples,
-        tl.where(of_columns == 1, first_slot, 0),
-        tl.where(of_columns == 1, count, splits),
-        entries,
-        samples,
-        SLOTS_AT_ONCE,
-        BLOCK,
-    )
-    positives = tl.load(positives_ptr + problem * samples + entries, mask=entries < samples)
-    # The difference of two logits near 100 first: it is exact, and small where it matters.
-    log_odds = (maximum - positives) + tl.log(total)
-    out = log_odds_ptr + (of_columns * problems + problem) * samples + entries
-    tl.store(out, log_odds, mask=entries < samples)
 
 
 @triton.jit
@@ -295,8 +203,6 @@ def grad_logits_kernel(
     positives_ptr,  # [B, N] float32
     row_nll_ptr,  # [B, N] float32
     column_nll_ptr,  # [B, N] float32
-    row_diagonal_ptr,  # [B, N] float32: P_ii - (1 - eps) - eps / N
-    column_diagonal_ptr,  # [B, N] float32: C_ii - (1 - eps) - eps / N
     grad_rows_ptr,  # [B, M, pitch], or None: (P - eps / N) GAIN of M rows, 0 on the diagonal, ...
     grad_columns_ptr,  # [B, M, pitch], or None: ... and of C; None: the sum of both in grad_rows
     scale_partials_ptr,  # [B, row blocks, column tiles] float32, or None
@@ -362,8 +268,9 @@ def grad_logits_kernel(
     if scale_partials_ptr is not None:
         part = tl.sum((grad_rows + grad_columns) * products)
         if first_row // BLOCK_COLUMNS == tile:
-            diagonal = tl.load(row_diagonal_ptr + at_rows, mask=row_mask, other=0.0)
-            diagonal += tl.load(column_diagonal_ptr + at_rows, mask=row_mask, other=0.0)
+            diagonal = grad_positives(
+                row_nll_ptr, column_nll_ptr, at_rows, row_mask, samples, "both", SMOOTHING
+            )
             positive = tl.where(rows[:, None] == columns[None, :], products, 0.0)
             part += tl.sum(diagonal * tl.sum(positive, 1))
         at = (problem * all_row_blocks + first_block + block) * tiles + tile

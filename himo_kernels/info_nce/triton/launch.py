@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from himo_kernels.info_nce.triton import kernels
+from himo_kernels.info_nce.triton import epilogues, kernels
 from himo_kernels.info_nce.triton.products import bounded_product
 from himo_kernels.info_nce.triton.tiles import FUSED, Tile, precision_for, tile_for
 
@@ -29,6 +29,8 @@ WORKSPACE_BYTES = 256 * 2**20
 ROUNDED_FROM = 128
 
 _MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4, **FUSED}
+_GRADIENT = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "num_warps": 4, **FUSED}
+_SCALE = {"BLOCK": 4096, "num_warps": 8, **FUSED}
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class Branch:
         """Returns what every kernel over S takes: N, W and the stride of a term."""
         return self.samples, self.right.shape[-1], self.left.stride(0)
 
-    def new_empty(self, *shape: int) -> Tensor:
-        """Returns uninitialised float32 memory on the branch's device."""
-        return torch.empty(shape, dtype=torch.float32, device=self.right.device)
+    def new_empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns uninitialised memory on the branch's device."""
+        return torch.empty(shape, dtype=dtype, device=self.right.device)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         return self.left, self.right, self.rank, self.scale
@@ -151,7 +153,8 @@ def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tens
     slots = first_slot + at_once
     partials = branch.new_empty(problems, slots, 2, samples)
     positives = branch.new_empty(problems, samples)
-    merge_grid = problems * triton.cdiv(samples, _MERGE["BLOCK"])
+    blocks_of_entries = triton.cdiv(samples, _MERGE["BLOCK"])
+    merge_grid = (problems * blocks_of_entries,)
     for launch in range(launches):
         first_block = launch * at_once
         blocks = min(at_once, row_blocks - first_block)
@@ -168,27 +171,28 @@ def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tens
             **branch.constants(),
         )
         if folded:
-            kernels.fold_kernel[(merge_grid,)](
+            epilogues.fold_kernel[merge_grid](
                 partials, samples, slots, first_slot, blocks, splits + launch, **_MERGE
             )
-    log_odds = branch.new_empty(2, problems, samples)
-    kernels.log_odds_kernel[(2 * merge_grid,)](
+    row_nll, column_nll = (branch.new_empty(problems, samples) for _ in range(2))
+    loss_partials = branch.new_empty(problems, blocks_of_entries)
+    epilogues.nll_kernel[merge_grid](
         partials,
         positives,
-        log_odds,
+        row_nll,
+        column_nll,
+        loss_partials,
         samples,
-        problems,
         slots,
         splits,
         splits,
         folded or at_once,
+        SMOOTHING=label_smoothing,
         **_MERGE,
     )
-    zero = log_odds.new_zeros(())
-    row_nll, column_nll = (torch.logaddexp(odds, zero) for odds in log_odds)  # eq. (4)
-    loss = (row_nll + column_nll).mean(-1) / 2
+    loss = loss_partials.sum(-1)
     if label_smoothing:
-        loss = loss + label_smoothing * (positives.mean(-1) - _mean_logit(branch))  # eq. (5)
+        loss = loss - label_smoothing * _mean_logit(branch)  # eq. (5)
     return loss, row_nll, column_nll
 
 
@@ -213,7 +217,7 @@ class Needs:
 class Gradients:
     """What was asked for; None where it was not."""
 
-    left: Tensor | None = None  # [B, N, W] float32
+    left: Tensor | None = None  # [B, N, W], float32 unless another dtype was asked for
     left_keys: Tensor | None = None  # [B, N, W] float32
     right: Tensor | None = None  # [B, N, W] in the dtype of Y
     scale: Tensor | None = None  # [] float32
@@ -227,60 +231,79 @@ def gradients(
     label_smoothing: float,
     differentiate_keys: bool,
     needs: Needs,
-    add_to: Tensor | None = None,  # [B, N, W] float32
+    *,
+    add_to: Gradients = Gradients(),
+    left_dtype: torch.dtype = torch.float32,
 ) -> Gradients:
-    """Returns the gradients of X, Y and s, that of X added to add_to: eq. (6) and (7)."""
+    """Returns the gradients of X, Y and s: eq. (6) and (7).
+
+    Those of X and s include what another loss has left in add_to, in float32.
+    """
     if needs == Needs():
         return Gradients()
-    row_nll, column_nll = (nll.reshape(-1, branch.samples) for nll in (row_nll, column_nll))
-    x = branch.left[0] if branch.left.shape[0] == 1 else branch.left.sum(0, dtype=torch.float32)
-    y = branch.right
+    grad_loss = grad_loss.reshape(-1).float().contiguous()
+    nlls = tuple(nll.reshape(-1, branch.samples).contiguous() for nll in (row_nll, column_nll))
     one_left = needs.left_keys and differentiate_keys  # left and left_keys are one gradient
-    left, left_keys, right = add_to, None, None
-    if left is None and (needs.left or one_left):
-        left = torch.zeros_like(y, dtype=torch.float32)
+    shape = branch.right.shape
+    left = left_keys = right = products = None
+    if needs.left or one_left:
+        in_place = add_to.left is not None and left_dtype == torch.float32
+        left = add_to.left if in_place else branch.new_empty(*shape, dtype=left_dtype)
     if needs.left_keys and not one_left:
-        left_keys = torch.zeros_like(y, dtype=torch.float32)
+        left_keys = branch.new_empty(*shape)
     if needs.right:
-        right = branch.new_empty(*y.shape)
+        right = branch.new_empty(*shape, dtype=branch.right.dtype)
+        products = branch.new_empty(*shape)
     parts = 1 if differentiate_keys else 2
     if left is left_keys is right is None:
         parts = 0
-    pass_2 = _GradLogits(branch, row_nll, column_nll, label_smoothing, parts, needs.scale)
-    weight = grad_loss.reshape(-1).float() / (2 * branch.samples)  # [B]
-    factor = (weight * branch.scale.float())[:, None, None]
-    of_rows, of_columns = pass_2.diagonals
-    if differentiate_keys:
-        of_rows = of_columns = of_rows + of_columns
+    pass_2 = _GradLogits(branch, nlls, label_smoothing, parts, needs.scale)
 
-    def finish(gradient: Tensor, diagonal: Tensor, factors: Tensor) -> Tensor:
-        # The positives' part in float32: the largest entries of dS, and their rounding to 16 bits
-        # would be most of the error.
-        gradient.mul_(1 / pass_2.gain).addcmul_(diagonal.unsqueeze(-1), factors)
-        return gradient.mul_(factor)
+    def finish(
+        of: str, product: Tensor, factors: Tensor, out: Tensor, first: int, add: Tensor | None
+    ) -> None:
+        rows = product.shape[1]
+        tiles = triton.cdiv(rows, _GRADIENT["BLOCK_ROWS"])
+        tiles *= triton.cdiv(shape[-1], _GRADIENT["BLOCK_COLUMNS"])
+        epilogues.gradient_kernel[(shape[0] * tiles,)](
+            out,
+            product,
+            factors,
+            add,
+            *nlls,
+            grad_loss,
+            branch.scale,
+            branch.samples,
+            shape[-1],
+            factors.stride(0),
+            first,
+            rows,
+            OF="both" if differentiate_keys else of,
+            TERMS=factors.shape[0],
+            SMOOTHING=label_smoothing,
+            GAIN=pass_2.gain,
+            **_GRADIENT,
+        )
 
+    y = branch.right.unsqueeze(0)
+    x = branch.left[0]  # the first term, X rounded to its dtype, beside dS of 16 bits
+    if pass_2.dtype == torch.float32 and branch.left.shape[0] > 1:
+        x = branch.left.sum(0, dtype=torch.float32)
     for rows, grad_rows, grad_columns in pass_2.chunks():
-        for grad, diagonal, to in (
-            (grad_rows, of_rows, left),
-            (grad_columns, of_columns, left_keys),
+        for of, grad, to, add in (
+            ("rows", grad_rows, left, add_to.left),
+            ("columns", grad_columns, left_keys, None),
         ):
             if to is not None:
-                part = branch.new_empty(*grad.shape[:2], y.shape[-1])
-                _multiply(branch, grad, y, part)
-                to[:, rows] += finish(part, diagonal[:, rows], y[:, rows])
-        if right is not None:
-            # Beside dS of 16 bits the first term: X rounded to its dtype.
-            factors = x if grad_columns.dtype == torch.float32 else branch.left[0]
-            _multiply(branch, grad_columns.mT, factors[:, rows], right, rows.start > 0)
-    scale = None
-    if pass_2.scale_partials is not None:
-        scale = (weight * pass_2.scale_partials.sum((1, 2))).sum()
-    return Gradients(
-        left if needs.left else None,
-        left if one_left else left_keys,
-        None if right is None else finish(right, of_columns, x).to(y.dtype),
-        scale,
-    )
+                product = branch.new_empty(*grad.shape[:2], shape[-1])
+                _multiply(branch, grad, branch.right, product)
+                finish(of, product, y, to, rows.start, add)
+        if products is not None:
+            _multiply(branch, grad_columns.mT, x[:, rows], products, rows.start > 0)
+    if right is not None and products is not None:
+        finish("columns", products, branch.left, right, 0, None)
+    scale = pass_2.grad_scale(grad_loss, add_to.scale) if needs.scale else None
+    return Gradients(left if needs.left else None, left if one_left else left_keys, right, scale)
 
 
 class _GradLogits:
@@ -289,8 +312,7 @@ class _GradLogits:
     def __init__(
         self,
         branch: Branch,
-        row_nll: Tensor,  # [B, N]
-        column_nll: Tensor,  # [B, N]
+        nlls: tuple[Tensor, ...],  # of the rows and of the columns, each [B, N]
         label_smoothing: float,
         parts: int,  # workspaces: none, one, or rows and columns apart
         scale: bool,
@@ -302,11 +324,7 @@ class _GradLogits:
         # float16 has no digits left for a probability of 1e-5, float32 and bfloat16 have.
         self.gain = 1024.0 if self.dtype == torch.float16 else 1.0
         self.positives = branch.new_empty(problems, samples)
-        # P_ii - 1 = expm1(-nll): one less a probability near one would lose the digits.
-        target = label_smoothing - label_smoothing / samples
-        self.diagonals = [torch.expm1(-nll) + target for nll in (row_nll, column_nll)]
-        nlls = (row_nll.contiguous(), column_nll.contiguous())
-        self.vectors = (self.positives, *nlls, *self.diagonals)
+        self.vectors = (self.positives, *nlls)
         self.scale_partials = None
         if scale:
             tiles = triton.cdiv(samples, tile.columns)
@@ -354,6 +372,23 @@ class _GradLogits:
                 last = min(last, samples)
                 chunk = workspace[:, :, : last - first, :samples]
                 yield slice(first, last), chunk[0], chunk[-1]
+
+    def grad_scale(self, grad_loss: Tensor, add_to: Tensor | None) -> Tensor:
+        """Returns the gradient of s [], added to add_to, once all chunks were taken."""
+        partials = self.scale_partials
+        assert partials is not None
+        out = self.branch.new_empty() if add_to is None else add_to
+        epilogues.scale_gradient_kernel[(1,)](
+            out,
+            partials,
+            grad_loss,
+            self.branch.samples,
+            partials.shape[1] * partials.shape[2],
+            partials.numel(),
+            ACCUMULATE=add_to is not None,
+            **_SCALE,
+        )
+        return out
 
 
 def _multiply(

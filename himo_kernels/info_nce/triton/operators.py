@@ -5,6 +5,7 @@ from torch import Tensor
 
 from himo_kernels.info_nce.triton.launch import (
     Branch,
+    Gradients,
     Needs,
     factors_branch,
     features_branch,
@@ -89,6 +90,7 @@ def info_nce_bwd(
         label_smoothing,
         differentiate_keys,
         Needs(left=needs_image, right=needs_text, scale=needs_scale),
+        left_dtype=image_features.dtype,
     )
     return (
         _like(image_features, grads.left),
@@ -131,13 +133,14 @@ def dual_info_nce_bwd(
         label_smoothing,
         differentiate_keys,
         Needs(left=needs_image, right=needs_component, scale=needs_scale),
-        add_to=of_text.left,
+        add_to=of_text,
+        left_dtype=image_features.dtype,
     )
     return (
         _like(image_features, of_component.left),
         _like(text_features, of_text.right),
         _like(component_features, of_component.right),
-        _like(logit_scale, of_text.scale, of_component.scale),
+        _like(logit_scale, of_component.scale),
     )
 
 
@@ -178,6 +181,7 @@ def dual_info_nce_low_rank_bwd(
         label_smoothing,
         differentiate_keys,
         Needs(left=needs_image, left_keys=needs_basis, right=needs_coefficients, scale=needs_scale),
+        add_to=Gradients(scale=of_text.scale),
     )
     # X = V B^T: dV = dX B and dB = dX^T V. B belongs to the texts, so what it gets where keys are
     # constants is the part of dX in which the texts are queries: that of the columns.
@@ -194,16 +198,14 @@ def dual_info_nce_low_rank_bwd(
         _like(text_features, of_text.right),
         _like(coefficients, of_factors.right),
         _like(basis, grad_basis),
-        _like(logit_scale, of_text.scale, of_factors.scale),
+        _like(logit_scale, of_factors.scale),
     )
 
 
-def _like(value: Tensor, *grads: Tensor | None) -> Tensor:
-    # The sum of the gradients in the shape and dtype of value; empty where there is none.
-    present = [grad for grad in grads if grad is not None]
-    if not present:
+def _like(value: Tensor, grad: Tensor | None) -> Tensor:
+    # The gradient in the shape and dtype of value; empty where there is none.
+    if grad is None:
         return value.new_empty(0)
-    total = sum(present[1:], start=present[0])
     if value.dim():  # without what pads [B, N, D]
-        total = total[:, : value.shape[-2], : value.shape[-1]].reshape(value.shape)
-    return total.to(value.dtype)
+        grad = grad[:, : value.shape[-2], : value.shape[-1]].reshape(value.shape)
+    return grad.to(value.dtype)
