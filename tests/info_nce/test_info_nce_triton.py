@@ -30,6 +30,7 @@ if _triton.MISSING:
     pytest.skip(_triton.MISSING, allow_module_level=True)
 
 from himo_kernels.info_nce.triton import launch, tiles
+from himo_kernels.info_nce.triton.branch import features_branch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.bfloat16, torch.float16)
@@ -194,7 +195,7 @@ class TestChunks:
         features = 768
         for samples in (4096, 32768 + 37, 131072):
             x = empty(samples, features, dtype=torch.bfloat16, device="meta")
-            branch = launch.features_branch(x, x, empty((), device="meta"))
+            branch = features_branch(x, x, empty((), device="meta"))
             sizes.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "empty", counted)

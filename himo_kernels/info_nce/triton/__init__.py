@@ -1,8 +1,8 @@
 """The `triton` backend of info_nce and its dual forms. Not yet run on hardware.
 
-tiles.py holds the tile sizes, kernels.py what runs over the N x N logits, epilogues.py what comes
-after them, products.py the products that a rank on the device bounds, launch.py the passes, and
-operators.py the three operators.
+tiles.py holds the tile sizes, branch.py one loss as the kernels take it, kernels.py what runs over
+the N x N logits, epilogues.py what comes after them, products.py the products that a rank on the
+device bounds, launch.py the two passes, and operators.py the three operators.
 """
 
 from himo_kernels.info_nce.triton.cases import aot_cases

@@ -1,7 +1,7 @@
 """The kernels over the N x N logits, which are formed a tile at a time and never stored.
 
 S = s X Y^T. X [TERMS, B, N, W] is the sum of its terms: one for features, more for a product that
-16 bits cannot hold. Both are contiguous and W is a multiple of 16 (launch.py pads), so that loads
+16 bits cannot hold. Both are contiguous and W is a multiple of 16 (branch.py pads), so that loads
 are whole vectors. `rank` bounds the inner dimension on the device, and both are zero past it.
 Offsets of problems and of blocks are int64, inside a block int32.
 """
@@ -53,7 +53,7 @@ def _products(
 def up_to_rank(rank_ptr, problem, width):
     """rank rounded up to whole vectors of 16, or the width where there is none.
 
-    What lies between is zero (launch.py), and masks of whole vectors keep loads whole.
+    What lies between is zero (branch.py), and masks of whole vectors keep loads whole.
     """
     if rank_ptr is None:
         inner = width

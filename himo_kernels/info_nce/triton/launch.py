@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from himo_kernels.info_nce.triton import epilogues, kernels
+from himo_kernels.info_nce.triton.branch import Branch
 from himo_kernels.info_nce.triton.products import bounded_product
-from himo_kernels.info_nce.triton.tiles import FUSED, Tile, precision_for, tile_for
+from himo_kernels.info_nce.triton.tiles import FUSED
 
 # Blocks of rows in one launch of pass 1. Column partials take 8 bytes for each of them and each
 # column: 1 KiB a sample, less than bfloat16 features of width 768, whatever N is.
@@ -31,111 +31,6 @@ ROUNDED_FROM = 128
 _MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4, **FUSED}
 _GRADIENT = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "num_warps": 4, **FUSED}
 _SCALE = {"BLOCK": 4096, "num_warps": 8, **FUSED}
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One loss: S = s X Y^T, with X the sum of its terms."""
-
-    left: Tensor  # [TERMS, B, N, W]
-    right: Tensor  # [B, N, W]
-    scale: Tensor  # []
-    rank: Tensor | None = None  # [B] int64, at least 0 and at most W: what is not zero of W
-
-    @property
-    def problems(self) -> int:
-        return self.right.shape[0]
-
-    @property
-    def samples(self) -> int:
-        return self.right.shape[1]
-
-    @property
-    def tile(self) -> Tile:
-        return tile_for(self.right, self.problems, self.samples, self.left.shape[0])
-
-    @property
-    def row_blocks(self) -> int:
-        return triton.cdiv(self.samples, self.tile.rows)
-
-    def sizes(self) -> tuple[int, int, int]:
-        """Returns what every kernel over S takes: N, W and the stride of a term."""
-        return self.samples, self.right.shape[-1], self.left.stride(0)
-
-    def new_empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns uninitialised memory on the branch's device."""
-        return torch.empty(shape, dtype=dtype, device=self.right.device)
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        return self.left, self.right, self.rank, self.scale
-
-    def constants(self) -> dict[str, object]:
-        return {
-            "TERMS": self.left.shape[0],
-            "PRECISION": precision_for(self.right.dtype),
-            **self.tile.constants(),
-        }
-
-
-def features_branch(image: Tensor, text: Tensor, scale: Tensor) -> Branch:
-    """Returns the loss of image [*, N, D] against text [*, N, D]."""
-    return Branch(padded(image).unsqueeze(0), padded(text), scale)
-
-
-# What the sum of X's terms holds of a float32 number: 24 bits, 22 bits, all.
-_TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
-
-
-@dataclass(frozen=True)
-class Factors:
-    """V, C and B of component_features = C B, all with zeros past the rank."""
-
-    image: Tensor  # [B, N, W of D]
-    coefficients: Tensor  # [B, N, W]
-    basis: Tensor  # [B, W, W of D]
-    rank: Tensor  # [B] int64, at least 0 and at most W
-
-
-def kept_factors(
-    image: Tensor,  # [*, N, D]
-    coefficients: Tensor,  # [*, N, K]
-    basis: Tensor,  # [*, K, D]
-    rank: Tensor,  # [*] int64
-) -> Factors:
-    """Returns the factors with what is past the rank set to zero: nobody need have filled it."""
-    coefficients, basis = padded(coefficients), padded(basis, rows=True)
-    rank = rank.reshape(-1).clamp(0, coefficients.shape[-1])
-    kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank[:, None]  # [B, W]
-    return Factors(
-        padded(image),
-        torch.where(kept[:, None, :], coefficients, 0.0),
-        torch.where(kept[:, :, None], basis, 0.0),
-        rank,
-    )
-
-
-def factors_branch(factors: Factors, scale: Tensor) -> Branch:
-    """Returns the loss of images against coefficients @ basis, inside the K columns of a factor.
-
-    V (C B)^T = (V B^T) C^T, whose inner dimension is the rank. V B^T in 16 bits would cost the
-    logits their digits, so it is kept in terms of 16 bits. In float16 it must stay below 65504.
-    """
-    dtype, shape = factors.image.dtype, factors.coefficients.shape
-    left = torch.empty((_TERMS[dtype], *shape), dtype=dtype, device=factors.image.device)
-    bounded_product(factors.image, factors.basis.mT, factors.rank, "columns", left)
-    return Branch(left, factors.coefficients, scale, factors.rank)
-
-
-def padded(x: Tensor, rows: bool = False) -> Tensor:
-    """Returns [*, N, D] as [B, N, W], contiguous, W the next multiple of 16; N too if rows.
-
-    Rows then begin where a load of whole vectors can. A copy only where x is not so already.
-    """
-    x = x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
-    columns_missing, rows_missing = -x.shape[-1] % 16, -x.shape[-2] % 16 if rows else 0
-    if columns_missing or rows_missing:
-        x = F.pad(x, (0, columns_missing, 0, rows_missing))
-    return x.contiguous()
 
 
 def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:

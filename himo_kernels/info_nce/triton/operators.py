@@ -3,16 +3,13 @@
 import torch
 from torch import Tensor
 
-from himo_kernels.info_nce.triton.launch import (
+from himo_kernels.info_nce.triton.branch import (
     Branch,
-    Gradients,
-    Needs,
     factors_branch,
     features_branch,
-    gradients,
     kept_factors,
-    losses,
 )
+from himo_kernels.info_nce.triton.launch import Gradients, Needs, gradients, losses
 from himo_kernels.info_nce.triton.products import bounded_product
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from himo_kernels.info_nce.triton import launch, tiles
+from himo_kernels.info_nce.triton.branch import features_branch
 from himo_kernels.info_nce.triton.tiles import Tile
 from himo_kernels.testing import power_law
 
@@ -55,7 +56,7 @@ def time_ms(step: Callable[[], object], device: torch.device, repeats: int) -> f
 
 def forward_and_backward(image: Tensor, text: Tensor, scale: Tensor) -> None:
     """One loss and its gradients, without what autograd adds."""
-    branch = launch.features_branch(image, text, scale)
+    branch = features_branch(image, text, scale)
     loss, row_nll, column_nll = launch.losses(branch, 0.0)
     needs = launch.Needs(left=True, right=True, scale=True)
     launch.gradients(branch, torch.ones_like(loss), row_nll, column_nll, 0.0, True, needs)
