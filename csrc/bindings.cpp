@@ -62,6 +62,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
         py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),
         py::arg("needs_key"), py::arg("products"), no_gil());
+  m.def("info_nce_block_fwd", &himo::info_nce_block_fwd, py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("row_positives"), py::arg("column_positives"),
+        py::arg("offset"), no_gil());
+  m.def("info_nce_block_bwd", &himo::info_nce_block_bwd, py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("row_positives"), py::arg("row_nll"), py::arg("row_weight"),
+        py::arg("column_positives"), py::arg("column_nll"), py::arg("column_weight"),
+        py::arg("offset"), py::arg("label_smoothing"), py::arg("total"),
+        py::arg("differentiate_keys"), no_gil());
   m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), no_gil());
   m.def("pca_bwd", &himo::pca_bwd, py::arg("grad_mean"), py::arg("grad_eigenvalues"),
         py::arg("grad_components"), py::arg("x"), py::arg("mean"), py::arg("eigenvalues"),

@@ -26,8 +26,35 @@ void check_features(const at::Tensor& query, const at::Tensor& key, const at::Te
                    "float16, bfloat16, float32 or float64", dtype);
   HIMO_CHECK_DTYPE(key.scalar_type() == dtype, kOp, "key", "of query's dtype", key.scalar_type());
   HIMO_CHECK_SHAPE(query.dim() >= 2 && query.size(-2) > 0, kOp, "query", query, "[*, N, K], N > 0");
-  HIMO_CHECK_SHAPE(key.sizes().equals(query.sizes()), kOp, "key", key, query.sizes());
   HIMO_CHECK_SHAPE(logit_scale.dim() == 0, kOp, "logit_scale", logit_scale, "[]");
+}
+
+void check_pairs(const at::Tensor& query, const at::Tensor& key) {
+  HIMO_CHECK_SHAPE(key.sizes().equals(query.sizes()), kOp, "key", key, query.sizes());
+}
+
+// A value for each row of features [M, K], in the accumulation dtype and contiguous.
+at::Tensor vector_of(const char* name, const at::Tensor& values, const at::Tensor& features) {
+  HIMO_CHECK_CPU(kOp, name, values);
+  HIMO_CHECK_SHAPE(values.dim() == 1 && values.size(0) == features.size(0), kOp, name, values,
+                   at::IntArrayRef{features.size(0)});
+  return values.to(accumulation_dtype(features)).resolve_neg().contiguous();
+}
+
+cpu::InfoNCE block_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
+                      const at::Tensor& row_positives, const at::Tensor& column_positives,
+                      int64_t offset) {
+  check_features(query, key, logit_scale);
+  HIMO_CHECK_SHAPE(query.dim() == 2, kOp, "query", query, "[M, K]");
+  HIMO_CHECK_SHAPE(key.dim() == 2 && key.size(0) > 0 && key.size(1) == query.size(1), kOp, "key",
+                   key, "[N, K], N > 0");
+  cpu::InfoNCE block;
+  block.query = query.resolve_neg();
+  block.key = key.resolve_neg();
+  block.offset = offset;
+  block.row_positives = vector_of("row_positives", row_positives, query);
+  block.column_positives = vector_of("column_positives", column_positives, key);
+  return block;
 }
 
 void check_products(const std::optional<at::Tensor>& products, const at::Tensor& query) {
@@ -88,6 +115,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
     double label_smoothing, const std::optional<at::Tensor>& products) {
   const c10::NoGradGuard no_grad;
   check_features(query, key, logit_scale);
+  check_pairs(query, key);
   const auto dtype = accumulation_dtype(query);
   const auto options = query.options().dtype(dtype);
   const double scale = logit_scale.to(dtype).item<double>();
@@ -112,6 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const std::optional<at::Tensor>& products) {
   const c10::NoGradGuard no_grad;
   check_features(query, key, logit_scale);
+  check_pairs(query, key);
   const auto dtype = accumulation_dtype(query);
   const auto options = query.options().dtype(dtype);
   const auto rows = query.sizes().slice(0, query.dim() - 1);
@@ -133,13 +162,47 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   const auto weights =
       grad_loss.to(at::kDouble).reshape({count}).div(2.0 * samples).resolve_neg().contiguous();
   for (int64_t b = 0; b < count; ++b) {
-    problems[b].weight = weights.const_data_ptr<double>()[b];
+    problems[b].row_weight = at::full({samples}, weights.const_data_ptr<double>()[b], options);
+    problems[b].column_weight = problems[b].row_weight;
     if (needs_query) problems[b].grad_query = grad_query.view({count, samples, inner})[b];
     if (needs_key) problems[b].grad_key = grad_key.view({count, samples, inner})[b];
   }
-  const double grad_scale =
-      cpu::info_nce_gradients(problems, {scale, label_smoothing, differentiate_keys});
+  const double grad_scale = cpu::info_nce_gradients(
+      problems, {scale, label_smoothing, differentiate_keys, samples, /*factor=*/scale});
   return {grad_query, grad_key, at::full({}, grad_scale, options)};
+}
+
+std::tuple<at::Tensor, at::Tensor> info_nce_block_fwd(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
+    const at::Tensor& row_positives, const at::Tensor& column_positives, int64_t offset) {
+  const c10::NoGradGuard no_grad;
+  auto block = block_of(query, key, logit_scale, row_positives, column_positives, offset);
+  const auto dtype = accumulation_dtype(query);
+  block.row_nll = at::empty({query.size(0)}, query.options().dtype(dtype));
+  block.column_nll = at::empty({key.size(0)}, query.options().dtype(dtype));
+  cpu::info_nce_statistics({block}, logit_scale.to(dtype).item<double>());
+  return {block.row_nll, block.column_nll};
+}
+
+std::tuple<at::Tensor, at::Tensor> info_nce_block_bwd(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
+    const at::Tensor& row_positives, const at::Tensor& row_nll, const at::Tensor& row_weight,
+    const at::Tensor& column_positives, const at::Tensor& column_nll,
+    const at::Tensor& column_weight, int64_t offset, double label_smoothing, int64_t total,
+    bool differentiate_keys) {
+  const c10::NoGradGuard no_grad;
+  auto block = block_of(query, key, logit_scale, row_positives, column_positives, offset);
+  const auto options = query.options().dtype(accumulation_dtype(query));
+  block.row_nll = vector_of("row_nll", row_nll, query);
+  block.row_weight = vector_of("row_weight", row_weight, query);
+  block.column_nll = vector_of("column_nll", column_nll, key);
+  block.column_weight = vector_of("column_weight", column_weight, key);
+  block.grad_query = at::zeros(query.sizes(), options);
+  block.grad_key = at::zeros(key.sizes(), options);
+  const double scale = logit_scale.to(options.dtype()).item<double>();
+  cpu::info_nce_gradients({block},
+                          {scale, label_smoothing, differentiate_keys, total, /*factor=*/1});
+  return {block.grad_query, block.grad_key};
 }
 
 }  // namespace himo

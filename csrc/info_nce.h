@@ -31,4 +31,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
     const std::optional<at::Tensor>& products);  // [*, N, N]
 
+// A block of the logits of a larger batch: rows [M, K] against keys [N, K], of which row i and
+// column i + offset are a pair where there is such a column. Positives are S of each row's and each
+// column's own pair, wherever that is. Returns log sum exp(S - positive) of each row [M] and column
+// [N], the pairs left out.
+std::tuple<at::Tensor, at::Tensor> info_nce_block_fwd(const at::Tensor& query,             // [M, K]
+                                                      const at::Tensor& key,               // [N, K]
+                                                      const at::Tensor& logit_scale,       // []
+                                                      const at::Tensor& row_positives,     // [M]
+                                                      const at::Tensor& column_positives,  // [N]
+                                                      int64_t offset);
+
+// Returns the gradients of query [M, K] and key [N, K] without the factor scale. nlls are those of
+// the whole batch of `total` samples, weights the gradients of each nll.
+std::tuple<at::Tensor, at::Tensor> info_nce_block_bwd(const at::Tensor& query,             // [M, K]
+                                                      const at::Tensor& key,               // [N, K]
+                                                      const at::Tensor& logit_scale,       // []
+                                                      const at::Tensor& row_positives,     // [M]
+                                                      const at::Tensor& row_nll,           // [M]
+                                                      const at::Tensor& row_weight,        // [M]
+                                                      const at::Tensor& column_positives,  // [N]
+                                                      const at::Tensor& column_nll,        // [N]
+                                                      const at::Tensor& column_weight,     // [N]
+                                                      int64_t offset, double label_smoothing,
+                                                      int64_t total, bool differentiate_keys);
+
 }  // namespace himo

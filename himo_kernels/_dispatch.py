@@ -44,12 +44,16 @@ class Backend:
 
 
 class Operator:
-    """A public operator: its kernels' schemas, and a table of the backends that implement them."""
+    """An operator: its kernels' schemas, and a table of the backends that implement them.
 
-    def __init__(self, name: str, backends: Mapping[str, Backend]) -> None:
+    One that is not public is a part of others, without a schema of its own.
+    """
+
+    def __init__(self, name: str, backends: Mapping[str, Backend], *, public: bool = True) -> None:
         self.name = name
         self.backends = dict(backends)
-        OPERATORS[name] = self
+        if public:
+            OPERATORS[name] = self
 
     def define(
         self, direction: str, schema: str, fake: Callable[..., object]

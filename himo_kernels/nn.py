@@ -271,12 +271,15 @@ class HiMoLoss(nn.Module):
                     if self.normalize_features:
                         _check_directions(argument, value)
             check_logit_scale("HiMoLoss", logit_scale, image_features)
+            if not one_process:
+                loss_over_ranks.resolve_over_ranks(
+                    "HiMoLoss", self.backend, members.size, image_features
+                )
 
         if one_process:
             check()
             return None
         members = members_of(self.group, "HiMoLoss")
-        loss_over_ranks.check_backend_over_ranks("HiMoLoss", self.backend, members.size)
         if not self.check_ranks:
             check()
             return Rows(members, (image_features.shape[0],) * members.size)

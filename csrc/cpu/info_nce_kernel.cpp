@@ -71,27 +71,39 @@ acc_t nll(acc_t max, acc_t sum) {
   return static_cast<acc_t>(m + std::log(s + std::exp(-m)));
 }
 
+// log sum exp(S - p), of which sum is exp(max) times too small.
+template <typename acc_t>
+acc_t log_odds(acc_t max, acc_t sum) {
+  return static_cast<acc_t>(static_cast<double>(max) + std::log(static_cast<double>(sum)));
+}
+
 // A problem's factors, laid out for the tile products: of logits, and of gradients.
 template <typename factor_t, typename gradient_t>
 struct Factors {
   using acc_t = accumulator_t<factor_t>;
-  at::Tensor positives;              // [padded(N)]
-  at::Tensor query;                  // left [N, K]
+  at::Tensor row_positives;          // [M]
+  at::Tensor column_positives;       // [padded(N)], the same memory where all pairs are here
+  at::Tensor query;                  // left [M, K]
   RightFactor<factor_t> key_turned;  // right [K, N]
   RightFactor<gradient_t> keys;      // right [N, K]
-  RightFactor<gradient_t> queries;   // right [N, K]
+  RightFactor<gradient_t> queries;   // right [M, K]
 
   explicit Factors(const InfoNCE& problem)
-      : positives(at::zeros({padded(problem.query.size(0))}, problem.row_nll.options())),
-        query(left_factor<factor_t>(problem.query)),
-        key_turned(problem.key.t()) {
+      : query(left_factor<factor_t>(problem.query)), key_turned(problem.key.t()) {
+    if (problem.row_positives.defined()) {
+      row_positives = problem.row_positives.contiguous();
+      column_positives = pad(problem.column_positives);
+    } else {
+      column_positives = at::zeros({padded(problem.key.size(0))}, problem.row_nll.options());
+      row_positives = column_positives;
+    }
     if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
     if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
   }
 };
 
-// Factors of every problem, with S_ii = scale q_i . k_i from the same products as the tiles': where
-// captions repeat, S_ij - S_ii is 0 to the bit.
+// Factors of every problem. Where all pairs are here, S_ii = scale q_i . k_i is from the same
+// products as the tiles': where captions repeat, S_ij - S_ii is 0 to the bit.
 template <typename factor_t, typename gradient_t>
 std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems,
                                                       double scale) {
@@ -100,6 +112,7 @@ std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> pro
   std::vector<Factors<factor_t, gradient_t>> factors(problems.begin(), problems.end());
   const int64_t count = problems.size(), samples = problems[0].query.size(0);
   const int64_t blocks = at::divup(samples, kBlock);
+  if (problems[0].row_positives.defined()) return factors;
   at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const auto& own = factors[task / blocks];
@@ -109,7 +122,7 @@ std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> pro
       own.key_turned.multiply(own.query.template const_data_ptr<factor_t>() + row * stride, stride,
                               rows, 0, problems[0].query.size(1), row, rows, /*add=*/false,
                               products, kBlock);
-      acc_t* positives = own.positives.template mutable_data_ptr<acc_t>() + row;
+      acc_t* positives = own.column_positives.template mutable_data_ptr<acc_t>() + row;
       for (int64_t i = 0; i < rows; ++i) {
         positives[i] = static_cast<acc_t>(scale) * products[i * kBlock + i];
       }
@@ -149,15 +162,23 @@ template <typename factor_t>
 void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
   const auto factors = factors_of<factor_t, acc_t>(problems, scale);
-  const int64_t samples = problems[0].query.size(0), width = padded(samples);
-  for (size_t b = 0; b < problems.size(); ++b) {
-    problems[b].positives.copy_(factors[b].positives.narrow(0, 0, samples));
+  const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
+  const int64_t offset = problems[0].offset, width = padded(keys);
+  // Of a batch with all its pairs -log P, of a block what it adds to log(1 / P - 1).
+  const bool whole = problems[0].positives.defined();
+  const auto statistic = [whole](acc_t max, acc_t sum) {
+    return whole ? nll(max, sum) : log_odds(max, sum);
+  };
+  if (whole) {
+    for (size_t b = 0; b < problems.size(); ++b) {
+      problems[b].positives.copy_(factors[b].column_positives.narrow(0, 0, samples));
+    }
   }
   const int64_t row_blocks = at::divup(samples, kRows);
   const int64_t group_blocks = at::divup(row_blocks, kGroups);
   const int64_t groups = at::divup(row_blocks, group_blocks);
   const int64_t count = problems.size();
-  const auto options = factors[0].positives.options();
+  const auto options = factors[0].row_positives.options();
   // max and sum of each column over the rows of a group [problems, groups, 2, padded(N)]
   const auto partial = at::zeros({count, groups, 2, width}, options);
   acc_t* partial_data = partial.template mutable_data_ptr<acc_t>();
@@ -168,39 +189,41 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
     for (int64_t task = begin; task < end; ++task) {
       const auto& problem = problems[task / groups];
       const auto& own = factors[task / groups];
-      const acc_t* positives = own.positives.template const_data_ptr<acc_t>();
+      const acc_t* row_positives = own.row_positives.template const_data_ptr<acc_t>();
+      const acc_t* column_positives = own.column_positives.template const_data_ptr<acc_t>();
       acc_t* column_max = partial_data + task * 2 * width;
       acc_t* row_nll = problem.row_nll.template mutable_data_ptr<acc_t>();
       const int64_t group_end = std::min(samples, (task % groups + 1) * group_blocks * kRows);
       for (int64_t row = task % groups * group_blocks * kRows; row < group_end; row += kRows) {
         const int64_t rows = std::min(kRows, group_end - row);
         acc_t row_max[kRows] = {}, row_sum[kRows] = {};
-        for (int64_t column = 0; column < samples; column += kColumns) {
+        for (int64_t column = 0; column < keys; column += kColumns) {
           if (interrupt.poll()) return;
-          const int64_t columns = std::min(kColumns, samples - column);
+          const int64_t columns = std::min(kColumns, keys - column);
           const ProductTile<factor_t> tile(problem, row, column, logits + kRows * kColumns);
           tile.form(own, row, rows, column, columns);
           loops_of(acc_t{}).statistics(
-              {tile.data, tile.stride, logits, rows, columns, row - column,
-               static_cast<acc_t>(scale), positives + row, positives + column, row_max, row_sum,
-               column_max + column, column_max + width + column, logits + 2 * kRows * kColumns});
+              {tile.data, tile.stride, logits, rows, columns, row + offset - column,
+               static_cast<acc_t>(scale), row_positives + row, column_positives + column, row_max,
+               row_sum, column_max + column, column_max + width + column,
+               logits + 2 * kRows * kColumns});
         }
-        for (int64_t i = 0; i < rows; ++i) row_nll[row + i] = nll(row_max[i], row_sum[i]);
+        for (int64_t i = 0; i < rows; ++i) row_nll[row + i] = statistic(row_max[i], row_sum[i]);
       }
     }
   });
 
-  at::parallel_for(0, count * samples, 1024, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count * keys, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t column = task % samples;
-      const acc_t* first = partial_data + task / samples * groups * 2 * width + column;
+      const int64_t column = task % keys;
+      const acc_t* first = partial_data + task / keys * groups * 2 * width + column;
       acc_t max = 0, sum = 0;
       for (int64_t g = 0; g < groups; ++g) max = std::max(max, first[g * 2 * width]);
       for (int64_t g = 0; g < groups; ++g) {
         sum += first[(g * 2 + 1) * width] * std::exp(first[g * 2 * width] - max);
       }
-      problems[task / samples].column_nll.template mutable_data_ptr<acc_t>()[column] =
-          nll(max, sum);
+      problems[task / keys].column_nll.template mutable_data_ptr<acc_t>()[column] =
+          statistic(max, sum);
     }
   });
 }
@@ -236,28 +259,30 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
   const auto factors = factors_of<factor_t, gradient_t>(problems, options.scale);
-  const int64_t samples = problems[0].query.size(0), count = problems.size();
+  const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
+  const int64_t count = problems.size(), offset = problems[0].offset;
   const bool needs_query = problems[0].grad_query.defined();
   const bool needs_key = problems[0].grad_key.defined();
   const auto scale = static_cast<acc_t>(options.scale);
+  const auto factor = static_cast<acc_t>(options.factor);
   const auto smoothing = static_cast<acc_t>(options.label_smoothing);
 
-  const int64_t row_bytes = samples * static_cast<int64_t>(sizeof(gradient_t));
+  const int64_t row_bytes = keys * static_cast<int64_t>(sizeof(gradient_t));
   const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks a thread
   const int64_t most = at::divup(samples, kRows) * kRows;
   const int64_t chunk =
       count > 1 ? most : std::min(most, std::max(least, kWorkspace / row_bytes / kRows * kRows));
-  const auto options_of_acc = factors[0].positives.options();
+  const auto options_of_acc = factors[0].row_positives.options();
   const auto options_of_factor = options_of_acc.dtype(c10::CppTypeToScalarType<gradient_t>::value);
-  // transposed scale dL/dS of a chunk of rows [problems, N, chunk]
-  const auto workspace = at::empty({needs_key ? count * samples * chunk : 0}, options_of_factor);
+  // transposed factor dL/dS of a chunk of rows [problems, N, chunk]
+  const auto workspace = at::empty({needs_key ? count * keys * chunk : 0}, options_of_factor);
   gradient_t* const turned = workspace.template mutable_data_ptr<gradient_t>();
-  std::vector<at::Tensor> row_nll, column_nll;
+  std::vector<at::Tensor> column_nll, column_weight;
   for (const auto& problem : problems) {
-    row_nll.push_back(problem.row_nll);
     column_nll.push_back(pad(problem.column_nll));
+    column_weight.push_back(pad(problem.column_weight));
   }
-  const int64_t row_blocks = at::divup(samples, kRows);
+  const int64_t row_blocks = at::divup(samples, kRows), key_blocks = at::divup(keys, kRows);
   std::vector<double> grad_scale(count * row_blocks, 0.0);
 
   for (int64_t chunk_row = 0; chunk_row < samples; chunk_row += chunk) {
@@ -275,19 +300,21 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
         const int64_t rows = std::min(kRows, samples - row);
         const auto& problem = problems[b];
         const int64_t inner = problem.query.size(1);
-        const acc_t* positives = factors[b].positives.template const_data_ptr<acc_t>();
+        const acc_t* row_positives = factors[b].row_positives.template const_data_ptr<acc_t>();
+        const acc_t* column_positives = factors[b].column_positives.template const_data_ptr<acc_t>();
         double sum = 0;
-        for (int64_t column = 0; column < samples; column += kColumns) {
+        for (int64_t column = 0; column < keys; column += kColumns) {
           if (interrupt.poll()) return;
-          const int64_t columns = std::min(kColumns, samples - column), width = padded(columns);
+          const int64_t columns = std::min(kColumns, keys - column), width = padded(columns);
           const ProductTile<factor_t> tile(problem, row, column, products);
           if (!problem.products.defined()) tile.form(factors[b], row, rows, column, columns);
           sum += loops_of(acc_t{}).gradient(
-              {tile.data, tile.stride, rows, columns, row - column, scale,
-               static_cast<acc_t>(problem.weight), smoothing,
-               smoothing / static_cast<acc_t>(samples), positives + row,
-               row_nll[b].template const_data_ptr<acc_t>() + row, positives + column,
-               column_nll[b].template const_data_ptr<acc_t>() + column, row_part, column_part});
+              {tile.data, tile.stride, rows, columns, row + offset - column, scale, factor, smoothing,
+               smoothing / static_cast<acc_t>(options.total), row_positives + row,
+               problem.row_nll.template const_data_ptr<acc_t>() + row,
+               problem.row_weight.template const_data_ptr<acc_t>() + row, column_positives + column,
+               column_nll[b].template const_data_ptr<acc_t>() + column,
+               column_weight[b].template const_data_ptr<acc_t>() + column, row_part, column_part});
           if (needs_query) {
             factors[b].keys.multiply(
                 as_factor(row_part, rows, width, rounded.template mutable_data_ptr<gradient_t>()),
@@ -296,22 +323,22 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
           }
           if (needs_key) {
             transpose(column_part == nullptr ? row_part : column_part, width, rows, columns,
-                      turned + (b * samples + column) * chunk + (row - chunk_row), chunk);
+                      turned + (b * keys + column) * chunk + (row - chunk_row), chunk);
           }
         }
         grad_scale[b * row_blocks + row / kRows] = sum;
       }
     });
     if (!needs_key) continue;
-    at::parallel_for(0, count * row_blocks, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, count * key_blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         if (interrupt.poll()) return;
-        const int64_t b = task / row_blocks, row = task % row_blocks * kRows;
+        const int64_t b = task / key_blocks, key = task % key_blocks * kRows;
         const int64_t inner = problems[b].query.size(1);
         factors[b].queries.multiply(
-            turned + (b * samples + row) * chunk, chunk, std::min(kRows, samples - row), chunk_row,
+            turned + (b * keys + key) * chunk, chunk, std::min(kRows, keys - key), chunk_row,
             chunk_rows, 0, inner, /*add=*/true,
-            problems[b].grad_key.template mutable_data_ptr<acc_t>() + row * inner, inner);
+            problems[b].grad_key.template mutable_data_ptr<acc_t>() + key * inner, inner);
       }
     });
   }
@@ -322,7 +349,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
 template <typename Run>
 void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
   if (problems.empty()) return;
-  const int64_t samples = problems[0].query.size(0);
+  const int64_t samples = std::max(problems[0].query.size(0), problems[0].key.size(0));
   const auto dtype = problems[0].query.scalar_type();
   const size_t size = std::max<int64_t>(1, kRowsAtATime / samples);
   for (size_t first = 0; first < problems.size(); first += size) {

@@ -35,20 +35,22 @@ struct StatisticsTile {
   acc_t* column_old_max;          // [padded(columns)], scratch
 };
 
-// scale * dL/dS of the tile. Row part: weight (P - (1 - smoothing) I - share), column part likewise
-// with the softmax of the columns; row_part holds their sum where column_part is null.
+// factor * dL/dS of the tile. Row part: row_weight (P - (1 - smoothing) I - share), column part
+// likewise with the softmax of the columns; row_part holds their sum where column_part is null.
 template <typename acc_t>
 struct GradientTile {
   const acc_t* products;  // [rows, products_stride]
   int64_t products_stride;
   int64_t rows, columns;
   int64_t diagonal;
-  acc_t scale, weight, smoothing;
+  acc_t scale, factor, smoothing;
   acc_t share;                    // smoothing / N
   const acc_t* row_positives;     // [rows]
   const acc_t* row_nll;           // [rows]
+  const acc_t* row_weight;        // [rows]
   const acc_t* column_positives;  // [padded(columns)]
   const acc_t* column_nll;        // [padded(columns)]
+  const acc_t* column_weight;     // [padded(columns)]
   acc_t* row_part;                // [rows, padded(columns)]; 0 past columns
   acc_t* column_part;             // [rows, padded(columns)] or null; 0 past columns
 };

@@ -245,14 +245,14 @@ double gradient(const GradientTile<acc_t>& tile) {
           if (j + k >= tile.columns) row[k] = column[k] = 0;
         }
       }
-      row *= tile.weight;
-      column *= tile.weight;
+      row *= tile.row_weight[i];
+      column *= load<acc_t>(tile.column_weight + j);
       sum += (row + column) * product;
       if (column_part == nullptr) {
-        store<acc_t>(row_part + j, (row + column) * tile.scale);
+        store<acc_t>(row_part + j, (row + column) * tile.factor);
       } else {
-        store<acc_t>(row_part + j, row * tile.scale);
-        store<acc_t>(column_part + j, column * tile.scale);
+        store<acc_t>(row_part + j, row * tile.factor);
+        store<acc_t>(column_part + j, column * tile.factor);
       }
     };
     for (int64_t j = 0; j < whole; j += step) step_at(j, load<acc_t>(products + j));

@@ -18,20 +18,12 @@ from himo_kernels._checks import (
     check_shape,
     raise_value,
 )
-from himo_kernels._dispatch import (
-    accumulation_dtype,
-    check_backend,
-    default_backend,
-    refuse_double_backward,
-)
+from himo_kernels._dispatch import accumulation_dtype, check_backend, refuse_double_backward
 from himo_kernels.distributed.agreement import agree, check_rows
-from himo_kernels.distributed.blocks import block_bwd, block_fwd
 from himo_kernels.distributed.exchange import STRATEGIES
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.info_nce import api as of_one
-
-# Logits that a rank holds at once, as long as its features are not larger: 16 MiB in float32.
-_BLOCK_LOGITS = 1 << 22
+from himo_kernels.info_nce.block import BLOCK, block_bwd, block_fwd
 
 
 def info_nce(
@@ -121,7 +113,7 @@ def _public(
         check_label_smoothing(operator, label_smoothing)
         check_flag(operator, "differentiate_keys", differentiate_keys)
         check_strategy(operator, strategy)
-        check_backend_over_ranks(operator, backend, members.size)
+        resolve_over_ranks(operator, backend, members.size, image_features)
         if check_flag(operator, "check_finite", check_finite):
             check_finite_values(operator, **features, logit_scale=scale)
 
@@ -171,6 +163,7 @@ def losses(
     return JoinedLoss.apply(
         rows,
         strategy,
+        resolve_over_ranks("info_nce", backend, rows.members.size, image_features),
         float(label_smoothing),
         differentiate_keys,
         image_features,
@@ -187,6 +180,7 @@ class JoinedLoss(torch.autograd.Function):
         ctx: Any,
         rows: Rows,
         strategy: str,
+        backend: str,
         smoothing: float,
         differentiate_keys: bool,
         image_features: Tensor,  # [M, D]
@@ -199,19 +193,24 @@ class JoinedLoss(torch.autograd.Function):
         # [M, K], K losses; so are all tables of rows below.
         positives = scale * torch.stack([(wide * key.to(dtype)).sum(1) for key in keys], 1)
         ctx.exchange = STRATEGIES[strategy](rows)
-        ctx.budget = max(_BLOCK_LOGITS, image_features.numel())
+        # log sum exp without the positive, and the sum of all logits, in which S_ij = s v_i . k_j
+        # is never formed: the sum over i is s (sum_i v_i) . k_j.
         own_stats = scale.new_zeros(rows.own, len(keys), 2)
         own_stats[..., 0] = -torch.inf
-        key_stats = scale.new_empty(rows.total, len(keys), 2)
+        key_stats = scale.new_zeros(rows.total, len(keys), 2)
         for first, block, table in ctx.exchange.blocks(torch.cat(keys, 1), positives):
             offset = rows.first(rows.rank) - first
             for k, key in enumerate(block.split(features, 1)):
                 of_rows, of_keys = block_fwd(
-                    image_features, key, scale, positives[:, k], table[:, k], offset, ctx.budget
+                    image_features, key, scale, positives[:, k], table[:, k], offset, backend
                 )
-                own_stats[:, k, 0] = torch.logaddexp(own_stats[:, k, 0], of_rows[:, 0])
-                own_stats[:, k, 1] += of_rows[:, 1]
-                key_stats[first : first + len(key), k] = of_keys
+                own_stats[:, k, 0] = torch.logaddexp(own_stats[:, k, 0], of_rows)
+                columns = key_stats[first : first + len(key), k]
+                columns[:, 0] = of_keys
+                if smoothing:
+                    wide_key = key.to(dtype)
+                    own_stats[:, k, 1] += scale * (wide @ wide_key.sum(0))
+                    columns[:, 1] = scale * (wide_key @ wide.sum(0))
         received = rows.exchange(key_stats)  # [W, M, K, 2], of own keys
         zero = torch.zeros_like(positives)
         row_nll = torch.logaddexp(own_stats[..., 0], zero)
@@ -222,6 +221,7 @@ class JoinedLoss(torch.autograd.Function):
         shares = _weight(rows) * (row_nll + column_nll + smoothed).sum(0)
         ctx.save_for_backward(image_features, logit_scale, *keys, positives, row_nll, column_nll)
         ctx.rows, ctx.smoothing, ctx.differentiate_keys = rows, smoothing, differentiate_keys
+        ctx.backend = backend
         return tuple(share.clone() for share in shares)
 
     @staticmethod
@@ -250,10 +250,10 @@ class JoinedLoss(torch.autograd.Function):
                     of_keys[:, 1, k],
                     of_keys[:, 2, k],
                     offset,
-                    ctx.budget,
                     ctx.smoothing,
                     rows.total,
                     ctx.differentiate_keys,
+                    ctx.backend,
                 )
                 grad_image += to_images
                 grads.append(to_keys)
@@ -263,7 +263,7 @@ class JoinedLoss(torch.autograd.Function):
         if not ctx.differentiate_keys:  # grad_image then lacks the direction of own keys
             grad_scale = grad_scale + (torch.cat(keys, 1) * grad_keys).sum()
         return (
-            *(None,) * 4,
+            *(None,) * 5,
             (scale * grad_image).to(image_features.dtype),
             grad_scale.to(logit_scale.dtype),
             *((scale * grad).to(image_features.dtype) for grad in grad_keys.split(features, 1)),
@@ -282,15 +282,10 @@ def check_strategy(operator: str, strategy: object) -> None:
         raise_value(operator, "strategy", f"to be one of {list(STRATEGIES)}", strategy)
 
 
-def check_backend_over_ranks(operator: str, backend: str, size: int) -> None:
-    """Raises where a named backend has no kernel for the blocks of several ranks."""
-    named = check_backend(operator, backend)
-    named = default_backend() if named == "auto" else named
-    if size > 1 and named not in ("auto", "reference"):
-        raise NotImplementedError(
-            f"{operator}: backend {named!r} has no kernel for the loss over {size} ranks, "
-            "only 'reference' has"
-        )
+def resolve_over_ranks(operator: str, backend: str, size: int, image_features: Tensor) -> str:
+    """Returns the backend of the blocks of several ranks; raises where none can take them."""
+    check_backend(operator, backend)
+    return backend if size == 1 else BLOCK.resolve(backend, image_features)
 
 
 def grad_flags(*inputs: object) -> tuple[bool, ...]:

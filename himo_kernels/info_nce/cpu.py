@@ -223,6 +223,53 @@ def dual_info_nce_low_rank_bwd(
     return _in_dtypes(grads, inputs, needs_grad)
 
 
+def info_nce_block_fwd(
+    image_features: Tensor,  # [M, D]
+    keys: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    row_positives: Tensor,  # [M]
+    column_positives: Tensor,  # [N]
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns log sum exp(S_ij - positive) of rows [M] and of columns [N], without pairs."""
+    return _extension.load().info_nce_block_fwd(
+        image_features, keys, logit_scale, row_positives, column_positives, offset
+    )
+
+
+def info_nce_block_bwd(
+    image_features: Tensor,  # [M, D]
+    keys: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    row_positives: Tensor,  # [M]
+    row_nll: Tensor,  # [M]
+    row_weight: Tensor,  # [M]
+    column_positives: Tensor,  # [N]
+    column_nll: Tensor,  # [N]
+    column_weight: Tensor,  # [N]
+    offset: int,
+    label_smoothing: float,
+    total: int,
+    differentiate_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
+    return _extension.load().info_nce_block_bwd(
+        image_features,
+        keys,
+        logit_scale,
+        row_positives,
+        row_nll,
+        row_weight,
+        column_positives,
+        column_nll,
+        column_weight,
+        offset,
+        label_smoothing,
+        total,
+        differentiate_keys,
+    )
+
+
 def _add_component_gradients(
     image: Tensor,  # [N, D]
     coefficients: Tensor,  # [N, R]

@@ -1,4 +1,4 @@
-"""The specification of info_nce and its dual forms: plain PyTorch, any float dtype.
+"""The specification of info_nce, its dual forms and its blocks: plain PyTorch, any float dtype.
 
 S = s V U^T [*, N, N]. Every probability is formed relative to the positive, S_ij - S_ii, and what
 is kept of a row is nll_i = -log P_ii = log(1 + sum_{j != i} exp(S_ij - S_ii)). A confident
@@ -6,8 +6,13 @@ positive (P_ii = 0.999 at s = 100) keeps all its digits that way; log-sum-exp mi
 numbers near 100, leaves two or three of them in float32.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+# Logits of a block that exist at once, as long as its features are not larger: 16 MiB in float32.
+_BLOCK_LOGITS = 1 << 22
 
 
 def info_nce_fwd(
@@ -188,6 +193,82 @@ def dual_info_nce_low_rank_bwd(
         grad_basis.to(basis.dtype),
         grad_scale.to(logit_scale.dtype),
     )
+
+
+def info_nce_block_fwd(
+    image_features: Tensor,  # [M, D]
+    keys: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    row_positives: Tensor,  # [M]
+    column_positives: Tensor,  # [N]
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns log sum exp(S_ij - positive) of the rows [M] and of the columns [N], without pairs.
+
+    Row i and column i + offset are a pair, where there is such a column.
+    """
+    images, keys, scale = _raise(image_features, keys, logit_scale)
+    rows = torch.empty_like(row_positives)
+    columns = torch.full_like(column_positives, -torch.inf)
+    for part in _parts(images, keys):
+        logits = scale * (images[part] @ keys.mT)
+        _pairs(logits, part.start + offset).fill_(-torch.inf)
+        rows[part] = torch.logsumexp(logits - row_positives[part, None], 1)
+        columns = torch.logaddexp(columns, torch.logsumexp(logits - column_positives, 0))
+    return rows, columns
+
+
+def info_nce_block_bwd(
+    image_features: Tensor,  # [M, D]
+    keys: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    row_positives: Tensor,  # [M]
+    row_nll: Tensor,  # [M]
+    row_weight: Tensor,  # [M]
+    column_positives: Tensor,  # [N]
+    column_nll: Tensor,  # [N]
+    column_weight: Tensor,  # [N]
+    offset: int,
+    label_smoothing: float,
+    total: int,
+    differentiate_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
+    images, keys, scale = _raise(image_features, keys, logit_scale)
+    grad_images, grad_keys = torch.empty_like(images), torch.zeros_like(keys)
+    share = label_smoothing / total
+    for part in _parts(images, keys):
+        logits = scale * (images[part] @ keys.mT)
+        pairs = _pairs(logits, part.start + offset)
+        first = max(0, part.start + offset)  # of the columns that have their pair here
+        columns = slice(first, first + len(pairs))
+        rows = slice(first - offset, first - offset + len(pairs))
+        # dL/dS of the rows: P - (1 - eps) I - eps / N, with P_ii - 1 = expm1(-nll_i).
+        grad_rows = (logits - row_positives[part, None]).sub_(row_nll[part, None]).exp_()
+        _pairs(grad_rows, part.start + offset).copy_(torch.expm1(-row_nll[rows]) + label_smoothing)
+        grad_rows.sub_(share).mul_(row_weight[part, None])
+        grad_columns = logits.sub_(column_positives).sub_(column_nll).exp_()
+        pairs.copy_(torch.expm1(-column_nll[columns]) + label_smoothing)
+        grad_columns.sub_(share).mul_(column_weight)
+        if differentiate_keys:
+            grad_rows = grad_columns = grad_rows + grad_columns
+        grad_images[part] = grad_rows @ keys
+        grad_keys += grad_columns.mT @ images[part]
+    return grad_images, grad_keys
+
+
+def _parts(images: Tensor, keys: Tensor) -> Iterator[slice]:
+    # Of the rows, so many that their logits are within bounds.
+    step = max(1, max(_BLOCK_LOGITS, images.numel()) // len(keys))
+    for start in range(0, len(images), step):
+        yield slice(start, min(start + step, len(images)))
+
+
+def _pairs(logits: Tensor, offset: int) -> Tensor:
+    # The entries (i, i + offset) that lie in logits, as a view; none of them where none do.
+    rows, columns = logits.shape
+    first, last = max(0, -offset), min(rows, columns - offset)
+    return logits[first : max(first, last)].diagonal(offset + first)
 
 
 def _raise(
