@@ -1,0 +1,56 @@
+"""The CLIP model of the released HiMo-CLIP code, whose forward computes its two losses.
+
+Written for its interface at commit f235e97: `forward(image, text_long, rank, pca_ratio)` returns
+the contrastive and the component loss of this rank's rows.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from himo_kernels.nn import HiMoLoss
+
+# HiMoLoss's, but for what the trainer decides: pca_ratio and the sum of the two losses.
+OPTIONS = tuple(
+    name
+    for name in inspect.signature(HiMoLoss).parameters
+    if name not in ("variance_threshold", "component_weight")
+)
+
+
+def is_model(module: nn.Module) -> bool:
+    """Returns whether module has what the released model has."""
+    names = ("cumratio_PCA", "encode_image", "encode_text", "logit_scale")
+    return all(hasattr(module, name) for name in names)
+
+
+def forward_of(model: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns what CLIP.forward becomes. Options are HiMoLoss's; the preset is "official"."""
+    options = {"preset": "official", **options}
+    losses: dict[float, HiMoLoss] = {}  # by pca_ratio
+
+    def loss_of(ratio: float) -> HiMoLoss:
+        if ratio not in losses:
+            losses[ratio] = HiMoLoss(variance_threshold=ratio, **options)
+        return losses[ratio]
+
+    loss_of(0.85)  # options that are wrong raise here, not in the first step
+
+    def forward(
+        self: Any,
+        image: Tensor,  # [M, 3, H, W]
+        text_long: Tensor,  # [M, L]
+        rank: int,  # of the caller; torch.distributed's is used, which it was made from
+        pca_ratio: float = 0.85,
+    ) -> tuple[Tensor, Tensor]:
+        losses = loss_of(pca_ratio)(
+            self.encode_image(image),
+            self.encode_text(text_long),
+            self.logit_scale.exp(),
+            output_dict=True,
+        )
+        return losses["contrastive_loss"], losses["component_loss"]
+
+    return forward

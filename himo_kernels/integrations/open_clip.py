@@ -1,0 +1,125 @@
+"""open_clip's ClipLoss: the same loss and gradients, without its N x N logits.
+
+What each pair of its flags computes over W ranks: x a rank's own rows, L the loss of the joined
+batch, L_r the mean over a rank's own rows in both directions.
+
+    local_loss, gather_with_grad    value    gradient of x
+    True,       True                L_r      W dL/dx: the share of himo_kernels.distributed
+    True,       False               L_r      dL_r/dx, the keys constants
+    False,      True                L        W dL/dx
+    False,      False               L        dL/dx
+
+The mean over ranks that DDP takes gives logit_scale dL/ds in each. A logit_bias is the same number
+in all logits, which the softmax does not see: its gradient is 0.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from himo_kernels import distributed
+from himo_kernels._checks import raise_value
+from himo_kernels._dispatch import check_backend
+from himo_kernels.distributed.loss import check_strategy
+from himo_kernels.info_nce import info_nce
+
+OPTIONS = ("strategy", "backend")
+
+
+def is_clip_loss(module: nn.Module) -> bool:
+    """Returns whether module is open_clip's ClipLoss or derives from it, importing nothing."""
+    return _clip_loss_of(module) is not None
+
+
+def _clip_loss_of(module: nn.Module) -> type | None:
+    for kind in type(module).__mro__:
+        if kind.__name__ == "ClipLoss" and kind.__module__.split(".")[0] == "open_clip":
+            return kind
+    return None
+
+
+def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") -> Callable[..., Any]:
+    """Returns what ClipLoss.forward becomes."""
+    check_strategy("accelerate", strategy)
+    check_backend("accelerate", backend)
+    if type(loss).forward is not _clip_loss_of(loss).forward:  # type: ignore[union-attr]
+        raise NotImplementedError(
+            f"accelerate: expected a ClipLoss, got {type(loss).__name__} with a forward of its own"
+        )
+    if loss.use_horovod:
+        raise NotImplementedError("accelerate: expected torch.distributed, got use_horovod=True")
+
+    def forward(
+        self: Any,
+        image_features: Tensor,  # [M, D], L2-normalised by the model
+        text_features: Tensor,  # [M, D]
+        logit_scale: Tensor | float,  # []
+        logit_bias: Tensor | None = None,  # []
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        image_features, text_features = as_under_autocast(image_features, text_features)
+        if self.world_size == 1:
+            value = info_nce(image_features, text_features, logit_scale, backend=backend)
+        else:
+            value = _over_ranks(self, image_features, text_features, logit_scale, strategy, backend)
+        if logit_bias is not None:
+            value = value + 0 * logit_bias.sum()  # DDP waits for a gradient of every parameter
+        return {"contrastive_loss": value} if output_dict else value
+
+    return forward
+
+
+def as_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
+    """Returns features in the dtype in which autocast would multiply them here; the operators of
+    this library follow their inputs' dtype, and sum in float32 whatever it is."""
+    device = features[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return features
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in features)
+
+
+def _over_ranks(
+    loss: Any,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    strategy: str,
+    backend: str,
+) -> Tensor:
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if loss.world_size != ranks:
+        raise_value(
+            "ClipLoss", "world_size", f"to be that of torch.distributed, {ranks}", loss.world_size
+        )
+    if not (loss.local_loss or loss.gather_with_grad):
+        image_features = _WeighedGradient.apply(image_features, 1 / ranks)
+        text_features = _WeighedGradient.apply(text_features, 1 / ranks)
+    share = distributed.info_nce(
+        image_features,
+        text_features,
+        logit_scale,
+        strategy=strategy,
+        differentiate_keys=loss.gather_with_grad or not loss.local_loss,
+        backend=backend,
+    )
+    if loss.local_loss:
+        return share
+    mean = share.detach().clone()
+    dist.all_reduce(mean)
+    return share + (mean / ranks - share.detach())
+
+
+class _WeighedGradient(torch.autograd.Function):
+    """x, whose gradient is multiplied by a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.weight * grad, None

@@ -1,0 +1,101 @@
+"""One object at a time: its forward is replaced on the instance, and nothing else is touched."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType, TracebackType
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from himo_kernels._checks import raise_type, raise_value
+from himo_kernels.integrations import himo_clip, open_clip
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Something that can be accelerated."""
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    forward_of: Callable[..., Callable[..., Any]]  # (module, **options) -> its new forward
+    options: tuple[str, ...]
+
+
+KINDS = (
+    Kind("open_clip's ClipLoss", open_clip.is_clip_loss, open_clip.forward_of, open_clip.OPTIONS),
+    Kind(
+        "the CLIP model of the released HiMo-CLIP code",
+        himo_clip.is_model,
+        himo_clip.forward_of,
+        himo_clip.OPTIONS,
+    ),
+)
+
+
+class Accelerated(Generic[Module]):
+    """An accelerated module, until `undo()` or the end of a `with` block."""
+
+    def __init__(self, module: Module, forward: Callable[..., Any]) -> None:
+        self.module = module
+        # A bound method: a deep copy of the module gets one bound to the copy.
+        self._forward = MethodType(forward, module)
+        module.forward = self._forward
+
+    def undo(self) -> None:
+        """Gives the module its own forward back; a second call does nothing."""
+        if self.module.__dict__.get("forward") is self._forward:
+            del self.module.forward
+
+    def __enter__(self) -> Module:
+        return self.module
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
+    """A loss or a model of someone else's, computing the same with the operators of this library.
+
+    The module stays what it was: its class, parameters, state_dict and call. Only this instance
+    changes, at once; a `with` block or `undo()` on what is returned changes it back.
+
+        himo_kernels.accelerate(loss)                  # an open_clip.ClipLoss
+        himo_kernels.accelerate(model)                 # CLIP of the released HiMo-CLIP code
+        with himo_kernels.accelerate(loss) as loss:    # inside the block only
+
+    Args:
+        module: open_clip's ClipLoss, or the released HiMo-CLIP model, also inside
+            DistributedDataParallel. Before torch.compile.
+        options: of a ClipLoss `strategy` and `backend` as in `himo_kernels.distributed.info_nce`;
+            of a HiMo-CLIP model the arguments of `himo_kernels.nn.HiMoLoss` but for
+            variance_threshold and component_weight, which its trainer sets; the preset is
+            "official", the released code's values and gradients, unless it says otherwise.
+
+    Raises:
+        TypeError: module is neither, or an option is unknown.
+        ValueError: module has been accelerated already, or an option has an impossible value.
+        NotImplementedError: a ClipLoss with a forward of its own, or over Horovod.
+    """
+    if not isinstance(module, nn.Module):
+        raise_type("accelerate", "module", "to be a torch.nn.Module", type(module).__name__)
+    inner = module
+    while type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
+        inner = inner.module  # type: ignore[assignment]
+    for kind in KINDS:
+        if kind.matches(inner):
+            for name in options.keys() - set(kind.options):
+                raise_type("accelerate", name, f"to be one of {list(kind.options)}", options[name])
+            if "forward" in inner.__dict__:
+                own = inner.__dict__["forward"]
+                raise_value("accelerate", "module", "with the forward of its class", own)
+            return Accelerated(inner, kind.forward_of(inner, **options))
+    expected = "to be " + " or ".join(kind.name for kind in KINDS)
+    got = type(inner)
+    raise_type("accelerate", "module", expected, f"{got.__module__}.{got.__qualname__}")

@@ -1,0 +1,31 @@
+"""Accelerated losses over ranks give the values and, after DDP's mean, the gradients they gave."""
+
+import pytest
+from launch import found
+from upstream import open_clip_loss
+
+
+@pytest.fixture(scope="module", params=(2, 3), ids=lambda world: f"W={world}")
+def ranks(request, seed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accelerated")
+    return found("accelerate_worker.py", request.param, folder, str(seed))
+
+
+def assert_below(limit: float, ranks: list[dict], word: str, what: str) -> None:
+    for rank, checks in enumerate(ranks):
+        errors = {n: e for n, e in checks.items() if n.startswith(word) and n.endswith(what)}
+        assert errors, (word, what)
+        for name, error in errors.items():
+            assert error <= limit, f"rank {rank}: {name}: {error:.3e}"
+
+
+@pytest.mark.skipif(open_clip_loss() is None, reason="open_clip_torch is not installed")
+def test_clip_loss_with_each_pair_of_its_flags(ranks):
+    assert all(sum(name.startswith("open_clip") for name in checks) == 16 for checks in ranks)
+    assert_below(1e-12, ranks, "open_clip", "values")
+    assert_below(1e-10, ranks, "open_clip", "gradients")
+
+
+def test_the_released_model(ranks):
+    assert_below(1e-10, ranks, "released", "values")
+    assert_below(1e-6, ranks, "released", "gradients")  # of an SVD there, with gap_eps here

@@ -1,0 +1,232 @@
+"""himo_kernels.accelerate: the same values and gradients, this instance alone, and back again."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from upstream import ReleasedCLIP, Towers, open_clip_loss
+
+import himo_kernels
+from himo_kernels._dispatch import OPERATORS
+
+upstream = open_clip_loss()
+needs_open_clip = pytest.mark.skipif(
+    upstream is None, reason="open_clip_torch is not installed (pip install --no-deps)"
+)
+WIDTH, FEATURES, ROWS = 24, 16, 40
+
+
+def batch(generator: torch.Generator, rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    image = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
+    noise = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
+    return image, image + 0.5 * noise
+
+
+def gradients(model: nn.Module, *losses: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    sum(losses).backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operators of this library that have been resolved to a backend, in their order."""
+    calls: list[str] = []
+    for operator in OPERATORS.values():
+        resolve = operator.resolve
+
+        def counted(*arguments, name=operator.name, resolve=resolve):
+            calls.append(name)
+            return resolve(*arguments)
+
+        monkeypatch.setattr(operator, "resolve", counted)
+    return calls
+
+
+@needs_open_clip
+class TestClipLoss:
+    @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+    @pytest.mark.parametrize("output_dict", [False, True])
+    def test_value_and_gradients(self, bias, output_dict, generator, used):
+        model, (image, text) = Towers(WIDTH, FEATURES).double(), batch(generator)
+        loss = upstream.ClipLoss()
+
+        def step() -> tuple[Tensor, list[Tensor]]:
+            out = model(image, text)
+            if not bias:
+                out["logit_bias"] = None
+                model.logit_bias.requires_grad_(False)
+            value = loss(**out, output_dict=output_dict)
+            if output_dict:
+                assert list(value) == ["contrastive_loss"]
+                value = value["contrastive_loss"]
+            return value, gradients(model, value)
+
+        expected = step()
+        assert not used
+        with himo_kernels.accelerate(loss) as inside:
+            assert inside is loss
+            found = step()
+        assert used == ["info_nce"]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        again = step()  # undone
+        assert len(used) == 1
+        torch.testing.assert_close(again, expected, rtol=0, atol=0)
+
+    def test_under_autocast_features_are_multiplied_in_its_dtype(self, generator, monkeypatch):
+        image, text = (x.float() for x in batch(generator))
+        model, loss = Towers(WIDTH, FEATURES), upstream.ClipLoss()
+        himo_kernels.accelerate(loss)
+        dtypes = []
+        resolve = OPERATORS["info_nce"].resolve
+        monkeypatch.setattr(
+            OPERATORS["info_nce"],
+            "resolve",
+            lambda name, *tensors: dtypes.append(tensors[0].dtype) or resolve(name, *tensors),
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(**model(image, text))
+        assert dtypes == [torch.bfloat16]
+        assert value.dtype == torch.float32
+        assert all(gradient.isfinite().all() for gradient in gradients(model, value))
+
+    def test_another_forward_is_refused(self):
+        loss = upstream.CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=1.0)
+        with pytest.raises(NotImplementedError, match="got CoCaLoss with a forward of its own"):
+            himo_kernels.accelerate(loss)
+        assert "forward" not in vars(loss)
+
+    def test_horovod_is_refused(self):
+        with pytest.raises(NotImplementedError, match="use_horovod=True"):
+            himo_kernels.accelerate(upstream.ClipLoss(use_horovod=True))
+
+    def test_a_world_that_is_not_there(self, generator):
+        loss = upstream.ClipLoss(world_size=2)
+        himo_kernels.accelerate(loss)
+        out = Towers(WIDTH, FEATURES).double()(*batch(generator))
+        with pytest.raises(ValueError, match="ClipLoss: expected world_size .* 1, got 2"):
+            loss(**out)
+
+    @pytest.mark.parametrize(
+        "options, error, words",
+        [
+            ({"strategy": "tree"}, ValueError, "strategy"),
+            ({"backend": "gpu"}, ValueError, "backend"),
+            ({"preset": "paper"}, TypeError, "expected preset to be one of"),
+        ],
+    )
+    def test_wrong_options_change_nothing(self, options, error, words):
+        loss = upstream.ClipLoss()
+        with pytest.raises(error, match=words):
+            himo_kernels.accelerate(loss, **options)
+        assert "forward" not in vars(loss)
+
+    def test_compiled_in_one_graph(self, generator):
+        loss = upstream.ClipLoss()
+        out = Towers(WIDTH, FEATURES).double()(*batch(generator))
+        del out["logit_bias"]
+        expected = loss(**out)
+        himo_kernels.accelerate(loss)
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(**out)
+        torch.testing.assert_close(found, expected)
+
+
+class TestReleasedModel:
+    @pytest.mark.parametrize("ratio", [0.85, 0.9])
+    def test_values_and_gradients(self, ratio, generator, used):
+        model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
+        expected = model(image, text, 0, pca_ratio=ratio)
+        expected_gradients = gradients(model, *expected)
+        with himo_kernels.accelerate(model):
+            found = model(image, text, 0, pca_ratio=ratio)
+        assert "pca_reconstruct" in used and "dual_info_nce" in used
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        found_gradients = gradients(model, *found)
+        for gradient, other in zip(found_gradients, expected_gradients, strict=True):
+            error = (gradient - other).norm() / other.norm()
+            assert error <= 1e-6  # theirs is an SVD's, ours has gap_eps = 1e-6
+
+    def test_labels_as_captions(self, generator):
+        # Eight labels, each as often: equal singular values, by whose differences autograd through
+        # an SVD divides.
+        model, (image, _) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
+        with torch.no_grad():
+            model.text_tower.weight.copy_(torch.eye(FEATURES, WIDTH))
+        text = torch.eye(WIDTH, dtype=torch.float64)[torch.arange(ROWS) % 8]
+        assert any(g.isnan().any() for g in gradients(model, *model(image, text, 0)))
+        himo_kernels.accelerate(model)
+        assert all(g.isfinite().all() for g in gradients(model, *model(image, text, 0)))
+
+    def test_another_preset(self, generator):
+        model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
+        himo_kernels.accelerate(model, preset="paper")
+        found = model(image, text, 0, pca_ratio=0.9)
+        features = model.encode_image(image), model.encode_text(text), model.logit_scale.exp()
+        expected = himo_kernels.nn.HiMoLoss("paper")(*features, output_dict=True)
+        assert found == (expected["contrastive_loss"], expected["component_loss"])
+
+    @pytest.mark.parametrize("option", ["variance_threshold", "component_weight", "tau"])
+    def test_what_the_trainer_decides_is_no_option(self, option):
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        with pytest.raises(TypeError, match=f"accelerate: expected {option} to be one of"):
+            himo_kernels.accelerate(model, **{option: 0.5})
+        assert "forward" not in vars(model)
+
+    def test_an_impossible_option_raises_at_once(self):
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        with pytest.raises(ValueError, match="preset"):
+            himo_kernels.accelerate(model, preset="best")
+        assert "forward" not in vars(model)
+
+
+class TestInstance:
+    def test_state_dict_and_others_of_its_class_stay(self):
+        model, other = ReleasedCLIP(WIDTH, FEATURES), ReleasedCLIP(WIDTH, FEATURES)
+        names = list(model.state_dict())
+        himo_kernels.accelerate(model)
+        assert list(model.state_dict()) == names
+        assert type(model) is ReleasedCLIP and "forward" not in vars(other)
+
+    def test_a_deep_copy_computes_with_its_own_parameters(self, generator):
+        model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
+        himo_kernels.accelerate(model)
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.image_tower.weight.zero_().add_(torch.eye(FEATURES, WIDTH))
+        assert twin(image, text, 0)[0] != model(image, text, 0)[0]
+        assert twin.forward.__self__ is twin
+
+    def test_a_pickle_opens_with_the_forward_of_its_class(self, generator):
+        model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
+        expected = model(image, text, 0)
+        himo_kernels.accelerate(model)
+        opened = pickle.loads(pickle.dumps(model))
+        assert opened(image, text, 0) == expected
+
+    def test_inside_data_parallel(self):
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        handle = himo_kernels.accelerate(nn.DataParallel(model))
+        assert handle.module is model and "forward" in vars(model)
+
+    def test_undo_twice_and_after_an_error(self):
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        handle = himo_kernels.accelerate(model)
+        handle.undo()
+        handle.undo()
+        assert "forward" not in vars(model)
+        with pytest.raises(RuntimeError, match="in the block"), himo_kernels.accelerate(model):
+            raise RuntimeError("in the block")
+        assert "forward" not in vars(model)
+
+    def test_twice_is_refused(self):
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        himo_kernels.accelerate(model)
+        with pytest.raises(ValueError, match="expected module with the forward of its class"):
+            himo_kernels.accelerate(model)
+
+    @pytest.mark.parametrize("module", [nn.Linear(2, 2), torch.relu, None], ids=str)
+    def test_anything_else_is_refused(self, module):
+        with pytest.raises(TypeError, match="accelerate: expected module to be"):
+            himo_kernels.accelerate(module)
