@@ -53,7 +53,8 @@ EXPECTED = {
         "aten.add.Tensor": 2,  # B + B^T, and dC
     },
 }
-TOTALS = {"pca_fwd 128x768": 22, "pca_bwd 128x768": 41}
+# Of these most are torch's, elementwise over n numbers: no step of the official training.
+TOTALS = {"pca_fwd 128x768": 23, "pca_bwd 128x768": 56}
 
 SCRIPT = """
 import json

@@ -33,7 +33,8 @@ def pca_fwd(
     """
     batch, x = x.shape[:-2], flat(x)
     mean, (eigenvalues, eigenvectors, rank, _) = _decompose(x, variance_threshold)
-    components = _components(x, mean, eigenvalues, eigenvectors, rank)
+    present = _present(x, eigenvalues, rank)
+    components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
     return _batched(batch, mean, eigenvalues, components, rank, eigenvectors)
 
 
@@ -55,9 +56,9 @@ def pca_bwd(
     """
     shape, x, mean, rank = x.shape, flat(x), flat(mean, 1), flat(rank, 0)
     eigenvalues, eigenvectors = flat(eigenvalues, 1), flat(eigenvectors)
-    components = _components(x, mean, eigenvalues, eigenvectors, rank)  # P, zero past rank
-    present = _present(x, eigenvalues, rank).unsqueeze(-1)
-    grads = torch.where(present, flat(grad_components), 0.0)
+    present = _present(x, eigenvalues, rank)
+    components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
+    grads = torch.where(present.unsqueeze(-1), flat(grad_components), 0.0)
     add = flat(grad_mean, 1).unsqueeze(-2) / x.shape[-2]
     scaled = eigenvectors * (2 * flat(grad_eigenvalues, 1).unsqueeze(-2))
     kept: Options = {"limit": rank}
@@ -72,13 +73,13 @@ def pca_bwd(
     unit = torch.where(eigenvalues > 0, eigenvalues, 1.0).gather(-1, rank.unsqueeze(-1) - 1)
     axes = matmul(eigenvectors.mT, x, F64, **centred) / unit.sqrt().unsqueeze(-1)  # a_j, scaled
     overlaps = matmul(grads, components.mT, F64)
-    outside = matmul(-overlaps, components, F64, add=grads)
+    outside = matmul(overlaps, components, F64, add=grads, alpha=-1.0)
     corrections = matmul(grads, axes.mT, F64)
     weigh_pairs(corrections, eigenvalues, rank, gap_eps, null=True)
-    weights = null_weights(eigenvalues, rank, present.squeeze(-1), gap_eps)
+    weights = null_weights(eigenvalues, rank, present, gap_eps)
     # h, eq. (9), zero past rank as weights are
     turn = matmul(corrections, axes, F64, add=weights.unsqueeze(-1) * outside)
-    turn = torch.where(present, turn, 0.0)
+    turn = torch.where(present.unsqueeze(-1), turn, 0.0)
     left = matmul(x, turn.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
     add = matmul(left, components, F64, limited="inner", add=add, **kept)
     left = matmul(x, components.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
@@ -182,7 +183,8 @@ def pca_reconstruct_bwd(
         return _finished(shape, x, eigenvectors, turned, add=add, **centred)  # eq. (7)
     centred_grad: Options = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **kept}
     if not differentiate_basis:
-        components = _components(x, mean, eigenvalues, eigenvectors, rank)
+        present = _present(x, eigenvalues, rank)
+        components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
         left = matmul(grad, components.mT, F64, **centred_grad)
         grad_x = _finished(x.shape, x, left, components, limited="inner", add=add, **kept)
         return torch.where(_identity(eigenvalues, rank), grad, grad_x).view(shape)
@@ -221,10 +223,14 @@ def _grad_moment(
 
 
 def _components(
-    x: Tensor, mean: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank: Tensor
+    x: Tensor,
+    mean: Tensor,
+    eigenvalues: Tensor,
+    eigenvectors: Tensor,
+    rank: Tensor,
+    present: Tensor,  # of _present
 ) -> Tensor:
     # P [P, n, D]: kept eigenvectors of X^T X in rows, zero past rank.
-    present = _present(x, eigenvalues, rank)
     if _feature_side(x):
         return torch.where(present.unsqueeze(-1), eigenvectors.mT, 0.0)
     inverse_norms = torch.where(present, eigenvalues, torch.inf).rsqrt().unsqueeze(-2)
