@@ -7,6 +7,7 @@ Without a GPU, TRITON_INTERPRET=1 runs the same kernels in Triton's interpreter,
 import importlib
 import importlib.util
 import os
+import struct
 from collections.abc import Callable
 
 import torch
@@ -65,6 +66,12 @@ def deferred(module: str, function: str) -> Callable[..., object]:
             return getattr(importlib.import_module(module), function)(*arguments)
 
     return call
+
+
+def float64_bits(value: float) -> int:
+    """Returns the bits of value, for _triton_jit.float64_of: a kernel's float is a float32."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(bits)
 
 
 def capability(x: Tensor) -> int:

@@ -1,7 +1,8 @@
 """Triton functions that every backend's kernels share. Imported by modules with kernels alone.
 
-Both exist for Triton's interpreter (3.6 to 3.9), which keeps bfloat16 as integers: tl.dot
-multiplies their bits, and rounding to bfloat16 drops the carry into the exponent (1.999 gives 1).
+dot and rounded exist for Triton's interpreter (3.6 to 3.9), which keeps bfloat16 as integers:
+tl.dot multiplies their bits, and rounding to bfloat16 drops the carry into the exponent (1.999
+gives 1).
 """
 
 import triton
@@ -31,3 +32,9 @@ def rounded(x, dtype: tl.constexpr):
     else:
         result = x.to(dtype)
     return result
+
+
+@triton.jit
+def float64_of(bits):
+    """The float64 of these bits, an argument made by _triton.float64_bits."""
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)

@@ -1,18 +1,22 @@
-"""Compiles every Triton kernel for sm_80 and sm_90, without a GPU: registers, spills, memory.
+"""Compiles every Triton kernel for sm_80 and sm_90, without a GPU: what ptxas made of each.
 
 python -m himo_kernels.aot [word ...]     only the cases whose label has all of these words
 
 What is compiled is what the launchers launch: each case runs them on meta tensors, and a launch is
-recorded, with its types, constants and options, rather than made. A spill fails the run, unless
-its case says that it may.
+recorded, with its types, constants and options, rather than made. A line tells its registers and
+spills, the programs that a multiprocessor has room for and, of a product, the instruction that
+multiplies and the bytes of a load. What the design promises of them (broken_promise) fails the run
+where it is broken.
 """
 
 import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +24,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from himo_kernels import _triton
 
 TARGETS = (80, 90)  # A100, H100 and H200
-# Bytes of shared memory that a block may have: CUDA C++ Programming Guide, compute capabilities.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+# Of a multiprocessor: CUDA C++ Programming Guide, compute capabilities, technical specifications.
+SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}
+SHARED_RESERVED = 1024  # of each block; the rest is what one may ask for
+REGISTERS = 64 * 1024
+WARPS, BLOCKS = 64, 32
+# Registers are given to warps by 256, to four warps at a time: CUDA occupancy calculator.
+REGISTER_UNIT, WARP_UNIT = 256, 4
 
 # Modules with a function aot_cases() -> Iterable[Case].
 MODULES: tuple[str, ...] = (
@@ -42,6 +53,7 @@ class Case:
     label: str
     run: Callable[[], object]
     may_spill: bool = False
+    ragged: bool = False  # sizes that are no multiple of 16: loads are as narrow as they must be
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,10 @@ class Resources:
     registers: int  # of a thread
     spilled_bytes: int  # the stack frame of a thread; kernels have no arrays of their own
     shared_bytes: int  # of a block
+    programs: int  # that a multiprocessor has room for at once
+    # Of a launch with products, "" and 0 elsewhere:
+    multiplies: str  # the matrix instruction, or the fused multiply-add where there is none
+    load_bytes: int  # of a thread's load of global memory, by the width that carries the most
 
 
 def cases(words: Iterable[str] = ()) -> list[Case]:
@@ -73,9 +89,44 @@ def cases(words: Iterable[str] = ()) -> list[Case]:
 def launches(case: Case, target: int) -> list[Launch]:
     """Returns the different launches that a case makes on an architecture."""
     recorded: dict[Launch, None] = {}
-    with _recording(recorded), _target(target):
+
+    def record(kernel: Any, arguments: tuple[object, ...], options: dict[str, object]) -> None:
+        recorded.setdefault(_launch(kernel, arguments, options))
+
+    with _recording(record), _target(target):
         case.run()
     return list(recorded)
+
+
+def device_launches(call: Callable[[], object]) -> Counter[str]:
+    """Returns how often each Triton kernel and torch operator would launch work on the device.
+
+    call runs launchers on meta tensors, which have no values: one that waits for a value raises.
+    Views and empty allocations launch nothing. An operator counts once: torch.linalg.eigh, say,
+    launches more. Not in Triton's interpreter, whose kernels run at once.
+    """
+    if _triton.INTERPRETED:
+        raise RuntimeError(f"device_launches: expected no {_triton.INTERPRETER_VARIABLE}=1")
+    counted: Counter[str] = Counter()
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, operator: Any, types: Any, arguments: Any = (), named: Any = None
+        ) -> Any:
+            allocates = operator.overloadpacket.__name__ in _ALLOCATIONS
+            if not (operator.is_view or allocates):
+                counted[str(operator)] += 1
+            return operator(*arguments, **(named or {}))
+
+    def record(kernel: Any, *_: object) -> None:
+        counted[kernel.__name__] += 1
+
+    with _recording(record), Operators():
+        call()
+    return counted
+
+
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
 def compile_launch(launch: Launch, target: int) -> Resources:
@@ -95,12 +146,73 @@ def compile_launch(launch: Launch, target: int) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        if _precision(launch) is not None:
+            command.insert(1, "-sass")  # 0.15 s
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack = (
-        max(int(number) for number in re.findall(rf"\b{name}:(\d+)", usage))
+        max(int(number) for number in re.findall(rf"\b{name}:(\d+)", listing))
         for name in ("REG", "STACK")
     )
-    return Resources(registers, stack, compiled.metadata.shared)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    programs = programs_at_once(registers, warps, shared, target)
+    return Resources(registers, stack, shared, programs, *instructions(listing))
+
+
+def programs_at_once(registers: int, warps: int, shared_bytes: int, target: int) -> int:
+    """Returns how many programs of so many warps a multiprocessor of sm_<target> has room for."""
+    of_warp = -(-32 * registers // REGISTER_UNIT) * REGISTER_UNIT
+    with_registers = REGISTERS // of_warp // WARP_UNIT * WARP_UNIT
+    with_memory = SHARED_BYTES[target] // (shared_bytes + SHARED_RESERVED)
+    return min(with_registers // warps, WARPS // warps, BLOCKS, with_memory)
+
+
+def instructions(listing: str) -> tuple[str, int]:
+    """Returns `multiplies` and `load_bytes` of Resources, from cuobjdump's listing of SASS."""
+    counts = Counter(re.findall(r"^\s+/\*\w+\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", listing, re.M))
+    multiplies = ""
+    for family in (r"HGMMA|HMMA|DMMA", r"FFMA|DFMA"):
+        found = {name: n for name, n in counts.items() if re.match(rf"({family})\b", name)}
+        if found:
+            multiplies = max(found, key=lambda name: found[name])
+            break
+    carried: Counter[int] = Counter()
+    for name, count in counts.items():
+        if re.match(r"(LDG|LDGSTS)\b", name):
+            bits = re.search(r"\.[US]?(8|16|64|128)\b", name)
+            width = int(bits[1]) // 8 if bits else 4
+            carried[width] += width * count
+    return multiplies, max(carried, key=lambda width: carried[width], default=0)
+
+
+def _precision(launch: Launch) -> object:
+    # The precision of tl.dot, an argument of every kernel that has one; or None.
+    return dict(launch.constants).get("PRECISION")
+
+
+def broken_promise(case: Case, launch: Launch, target: int, used: Resources) -> str:
+    """Returns what a launch does not keep of what the design promises, or nothing.
+
+    No spill, shared memory that fits, and of products: float64 on DMMA, all but float32 proper on
+    HGMMA or HMMA, and 16-bit operands loaded by 16 bytes.
+    """
+    if used.spilled_bytes and not case.may_spill:
+        return "SPILLS"
+    if not used.programs:
+        return "DOES NOT FIT"
+    precision = _precision(launch)
+    if str(dict(launch.constants).get("SUMS")) == "fp64":
+        unit = "DMMA"
+    elif precision in (None, "ieee"):
+        return ""
+    else:
+        unit = "HGMMA" if target >= 90 else "HMMA"
+    if not used.multiplies.startswith(unit):
+        return f"NO {unit}"
+    pointers = [kind for _, kind in launch.signature if kind.startswith("*")]
+    narrow = sum(kind in ("*fp16", "*bf16") for kind in pointers) >= 2
+    if narrow and not case.ragged and used.load_bytes < 16:
+        return "NARROW LOADS"
+    return ""
 
 
 @contextmanager
@@ -113,12 +225,14 @@ def _target(target: int) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(recorded: dict[Launch, None]) -> Iterator[None]:
+def _recording(
+    record: Callable[[Any, tuple[object, ...], dict[str, object]], None],
+) -> Iterator[None]:
     # kernel[grid](...) calls JITFunction.run, which would start a driver.
     from triton.runtime.jit import JITFunction
 
     def run(kernel: Any, *arguments: object, grid: object, warmup: bool, **named: object) -> None:
-        recorded.setdefault(_launch(kernel, arguments, named))
+        record(kernel, arguments, named)
 
     original = JITFunction.run
     JITFunction.run = run
@@ -173,25 +287,39 @@ def main(words: list[str]) -> int:
     if reason := _triton.MISSING:
         print(f"triton: {reason}; no kernel compiled")
         return 0
-    failures = 0
-    seen: set[tuple[Launch, int]] = set()  # cases share launches
+    work: dict[tuple[Launch, int], Case] = {}  # cases share launches
     for case in cases(words):
         for target in TARGETS:
             for launch in launches(case, target):
-                if (launch, target) in seen:
-                    continue
-                seen.add((launch, target))
-                used = compile_launch(launch, target)
-                fits = used.shared_bytes <= SHARED_LIMIT[target]
-                good = fits and (case.may_spill or used.spilled_bytes == 0)
-                failures += not good
-                print(
-                    f"sm_{target} {launch.kernel.__name__:<28} {used.registers:>3} registers, "
-                    f"{used.spilled_bytes:>4} B spilled, {used.shared_bytes / 1024:>5.1f} KiB "
-                    f"shared  {case.label}{'' if good else '  FAILS'}"
-                )
-    print(f"triton: {len(seen)} launches compiled, {failures} spill or do not fit")
+                work.setdefault((launch, target), case)
+    _work[:] = [(case, *key) for key, case in work.items()]
+    failures = 0
+    # Forked, for a kernel cannot be sent to another process.
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for (case, launch, target), used in zip(
+            _work, pool.imap(_compile_at, range(len(_work))), strict=True
+        ):
+            broken = broken_promise(case, launch, target, used)
+            failures += bool(broken)
+            product = (
+                f", {used.load_bytes:>2} B loads, {used.multiplies}" if used.load_bytes else ""
+            )
+            print(
+                f"sm_{target} {launch.kernel.__name__:<26} {used.registers:>3} registers, "
+                f"{used.programs:>2} at once, {used.spilled_bytes:>3} B spilled, "
+                f"{used.shared_bytes / 1024:>5.1f} KiB shared{product:<37}  {case.label}  {broken}",
+                flush=True,
+            )
+    print(f"triton: {len(_work)} launches compiled, {failures} break a promise")
     return int(failures > 0)
+
+
+_work: list[tuple[Case, Launch, int]] = []  # of main, for the processes that it forks
+
+
+def _compile_at(index: int) -> Resources:
+    _, launch, target = _work[index]
+    return compile_launch(launch, target)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from himo_kernels import testing as hkt
 pytest.importorskip("triton", reason="needs Triton")
 from himo_kernels.covariance.triton.matmul import matmul
 from himo_kernels.pca.triton import eigensolver
-from himo_kernels.pca.triton.jacobi import jacobi_where_not
+from himo_kernels.pca.triton.weights import weigh_pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -35,6 +35,10 @@ def randn(*shape: int, generator: torch.Generator) -> Tensor:
 def random_moments(problems: int, size: int, generator: torch.Generator) -> Tensor:
     x = randn(problems, size, size + 3, generator=generator)
     return x @ x.mT
+
+
+def eigenpairs(moment: Tensor) -> tuple[Tensor, Tensor]:
+    return eigensolver.solve(moment, 0.9, 1e-8)[:2]
 
 
 def check_eigenpairs(moment: Tensor, values: Tensor, vectors: Tensor) -> None:
@@ -94,10 +98,50 @@ def test_product_in_parts_is_symmetric_to_the_last_bit_and_repeats(generator):
     assert torch.equal(first, first.mT) and torch.equal(first, again)
 
 
+def test_product_with_factors_into_a_part_of_a_tensor(generator):
+    a, b = randn(2, 70, 20, generator=generator), randn(2, 20, 66, generator=generator)
+    add = randn(2, 70, 66, generator=generator)
+    out = torch.full((2, 3, 70, 66), 7.0, dtype=torch.float64, device=DEVICE)
+    result = matmul(a, b, torch.float64, add=add, alpha=-0.5, beta=1.5, out=out[:, 1])
+    torch.testing.assert_close(result, 1.5 * add - 0.5 * (a @ b), rtol=0, atol=1e-12)
+    assert result.data_ptr() == out[:, 1].data_ptr()
+    assert (out[:, ::2] == 7).all()
+
+
+@pytest.mark.parametrize("limit", [0, 3, 68, 100])
+def test_rows_of_what_is_added_end_at_the_limit(limit, generator):
+    a, b = randn(2, 70, 20, generator=generator), randn(2, 20, 9, generator=generator)
+    add = randn(2, 70, 9, generator=generator)
+    expected = a @ b
+    for problem, rank in enumerate((limit, 5)):
+        expected[problem, :rank] += add[problem, :rank]
+        add[problem, rank:] = torch.nan
+    limits = torch.tensor([limit, 5], device=DEVICE)
+    actual = matmul(a, b, torch.float64, add=add, limited="add", limit=limits)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
 def test_product_rounds_to_bfloat16_once(generator):
     a, b = randn(1, 20, 20, generator=generator), randn(1, 20, 20, generator=generator)
     out = torch.empty(1, 20, 20, dtype=torch.bfloat16, device=DEVICE)
     assert torch.equal(matmul(a, b, torch.float64, out=out), (a @ b).float().bfloat16())
+
+
+# The weights.
+
+
+@pytest.mark.parametrize("rank", [1, 5, 33, 40])
+def test_symmetric_weights_are_those_of_both_orders(rank, generator):
+    # 40 columns are two tiles a side: a tile and its mirror image, and one that the cut divides.
+    values = randn(2, 40, generator=generator).square().sort(-1, descending=True).values
+    products = randn(2, 40, 40, generator=generator)
+    ranks = torch.tensor([rank, 7], device=DEVICE)
+    expected = products + products.mT
+    weigh_pairs(expected, values, ranks, 1e-3)
+    for problem, kept in enumerate(ranks.tolist()):
+        expected[problem, kept:] = 0
+    weigh_pairs(products, values, ranks, 1e-3, symmetric=True)
+    torch.testing.assert_close(products, expected + expected.mT, rtol=1e-13, atol=0)
 
 
 # The eigensolver.
@@ -106,13 +150,13 @@ def test_product_rounds_to_bfloat16_once(generator):
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 33])
 def test_eigenpairs_of_random_matrices(size, generator):
     moment = random_moments(2, size, generator)
-    check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
+    check_eigenpairs(moment, *eigenpairs(moment.clone()))
 
 
 def test_eigenpairs_at_the_largest_size(generator):
     x = hkt.power_law(128, 200, dtype=torch.float64, device=DEVICE, generator=generator)
     moment = ((x - x.mean(0)) @ (x - x.mean(0)).T).unsqueeze(0)
-    check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
+    check_eigenpairs(moment, *eigenpairs(moment.clone()))
 
 
 @pytest.mark.parametrize("name", hkt.DEGENERATE)
@@ -121,7 +165,7 @@ def test_eigenpairs_of_degenerate_batches(name, generator):
     x = x - x.mean(0)
     moments = [x.T @ x] + ([x @ x.T] if name in ("4 labels", "one-hot rows") else [])
     for moment in moments:
-        check_eigenpairs(moment[None], *eigensolver.eigh_descending(moment[None].clone()))
+        check_eigenpairs(moment[None], *eigenpairs(moment[None].clone()))
 
 
 def test_a_graded_spectrum_and_a_matrix_of_blocks(generator):
@@ -129,50 +173,52 @@ def test_a_graded_spectrum_and_a_matrix_of_blocks(generator):
     blocks = torch.block_diag(*random_moments(4, 3, generator))
     blocks[6:9, 6:9] = blocks[:3, :3]  # each eigenvalue twice, in blocks that do not touch
     for moment in (graded @ graded.T, blocks):
-        check_eigenpairs(moment[None], *eigensolver.eigh_descending(moment[None].clone()))
+        check_eigenpairs(moment[None], *eigenpairs(moment[None].clone()))
 
 
 @pytest.mark.parametrize("scale", [1e-290, 1e290, 0.0])
 def test_no_scale_is_out_of_range(scale, generator):
     moment = random_moments(1, 5, generator) / 100 * scale
-    check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
+    check_eigenpairs(moment, *eigenpairs(moment.clone()))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_matrix_that_is_not_finite_spoils_no_other(bad, generator):
     moment = random_moments(3, 6, generator)
     moment[1, 2, 3] = bad
-    values, vectors = eigensolver.eigh_descending(moment.clone())
+    values, vectors = eigenpairs(moment.clone())
     assert values[1].isnan().all() and vectors[1].isnan().all()
     check_eigenpairs(moment[::2], values[::2], vectors[::2])
 
 
-def test_jacobi_solves_what_is_not_certified_and_leaves_the_rest(generator):
-    moment = random_moments(3, 7, generator)
+def test_rotations_solve_what_is_not_certified(generator):
+    moment = random_moments(4, 7, generator)
     moment[2] = torch.eye(7)
-    scale = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64, device=DEVICE)
-    certified = torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
-    values, vectors = torch.full_like(moment[..., 0], 7), torch.full_like(moment, 7)
-    scratch = torch.empty_like(moment), torch.empty_like(moment)
-    jacobi_where_not(certified, moment.clone(), scale, values, vectors, scratch)
-    assert (values[1] == 7).all() and (vectors[1] == 7).all()
-    order = values.argsort(-1, descending=True)
-    values, vectors = values.gather(-1, order), vectors.gather(-1, order[:, None].expand(3, 7, 7))
-    check_eigenpairs(moment[::2], values[::2], vectors[::2])
+    pairs, products, scale = eigensolver._approximate(moment, 16)
+    pairs[0, 0] = randn(7, 7, generator=generator)  # no eigenvectors
+    products[2] += 1e-6
+    approximate = pairs[:, 0].clone()
+    values, vectors, _, _ = eigensolver._finish(pairs, products, scale, 0.9, 1e-8, 16)
+    check_eigenpairs(moment, values, vectors)
+    for problem in (1, 3):  # certified: the vectors that were there
+        order = (vectors[problem].T @ approximate[problem].T).abs().argmax(-1)
+        assert torch.equal(vectors[problem], approximate[problem].T[:, order])
 
 
-def test_a_failed_certificate_leads_to_jacobi(generator, monkeypatch):
+@pytest.mark.parametrize("name", ["power law", "2 duplicate pairs", "4 labels", "one-hot rows"])
+def test_batches_are_certified(name, generator, monkeypatch):
+    monkeypatch.setattr(eigensolver, "SWEEPS", 0)  # a second try would return unit vectors
+    create = hkt.power_law if name == "power law" else hkt.DEGENERATE[name]
+    x = create(24, 40, dtype=torch.float64, device=DEVICE, generator=generator)
+    moment = ((x - x.mean(0)) @ (x - x.mean(0)).T)[None]
+    check_eigenpairs(moment, *eigenpairs(moment))
+
+
+def test_all_problems_by_rotations(generator, monkeypatch):
     monkeypatch.setattr(eigensolver, "CERTIFIED", 0.0)
-    solved = []
-
-    def watched(certified, *arguments):
-        solved.append(certified.clone())
-        jacobi_where_not(certified, *arguments)
-
-    monkeypatch.setattr(eigensolver, "jacobi_where_not", watched)
-    moment = random_moments(2, 6, generator)
-    check_eigenpairs(moment, *eigensolver.eigh_descending(moment.clone()))
-    assert (solved[0] == 0).all()
+    for size in (1, 6, 17):
+        moment = random_moments(2, size, generator)
+        check_eigenpairs(moment, *eigenpairs(moment.clone()))
 
 
 def test_rank():
@@ -182,12 +228,21 @@ def test_rank():
         device=DEVICE,
     )
     for threshold, expected in {
+        0.5: [1, 2, 3, 3, 3],
         0.9: [1, 3, 3, 3, 3],
         0.90001: [2, 3, 3, 3, 3],
         1.0: [2, 3, 3, 3, 3],
     }.items():
-        assert eigensolver.choose_rank(values, threshold, 1e-8).tolist() == expected
-    assert eigensolver.choose_rank(values, 0.5, 1e-8).tolist() == [1, 2, 3, 3, 3]
+        rank, complete = eigensolver.choose_rank(values, threshold, 1e-8)
+        assert rank.tolist() == expected
+        assert complete.tolist() == [False, threshold > 0.5, True, False, True]
+    # The solver's own program chooses it too, to float64's last digit.
+    moment = torch.diag(torch.tensor([0.25, 0.125, 0.625], dtype=torch.float64, device=DEVICE))
+    above = 0.875 + 2.0**-52
+    for threshold, expected in ((0.625, 1), (0.875, 2), (above, 3), (1.0, 3)):
+        solution = eigensolver.solve(moment[None], threshold, 1e-8)
+        assert solution.rank.tolist() == [expected]
+        assert solution.complete.tolist() == [expected == 3]
 
 
 # The operators, against the reference.

@@ -88,11 +88,13 @@ def aot_cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for sums in (torch.float32, torch.float64):
             label = f"covariance and gram, {dtype} sums in {sums}".replace("torch.", "")
-            yield Case(label, partial(_launch_all, dtype, sums))
+            yield Case(label, partial(_launch_all, (4, 1024, 768), dtype, sums))
+            ragged = partial(_launch_all, (3, 500, 507), dtype, sums)
+            yield Case(f"{label}, ragged", ragged, ragged=True)
 
 
-def _launch_all(dtype: torch.dtype, sums: torch.dtype) -> None:
-    x = torch.empty(4, 1024, 768, dtype=dtype, device="meta")
+def _launch_all(shape: tuple[int, ...], dtype: torch.dtype, sums: torch.dtype) -> None:
+    x = torch.empty(shape, dtype=dtype, device="meta")
     for fwd, bwd in ((covariance_fwd, covariance_bwd), (gram_fwd, gram_bwd)):
         mean, moment = fwd(x, sums)
         bwd(mean, moment, x, mean)

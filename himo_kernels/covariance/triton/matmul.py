@@ -23,6 +23,8 @@ from himo_kernels import _triton
 # figures (no spill, two programs on an SM); not yet measured on hardware.
 BLOCK = 64
 BLOCK_INNER = 16
+WARPS = 4
+WARPS_RAGGED = 8  # where each element has an address and a mask of its own, which take registers
 PROGRAMS = 264  # that a product is split into, where it is: two for each SM of an H100
 LEAST_SPLIT = 256  # inner elements of a split: partial sums must cost less than they save
 SYMMETRIC_FROM = 4  # tiles on a side from which the upper half is not worth computing
@@ -46,7 +48,7 @@ def _tiles(a_ptrs, b_ptrs, first_k, k, m_valid, n_valid, inner, a_stride_k, b_st
 
 @triton.jit
 def _matmul_kernel(
-    out_ptr,  # [splits, P, M, N]
+    out_ptr,  # [splits, P, M, N], matrices contiguous
     a_ptr,  # [P, M, K]
     b_ptr,  # [P, K, N]
     mean_ptr,  # [P, mean_length]
@@ -58,6 +60,7 @@ def _matmul_kernel(
     inner,
     inner_per_split,
     mean_length,
+    out_stride_p,
     a_stride_p,
     a_stride_m,
     a_stride_k,
@@ -69,8 +72,10 @@ def _matmul_kernel(
     add_stride_n,
     A_MEAN: tl.constexpr,  # the mean of a runs along its "rows" or "inner" dimension, or "none"
     B_MEAN: tl.constexpr,  # that of b along "inner" or "columns", or "none"
-    LIMITED: tl.constexpr,  # "rows", "columns" or "inner" end at limit, or "none"
+    LIMITED: tl.constexpr,  # "rows", "columns", "inner" or "add" end at limit, or "none"
     ADD: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,7 +111,7 @@ def _matmul_kernel(
             if first_n >= limit:
                 return
             n_kept = n < tl.minimum(limit, columns)
-        else:
+        elif LIMITED == "inner":
             end = tl.minimum(end, limit)
 
     a_ptrs = a_ptr + problem * a_stride_p + m[:, None] * a_stride_m + k[None, :] * a_stride_k
@@ -140,13 +145,18 @@ def _matmul_kernel(
         sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=SUMS)
 
     valid = m_kept[:, None] & n_kept[None, :]
+    if ALPHA != 1.0:
+        sums *= ALPHA
     if ADD:
         add_ptr += problem * add_stride_p
         add_ptrs = add_ptr + m[:, None] * add_stride_m + n[None, :] * add_stride_n
-        sums += _raised(tl.load(add_ptrs, mask=valid, other=0.0), SUMS)
+        added = valid
+        if LIMITED == "add":
+            added &= (m < limit)[:, None]
+        sums += BETA * _raised(tl.load(add_ptrs, mask=added, other=0.0), SUMS)
     if out_ptr.dtype.element_ty == tl.bfloat16:
         sums = sums.to(tl.float32)
-    out_ptr += slot * rows * columns
+    out_ptr += slot * out_stride_p
     tl.store(out_ptr + m[:, None] * columns + n[None, :], sums, mask=valid)
     if SYMMETRIC:
         tl.store(out_ptr + n[None, :] * columns + m[:, None], sums, mask=valid)
@@ -172,27 +182,29 @@ def matmul(
     limited: str = "none",
     limit: Tensor | None = None,  # [P] int64
     add: Tensor | None = None,  # broadcasts to [P, M, N]
+    alpha: float = 1.0,
+    beta: float = 1.0,
     symmetric: bool = False,
-    out: Tensor | None = None,  # [P, M, N], contiguous; its dtype rounds the sums once
+    out: Tensor | None = None,  # [P, M, N], matrices contiguous; its dtype rounds the sums once
 ) -> Tensor:
-    """Returns (a - mean) @ (b - mean) + add [P, M, N], summed in float32 or float64.
+    """Returns alpha (a - mean) @ (b - mean) + beta add [P, M, N], summed in float32 or float64.
 
     a_mean names the dimension of a ("rows" or "inner") that the mean runs along, b_mean that of b
     ("inner" or "columns"). With limited = "inner" the sum ends at limit. With "rows" or "columns"
     nothing is written at and past limit: the caller never reads it, or gives an out with zeros.
+    With "add" the rows of add end there. alpha and beta are constants of the kernel.
     symmetric=True says that the product is; both halves are then equal to the last bit.
     """
     problems, rows, inner = a.shape
     columns = b.shape[-1]
-    if out is None:
-        out = a.new_empty((problems, rows, columns), dtype=sums)
     # The kernel reads them by their number alone: one of another stride, or one that was expanded.
     mean = None if mean is None else mean.contiguous()
     limit = None if limit is None else limit.contiguous()
     tiles = triton.cdiv(rows, BLOCK) * triton.cdiv(columns, BLOCK)
     if problems == 0:
-        return out
-    if _triton.INTERPRETED and out.dtype == torch.bfloat16:  # to which the interpreter truncates
+        return a.new_empty((problems, rows, columns), dtype=sums) if out is None else out
+    # To which the interpreter truncates.
+    if _triton.INTERPRETED and out is not None and out.dtype == torch.bfloat16:
         rounded = matmul(
             a,
             b,
@@ -203,24 +215,33 @@ def matmul(
             limited=limited,
             limit=limit,
             add=add,
+            alpha=alpha,
+            beta=beta,
         )
         return out.copy_(rounded)
     # Shapes alone decide the number of splits: the same sums on every device and in every run.
     splits = 1
-    if limited == "none" and add is None:
+    if limited == "none" and add is None and alpha == 1:
         splits = min(triton.cdiv(PROGRAMS, tiles * problems), triton.cdiv(inner, LEAST_SPLIT))
     inner_per_split = triton.cdiv(triton.cdiv(inner, splits), BLOCK_INNER) * BLOCK_INNER
     splits = triton.cdiv(inner, inner_per_split)
-    partial = out.new_empty((splits, *out.shape), dtype=sums) if splits > 1 else out
-    added = partial if add is None else add.expand(out.shape)
+    if splits > 1:
+        result = a.new_empty((splits * problems, rows, columns), dtype=sums)
+    elif out is None:
+        result = a.new_empty((problems, rows, columns), dtype=sums)
+    else:
+        result = out
+    added = result if add is None else add.expand((problems, rows, columns))
+    lengths = (rows, columns, inner, *a.stride(), *b.stride())
+    ragged = any(length % 16 for length in lengths if length != 1)
     options: dict[str, Any] = {
-        "num_warps": 4,
+        "num_warps": WARPS_RAGGED if ragged else WARPS,
         "maxnreg": 255,  # ptxas spills a few to fit more programs on an SM
         "num_stages": 1,  # the kernel loads ahead by itself
         "enable_fp_fusion": True,
     }
     _matmul_kernel[(splits * problems * tiles,)](
-        partial,
+        result,
         a,
         b,
         a if mean is None else mean,
@@ -232,13 +253,16 @@ def matmul(
         inner,
         inner_per_split,
         0 if mean is None else mean.shape[-1],
+        result.stride(0),
         *a.stride(),
         *b.stride(),
-        *added.stride()[-3:],
+        *added.stride(),
         A_MEAN=a_mean,
         B_MEAN=b_mean,
         LIMITED=limited,
         ADD=add is not None,
+        ALPHA=alpha,
+        BETA=beta,
         SYMMETRIC=symmetric and triton.cdiv(rows, BLOCK) >= SYMMETRIC_FROM,
         SUMS=tl.float64 if sums == torch.float64 else tl.float32,
         PRECISION="ieee" if sums == torch.float64 else "tf32x3",
@@ -247,4 +271,7 @@ def matmul(
         BLOCK_K=BLOCK_INNER,
         **options,
     )
-    return out.copy_(partial.sum(0)) if splits > 1 else out
+    if splits == 1:
+        return result
+    total = result.view(splits, problems, rows, columns).sum(0)
+    return total if out is None else out.copy_(total)

@@ -15,7 +15,7 @@ from torch import Tensor
 from himo_kernels.aot import Case
 from himo_kernels.covariance.triton import feature_moment, sample_moment
 from himo_kernels.covariance.triton.matmul import flat, matmul
-from himo_kernels.pca.triton.eigensolver import choose_rank, eigh_descending
+from himo_kernels.pca.triton.eigensolver import Solution, solve
 from himo_kernels.pca.triton.weights import null_weights, weigh_pairs
 
 F64 = torch.float64
@@ -32,8 +32,9 @@ def pca_fwd(
     float64, rank int64. Rows of components at and past rank are zero.
     """
     batch, x = x.shape[:-2], flat(x)
-    mean, eigenvalues, eigenvectors, rank = _decompose(x, variance_threshold)
-    components = _components(x, mean, eigenvalues, eigenvectors, rank)
+    mean, (eigenvalues, eigenvectors, rank, _) = _decompose(x, variance_threshold)
+    present = _present(x, eigenvalues, rank)
+    components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
     return _batched(batch, mean, eigenvalues, components, rank, eigenvectors)
 
 
@@ -55,9 +56,9 @@ def pca_bwd(
     """
     shape, x, mean, rank = x.shape, flat(x), flat(mean, 1), flat(rank, 0)
     eigenvalues, eigenvectors = flat(eigenvalues, 1), flat(eigenvectors)
-    components = _components(x, mean, eigenvalues, eigenvectors, rank)  # P, zero past rank
-    present = _present(x, eigenvalues, rank).unsqueeze(-1)
-    grads = torch.where(present, flat(grad_components), 0.0)
+    present = _present(x, eigenvalues, rank)
+    components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
+    grads = torch.where(present.unsqueeze(-1), flat(grad_components), 0.0)
     add = flat(grad_mean, 1).unsqueeze(-2) / x.shape[-2]
     scaled = eigenvectors * (2 * flat(grad_eigenvalues, 1).unsqueeze(-2))
     kept: Options = {"limit": rank}
@@ -72,13 +73,13 @@ def pca_bwd(
     unit = torch.where(eigenvalues > 0, eigenvalues, 1.0).gather(-1, rank.unsqueeze(-1) - 1)
     axes = matmul(eigenvectors.mT, x, F64, **centred) / unit.sqrt().unsqueeze(-1)  # a_j, scaled
     overlaps = matmul(grads, components.mT, F64)
-    outside = matmul(-overlaps, components, F64, add=grads)
+    outside = matmul(overlaps, components, F64, add=grads, alpha=-1.0)
     corrections = matmul(grads, axes.mT, F64)
     weigh_pairs(corrections, eigenvalues, rank, gap_eps, null=True)
-    weights = null_weights(eigenvalues, rank, present.squeeze(-1), gap_eps)
+    weights = null_weights(eigenvalues, rank, present, gap_eps)
     # h, eq. (9), zero past rank as weights are
     turn = matmul(corrections, axes, F64, add=weights.unsqueeze(-1) * outside)
-    turn = torch.where(present, turn, 0.0)
+    turn = torch.where(present.unsqueeze(-1), turn, 0.0)
     left = matmul(x, turn.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
     add = matmul(left, components, F64, limited="inner", add=add, **kept)
     left = matmul(x, components.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
@@ -137,7 +138,7 @@ def pca_reconstruct_fwd(
 ) -> tuple[Tensor, ...]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     shape, x = x.shape, flat(x)
-    mean, eigenvalues, eigenvectors, rank = _decompose(x, variance_threshold)
+    mean, (eigenvalues, eigenvectors, rank, complete) = _decompose(x, variance_threshold)
     kept: Options = {"limit": rank}
     if _feature_side(x):
         left = matmul(x, eigenvectors, F64, mean=mean, a_mean="inner", limited="columns", **kept)
@@ -147,7 +148,7 @@ def pca_reconstruct_fwd(
         right = matmul(eigenvectors.mT, x, F64, mean=mean, b_mean="columns", limited="rows", **kept)
     add = mean.unsqueeze(-2)
     projected = _finished(x.shape, x, left, right, limited="inner", add=add, **kept)  # eq. (3)
-    reconstruction = torch.where(_identity(eigenvalues, rank), x, projected).view(shape)
+    reconstruction = torch.where(complete[:, None, None], x, projected).view(shape)
     return reconstruction, *_batched(shape[:-2], rank, mean, eigenvalues, eigenvectors)
 
 
@@ -170,24 +171,27 @@ def pca_reconstruct_bwd(
     kept: Options = {"limit": rank}
     grad_mean = grad.mean(-2, dtype=F64)
     add = grad_mean.unsqueeze(-2)
+    if differentiate_basis and not _feature_side(x):
+        # In the eigenbasis: V^T B V = (V^T G) (V^T X)^T, and dX = V ((H + H^T) V^T X + K V^T G)
+        # with K = 1 for the kept.
+        turned_grad = matmul(eigenvectors.mT, grad, F64)
+        turned_x = matmul(eigenvectors.mT, x, F64, mean=mean, b_mean="columns")
+        pairs = matmul(turned_grad, turned_x.mT, F64)
+        weigh_pairs(pairs, eigenvalues, rank, gap_eps, symmetric=True)
+        turned = matmul(pairs, turned_x, F64, limited="add", add=turned_grad, **kept)
+        centred: Options = {"mean": eigenvectors.mean(-2), "a_mean": "inner"}
+        return _finished(shape, x, eigenvectors, turned, add=add, **centred)  # eq. (7)
     centred_grad: Options = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **kept}
     if not differentiate_basis:
-        components = _components(x, mean, eigenvalues, eigenvectors, rank)
+        present = _present(x, eigenvalues, rank)
+        components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
         left = matmul(grad, components.mT, F64, **centred_grad)
         grad_x = _finished(x.shape, x, left, components, limited="inner", add=add, **kept)
         return torch.where(_identity(eigenvalues, rank), grad, grad_x).view(shape)
-    if _feature_side(x):
-        grad_projector = matmul(x.mT, grad, F64, mean=mean, a_mean="rows")  # B, eq. (4)
-        turn = _grad_moment(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
-        add = matmul(x, turn, F64, mean=mean, a_mean="inner", add=add)
-        left, right = matmul(grad, eigenvectors, F64, **centred_grad), eigenvectors.mT
-    else:
-        grad_projector = matmul(grad, x.mT, F64, mean=mean, b_mean="inner")
-        turn = _grad_moment(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
-        turn = turn - turn.mean(-2, keepdim=True)
-        add = matmul(turn, x, F64, mean=mean, b_mean="columns", add=add)
-        left = eigenvectors - eigenvectors.mean(-2, keepdim=True)
-        right = matmul(eigenvectors.mT, grad, F64, limited="rows", **kept)
+    grad_projector = matmul(x.mT, grad, F64, mean=mean, a_mean="rows")  # B, eq. (4)
+    turn = _grad_moment(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
+    add = matmul(x, turn, F64, mean=mean, a_mean="inner", add=add)
+    left, right = matmul(grad, eigenvectors, F64, **centred_grad), eigenvectors.mT
     return _finished(shape, x, left, right, limited="inner", add=add, **kept)  # eq. (7)
 
 
@@ -195,12 +199,10 @@ def _feature_side(x: Tensor) -> bool:
     return x.shape[-1] <= x.shape[-2]  # D <= N: the D x D side is the smaller one
 
 
-def _decompose(x: Tensor, variance_threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _decompose(x: Tensor, variance_threshold: float) -> tuple[Tensor, Solution]:
     mean = x.mean(-2, dtype=F64)
     moment = feature_moment(x, mean) if _feature_side(x) else sample_moment(x, mean)
-    eigenvalues, eigenvectors = eigh_descending(moment)
-    rank = choose_rank(eigenvalues, variance_threshold, ZERO_VARIANCE)
-    return mean, eigenvalues, eigenvectors, rank
+    return mean, solve(moment, variance_threshold, ZERO_VARIANCE)
 
 
 def _grad_moment(
@@ -221,10 +223,14 @@ def _grad_moment(
 
 
 def _components(
-    x: Tensor, mean: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank: Tensor
+    x: Tensor,
+    mean: Tensor,
+    eigenvalues: Tensor,
+    eigenvectors: Tensor,
+    rank: Tensor,
+    present: Tensor,  # of _present
 ) -> Tensor:
     # P [P, n, D]: kept eigenvectors of X^T X in rows, zero past rank.
-    present = _present(x, eigenvalues, rank)
     if _feature_side(x):
         return torch.where(present.unsqueeze(-1), eigenvectors.mT, 0.0)
     inverse_norms = torch.where(present, eigenvalues, torch.inf).rsqrt().unsqueeze(-2)
@@ -268,7 +274,13 @@ def aot_cases() -> Iterator[Case]:
     yield Case("pca_reconstruct N < D bfloat16", partial(_launch_fused, (4, 128, 768), bfloat16))
     yield Case("pca_reconstruct N > D float32", partial(_launch_fused, (512, 48), float32))
     yield Case("pca_reconstruct n > 128 float32", partial(_launch_fused, (1024, 768), float32))
-    yield Case("pca_reconstruct N = 1 float32", partial(_launch_fused, (1, 6), float32))
+    yield Case(
+        "pca_reconstruct N = 1 float32", partial(_launch_fused, (1, 6), float32), ragged=True
+    )
+    for shape, dtype in (((123, 507), bfloat16), ((507, 123), float32)):
+        side = "N < D" if shape[0] < shape[1] else "N > D"
+        label = f"pca_reconstruct {side} {str(dtype)[6:]}, ragged"
+        yield Case(label, partial(_launch_fused, shape, dtype), ragged=True)
     yield Case("pca, project_reconstruct bfloat16", partial(_launch_parts, (4, 128, 768)))
 
 

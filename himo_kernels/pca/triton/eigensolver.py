@@ -12,76 +12,85 @@ n <= 128, one problem a program or several, all in float64:
    V^T V - I.
 5. Rayleigh quotients are the eigenvalues. A problem is certified when max |V^T V - I| and
    max |A V - V L| are rounding; one that is not is solved again by Jacobi rotations (jacobi.py).
+   The same program sorts what it has and chooses the rank.
 
 Larger n: torch.linalg.eigh, which waits for the host once.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from himo_kernels import _triton
+from himo_kernels._triton_jit import float64_of
 from himo_kernels.covariance.triton.matmul import matmul
-from himo_kernels.pca.triton.jacobi import jacobi_where_not
+from himo_kernels.pca.triton.jacobi import SWEEPS, solve_by_rotations
 from himo_kernels.pca.triton.tridiagonal import approximate_eigenvectors
 
-COLUMNS = 16  # of a matrix in registers at a time
+LINES = 8  # rows or columns of a matrix in registers at a time
 LARGEST = 128  # steps 1 and 3 have one SM for a problem, and time grows as n^3 beyond
 
 # Largest accepted |V^T V - I| and |A V - V L| / scale, per n: what rounding leaves is about 1.
 CERTIFIED = 16 * 2.0**-52
 
 
-def eigh_descending(
-    moment: Tensor,  # [P, n, n] float64, positive semi-definite
-) -> tuple[Tensor, Tensor]:
-    """Returns eigenvalues [P, n], descending and >= 0, and eigenvectors in columns [P, n, n].
+class Solution(NamedTuple):
+    """Eigenvalues and eigenvectors of P problems, and how many of them to keep."""
 
-    NaN for a problem that holds NaN or inf. Symmetric up to rounding is enough. n > 128 waits for
-    the host once, in torch.linalg.eigh.
+    eigenvalues: Tensor  # [P, n], descending and >= 0
+    eigenvectors: Tensor  # [P, n, n], in columns
+    rank: Tensor  # [P] int64
+    complete: Tensor  # [P] bool: every direction is kept, and none is NaN
+
+
+def solve(
+    moment: Tensor,  # [P, n, n] float64, positive semi-definite
+    variance_threshold: float,
+    zero_variance: float,
+) -> Solution:
+    """Returns the eigenpairs and the smallest ranks that reach the threshold.
+
+    The rank is n where the trace is at most zero_variance. Eigenpairs are NaN for a problem that
+    holds NaN or inf. Symmetric up to rounding is enough. n > 128 waits for the host once, in
+    torch.linalg.eigh.
     """
-    size = moment.shape[-1]
-    if moment.numel() == 0:
-        return moment.new_empty(moment.shape[:-1]), torch.empty_like(moment)
-    if size > LARGEST:
-        return _eigh_by_torch(moment)
-    block = max(16, triton.next_power_of_2(size))
-    vectors, scale = approximate_eigenvectors(moment, block)
-    # Newton-Schulz, as V times (3 I - V^T V) / 2.
-    step = matmul(vectors.mT, vectors, torch.float64).mul_(-0.5)
-    step.diagonal(dim1=-2, dim2=-1).add_(1.5)
-    vectors = matmul(vectors, step, torch.float64)
-    overlaps = matmul(vectors.mT, vectors, torch.float64)
-    images = matmul(moment, vectors, torch.float64)
-    values, certified = _certify(vectors, overlaps, images, scale, block)
-    jacobi_where_not(certified, moment, scale, values, vectors, (overlaps, images))
-    return _sort(values, vectors, scale, block)
+    problems, size, _ = moment.shape
+    if size <= LARGEST and moment.numel():
+        block = max(16, triton.next_power_of_2(size))
+        return _finish(*_approximate(moment, block), variance_threshold, zero_variance, block)
+    if moment.numel():
+        eigenvalues, eigenvectors = _eigh_by_torch(moment)
+    else:
+        eigenvalues, eigenvectors = moment.new_empty((problems, size)), torch.empty_like(moment)
+    rank, complete = choose_rank(eigenvalues, variance_threshold, zero_variance)
+    return Solution(eigenvalues, eigenvectors, rank, complete)
 
 
 def choose_rank(
     eigenvalues: Tensor,  # [P, n], descending
     variance_threshold: float,
     zero_variance: float,
-) -> Tensor:
-    """Returns the smallest ranks [P] that reach the threshold; n where the trace is too small."""
+) -> tuple[Tensor, Tensor]:
+    """Returns rank and complete of a Solution, both [P]."""
     problems, size = eigenvalues.shape
     rank = eigenvalues.new_empty(problems, dtype=torch.int64)
+    complete = eigenvalues.new_empty(problems, dtype=torch.bool)
     if problems:
-        # Tensors: a Python float would reach the kernel as float32.
-        threshold, least = (
-            eigenvalues.new_full((), x) for x in (variance_threshold, zero_variance)
-        )
         _rank_kernel[(problems,)](
             eigenvalues,
             rank,
-            threshold,
-            least,
+            complete,
+            _triton.float64_bits(variance_threshold),
+            _triton.float64_bits(zero_variance),
             size,
             BLOCK=triton.next_power_of_2(size),
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return rank
+    return rank, complete
 
 
 def _eigh_by_torch(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,128 +101,188 @@ def _eigh_by_torch(moment: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp(min=0) + nan[:, 0], vectors.flip(-1) + nan
 
 
-def _certify(
-    vectors: Tensor, overlaps: Tensor, images: Tensor, scale: Tensor, block: int
-) -> tuple[Tensor, Tensor]:
-    # Rayleigh quotients [P, n], and 1 or 0 [P]; NaN problems count as certified.
-    problems, size, _ = vectors.shape
-    values = vectors.new_empty((problems, size))
-    certified = vectors.new_empty(problems, dtype=torch.int32)
-    _certify_kernel[(problems,)](
-        vectors,
-        overlaps,
-        images,
+def _approximate(moment: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    # Steps 1 to 4: pairs [P, 2, n, n], of Z = V^T and the scaled A; their products with Z
+    # [P, n, 2 n], of Z Z^T and Z A; and the scales [P].
+    problems, size, _ = moment.shape
+    pairs = moment.new_empty((problems, 2, size, size))
+    z, scale = approximate_eigenvectors(moment, pairs[:, 1], block)
+    # Newton-Schulz: 3/2 Z - 1/2 (Z Z^T) Z.
+    overlaps = matmul(z, z.mT, torch.float64)
+    z = matmul(overlaps, z, torch.float64, add=z, alpha=-0.5, beta=1.5, out=pairs[:, 0])
+    products = matmul(z, pairs.view(problems, 2 * size, size).mT, torch.float64)
+    return pairs, products, scale
+
+
+def _finish(
+    pairs: Tensor,  # [P, 2, n, n], overwritten
+    products: Tensor,  # [P, n, 2 n], overwritten
+    scale: Tensor,  # [P]
+    variance_threshold: float,
+    zero_variance: float,
+    block: int,
+) -> Solution:
+    problems, size = len(scale), pairs.shape[-1]
+    solution = Solution(
+        scale.new_empty((problems, size)),
+        scale.new_empty((problems, size, size)),
+        scale.new_empty(problems, dtype=torch.int64),
+        scale.new_empty(problems, dtype=torch.bool),
+    )
+    _finish_kernel[(problems,)](
+        pairs,
+        products,
         scale,
-        values,
-        certified,
+        scale.new_empty((problems, size)),
+        *solution,
+        _triton.float64_bits(variance_threshold),
+        _triton.float64_bits(zero_variance),
         size,
         TOLERANCE=CERTIFIED * size,
-        COLUMNS=COLUMNS,
+        SWEEPS=SWEEPS,
+        LINES=LINES,
         BLOCK=block,
-        num_warps=4,
+        num_warps=8,
+        maxnreg=255,
         enable_fp_fusion=True,
     )
-    return values, certified
-
-
-def _sort(values: Tensor, vectors: Tensor, scale: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    sorted_values, sorted_vectors = torch.empty_like(values), torch.empty_like(vectors)
-    _sort_kernel[(len(values),)](
-        values,
-        vectors,
-        scale,
-        sorted_values,
-        sorted_vectors,
-        values.shape[-1],
-        COLUMNS=COLUMNS,
-        BLOCK=block,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return sorted_values, sorted_vectors
+    return solution
 
 
 @triton.jit
-def _certify_kernel(
-    vectors_ptr,  # V [P, n, n]
-    overlaps_ptr,  # V^T V
-    images_ptr,  # A V
-    scale_ptr,  # [P]
-    values_ptr,  # [P, n]
-    certified_ptr,  # [P] int32
+def _finish_kernel(
+    pairs_ptr,  # Z = V^T and A [P, 2, n, n]
+    products_ptr,  # Z Z^T and Z A [P, n, 2 n]
+    scale_ptr,  # [P], by which A was divided; NaN where it was not finite
+    values_ptr,  # [P, n], scratch
+    sorted_values_ptr,  # [P, n]
+    sorted_vectors_ptr,  # V [P, n, n]
+    rank_ptr,  # [P] int64
+    complete_ptr,  # [P] bool
+    threshold_bits,
+    zero_variance_bits,
     n,
     TOLERANCE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SWEEPS: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, BLOCK)
+    z_ptr = pairs_ptr + problem * 2 * n * n
+    products_ptr += problem * 2 * n * n
+    values_ptr += problem * n
+    sorted_values_ptr += problem * n
+    sorted_vectors_ptr += problem * n * n
     scale = tl.load(scale_ptr + problem)
-    failures = tl.zeros([COLUMNS], tl.int32)
-    for first in range(0, n, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        valid = (rows < n)[:, None] & (columns < n)[None, :]
-        tile = problem * n * n + rows[:, None] * n + columns[None, :]
-        v = tl.load(vectors_ptr + tile, mask=valid, other=0.0)
-        image = tl.load(images_ptr + tile, mask=valid, other=0.0) / scale
-        value = tl.sum(v * image, axis=0)
-        tl.store(values_ptr + problem * n + columns, value * scale, mask=columns < n)
-        residual = tl.abs(image - v * value[None, :])
-        identity = tl.where((rows[:, None] == columns[None, :]) & valid, 1.0, 0.0)
-        residual += tl.abs(tl.load(overlaps_ptr + tile, mask=valid, other=0.0) - identity)
-        # Counted, for a maximum passes over NaN.
-        failures += tl.sum(tl.where(residual <= TOLERANCE, 0, 1), axis=0)
+    certified = _certified(z_ptr, products_ptr, values_ptr, n, TOLERANCE, LINES, BLOCK)
+    tl.debug_barrier()  # what follows reads what other threads wrote
     # Where scale is NaN there is nothing to solve again.
-    good = (tl.sum(failures) == 0) | (scale != scale)
-    tl.store(certified_ptr + problem, good.to(tl.int32))
+    if (certified == 0) & (scale == scale):
+        plane = n * n
+        solve_by_rotations(
+            z_ptr + plane,
+            products_ptr,
+            z_ptr,
+            products_ptr + plane,
+            values_ptr,
+            n,
+            SWEEPS,
+            LINES,
+            BLOCK,
+        )
+    tl.debug_barrier()
+    _sort(values_ptr, z_ptr, scale, sorted_values_ptr, sorted_vectors_ptr, n, LINES, BLOCK)
+    tl.debug_barrier()
+    threshold, zero_variance = float64_of(threshold_bits), float64_of(zero_variance_bits)
+    rank, complete = _rank(sorted_values_ptr, threshold, zero_variance, n, BLOCK)
+    tl.store(rank_ptr + problem, rank)
+    tl.store(complete_ptr + problem, complete)
 
 
 @triton.jit
-def _sort_kernel(
-    values_ptr,  # [P, n]
-    vectors_ptr,  # [P, n, n]
-    scale_ptr,  # [P]
-    sorted_values_ptr,  # [P, n]
-    sorted_vectors_ptr,  # [P, n, n]
+def _certified(
+    z_ptr,  # [n, n]
+    products_ptr,  # [n, 2 n]
+    values_ptr,  # [n]
     n,
-    COLUMNS: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    problem = tl.program_id(0).to(tl.int64)
+    # Writes the Rayleigh quotients; returns 1 or 0.
+    j = tl.arange(0, BLOCK)
+    failures = tl.zeros([LINES], tl.int32)
+    for first in range(0, n, LINES):
+        i = first + tl.arange(0, LINES)
+        valid = (i < n)[:, None] & (j < n)[None, :]
+        z = tl.load(z_ptr + i[:, None] * n + j[None, :], mask=valid, other=0.0)
+        overlap_ptrs = products_ptr + i[:, None] * 2 * n + j[None, :]
+        overlap = tl.load(overlap_ptrs, mask=valid, other=0.0)
+        image = tl.load(overlap_ptrs + n, mask=valid, other=0.0)
+        value = tl.sum(z * image, axis=1)
+        tl.store(values_ptr + i, value, mask=i < n)
+        identity = tl.where((i[:, None] == j[None, :]) & valid, 1.0, 0.0)
+        residual = tl.abs(image - z * value[:, None]) + tl.abs(overlap - identity)
+        # Counted, for a maximum passes over NaN.
+        failures += tl.sum(tl.where(residual <= TOLERANCE, 0, 1), axis=1)
+    return tl.where(tl.sum(failures) == 0, 1, 0)
+
+
+@triton.jit
+def _sort(
+    values_ptr,  # [n]
+    z_ptr,  # [n, n]
+    scale,
+    sorted_values_ptr,  # [n]
+    sorted_vectors_ptr,  # [n, n]
+    n,
+    LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     rows = tl.arange(0, BLOCK)
-    nan = tl.load(scale_ptr + problem) * 0.0
-    one = tl.load(values_ptr + problem * n + rows, mask=rows < n, other=-1.0)
+    nan = scale * 0.0
+    one = tl.load(values_ptr + rows, mask=rows < n, other=-1.0)
     one = tl.where(one > 0, one, 0.0)[:, None]  # of a positive semi-definite matrix; NaN in order
-    for first in range(0, n, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
+    for first in range(0, n, LINES):
+        columns = first + tl.arange(0, LINES)
         valid = (rows < n)[:, None] & (columns < n)[None, :]
-        value = tl.load(values_ptr + problem * n + columns, mask=columns < n, other=-1.0)
+        value = tl.load(values_ptr + columns, mask=columns < n, other=-1.0)
         value = tl.where(value > 0, value, 0.0)
         other = value[None, :]
         before = (one > other) | ((one == other) & (rows[:, None] < columns[None, :]))
         place = tl.sum((before & valid).to(tl.int32), axis=0)
-        tile = problem * n * n + rows[:, None] * n
-        v = tl.load(vectors_ptr + tile + columns[None, :], mask=valid, other=0.0)
-        tl.store(sorted_vectors_ptr + tile + place[None, :], v + nan, mask=valid)
-        tl.store(sorted_values_ptr + problem * n + place, value + nan, mask=columns < n)
+        v = tl.load(z_ptr + columns[None, :] * n + rows[:, None], mask=valid, other=0.0)
+        tl.store(sorted_vectors_ptr + rows[:, None] * n + place[None, :], v + nan, mask=valid)
+        tl.store(sorted_values_ptr + place, value * scale + nan, mask=columns < n)
+
+
+@triton.jit
+def _rank(values_ptr, threshold, zero_variance, n, BLOCK: tl.constexpr):
+    # Of eigenvalues [n], descending: the rank, and whether all directions are kept and finite.
+    index = tl.arange(0, BLOCK)
+    value = tl.load(values_ptr + index, mask=index < n, other=0.0)
+    cumulative = tl.cumsum(value)
+    # The same sum: the last ratio is 1, so that a threshold of 1 is reached.
+    trace = tl.sum(tl.where(index == n - 1, cumulative, 0.0))
+    short = (cumulative / trace < threshold) & (index < n)
+    has_variance = trace > zero_variance  # false for NaN
+    rank = tl.where(has_variance, 1 + tl.sum(short.to(tl.int64)), n)
+    infinite = tl.sum(tl.where(tl.abs(value) < float("inf"), 0, 1))
+    return rank, (rank == n) & (infinite == 0)
 
 
 @triton.jit
 def _rank_kernel(
     values_ptr,  # [P, n]
-    rank_ptr,  # [P]
-    threshold_ptr,  # []
-    zero_variance_ptr,  # []
+    rank_ptr,  # [P] int64
+    complete_ptr,  # [P] bool
+    threshold_bits,
+    zero_variance_bits,
     n,
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
-    index = tl.arange(0, BLOCK)
-    value = tl.load(values_ptr + problem * n + index, mask=index < n, other=0.0)
-    cumulative = tl.cumsum(value)
-    # The same sum: the last ratio is 1, so that a threshold of 1 is reached.
-    trace = tl.sum(tl.where(index == n - 1, cumulative, 0.0))
-    short = (cumulative / trace < tl.load(threshold_ptr)) & (index < n)
-    rank = 1 + tl.sum(short.to(tl.int64))
-    has_variance = trace > tl.load(zero_variance_ptr)  # false for NaN
-    tl.store(rank_ptr + problem, tl.where(has_variance, rank, n))
+    threshold, zero_variance = float64_of(threshold_bits), float64_of(zero_variance_bits)
+    rank, complete = _rank(values_ptr + problem * n, threshold, zero_variance, n, BLOCK)
+    tl.store(rank_ptr + problem, rank)
+    tl.store(complete_ptr + problem, complete)

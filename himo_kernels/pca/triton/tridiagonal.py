@@ -1,7 +1,7 @@
 """Eigenvectors of small symmetric matrices by way of a tridiagonal one: steps 1 to 4 of the solver.
 
-See eigensolver.py. Each step is a kernel: with one program for a problem where it passes over a
-whole matrix, with one for 16 vectors elsewhere.
+See eigensolver.py. A kernel has one program for a problem where it passes over a whole matrix, and
+one for 16 eigenvalues or vectors elsewhere.
 """
 
 import triton
@@ -22,12 +22,13 @@ _SMALLEST_SCALE = tl.constexpr(2.0**-1000)
 
 def approximate_eigenvectors(
     moment: Tensor,  # [P, n, n] float64
+    scaled: Tensor,  # [P, n, n], matrices contiguous: written
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns nearly orthonormal columns [P, n, n], by descending eigenvalue, and scales [P].
+    """Returns nearly orthonormal rows [P, n, n], by descending eigenvalue, and scales [P].
 
-    A scale is a power of two near the largest element, NaN where the matrix is not finite. block is
-    a power of two, n or above.
+    A scale is a power of two near the largest element, NaN where the matrix is not finite; scaled
+    is the moment divided by it, or 0 there. block is a power of two, n or above.
     """
     problems, size, _ = moment.shape
     # Padded to the block: the address of an element is then a constant away from the first.
@@ -40,6 +41,7 @@ def approximate_eigenvectors(
     few = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
     _tridiagonalise_kernel[(problems,)](
         moment,
+        scaled,
         work,
         reflectors,
         images,
@@ -48,11 +50,11 @@ def approximate_eigenvectors(
         off_diagonal,
         scale,
         size,
+        scaled.stride(0),
         ROWS=rows,
         BLOCK=block,
         **wide,
     )
-    eliminated = moment.new_empty((problems, 4, size, size))
     # Programs cost the interpreter more than lanes do.
     lanes = block if _triton.INTERPRETED else LANES
     parts = problems * triton.cdiv(size, lanes)
@@ -68,29 +70,28 @@ def approximate_eigenvectors(
         BLOCK=block,
         **few,
     )
-    for first in (True, False):
-        _inverse_iteration_kernel[(parts,)](
-            diagonal,
-            off_diagonal,
-            shifts,
-            vectors,
-            eliminated,
-            size,
-            FIRST=first,
-            LANES=lanes,
-            BLOCK=block,
-            **few,
-        )
-        _orthonormalise_kernel[(problems,)](vectors, images, size, ROWS=rows, BLOCK=block, **wide)
+    _inverse_iteration_kernel[(problems,)](
+        diagonal,
+        off_diagonal,
+        shifts,
+        vectors,
+        moment.new_empty((problems, 4, size, size)),
+        images,
+        size,
+        ROWS=rows,
+        BLOCK=block,
+        **wide,
+    )
     _back_transform_kernel[(parts,)](
         vectors, reflectors, factors, size, COLUMNS=lanes, BLOCK=block, **few
     )
-    return vectors[:, :size, :size].mT, scale
+    return vectors[:, :size, :size], scale
 
 
 @triton.jit
 def _tridiagonalise_kernel(
     moment_ptr,  # [P, n, n]
+    scaled_ptr,  # [P, n, n], matrices contiguous
     work_ptr,  # [P, BLOCK, BLOCK]: the matrix, with all updates but the last
     reflectors_ptr,  # [P, BLOCK, BLOCK], row k holds v_k
     images_ptr,  # [P, 2, BLOCK]: A v and w, for threads to share
@@ -99,14 +100,17 @@ def _tridiagonalise_kernel(
     off_diagonal_ptr,  # [P, n], the last of them undefined
     scale_ptr,  # [P], a power of two; NaN where the matrix is not finite
     n,
+    scaled_stride_p,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
+    moment_ptr += problem * n * n
+    scaled_ptr += problem * scaled_stride_p
     work_ptr += problem * BLOCK * BLOCK
     reflectors_ptr += problem * BLOCK * BLOCK
     images_ptr += problem * 2 * BLOCK
-    scale = _scaled_copy(moment_ptr + problem * n * n, work_ptr, n, ROWS, BLOCK)
+    scale = _scaled_copies(moment_ptr, scaled_ptr, work_ptr, n, ROWS, BLOCK)
     tl.store(scale_ptr + problem, scale)
 
     j = tl.arange(0, BLOCK)
@@ -150,9 +154,10 @@ def _tridiagonalise_kernel(
 
 
 @triton.jit
-def _scaled_copy(moment_ptr, work_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    # Writes the matrix divided by a power of two near its largest element, which rounds nothing
-    # and keeps squares in range; returns that. Of a matrix that is not finite, zeros and NaN.
+def _scaled_copies(moment_ptr, scaled_ptr, work_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # Writes twice the matrix divided by a power of two near its largest element, which rounds
+    # nothing and keeps squares in range; returns that. Of a matrix that is not finite, zeros and
+    # NaN.
     j = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.float64)
     infinite = tl.zeros([BLOCK], tl.int32)
@@ -170,7 +175,9 @@ def _scaled_copy(moment_ptr, work_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexp
         i = start + tl.arange(0, ROWS)
         valid = (i < n)[:, None] & (j < n)[None, :]
         a = tl.load(moment_ptr + i[:, None] * n + j[None, :], mask=valid, other=0.0)
-        tl.store(work_ptr + i[:, None] * BLOCK + j[None, :], tl.where(finite, a * (1 / scale), 0.0))
+        a = tl.where(finite, a * (1 / scale), 0.0)
+        tl.store(work_ptr + i[:, None] * BLOCK + j[None, :], a)
+        tl.store(scaled_ptr + i[:, None] * n + j[None, :], a, mask=valid)
     return tl.where(finite, scale, float("nan"))
 
 
@@ -222,32 +229,57 @@ def _inverse_iteration_kernel(
     diagonal_ptr,  # [P, n]
     off_diagonal_ptr,  # [P, n], the last not read
     shifts_ptr,  # [P, n]
-    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
-    eliminated_ptr,  # [P, 4, n, n]: the three diagonals of U and the right-hand side, in rows
+    vectors_ptr,  # [P, BLOCK, BLOCK], in rows
+    eliminated_ptr,  # [P, 4, n, n], for _solve
+    overlaps_ptr,  # [P, 2, BLOCK], for _orthonormalise
     n,
-    FIRST: tl.constexpr,
-    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    parts = tl.cdiv(n, LANES)
-    problem = (tl.program_id(0) // parts).to(tl.int64)
-    lanes = tl.program_id(0) % parts * LANES + tl.arange(0, LANES)
+    # One program for all vectors: a step waits for its own division, however many lanes share it.
+    problem = tl.program_id(0).to(tl.int64)
+    diagonal_ptr += problem * n
+    off_diagonal_ptr += problem * n
+    shifts_ptr += problem * n
+    vectors_ptr += problem * BLOCK * BLOCK
+    eliminated_ptr += problem * 4 * n * n
+    overlaps_ptr += problem * 2 * BLOCK
+    for step in tl.static_range(2):
+        _solve(
+            diagonal_ptr, off_diagonal_ptr, shifts_ptr, vectors_ptr, eliminated_ptr, n, step, BLOCK
+        )
+        tl.debug_barrier()  # what follows reads what other threads wrote
+        _orthonormalise(vectors_ptr, overlaps_ptr, n, ROWS, BLOCK)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _solve(
+    d_ptr,  # [n]
+    e_ptr,  # [n], the last not read
+    shifts_ptr,  # [n]
+    vectors_ptr,  # [BLOCK, BLOCK], in rows, in place
+    u_ptr,  # [4, n, n]: the three diagonals of U and the right-hand side, in rows
+    n,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Row l becomes the solution of (T - shift_l) x = row l, at step 0 of random numbers.
+    lanes = tl.arange(0, BLOCK)
     inside = lanes < n
-    d_ptr = diagonal_ptr + problem * n
-    e_ptr = off_diagonal_ptr + problem * n
-    x_ptr = vectors_ptr + (problem * BLOCK + lanes) * BLOCK
-    u_ptr = eliminated_ptr + problem * 4 * n * n + lanes
+    x_ptr = vectors_ptr + lanes * BLOCK
+    u_ptr += lanes
     plane = n * n
-    shift = tl.load(shifts_ptr + problem * n + lanes, mask=inside, other=0.0)
+    shift = tl.load(shifts_ptr + lanes, mask=inside, other=0.0)
 
     p0 = tl.load(d_ptr) - shift  # row i of T - shift, at columns i and i + 1
     p1 = tl.load(e_ptr, mask=n > 1, other=0.0) + tl.zeros_like(shift)
-    rhs = _right_hand_side(x_ptr, lanes, 0, inside, FIRST)
+    rhs = _right_hand_side(x_ptr, lanes, 0, inside, STEP)
     for i in range(0, n - 1):
         e = tl.load(e_ptr + i)
         next_d = tl.load(d_ptr + i + 1) - shift
         next_e = tl.load(e_ptr + i + 1, mask=i < n - 2, other=0.0)
-        next_rhs = _right_hand_side(x_ptr, lanes, i + 1, inside, FIRST)
+        next_rhs = _right_hand_side(x_ptr, lanes, i + 1, inside, STEP)
         swap = tl.abs(p0) < tl.abs(e)
         u0 = tl.where(swap, e, p0)
         u0 = tl.where(tl.abs(u0) < _EPS, _EPS, u0)  # the matrix is scaled: |T| is 1 or more
@@ -278,8 +310,8 @@ def _inverse_iteration_kernel(
 
 
 @triton.jit
-def _right_hand_side(x_ptr, lanes, i, inside, FIRST: tl.constexpr):
-    if FIRST:
+def _right_hand_side(x_ptr, lanes, i, inside, STEP: tl.constexpr):
+    if STEP == 0:
         # Any start does that differs from lane to lane: bits of both indices, mixed.
         bits = (lanes * 1024 + i).to(tl.uint32)
         bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
@@ -290,16 +322,13 @@ def _right_hand_side(x_ptr, lanes, i, inside, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _orthonormalise_kernel(
-    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
-    overlaps_ptr,  # [P, 2, BLOCK]: of each vector with the last finished one, by turns
+def _orthonormalise(
+    vectors_ptr,  # [BLOCK, BLOCK], in rows, in place
+    overlaps_ptr,  # [2, BLOCK]: of each vector with the last finished one, by turns
     n,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    problem = tl.program_id(0).to(tl.int64)
-    vectors_ptr += problem * BLOCK * BLOCK
-    overlaps_ptr += problem * 2 * BLOCK
     j = tl.arange(0, BLOCK)
     for start in range(0, n, ROWS):
         i = start + tl.arange(0, ROWS)

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from himo_kernels import _triton
+from himo_kernels._triton_jit import float64_of
+
 BLOCK = 32  # entries on a side of a tile
 
 
@@ -15,11 +18,13 @@ def weigh_pairs(
     gap_eps: float,
     *,
     null: bool = False,
+    symmetric: bool = False,
 ) -> None:
     """Multiplies entry (i, j), i kept, by F_ij where j is dropped and by 0 where it is kept.
 
     Rows past rank are left alone. With null=True the weight is that of eq. (9),
-    lambda_R (F_ij - F_i0) / lambda_j, in which no small lambda_j divides.
+    lambda_R (F_ij - F_i0) / lambda_j, in which no small lambda_j divides. With symmetric=True M
+    becomes H + H^T, H the weighted M + M^T of eq. (5).
     """
     problems, size = eigenvalues.shape
     tiles = triton.cdiv(size, BLOCK)
@@ -28,9 +33,10 @@ def weigh_pairs(
             products,
             eigenvalues,
             rank,
-            eigenvalues.new_full((), gap_eps),  # a Python float would reach the kernel as float32
+            _triton.float64_bits(gap_eps),
             size,
             NULL=null,
+            SYMMETRIC=symmetric,
             BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
@@ -56,9 +62,10 @@ def _weigh_pairs_kernel(
     products_ptr,  # [P, n, n]
     eigenvalues_ptr,  # [P, n]
     rank_ptr,  # [P]
-    gap_eps_ptr,  # []
+    gap_eps_bits,
     n,
     NULL: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     tiles = tl.cdiv(n, BLOCK)
@@ -67,18 +74,20 @@ def _weigh_pairs_kernel(
     i = (tile // tiles) * BLOCK + tl.arange(0, BLOCK)
     j = (tile % tiles) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.load(rank_ptr + problem)
-    if (tile // tiles) * BLOCK >= rank:
-        return
+    if not SYMMETRIC:
+        if (tile // tiles) * BLOCK >= rank:
+            return
     values = eigenvalues_ptr + problem * n
     # lambda_R is the unit: squares of eigenvalues overflow. Where it is 0 no pair has weight.
     unit = tl.load(values + rank - 1)
     unit = tl.where(unit == 0, 1.0, unit)
     kept = tl.load(values + i, mask=i < rank, other=0.0)[:, None]
     dropped = tl.load(values + j, mask=j < n, other=0.0)[None, :]
-    valid = (i < rank)[:, None] & (j < n)[None, :]
+    pairs = (i < rank)[:, None] & ((j >= rank) & (j < n))[None, :]
     gap = (kept - dropped) / unit  # subtracted first, which is exact where it matters
-    weighs = valid & (j >= rank)[None, :] & (gap != 0)  # 0 is the limit at a gap of 0
-    square = tl.load(gap_eps_ptr) * tl.load(gap_eps_ptr)
+    weighs = pairs & (gap != 0)  # 0 is the limit at a gap of 0
+    gap_eps = float64_of(gap_eps_bits)
+    square = gap_eps * gap_eps
     if NULL:
         relative = kept / unit
         noise = tl.load(values) * (n * 2.0**-52)
@@ -89,6 +98,14 @@ def _weigh_pairs_kernel(
         numerator = 1.0
         denominator = gap + square / tl.where(weighs, gap, 1.0)
     weight = numerator / tl.where(weighs, denominator, 1.0) / unit
-    ptrs = products_ptr + (problem * n + i[:, None]) * n + j[None, :]
-    product = tl.load(ptrs, mask=valid, other=0.0)
-    tl.store(ptrs, tl.where(weighs, product * weight, 0.0), mask=valid)
+    products_ptr += problem * n * n
+    ptrs = products_ptr + i[:, None] * n + j[None, :]
+    product = tl.load(ptrs, mask=pairs, other=0.0)
+    written = (i < rank)[:, None] & (j < n)[None, :]
+    if SYMMETRIC:
+        # A pair belongs to the program of (kept, dropped), which reads and writes both its entries.
+        mirrored_ptrs = products_ptr + j[None, :] * n + i[:, None]
+        product += tl.load(mirrored_ptrs, mask=pairs, other=0.0)
+        tl.store(mirrored_ptrs, tl.where(weighs, product * weight, 0.0), mask=pairs)
+        written |= ((i >= rank) & (i < n))[:, None] & ((j >= rank) & (j < n))[None, :]
+    tl.store(ptrs, tl.where(weighs, product * weight, 0.0), mask=written)

@@ -1,0 +1,84 @@
+"""What himo_kernels.aot reads from the compiler, and what it lets fail. Compiles nothing."""
+
+import dataclasses
+
+import pytest
+
+from himo_kernels import aot
+
+LISTING = """
+	Function : _kernel
+ Function _kernel:
+  REG:40 STACK:0 SHARED:0 LOCAL:0
+        /*0000*/                   LDC R1, c[0x0][0x28] ;  /* 0x00000a00ff017b82 */
+        /*0010*/              @!P0 LDGSTS.E.BYPASS.128 [R4], desc[UR6][R2.64], P1 ;
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R4+0x800], desc[UR6][R2.64], P1 ;
+        /*0030*/              @UP0 LDG.E.64 R8, desc[UR6][R6.64] ;
+        /*0040*/                   LDG.E R9, desc[UR6][R6.64] ;
+        /*0050*/                   LDG.E.U16 R9, desc[UR6][R6.64] ;
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0070*/                   FFMA R3, R3, R3, R3 ;
+        /*0080*/                   FFMA R3, R3, R3, R3 ;
+"""
+
+
+def test_instructions_of_a_listing():
+    assert aot.instructions(LISTING) == ("HGMMA.64x128x16.F32.BF16", 16)
+    without = "\n".join(line for line in LISTING.splitlines() if "HGMMA" not in line)
+    assert aot.instructions(without) == ("FFMA", 16)
+    # 80 bytes by 4 outweigh 32 by 16.
+    assert aot.instructions(without + 20 * "\n /*00*/ LDG.E R9 ;")[1] == 4
+    assert aot.instructions("") == ("", 0)
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared_kib", "target", "programs"),
+    [
+        (255, 8, 96, 90, 1),  # 8 warps of 256 x 32 registers are all there are
+        (128, 8, 96, 90, 2),  # two by registers, two by memory
+        (128, 8, 96, 80, 1),  # one by memory
+        (129, 4, 0, 90, 3),  # 136 registers a thread: 15 warps, whole fours of them 12
+        (32, 1, 0, 90, 32),  # blocks
+        (32, 4, 0, 90, 16),  # warps
+        (32, 4, 228, 90, 0),  # more than there is
+    ],
+)
+def test_programs_of_a_multiprocessor(registers, warps, shared_kib, target, programs):
+    assert aot.programs_at_once(registers, warps, shared_kib * 1024, target) == programs
+
+
+def launch(precision: str | None, sums: str = "fp32", pointers: tuple[str, ...] = ("*bf16",) * 2):
+    signature = tuple((f"x{index}", kind) for index, kind in enumerate(pointers))
+    constants = (("SUMS", sums), ("PRECISION", precision))
+    return aot.Launch(None, signature, constants, (), ())
+
+
+KEPT = aot.Resources(100, 0, 1024, 4, "HGMMA.64x64x16.F32.BF16", 16)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "target", "changes", "broken"),
+    [
+        (launch("tf32"), 90, {}, ""),
+        (launch("tf32"), 90, {"spilled_bytes": 8}, "SPILLS"),
+        (launch(None), 90, {"programs": 0}, "DOES NOT FIT"),
+        (launch("tf32"), 90, {"multiplies": "HMMA.16816.F32.BF16"}, "NO HGMMA"),
+        (launch("tf32"), 80, {"multiplies": "HMMA.16816.F32.BF16"}, ""),
+        (launch("tf32x3", "fp32"), 80, {"multiplies": "FFMA"}, "NO HMMA"),
+        (launch("ieee", "fp64"), 90, {"multiplies": "DMMA.16x8x16"}, ""),
+        (launch("ieee", "fp64"), 90, {"multiplies": "DFMA"}, "NO DMMA"),
+        (launch("ieee"), 90, {"multiplies": "FFMA"}, ""),
+        (launch("tf32"), 90, {"load_bytes": 4}, "NARROW LOADS"),
+        (launch("tf32", pointers=("*fp32", "*bf16")), 90, {"load_bytes": 4}, ""),
+        (launch(None), 90, {"multiplies": "", "load_bytes": 0}, ""),
+    ],
+)
+def test_what_breaks_a_promise(recorded, target, changes, broken):
+    used = dataclasses.replace(KEPT, **changes)
+    assert aot.broken_promise(aot.Case("", lambda: None), recorded, target, used) == broken
+
+
+def test_a_case_may_spill_and_may_load_less():
+    bad = dataclasses.replace(KEPT, spilled_bytes=8, load_bytes=2)
+    case = aot.Case("", lambda: None, may_spill=True, ragged=True)
+    assert aot.broken_promise(case, launch("tf32"), 90, bad) == ""

@@ -1,0 +1,124 @@
+"""How many launches a call costs the device, and that none of them waits for a value.
+
+Counted on meta tensors, which have no values: an .item() on the way raises. The official batch is
+128 x 768. A launch costs about 5 us of the host and 2 to 3 us of the device, so that these numbers
+bound a small batch; one that grows has to say what it is worth.
+"""
+
+import json
+
+import pytest
+from fresh_process import run_python
+
+pytest.importorskip("triton", reason="needs Triton")
+
+MEAN = {"aten.mean.dim": 1}
+PARTS = {"aten.sum.dim_IntList": 1}  # a product split along its inner dimension, added up
+EIGENSOLVER = {
+    "_tridiagonalise_kernel": 1,
+    "_bisect_kernel": 1,
+    "_inverse_iteration_kernel": 1,
+    "_back_transform_kernel": 1,
+    "_matmul_kernel": 3,  # two of Newton-Schulz, one for both products of the certificate
+    "_finish_kernel": 1,
+}
+
+
+def sum_of(*counts: dict[str, int]) -> dict[str, int]:
+    names = {name for count in counts for name in count}
+    return {name: sum(count.get(name, 0) for count in counts) for name in names}
+
+
+SOLVED = sum_of(MEAN, {"_matmul_kernel": 1}, EIGENSOLVER)  # mean, moment, eigenpairs and rank
+EXPECTED = {
+    "covariance_fwd 128x768": {**MEAN, "_matmul_kernel": 1},
+    "covariance_bwd 128x768": {"aten.add.Tensor": 1, "aten.div.Tensor": 1, "_matmul_kernel": 1},
+    "pca_reconstruct_fwd 128x768": sum_of(
+        SOLVED, PARTS, {"_matmul_kernel": 2, "aten.where.self": 1}
+    ),
+    "pca_reconstruct_bwd 128x768": {
+        "aten.mean.dim": 2,  # of G, and of V
+        "_matmul_kernel": 5,
+        **PARTS,
+        "_weigh_pairs_kernel": 1,
+    },
+    "pca_reconstruct_fwd 768x128": sum_of(
+        SOLVED, PARTS, {"_matmul_kernel": 2, "aten.where.self": 1}
+    ),
+    "pca_reconstruct_bwd 768x128": {
+        "aten.mean.dim": 1,
+        "_matmul_kernel": 8,
+        **PARTS,
+        "_weigh_pairs_kernel": 1,
+        "aten.add.Tensor": 2,  # B + B^T, and dC
+    },
+}
+# Of these most are torch's, elementwise over n numbers: no step of the official training.
+TOTALS = {"pca_fwd 128x768": 23, "pca_bwd 128x768": 56}
+
+SCRIPT = """
+import json
+import torch
+from himo_kernels.aot import device_launches
+from himo_kernels.covariance.triton import covariance_bwd, covariance_fwd
+from himo_kernels.pca import triton as pca
+
+counts = {}
+
+def count(name, shape, function, *arguments):
+    result = []
+    launches = device_launches(lambda: result.append(function(*arguments)))
+    counts[f"{name} {shape[0]}x{shape[1]}"] = launches
+    return result[0]
+
+for shape in ((128, 768), (768, 128)):
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    mean, moment = count("covariance_fwd", shape, covariance_fwd, x, torch.float32)
+    count("covariance_bwd", shape, covariance_bwd, mean, moment, x, mean)
+    grad, rank, *saved = count("pca_reconstruct_fwd", shape, pca.pca_reconstruct_fwd, x, 0.9)
+    count(
+        "pca_reconstruct_bwd", shape, pca.pca_reconstruct_bwd, grad, x, *saved, rank, 1e-6, True
+    )
+    mean, values, components, rank, vectors = count("pca_fwd", shape, pca.pca_fwd, x, 0.9)
+    grads = (mean, values, components)
+    count("pca_bwd", shape, pca.pca_bwd, *grads, x, mean, values, vectors, rank, 1e-6)
+print(json.dumps(counts))
+"""
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, dict[str, int]]:
+    # In a process of its own: kernels defined for the interpreter are no launches.
+    return json.loads(run_python("-c", SCRIPT, TRITON_INTERPRET="0"))
+
+
+@pytest.mark.parametrize("call", EXPECTED)
+def test_every_launch_is_expected(call, counts):
+    assert counts[call] == EXPECTED[call]
+
+
+def test_the_official_reconstruction_is_bounded(counts):
+    # 33 and 19 with a kernel for each step of the eigensolver and of the gradient's formula.
+    assert sum(counts["pca_reconstruct_fwd 128x768"].values()) <= 14
+    assert sum(counts["pca_reconstruct_bwd 128x768"].values()) <= 9
+
+
+@pytest.mark.parametrize("call", TOTALS)
+def test_the_fit_alone_is_bounded(call, counts):
+    assert sum(counts[call].values()) <= TOTALS[call]
+
+
+def test_the_counter_sees_launches_alone_and_refuses_a_wait():
+    script = """
+import torch
+from himo_kernels.aot import device_launches
+
+x = torch.empty(4, 4, device="meta")
+print(dict(device_launches(lambda: x.new_empty(3).view(3, 1).expand(3, 2).mT.add(1).sum())))
+try:
+    device_launches(lambda: float(x.sum()))
+except RuntimeError as error:
+    print("refused")
+"""
+    lines = run_python("-c", script, TRITON_INTERPRET="0").splitlines()
+    assert lines == ["{'aten.add.Tensor': 1, 'aten.sum.default': 1}", "refused"]
