@@ -54,6 +54,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "pca": himo_kernels.pca,
     "project_reconstruct": _project_reconstruct,
     "pca_reconstruct": himo_kernels.pca_reconstruct,
+    "normalize": himo_kernels.normalize,
     "info_nce": himo_kernels.info_nce,
     "dual_info_nce": himo_kernels.dual_info_nce,
     "dual_info_nce_low_rank": _low_rank,

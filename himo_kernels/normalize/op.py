@@ -1,0 +1,52 @@
+"""Schema, fakes and autograd of normalize."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo_kernels._dispatch import Backend, Operator, refuse_double_backward
+from himo_kernels.normalize import reference
+
+NORMALIZE = Operator(
+    "normalize",
+    {
+        "reference": Backend({"fwd": reference.normalize_fwd, "bwd": reference.normalize_bwd}),
+    },
+)
+
+
+def _fwd_fake(features: Tensor, backend: str) -> Tensor:
+    return features.new_empty(features.shape)
+
+
+def _bwd_fake(grad: Tensor, features: Tensor, backend: str) -> Tensor:
+    return features.new_empty(features.shape)
+
+
+_FWD = NORMALIZE.define("fwd", "(Tensor features, str backend) -> Tensor", _fwd_fake)
+_BWD = NORMALIZE.define("bwd", "(Tensor grad, Tensor features, str backend) -> Tensor", _bwd_fake)
+
+
+class Normalize(torch.autograd.Function):
+    """normalize. Saves the features alone: what else the backward needs follows from a row of them.
+
+    Not the output, whose digits bfloat16 has rounded off, nor the length, which the dtype may not
+    hold.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,  # [*, N, D]
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.backend = backend
+        return _FWD(features, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # [*, N, D]
+        refuse_double_backward("normalize")
+        (features,) = ctx.saved_tensors
+        return _BWD(grad, features, ctx.backend), None
