@@ -6,6 +6,7 @@
 
 #include "covariance.h"
 #include "info_nce.h"
+#include "normalize.h"
 #include "pca.h"
 
 namespace py = pybind11;
@@ -62,6 +63,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
         py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),
         py::arg("needs_key"), py::arg("products"), no_gil());
+  m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());
+  m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
   m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), no_gil());
   m.def("pca_bwd", &himo::pca_bwd, py::arg("grad_mean"), py::arg("grad_eigenvalues"),
         py::arg("grad_components"), py::arg("x"), py::arg("mean"), py::arg("eigenvalues"),

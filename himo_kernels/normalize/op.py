@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from himo_kernels._dispatch import Backend, Operator, refuse_double_backward
-from himo_kernels.normalize import reference
+from himo_kernels.normalize import cpu, reference
 
 NORMALIZE = Operator(
     "normalize",
     {
+        "cpu": Backend({"fwd": cpu.normalize_fwd, "bwd": cpu.normalize_bwd}, cpu.why_not),
         "reference": Backend({"fwd": reference.normalize_fwd, "bwd": reference.normalize_bwd}),
     },
 )

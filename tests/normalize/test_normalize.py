@@ -51,18 +51,20 @@ def test_hand_worked_two_vectors(backend):
 
 @per_backend
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_torch_in_float64(backend, shape, generator):
-    x, grad = (rows(shape, torch.float64, generator) for _ in range(2))
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_every_entry_against_torch_in_float64(backend, shape, dtype, generator):
+    x, grad = (rows(shape, dtype, generator) for _ in range(2))
     actual = ours(backend, x, grad)
-    # A gradient is what is left of grad / |x|: at D = 1 nothing.
-    whole = grad.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True)
+    # A gradient is what is left of grad / |x|: at D = 1 nothing. Seven rounded factors are 3.5 eps.
+    whole = grad.double().norm(dim=-1, keepdim=True) / x.double().norm(dim=-1, keepdim=True)
+    budget = 4 * torch.finfo(dtype).eps * shape[-1] ** 0.5
     for a, e, size in zip(actual, exact(x, grad), (1.0, whole), strict=True):
-        budget = 4 * torch.finfo(torch.float64).eps * shape[-1] ** 0.5
+        assert a.dtype == dtype
         assert ((a - e).abs() <= budget * size).all()
 
 
 @per_backend
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 1], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_values_and_gradient_within_budget(backend, shape, dtype, generator):
     x, grad = rows(shape, dtype, generator), torch.randn(shape, generator=generator).to(dtype)
@@ -141,10 +143,8 @@ def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, d
         x[2, 7] = size
         x = x.to(dtype)
         grad = torch.randn(x.shape, dtype=torch.float64, generator=generator).mul(incoming)
-        grad = grad.to(torch.float32)
-        # In float32, so that incoming gradients neither underflow nor round in float16.
-        bwd = torch.ops.himo_kernels.normalize_bwd
-        y, gradient = normalize(x, backend=backend), bwd(grad, x, backend)
+        grad = grad.to(dtype)
+        y, gradient = ours(backend, x, grad)
         exact_y, exact_gradient = exact(x, grad)
         fits = exact_gradient.abs() <= info.max
         hkt.assert_within_budget("y", y, exact_y.to(dtype), exact_y, terms=40)
