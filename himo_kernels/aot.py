@@ -30,6 +30,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 # Modules with a function aot_cases() -> Iterable[Case].
 MODULES: tuple[str, ...] = (
     "himo_kernels.covariance.triton",
+    "himo_kernels.normalize.triton",
     "himo_kernels.pca.triton",
     "himo_kernels.info_nce.triton",
 )

@@ -5,12 +5,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels._dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.normalize import cpu, reference
+
+_TRITON = "himo_kernels.normalize.triton"
 
 NORMALIZE = Operator(
     "normalize",
     {
+        "triton": Backend(
+            {
+                "fwd": _triton.deferred(_TRITON, "normalize_fwd"),
+                "bwd": _triton.deferred(_TRITON, "normalize_bwd"),
+            },
+            _triton.why_not_with_float64,
+            auto=False,
+        ),
         "cpu": Backend({"fwd": cpu.normalize_fwd, "bwd": cpu.normalize_bwd}, cpu.why_not),
         "reference": Backend({"fwd": reference.normalize_fwd, "bwd": reference.normalize_bwd}),
     },

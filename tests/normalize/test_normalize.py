@@ -10,6 +10,9 @@ from torch import Tensor
 from himo_kernels import normalize
 from himo_kernels import testing as hkt
 
+# Triton's interpreter computes in NumPy, which warns of what a kernel does on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 BACKENDS = hkt.runnable_backends("normalize")
 per_backend = pytest.mark.parametrize("backend", BACKENDS)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -220,13 +223,14 @@ def test_expanded_gradient(backend):
 @per_backend
 @per_dtype
 def test_runs_and_numbers_of_threads_give_the_same_bits(backend, dtype, generator):
-    x = rows((300, 65), dtype, generator)
-    grad = torch.randn(300, 65, generator=generator).to(dtype)
+    interpreted = backend == "triton"  # on a CPU: a second a run
+    samples = 20 if interpreted else 700  # of which a thread takes 252
+    x = rows((samples, 65), dtype, generator)
+    grad = torch.randn(samples, 65, generator=generator).to(dtype)
     first = ours(backend, x, grad)
     threads = torch.get_num_threads()
-    interpreted = backend == "triton" and not x.is_cuda
     try:
-        for number in (threads,) if interpreted else (1, 2, 3, 7):
+        for number in (threads,) if interpreted else (1, 2, 3):
             torch.set_num_threads(number)
             again = ours(backend, x, grad)
             assert all(map(torch.equal, again, first))
