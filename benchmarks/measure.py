@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case
@@ -174,7 +175,7 @@ def _official(op: Operation, case: Case) -> Candidate:
         smoothing = {"label_smoothing": 0.1, "differentiate_keys": False}
         if case.op == "himo_loss":
             tau = nn.PRESETS[case.preset]["variance_threshold"]
-            image, text = nn._normalize(image), nn._normalize(text)
+            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
             component, _ = pca_reconstruct(text, tau, gap_eps=0.0, backend="reference")
         elif "component_features" in inputs:
             component = inputs["component_features"]

@@ -87,7 +87,7 @@ ENTRIES = {
     "HiMoLoss": Entry(
         _module(nn.HiMoLoss, "image_features", "text_features", "logit_scale"),
         {**FEATURES, **SCALE},
-        ("HiMoLoss", "HiDe", "pca_reconstruct", "dual_info_nce"),
+        ("HiMoLoss", "HiDe", "normalize", "pca_reconstruct", "dual_info_nce"),
         {"text_features": "x"},
     ),
 }
