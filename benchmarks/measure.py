@@ -76,8 +76,8 @@ def _output_shapes(case: Case, inputs: Inputs) -> list[tuple[int, ...]]:
         *batch, n, d = inputs["x"].shape
         side = d if case.op == "covariance" else n
         return [(*batch, d), (*batch, side, side)]
-    if case.op == "pca_reconstruct":
-        return [tuple(inputs["x"].shape)]
+    if case.op in ("pca_reconstruct", "normalize"):
+        return [tuple(next(iter(inputs.values())).shape)]
     return [()] * (2 if case.op.startswith("dual") else 1)
 
 
@@ -137,7 +137,7 @@ def make_oracle(problem: Problem, device: str, official: bool) -> Oracle:
     if rows < case.N:
         inputs = leading_rows(problem.inputs, case, rows)
         weights = problem.weights
-        if case.op == "pca_reconstruct":
+        if case.op in ("pca_reconstruct", "normalize"):
             weights = (problem.weights[0][..., :rows, :],)
         elif case.op == "gram":
             weights = (problem.weights[0], problem.weights[1][..., :rows, :rows])
