@@ -36,8 +36,10 @@ def _bwd_fake(grad: Tensor, features: Tensor, backend: str) -> Tensor:
     return features.new_empty(features.shape)
 
 
-_FWD = NORMALIZE.define("fwd", "(Tensor features, str backend) -> Tensor", _fwd_fake)
-_BWD = NORMALIZE.define("bwd", "(Tensor grad, Tensor features, str backend) -> Tensor", _bwd_fake)
+_FWD_SCHEMA = "(Tensor features, str backend) -> Tensor"
+_BWD_SCHEMA = "(Tensor grad, Tensor features, str backend) -> Tensor"
+_FWD = NORMALIZE.define("fwd", _FWD_SCHEMA, _fwd_fake, multiplies=False)
+_BWD = NORMALIZE.define("bwd", _BWD_SCHEMA, _bwd_fake, multiplies=False)
 
 
 class Normalize(torch.autograd.Function):
