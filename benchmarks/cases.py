@@ -13,6 +13,7 @@ OPTIONS = {
     "covariance": ("spectrum",),
     "gram": ("spectrum",),
     "pca_reconstruct": ("spectrum", "tau"),
+    "normalize": ("spectrum",),
     "info_nce": ("preset",),
     "dual_info_nce": ("preset",),
     "dual_info_nce_low_rank": ("preset", "share"),
@@ -95,6 +96,9 @@ def _cpu() -> Iterator[Case]:
     yield Case("gram", 128)
     yield Case("gram", 512, memory=True)
     yield Case("pca_reconstruct", 128, B=8)
+    yield Case("normalize", 128)
+    yield Case("normalize", 4096, memory=True)
+    yield Case("normalize", 4096, dtype="bfloat16", memory=True)
 
 
 def _cuda() -> Iterator[Case]:
@@ -134,6 +138,9 @@ def _cuda_cells() -> Iterator[Case]:
     yield Case("covariance", 4096)
     yield Case("gram", 128, B=64)
     yield Case("gram", 1024)
+    yield Case("normalize", 128)
+    yield Case("normalize", 4096, **bf16)
+    yield Case("normalize", 32768, **bf16)
     for tau in (0.85, 0.95):
         yield Case("pca_reconstruct", 1024, tau=tau, priority=2)
     for d in (512, 640, 1024, 1152):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case
@@ -75,8 +76,8 @@ def _output_shapes(case: Case, inputs: Inputs) -> list[tuple[int, ...]]:
         *batch, n, d = inputs["x"].shape
         side = d if case.op == "covariance" else n
         return [(*batch, d), (*batch, side, side)]
-    if case.op == "pca_reconstruct":
-        return [tuple(inputs["x"].shape)]
+    if case.op in ("pca_reconstruct", "normalize"):
+        return [tuple(next(iter(inputs.values())).shape)]
     return [()] * (2 if case.op.startswith("dual") else 1)
 
 
@@ -136,7 +137,7 @@ def make_oracle(problem: Problem, device: str, official: bool) -> Oracle:
     if rows < case.N:
         inputs = leading_rows(problem.inputs, case, rows)
         weights = problem.weights
-        if case.op == "pca_reconstruct":
+        if case.op in ("pca_reconstruct", "normalize"):
             weights = (problem.weights[0][..., :rows, :],)
         elif case.op == "gram":
             weights = (problem.weights[0], problem.weights[1][..., :rows, :rows])
@@ -174,7 +175,7 @@ def _official(op: Operation, case: Case) -> Candidate:
         smoothing = {"label_smoothing": 0.1, "differentiate_keys": False}
         if case.op == "himo_loss":
             tau = nn.PRESETS[case.preset]["variance_threshold"]
-            image, text = nn._normalize(image), nn._normalize(text)
+            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
             component, _ = pca_reconstruct(text, tau, gap_eps=0.0, backend="reference")
         elif "component_features" in inputs:
             component = inputs["component_features"]

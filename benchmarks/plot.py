@@ -24,6 +24,7 @@ LABELS = {
     "info_nce": "InfoNCE",
     "covariance": "covariance",
     "gram": "gram",
+    "normalize": "normalize",
 }
 HEAD = (
     "| forward + backward | dtype | backend | ms | to released | to best PyTorch | extra MiB |\n"

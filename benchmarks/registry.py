@@ -111,7 +111,7 @@ def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
 
     tensors = tuple(inputs.values())
     if case.op == "himo_loss":  # several operators: a name holds for all, "auto" for each
-        parts = ("pca_reconstruct", "dual_info_nce")
+        parts = ("normalize", "pca_reconstruct", "dual_info_nce")
         features = inputs["text_features"]
         held = {name for part in parts for name in OPERATORS[part].backends}
         names = [name for name in BACKENDS if name in held]
@@ -184,6 +184,13 @@ def _rows(case: Case, generator: torch.Generator) -> Tensor:
 
 def _samples(case: Case, generator: torch.Generator) -> Inputs:
     return {"x": _rows(case, generator)}
+
+
+def _lengths_apart(case: Case, generator: torch.Generator) -> Inputs:
+    # Rows as they come from a projection, not of length 1.
+    rows = _rows(case, generator)
+    powers = torch.randn(*rows.shape[:-1], 1, dtype=torch.float64, generator=generator)
+    return {"features": rows * powers.exp()}
 
 
 def _pairs(case: Case, generator: torch.Generator) -> Inputs:
@@ -274,6 +281,14 @@ def _library_moment(inputs: Inputs, case: Case, backend: str) -> Outputs:
     return getattr(himo_kernels, case.op)(inputs["x"], backend=backend)
 
 
+def _unit(inputs: Inputs, case: Case) -> Outputs:
+    return (F.normalize(inputs["features"], dim=-1),)
+
+
+def _library_unit(inputs: Inputs, case: Case, backend: str) -> Outputs:
+    return (himo_kernels.normalize(inputs["features"], backend=backend),)
+
+
 def _library_hide(inputs: Inputs, case: Case, backend: str) -> Outputs:
     return himo_kernels.pca_reconstruct(inputs["x"], case.tau, backend=backend)[:1]
 
@@ -314,6 +329,16 @@ def _hide_flops(case: Case, rank: int, backward: bool) -> float:
 
 def _hide_elements(case: Case, backward: bool) -> float:
     return float(case.B * case.N * case.D * (5 if backward else 2))
+
+
+def _unit_flops(case: Case, rank: int, backward: bool) -> float:
+    # Forward a sum of squares (2) and a product (1); backward two sums (4), a difference (2) and a
+    # product (1).
+    return (10.0 if backward else 3.0) * case.B * case.N * case.D
+
+
+def _unit_elements(case: Case, backward: bool) -> float:
+    return (5.0 if backward else 2.0) * case.B * case.N * case.D
 
 
 def _loss_flops(branches: Callable[[Case, int], float]) -> Callable[[Case, int, bool], float]:
@@ -374,6 +399,16 @@ OPERATIONS: dict[str, Operation] = {
         },
         compiled=("released", "eager eigh"),
         rank=lambda inputs, case: _rank_of(inputs["x"], case.tau),
+    ),
+    "normalize": Operation(
+        inputs=_lengths_apart,
+        library=_library_unit,
+        formula=_unit,
+        flops=_unit_flops,
+        elements=_unit_elements,
+        terms=_features,
+        baselines={"F.normalize": _unit},
+        compiled=("F.normalize",),
     ),
     "info_nce": Operation(
         inputs=lambda case, generator: _scaled(_pairs(case, generator)),

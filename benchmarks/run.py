@@ -218,7 +218,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     both = tuple(mode for choice in modes for mode in choice)
     cases = [dataclasses.replace(case, modes=both, memory=True) for case in cases]
     for case in cases:
-        if case.B > 1 and case.op not in ("covariance", "gram", "pca_reconstruct"):
+        if case.B > 1 and case.op not in ("covariance", "gram", "pca_reconstruct", "normalize"):
             raise BenchmarkError(f"--batch {case.B}: {case.op} is measured on one problem only")
     return cases
 

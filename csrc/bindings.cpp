@@ -6,6 +6,7 @@
 
 #include "covariance.h"
 #include "info_nce.h"
+#include "normalize.h"
 #include "pca.h"
 
 namespace py = pybind11;
@@ -70,6 +71,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("column_positives"), py::arg("column_nll"), py::arg("column_weight"),
         py::arg("offset"), py::arg("label_smoothing"), py::arg("total"),
         py::arg("differentiate_keys"), no_gil());
+  m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());
+  m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
   m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), no_gil());
   m.def("pca_bwd", &himo::pca_bwd, py::arg("grad_mean"), py::arg("grad_eigenvalues"),
         py::arg("grad_components"), py::arg("x"), py::arg("mean"), py::arg("eigenvalues"),

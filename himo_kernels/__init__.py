@@ -9,6 +9,7 @@ from himo_kernels._version import __version__
 from himo_kernels.covariance import covariance, gram
 from himo_kernels.info_nce import dual_info_nce, dual_info_nce_low_rank, info_nce
 from himo_kernels.integrations import accelerate
+from himo_kernels.normalize import normalize
 from himo_kernels.pca import PCA, pca, pca_reconstruct, project_reconstruct
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "gram",
     "info_nce",
     "nn",
+    "normalize",
     "pca",
     "pca_reconstruct",
     "project_reconstruct",

@@ -56,21 +56,29 @@ class Operator:
             OPERATORS[name] = self
 
     def define(
-        self, direction: str, schema: str, fake: Callable[..., object]
+        self,
+        direction: str,
+        schema: str,
+        fake: Callable[..., object],
+        *,
+        multiplies: bool = True,
     ) -> torch._ops.OpOverload:
         """Returns torch.ops.himo_kernels.<name>_<direction>; its last positional is `str backend`.
 
         Keyword-only arguments of the schema reach the kernels of a backend where they are not None.
 
         Outputs are made contiguous here, once for every backend, so that the strides of the fake
-        are the strides of the result. Inside, dtypes follow the inputs and float32 is float32.
+        are the strides of the result. Inside, dtypes follow the inputs and float32 is float32:
+        multiplies=False says that no matrix product is there whose flags would have to be set and
+        put back, a quarter of the time of a call on a few rows.
         """
 
         def run(*args: object, **optional: object) -> object:
             body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
             given = {name: value for name, value in optional.items() if value is not None}
-            with torch.no_grad(), full_float32(device):
+            plain = full_float32(device) if multiplies else torch.autocast(device, enabled=False)
+            with torch.no_grad(), plain:
                 outputs = body(*args[:-1], **given)
             if isinstance(outputs, Tensor):
                 return outputs.contiguous()

@@ -1,8 +1,8 @@
 """Triton functions that every backend's kernels share. Imported by modules with kernels alone.
 
-dot and rounded exist for Triton's interpreter (3.6 to 3.9), which keeps bfloat16 as integers:
-tl.dot multiplies their bits, and rounding to bfloat16 drops the carry into the exponent (1.999
-gives 1).
+All exist for Triton's interpreter (3.6 to 3.9), which keeps bfloat16 as integers: tl.dot
+multiplies their bits, rounding to bfloat16 drops the carry into the exponent (1.999 gives 1), and
+raising one that is subnormal gives another number.
 """
 
 import triton
@@ -20,6 +20,19 @@ def dot(x, y, accumulator, PRECISION: tl.constexpr):
         x = x.to(tl.float32)
         y = y.to(tl.float32)
     return tl.dot(x, y, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def raised(x):
+    """x in float32, or as it is where it is float64."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        result = bits.to(tl.float32, bitcast=True)
+    elif x.dtype == tl.float64:
+        result = x
+    else:
+        result = x.to(tl.float32)
+    return result
 
 
 @triton.jit

@@ -41,6 +41,7 @@ REGISTER_UNIT, WARP_UNIT = 256, 4
 # Modules with a function aot_cases() -> Iterable[Case].
 MODULES: tuple[str, ...] = (
     "himo_kernels.covariance.triton",
+    "himo_kernels.normalize.triton",
     "himo_kernels.pca.triton",
     "himo_kernels.info_nce.triton",
 )

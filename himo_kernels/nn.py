@@ -19,13 +19,14 @@ from himo_kernels._checks import (
     raise_type,
     raise_value,
 )
-from himo_kernels._dispatch import accumulation_dtype, check_backend
+from himo_kernels._dispatch import check_backend
 from himo_kernels.distributed import loss as loss_over_ranks
 from himo_kernels.distributed import moments
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.info_nce import dual_info_nce
 from himo_kernels.info_nce.api import check_logit_scale
+from himo_kernels.normalize import normalize
 from himo_kernels.pca import pca_reconstruct
 
 # What the paper states and what its released code does, switch by switch. Both train with L2-
@@ -231,16 +232,16 @@ class HiMoLoss(nn.Module):
         """
         check_flag("HiMoLoss", "output_dict", output_dict)
         rows = self._agree(image_features, text_features, logit_scale)
-        normalize = _normalize if self.normalize_features else _as_it_is
-        texts = normalize(text_features)
+        unit = self._unit if self.normalize_features else _as_it_is
+        texts = unit(text_features)
         # Over ranks the texts of the PCA stay in float64: rounded first, a narrow gap at the cut
         # would put the gradient more than 1e-6 from that of the joined batch.
-        wide_texts = texts if rows is None else normalize(text_features.double())
+        wide_texts = texts if rows is None else unit(text_features.double())
         component_features, self.rank = self._reconstruct(wide_texts, rows)
         if self.normalize_components:
-            component_features = _normalize(component_features)
+            component_features = self._unit(component_features)
         contrastive_loss, component_loss = self._losses(
-            normalize(image_features), texts, component_features.to(texts.dtype), logit_scale, rows
+            unit(image_features), texts, component_features.to(texts.dtype), logit_scale, rows
         )
         loss = contrastive_loss + self.component_weight * component_loss
         if not output_dict:
@@ -250,6 +251,12 @@ class HiMoLoss(nn.Module):
             "component_loss": component_loss,
             "loss": loss,
         }
+
+    def _unit(self, features: Tensor) -> Tensor:
+        # Rows divided by their length. A rank without rows has nothing to divide.
+        if features.shape[-2] == 0:
+            return features
+        return normalize(features, backend=self.backend)
 
     def _agree(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
@@ -356,16 +363,3 @@ def _check_directions(argument: str, features: Tensor) -> None:
 
 def _as_it_is(features: Tensor) -> Tensor:
     return features
-
-
-def _normalize(features: Tensor) -> Tensor:
-    # Rows divided by their length [*, N, D], in float32 whatever the input. Differs from
-    # F.normalize, which divides by 1e-12 there, in that a zero row gets no gradient; and in that
-    # squares cannot overflow, since a row is divided by its largest entry first (a constant: the
-    # direction does not depend on it).
-    wide = features.to(accumulation_dtype(features.dtype))
-    largest = wide.detach().abs().amax(-1, keepdim=True)
-    zero = largest == 0
-    scaled = wide / torch.where(zero, 1.0, largest)
-    length = torch.where(zero, 1.0, scaled.square().sum(-1, keepdim=True)).sqrt()
-    return torch.where(zero, 0.0, scaled / length).to(features.dtype)

@@ -66,6 +66,7 @@ ENTRIES = {
         himo_kernels.project_reconstruct, {"x": X, "pca": PCA}, ("project_reconstruct",)
     ),
     "pca_reconstruct": Entry(himo_kernels.pca_reconstruct, {"x": X}, ("pca_reconstruct",)),
+    "normalize": Entry(himo_kernels.normalize, {"features": X}, ("normalize",)),
     "info_nce": Entry(himo_kernels.info_nce, {**FEATURES, **SCALE}, ("info_nce",)),
     "dual_info_nce": Entry(
         himo_kernels.dual_info_nce,
@@ -86,7 +87,7 @@ ENTRIES = {
     "HiMoLoss": Entry(
         _module(nn.HiMoLoss, "image_features", "text_features", "logit_scale"),
         {**FEATURES, **SCALE},
-        ("HiMoLoss", "HiDe", "pca_reconstruct", "dual_info_nce"),
+        ("HiMoLoss", "HiDe", "normalize", "pca_reconstruct", "dual_info_nce"),
         {"text_features": "x"},
     ),
 }
@@ -458,6 +459,10 @@ TEXTS = {
     "['cuda', 'triton', 'cpu', 'reference'], got 'numpy'": (
         ValueError,
         lambda: RECONSTRUCT.call(backend="numpy"),
+    ),
+    "normalize: expected features of shape [*, N, D], got [3]": (
+        ValueError,
+        lambda: ENTRIES["normalize"].call(features=X[0]),
     ),
     "project_reconstruct: expected pca to be what himo_kernels.pca returned, got tuple": (
         TypeError,

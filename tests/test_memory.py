@@ -42,6 +42,7 @@ CALLS: dict[str, tuple[int, Callable[..., Any]]] = {  # number of feature argume
             x, himo_kernels.pca(y, backend="reference"), backend=backend
         ),
     ),
+    "normalize": (1, lambda x, backend: (himo_kernels.normalize(x, backend=backend),)),
     "info_nce": (2, lambda *xs, backend: (himo_kernels.info_nce(*xs, 5.0, backend=backend),)),
     "dual_info_nce": (
         3,

@@ -1,4 +1,5 @@
-// tile_loops.h for AVX2 with FMA.
+// tile_loops.h and row_loops.h for AVX2 with FMA.
+#include "cpu/row_loops.h"
 #include "cpu/tile_loops.h"
 
 #ifdef HIMO_X86_TILE_LOOPS
@@ -9,6 +10,7 @@
 #endif
 #define HIMO_ISA avx2
 #define HIMO_VECTOR_BYTES 32
+#include "cpu/row_loops_body.h"
 #include "cpu/tile_loops_body.h"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -4,69 +4,11 @@
 
 #include <cstdint>
 
+#include "cpu/isa_lanes.h"
 #include "cpu/tile_loops.h"
-
-#if !defined(HIMO_ISA) || !defined(HIMO_VECTOR_BYTES)
-#error "define HIMO_ISA, the namespace of the instruction set, and HIMO_VECTOR_BYTES, its width"
-#endif
 
 namespace himo::cpu::HIMO_ISA {
 namespace {
-
-// One register of acc_t, and of integers of the same size.
-template <typename acc_t>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  using type = float __attribute__((vector_size(HIMO_VECTOR_BYTES)));
-  using bits = int32_t __attribute__((vector_size(HIMO_VECTOR_BYTES)));
-  using unaligned = float __attribute__((vector_size(HIMO_VECTOR_BYTES), aligned(4)));
-  static constexpr int64_t count = HIMO_VECTOR_BYTES / 4;
-};
-template <>
-struct Lanes<double> {
-  using type = double __attribute__((vector_size(HIMO_VECTOR_BYTES)));
-  using bits = int64_t __attribute__((vector_size(HIMO_VECTOR_BYTES)));
-  using unaligned = double __attribute__((vector_size(HIMO_VECTOR_BYTES), aligned(8)));
-  static constexpr int64_t count = HIMO_VECTOR_BYTES / 8;
-};
-
-#define HIMO_INLINE inline __attribute__((always_inline))
-
-template <typename acc_t>
-HIMO_INLINE typename Lanes<acc_t>::type load(const acc_t* source) {
-  return *reinterpret_cast<const typename Lanes<acc_t>::unaligned*>(source);
-}
-
-template <typename acc_t>
-HIMO_INLINE void store(acc_t* target, typename Lanes<acc_t>::type value) {
-  *reinterpret_cast<typename Lanes<acc_t>::unaligned*>(target) = value;
-}
-
-template <typename acc_t>
-HIMO_INLINE typename Lanes<acc_t>::type fill(acc_t value) {
-  return value - typename Lanes<acc_t>::type{};  // x - 0 is x, for -0 and NaN too
-}
-
-// The larger; b where a is NaN. The exponentials carry the NaN on.
-template <typename lanes_t>
-HIMO_INLINE lanes_t larger(lanes_t a, lanes_t b) {
-  return a > b ? a : b;
-}
-
-template <typename acc_t>
-HIMO_INLINE acc_t largest(typename Lanes<acc_t>::type value) {
-  acc_t result = value[0];
-  for (int64_t k = 1; k < Lanes<acc_t>::count; ++k) result = value[k] > result ? value[k] : result;
-  return result;
-}
-
-template <typename acc_t>
-HIMO_INLINE acc_t total(typename Lanes<acc_t>::type value) {
-  acc_t result = 0;
-  for (int64_t k = 0; k < Lanes<acc_t>::count; ++k) result += value[k];
-  return result;
-}
 
 // The product, rounded: a fused multiply-subtract would take S off p by more digits in one pass
 // than in the other, and the probabilities of a row would not add up to 1.

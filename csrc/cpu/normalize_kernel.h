@@ -1,0 +1,15 @@
+// The loops of normalize over the rows, for any strides.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace himo::cpu {
+
+void normalize_fwd(const at::Tensor& x,      // [*, N, D]
+                   const at::Tensor& unit);  // [*, N, D], contiguous, same dtype
+
+void normalize_bwd(const at::Tensor& grad,     // [*, N, D]
+                   const at::Tensor& x,        // [*, N, D], same dtype
+                   const at::Tensor& grad_x);  // [*, N, D], contiguous, same dtype
+
+}  // namespace himo::cpu

@@ -1,0 +1,49 @@
+// Loops over one row of contiguous entries: division by its length, and the gradient of that.
+// Compiled and chosen as those of tile_loops.h.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/tile_loops.h"
+
+namespace himo::cpu {
+
+// 16-bit numbers by their bits: c10's types would bring conversions that other files share.
+struct BFloat16Bits {
+  uint16_t bits;
+};
+struct HalfBits {
+  uint16_t bits;
+};
+
+// Sums are float, or double of doubles. A row of zeros gives zeros and has no gradient; one with
+// NaN or inf gives NaN in every entry.
+template <typename element_t>
+struct RowLoops {
+  // unit = x / |x|
+  void (*normalize)(const element_t* x, int64_t size, element_t* unit);
+  // grad_x = (grad - y (grad . y)) / |x|, y = x / |x|
+  void (*normalize_gradient)(const element_t* grad, const element_t* x, int64_t size,
+                             element_t* grad_x);
+};
+
+struct RowLoopsOfEach {
+  RowLoops<float> float32;
+  RowLoops<double> float64;
+  RowLoops<BFloat16Bits> bfloat16;
+  RowLoops<HalfBits> float16;
+};
+
+namespace default_isa {
+extern const RowLoopsOfEach row_loops;
+}
+#ifdef HIMO_X86_TILE_LOOPS
+namespace avx2 {
+extern const RowLoopsOfEach row_loops;
+}
+namespace avx512 {
+extern const RowLoopsOfEach row_loops;
+}
+#endif
+
+}  // namespace himo::cpu

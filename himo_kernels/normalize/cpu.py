@@ -1,0 +1,31 @@
+"""The `cpu` backend of normalize: csrc/normalize.cpp, for any strides.
+
+One pass over memory in each direction, where the reference writes an [N, D] tensor for each of its
+operations.
+"""
+
+from torch import Tensor
+
+from himo_kernels import _extension
+
+
+def why_not(features: Tensor, *_: Tensor) -> str | None:
+    """Returns why this backend cannot take the features, or None."""
+    if features.device.type != "cpu":
+        return f"needs CPU tensors, got {features.device.type}"
+    return _extension.why_not()
+
+
+def normalize_fwd(
+    features: Tensor,  # [*, N, D]
+) -> Tensor:
+    """Returns the rows divided by their length [*, N, D]."""
+    return _extension.load().normalize_fwd(features)
+
+
+def normalize_bwd(
+    grad: Tensor,  # [*, N, D]
+    features: Tensor,  # [*, N, D]
+) -> Tensor:
+    """Returns the gradient of the features [*, N, D]."""
+    return _extension.load().normalize_bwd(grad, features)
