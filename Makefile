@@ -109,7 +109,7 @@ sanitize: $(READY)
 	  >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
 	$(SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH="$(SANITIZED):$(CURDIR)" $(PY) -m pytest \
 	  -p no:cacheprovider --capture=sys -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
-	  $(or $(SANITIZE_TESTS),tests/covariance tests/pca tests/info_nce tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
+	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
 
 # Rows, charts, and the table of benchmarks/README.md. Wants a machine that does nothing else.
 bench: $(READY)
@@ -123,7 +123,7 @@ bench: $(READY)
 # and writes its xml; what sits in a call of CUDA does not hear it and is killed.
 GPU_MINUTES ?= 8
 GPU_START := $(shell date +%s)
-GPU_FIRST := tests/covariance tests/pca/test_pca_triton.py tests/pca/test_pca_cuda.py \
+GPU_FIRST := tests/covariance tests/normalize tests/pca/test_pca_triton.py tests/pca/test_pca_cuda.py \
   tests/info_nce/test_info_nce_triton.py tests/info_nce/test_info_nce_cuda.py
 GPU_TESTS = $(IN_TREE) PYTHONUNBUFFERED=1 timeout -s INT -k 20 $(1) $(PY) -m pytest -m gpu \
   --maxfail=60 $(2) --junitxml=$(GPU_OUT)/$(3).xml >$(GPU_OUT)/$(3).txt 2>&1

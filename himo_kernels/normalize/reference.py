@@ -13,8 +13,7 @@ def normalize_fwd(
     features: Tensor,  # [*, N, D]
 ) -> Tensor:
     """Returns the rows divided by their length [*, N, D]."""
-    largest, scaled, length = _scaled(features)
-    unit = scaled / length  # (2)
+    largest, _, unit = _directions(features)
     return torch.where(largest == 0, 0.0, unit).to(features.dtype)
 
 
@@ -23,16 +22,17 @@ def normalize_bwd(
     features: Tensor,  # [*, N, D]
 ) -> Tensor:
     """Returns the gradient of the features [*, N, D]."""
-    largest, scaled, length = _scaled(features)
-    unit = scaled / length
+    largest, length, unit = _directions(features)
     grad = grad.to(unit.dtype)
     across = grad - unit * (grad * unit).sum(-1, keepdim=True)
     return torch.where(largest == 0, 0.0, across / length / largest).to(features.dtype)  # (3)
 
 
-def _scaled(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Of each row the largest entry [*, N, 1], the row divided by it [*, N, D], the length of that.
+def _directions(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Of each row its largest entry s [*, N, 1], |u| [*, N, 1] and y [*, N, D], which is NaN for a
+    # row of zeros: the callers leave that out.
     wide = features.to(accumulation_dtype(features.dtype))
     largest = wide.abs().amax(-1, keepdim=True)
-    scaled = wide / largest  # (1); NaN for a row of zeros, which is left out at the end
-    return largest, scaled, scaled.square().sum(-1, keepdim=True).sqrt()
+    scaled = wide / largest  # (1)
+    length = scaled.square().sum(-1, keepdim=True).sqrt()
+    return largest, length, scaled / length  # (2)
