@@ -1,8 +1,8 @@
 """Triton functions that every backend's kernels share. Imported by modules with kernels alone.
 
-All exist for Triton's interpreter (3.6 to 3.9), which keeps bfloat16 as integers: tl.dot
-multiplies their bits, rounding to bfloat16 drops the carry into the exponent (1.999 gives 1), and
-raising one that is subnormal gives another number.
+dot, raised and rounded exist for Triton's interpreter (3.6 to 3.9), which keeps bfloat16 as
+integers: tl.dot multiplies their bits, rounding to bfloat16 drops the carry into the exponent
+(1.999 gives 1), and raising one that is subnormal gives another number.
 """
 
 import triton

@@ -202,11 +202,11 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
           const int64_t columns = std::min(kColumns, keys - column);
           const ProductTile<factor_t> tile(problem, row, column, logits + kRows * kColumns);
           tile.form(own, row, rows, column, columns);
-          loops_of(acc_t{}).statistics(
-              {tile.data, tile.stride, logits, rows, columns, row + offset - column,
-               static_cast<acc_t>(scale), row_positives + row, column_positives + column, row_max,
-               row_sum, column_max + column, column_max + width + column,
-               logits + 2 * kRows * kColumns});
+          loops_of(acc_t{}).statistics({tile.data, tile.stride, logits, rows, columns,
+                                        row + offset - column, static_cast<acc_t>(scale),
+                                        row_positives + row, column_positives + column, row_max,
+                                        row_sum, column_max + column, column_max + width + column,
+                                        logits + 2 * kRows * kColumns});
         }
         for (int64_t i = 0; i < rows; ++i) row_nll[row + i] = statistic(row_max[i], row_sum[i]);
       }
@@ -301,7 +301,8 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
         const auto& problem = problems[b];
         const int64_t inner = problem.query.size(1);
         const acc_t* row_positives = factors[b].row_positives.template const_data_ptr<acc_t>();
-        const acc_t* column_positives = factors[b].column_positives.template const_data_ptr<acc_t>();
+        const acc_t* column_positives =
+            factors[b].column_positives.template const_data_ptr<acc_t>();
         double sum = 0;
         for (int64_t column = 0; column < keys; column += kColumns) {
           if (interrupt.poll()) return;
@@ -309,8 +310,8 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
           const ProductTile<factor_t> tile(problem, row, column, products);
           if (!problem.products.defined()) tile.form(factors[b], row, rows, column, columns);
           sum += loops_of(acc_t{}).gradient(
-              {tile.data, tile.stride, rows, columns, row + offset - column, scale, factor, smoothing,
-               smoothing / static_cast<acc_t>(options.total), row_positives + row,
+              {tile.data, tile.stride, rows, columns, row + offset - column, scale, factor,
+               smoothing, smoothing / static_cast<acc_t>(options.total), row_positives + row,
                problem.row_nll.template const_data_ptr<acc_t>() + row,
                problem.row_weight.template const_data_ptr<acc_t>() + row, column_positives + column,
                column_nll[b].template const_data_ptr<acc_t>() + column,

@@ -197,7 +197,9 @@ def gradients(
             _multiply(branch, grad_columns.mT, x[:, rows], products, rows.start > 0)
     if right is not None and products is not None:
         finish("columns", products, branch.left, right, 0, None)
-    scale = pass_2.grad_scale(grad_loss, add_to.scale) if needs.scale else None
+    scale = None
+    if pass_2.scale_partials is not None:
+        scale = _scale_gradient(branch, pass_2.scale_partials, grad_loss, add_to.scale)
     return Gradients(left if needs.left else None, left if one_left else left_keys, right, scale)
 
 
@@ -268,22 +270,26 @@ class _GradLogits:
                 chunk = workspace[:, :, : last - first, :samples]
                 yield slice(first, last), chunk[0], chunk[-1]
 
-    def grad_scale(self, grad_loss: Tensor, add_to: Tensor | None) -> Tensor:
-        """Returns the gradient of s [], added to add_to, once all chunks were taken."""
-        partials = self.scale_partials
-        assert partials is not None
-        out = self.branch.new_empty() if add_to is None else add_to
-        epilogues.scale_gradient_kernel[(1,)](
-            out,
-            partials,
-            grad_loss,
-            self.branch.samples,
-            partials.shape[1] * partials.shape[2],
-            partials.numel(),
-            ACCUMULATE=add_to is not None,
-            **_SCALE,
-        )
-        return out
+
+def _scale_gradient(
+    branch: Branch,
+    partials: Tensor,  # [B, row blocks, column tiles]
+    grad_loss: Tensor,  # [B]
+    add_to: Tensor | None,  # []
+) -> Tensor:
+    # The gradient of s [], added to add_to.
+    out = branch.new_empty() if add_to is None else add_to
+    epilogues.scale_gradient_kernel[(1,)](
+        out,
+        partials,
+        grad_loss,
+        branch.samples,
+        partials.shape[1] * partials.shape[2],
+        partials.numel(),
+        ACCUMULATE=add_to is not None,
+        **_SCALE,
+    )
+    return out
 
 
 def _multiply(
