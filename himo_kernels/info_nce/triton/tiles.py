@@ -42,7 +42,7 @@ class Tile:
 
 # Large tiles in 16 bits: 128 x 128 asks 1 byte of shared memory for 64 FLOPs. Its 220 to 255
 # registers a thread leave room for one program on a multiprocessor (`make aot`), so that nothing
-# multiplies while it takes exponentials: 64 x 128 or 4 warps, which leave more, are to be timed too.
+# multiplies while it takes exponentials: 64 x 128 or 4 warps, which leave more, are to be timed.
 # float32 proper multiplies on the scalar units, which 64 x 64 keeps busy. Its depths and stages,
 # and its small tile on sm_80, are those at which neither Triton 3.6 nor 3.9 spills.
 _LARGE = {
