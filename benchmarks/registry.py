@@ -1,4 +1,4 @@
-"""One entry for each operator: its inputs, its candidates, its oracle, and its cost by formula.
+"""One entry for each operator: its inputs, its candidates and its oracle; its cost is in costs.py.
 
 The library's candidates are whatever the operator's table in himo_kernels holds: a new backend is
 measured without a change here.
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import himo_kernels
+from benchmarks import costs
 from benchmarks.baselines import eager, peers, released
 from benchmarks.cases import Case
 from himo_kernels import testing as hkt
@@ -306,63 +307,6 @@ def _rank_of(x: Tensor, tau: float) -> int:
     return int(rank.flatten()[0])
 
 
-# Costs of one call (design: the cost tables in the operators' READMEs).
-
-
-def _moment_flops(case: Case, rank: int, backward: bool) -> float:
-    square = case.D if case.op == "covariance" else case.N
-    return (4.0 if backward else 2.0) * case.B * case.N * case.D * square
-
-
-def _moment_elements(case: Case, backward: bool) -> float:
-    square = (case.D if case.op == "covariance" else case.N) ** 2
-    forward = case.B * (case.N * case.D + square)
-    return forward + case.B * (2 * case.N * case.D + square) if backward else forward
-
-
-def _hide_flops(case: Case, rank: int, backward: bool) -> float:
-    n = min(case.N, case.D)
-    forward = 2 * case.N * case.D * n + 9 * n**3 + 4 * case.N * case.D * rank
-    extra = 8 * case.N * case.D * n + 8 * n**3 if backward else 0
-    return float(case.B * (forward + extra))
-
-
-def _hide_elements(case: Case, backward: bool) -> float:
-    return float(case.B * case.N * case.D * (5 if backward else 2))
-
-
-def _unit_flops(case: Case, rank: int, backward: bool) -> float:
-    # Forward a sum of squares (2) and a product (1); backward two sums (4), a difference (2) and a
-    # product (1).
-    return (10.0 if backward else 3.0) * case.B * case.N * case.D
-
-
-def _unit_elements(case: Case, backward: bool) -> float:
-    return (5.0 if backward else 2.0) * case.B * case.N * case.D
-
-
-def _loss_flops(branches: Callable[[Case, int], float]) -> Callable[[Case, int, bool], float]:
-    # One branch: logits once forward (2); logits again and both gradients backward (6).
-    return lambda case, rank, backward: (
-        (8.0 if backward else 2.0) * case.N**2 * case.D * branches(case, rank)
-    )
-
-
-def _loss_elements(count: int) -> Callable[[Case, bool], float]:
-    return lambda case, backward: float(case.N * case.D * count * (3 if backward else 1))
-
-
-_one_loss = _loss_flops(lambda case, rank: 1)
-_two_losses = _loss_flops(lambda case, rank: 2)
-_low_rank = _loss_flops(lambda case, rank: 1 + case.inner / case.D)
-
-
-def _head_flops(case: Case, rank: int, backward: bool) -> float:
-    # The component branch at its rank, plus one for the mean, wherever a candidate uses it or not.
-    low_rank = _loss_flops(lambda case, rank: 1 + (rank + 1) / case.D)
-    return _hide_flops(case, rank, backward) + low_rank(case, rank, backward)
-
-
 def _features(case: Case) -> int:
     return case.D
 
@@ -377,8 +321,8 @@ OPERATIONS: dict[str, Operation] = {
             inputs=_samples,
             library=_library_moment,
             formula=_moment(side),
-            flops=_moment_flops,
-            elements=_moment_elements,
+            flops=costs.moment_flops,
+            elements=costs.moment_elements,
             terms=_longest,
             baselines={"eager": _moment(side)},
             compiled=("eager",),
@@ -389,8 +333,8 @@ OPERATIONS: dict[str, Operation] = {
         inputs=_samples,
         library=_library_hide,
         formula=lambda inputs, case: (eager.hide_svd(inputs["x"], case.tau),),
-        flops=_hide_flops,
-        elements=_hide_elements,
+        flops=costs.hide_flops,
+        elements=costs.hide_elements,
         terms=_longest,
         baselines={
             "released": _released_hide,
@@ -404,8 +348,8 @@ OPERATIONS: dict[str, Operation] = {
         inputs=_lengths_apart,
         library=_library_unit,
         formula=_unit,
-        flops=_unit_flops,
-        elements=_unit_elements,
+        flops=costs.unit_flops,
+        elements=costs.unit_elements,
         terms=_features,
         baselines={"F.normalize": _unit},
         compiled=("F.normalize",),
@@ -414,8 +358,8 @@ OPERATIONS: dict[str, Operation] = {
         inputs=lambda case, generator: _scaled(_pairs(case, generator)),
         library=_library_loss,
         formula=_clip,
-        flops=_one_loss,
-        elements=_loss_elements(2),
+        flops=costs.one_loss_flops,
+        elements=costs.loss_elements(2),
         terms=_features,
         baselines={"open_clip": _clip},
         compiled=("open_clip",),
@@ -425,8 +369,8 @@ OPERATIONS: dict[str, Operation] = {
         inputs=_triples,
         library=_library_loss,
         formula=_clip,
-        flops=_two_losses,
-        elements=_loss_elements(3),
+        flops=costs.dual_loss_flops,
+        elements=costs.loss_elements(3),
         terms=_features,
         baselines={"released": _released_dual, "open_clip": _clip},
         compiled=("released", "open_clip"),
@@ -436,8 +380,8 @@ OPERATIONS: dict[str, Operation] = {
         inputs=_factors,
         library=_library_loss,
         formula=_clip,
-        flops=_low_rank,
-        elements=_loss_elements(3),
+        flops=costs.low_rank_flops,
+        elements=costs.loss_elements(3),
         terms=_features,
         baselines={"released": _released_dual, "open_clip": _clip},
         compiled=("open_clip",),
@@ -448,8 +392,8 @@ OPERATIONS: dict[str, Operation] = {
         inputs=lambda case, generator: _scaled(_pairs(case, generator)),
         library=_library_head,
         formula=_head(eager.hide_svd),
-        flops=_head_flops,
-        elements=_loss_elements(2),
+        flops=costs.head_flops,
+        elements=costs.loss_elements(2),
         terms=_longest,
         baselines={"released": _released_head, "eager": _head(eager.hide_eigh)},
         compiled=("released", "eager"),

@@ -60,7 +60,7 @@ def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") ->
         logit_bias: Tensor | None = None,  # []
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        image_features, text_features = as_under_autocast(image_features, text_features)
+        image_features, text_features = _as_under_autocast(image_features, text_features)
         if self.world_size == 1:
             value = info_nce(image_features, text_features, logit_scale, backend=backend)
         else:
@@ -72,13 +72,16 @@ def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") ->
     return forward
 
 
-def as_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Returns features in the dtype in which autocast would multiply them here; the operators of
-    this library follow their inputs' dtype, and sum in float32 whatever it is."""
+def _as_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
+    """Returns features in the dtype in which autocast would multiply them here.
+
+    The operators of this library follow their inputs' dtype, and autocast leaves float64 alone.
+    """
     device = features[0].device.type
     if not torch.is_autocast_enabled(device):
         return features
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in features)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in features)
 
 
 def _over_ranks(

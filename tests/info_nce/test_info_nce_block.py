@@ -137,14 +137,16 @@ def joined_bwd(
     return found[0], found[1]
 
 
+def assert_each_within_budget(actual, eager, exact) -> None:
+    for name, *values in zip(("rows", "columns"), actual, eager, exact, strict=True):
+        assert_within_budget(name, *values, terms=SAMPLES + FEATURES)
+
+
 @EVERY
 def test_statistics_within_the_budget(backend, device, dtype, generator):
     batch = random_batch(dtype, device, generator)
     eager = joined_fwd(batch, "reference")
-    for name, actual, of_eager, exact in zip(
-        ("rows", "columns"), joined_fwd(batch, backend), eager, batch.log_odds, strict=True
-    ):
-        assert_within_budget(name, actual, of_eager, exact, terms=SAMPLES + FEATURES)
+    assert_each_within_budget(joined_fwd(batch, backend), eager, batch.log_odds)
 
 
 @EVERY
@@ -152,30 +154,17 @@ def test_statistics_within_the_budget(backend, device, dtype, generator):
 def test_gradients_within_the_budget(backend, device, dtype, differentiate_keys, generator):
     batch = random_batch(dtype, device, generator)
     eager = joined_bwd(batch, "reference", differentiate_keys)
-    for name, actual, of_eager, exact in zip(
-        ("images", "keys"),
-        joined_bwd(batch, backend, differentiate_keys),
-        eager,
-        batch.gradients(differentiate_keys),
-        strict=True,
-    ):
-        assert_within_budget(name, actual, of_eager, exact, terms=SAMPLES + FEATURES)
+    found = joined_bwd(batch, backend, differentiate_keys)
+    assert_each_within_budget(found, eager, batch.gradients(differentiate_keys))
 
 
 @FLOAT32
 def test_confident_positives_keep_their_digits(backend, device, dtype, generator):
-    image, text = confident_positives(SAMPLES, 32, dtype=dtype, generator=generator)
+    image, text = confident_positives(SAMPLES, FEATURES, dtype=dtype, generator=generator)
     batch = Batch(image.to(device), text.to(device), 100.0, generator)
     assert batch.nlls[0].exp().reciprocal().median() > 0.99
     eager = joined_bwd(batch, "reference", True)
-    for name, actual, of_eager, exact in zip(
-        ("images", "keys"),
-        joined_bwd(batch, backend, True),
-        eager,
-        batch.gradients(True),
-        strict=True,
-    ):
-        assert_within_budget(name, actual, of_eager, exact, terms=SAMPLES + 32)
+    assert_each_within_budget(joined_bwd(batch, backend, True), eager, batch.gradients(True))
 
 
 @FLOAT32

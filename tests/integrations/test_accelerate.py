@@ -92,6 +92,13 @@ class TestClipLoss:
         assert value.dtype == torch.float32
         assert all(gradient.isfinite().all() for gradient in gradients(model, value))
 
+    def test_under_autocast_float64_stays(self, generator):
+        out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
+        expected = loss(**out)
+        himo_kernels.accelerate(loss)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(loss(**out), expected, rtol=1e-9, atol=1e-12)
+
     def test_another_forward_is_refused(self):
         loss = upstream.CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=1.0)
         with pytest.raises(NotImplementedError, match="got CoCaLoss with a forward of its own"):
@@ -158,6 +165,15 @@ class TestReleasedModel:
         assert any(g.isnan().any() for g in gradients(model, *model(image, text, 0)))
         himo_kernels.accelerate(model)
         assert all(g.isfinite().all() for g in gradients(model, *model(image, text, 0)))
+
+    def test_under_autocast(self, generator):
+        model, (image, text) = ReleasedCLIP(WIDTH, FEATURES), (x.float() for x in batch(generator))
+        expected = model(image, text, 0)
+        himo_kernels.accelerate(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(image, text, 0)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+        assert all(gradient.isfinite().all() for gradient in gradients(model, *found))
 
     def test_another_preset(self, generator):
         model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
