@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from himo_kernels._dispatch import Backend
+
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 
 # Read once: Triton reads it when a kernel is defined, and a compiled graph must not depend on a
@@ -53,7 +55,7 @@ def why_not_with_float64(features: Tensor, *_: Tensor) -> str | None:
     return None
 
 
-def deferred(module: str, function: str) -> Callable[..., object]:
+def _deferred(module: str, function: str) -> Callable[..., object]:
     """Returns module.function, imported at its first call and run on its tensors' device.
 
     For the tables of op.py, which imports torch alone. Triton launches on the current device,
@@ -66,6 +68,18 @@ def deferred(module: str, function: str) -> Callable[..., object]:
             return getattr(importlib.import_module(module), function)(*arguments)
 
     return call
+
+
+def backend(
+    module: str, operator: str, why_not: Callable[..., str | None], *, auto: bool = False
+) -> Backend:
+    """Returns the backend of an operator whose kernels are module.<operator>_fwd and _bwd.
+
+    auto=False: not yet run on hardware.
+    """
+    directions = ("fwd", "bwd")
+    kernels = {name: _deferred(module, f"{operator}_{name}") for name in directions}
+    return Backend(kernels, why_not, auto)
 
 
 def float64_bits(value: float) -> int:

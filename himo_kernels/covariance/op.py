@@ -14,14 +14,7 @@ _TRITON = "himo_kernels.covariance.triton"
 COVARIANCE = Operator(
     "covariance",
     {
-        "triton": Backend(
-            {
-                "fwd": _triton.deferred(_TRITON, "covariance_fwd"),
-                "bwd": _triton.deferred(_TRITON, "covariance_bwd"),
-            },
-            _triton.why_not_with_float64,
-            auto=False,
-        ),
+        "triton": _triton.backend(_TRITON, "covariance", _triton.why_not_with_float64),
         "cpu": Backend(
             {"fwd": cpu.covariance_fwd, "bwd": cpu.covariance_bwd},
             cpu.why_not,
@@ -33,14 +26,7 @@ COVARIANCE = Operator(
 GRAM = Operator(
     "gram",
     {
-        "triton": Backend(
-            {
-                "fwd": _triton.deferred(_TRITON, "gram_fwd"),
-                "bwd": _triton.deferred(_TRITON, "gram_bwd"),
-            },
-            _triton.why_not_with_float64,
-            auto=False,
-        ),
+        "triton": _triton.backend(_TRITON, "gram", _triton.why_not_with_float64),
         "cpu": Backend({"fwd": cpu.gram_fwd, "bwd": cpu.gram_bwd}, cpu.why_not, cpu.suits_gram),
         "reference": Backend({"fwd": reference.gram_fwd, "bwd": reference.gram_bwd}),
     },

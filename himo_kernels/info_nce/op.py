@@ -15,20 +15,12 @@ from himo_kernels._dispatch import (
 )
 from himo_kernels.info_nce import cpu, reference
 
-
-def _triton_backend(operator: str) -> Backend:
-    module = "himo_kernels.info_nce.triton"
-    kernels = {
-        direction: _triton.deferred(module, f"{operator}_{direction}")
-        for direction in ("fwd", "bwd")
-    }
-    return Backend(kernels, _triton.why_not, auto=False)
-
+_TRITON = "himo_kernels.info_nce.triton"
 
 INFO_NCE = Operator(
     "info_nce",
     {
-        "triton": _triton_backend("info_nce"),
+        "triton": _triton.backend(_TRITON, "info_nce", _triton.why_not),
         "cpu": Backend({"fwd": cpu.info_nce_fwd, "bwd": cpu.info_nce_bwd}, cpu.why_not),
         "reference": Backend({"fwd": reference.info_nce_fwd, "bwd": reference.info_nce_bwd}),
     },
@@ -36,7 +28,7 @@ INFO_NCE = Operator(
 DUAL_INFO_NCE = Operator(
     "dual_info_nce",
     {
-        "triton": _triton_backend("dual_info_nce"),
+        "triton": _triton.backend(_TRITON, "dual_info_nce", _triton.why_not),
         "cpu": Backend({"fwd": cpu.dual_info_nce_fwd, "bwd": cpu.dual_info_nce_bwd}, cpu.why_not),
         "reference": Backend(
             {"fwd": reference.dual_info_nce_fwd, "bwd": reference.dual_info_nce_bwd}
@@ -46,7 +38,7 @@ DUAL_INFO_NCE = Operator(
 DUAL_INFO_NCE_LOW_RANK = Operator(
     "dual_info_nce_low_rank",
     {
-        "triton": _triton_backend("dual_info_nce_low_rank"),
+        "triton": _triton.backend(_TRITON, "dual_info_nce_low_rank", _triton.why_not),
         "cpu": Backend(
             {"fwd": cpu.dual_info_nce_low_rank_fwd, "bwd": cpu.dual_info_nce_low_rank_bwd},
             cpu.why_not,

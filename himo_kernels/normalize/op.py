@@ -14,14 +14,7 @@ _TRITON = "himo_kernels.normalize.triton"
 NORMALIZE = Operator(
     "normalize",
     {
-        "triton": Backend(
-            {
-                "fwd": _triton.deferred(_TRITON, "normalize_fwd"),
-                "bwd": _triton.deferred(_TRITON, "normalize_bwd"),
-            },
-            _triton.why_not_with_float64,
-            auto=False,
-        ),
+        "triton": _triton.backend(_TRITON, "normalize", _triton.why_not_with_float64),
         "cpu": Backend({"fwd": cpu.normalize_fwd, "bwd": cpu.normalize_bwd}, cpu.why_not),
         "reference": Backend({"fwd": reference.normalize_fwd, "bwd": reference.normalize_bwd}),
     },

@@ -18,19 +18,12 @@ from himo_kernels._dispatch import (
 )
 from himo_kernels.pca import cpu, reference
 
-
-def _triton_backend(name: str) -> Backend:
-    module = "himo_kernels.pca.triton"
-    kernels = {
-        direction: _triton.deferred(module, f"{name}_{direction}") for direction in ("fwd", "bwd")
-    }
-    return Backend(kernels, _triton.why_not_with_float64, auto=False)
-
+_TRITON = "himo_kernels.pca.triton"
 
 PCA_OP = Operator(
     "pca",
     {
-        "triton": _triton_backend("pca"),
+        "triton": _triton.backend(_TRITON, "pca", _triton.why_not_with_float64),
         "cpu": Backend({"fwd": cpu.pca_fwd, "bwd": cpu.pca_bwd}, cpu.why_not_decompose),
         "reference": Backend({"fwd": reference.pca_fwd, "bwd": reference.pca_bwd}),
     },
@@ -38,7 +31,7 @@ PCA_OP = Operator(
 PROJECT_RECONSTRUCT = Operator(
     "project_reconstruct",
     {
-        "triton": _triton_backend("project_reconstruct"),
+        "triton": _triton.backend(_TRITON, "project_reconstruct", _triton.why_not_with_float64),
         "cpu": Backend(
             {"fwd": cpu.project_reconstruct_fwd, "bwd": cpu.project_reconstruct_bwd},
             cpu.why_not,
@@ -54,7 +47,7 @@ PROJECT_RECONSTRUCT = Operator(
 PCA_RECONSTRUCT = Operator(
     "pca_reconstruct",
     {
-        "triton": _triton_backend("pca_reconstruct"),
+        "triton": _triton.backend(_TRITON, "pca_reconstruct", _triton.why_not_with_float64),
         "cpu": Backend(
             {"fwd": cpu.pca_reconstruct_fwd, "bwd": cpu.pca_reconstruct_bwd},
             cpu.why_not_decompose,
