@@ -339,6 +339,7 @@ class HiMoLoss(nn.Module):
             check_logit_scale("HiMoLoss", logit_scale, image_features),
             label_smoothing=self.label_smoothing,
             differentiate_keys=self.gather_with_grad,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

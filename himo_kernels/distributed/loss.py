@@ -146,7 +146,7 @@ def losses(
     *,
     label_smoothing: float,
     differentiate_keys: bool,
-    backend: str = "auto",
+    backend: str,
 ) -> tuple[Tensor, ...]:
     """Shares of the losses of arguments that the ranks agreed on."""
     if rows.members.size == 1:
