@@ -67,6 +67,17 @@ EXPECTED |= {
         "scale_gradient_kernel": 2,
     },
 }
+EXPECTED |= {  # of one loss over ranks, 128 rows of 1024
+    "info_nce_block_fwd 128x1024": {"statistics_kernel": 1, "log_odds_kernel": 2},
+    "info_nce_block_bwd 128x1024": {
+        "grad_logits_kernel": 1,
+        "aten.baddbmm.out": 2,
+        "gradient_kernel": 2,
+        # The weights in units of the largest.
+        **{"aten.cat.default": 1, "aten.abs.default": 1, "aten.amax.default": 1},
+        **{"aten.clamp_min.default": 1, "aten.div.Tensor": 2},
+    },
+}
 # Of these most are torch's, elementwise over n numbers: no step of the official training.
 TOTALS = {"pca_fwd 128x768": 23, "pca_bwd 128x768": 56}
 
@@ -108,6 +119,13 @@ nlls = [output for index, output in enumerate(outputs) if index % 3]
 backward = info_nce.dual_info_nce_bwd
 settings = (0.0, True, [True] * 4)
 count("dual_info_nce_bwd", shape, backward, *outputs[::3], *inputs, *nlls, *settings)
+keys, shape = torch.empty(1024, 768, device="meta"), (128, 1024)
+of_rows, of_keys = torch.empty(128, device="meta"), torch.empty(1024, device="meta")
+forward, backward = info_nce.info_nce_block_fwd, info_nce.info_nce_block_bwd
+count("info_nce_block_fwd", shape, forward, x, keys, scale, of_rows, of_keys, 256)
+directions = (of_rows,) * 3 + (of_keys,) * 3
+settings = (256, 0.1, 1024, True)
+count("info_nce_block_bwd", shape, backward, x, keys, scale, *directions, *settings)
 print(json.dumps(counts))
 """
 

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels._dispatch import Backend, Operator, full_float32
 from himo_kernels.info_nce import cpu, reference
+
+_TRITON = "himo_kernels.info_nce.triton"
 
 BLOCK = Operator(
     "info_nce_block",
     {
+        "triton": _triton.backend(_TRITON, "info_nce_block", _triton.why_not),
         "cpu": Backend({"fwd": cpu.info_nce_block_fwd, "bwd": cpu.info_nce_block_bwd}, cpu.why_not),
         "reference": Backend(
             {"fwd": reference.info_nce_block_fwd, "bwd": reference.info_nce_block_bwd}

@@ -23,6 +23,7 @@ from benchmarks.baselines import released
 from himo.accumulate import cached_backward
 from himo_kernels import distributed as hkd
 from himo_kernels import testing as hkt
+from himo_kernels.info_nce.block import BLOCK
 from himo_kernels.nn import PRESETS, HiMoLoss
 
 torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
@@ -95,7 +96,6 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
     counts, width = SHAPES[shape]
     images, texts, scale = batch(counts, width, DTYPES[dtype])
     settings = PRESETS[preset]
-    upstream = [1.0 - 0.3 * rank for rank in range(WORLD)]  # not the same on each rank
     upstream = [1.0 - 0.3 * rank for rank in range(WORLD)]  # not the same on each rank
 
     def alone(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,9 +204,11 @@ def check_accumulation(dtype: str, parts: int) -> None:
     found[f"accumulation of {parts}, {dtype}"] = hkt.relative_error(*gradients)
 
 
-def check_info_nce(dtype: str, strategy: str) -> None:
+def check_info_nce(dtype: str, strategy: str, backend: str) -> None:
     counts, width = SHAPES["uneven"]
     images, texts, scale = batch(counts, width, DTYPES[dtype])
+    if backend != "auto" and BLOCK.why_not(backend, images) is not None:
+        return
     joined = leaves(images.double(), texts.double(), scale.double())
     rows = row_losses(*joined, 0.1, False).split(counts)
     exact = rows[RANK].sum() * WORLD / sum(counts)
@@ -214,11 +216,24 @@ def check_info_nce(dtype: str, strategy: str) -> None:
         sum(part.sum() for part in rows) * WORLD / sum(counts), joined
     )
     mine = leaves(own(images, counts), own(texts, counts), scale)
-    share = hkd.info_nce(*mine, strategy=strategy, label_smoothing=0.1)
+    share = hkd.info_nce(*mine, strategy=strategy, label_smoothing=0.1, backend=backend)
     grads = torch.autograd.grad(share, mine)
-    found[f"info_nce, {dtype}, {strategy}"] = worst(
+    found[f"info_nce, {dtype}, {strategy}, {backend}"] = worst(
         [share, *grads[:2]], [exact, *(own(grad, counts) for grad in exact_grads[:2])]
     )
+
+
+def check_backend_of_the_loss(backend: str) -> None:
+    # The module's backend reaches its loss: the same bits as the function's by that name.
+    counts, width = SHAPES["N > D"]
+    images, texts, scale = batch(counts, width, torch.float32)
+    mine = own(images, counts), own(texts, counts)
+    if BLOCK.why_not(backend, *mine) is not None:
+        return
+    units = [himo_kernels.normalize(features, backend=backend) for features in mine]
+    expected, _ = hkd.dual_info_nce(*units, units[1], scale, backend=backend)
+    actual = HiMoLoss(backend=backend)(*mine, scale, output_dict=True)["contrastive_loss"]
+    found[f"the module's backend, {backend}"] = float(not torch.equal(actual, expected))
 
 
 def check_gather(dtype: torch.dtype, counts: list[int]) -> None:
@@ -321,7 +336,7 @@ def run(check: Callable[..., None], *options: object) -> None:
 
 run(check_loss, PRESETS, ("global", "local"), SHAPES, DTYPES, ("gather", "ring"))
 run(check_ddp, ("N > D", "N < D", "uneven"), DTYPES, ("gather", "ring"))
-run(check_info_nce, DTYPES, ("gather", "ring"))
+run(check_info_nce, DTYPES, ("gather", "ring"), ("auto", *BLOCK.backends))
 run(check_accumulation, DTYPES, (2, 4))
 gather_counts = [SHAPES[shape][0] for shape in ("N > D", "uneven", "an empty rank")]
 run(check_gather, (torch.bfloat16, torch.float32, torch.float64), gather_counts)
@@ -329,6 +344,7 @@ if WORLD > 1:
     run(check_traffic, ("gather", "ring"), SHAPES)
     run(check_subgroup, ("gather", "ring"))
     check_unchecked()
+    run(check_backend_of_the_loss, BLOCK.backends)
 run(check_released, ("gather", "ring"))
 spread = hkt.power_law(
     20 * WORLD, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4)

@@ -3,9 +3,11 @@
 from collections import Counter
 
 import pytest
+import torch
 from launch import found
 
 from himo_kernels.distributed.cost import step_traffic
+from himo_kernels.info_nce.block import BLOCK
 
 LIMITS = pytest.mark.parametrize("dtype, limit", [("float32", 1e-6), ("float64", 1e-12)])
 STRATEGIES = pytest.mark.parametrize("strategy", ["gather", "ring"])
@@ -54,8 +56,20 @@ def test_accumulation_over_ranks_gives_the_gradient_of_the_whole_batch(ranks, dt
 
 @LIMITS
 @STRATEGIES
-def test_info_nce_alone(ranks, strategy, dtype, limit):
+def test_info_nce_alone_on_every_backend(ranks, strategy, dtype, limit):
     assert_below(limit, ranks, "info_nce", dtype, strategy)
+
+
+def test_the_backends_of_the_blocks_are_run(ranks):
+    names = {name.rsplit(", ")[-1] for name in ranks[0] if name.startswith("info_nce, float32")}
+    expected = [name for name in BLOCK.backends if BLOCK.why_not(name, torch.eye(2)) is None]
+    assert names == {"auto", *expected}
+
+
+def test_the_backend_of_the_module_is_that_of_its_loss(ranks):
+    if len(ranks) == 1:
+        pytest.skip("one process has no blocks")
+    assert_below(0.0, ranks, "the module's backend")
 
 
 @STRATEGIES

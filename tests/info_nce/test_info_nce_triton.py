@@ -29,7 +29,10 @@ from himo_kernels.testing import confident_positives, equal_rows, power_law, rel
 if _triton.MISSING:
     pytest.skip(_triton.MISSING, allow_module_level=True)
 
-from himo_kernels.info_nce.triton import launch, tiles
+from himo_kernels.info_nce.triton import epilogues, tiles
+from himo_kernels.info_nce.triton import gradients as pass_2
+from himo_kernels.info_nce.triton import kernels as of_logits
+from himo_kernels.info_nce.triton import statistics as pass_1
 from himo_kernels.info_nce.triton.branch import features_branch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +103,7 @@ class TestAgainstEager:
     ) -> None:
         # From 128 samples on dS has the features' dtype. What that adds is below the rounding of
         # the gradients themselves, whose mean square is a twelfth of eps^2 or less.
-        monkeypatch.setattr(launch, "ROUNDED_FROM", 1)
+        monkeypatch.setattr(pass_2, "ROUNDED_FROM", 1)
         inputs = inputs_of(operator, 40, 35, inner=20, dtype=dtype, generator=generator)
         options = {"differentiate_keys": differentiate_keys}
         assert_result_within_budget(target(operator), inputs, **options)
@@ -150,15 +153,15 @@ class TestChunks:
         generator: torch.Generator,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        rows = tiles.tile_for(torch.empty(0, device=DEVICE), 2, 40).rows
+        rows = tiles.tile_for(torch.empty(0, device=DEVICE), 2, 40, 40).rows
         samples = 2 * rows + 8  # three blocks of rows, the last one ragged
         inputs = inputs_of(
             operator, samples, 10, batch=(2,), dtype=torch.float32, generator=generator
         )
         options = {"label_smoothing": 0.1, "differentiate_keys": differentiate_keys}
         whole = losses_and_gradients(target(operator), inputs, **options)
-        monkeypatch.setattr(launch, "ROW_BLOCKS_AT_ONCE", 2)
-        monkeypatch.setattr(launch, "WORKSPACE_BYTES", 0)  # one block of rows at a time
+        monkeypatch.setattr(pass_1, "ROW_BLOCKS_AT_ONCE", 2)
+        monkeypatch.setattr(pass_2, "WORKSPACE_BYTES", 0)  # one block of rows at a time
         chunked = losses_and_gradients(target(operator), inputs, **options)
         for loss, other in zip(whole[0], chunked[0], strict=True):
             torch.testing.assert_close(other, loss, rtol=1e-6, atol=0)
@@ -170,8 +173,8 @@ class TestChunks:
     ) -> None:
         # On meta tensors as for an H200; kernels and products are not run.
         modules = {
-            launch.kernels: ("statistics_kernel", "positives_kernel", "grad_logits_kernel"),
-            launch.epilogues: (
+            of_logits: ("statistics_kernel", "positives_kernel", "grad_logits_kernel"),
+            epilogues: (
                 *("fold_kernel", "nll_kernel", "gradient_kernel", "scale_gradient_kernel"),
             ),
         }
@@ -183,7 +186,7 @@ class TestChunks:
         for module, kernels in modules.items():
             for kernel in kernels:
                 monkeypatch.setattr(module, kernel, Ignored())
-        monkeypatch.setattr(launch, "_multiply", lambda *arguments, **options: None)
+        monkeypatch.setattr(pass_2, "_multiply", lambda *arguments, **options: None)
         monkeypatch.setattr(_triton, "aot_target", 90)
         sizes: list[int] = []
         empty = torch.empty
@@ -199,18 +202,18 @@ class TestChunks:
             sizes.clear()
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "empty", counted)
-                _, *nlls = launch.losses(branch, 0.0)
+                _, *nlls = pass_1.losses(branch, 0.0)
                 forward = sum(sizes)
                 sizes.clear()
-                needs = launch.Needs(left=True, right=True, scale=True)
-                launch.gradients(branch, empty(1, device="meta"), *nlls, 0.0, True, needs)
+                needs = pass_2.Needs(left=True, right=True, scale=True)
+                pass_2.gradients(branch, empty(1, device="meta"), *nlls, 0.0, True, needs)
             # The README's formulas: partials of at most 128 blocks of rows, some splits and
             # folded launches; dS within its budget, dX in float32, dY as it is and in float32, and
             # the chunks of dX's product, which take turns but are counted one by one.
             assert forward <= 8 * samples * (128 + 256 + samples // 16384 + 1) + 64 * samples
             scale_partials = 4 * (samples // 128 + 1) ** 2
             gradients = (4 + 2 + 4 + 4) * samples * features
-            assert sum(sizes) <= launch.WORKSPACE_BYTES + gradients + scale_partials + 64 * samples
+            assert sum(sizes) <= pass_2.WORKSPACE_BYTES + gradients + scale_partials + 64 * samples
 
 
 class TestRank:

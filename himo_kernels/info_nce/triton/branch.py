@@ -13,32 +13,42 @@ from himo_kernels.info_nce.triton.tiles import Tile, precision_for, tile_for
 
 @dataclass(frozen=True)
 class Branch:
-    """One loss: S = s X Y^T, with X the sum of its terms."""
+    """One loss, or a block of its logits: S = s X Y^T, with X the sum of its terms."""
 
-    left: Tensor  # [TERMS, B, N, W]
+    left: Tensor  # [TERMS, B, M, W]
     right: Tensor  # [B, N, W]
     scale: Tensor  # []
     rank: Tensor | None = None  # [B] int64, at least 0 and at most W: what is not zero of W
+    pair_offset: int = 0  # row i and column i + pair_offset are a pair, where there is one
 
     @property
     def problems(self) -> int:
         return self.right.shape[0]
 
     @property
-    def samples(self) -> int:
+    def rows(self) -> int:
+        return self.left.shape[2]
+
+    @property
+    def columns(self) -> int:
         return self.right.shape[1]
 
     @property
     def tile(self) -> Tile:
-        return tile_for(self.right, self.problems, self.samples, self.left.shape[0])
+        return tile_for(self.right, self.problems, self.rows, self.columns, self.left.shape[0])
 
     @property
     def row_blocks(self) -> int:
-        return triton.cdiv(self.samples, self.tile.rows)
+        return triton.cdiv(self.rows, self.tile.rows)
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Returns what every kernel over S takes: N, W and the stride of a term."""
-        return self.samples, self.right.shape[-1], self.left.stride(0)
+    @property
+    def column_tiles(self) -> int:
+        return triton.cdiv(self.columns, self.tile.columns)
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Returns M, N, the offset of the pairs, W and the stride of a term."""
+        width = self.right.shape[-1]
+        return self.rows, self.columns, self.pair_offset, width, self.left.stride(0)
 
     def new_empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns uninitialised memory on the branch's device."""
@@ -55,9 +65,9 @@ class Branch:
         }
 
 
-def features_branch(image: Tensor, text: Tensor, scale: Tensor) -> Branch:
-    """Returns the loss of image [*, N, D] against text [*, N, D]."""
-    return Branch(padded(image).unsqueeze(0), padded(text), scale)
+def features_branch(image: Tensor, text: Tensor, scale: Tensor, pair_offset: int = 0) -> Branch:
+    """Returns the loss of image [*, N, D] against text [*, N, D], or a block of other shapes."""
+    return Branch(padded(image).unsqueeze(0), padded(text), scale, pair_offset=pair_offset)
 
 
 # What the sum of X's terms holds of a float32 number: 24 bits, 22 bits, all.

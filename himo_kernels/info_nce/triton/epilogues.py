@@ -46,7 +46,7 @@ def _merged(
 @triton.jit
 def fold_kernel(
     partials_ptr,  # [B, slots, 2, N] float32
-    samples,
+    samples,  # N
     slots,
     first_slot,
     count,
@@ -69,16 +69,16 @@ def fold_kernel(
 
 @triton.jit
 def nll_kernel(
-    partials_ptr,  # [B, slots, 2, N] float32
+    row_partials_ptr,  # [B, row_slots, 2, N] float32
+    column_partials_ptr,  # [B, column_slots, 2, N] float32
     positives_ptr,  # [B, N] float32
     row_nll_ptr,  # [B, N] float32
     column_nll_ptr,  # [B, N] float32
     loss_partials_ptr,  # [B, blocks] float32
     samples,
-    slots,
-    splits,  # row partials: slots 0 to splits
-    first_slot,  # column partials
-    count,
+    row_slots,
+    column_slots,
+    column_count,  # of the column slots, from the first on
     SMOOTHING: tl.constexpr,
     SLOTS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -89,12 +89,13 @@ def nll_kernel(
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     valid = entries < samples
     at = problem * samples + entries
-    partials_ptr += problem * slots * 2 * samples
     positives = tl.load(positives_ptr + at, mask=valid, other=0.0)
-    maximum, total = _merged(partials_ptr, 0, splits, entries, samples, SLOTS_AT_ONCE, BLOCK)
+    row_partials_ptr += problem * row_slots * 2 * samples
+    column_partials_ptr += problem * column_slots * 2 * samples
+    maximum, total = _merged(row_partials_ptr, 0, row_slots, entries, samples, SLOTS_AT_ONCE, BLOCK)
     row_nll = _nll(maximum, total, positives)
     maximum, total = _merged(
-        partials_ptr, first_slot, count, entries, samples, SLOTS_AT_ONCE, BLOCK
+        column_partials_ptr, 0, column_count, entries, samples, SLOTS_AT_ONCE, BLOCK
     )
     column_nll = _nll(maximum, total, positives)
     tl.store(row_nll_ptr + at, row_nll, mask=valid)
@@ -105,10 +106,33 @@ def nll_kernel(
 
 
 @triton.jit
+def log_odds_kernel(
+    partials_ptr,  # [slots, 2, N] float32
+    positives_ptr,  # [N] float32
+    log_odds_ptr,  # [N] float32
+    samples,  # N
+    count,  # of the slots, from the first on
+    SLOTS_AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """log sum exp(S_ij - S_ii) of the negatives of one direction: what blocks of a batch add up."""
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = entries < samples
+    positives = tl.load(positives_ptr + entries, mask=valid, other=0.0)
+    maximum, total = _merged(partials_ptr, 0, count, entries, samples, SLOTS_AT_ONCE, BLOCK)
+    tl.store(log_odds_ptr + entries, _log_odds(maximum, total, positives), mask=valid)
+
+
+@triton.jit
+def _log_odds(maximum, total, positives):
+    # The difference of two logits near 100 first: it is exact, and small where it matters.
+    return (maximum - positives) + tl.log(total)
+
+
+@triton.jit
 def _nll(maximum, total, positives):
-    # Of log sum_{j != i} exp(S_ij - S_ii), minus the log-odds of the positive: eq. (4). The
-    # difference of two logits near 100 first: it is exact, and small where it matters.
-    log_odds = (maximum - positives) + tl.log(total)
+    # log(1 + sum_{j != i} exp(S_ij - S_ii)): eq. (4)
+    log_odds = _log_odds(maximum, total, positives)
     return tl.where(log_odds < 0, 0.0, log_odds) + _log1p(tl.exp(-tl.abs(log_odds)))
 
 
@@ -133,43 +157,44 @@ def _expm1(x):
 
 
 @triton.jit
-def grad_positives(
-    row_nll_ptr,  # [B, N] float32
-    column_nll_ptr,  # [B, N] float32
-    at,  # [BLOCK], which of B N
+def grad_positive(
+    nll_ptr,  # float32
+    weight_ptr,  # float32, or None: 1
+    at,  # [BLOCK]
     mask,  # [BLOCK]
-    samples,
-    OF: tl.constexpr,  # "rows", "columns" or "both"
+    total,  # samples of the batch
     SMOOTHING: tl.constexpr,
 ):
-    """The diagonal of 2 N dS, eq. (6): P_ii - (1 - eps) - eps / N of the rows, C_ii's, or both."""
+    """2 N dS of the positives of one direction, eq. (6): w (P_ii - (1 - eps) - eps / N)."""
     # P_ii - 1 = expm1(-nll): one less a probability near one would lose the digits.
-    target = SMOOTHING - SMOOTHING / samples
-    if OF == "columns":
-        diagonal = _expm1(-tl.load(column_nll_ptr + at, mask=mask, other=0.0)) + target
-    else:
-        diagonal = _expm1(-tl.load(row_nll_ptr + at, mask=mask, other=0.0)) + target
-        if OF == "both":
-            diagonal += _expm1(-tl.load(column_nll_ptr + at, mask=mask, other=0.0)) + target
-    return diagonal
+    nll = tl.load(nll_ptr + at, mask=mask, other=0.0)
+    gradient = _expm1(-nll) + (SMOOTHING - SMOOTHING / total)
+    if weight_ptr is not None:
+        gradient *= tl.load(weight_ptr + at, mask=mask, other=0.0)
+    return gradient
 
 
 @triton.jit
 def gradient_kernel(
-    out_ptr,  # [B, N, W]: M rows of it are written
-    product_ptr,  # [B, M, W] float32: Y times GAIN times 2 N dS without its diagonal
+    out_ptr,  # [B, M, W]: `rows` rows of it are written
+    product_ptr,  # [B, rows, W] float32: Y times GAIN times 2 N dS without the pairs
     factors_ptr,  # [TERMS, B, N, W]: Y, the sum of its terms
-    add_ptr,  # [B, N, W] float32, or None
-    row_nll_ptr,  # [B, N] float32
-    column_nll_ptr,  # [B, N] float32
-    grad_loss_ptr,  # [B] float32
-    scale_ptr,  # []
-    samples,
+    add_ptr,  # [B, M, W] float32, or None
+    nll_ptr,  # [B, M] float32, of the rows of out
+    weight_ptr,  # [B, M] float32, or None
+    pair_nll_ptr,  # [B, N] float32, of the rows of Y, or None: dS is of one softmax
+    pair_weight_ptr,  # [B, N] float32, or None
+    unit_ptr,  # [B] float32: what all is multiplied by, ...
+    divisor,  # ... and divided by
+    scale_ptr,  # [], or None: 1
+    count,  # M
+    pair_count,  # N
+    pair_offset,  # row i of out and row i + pair_offset of Y are a pair
+    total,  # samples of the batch
     width,
     term_stride,
     first_row,
-    rows,  # M
-    OF: tl.constexpr,  # of which softmax dS is: "rows", "columns" or "both"
+    rows,
     TERMS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
@@ -188,21 +213,30 @@ def gradient_kernel(
     problem = (tl.program_id(0) // (row_blocks * column_blocks)).to(tl.int64)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = row < rows
-    mask = row_mask[:, None] & (column < width)[None, :]
-    at_row = problem * samples + first_row + row
+    row_mask, column_mask = row < rows, (column < width)[None, :]
+    at_row = problem * count + first_row + row
     at = at_row[:, None] * width + column[None, :]
+    mask = row_mask[:, None] & column_mask
 
-    factors = tl.load(factors_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    pair = first_row + row + pair_offset
+    paired = row_mask & (pair >= 0) & (pair < pair_count)
+    at_pair = problem * pair_count + pair
+    positive = grad_positive(nll_ptr, weight_ptr, at_row, row_mask, total, SMOOTHING)
+    if pair_nll_ptr is not None:
+        positive += grad_positive(pair_nll_ptr, pair_weight_ptr, at_pair, paired, total, SMOOTHING)
+    factors_ptr += at_pair[:, None] * width + column[None, :]
+    factors = tl.load(factors_ptr, mask=paired[:, None] & column_mask, other=0.0).to(tl.float32)
     for term in tl.static_range(1, TERMS):
         term_ptr = factors_ptr + term * tl.cast(term_stride, tl.int64)
-        factors += tl.load(term_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    diagonal = grad_positives(row_nll_ptr, column_nll_ptr, at_row, row_mask, samples, OF, SMOOTHING)
+        factors += tl.load(term_ptr, mask=paired[:, None] & column_mask, other=0.0).to(tl.float32)
+
     at_product = (problem * rows + row)[:, None] * width + column[None, :]
     gradient = tl.load(product_ptr + at_product, mask=mask, other=0.0) * (1.0 / GAIN)
-    gradient += diagonal[:, None] * factors
-    weight = tl.load(grad_loss_ptr + problem) / (2 * samples)
-    gradient *= weight * tl.load(scale_ptr).to(tl.float32)
+    gradient += positive[:, None] * factors
+    weight = tl.load(unit_ptr + problem) / divisor
+    if scale_ptr is not None:
+        weight *= tl.load(scale_ptr).to(tl.float32)
+    gradient *= weight
     if add_ptr is not None:
         gradient += tl.load(add_ptr + at, mask=mask, other=0.0)
     tl.store(out_ptr + at, rounded(gradient, out_ptr.dtype.element_ty), mask=mask)
@@ -212,19 +246,19 @@ def gradient_kernel(
 def scale_gradient_kernel(
     grad_scale_ptr,  # [] float32
     partials_ptr,  # [B, parts] float32: of the sum of 2 N dS_ij (x_i . y_j)
-    grad_loss_ptr,  # [B] float32
-    samples,
+    unit_ptr,  # [B] float32: what all is multiplied by, ...
+    divisor,  # ... and divided by
     parts,
-    total,  # B parts
+    count,  # B parts
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """ds, eq. (7), added to grad_scale or written to it. One program: there are (N / 128)^2."""
     sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, total, BLOCK):
+    for start in range(0, count, BLOCK):
         entries = start + tl.arange(0, BLOCK)
-        valid = entries < total
-        weight = tl.load(grad_loss_ptr + entries // parts, mask=valid, other=0.0) / (2 * samples)
+        valid = entries < count
+        weight = tl.load(unit_ptr + entries // parts, mask=valid, other=0.0) / divisor
         sums += weight * tl.load(partials_ptr + entries, mask=valid, other=0.0)
     gradient = tl.sum(sums)
     if ACCUMULATE:

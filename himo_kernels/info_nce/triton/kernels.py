@@ -1,25 +1,27 @@
-"""The kernels over the N x N logits, which are formed a tile at a time and never stored.
+"""The kernels over the M x N logits, which are formed a tile at a time and never stored.
 
-S = s X Y^T. X [TERMS, B, N, W] is the sum of its terms: one for features, more for a product that
+S = s X Y^T. X [TERMS, B, M, W] is the sum of its terms: one for features, more for a product that
 16 bits cannot hold. Both are contiguous and W is a multiple of 16 (branch.py pads), so that loads
-are whole vectors. `rank` bounds the inner dimension on the device, and both are zero past it.
-Offsets of problems and of blocks are int64, inside a block int32.
+are whole vectors. `rank` bounds the inner dimension on the device, and both are zero past it. Row i
+and column i + pair_offset are a pair, where there is such a column: of a whole batch M = N and the
+offset is 0. Offsets of problems and of blocks are int64, inside a block int32.
 """
 
 import triton
 import triton.language as tl
 
 from himo_kernels._triton_jit import dot, rounded
-from himo_kernels.info_nce.triton.epilogues import finite_shift, grad_positives
+from himo_kernels.info_nce.triton.epilogues import finite_shift, grad_positive
 
 
 @triton.jit
 def _products(
-    left_ptr,  # [TERMS, N, W] of one problem
+    left_ptr,  # [TERMS, M, W] of one problem
     right_ptr,  # [N, W] of one problem
     first_row,
     first_column,
-    samples,
+    row_count,  # M
+    column_count,  # N
     width,
     inner,  # columns of W that count
     term_stride,
@@ -29,7 +31,7 @@ def _products(
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # X Y^T [BLOCK_ROWS, BLOCK_COLUMNS] in float32; zeros past N.
+    # X Y^T [BLOCK_ROWS, BLOCK_COLUMNS] in float32; zeros past M and N.
     rows = tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_COLUMNS)
     depth = tl.arange(0, BLOCK_INNER)
@@ -37,8 +39,8 @@ def _products(
     right_ptr += first_column.to(tl.int64) * width
     left = left_ptr + rows[:, None] * width + depth[None, :]
     right = right_ptr + columns[None, :] * width + depth[:, None]
-    row_mask = (first_row + rows < samples)[:, None]
-    column_mask = (first_column + columns < samples)[None, :]
+    row_mask = (first_row + rows < row_count)[:, None]
+    column_mask = (first_column + columns < column_count)[None, :]
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, inner, BLOCK_INNER):
         kept = start + depth < inner
@@ -64,17 +66,20 @@ def up_to_rank(rank_ptr, problem, width):
 
 @triton.jit
 def statistics_kernel(
-    left_ptr,  # [TERMS, B, N, W]
+    left_ptr,  # [TERMS, B, M, W]
     right_ptr,  # [B, N, W]
     rank_ptr,  # [B] int64, or None
     scale_ptr,  # []
-    positives_ptr,  # [B, N] float32: S_ii
-    partials_ptr,  # [B, slots, 2, N] float32: maximum and sum of exp over some of j != i
-    samples,
+    positives_ptr,  # [B, M] float32: S_ii of a whole batch, or None
+    row_partials_ptr,  # [B, splits, 2, M] float32: maximum and sum of exp over some negatives
+    column_partials_ptr,  # [B, slots, 2, N] float32
+    row_count,  # M
+    column_count,  # N
+    pair_offset,
     width,
     term_stride,
     slots,
-    first_slot,  # of the column partials of this launch; row partials begin at slot 0
+    first_slot,  # of the column partials of this launch
     first_block,  # of this launch
     row_blocks,  # of this launch
     splits,  # programs that share a block of rows, each with some of its columns
@@ -92,17 +97,16 @@ def statistics_kernel(
     problem = (program // (row_blocks * splits)).to(tl.int64)
     scale = tl.load(scale_ptr).to(tl.float32)
     inner = up_to_rank(rank_ptr, problem, width)
-    left_ptr += problem * samples * width
-    right_ptr += problem * samples * width
-    positives_ptr += problem * samples
-    partials_ptr += problem * slots * 2 * samples
-    column_partials_ptr = partials_ptr + (first_slot + block).to(tl.int64) * 2 * samples
+    left_ptr += problem * row_count * width
+    right_ptr += problem * column_count * width
+    row_partials_ptr += (problem * splits + split) * 2 * row_count
+    column_partials_ptr += (problem * slots + first_slot + block) * 2 * column_count
 
     first_row = (first_block + block) * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     row_max = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
-    tiles = tl.cdiv(samples, BLOCK_COLUMNS)
+    tiles = tl.cdiv(column_count, BLOCK_COLUMNS)
     per_split = tl.cdiv(tiles, splits)
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
         first_column = tile * BLOCK_COLUMNS
@@ -112,7 +116,8 @@ def statistics_kernel(
             right_ptr,
             first_row,
             first_column,
-            samples,
+            row_count,
+            column_count,
             width,
             inner,
             term_stride,
@@ -122,15 +127,21 @@ def statistics_kernel(
             BLOCK_INNER,
             PRECISION,
         )
-        diagonal = rows[:, None] == columns[None, :]
-        has_diagonal = first_row // BLOCK_COLUMNS == tile  # BLOCK_ROWS divides BLOCK_COLUMNS
-        if has_diagonal:
-            positives = tl.sum(tl.where(diagonal, logits, 0.0), 1)
-            tl.store(positives_ptr + rows, positives, mask=rows < samples)
-        ragged = (first_row + BLOCK_ROWS > samples) | (first_column + BLOCK_COLUMNS > samples)
-        if has_diagonal | ragged:
-            inside = (rows < samples)[:, None] & (columns < samples)[None, :]
-            logits = tl.where(inside & (rows[:, None] != columns[None, :]), logits, float("-inf"))
+        pairs = rows[:, None] + pair_offset == columns[None, :]
+        first_pair = first_row + pair_offset  # its column
+        has_pairs = (first_pair < first_column + BLOCK_COLUMNS) & (
+            first_pair + BLOCK_ROWS > first_column
+        )
+        if positives_ptr is not None:
+            if has_pairs:  # all of the rows': BLOCK_ROWS divides BLOCK_COLUMNS
+                positives = tl.sum(tl.where(pairs, logits, 0.0), 1)
+                at = positives_ptr + problem * row_count + rows
+                tl.store(at, positives, mask=rows < row_count)
+        ragged = first_row + BLOCK_ROWS > row_count
+        ragged |= first_column + BLOCK_COLUMNS > column_count
+        if has_pairs | ragged:
+            inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+            logits = tl.where(inside & ~pairs, logits, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         shift = finite_shift(new_max)
@@ -140,12 +151,12 @@ def statistics_kernel(
 
         column_max = tl.max(logits, 0)
         column_sum = tl.sum(tl.exp(logits - finite_shift(column_max)[None, :]), 0)
-        tl.store(column_partials_ptr + columns, column_max, mask=columns < samples)
-        tl.store(column_partials_ptr + samples + columns, column_sum, mask=columns < samples)
+        tl.store(column_partials_ptr + columns, column_max, mask=columns < column_count)
+        at = column_partials_ptr + column_count + columns
+        tl.store(at, column_sum, mask=columns < column_count)
 
-    row_partials_ptr = partials_ptr + split.to(tl.int64) * 2 * samples
-    tl.store(row_partials_ptr + rows, row_max, mask=rows < samples)
-    tl.store(row_partials_ptr + samples + rows, row_sum, mask=rows < samples)
+    tl.store(row_partials_ptr + rows, row_max, mask=rows < row_count)
+    tl.store(row_partials_ptr + row_count + rows, row_sum, mask=rows < row_count)
 
 
 @triton.jit
@@ -165,7 +176,7 @@ def positives_kernel(
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S_ii by the tiles that hold them, not by N dot products.
+    """S_ii of a whole batch by the tiles that hold them, not by N dot products.
 
     The same bits as S_ij of equal rows in pass 2, whose gradient is then zero to the last bit.
     """
@@ -177,6 +188,7 @@ def positives_kernel(
         right_ptr + problem * samples * width,
         first_row,
         first_column,
+        samples,
         samples,
         width,
         up_to_rank(rank_ptr, problem, width),
@@ -196,21 +208,27 @@ def positives_kernel(
 
 @triton.jit
 def grad_logits_kernel(
-    left_ptr,  # [TERMS, B, N, W]
+    left_ptr,  # [TERMS, B, M, W]
     right_ptr,  # [B, N, W]
     rank_ptr,  # [B] int64, or None
     scale_ptr,  # []
-    positives_ptr,  # [B, N] float32
-    row_nll_ptr,  # [B, N] float32
+    row_positives_ptr,  # [B, M] float32
+    row_nll_ptr,  # [B, M] float32
+    row_weight_ptr,  # [B, M] float32, or None: 1
+    column_positives_ptr,  # [B, N] float32
     column_nll_ptr,  # [B, N] float32
-    grad_rows_ptr,  # [B, M, pitch], or None: (P - eps / N) GAIN of M rows, 0 on the diagonal, ...
-    grad_columns_ptr,  # [B, M, pitch], or None: ... and of C; None: the sum of both in grad_rows
-    scale_partials_ptr,  # [B, row blocks, column tiles] float32, or None
-    samples,
+    column_weight_ptr,  # [B, N] float32, or None: 1
+    grad_rows_ptr,  # [B, chunk, pitch], or None: (P - eps / total) GAIN of rows, 0 at pairs, ...
+    grad_columns_ptr,  # [B, chunk, pitch], or None: ... and of C; None: their sum in grad_rows
+    scale_partials_ptr,  # [B, row blocks, column tiles] float32, of a whole batch, or None
+    row_count,  # M
+    column_count,  # N
+    pair_offset,
     width,
     term_stride,
+    total,  # samples of the batch
     pitch,
-    chunk_rows,  # M
+    chunk_rows,
     first_block,  # of this launch
     row_blocks,  # of this launch
     all_row_blocks,
@@ -224,7 +242,7 @@ def grad_logits_kernel(
     PRECISION: tl.constexpr,
 ):
     """Pass 2: S again, a tile of 2 N dS into a workspace, and its part of ds."""
-    tiles = tl.cdiv(samples, BLOCK_COLUMNS)
+    tiles = tl.cdiv(column_count, BLOCK_COLUMNS)
     problem = (tl.program_id(0) // (row_blocks * tiles)).to(tl.int64)
     program = tl.program_id(0) % (row_blocks * tiles)
     group = program // (GROUP * tiles)
@@ -235,11 +253,12 @@ def grad_logits_kernel(
     first_row = (first_block + block) * BLOCK_ROWS
     first_column = tile * BLOCK_COLUMNS
     products = _products(
-        left_ptr + problem * samples * width,
-        right_ptr + problem * samples * width,
+        left_ptr + problem * row_count * width,
+        right_ptr + problem * column_count * width,
         first_row,
         first_column,
-        samples,
+        row_count,
+        column_count,
         width,
         up_to_rank(rank_ptr, problem, width),
         term_stride,
@@ -252,27 +271,31 @@ def grad_logits_kernel(
     logits = tl.load(scale_ptr).to(tl.float32) * products
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-    row_mask, column_mask = rows < samples, columns < samples
-    at_rows, at_columns = problem * samples + rows, problem * samples + columns
+    row_mask, column_mask = rows < row_count, columns < column_count
+    at_rows, at_columns = problem * row_count + rows, problem * column_count + columns
 
-    positives = tl.load(positives_ptr + at_rows, mask=row_mask, other=0.0)
+    positives = tl.load(row_positives_ptr + at_rows, mask=row_mask, other=0.0)
     nll = tl.load(row_nll_ptr + at_rows, mask=row_mask, other=0.0)
-    grad_rows = tl.exp((logits - positives[:, None]) - nll[:, None]) - SMOOTHING / samples
-    positives = tl.load(positives_ptr + at_columns, mask=column_mask, other=0.0)
+    grad_rows = tl.exp((logits - positives[:, None]) - nll[:, None]) - SMOOTHING / total
+    positives = tl.load(column_positives_ptr + at_columns, mask=column_mask, other=0.0)
     nll = tl.load(column_nll_ptr + at_columns, mask=column_mask, other=0.0)
-    grad_columns = tl.exp((logits - positives[None, :]) - nll[None, :]) - SMOOTHING / samples
-    negatives = row_mask[:, None] & column_mask[None, :] & (rows[:, None] != columns[None, :])
+    grad_columns = tl.exp((logits - positives[None, :]) - nll[None, :]) - SMOOTHING / total
+    if row_weight_ptr is not None:
+        grad_rows *= tl.load(row_weight_ptr + at_rows, mask=row_mask, other=0.0)[:, None]
+    if column_weight_ptr is not None:
+        weight = tl.load(column_weight_ptr + at_columns, mask=column_mask, other=0.0)
+        grad_columns *= weight[None, :]
+    pairs = rows[:, None] + pair_offset == columns[None, :]
+    negatives = row_mask[:, None] & column_mask[None, :] & ~pairs
     grad_rows = tl.where(negatives, grad_rows, 0.0)
     grad_columns = tl.where(negatives, grad_columns, 0.0)
 
     if scale_partials_ptr is not None:
         part = tl.sum((grad_rows + grad_columns) * products)
-        if first_row // BLOCK_COLUMNS == tile:
-            diagonal = grad_positives(
-                row_nll_ptr, column_nll_ptr, at_rows, row_mask, samples, "both", SMOOTHING
-            )
-            positive = tl.where(rows[:, None] == columns[None, :], products, 0.0)
-            part += tl.sum(diagonal * tl.sum(positive, 1))
+        if first_row // BLOCK_COLUMNS == tile:  # a whole batch: BLOCK_ROWS divides BLOCK_COLUMNS
+            diagonal = grad_positive(row_nll_ptr, None, at_rows, row_mask, total, SMOOTHING)
+            diagonal += grad_positive(column_nll_ptr, None, at_rows, row_mask, total, SMOOTHING)
+            part += tl.sum(diagonal * tl.sum(tl.where(pairs, products, 0.0), 1))
         at = (problem * all_row_blocks + first_block + block) * tiles + tile
         tl.store(scale_partials_ptr + at, part)
     if grad_rows_ptr is not None:

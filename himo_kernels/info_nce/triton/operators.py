@@ -9,8 +9,9 @@ from himo_kernels.info_nce.triton.branch import (
     features_branch,
     kept_factors,
 )
-from himo_kernels.info_nce.triton.launch import Gradients, Needs, gradients, losses
+from himo_kernels.info_nce.triton.gradients import Gradients, Needs, gradients
 from himo_kernels.info_nce.triton.products import bounded_product
+from himo_kernels.info_nce.triton.statistics import losses
 
 
 def info_nce_fwd(

@@ -73,8 +73,8 @@ FEW_TILES = 256  # about two waves of 132 multiprocessors
 forced: Tile | None = None  # what tune.py tries in place of the table
 
 
-def tile_for(features: Tensor, problems: int, samples: int, terms: int = 1) -> Tile:
-    """Returns the tile for this many problems of N x N logits, X being a sum of terms."""
+def tile_for(features: Tensor, problems: int, rows: int, columns: int, terms: int = 1) -> Tile:
+    """Returns the tile for this many problems of M x N logits, X being a sum of terms."""
     capability = _triton.capability(features)
     if forced is not None:
         return forced
@@ -85,7 +85,7 @@ def tile_for(features: Tensor, problems: int, samples: int, terms: int = 1) -> T
     large, small = _LARGE[key], _SMALL[key]
     if terms > 1:
         large, small = _LARGE_OF_TERMS[architecture], _SMALL_OF_TERMS
-    tiles = problems * -(-samples // large.rows) * -(-samples // large.columns)
+    tiles = problems * -(-rows // large.rows) * -(-columns // large.columns)
     return large if tiles >= FEW_TILES else small
 
 

@@ -15,8 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from himo_kernels.info_nce.triton import launch, tiles
+from himo_kernels.info_nce.triton import tiles
 from himo_kernels.info_nce.triton.branch import features_branch
+from himo_kernels.info_nce.triton.gradients import Needs, gradients
+from himo_kernels.info_nce.triton.statistics import losses
 from himo_kernels.info_nce.triton.tiles import Tile
 from himo_kernels.testing import power_law
 
@@ -57,9 +59,9 @@ def time_ms(step: Callable[[], object], device: torch.device, repeats: int) -> f
 def forward_and_backward(image: Tensor, text: Tensor, scale: Tensor) -> None:
     """One loss and its gradients, without what autograd adds."""
     branch = features_branch(image, text, scale)
-    loss, row_nll, column_nll = launch.losses(branch, 0.0)
-    needs = launch.Needs(left=True, right=True, scale=True)
-    launch.gradients(branch, torch.ones_like(loss), row_nll, column_nll, 0.0, True, needs)
+    loss, row_nll, column_nll = losses(branch, 0.0)
+    needs = Needs(left=True, right=True, scale=True)
+    gradients(branch, torch.ones_like(loss), row_nll, column_nll, 0.0, True, needs)
 
 
 def main() -> None:

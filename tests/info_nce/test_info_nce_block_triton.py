@@ -1,0 +1,79 @@
+"""Blocks of a larger batch in Triton: several launches of one, and nothing touched around them."""
+
+import math
+
+import pytest
+import torch
+from block_cases import joined_bwd, joined_fwd, random_batch
+from torch import Tensor
+
+from himo_kernels import _triton
+from himo_kernels.info_nce.block import BLOCK
+
+if _triton.MISSING:
+    pytest.skip(_triton.MISSING, allow_module_level=True)
+
+from himo_kernels.info_nce.triton import gradients as pass_2
+from himo_kernels.info_nce.triton import statistics as pass_1
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = [
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
+    # Masked lanes hold anything, and NumPy says so where a GPU is silent.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not _triton.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+    ),
+]
+KEYS = pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
+
+
+def joined(batch, differentiate_keys: bool = True, **cuts) -> tuple[Tensor, ...]:
+    gradients = joined_bwd(batch, "triton", differentiate_keys, **cuts)
+    return *joined_fwd(batch, "triton", **cuts), *gradients
+
+
+@KEYS
+def test_more_launches_give_the_same(differentiate_keys, generator, monkeypatch):
+    batch = random_batch(torch.float32, DEVICE, generator)
+    cuts = {"rows": (0, 40, 45), "keys": (0, 7, 45)}  # in one block of rows, and in three
+    whole = joined(batch, differentiate_keys, **cuts)
+    monkeypatch.setattr(pass_1, "ROW_BLOCKS_AT_ONCE", 1)
+    monkeypatch.setattr(pass_2, "WORKSPACE_BYTES", 0)  # one block of rows at a time
+    for value, other in zip(joined(batch, differentiate_keys, **cuts), whole, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_touched_outside_of_an_allocation(generator, monkeypatch):
+    batch = random_batch(torch.float32, DEVICE, generator)
+    expected = joined(batch)
+    pad, canary = 4096, 1.2345678e30  # more entries than a tile reaches past an end
+    guarded: list[Tensor] = []
+    empty = torch.empty
+
+    def guard(*size: object, **options: object) -> Tensor:
+        tensor = empty(*size, **options)
+        storage = empty(tensor.numel() + 2 * pad, **options).fill_(canary)
+        guarded.append(storage)
+        return storage[pad : storage.numel() - pad].view(tensor.shape)
+
+    def between_nan(tensor: Tensor) -> Tensor:
+        storage = torch.full((tensor.numel() + 2 * pad,), math.nan, device=DEVICE)
+        return storage[pad : storage.numel() - pad].view(tensor.shape).copy_(tensor)
+
+    batch.image, batch.text = between_nan(batch.image), between_nan(batch.text)
+    monkeypatch.setattr(torch, "empty", guard)
+    found = joined(batch)
+    monkeypatch.undo()
+    assert len(guarded) >= 6
+    for storage in guarded:
+        for edge in (storage[:pad], storage[-pad:]):
+            assert (edge == torch.tensor(canary).to(edge)).all()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_float64_is_refused_over_ranks_with_the_reason():
+    x = torch.eye(3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="got float64"):
+        BLOCK.resolve("triton", x)
