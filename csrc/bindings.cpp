@@ -86,4 +86,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pca_reconstruct_bwd", &himo::pca_reconstruct_bwd, py::arg("grad"), py::arg("x"),
         py::arg("mean"), py::arg("eigenvalues"), py::arg("eigenvectors"), py::arg("rank"),
         py::arg("gap_eps"), py::arg("differentiate_basis"), no_gil());
+  m.def("pca_moment_decompose", &himo::pca_moment_decompose, py::arg("moment"),
+        py::arg("variance_threshold"), no_gil());
+  m.def("pca_moment_reconstruct", &himo::pca_moment_reconstruct, py::arg("x"), py::arg("mean"),
+        py::arg("eigenvalues"), py::arg("eigenvectors"), py::arg("rank"), no_gil());
+  m.def("pca_moment_grad_projector", &himo::pca_moment_grad_projector, py::arg("grad"),
+        py::arg("x"), py::arg("mean"), no_gil());
+  m.def("pca_moment_bwd", &himo::pca_moment_bwd, py::arg("grad"), py::arg("grad_mean"),
+        py::arg("x"), py::arg("mean"), py::arg("grad_projector"), py::arg("eigenvalues"),
+        py::arg("eigenvectors"), py::arg("rank"), py::arg("gap_eps"), no_gil());
 }

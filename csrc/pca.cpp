@@ -58,6 +58,23 @@ Decomposition flat_decomposition(const char* op, const at::Tensor& x, const at::
           flat(op, "rank", rank, x, {}, at::kLong)};
 }
 
+void check_rows(const char* op, const at::Tensor& x) {
+  check_x(op, x);
+  HIMO_CHECK_SHAPE(x.dim() == 2, op, "x", x, "[M, D]");
+}
+
+Decomposition moment_decomposition(const at::Tensor& x, const at::Tensor& mean,
+                                   const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
+                                   const at::Tensor& rank) {
+  const char* op = "pca_moment";
+  check_rows(op, x);
+  const int64_t features = x.size(1);
+  return {flat(op, "mean", mean, x, {features}),
+          flat(op, "eigenvalues", eigenvalues, x, {features}),
+          flat(op, "eigenvectors", eigenvectors, x, {features, features}),
+          flat(op, "rank", rank, x, {}, at::kLong)};
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_fwd(
@@ -157,6 +174,66 @@ at::Tensor pca_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, cons
   cpu::pca_reconstruct_bwd(grad.resolve_neg(), x.resolve_neg(), saved.mean, saved.eigenvalues,
                            saved.eigenvectors, saved.rank, gap_eps, differentiate_basis,
                            flatten_lead(grad_x, 2));
+  return grad_x;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pca_moment_decompose(const at::Tensor& moment,
+                                                                    double variance_threshold) {
+  const char* op = "pca_moment";
+  const c10::NoGradGuard no_grad;
+  HIMO_CHECK_CPU(op, "moment", moment);
+  HIMO_CHECK_SHAPE(moment.dim() == 2 && moment.size(0) == moment.size(1) && moment.size(0) > 0, op,
+                   "moment", moment, "[D, D]");
+  HIMO_CHECK_DTYPE(moment.scalar_type() == at::kDouble, op, "moment", at::kDouble,
+                   moment.scalar_type());
+  const auto eigenvectors = moment.resolve_neg().clone(at::MemoryFormat::Contiguous);
+  const auto eigenvalues = at::empty({moment.size(0)}, eigenvectors.options());
+  const auto rank = at::empty({}, eigenvectors.options().dtype(at::kLong));
+  cpu::decompose(eigenvectors.unsqueeze(0), variance_threshold, eigenvalues.unsqueeze(0),
+                 rank.unsqueeze(0));
+  return {eigenvalues, eigenvectors, rank};
+}
+
+at::Tensor pca_moment_reconstruct(const at::Tensor& x, const at::Tensor& mean,
+                                  const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
+                                  const at::Tensor& rank) {
+  const c10::NoGradGuard no_grad;
+  const auto saved = moment_decomposition(x, mean, eigenvalues, eigenvectors, rank);
+  const auto reconstruction = at::empty(x.sizes(), x.options());
+  cpu::moment_reconstruct(x.resolve_neg(), saved.mean, saved.eigenvalues, saved.eigenvectors,
+                          saved.rank, reconstruction.unsqueeze(0));
+  return reconstruction;
+}
+
+at::Tensor pca_moment_grad_projector(const at::Tensor& grad, const at::Tensor& x,
+                                     const at::Tensor& mean) {
+  const char* op = "pca_moment";
+  const c10::NoGradGuard no_grad;
+  check_rows(op, x);
+  check_grad(op, grad, x);
+  const auto means = flat(op, "mean", mean, x, {x.size(1)});
+  const auto out = at::empty({x.size(1), x.size(1)}, means.options());
+  cpu::moment_grad_projector(grad.resolve_neg(), x.resolve_neg(), means, out);
+  return out;
+}
+
+at::Tensor pca_moment_bwd(const at::Tensor& grad, const at::Tensor& grad_mean, const at::Tensor& x,
+                          const at::Tensor& mean, const std::optional<at::Tensor>& grad_projector,
+                          const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
+                          const at::Tensor& rank, double gap_eps) {
+  const char* op = "pca_moment";
+  const c10::NoGradGuard no_grad;
+  const auto saved = moment_decomposition(x, mean, eigenvalues, eigenvectors, rank);
+  check_grad(op, grad, x);
+  const int64_t features = x.size(1);
+  const auto grad_means = flat(op, "grad_mean", grad_mean, x, {features});
+  at::Tensor projector;
+  if (grad_projector) {
+    projector = flat(op, "grad_projector", *grad_projector, x, {features, features});
+  }
+  const auto grad_x = at::empty(x.sizes(), x.options());
+  cpu::moment_bwd(grad.resolve_neg(), grad_means, x.resolve_neg(), saved.mean, projector,
+                  saved.eigenvalues, saved.eigenvectors, saved.rank, gap_eps, grad_x.unsqueeze(0));
   return grad_x;
 }
 

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace himo {
@@ -48,5 +49,34 @@ at::Tensor pca_reconstruct_bwd(const at::Tensor& grad,          // [*, N, D]
                                const at::Tensor& eigenvectors,  // [*, n, n]
                                const at::Tensor& rank,          // [*]
                                double gap_eps, bool differentiate_basis);
+
+// The same by parts, for rows of a batch that other processes hold rows of: himo_kernels/pca/
+// moment.py. The decomposition is that of the batch's X^T X.
+
+// Returns eigenvalues [D], eigenvectors [D, D] and rank [].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pca_moment_decompose(
+    const at::Tensor& moment,  // [D, D] float64
+    double variance_threshold);
+
+at::Tensor pca_moment_reconstruct(const at::Tensor& x,             // [M, D]
+                                  const at::Tensor& mean,          // [D]
+                                  const at::Tensor& eigenvalues,   // [D]
+                                  const at::Tensor& eigenvectors,  // [D, D]
+                                  const at::Tensor& rank);         // []
+
+// Returns X^T G [D, D] float64.
+at::Tensor pca_moment_grad_projector(const at::Tensor& grad,   // [M, D]
+                                     const at::Tensor& x,      // [M, D]
+                                     const at::Tensor& mean);  // [D]
+
+at::Tensor pca_moment_bwd(const at::Tensor& grad,                           // [M, D]
+                          const at::Tensor& grad_mean,                      // [D]
+                          const at::Tensor& x,                              // [M, D]
+                          const at::Tensor& mean,                           // [D]
+                          const std::optional<at::Tensor>& grad_projector,  // [D, D]
+                          const at::Tensor& eigenvalues,                    // [D]
+                          const at::Tensor& eigenvectors,                   // [D, D]
+                          const at::Tensor& rank,                           // []
+                          double gap_eps);
 
 }  // namespace himo

@@ -71,14 +71,18 @@ def _deferred(module: str, function: str) -> Callable[..., object]:
 
 
 def backend(
-    module: str, operator: str, why_not: Callable[..., str | None], *, auto: bool = False
+    module: str,
+    operator: str,
+    why_not: Callable[..., str | None],
+    *,
+    parts: tuple[str, ...] = ("fwd", "bwd"),
+    auto: bool = False,
 ) -> Backend:
-    """Returns the backend of an operator whose kernels are module.<operator>_fwd and _bwd.
+    """Returns the backend of an operator whose kernels are module.<operator>_<part>.
 
     auto=False: not yet run on hardware.
     """
-    directions = ("fwd", "bwd")
-    kernels = {name: _deferred(module, f"{operator}_{name}") for name in directions}
+    kernels = {part: _deferred(module, f"{operator}_{part}") for part in parts}
     return Backend(kernels, why_not, auto)
 
 

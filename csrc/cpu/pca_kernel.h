@@ -65,4 +65,31 @@ void pca_reconstruct_bwd(const at::Tensor& grad,          // [*, N, D]
                          bool differentiate_basis,        //
                          const at::Tensor& grad_x);       // [B, N, D], as x
 
+// The same of M rows of a larger batch, D <= N of it, from its decomposition: B = 1 below. Products
+// are float64.
+void moment_reconstruct(const at::Tensor& x,                // [M, D]
+                        const at::Tensor& mean,             // [D] float64
+                        const at::Tensor& eigenvalues,      // [B, D] float64
+                        const at::Tensor& eigenvectors,     // [B, D, D] float64
+                        const at::Tensor& rank,             // [B] int64
+                        const at::Tensor& reconstruction);  // [B, M, D], as x
+
+// X^T G of these rows: README (4).
+void moment_grad_projector(const at::Tensor& grad,  // [M, D]
+                           const at::Tensor& x,     // [M, D]
+                           const at::Tensor& mean,  // [D] float64
+                           const at::Tensor& out);  // [D, D] float64
+
+void moment_bwd(const at::Tensor& grad,            // [M, D]
+                const at::Tensor& grad_mean,       // [D] float64, of the batch
+                const at::Tensor& x,               // [M, D]
+                const at::Tensor& mean,            // [D] float64
+                const at::Tensor& grad_projector,  // [D, D] float64: B + B^T of the batch;
+                                                   // undefined: the basis is a constant
+                const at::Tensor& eigenvalues,     // [B, D] float64
+                const at::Tensor& eigenvectors,    // [B, D, D] float64
+                const at::Tensor& rank,            // [B] int64
+                double gap_eps,                    //
+                const at::Tensor& grad_x);         // [B, M, D], as x
+
 }  // namespace himo::cpu

@@ -150,15 +150,14 @@ void sum_near_pairs(const at::Tensor& grad, const double* grad_mean, const at::T
 //   K = O (F * (O^T E))                                           [n, k]
 //   dC = K S^T + S K^T,  dX = +-(G S + X K) S^T + (X S) K^T
 // with G centred. The rows of X add up to zero and so do those of dX: the mean of G passes as it
-// is.
+// is. Where these are some of a batch's rows, B + B^T of all is given, and grad_mean is of all.
 template <typename T>
 void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, const double* mean,
-                     const Spectrum& spectrum, double gap_eps, Workspace<T>& work,
+                     const double* grad_mean, const Sides& sides, const Spectrum& spectrum,
+                     double scale, double gap_eps, const double* of_all,  // [n, n], or null
+                     Workspace<T>& work,
                      const at::Tensor& grad_x) {  // [B, N, D]
-  const Sides sides(x, feature_side(x));
-  const auto grad_mean = column_means(grad, b, 1);
   const Basis<T> basis(spectrum, work.vectors);
-  const double scale = entry_scale(x, spectrum);
   const int64_t n = sides.n, k = basis.smaller.columns, step = sides.step();
 
   const auto both = row_major(work.along.get(sides.m * 2 * k), sides.m, 2 * k);  // G S | X S
@@ -167,17 +166,22 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   for (int64_t line = 0; line < sides.m; line += step) {
     const int64_t lines = std::min(step, sides.m - line);
     centred = centred_lines(x, mean, sides, b, line, lines, scale, work.x);
-    const auto g = centred_lines(grad, grad_mean.data(), sides, b, line, lines, 1.0, work.grad);
+    const auto g = centred_lines(grad, grad_mean, sides, b, line, lines, 1.0, work.grad);
     const auto along = both.row_block(line, lines);
     multiply(g, basis.smaller, along.column_block(0, k));
     multiply(centred, basis.smaller, along.column_block(k, k));
-    multiply(centred.t(), along.column_block(0, k), turned, 1, line == 0 ? 0 : 1);
-    multiply(g.t(), along.column_block(k, k), turned, 1, 1);
+    if (of_all == nullptr) {
+      multiply(centred.t(), along.column_block(0, k), turned, 1, line == 0 ? 0 : 1);
+      multiply(g.t(), along.column_block(k, k), turned, 1, 1);
+    }
   }
   const auto pairs = row_major(work.products.get((n - k) * k), n - k, k);
-  multiply(basis.other.t(), turned, pairs);
-  if constexpr (!std::is_same_v<T, double>) {
-    sum_near_pairs(grad, grad_mean.data(), x, b, mean, spectrum, scale, basis.dropped, work, pairs);
+  if constexpr (std::is_same_v<T, double>) {
+    if (of_all != nullptr) multiply(row_major(of_all, n, n), basis.smaller, turned);
+    multiply(basis.other.t(), turned, pairs);
+  } else {
+    multiply(basis.other.t(), turned, pairs);
+    sum_near_pairs(grad, grad_mean, x, b, mean, spectrum, scale, basis.dropped, work, pairs);
   }
   weigh_pairs(spectrum.eigenvalues, spectrum.rank, spectrum.unit(), gap_eps, scale, basis.dropped,
               pairs);
@@ -198,7 +202,7 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   }
   // Where noise is kept, weights are large enough to bring out that the rows of X add up to zero
   // but for rounding: make those of dX do, through its factor along the samples.
-  if (!fits_float32(spectrum)) {
+  if (of_all == nullptr && !fits_float32(spectrum)) {
     set_column_means(sides.features ? both : factors, std::vector<double>(2 * k, 0.0));
   }
 
@@ -206,7 +210,7 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   for (int64_t line = 0; line < sides.m; line += step) {
     const int64_t lines = std::min(step, sides.m - line);
     const auto block = basis.dropped ? output.begin_at(grad, b, line, lines)
-                                     : output.begin_at(grad_mean.data(), line, lines);
+                                     : output.begin_at(grad_mean, line, lines);
     multiply(both.row_block(line, lines), factors.t(), block, 1, 1);
     output.end();
   }
@@ -278,18 +282,70 @@ void pca_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const at::
   for_each_problem<Workspaces>(mean.size(0), problem_flops(x), [&](int64_t b, Workspaces& work) {
     const Spectrum spectrum(eigenvalues, eigenvectors, rank, b);
     const double* mean_b = mean.const_data_ptr<double>() + b * mean.size(1);
-    if (spectrum.is_nan()) {
-      fill_nan(grad_x, b);
-    } else if (spectrum.keeps_all()) {
-      copy_problem(grad, grad_x, b);
-    } else if (!differentiate_basis) {
-      constant_basis_bwd(grad, x, b, mean_b, spectrum, work.wide, grad_x);
-    } else if (x.scalar_type() == at::kDouble || !fits_float32(spectrum)) {
-      reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, work.wide, grad_x);
+    if (spectrum.is_nan()) return fill_nan(grad_x, b);
+    if (spectrum.keeps_all()) return copy_problem(grad, grad_x, b);
+    if (!differentiate_basis) {
+      return constant_basis_bwd(grad, x, b, mean_b, spectrum, work.wide, grad_x);
+    }
+    const auto grad_mean = column_means(grad, b, 1);
+    const auto run = [&](auto& typed) {
+      reconstruct_bwd(grad, x, b, mean_b, grad_mean.data(), Sides(x, feature_side(x)), spectrum,
+                      entry_scale(x, spectrum), gap_eps, nullptr, typed, grad_x);
+    };
+    if (x.scalar_type() == at::kDouble || !fits_float32(spectrum)) {
+      run(work.wide);
     } else {
-      reconstruct_bwd(grad, x, b, mean_b, spectrum, gap_eps, work.narrow, grad_x);
+      run(work.narrow);
     }
   });
+}
+
+// Of some rows of a batch, whose decomposition is that of D x D whatever their number.
+
+void moment_reconstruct(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& eigenvalues,
+                        const at::Tensor& eigenvectors, const at::Tensor& rank,
+                        const at::Tensor& reconstruction) {
+  const Spectrum spectrum(eigenvalues, eigenvectors, rank, 0);
+  if (spectrum.is_nan()) return fill_nan(reconstruction, 0);
+  if (spectrum.keeps_all()) return copy_problem(x, reconstruction, 0);
+  Workspace<double> work;
+  const Basis<double> basis(spectrum, work.vectors);
+  project(x, 0, mean.const_data_ptr<double>(), basis.smaller, basis.dropped, Sides(x, true), 1.0,
+          work, reconstruction);
+}
+
+void moment_grad_projector(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
+                           const at::Tensor& out) {
+  const Sides sides(x, true);
+  const std::vector<double> zeros(sides.n, 0.0);
+  const auto sums = row_major(out.mutable_data_ptr<double>(), sides.n, sides.n);
+  const int64_t step = sides.step();
+  Buffer<double> x_memory, grad_memory;
+  for (int64_t line = 0; line < sides.m; line += step) {
+    const int64_t lines = std::min(step, sides.m - line);
+    const auto centred =
+        centred_lines(x, mean.const_data_ptr<double>(), sides, 0, line, lines, 1.0, x_memory);
+    const auto g = centred_lines(grad, zeros.data(), sides, 0, line, lines, 1.0, grad_memory);
+    multiply(centred.t(), g, sums, 1, line == 0 ? 0 : 1);
+  }
+}
+
+void moment_bwd(const at::Tensor& grad, const at::Tensor& grad_mean, const at::Tensor& x,
+                const at::Tensor& mean, const at::Tensor& grad_projector,
+                const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
+                const at::Tensor& rank, double gap_eps, const at::Tensor& grad_x) {
+  const Spectrum spectrum(eigenvalues, eigenvectors, rank, 0);
+  if (spectrum.is_nan()) return fill_nan(grad_x, 0);
+  if (spectrum.keeps_all()) return copy_problem(grad, grad_x, 0);
+  const double* grad_means = grad_mean.const_data_ptr<double>();
+  const Sides sides(x, true);
+  Workspace<double> work;
+  if (!grad_projector.defined()) {
+    const Basis<double> basis(spectrum, work.vectors);
+    return project(grad, 0, grad_means, basis.smaller, basis.dropped, sides, 1.0, work, grad_x);
+  }
+  reconstruct_bwd(grad, x, 0, mean.const_data_ptr<double>(), grad_means, sides, spectrum, 1.0,
+                  gap_eps, grad_projector.const_data_ptr<double>(), work, grad_x);
 }
 
 void project_reconstruct_fwd(const at::Tensor& x, const at::Tensor& mean,

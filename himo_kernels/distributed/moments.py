@@ -21,8 +21,8 @@ from himo_kernels.covariance import covariance
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.gather import AllGather
 from himo_kernels.distributed.wire import Rows, members_of
+from himo_kernels.pca import moment as parts
 from himo_kernels.pca import pca_reconstruct as pca_reconstruct_of_one
-from himo_kernels.pca import reference
 
 
 def pca_reconstruct(
@@ -112,43 +112,42 @@ class MomentPCA(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         mean, moment = _joined_moment(x, rows, backend)
-        eigenvalues, eigenvectors, rank = reference.decompose_moment(moment, variance_threshold)
+        chosen = parts.MOMENT.resolve(backend, moment)
+        eigenvalues, eigenvectors, rank = parts.decompose(moment, variance_threshold, chosen)
         rank = rows.members.broadcast(rank)
-        kept = reference.kept_columns(eigenvalues, rank)
-        centred = x.double() - mean
-        basis = torch.where(kept, eigenvectors, 0.0)
-        reconstruction = (centred @ basis) @ basis.mT + mean
-        identity = reference.is_identity(eigenvalues, rank)[..., 0]
-        reconstruction = torch.where(identity, x.double(), reconstruction)
+        reconstruction = parts.reconstruct(x, mean, eigenvalues, eigenvectors, rank, chosen)
         ctx.save_for_backward(x, mean, eigenvalues, eigenvectors, rank)
         ctx.rows, ctx.gap_eps, ctx.differentiate_basis = rows, gap_eps, differentiate_basis
+        ctx.backend = chosen
         ctx.mark_non_differentiable(rank)
-        return reconstruction.to(x.dtype), rank
+        return reconstruction, rank
 
     @staticmethod
     def backward(ctx: Any, grad_reconstruction: Tensor, grad_rank: None) -> Any:
         refuse_double_backward("pca_reconstruct")
         x, mean, eigenvalues, eigenvectors, rank = ctx.saved_tensors
-        rows = ctx.rows
-        grad = grad_reconstruction.double()
-        kept = reference.kept_columns(eigenvalues, rank)
-        centred = x.double() - mean
-        sums = grad.sum(0)  # [D]
+        rows, features = ctx.rows, x.shape[1]
+        sums = grad_reconstruction.sum(0, dtype=torch.float64)  # [D]
+        symmetric = None
         if ctx.differentiate_basis:
-            grad_projector = centred.mT @ grad  # B of this rank's rows, pca/README.md (4)
-            sums = torch.cat([sums, _pack_triangle(grad_projector + grad_projector.mT)])
+            of_own = parts.grad_projector(grad_reconstruction, x, mean, ctx.backend)
+            sums = torch.cat([sums, _pack_triangle(of_own + of_own.mT)])
         sums = rows.members.all_reduce(sums)
-        grad_mean = sums[: x.shape[1]] / rows.total
-        # The centred rows of all ranks sum to 0, so only G Pi has a mean: pca/README.md (7).
-        basis = torch.where(kept, eigenvectors, 0.0)
-        grad_x = ((grad - grad_mean) @ basis) @ basis.mT + grad_mean
-        grad_x = torch.where(reference.is_identity(eigenvalues, rank)[..., 0], grad, grad_x)
         if ctx.differentiate_basis:
-            grad_projector = _unpack_triangle(sums[x.shape[1] :], x.shape[1])
-            grad_x = grad_x + centred @ reference.moment_bwd(
-                grad_projector, eigenvalues, eigenvectors, rank, ctx.gap_eps
-            )
-        return grad_x.to(x.dtype), None, None, None, None, None
+            symmetric = _unpack_triangle(sums[features:], features)
+        grad_x = parts.bwd(
+            grad_reconstruction,
+            sums[:features] / rows.total,
+            x,
+            mean,
+            symmetric,
+            eigenvalues,
+            eigenvectors,
+            rank,
+            ctx.gap_eps,
+            ctx.backend,
+        )
+        return grad_x, None, None, None, None, None
 
 
 def _joined_moment(x: Tensor, rows: Rows, backend: str) -> tuple[Tensor, Tensor]:

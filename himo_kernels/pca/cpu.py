@@ -99,3 +99,49 @@ def pca_reconstruct_bwd(
     return _extension.load().pca_reconstruct_bwd(
         grad_reconstruction, x, *saved, gap_eps, differentiate_basis
     )
+
+
+def moment_decompose(
+    moment: Tensor,  # [D, D] float64
+    variance_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns eigenvalues [D], eigenvectors [D, D], rank []."""
+    return _extension.load().pca_moment_decompose(moment, variance_threshold)
+
+
+def moment_reconstruct(
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D] float64
+    eigenvalues: Tensor,  # [D] float64
+    eigenvectors: Tensor,  # [D, D] float64
+    rank: Tensor,  # [] int64
+) -> Tensor:
+    """Returns U' [M, D] in x's dtype; products in float64."""
+    return _extension.load().pca_moment_reconstruct(x, mean, eigenvalues, eigenvectors, rank)
+
+
+def moment_grad_projector(
+    grad: Tensor,  # [M, D]
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D] float64
+) -> Tensor:
+    """Returns X^T G [D, D] float64."""
+    return _extension.load().pca_moment_grad_projector(grad, x, mean)
+
+
+def moment_bwd(
+    grad: Tensor,  # [M, D]
+    grad_mean: Tensor,  # [D] float64
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D] float64
+    symmetric: Tensor | None,  # [D, D] float64
+    eigenvalues: Tensor,  # [D] float64
+    eigenvectors: Tensor,  # [D, D] float64
+    rank: Tensor,  # [] int64
+    gap_eps: float,
+) -> Tensor:
+    """Returns dX [M, D] in x's dtype; products in float64."""
+    decomposition = (eigenvalues, eigenvectors, rank)
+    return _extension.load().pca_moment_bwd(
+        grad, grad_mean, x, mean, symmetric, *decomposition, gap_eps
+    )

@@ -39,7 +39,7 @@ def pca_bwd(
     """Returns the gradient of x [*, N, D]; README.md equations (8) to (10)."""
     centred = x.double() - mean.unsqueeze(-2)
     components = _components(centred, eigenvalues, eigenvectors, rank)  # P, zero past rank
-    kept = kept_columns(eigenvalues, rank)
+    kept = _kept_columns(eigenvalues, rank)
     grad_components = torch.where(_present(x, eigenvalues, kept), grad_components, 0.0)
     if _feature_side(x):
         pair_weights = _pair_weights(eigenvalues, kept, gap_eps)  # F [*, n, n]
@@ -98,9 +98,9 @@ def pca_reconstruct_fwd(
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     mean, centred = _centre(x)
     eigenvalues, eigenvectors, rank = _decompose(centred, variance_threshold)
-    projected = _project(centred, eigenvectors, kept_columns(eigenvalues, rank))
+    projected = _project(centred, eigenvectors, _kept_columns(eigenvalues, rank))
     reconstruction = projected + mean.unsqueeze(-2)  # HiMo-CLIP eq. (1)
-    reconstruction = torch.where(is_identity(eigenvalues, rank), x.double(), reconstruction)
+    reconstruction = torch.where(_is_identity(eigenvalues, rank), x.double(), reconstruction)
     return reconstruction.to(x.dtype), rank, mean, eigenvalues, eigenvectors
 
 
@@ -120,19 +120,19 @@ def pca_reconstruct_bwd(
     if not differentiate_basis:
         components = _components(centred, eigenvalues, eigenvectors, rank)
         grad_centred = (grad @ components.mT) @ components  # G Pi
-        grad_centred = torch.where(is_identity(eigenvalues, rank), grad, grad_centred)
+        grad_centred = torch.where(_is_identity(eigenvalues, rank), grad, grad_centred)
         return _uncentre(grad_centred, grad.mean(-2)).to(x.dtype)
-    kept = kept_columns(eigenvalues, rank)
+    kept = _kept_columns(eigenvalues, rank)
     grad_projector = centred.mT @ grad if _feature_side(x) else grad @ centred.mT  # B, eq. (4)
     grad_projector = grad_projector + grad_projector.mT
-    grad_moment = moment_bwd(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
+    grad_moment = _grad_moment(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
     grad_centred = _project(grad, eigenvectors, kept) + (
         centred @ grad_moment if _feature_side(x) else grad_moment @ centred
     )
     return _uncentre(grad_centred, grad.mean(-2)).to(x.dtype)
 
 
-def moment_bwd(
+def _grad_moment(
     grad_projector: Tensor,  # [*, n, n], B + B^T with B = dL/dPi
     eigenvalues: Tensor,  # [*, n]
     eigenvectors: Tensor,  # [*, n, n]
@@ -141,8 +141,54 @@ def moment_bwd(
 ) -> Tensor:
     """Returns dL/dC of the moment, C or Gram, that was decomposed: equations (5) and (6)."""
     in_basis = eigenvectors.mT @ grad_projector @ eigenvectors
-    in_basis = in_basis * _pair_weights(eigenvalues, kept_columns(eigenvalues, rank), gap_eps)
+    in_basis = in_basis * _pair_weights(eigenvalues, _kept_columns(eigenvalues, rank), gap_eps)
     return eigenvectors @ (in_basis + in_basis.mT) @ eigenvectors.mT
+
+
+def moment_reconstruct(
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D] float64
+    eigenvalues: Tensor,  # [D] float64
+    eigenvectors: Tensor,  # [D, D] float64
+    rank: Tensor,  # [] int64
+) -> Tensor:
+    """Returns U' of some rows of the batch that was decomposed [M, D], in x's dtype."""
+    centred = x.double() - mean
+    basis = torch.where(_kept_columns(eigenvalues, rank), eigenvectors, 0.0)
+    reconstruction = (centred @ basis) @ basis.mT + mean
+    identity = _is_identity(eigenvalues, rank).squeeze(-1)
+    return torch.where(identity, x.double(), reconstruction).to(x.dtype)
+
+
+def moment_grad_projector(
+    grad: Tensor,  # [M, D]
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D] float64
+) -> Tensor:
+    """Returns B = X^T G of these rows [D, D] float64: eq. (4)."""
+    return (x.double() - mean).mT @ grad.double()
+
+
+def moment_bwd(
+    grad: Tensor,  # [M, D]
+    grad_mean: Tensor,  # [D] float64, of the batch
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D] float64
+    symmetric: Tensor | None,  # [D, D] float64: B + B^T of the batch; None: a constant basis
+    eigenvalues: Tensor,  # [D] float64
+    eigenvectors: Tensor,  # [D, D] float64
+    rank: Tensor,  # [] int64
+    gap_eps: float,
+) -> Tensor:
+    """Returns dX of these rows [M, D], in x's dtype: eq. (5) to (7)."""
+    # The centred rows of all ranks sum to 0, so only G Pi has a mean.
+    basis = torch.where(_kept_columns(eigenvalues, rank), eigenvectors, 0.0)
+    grad_x = ((grad.double() - grad_mean) @ basis) @ basis.mT + grad_mean
+    if symmetric is not None:
+        grad_moment = _grad_moment(symmetric, eigenvalues, eigenvectors, rank, gap_eps)
+        grad_x = grad_x + (x.double() - mean) @ grad_moment
+    identity = _is_identity(eigenvalues, rank).squeeze(-1)
+    return torch.where(identity, grad.double(), grad_x).to(x.dtype)
 
 
 def _feature_side(x: Tensor) -> bool:
@@ -162,10 +208,10 @@ def _uncentre(grad_centred: Tensor, grad_mean: Tensor) -> Tensor:
 
 def _decompose(centred: Tensor, variance_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     moment = centred.mT @ centred if _feature_side(centred) else centred @ centred.mT
-    return decompose_moment(moment, variance_threshold)
+    return moment_decompose(moment, variance_threshold)
 
 
-def decompose_moment(
+def moment_decompose(
     moment: Tensor,  # [*, n, n] float64, of the small side
     variance_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +241,7 @@ def _first_rows(components: Tensor, rank: Tensor) -> Tensor:
     return torch.where((rows < rank.unsqueeze(-1)).unsqueeze(-1), components, 0.0)
 
 
-def kept_columns(eigenvalues: Tensor, rank: Tensor) -> Tensor:
+def _kept_columns(eigenvalues: Tensor, rank: Tensor) -> Tensor:
     """Returns True for the first rank directions, [*, n]."""
     return torch.arange(eigenvalues.shape[-1], device=rank.device) < rank.unsqueeze(-1)
 
@@ -214,7 +260,7 @@ def _present(x: Tensor, eigenvalues: Tensor, kept: Tensor) -> Tensor:
 
 def _components(centred: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank: Tensor) -> Tensor:
     # P [*, n, D]: kept eigenvectors of X^T X in rows, zero past rank.
-    present = _present(centred, eigenvalues, kept_columns(eigenvalues, rank))
+    present = _present(centred, eigenvalues, _kept_columns(eigenvalues, rank))
     if _feature_side(centred):
         rows = eigenvectors.mT
     else:
@@ -223,7 +269,7 @@ def _components(centred: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank
     return torch.where(present, rows, 0.0)
 
 
-def is_identity(eigenvalues: Tensor, rank: Tensor) -> Tensor:
+def _is_identity(eigenvalues: Tensor, rank: Tensor) -> Tensor:
     """Returns True for problems of which every direction is kept, [*, 1, 1]; not for NaN."""
     identity = (rank == eigenvalues.shape[-1]) & eigenvalues.isfinite().all(-1)
     return identity[..., None, None]

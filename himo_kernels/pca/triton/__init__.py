@@ -7,7 +7,6 @@ and programs past it return at once. Equation numbers are those of himo_kernels/
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,33 @@ from himo_kernels.aot import Case
 from himo_kernels.covariance.triton import feature_moment, sample_moment
 from himo_kernels.covariance.triton.matmul import flat, matmul
 from himo_kernels.pca.triton.eigensolver import Solution, solve
+from himo_kernels.pca.triton.moment import (
+    F64,
+    ZERO_VARIANCE,
+    Options,
+    finished,
+    grad_moment,
+    identity,
+    moment_bwd,
+    moment_decompose,
+    moment_grad_projector,
+    moment_reconstruct,
+)
 from himo_kernels.pca.triton.weights import null_weights, weigh_pairs
 
-F64 = torch.float64
-Options = dict[str, Any]  # of matmul
-ZERO_VARIANCE = 1e-8  # as in the reference, the released code's value
+__all__ = [
+    "aot_cases",
+    "moment_bwd",
+    "moment_decompose",
+    "moment_grad_projector",
+    "moment_reconstruct",
+    "pca_bwd",
+    "pca_fwd",
+    "pca_reconstruct_bwd",
+    "pca_reconstruct_fwd",
+    "project_reconstruct_bwd",
+    "project_reconstruct_fwd",
+]
 
 
 def pca_fwd(
@@ -68,7 +89,7 @@ def pca_bwd(
         turn = matmul(turn, eigenvectors.mT, F64, limited="rows", **kept)  # h, eq. (8)
         turned = matmul(turn.mT, components, F64, limited="inner", **kept)
         moment = matmul(scaled, eigenvectors.mT, F64, add=turned + turned.mT)
-        return _finished(shape, x, x, moment, mean=mean, a_mean="inner", add=add)
+        return finished(shape, x, x, moment, mean=mean, a_mean="inner", add=add)
     centred: Options = {"mean": mean, "b_mean": "columns"}
     unit = torch.where(eigenvalues > 0, eigenvalues, 1.0).gather(-1, rank.unsqueeze(-1) - 1)
     axes = matmul(eigenvectors.mT, x, F64, **centred) / unit.sqrt().unsqueeze(-1)  # a_j, scaled
@@ -84,7 +105,7 @@ def pca_bwd(
     add = matmul(left, components, F64, limited="inner", add=add, **kept)
     left = matmul(x, components.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
     add = matmul(left, turn, F64, limited="inner", add=add, **kept)
-    return _finished(shape, x, scaled * unit.sqrt().unsqueeze(-1), axes, add=add)
+    return finished(shape, x, scaled * unit.sqrt().unsqueeze(-1), axes, add=add)
 
 
 def project_reconstruct_fwd(
@@ -101,7 +122,7 @@ def project_reconstruct_fwd(
         x, components.mT, mean.dtype, mean=mean, a_mean="inner", limited="columns", **kept
     )
     add = mean.unsqueeze(-2)
-    return _finished(shape, x, coefficients, components, limited="inner", add=add, **kept)
+    return finished(shape, x, coefficients, components, limited="inner", add=add, **kept)
 
 
 def project_reconstruct_bwd(
@@ -120,7 +141,7 @@ def project_reconstruct_bwd(
         x, components.mT, sums, mean=mean, a_mean="inner", limited="columns", **kept
     )
     grad_coefficients = matmul(grad, components.mT, sums, limited="columns", **kept)
-    grad_x = _finished(shape, x, grad_coefficients, components, limited="inner", **kept)
+    grad_x = finished(shape, x, grad_coefficients, components, limited="inner", **kept)
     # The sum of G - G Pi over the samples, from the sum of G: one row.
     total = grad.sum(-2, keepdim=True, dtype=sums)
     along = matmul(total, components.mT, sums, limited="columns", **kept)
@@ -147,7 +168,7 @@ def pca_reconstruct_fwd(
         left = eigenvectors
         right = matmul(eigenvectors.mT, x, F64, mean=mean, b_mean="columns", limited="rows", **kept)
     add = mean.unsqueeze(-2)
-    projected = _finished(x.shape, x, left, right, limited="inner", add=add, **kept)  # eq. (3)
+    projected = finished(x.shape, x, left, right, limited="inner", add=add, **kept)  # eq. (3)
     reconstruction = torch.where(complete[:, None, None], x, projected).view(shape)
     return reconstruction, *_batched(shape[:-2], rank, mean, eigenvalues, eigenvectors)
 
@@ -180,19 +201,19 @@ def pca_reconstruct_bwd(
         weigh_pairs(pairs, eigenvalues, rank, gap_eps, symmetric=True)
         turned = matmul(pairs, turned_x, F64, limited="add", add=turned_grad, **kept)
         centred: Options = {"mean": eigenvectors.mean(-2), "a_mean": "inner"}
-        return _finished(shape, x, eigenvectors, turned, add=add, **centred)  # eq. (7)
+        return finished(shape, x, eigenvectors, turned, add=add, **centred)  # eq. (7)
     centred_grad: Options = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **kept}
     if not differentiate_basis:
         present = _present(x, eigenvalues, rank)
         components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
         left = matmul(grad, components.mT, F64, **centred_grad)
-        grad_x = _finished(x.shape, x, left, components, limited="inner", add=add, **kept)
-        return torch.where(_identity(eigenvalues, rank), grad, grad_x).view(shape)
+        grad_x = finished(x.shape, x, left, components, limited="inner", add=add, **kept)
+        return torch.where(identity(eigenvalues, rank), grad, grad_x).view(shape)
     grad_projector = matmul(x.mT, grad, F64, mean=mean, a_mean="rows")  # B, eq. (4)
-    turn = _grad_moment(grad_projector, eigenvalues, eigenvectors, rank, gap_eps)
+    turn = grad_moment(grad_projector + grad_projector.mT, eigenvalues, eigenvectors, rank, gap_eps)
     add = matmul(x, turn, F64, mean=mean, a_mean="inner", add=add)
     left, right = matmul(grad, eigenvectors, F64, **centred_grad), eigenvectors.mT
-    return _finished(shape, x, left, right, limited="inner", add=add, **kept)  # eq. (7)
+    return finished(shape, x, left, right, limited="inner", add=add, **kept)  # eq. (7)
 
 
 def _feature_side(x: Tensor) -> bool:
@@ -203,23 +224,6 @@ def _decompose(x: Tensor, variance_threshold: float) -> tuple[Tensor, Solution]:
     mean = x.mean(-2, dtype=F64)
     moment = feature_moment(x, mean) if _feature_side(x) else sample_moment(x, mean)
     return mean, solve(moment, variance_threshold, ZERO_VARIANCE)
-
-
-def _grad_moment(
-    grad_projector: Tensor,  # B [P, n, n]
-    eigenvalues: Tensor,
-    eigenvectors: Tensor,
-    rank: Tensor,
-    gap_eps: float,
-) -> Tensor:
-    # dC [P, n, n], equations (5) and (6); only the first rank rows of H are formed.
-    symmetric = grad_projector + grad_projector.mT
-    pairs = matmul(eigenvectors.mT, symmetric, F64, limited="rows", limit=rank)
-    pairs = matmul(pairs, eigenvectors, F64, limited="rows", limit=rank)
-    weigh_pairs(pairs, eigenvalues, rank, gap_eps)
-    pairs = matmul(pairs, eigenvectors.mT, F64, limited="rows", limit=rank)
-    half = matmul(eigenvectors, pairs, F64, limited="inner", limit=rank)
-    return half + half.mT
 
 
 def _components(
@@ -251,21 +255,8 @@ def _present(x: Tensor, eigenvalues: Tensor, rank: Tensor) -> Tensor:
     return kept & ~(eigenvalues <= eigenvalues[..., :1] * (size * torch.finfo(F64).eps))
 
 
-def _identity(eigenvalues: Tensor, rank: Tensor) -> Tensor:
-    # Problems of which every direction is kept [P, 1, 1]; not those that hold NaN.
-    identity = (rank == eigenvalues.shape[-1]) & eigenvalues.isfinite().all(-1)
-    return identity[..., None, None]
-
-
 def _batched(batch: torch.Size, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.view((*batch, *tensor.shape[1:])) for tensor in tensors)
-
-
-def _finished(shape: torch.Size, x: Tensor, a: Tensor, b: Tensor, **options: Any) -> Tensor:
-    # a @ b + add in the dtype of x, in this shape; sums in the dtype of a.
-    out = x.new_empty(x.shape)
-    sums = F64 if F64 in (a.dtype, b.dtype) else a.dtype
-    return matmul(a, b, sums, out=out, **options).view(shape)
 
 
 def aot_cases() -> Iterator[Case]:
@@ -281,6 +272,9 @@ def aot_cases() -> Iterator[Case]:
         side = "N < D" if shape[0] < shape[1] else "N > D"
         label = f"pca_reconstruct {side} {str(dtype)[6:]}, ragged"
         yield Case(label, partial(_launch_fused, shape, dtype), ragged=True)
+    yield Case("pca_moment bfloat16", partial(_launch_moment, (128, 768), bfloat16))
+    yield Case("pca_moment float64", partial(_launch_moment, (128, 768), F64))
+    yield Case("pca_moment ragged", partial(_launch_moment, (37, 123), float32), ragged=True)
     yield Case("pca, project_reconstruct bfloat16", partial(_launch_parts, (4, 128, 768)))
 
 
@@ -299,3 +293,13 @@ def _launch_parts(shape: tuple[int, ...]) -> None:
     pca_bwd(*grads, x, mean, eigenvalues, eigenvectors, rank, 1e-6)
     project_reconstruct_fwd(x, mean.float(), components.float(), rank)
     project_reconstruct_bwd(x, x, mean.float(), components.float(), rank)
+
+
+def _launch_moment(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    mean, moment = x.new_empty(shape[1], dtype=F64), x.new_empty((shape[1],) * 2, dtype=F64)
+    decomposition = moment_decompose(moment, 0.9)
+    grad = moment_reconstruct(x, mean, *decomposition)
+    projector = moment_grad_projector(grad, x, mean)
+    for symmetric in (projector, None):
+        moment_bwd(grad, mean, x, mean, symmetric, *decomposition, 1e-6)

@@ -1,0 +1,93 @@
+"""pca_reconstruct by parts: of some rows of a batch, from the moment of all of them.
+
+What one process computes of HiDe over several: X [M, D] are its rows, maybe none, and the mean, the
+moment C = X^T X [D, D] and its decomposition those of the whole batch. No autograd, no schema: HiDe
+over ranks (himo_kernels/distributed/moments.py) has its own. Equations are those of README.md.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo_kernels import _triton
+from himo_kernels._dispatch import Backend, Operator, full_float32
+from himo_kernels.pca import cpu, reference
+
+_PARTS = ("decompose", "reconstruct", "grad_projector", "bwd")
+
+
+def _parts(module: Any) -> dict[str, Any]:
+    return {part: getattr(module, f"moment_{part}") for part in _PARTS}
+
+
+MOMENT = Operator(
+    "pca_moment",
+    {
+        "triton": _triton.backend(
+            "himo_kernels.pca.triton", "moment", _triton.why_not_with_float64, parts=_PARTS
+        ),
+        "cpu": Backend(_parts(cpu), cpu.why_not_decompose),
+        "reference": Backend(_parts(reference)),
+    },
+    public=False,
+)
+
+
+def decompose(
+    moment: Tensor,  # [D, D] float64
+    variance_threshold: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns eigenvalues [D] descending, eigenvectors [D, D] in columns, rank []: eq. (2)."""
+    return _run("decompose", backend, moment, variance_threshold)
+
+
+def reconstruct(
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D] float64, as all that follows
+    eigenvalues: Tensor,  # [D]
+    eigenvectors: Tensor,  # [D, D]
+    rank: Tensor,  # [] int64
+    backend: str,
+) -> Tensor:
+    """Returns U' [M, D] in x's dtype: eq. (3)."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    return _run("reconstruct", backend, x, mean, eigenvalues, eigenvectors, rank)
+
+
+def grad_projector(
+    grad: Tensor,  # [M, D]
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D]
+    backend: str,
+) -> Tensor:
+    """Returns B = X^T G [D, D] float64 of these rows: eq. (4)."""
+    if x.shape[0] == 0:
+        return mean.new_zeros(x.shape[1], x.shape[1])
+    return _run("grad_projector", backend, grad, x, mean)
+
+
+def bwd(
+    grad: Tensor,  # [M, D]
+    grad_mean: Tensor,  # [D], of the batch
+    x: Tensor,  # [M, D]
+    mean: Tensor,  # [D]
+    symmetric: Tensor | None,  # [D, D]: B + B^T of the batch; None: the basis is a constant
+    eigenvalues: Tensor,  # [D]
+    eigenvectors: Tensor,  # [D, D]
+    rank: Tensor,  # []
+    gap_eps: float,
+    backend: str,
+) -> Tensor:
+    """Returns dX [M, D] in x's dtype: eq. (5) to (7)."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    decomposition = (eigenvalues, eigenvectors, rank)
+    return _run("bwd", backend, grad, grad_mean, x, mean, symmetric, *decomposition, gap_eps)
+
+
+def _run(part: str, backend: str, first: Tensor, *arguments: Any) -> Any:
+    with torch.no_grad(), full_float32(first.device.type):
+        return MOMENT.backends[backend].kernels[part](first, *arguments)
