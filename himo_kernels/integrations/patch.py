@@ -18,16 +18,24 @@ class Kind:
     """Something that can be accelerated."""
 
     name: str
-    matches: Callable[[nn.Module], bool]
+    class_of: Callable[[nn.Module], type | None]  # the one of a module's classes that is known
+    methods: tuple[str, ...]  # of that class: what its forward computes is their work
     forward_of: Callable[..., Callable[..., Any]]  # (module, **options) -> its new forward
     options: tuple[str, ...]
 
 
 KINDS = (
-    Kind("open_clip's ClipLoss", open_clip.is_clip_loss, open_clip.forward_of, open_clip.OPTIONS),
+    Kind(
+        "open_clip's ClipLoss",
+        open_clip.class_of,
+        open_clip.METHODS,
+        open_clip.forward_of,
+        open_clip.OPTIONS,
+    ),
     Kind(
         "the CLIP model of the released HiMo-CLIP code",
-        himo_clip.is_model,
+        himo_clip.class_of,
+        himo_clip.METHODS,
         himo_clip.forward_of,
         himo_clip.OPTIONS,
     ),
@@ -81,7 +89,8 @@ def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
     Raises:
         TypeError: module is neither, or an option is unknown.
         ValueError: module has been accelerated already, or an option has an impossible value.
-        NotImplementedError: a ClipLoss with a forward of its own, or over Horovod.
+        NotImplementedError: module's class derives from the known one and computes something else;
+            or it is a ClipLoss over Horovod.
     """
     if not isinstance(module, nn.Module):
         raise_type("accelerate", "module", "to be a torch.nn.Module", type(module).__name__)
@@ -89,12 +98,19 @@ def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
     while type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
         inner = inner.module  # type: ignore[assignment]
     for kind in KINDS:
-        if kind.matches(inner):
+        known = kind.class_of(inner)
+        if known is not None:
             for name in options.keys() - set(kind.options):
                 raise_type("accelerate", name, f"to be one of {list(kind.options)}", options[name])
-            if "forward" in inner.__dict__:
-                own = inner.__dict__["forward"]
-                raise_value("accelerate", "module", "with the forward of its class", own)
+            for method in kind.methods:
+                if getattr(type(inner), method, None) is not getattr(known, method, None):
+                    raise NotImplementedError(
+                        f"accelerate: expected {kind.name}, got {type(inner).__name__} with a "
+                        f"{method} of its own"
+                    )
+                if method in vars(inner):
+                    own = vars(inner)[method]
+                    raise_value("accelerate", "module", f"with the {method} of its class", own)
             return Accelerated(inner, kind.forward_of(inner, **options))
     expected = "to be " + " or ".join(kind.name for kind in KINDS)
     got = type(inner)

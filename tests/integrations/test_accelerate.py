@@ -105,6 +105,18 @@ class TestClipLoss:
             himo_kernels.accelerate(loss)
         assert "forward" not in vars(loss)
 
+    @pytest.mark.parametrize("method", ["get_logits", "get_ground_truth"])
+    def test_another_way_to_the_same_forward_is_refused(self, method):
+        # What ClipLoss.forward calls: a subclass that masks pairs has its forward all the same.
+        masked = type("Masked", (upstream.ClipLoss,), {method: lambda self, *inputs: inputs})()
+        with pytest.raises(NotImplementedError, match=f"got Masked with a {method} of its own"):
+            himo_kernels.accelerate(masked)
+        loss = upstream.ClipLoss()
+        setattr(loss, method, masked.forward)
+        with pytest.raises(ValueError, match=f"expected module with the {method} of its class"):
+            himo_kernels.accelerate(loss)
+        assert "forward" not in vars(masked) and "forward" not in vars(loss)
+
     def test_horovod_is_refused(self):
         with pytest.raises(NotImplementedError, match="use_horovod=True"):
             himo_kernels.accelerate(upstream.ClipLoss(use_horovod=True))
@@ -195,6 +207,32 @@ class TestReleasedModel:
         with pytest.raises(ValueError, match="preset"):
             himo_kernels.accelerate(model, preset="best")
         assert "forward" not in vars(model)
+
+    @pytest.mark.parametrize("method", ["forward", "cumratio_PCA"])
+    def test_a_subclass_that_computes_something_else_is_refused(self, method):
+        other = type("Other", (ReleasedCLIP,), {method: lambda self, *inputs: inputs})
+        model = other(WIDTH, FEATURES)
+        with pytest.raises(NotImplementedError, match=f"got Other with a {method} of its own"):
+            himo_kernels.accelerate(model)
+        assert "forward" not in vars(model)
+
+    def test_a_wrapper_that_shows_the_attributes_of_a_model_is_refused(self):
+        # As FSDP, PEFT and torch.compile do; what their own forward does would be left out.
+        class Wrapper(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def __getattr__(self, name):
+                return getattr(vars(self)["_modules"]["model"], name)
+
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        wrapper = Wrapper(model)
+        assert wrapper.cumratio_PCA == model.cumratio_PCA
+        for module in (wrapper, torch.compile(model)):
+            with pytest.raises(TypeError, match=f"got .*{type(module).__name__}$"):
+                himo_kernels.accelerate(module)
+        assert "forward" not in vars(wrapper)
 
 
 class TestInstance:
