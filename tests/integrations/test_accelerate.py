@@ -107,6 +107,24 @@ class TestClipLoss:
             himo_kernels.accelerate(loss)
         assert "forward" not in vars(loss)
 
+    def test_a_bias_that_is_a_number(self, generator):
+        out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
+        expected = loss(**{**out, "logit_bias": -10.0})
+        himo_kernels.accelerate(loss)
+        found = loss(**{**out, "logit_bias": -10.0})
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+    def test_a_bias_that_the_softmax_would_see_is_refused(self, generator):
+        out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
+        himo_kernels.accelerate(loss)
+        with pytest.raises(ValueError, match=r"ClipLoss: expected logit_bias .*, got \[40\]"):
+            loss(**{**out, "logit_bias": torch.zeros(ROWS)})
+
+    def test_on_meta(self):
+        features, loss = torch.empty(ROWS, FEATURES, device="meta"), upstream.ClipLoss()
+        himo_kernels.accelerate(loss)
+        assert loss(features, features, 10.0).shape == ()
+
     @pytest.mark.parametrize("method", ["get_logits", "get_ground_truth"])
     def test_another_way_to_the_same_forward_is_refused(self, method):
         # What ClipLoss.forward calls: a subclass that masks pairs has its forward all the same.
