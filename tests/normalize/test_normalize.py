@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_process import run_python
 from torch import Tensor
 
 from himo_kernels import normalize
@@ -130,6 +131,23 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(backend, dtype, bad, gener
         for actual, expected in zip(results, rest, strict=True):
             assert actual[2].isnan().all()
             assert torch.equal(actual[[0, 1, 3]], expected[[0, 1, 3]])
+
+
+@per_backend
+@per_dtype
+def test_a_gradient_that_is_not_finite_spoils_its_row_alone(backend, dtype, generator):
+    x = rows((4, 70), dtype, generator)
+    x[2, 1:5] = 0  # 0 * inf is NaN
+    grad = torch.randn(4, 70, generator=generator).to(dtype)
+    _, rest = ours(backend, x, grad)
+    for column in (0, 3, 68):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            spoiled = grad.clone()
+            spoiled[2, column] = bad
+            _, actual = ours(backend, x, spoiled)
+            assert not actual[2].isfinite().any()
+            assert actual[2].isnan().all() or abs(bad) == torch.inf
+            assert torch.equal(actual[[0, 1, 3]], rest[[0, 1, 3]])
 
 
 @per_backend
@@ -270,6 +288,32 @@ def test_the_features_are_all_that_is_kept(backend, generator):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         normalize(x, backend=backend)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+AGAINST_REFERENCE = """
+import sys, torch, himo_kernels
+fwd, bwd = torch.ops.himo_kernels.normalize_fwd, torch.ops.himo_kernels.normalize_bwd
+generator = torch.Generator().manual_seed(int(sys.argv[1]))
+worst = 0.0
+for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for features in (*range(1, 40), 64, 67, 131):  # registers of 2 to 16 entries, and what is left
+        x, grad = (torch.randn(3, features, generator=generator).to(dtype) for _ in range(2))
+        whole = grad.double().norm(dim=-1, keepdim=True) / x.double().norm(dim=-1, keepdim=True)
+        y = fwd(x, "cpu") - fwd(x.double(), "reference")
+        gradient = bwd(grad, x, "cpu") - bwd(grad.double(), x.double(), "reference")
+        for error in (y, gradient / whole):
+            worst = max(worst, float(error.abs().max()) / torch.finfo(dtype).eps)
+print(torch.backends.cpu.get_cpu_capability(), worst)
+"""
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_instruction_sets(capability, generator):
+    seed = str(generator.initial_seed())
+    printed = run_python("-c", AGAINST_REFERENCE, seed, ATEN_CPU_CAPABILITY=capability).split()
+    assert printed[0].lower() == capability
+    assert float(printed[1]) <= 3
 
 
 @pytest.mark.gpu
