@@ -89,10 +89,32 @@ class TestClipLoss:
             lambda name, *tensors: dtypes.append(tensors[0].dtype) or resolve(name, *tensors),
         )
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = loss(**model(image, text))
-        assert dtypes == [torch.bfloat16]
-        assert value.dtype == torch.float32
+            out = model(image, text)
+            value = loss(**out)
+            # Towers that end in a layer norm give float32, and one of each kind is a mixture.
+            same = loss(**{**out, "text_features": out["text_features"].float()})
+            loss(**{**out, "image_features": out["image_features"].float()})
+        assert dtypes == [torch.bfloat16] * 3
+        assert same == value and value.dtype == torch.float32
         assert all(gradient.isfinite().all() for gradient in gradients(model, value))
+
+    def test_the_named_backend_alone_computes(self, generator, monkeypatch):
+        out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
+        himo_kernels.accelerate(loss, backend="reference")
+        names = []
+        resolve = OPERATORS["info_nce"].resolve
+        monkeypatch.setattr(
+            OPERATORS["info_nce"],
+            "resolve",
+            lambda name, *tensors: names.append(name) or resolve(name, *tensors),
+        )
+        loss(**out)
+        assert names == ["reference"]
+
+    def test_the_name_alone_makes_no_clip_loss(self):
+        ClipLoss = type("ClipLoss", (nn.Module,), {"forward": upstream.ClipLoss.forward})
+        with pytest.raises(TypeError, match=r"got .*\.ClipLoss$"):
+            himo_kernels.accelerate(ClipLoss())
 
     def test_under_autocast_float64_stays(self, generator):
         out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
