@@ -336,6 +336,16 @@ class TestInstance:
             raise RuntimeError("in the block")
         assert "forward" not in vars(model)
 
+    def test_undo_leaves_what_is_not_its_own(self):
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        first = himo_kernels.accelerate(model)
+        first.undo()
+        second = himo_kernels.accelerate(model)
+        first.undo()
+        assert "forward" in vars(model)
+        second.undo()
+        assert "forward" not in vars(model)
+
     def test_a_block_after_undo_is_refused(self):
         handle = himo_kernels.accelerate(ReleasedCLIP(WIDTH, FEATURES))
         with handle:

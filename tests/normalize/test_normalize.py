@@ -159,9 +159,9 @@ def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, d
     for size, incoming in ((info.max, 1e4), (smallest, 1e-4), (info.smallest_normal, 1e-4)):
         if dtype != torch.float16:  # whose range leaves room for neither
             incoming **= 7
-        x = torch.stack([signs * size, signs * size, signs * 0])
+        x = torch.stack([signs * size, signs * size, signs * 0, signs * 0])
         x[1, 1:] *= 0.3 if size == info.max else 4
-        x[2, 7] = size
+        x[2, 7], x[3, 39] = size, -size
         x = x.to(dtype)
         grad = torch.randn(x.shape, dtype=torch.float64, generator=generator).mul(incoming)
         grad = grad.to(dtype)
