@@ -199,13 +199,13 @@ class TestClipLoss:
 
 
 class TestReleasedModel:
-    @pytest.mark.parametrize("ratio", [0.85, 0.9])
+    @pytest.mark.parametrize("ratio", [{}, {"pca_ratio": 0.9}], ids=str)
     def test_values_and_gradients(self, ratio, generator, used):
         model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
-        expected = model(image, text, 0, pca_ratio=ratio)
+        expected = model(image, text, 0, **ratio)
         expected_gradients = gradients(model, *expected)
         with himo_kernels.accelerate(model):
-            found = model(image, text, 0, pca_ratio=ratio)
+            found = model(image, text, 0, **ratio)
         assert "pca_reconstruct" in used and "dual_info_nce" in used
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
         found_gradients = gradients(model, *found)

@@ -180,6 +180,33 @@ def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, d
 
 
 @per_backend
+@pytest.mark.parametrize(
+    "dtype, one, others",
+    [(torch.float32, -50, -63.5), (torch.float64, -498, -511.5), (torch.float64, -510, -511.5)],
+    ids=str,
+)
+def test_squares_that_are_flushed_to_zero_count(backend, dtype, one, others, generator):
+    # 4095 squares, each just too small to be a normal number, beside one that is large enough.
+    x = torch.full((1, 4096), 2.0**others, dtype=dtype)
+    x[0, 0] = 2.0**one
+    grad = torch.randn(x.shape, dtype=dtype, generator=generator)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("needs a processor that flushes subnormal numbers to zero")
+    try:
+        y, gradient = ours(backend, x, grad)
+    finally:
+        torch.set_flush_denormal(False)
+    scale = 2.0**-one
+    exact_y, exact_gradient = exact(x.double() * scale, grad)
+    budget = 4 * torch.finfo(dtype).eps * x.shape[1] ** 0.5
+    torch.testing.assert_close(y.double(), exact_y, rtol=budget, atol=0)
+    size = float(exact_gradient.norm())
+    torch.testing.assert_close(
+        gradient.double() / scale, exact_gradient, rtol=0, atol=budget * size
+    )
+
+
+@per_backend
 @pytest.mark.parametrize("exponent", [-1060, -1000, -600, -60, 60, 600, 1000])
 def test_float64_rows_of_any_length_have_the_same_direction(backend, exponent, generator):
     x = torch.randint(1, 2**10, (5, 30), generator=generator).double() * 2.0**-4
