@@ -22,7 +22,7 @@ METHODS = ("forward", "cumratio_PCA")
 
 
 def class_of(module: nn.Module) -> type | None:
-    """Returns the first of module's classes that has a cumratio_PCA, if all else is there too.
+    """Returns the most basic of module's classes with a cumratio_PCA, if all else is there too.
 
     Asked of classes: a wrapper (of torch.compile, FSDP, PEFT) shows a model's attributes as its
     own, and its forward is not the model's.
