@@ -201,7 +201,7 @@ def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, d
 @per_backend
 @pytest.mark.parametrize(
     "dtype, one, others",
-    [(torch.float32, -50, -63.5), (torch.float64, -498, -511.5), (torch.float64, -510, -511.5)],
+    [(torch.float32, -54.5, -63.5), (torch.float64, -498, -511.5), (torch.float64, -510, -511.5)],
     ids=str,
 )
 def test_squares_that_are_flushed_to_zero_count(backend, dtype, one, others, generator):
