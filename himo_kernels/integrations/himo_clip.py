@@ -18,12 +18,21 @@ OPTIONS = tuple(
     for name in inspect.signature(HiMoLoss).parameters
     if name not in ("variance_threshold", "component_weight")
 )
+METHODS = ("forward", "cumratio_PCA")
 
 
-def is_model(module: nn.Module) -> bool:
-    """Returns whether module has what the released model has."""
-    names = ("cumratio_PCA", "encode_image", "encode_text", "logit_scale")
-    return all(hasattr(module, name) for name in names)
+def class_of(module: nn.Module) -> type | None:
+    """Returns the most basic of module's classes with a cumratio_PCA, if all else is there too.
+
+    Asked of classes: a wrapper (of torch.compile, FSDP, PEFT) shows a model's attributes as its
+    own, and its forward is not the model's.
+    """
+    encoders = hasattr(type(module), "encode_image") and hasattr(type(module), "encode_text")
+    if encoders and hasattr(module, "logit_scale"):
+        for kind in reversed(type(module).__mro__):
+            if "cumratio_PCA" in vars(kind):
+                return kind
+    return None
 
 
 def forward_of(model: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, Tensor]]:

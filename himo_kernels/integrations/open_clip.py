@@ -17,24 +17,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from himo_kernels import distributed
-from himo_kernels._checks import raise_value
+from himo_kernels._checks import raise_shape, raise_value
 from himo_kernels._dispatch import check_backend
 from himo_kernels.distributed.loss import check_strategy
+from himo_kernels.distributed.wire import members_of
 from himo_kernels.info_nce import info_nce
 
 OPTIONS = ("strategy", "backend")
+METHODS = ("forward", "get_logits", "get_ground_truth")
 
 
-def is_clip_loss(module: nn.Module) -> bool:
-    """Returns whether module is open_clip's ClipLoss or derives from it, importing nothing."""
-    return _clip_loss_of(module) is not None
-
-
-def _clip_loss_of(module: nn.Module) -> type | None:
+def class_of(module: nn.Module) -> type | None:
+    """Returns open_clip's ClipLoss if module is one or derives from it, importing nothing."""
     for kind in type(module).__mro__:
         if kind.__name__ == "ClipLoss" and kind.__module__.split(".")[0] == "open_clip":
             return kind
@@ -45,10 +42,6 @@ def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") ->
     """Returns what ClipLoss.forward becomes."""
     check_strategy("accelerate", strategy)
     check_backend("accelerate", backend)
-    if type(loss).forward is not _clip_loss_of(loss).forward:  # type: ignore[union-attr]
-        raise NotImplementedError(
-            f"accelerate: expected a ClipLoss, got {type(loss).__name__} with a forward of its own"
-        )
     if loss.use_horovod:
         raise NotImplementedError("accelerate: expected torch.distributed, got use_horovod=True")
 
@@ -57,15 +50,17 @@ def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") ->
         image_features: Tensor,  # [M, D], L2-normalised by the model
         text_features: Tensor,  # [M, D]
         logit_scale: Tensor | float,  # []
-        logit_bias: Tensor | None = None,  # []
+        logit_bias: Tensor | float | None = None,  # []
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        if isinstance(logit_bias, Tensor) and logit_bias.numel() != 1:  # the softmax would see it
+            raise_shape("ClipLoss", "logit_bias", "[] or [1]", logit_bias)
         image_features, text_features = _as_under_autocast(image_features, text_features)
         if self.world_size == 1:
             value = info_nce(image_features, text_features, logit_scale, backend=backend)
         else:
             value = _over_ranks(self, image_features, text_features, logit_scale, strategy, backend)
-        if logit_bias is not None:
+        if isinstance(logit_bias, Tensor):
             value = value + 0 * logit_bias.sum()  # DDP waits for a gradient of every parameter
         return {"contrastive_loss": value} if output_dict else value
 
@@ -78,7 +73,7 @@ def _as_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
     The operators of this library follow their inputs' dtype, and autocast leaves float64 alone.
     """
     device = features[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return features
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in features)
@@ -92,7 +87,8 @@ def _over_ranks(
     strategy: str,
     backend: str,
 ) -> Tensor:
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    members = members_of(None, "ClipLoss")
+    ranks = members.size
     if loss.world_size != ranks:
         raise_value(
             "ClipLoss", "world_size", f"to be that of torch.distributed, {ranks}", loss.world_size
@@ -110,9 +106,8 @@ def _over_ranks(
     )
     if loss.local_loss:
         return share
-    mean = share.detach().clone()
-    dist.all_reduce(mean)
-    return share + (mean / ranks - share.detach())
+    mean = members.all_reduce(share.detach().clone()) / ranks
+    return share + (mean - share.detach())
 
 
 class _WeighedGradient(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from upstream import ReleasedCLIP, Towers, open_clip_loss
 
 import himo_kernels
+from himo_kernels.distributed import count_traffic
 
 dist.init_process_group("gloo")
 RANK, WORLD = dist.get_rank(), dist.get_world_size()
@@ -35,8 +36,9 @@ def run(model: nn.Module, step) -> tuple[Tensor, list[Tensor]]:
 
 def compare(name: str, model: nn.Module, accelerated: nn.Module, step, **options: object) -> None:
     expected = run(model, step)
-    with himo_kernels.accelerate(accelerated, **options):
+    with himo_kernels.accelerate(accelerated, **options), count_traffic() as traffic:
         values, gradients = run(model, step)
+    found[f"{name}, all_reduces"] = traffic.calls["all_reduce"]
     found[f"{name}, values"] = float((values - expected[0]).abs().max())
     errors = [
         (one - other).norm() / max(other.norm(), 1e-3)  # that of a bias is rounding alone

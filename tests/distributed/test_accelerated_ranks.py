@@ -21,9 +21,22 @@ def assert_below(limit: float, ranks: list[dict], word: str, what: str) -> None:
 
 @pytest.mark.skipif(open_clip_loss() is None, reason="open_clip_torch is not installed")
 def test_clip_loss_with_each_pair_of_its_flags(ranks):
-    assert all(sum(name.startswith("open_clip") for name in checks) == 16 for checks in ranks)
+    assert all(sum(name.startswith("open_clip") for name in checks) == 24 for checks in ranks)
     assert_below(1e-12, ranks, "open_clip", "values")
     assert_below(1e-10, ranks, "open_clip", "gradients")
+
+
+@pytest.mark.skipif(open_clip_loss() is None, reason="open_clip_torch is not installed")
+def test_the_mean_over_ranks_is_counted_where_a_value_needs_it(ranks):
+    for local_loss, number in ((True, 0), (False, 1)):
+        word = f"open_clip, local_loss={local_loss}"
+        calls = {
+            checks[n]
+            for checks in ranks
+            for n in checks
+            if n.startswith(word) and n.endswith("all_reduces")
+        }
+        assert calls == {number}
 
 
 def test_the_released_model(ranks):

@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from upstream import ReleasedCLIP, Towers, open_clip_loss
 
 import himo_kernels
@@ -87,10 +89,32 @@ class TestClipLoss:
             lambda name, *tensors: dtypes.append(tensors[0].dtype) or resolve(name, *tensors),
         )
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            value = loss(**model(image, text))
-        assert dtypes == [torch.bfloat16]
-        assert value.dtype == torch.float32
+            out = model(image, text)
+            value = loss(**out)
+            # Towers that end in a layer norm give float32, and one of each kind is a mixture.
+            same = loss(**{**out, "text_features": out["text_features"].float()})
+            loss(**{**out, "image_features": out["image_features"].float()})
+        assert dtypes == [torch.bfloat16] * 3
+        assert same == value and value.dtype == torch.float32
         assert all(gradient.isfinite().all() for gradient in gradients(model, value))
+
+    def test_the_named_backend_alone_computes(self, generator, monkeypatch):
+        out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
+        himo_kernels.accelerate(loss, backend="reference")
+        names = []
+        resolve = OPERATORS["info_nce"].resolve
+        monkeypatch.setattr(
+            OPERATORS["info_nce"],
+            "resolve",
+            lambda name, *tensors: names.append(name) or resolve(name, *tensors),
+        )
+        loss(**out)
+        assert names == ["reference"]
+
+    def test_the_name_alone_makes_no_clip_loss(self):
+        ClipLoss = type("ClipLoss", (nn.Module,), {"forward": upstream.ClipLoss.forward})
+        with pytest.raises(TypeError, match=r"got .*\.ClipLoss$"):
+            himo_kernels.accelerate(ClipLoss())
 
     def test_under_autocast_float64_stays(self, generator):
         out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
@@ -104,6 +128,36 @@ class TestClipLoss:
         with pytest.raises(NotImplementedError, match="got CoCaLoss with a forward of its own"):
             himo_kernels.accelerate(loss)
         assert "forward" not in vars(loss)
+
+    def test_a_bias_that_is_a_number(self, generator):
+        out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
+        expected = loss(**{**out, "logit_bias": -10.0})
+        himo_kernels.accelerate(loss)
+        found = loss(**{**out, "logit_bias": -10.0})
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+    def test_a_bias_that_the_softmax_would_see_is_refused(self, generator):
+        out, loss = Towers(WIDTH, FEATURES).double()(*batch(generator)), upstream.ClipLoss()
+        himo_kernels.accelerate(loss)
+        with pytest.raises(ValueError, match=r"ClipLoss: expected logit_bias .*, got \[40\]"):
+            loss(**{**out, "logit_bias": torch.zeros(ROWS)})
+
+    def test_on_meta(self):
+        features, loss = torch.empty(ROWS, FEATURES, device="meta"), upstream.ClipLoss()
+        himo_kernels.accelerate(loss)
+        assert loss(features, features, 10.0).shape == ()
+
+    @pytest.mark.parametrize("method", ["get_logits", "get_ground_truth"])
+    def test_another_way_to_the_same_forward_is_refused(self, method):
+        # What ClipLoss.forward calls: a subclass that masks pairs has its forward all the same.
+        masked = type("Masked", (upstream.ClipLoss,), {method: lambda self, *inputs: inputs})()
+        with pytest.raises(NotImplementedError, match=f"got Masked with a {method} of its own"):
+            himo_kernels.accelerate(masked)
+        loss = upstream.ClipLoss()
+        setattr(loss, method, masked.forward)
+        with pytest.raises(ValueError, match=f"expected module with the {method} of its class"):
+            himo_kernels.accelerate(loss)
+        assert "forward" not in vars(masked) and "forward" not in vars(loss)
 
     def test_horovod_is_refused(self):
         with pytest.raises(NotImplementedError, match="use_horovod=True"):
@@ -121,7 +175,11 @@ class TestClipLoss:
         [
             ({"strategy": "tree"}, ValueError, "strategy"),
             ({"backend": "gpu"}, ValueError, "backend"),
-            ({"preset": "paper"}, TypeError, "expected preset to be one of"),
+            (
+                {"backend": "cpu", "preset": "paper"},
+                TypeError,
+                r"expected options among \['strategy', 'backend'\], got \['preset'\]",
+            ),
         ],
     )
     def test_wrong_options_change_nothing(self, options, error, words):
@@ -141,13 +199,13 @@ class TestClipLoss:
 
 
 class TestReleasedModel:
-    @pytest.mark.parametrize("ratio", [0.85, 0.9])
+    @pytest.mark.parametrize("ratio", [{}, {"pca_ratio": 0.9}], ids=str)
     def test_values_and_gradients(self, ratio, generator, used):
         model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
-        expected = model(image, text, 0, pca_ratio=ratio)
+        expected = model(image, text, 0, **ratio)
         expected_gradients = gradients(model, *expected)
         with himo_kernels.accelerate(model):
-            found = model(image, text, 0, pca_ratio=ratio)
+            found = model(image, text, 0, **ratio)
         assert "pca_reconstruct" in used and "dual_info_nce" in used
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
         found_gradients = gradients(model, *found)
@@ -186,7 +244,7 @@ class TestReleasedModel:
     @pytest.mark.parametrize("option", ["variance_threshold", "component_weight", "tau"])
     def test_what_the_trainer_decides_is_no_option(self, option):
         model = ReleasedCLIP(WIDTH, FEATURES)
-        with pytest.raises(TypeError, match=f"accelerate: expected {option} to be one of"):
+        with pytest.raises(TypeError, match=rf"expected options among .*, got \['{option}'\]"):
             himo_kernels.accelerate(model, **{option: 0.5})
         assert "forward" not in vars(model)
 
@@ -195,6 +253,32 @@ class TestReleasedModel:
         with pytest.raises(ValueError, match="preset"):
             himo_kernels.accelerate(model, preset="best")
         assert "forward" not in vars(model)
+
+    @pytest.mark.parametrize("method", ["forward", "cumratio_PCA"])
+    def test_a_subclass_that_computes_something_else_is_refused(self, method):
+        other = type("Other", (ReleasedCLIP,), {method: lambda self, *inputs: inputs})
+        model = other(WIDTH, FEATURES)
+        with pytest.raises(NotImplementedError, match=f"got Other with a {method} of its own"):
+            himo_kernels.accelerate(model)
+        assert "forward" not in vars(model)
+
+    def test_a_wrapper_that_shows_the_attributes_of_a_model_is_refused(self):
+        # As FSDP, PEFT and torch.compile do; what their own forward does would be left out.
+        class Wrapper(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def __getattr__(self, name):
+                return getattr(vars(self)["_modules"]["model"], name)
+
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        wrapper = Wrapper(model)
+        assert wrapper.cumratio_PCA == model.cumratio_PCA
+        for module in (wrapper, torch.compile(model)):
+            with pytest.raises(TypeError, match=f"got .*{type(module).__name__}$"):
+                himo_kernels.accelerate(module)
+        assert "forward" not in vars(wrapper)
 
 
 class TestInstance:
@@ -220,11 +304,27 @@ class TestInstance:
         himo_kernels.accelerate(model)
         opened = pickle.loads(pickle.dumps(model))
         assert opened(image, text, 0) == expected
+        with himo_kernels.accelerate(opened):
+            assert opened(image, text, 0) == model(image, text, 0)
+        assert opened(image, text, 0) == expected
 
-    def test_inside_data_parallel(self):
-        model = ReleasedCLIP(WIDTH, FEATURES)
-        handle = himo_kernels.accelerate(nn.DataParallel(model))
-        assert handle.module is model and "forward" in vars(model)
+    def test_inside_distributed_data_parallel(self, generator, used):
+        model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            ddp = DistributedDataParallel(model)
+            with himo_kernels.accelerate(ddp) as inside:
+                assert inside is ddp  # not the model, whose gradients nobody would average
+                ddp(image, text, 0)
+            assert "dual_info_nce" in used and "forward" not in vars(model)
+            del ddp, inside  # gloo aborts where a DDP module outlives the group
+        finally:
+            dist.destroy_process_group()
+
+    def test_data_parallel_is_refused(self):
+        # Its replicas are shallow copies: their forward would be that of the model.
+        with pytest.raises(TypeError, match="got .*DataParallel"):
+            himo_kernels.accelerate(nn.DataParallel(ReleasedCLIP(WIDTH, FEATURES)))
 
     def test_undo_twice_and_after_an_error(self):
         model = ReleasedCLIP(WIDTH, FEATURES)
@@ -236,10 +336,29 @@ class TestInstance:
             raise RuntimeError("in the block")
         assert "forward" not in vars(model)
 
+    def test_undo_leaves_what_is_not_its_own(self):
+        model = ReleasedCLIP(WIDTH, FEATURES)
+        first = himo_kernels.accelerate(model)
+        first.undo()
+        second = himo_kernels.accelerate(model)
+        first.undo()
+        assert "forward" in vars(model)
+        second.undo()
+        assert "forward" not in vars(model)
+
+    def test_a_block_after_undo_is_refused(self):
+        handle = himo_kernels.accelerate(ReleasedCLIP(WIDTH, FEATURES))
+        with handle:
+            pass
+        with pytest.raises(ValueError, match="expected a with block before undo"), handle:
+            pass
+
     def test_twice_is_refused(self):
         model = ReleasedCLIP(WIDTH, FEATURES)
         himo_kernels.accelerate(model)
-        with pytest.raises(ValueError, match="expected module with the forward of its class"):
+        # Its name, not its repr, which shows the whole model.
+        got = r"got 'himo_kernels\.integrations\.himo_clip\.[\w.<>]+'$"
+        with pytest.raises(ValueError, match=f"with the forward of its class, {got}"):
             himo_kernels.accelerate(model)
 
     @pytest.mark.parametrize("module", [nn.Linear(2, 2), torch.relu, None], ids=str)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_process import run_python
 from torch import Tensor
 
 from himo_kernels import normalize
@@ -97,6 +98,25 @@ def test_16_bit_results_are_rounded_once(backend, dtype, generator):
 
 
 @per_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("length", [1.0, 0.5, 8.0])
+def test_every_16_bit_number_is_read_and_rounded_to_even(backend, dtype, length):
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.float().abs() < 2.0**120]  # g . x is a float32
+    if backend == "triton":  # interpreted on a CPU
+        numbers = numbers[::61]
+    # dx of (l, 0) is (0, g / l), of (l, l, l, l) / 2 it is (3 g, -g, -g, -g) / 4 l: all exact in
+    # float32, then rounded; many of the 3 g are ties.
+    for row, factors in (([1.0, 0.0], [0.0, 1.0]), ([0.5] * 4, [0.75, -0.25, -0.25, -0.25])):
+        x = torch.tensor(row, dtype=dtype).mul(length).expand(len(numbers), -1)
+        grad = torch.zeros_like(x)
+        grad[:, factors.index(max(factors))] = numbers
+        _, actual = ours(backend, x, grad)
+        expected = numbers.float()[:, None] * torch.tensor(factors) / length
+        assert torch.equal(actual, expected.to(dtype))
+
+
+@per_backend
 @pytest.mark.parametrize("shape", [(5, 4), (1, 1), (2, 3, 7)], ids=str)
 def test_gradcheck(backend, shape, generator):
     x = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
@@ -133,6 +153,23 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(backend, dtype, bad, gener
 
 
 @per_backend
+@per_dtype
+def test_a_gradient_that_is_not_finite_spoils_its_row_alone(backend, dtype, generator):
+    x = rows((4, 70), dtype, generator)
+    x[2, 1:5] = 0  # 0 * inf is NaN
+    grad = torch.randn(4, 70, generator=generator).to(dtype)
+    _, rest = ours(backend, x, grad)
+    for column in (0, 3, 68):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            spoiled = grad.clone()
+            spoiled[2, column] = bad
+            _, actual = ours(backend, x, spoiled)
+            assert not actual[2].isfinite().any()
+            assert actual[2].isnan().all() or abs(bad) == torch.inf
+            assert torch.equal(actual[[0, 1, 3]], rest[[0, 1, 3]])
+
+
+@per_backend
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, dtype, generator):
     info = torch.finfo(dtype)
@@ -141,9 +178,9 @@ def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, d
     for size, incoming in ((info.max, 1e4), (smallest, 1e-4), (info.smallest_normal, 1e-4)):
         if dtype != torch.float16:  # whose range leaves room for neither
             incoming **= 7
-        x = torch.stack([signs * size, signs * size, signs * 0])
+        x = torch.stack([signs * size, signs * size, signs * 0, signs * 0])
         x[1, 1:] *= 0.3 if size == info.max else 4
-        x[2, 7] = size
+        x[2, 7], x[3, 39] = size, -size
         x = x.to(dtype)
         grad = torch.randn(x.shape, dtype=torch.float64, generator=generator).mul(incoming)
         grad = grad.to(dtype)
@@ -159,6 +196,33 @@ def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, d
             exact_gradient[fits],
             terms=40,
         )
+
+
+@per_backend
+@pytest.mark.parametrize(
+    "dtype, one, others",
+    [(torch.float32, -54.5, -63.5), (torch.float64, -498, -511.5), (torch.float64, -510, -511.5)],
+    ids=str,
+)
+def test_squares_that_are_flushed_to_zero_count(backend, dtype, one, others, generator):
+    # 4095 squares, each just too small to be a normal number, beside one that is large enough.
+    x = torch.full((1, 4096), 2.0**others, dtype=dtype)
+    x[0, 0] = 2.0**one
+    grad = torch.randn(x.shape, dtype=dtype, generator=generator)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("needs a processor that flushes subnormal numbers to zero")
+    try:
+        y, gradient = ours(backend, x, grad)
+    finally:
+        torch.set_flush_denormal(False)
+    scale = 2.0**-one
+    exact_y, exact_gradient = exact(x.double() * scale, grad)
+    budget = 4 * torch.finfo(dtype).eps * x.shape[1] ** 0.5
+    torch.testing.assert_close(y.double(), exact_y, rtol=budget, atol=0)
+    size = float(exact_gradient.norm())
+    torch.testing.assert_close(
+        gradient.double() / scale, exact_gradient, rtol=0, atol=budget * size
+    )
 
 
 @per_backend
@@ -270,6 +334,32 @@ def test_the_features_are_all_that_is_kept(backend, generator):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         normalize(x, backend=backend)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+AGAINST_REFERENCE = """
+import sys, torch, himo_kernels
+fwd, bwd = torch.ops.himo_kernels.normalize_fwd, torch.ops.himo_kernels.normalize_bwd
+generator = torch.Generator().manual_seed(int(sys.argv[1]))
+worst = 0.0
+for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for features in (*range(1, 40), 64, 67, 131):  # registers of 2 to 16 entries, and what is left
+        x, grad = (torch.randn(3, features, generator=generator).to(dtype) for _ in range(2))
+        whole = grad.double().norm(dim=-1, keepdim=True) / x.double().norm(dim=-1, keepdim=True)
+        y = fwd(x, "cpu") - fwd(x.double(), "reference")
+        gradient = bwd(grad, x, "cpu") - bwd(grad.double(), x.double(), "reference")
+        for error in (y, gradient / whole):
+            worst = max(worst, float(error.abs().max()) / torch.finfo(dtype).eps)
+print(torch.backends.cpu.get_cpu_capability(), worst)
+"""
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_instruction_sets(capability, generator):
+    seed = str(generator.initial_seed())
+    printed = run_python("-c", AGAINST_REFERENCE, seed, ATEN_CPU_CAPABILITY=capability).split()
+    assert printed[0].lower() == capability
+    assert float(printed[1]) <= 3
 
 
 @pytest.mark.gpu
