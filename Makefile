@@ -115,6 +115,7 @@ sanitize: $(READY)
 bench: $(READY)
 	@echo "timing every operator on the CPU: about 30 minutes, rows in $(BENCH_OUT)"
 	$(BENCH) --device cpu --all --seconds 0.5 --budget-minutes 30 --out $(BENCH_OUT)
+	$(IN_TREE) $(PY) -m benchmarks.ranks --out $(BENCH_OUT)
 	$(IN_TREE) $(PY) -m benchmarks.plot $(BENCH_OUT) --svg $(BENCH_OUT) --update README.md benchmarks/README.md
 
 # Tests, rows and logs in one folder, within GPU_MINUTES of the start, the build included. The

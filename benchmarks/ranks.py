@@ -8,6 +8,7 @@ take turns. On a GPU, one process a device: torchrun's --nproc_per_node is --ran
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from torch.distributed.nn.functional import all_gather
 from benchmarks import rows as table
 from benchmarks.baselines import released
 from benchmarks.rows import BenchmarkError, Row, number
+from benchmarks.run import progress
 from himo_kernels.info_nce.block import BLOCK
 from himo_kernels.nn import HiMoLoss
 from himo_kernels.testing import power_law, relative_error
@@ -69,11 +72,15 @@ def worker(options: argparse.Namespace) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     found = []
-    for config in CONFIGS:
-        for n in options.n:
+    first = dist.get_rank() == 0
+    with progress(len(CONFIGS) * len(options.n)) if first else nullcontext() as bar:
+        for config, n in itertools.product(CONFIGS, options.n):
             for name, result in _cell(config, n, options).items():
                 found.append({"backend": name, "N": n, "config": config, **result})
-    if dist.get_rank() == 0:
+            if bar is not None:
+                bar.set_description_str(f"{config} {n}")
+                bar.update()
+    if first:
         options.results.write_text(json.dumps(found))
     dist.destroy_process_group()
 
