@@ -8,13 +8,14 @@ from block_cases import joined_bwd, joined_fwd, random_batch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels.info_nce.block import BLOCK
+from himo_kernels.info_nce.block import BLOCK, block_fwd
 
 if _triton.MISSING:
     pytest.skip(_triton.MISSING, allow_module_level=True)
 
 from himo_kernels.info_nce.triton import gradients as pass_2
 from himo_kernels.info_nce.triton import statistics as pass_1
+from himo_kernels.info_nce.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,6 +44,21 @@ def test_more_launches_give_the_same(differentiate_keys, generator, monkeypatch)
     monkeypatch.setattr(pass_2, "WORKSPACE_BYTES", 0)  # one block of rows at a time
     for value, other in zip(joined(batch, differentiate_keys, **cuts), whole, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tile_whose_only_pair_is_in_a_corner(generator):
+    # A whole tile, which has no mask but for its pairs: at one corner, at the other, beside either.
+    tile = tiles.tile_for(torch.empty(0, device=DEVICE), 1, 1, 1)
+    rows, columns = tile.rows, tile.columns
+    batch = random_batch(torch.float32, DEVICE, generator, rows + columns)
+    positives = batch.positives.float()
+    for row, key in ((columns - 1, 0), (0, rows - 1), (columns, 0), (0, rows), (5, 5)):
+        of_rows, of_keys = slice(row, row + rows), slice(key, key + columns)
+        arguments = (batch.image[of_rows], batch.text[of_keys], batch.scale)
+        arguments += (positives[of_rows], positives[of_keys], row - key)
+        expected = block_fwd(*arguments, "reference")
+        for value, other in zip(block_fwd(*arguments, "triton"), expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_touched_outside_of_an_allocation(generator, monkeypatch):
