@@ -99,6 +99,7 @@ def test_rows_put_together_are_those_of_the_batch(backend, device, threshold, dt
     batch = power_law_batch(device, dtype, threshold, generator)
     found = batch.joined_reconstruction(backend)
     assert found.dtype == dtype
+    assert threshold < 1 or torch.equal(found, batch.x)
     assert relative_error(found, batch.reconstruction) <= (
         1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
     )
@@ -114,9 +115,31 @@ def test_gradients_put_together_are_those_of_the_batch(
     batch = power_law_batch(device, dtype, threshold, generator)
     found = batch.joined_gradient(backend, 1e-6, constant)
     assert found.dtype == dtype
+    assert threshold < 1 or torch.equal(found, batch.grad)
     assert relative_error(found, batch.gradient(1e-6, constant)) <= (
         1e-11 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
     )
+
+
+@EVERY
+def test_directions_of_little_variance_are_kept(backend, device, generator):
+    # The rows of a part do not add up to zero, which the gradient of a whole batch makes use of.
+    x = power_law(SAMPLES, FEATURES, dtype=torch.float64, generator=generator)
+    x = (x * torch.logspace(0, -5, FEATURES, dtype=torch.float64)).to(device)
+    batch = Batch(x, 1 - 1e-9, generator)
+    kept = batch.spectrum[0][: batch.rank]
+    assert len(kept) < FEATURES and kept[-1] < 1e-8 * kept[0]
+    assert relative_error(batch.joined_reconstruction(backend), batch.reconstruction) <= 1e-13
+    found = batch.joined_gradient(backend, 1e-6, False)
+    assert relative_error(found, batch.gradient(1e-6, False)) <= 1e-9
+
+
+@EVERY
+def test_the_gradient_of_the_projector(backend, device, generator):
+    batch = power_law_batch(device, torch.float32, 0.9, generator)
+    found = moment.grad_projector(batch.grad, batch.x, batch.mean, backend)
+    expected = (batch.x.double() - batch.mean).mT @ batch.grad.double()
+    assert found.dtype == torch.float64 and relative_error(found, expected) <= 1e-14
 
 
 @EVERY
