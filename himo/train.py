@@ -73,7 +73,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     device = usable_device(ranks.device(settings.device))
     with ranks.main_first():  # which writes the index that the others read
         index, held_out = _open_data(settings, ranks)
-    model = _build_model(settings, device)
+    model = build_model(settings, device)
     preprocess = Preprocess(model.config.image_resolution, settings.image_mode)
     validation = None
     if held_out is not None and ranks.main:
@@ -105,7 +105,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
         pin_memory=device.type == "cuda",
     )
     objective = Objective(model, settings, ranks)
-    optimizer = _optimizer(model, settings)
+    optimizer = make_optimizer(model, settings)
     steps_per_epoch = sampler.global_batches()
     total_steps = steps_per_epoch * settings.epochs
 
@@ -334,7 +334,8 @@ def _open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, Sample
     return index, held_out
 
 
-def _build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
+def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
+    """The model that a run starts from; HimoError for an unknown name or a bad checkpoint."""
     if settings.pretrained is not None:
         model, _ = checkpoint.load(settings.pretrained, device="cpu")
     elif settings.model in CONFIGS:
@@ -355,7 +356,8 @@ def _build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
     return model
 
 
-def _optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what is not frozen."""
     # No decay on norms, biases, embeddings of one vector and logit_scale: all below two dimensions.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
