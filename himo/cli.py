@@ -14,6 +14,7 @@ _COMMANDS = {
     "synth": ("himo.synth", "render a synthetic set of captioned scenes"),
     "train": ("himo.train", "train or fine-tune on captioned images"),
     "eval": ("himo.evaluate", "retrieval and HiMo@K of a checkpoint"),
+    "doctor": ("himo.doctor", "what is installed, and what would stop a training run"),
     "plan": ("himo.plan", "whether a training step fits the memory of a GPU"),
     "report": ("himo.report", "one HTML page of one or several runs"),
     "explain": ("himo.report.explain", "similarity of one image to a growing caption"),

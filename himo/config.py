@@ -151,7 +151,10 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Adds one flag for each field of TrainConfig, or those named, with its default in the help."""
+    """Adds one flag for each field of TrainConfig, or those named, with its default in the help.
+
+    Data are required of all flags, and of a choice of them optional.
+    """
     hints = typing.get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
         if names is not None and item.name not in names:
@@ -170,7 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None
                 flag,
                 type=kind,
                 default=item.default,
-                required=item.name == "train_data",
+                required=names is None and item.name == "train_data",
                 metavar=kind.__name__.upper(),
                 help=shown,
             )

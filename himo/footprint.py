@@ -193,7 +193,7 @@ class Rehearsal:
         with _group_of(self._ranks.size), self._fake, ledger:
             with ledger.making(BATCH):
                 images = torch.empty(rows, 3, side, side, dtype=torch.uint8)
-                tokens = torch.empty(rows, length, dtype=torch.int64)
+                tokens = torch.empty(rows, length, dtype=torch.int32)
             objective = Objective(
                 model, settings, self._ranks, backend="reference", check_ranks=False
             )

@@ -21,8 +21,8 @@ _FLAGS = (
     *("batch_size", "accum_freq", "exchange", "precision"),
 )
 _LEAST_BATCH = 2  # of the trainer
-# Pairs of all processes in a step, and processes: beyond any run, and below where bytes overflow.
-_MAX_PAIRS, _MAX_RANKS = 1 << 24, 4096
+# Pairs of all processes in a step, and processes: counting so many takes a minute.
+_MAX_PAIRS, _MAX_RANKS = 1 << 20, 4096
 _GIB = 1 << 30
 _WIDTH = 79  # columns
 _BAR = 40  # characters for the memory given, or the total where that is more

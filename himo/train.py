@@ -32,7 +32,7 @@ from himo.device import usable_device
 from himo.errors import HimoError
 from himo.files import atomic_path
 from himo.metrics import Metrics
-from himo.model import CONFIGS, HiMoCLIP, longest_text
+from himo.model import HiMoCLIP, longest_text, named_config
 from himo.objective import Objective
 from himo.parallel import Ranks
 from himo.tokenizer import tokenize
@@ -338,10 +338,8 @@ def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
     """The model that a run starts from; HimoError for an unknown name or a bad checkpoint."""
     if settings.pretrained is not None:
         model, _ = checkpoint.load(settings.pretrained, device="cpu")
-    elif settings.model in CONFIGS:
-        model = HiMoCLIP(CONFIGS[settings.model])
     else:
-        raise HimoError(f"--model: expected one of {', '.join(CONFIGS)}, got {settings.model}")
+        model = HiMoCLIP(named_config(settings.model))
     if settings.preset == "official" and settings.loss == "himo":
         nn.init.constant_(model.logit_scale, MAX_LOG_SCALE)
     if settings.lock_image:

@@ -202,7 +202,7 @@ def test_where_nothing_fits_it_says_so(capsys, monkeypatch):
         (["--ranks", "0"], "--ranks: expected 1 to 4096, got 0"),
         (["--ranks", "99999"], "--ranks: expected 1 to 4096, got 99999"),
         (["--batch-size", "1"], "--batch-size: expected at least 2, got 1"),
-        (["--batch-size", "9" * 30], "--batch-size: expected at most 16777216 pairs"),
+        (["--batch-size", "9" * 30], "--batch-size: expected at most 1048576 pairs"),
         (["--accum-freq", "0"], "--accum-freq: expected at least 1, got 0"),
         (["--model", "ViT-Z"], "--model: expected one of ViT-B-32"),
         (["--pretrained", "nothing.pt"], "nothing.pt: cannot be read: no such file"),
