@@ -107,7 +107,7 @@ class Plan:
 def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
     """The plan of a run of `ranks` processes, each with `limit` bytes."""
     with tqdm(
-        desc="counting", unit=" steps", delay=_PROGRESS_DELAY_S, disable=None, leave=False
+        desc="counting", unit="step", delay=_PROGRESS_DELAY_S, disable=None, leave=False
     ) as bar:
         rehearsal = Rehearsal(settings, ranks)
 

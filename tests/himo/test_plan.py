@@ -8,6 +8,7 @@ import measured_step
 import pytest
 from fresh_process import run_python
 
+import himo
 from himo.cli import main
 from himo.footprint import (
     BUCKETS,
@@ -94,6 +95,12 @@ def test_settings_change_in_one_rehearsal():
     assert steps.step(batch_size=32, accum_freq=2).total < plain
     assert steps.step(batch_size=128).total > 1.5 * plain
     assert steps.step().total == plain  # and nothing of the others is left
+
+
+def test_a_checkpoint_is_planned_as_its_model(tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    himo.save(HiMoCLIP(CONFIGS["tiny"]), path)
+    assert rehearsal(pretrained=str(path)).fixed == rehearsal(model="tiny").fixed
 
 
 @pytest.mark.parametrize("start", [2, 100, 4000])
