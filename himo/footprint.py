@@ -155,9 +155,9 @@ class Rehearsal:
     """Steps of a training run, as often as asked and with other settings.
 
     A GPU is taken to run what it runs by default: AdamW on all tensors at once, where a CPU takes
-    one after the other, and the operators' reference backend. Every caption has the context's
-    length. A process of several has gradient buckets as large as the gradients, which
-    DistributedDataParallel keeps beside them.
+    one after the other, the operators' reference backend, and fused attention, which keeps no
+    scores [L, L]. Every caption has the context's length. A process of several has gradient
+    buckets as large as the gradients, which DistributedDataParallel keeps beside them.
 
     Args:
         settings: of the run; the data, the device and what is written do not matter.

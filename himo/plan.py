@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import math
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ _LEAST_BATCH = 2  # of the trainer
 # Pairs of all processes in a step, and processes: counting so many takes a minute.
 _MAX_PAIRS, _MAX_RANKS = 1 << 20, 4096
 _GIB = 1 << 30
+_MAX_GIB = 100_000  # what the table has room for
 _WIDTH = 79  # columns
 _BAR = 40  # characters for the memory given, or the total where that is more
 _PROGRESS_DELAY_S = 2.0
@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns 0 if the step fits and 1 if it does not."""
     settings = config.from_arguments(args, train_data="(none is read)")
-    if not 0 < args.gpu_mem < math.inf:
-        raise HimoError(f"--gpu-mem: expected GiB above 0, got {args.gpu_mem}")
+    if not 0 < args.gpu_mem <= _MAX_GIB:
+        raise HimoError(f"--gpu-mem: expected GiB above 0 and up to {_MAX_GIB}, got {args.gpu_mem}")
     if not 1 <= args.ranks <= _MAX_RANKS:
         raise HimoError(f"--ranks: expected 1 to {_MAX_RANKS}, got {args.ranks}")
     pairs = settings.batch_size * settings.accum_freq * args.ranks

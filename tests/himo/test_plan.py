@@ -202,10 +202,10 @@ def test_where_nothing_fits_it_says_so(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--gpu-mem", "0"], "--gpu-mem: expected GiB above 0, got 0.0"),
-        (["--gpu-mem", "-1"], "--gpu-mem: expected GiB above 0, got -1.0"),
-        (["--gpu-mem", "nan"], "--gpu-mem: expected GiB above 0, got nan"),
-        (["--gpu-mem", "inf"], "--gpu-mem: expected GiB above 0, got inf"),
+        (["--gpu-mem", "0"], "--gpu-mem: expected GiB above 0 and up to 100000, got 0.0"),
+        (["--gpu-mem", "-1"], "--gpu-mem: expected GiB above 0 and up to 100000, got -1.0"),
+        (["--gpu-mem", "nan"], "--gpu-mem: expected GiB above 0 and up to 100000, got nan"),
+        (["--gpu-mem", "inf"], "--gpu-mem: expected GiB above 0 and up to 100000, got inf"),
         (["--ranks", "0"], "--ranks: expected 1 to 4096, got 0"),
         (["--ranks", "99999"], "--ranks: expected 1 to 4096, got 99999"),
         (["--batch-size", "1"], "--batch-size: expected at least 2, got 1"),
