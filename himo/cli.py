@@ -16,6 +16,7 @@ _COMMANDS = {
     "eval": ("himo.evaluate", "retrieval and HiMo@K of a checkpoint"),
     "doctor": ("himo.doctor", "what is installed, and what would stop a training run"),
     "plan": ("himo.plan", "whether a training step fits the memory of a GPU"),
+    "bench": ("himo.bench", "how fast the training data are read"),
     "report": ("himo.report", "one HTML page of one or several runs"),
     "explain": ("himo.report.explain", "similarity of one image to a growing caption"),
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),

@@ -72,7 +72,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     torch.manual_seed(settings.seed)
     device = usable_device(ranks.device(settings.device))
     with ranks.main_first():  # which writes the index that the others read
-        index, held_out = _open_data(settings, ranks)
+        index, held_out = open_data(settings, ranks)
     model = build_model(settings, device)
     preprocess = Preprocess(model.config.image_resolution, settings.image_mode)
     validation = None
@@ -300,8 +300,9 @@ def _open_run(
     return directory, step
 
 
-def _open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
-    # The pairs to train on, and those to validate on.
+def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
+    """The pairs to train on, and those to validate on; says what was left out."""
+
     def opened(source: str) -> SampleIndex:
         index = open_dataset(
             source,
