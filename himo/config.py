@@ -9,6 +9,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -149,10 +150,15 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag for each field of TrainConfig, with its default in the help."""
+def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Adds one flag for each field of TrainConfig, or those named, with its default in the help.
+
+    Data are required of all flags, and of a choice of them optional.
+    """
     hints = typing.get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
+        if names is not None and item.name not in names:
+            continue
         flag, text = f"--{_dashed(item.name)}", item.metadata["help"]
         kind = _without_none(hints[item.name])
         shown = text if item.default in (None, "") else f"{text} (default: {item.default!r})"
@@ -167,16 +173,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 flag,
                 type=kind,
                 default=item.default,
-                required=item.name == "train_data",
+                required=names is None and item.name == "train_data",
                 metavar=kind.__name__.upper(),
                 help=shown,
             )
 
 
-def from_arguments(arguments: argparse.Namespace) -> TrainConfig:
-    """Returns the TrainConfig of parsed flags; HimoError names the flag that is out of range."""
-    names = [item.name for item in dataclasses.fields(TrainConfig)]
-    return TrainConfig(**{name: getattr(arguments, name) for name in names})
+def from_arguments(arguments: argparse.Namespace, **given: Any) -> TrainConfig:
+    """Returns the TrainConfig of parsed flags; HimoError names the flag that is out of range.
+
+    Fields that are no flag of this command are as given, or at their defaults.
+    """
+    names = {item.name for item in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{k: v for k, v in vars(arguments).items() if k in names} | given)
 
 
 def _dashed(name: str) -> str:

@@ -121,6 +121,13 @@ CONFIGS: Mapping[str, CLIPConfig] = {
 }
 
 
+def named_config(name: str) -> CLIPConfig:
+    """The configuration that --model names; HimoError for an unknown one."""
+    if name not in CONFIGS:
+        raise HimoError(f"--model: expected one of {', '.join(CONFIGS)}, got {name}")
+    return CONFIGS[name]
+
+
 def _normal_(weight: Tensor, std: float) -> None:
     # A model that waits for a checkpoint's values is on the meta device, where the first normal_
     # of a process imports torch's compiler: two seconds.

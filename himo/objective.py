@@ -43,9 +43,21 @@ class Objective(nn.Module):
     """The model with its loss: images and tokens in, losses out.
 
     Over ranks the losses are this rank's shares, whose mean is the loss of the joined batch.
+
+    Args:
+        ranks: the processes of the run; this one alone by default.
+        backend, check_ranks: of the losses, as in `HiMoLoss`.
     """
 
-    def __init__(self, model: HiMoCLIP, settings: TrainConfig, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        model: HiMoCLIP,
+        settings: TrainConfig,
+        ranks: Ranks | None = None,
+        *,
+        backend: str = "auto",
+        check_ranks: bool = True,
+    ) -> None:
         super().__init__()
         ranks = ranks or Ranks()
         self.model = model
@@ -62,7 +74,10 @@ class Objective(nn.Module):
                 gap_eps=settings.gap_eps,
                 check_finite=self.check_finite,
                 strategy=settings.exchange,
+                backend=backend,
+                check_ranks=check_ranks,
             )
+        self.backend, self.check_ranks = backend, check_ranks
         self.label_smoothing = settings.label_smoothing or 0.0
         self.strategy = settings.exchange
 
@@ -94,6 +109,8 @@ class Objective(nn.Module):
                 strategy=self.strategy,
                 label_smoothing=self.label_smoothing,
                 check_finite=self.check_finite,
+                check_ranks=self.check_ranks,
+                backend=self.backend,
             )
             losses = {"loss": loss, "contrastive_loss": loss, "component_loss": None}
             rank = None

@@ -32,7 +32,7 @@ from himo.device import usable_device
 from himo.errors import HimoError
 from himo.files import atomic_path
 from himo.metrics import Metrics
-from himo.model import CONFIGS, HiMoCLIP, longest_text
+from himo.model import HiMoCLIP, longest_text, named_config
 from himo.objective import Objective
 from himo.parallel import Ranks
 from himo.tokenizer import tokenize
@@ -72,8 +72,8 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     torch.manual_seed(settings.seed)
     device = usable_device(ranks.device(settings.device))
     with ranks.main_first():  # which writes the index that the others read
-        index, held_out = _open_data(settings, ranks)
-    model = _build_model(settings, device)
+        index, held_out = open_data(settings, ranks)
+    model = build_model(settings, device)
     preprocess = Preprocess(model.config.image_resolution, settings.image_mode)
     validation = None
     if held_out is not None and ranks.main:
@@ -105,7 +105,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
         pin_memory=device.type == "cuda",
     )
     objective = Objective(model, settings, ranks)
-    optimizer = _optimizer(model, settings)
+    optimizer = make_optimizer(model, settings)
     steps_per_epoch = sampler.global_batches()
     total_steps = steps_per_epoch * settings.epochs
 
@@ -300,8 +300,9 @@ def _open_run(
     return directory, step
 
 
-def _open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
-    # The pairs to train on, and those to validate on.
+def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
+    """The pairs to train on, and those to validate on; says what was left out."""
+
     def opened(source: str) -> SampleIndex:
         index = open_dataset(
             source,
@@ -334,13 +335,12 @@ def _open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, Sample
     return index, held_out
 
 
-def _build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
+def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
+    """The model that a run starts from; HimoError for an unknown name or a bad checkpoint."""
     if settings.pretrained is not None:
         model, _ = checkpoint.load(settings.pretrained, device="cpu")
-    elif settings.model in CONFIGS:
-        model = HiMoCLIP(CONFIGS[settings.model])
     else:
-        raise HimoError(f"--model: expected one of {', '.join(CONFIGS)}, got {settings.model}")
+        model = HiMoCLIP(named_config(settings.model))
     if settings.preset == "official" and settings.loss == "himo":
         nn.init.constant_(model.logit_scale, MAX_LOG_SCALE)
     if settings.lock_image:
@@ -355,7 +355,8 @@ def _build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
     return model
 
 
-def _optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what is not frozen."""
     # No decay on norms, biases, embeddings of one vector and logit_scale: all below two dimensions.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

@@ -74,21 +74,27 @@ class Operator:
         """
 
         def run(*args: object, **optional: object) -> object:
-            body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
-            device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-            given = {name: value for name, value in optional.items() if value is not None}
-            plain = full_float32(device) if multiplies else torch.autocast(device, enabled=False)
-            with torch.no_grad(), plain:
-                outputs = body(*args[:-1], **given)
-            if isinstance(outputs, Tensor):
-                return outputs.contiguous()
-            return tuple(output.contiguous() for output in outputs)  # type: ignore[attr-defined]
+            return self.run(direction, *args, multiplies=multiplies, **optional)
 
         kernel = f"{self.name}_{direction}"
         _LIBRARY.define(kernel + schema)
         _LIBRARY.impl(kernel, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"himo_kernels::{kernel}", fake, lib=_LIBRARY)
         return getattr(torch.ops.himo_kernels, kernel).default
+
+    def run(
+        self, direction: str, *args: object, multiplies: bool = True, **optional: object
+    ) -> object:
+        """Returns the outputs of a pass, as its kernel under torch.ops.himo_kernels does."""
+        body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        given = {name: value for name, value in optional.items() if value is not None}
+        plain = full_float32(device) if multiplies else torch.autocast(device, enabled=False)
+        with torch.no_grad(), plain:
+            outputs = body(*args[:-1], **given)
+        if isinstance(outputs, Tensor):
+            return outputs.contiguous()
+        return tuple(output.contiguous() for output in outputs)  # type: ignore[attr-defined]
 
     def why_not(self, backend: str, *tensors: Tensor) -> str | None:
         """Returns the reason why the named backend cannot take these tensors, or None."""

@@ -287,13 +287,16 @@ class HiMoLoss(nn.Module):
             check()
             return None
         members = members_of(self.group, "HiMoLoss")
-        if not self.check_ranks:
-            check()
-            return Rows(members, (image_features.shape[0],) * members.size)
         needs_grad = loss_over_ranks.grad_flags(image_features, text_features, logit_scale)
         settings = (self.extra_repr(), self.hide.extra_repr(), self.backend, self.strategy)
         return agree(
-            "HiMoLoss", members, image_features, check, settings=settings, needs_grad=needs_grad
+            "HiMoLoss",
+            members,
+            image_features,
+            check,
+            settings=settings,
+            needs_grad=needs_grad,
+            check_ranks=self.check_ranks,
         )
 
     def _reconstruct(self, text_features: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:

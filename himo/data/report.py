@@ -81,8 +81,8 @@ class IndexReport:
         """HimoError if an image is missing, with how many by folder and the first paths."""
         if self.missing_count:
             raise HimoError(
-                f"{self.source}: {self._missing()}; skip_missing_images (--skip-missing-images) "
-                "leaves them out"
+                f"{self.source}: {self.missing_images()}; skip_missing_images "
+                "(--skip-missing-images) leaves them out"
             )
 
     def summary(self) -> str:
@@ -94,13 +94,14 @@ class IndexReport:
         if self.bad_count:
             parts.append(f"{self.bad_count} bad records ({_listed(self.bad)})")
         if self.missing_count:
-            parts.append(self._missing())
+            parts.append(self.missing_images())
         ignored = {kind: count for kind, count in self.ignored.items() if count}
         if ignored:
             parts.append(f"ignored: {_listed(ignored)}")
         return parts
 
-    def _missing(self) -> str:
+    def missing_images(self) -> str:
+        """How many images are missing, by their first folder, and the first of them."""
         groups = {name: counts for name, counts in self.missing.items() if counts[0]}
         shown = [f"{name} {a} of {b}" for name, (a, b) in list(groups.items())[:_SHOWN_GROUPS]]
         if len(groups) > _SHOWN_GROUPS:

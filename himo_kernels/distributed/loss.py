@@ -36,6 +36,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     differentiate_keys: bool = True,
     check_finite: bool = False,
+    check_ranks: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """This rank's share of himo_kernels.info_nce of the joined rows of all ranks.
@@ -49,6 +50,7 @@ def info_nce(
         text_features: [M, D].
         group: the ranks; None is all of them, and this process alone where there is no group.
         strategy: "gather" holds the keys of all ranks, "ring" those of two at a time.
+        check_ranks: as in `HiMoLoss`.
         Others as in `himo_kernels.info_nce`; the same on every rank.
 
     Returns:
@@ -59,7 +61,8 @@ def info_nce(
             wrong, with the number of that rank.
     """
     settings = (label_smoothing, differentiate_keys, check_finite, strategy, backend)
-    (loss,) = _public("info_nce", group, logit_scale, settings, image_features, text=text_features)
+    keys = {"text": text_features}
+    (loss,) = _public("info_nce", group, logit_scale, settings, check_ranks, image_features, **keys)
     return loss
 
 
@@ -74,6 +77,7 @@ def dual_info_nce(
     label_smoothing: float = 0.0,
     differentiate_keys: bool = True,
     check_finite: bool = False,
+    check_ranks: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """This rank's shares of himo_kernels.dual_info_nce; texts and components travel together.
@@ -86,7 +90,7 @@ def dual_info_nce(
     settings = (label_smoothing, differentiate_keys, check_finite, strategy, backend)
     keys = {"text": text_features, "component": component_features}
     global_loss, component_loss = _public(
-        "dual_info_nce", group, logit_scale, settings, image_features, **keys
+        "dual_info_nce", group, logit_scale, settings, check_ranks, image_features, **keys
     )
     return global_loss, component_loss
 
@@ -96,6 +100,7 @@ def _public(
     group: dist.ProcessGroup | None,
     logit_scale: Tensor | float,
     settings: tuple[float, bool, bool, str, str],
+    check_ranks: bool,
     image_features: Tensor,
     **keys: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -124,6 +129,7 @@ def _public(
         check,
         settings=settings,
         needs_grad=grad_flags(*features.values(), logit_scale),
+        check_ranks=check_flag(operator, "check_ranks", check_ranks),
     )
     return losses(
         rows,

@@ -323,6 +323,7 @@ def check_unchecked() -> None:
         mine = leaves(own(images, counts), own(texts, counts), scale)
         with hkd.count_traffic() as traffic:
             share = HiMoLoss(check_ranks=check_ranks)(*mine)
+            share = share + hkd.info_nce(*mine, check_ranks=check_ranks)
             results.append((share, *torch.autograd.grad(share, mine)))
         found[f"gathers, check_ranks={check_ranks}"] = float(traffic.calls["all_gather"])
     equal = all(torch.equal(a, b) for a, b in zip(*results, strict=True))

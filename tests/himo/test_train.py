@@ -26,10 +26,10 @@ from himo.model import CONFIGS, HiMoCLIP
 from himo.train import (
     MAX_LOG_SCALE,
     Objective,
-    _build_model,
-    _optimizer,
+    build_model,
     clamp_temperature,
     learning_rate,
+    make_optimizer,
 )
 from himo.transforms import Preprocess
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
@@ -327,7 +327,7 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
 
 def test_norms_biases_and_temperature_are_not_decayed():
     model = HiMoCLIP(CONFIGS["tiny"])
-    decayed, plain = _optimizer(model, TrainConfig(train_data="x")).param_groups
+    decayed, plain = make_optimizer(model, TrainConfig(train_data="x")).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed_names = {names[id(p)] for p in decayed["params"]}
     plain_names = {names[id(p)] for p in plain["params"]}
@@ -366,7 +366,7 @@ def test_loss_is_finite_at_the_highest_temperature(loss, precision, generator):
 def test_compiled_towers_keep_their_names():
     # Compiling them takes most of a minute: a run is left to whoever changes this flag.
     plain, compiled = (
-        _build_model(TrainConfig(train_data="x", model="tiny", compile=flag), torch.device("cpu"))
+        build_model(TrainConfig(train_data="x", model="tiny", compile=flag), torch.device("cpu"))
         for flag in (False, True)
     )
     assert list(plain.state_dict()) == list(compiled.state_dict())

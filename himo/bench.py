@@ -1,0 +1,173 @@
+"""`himo bench data`: how fast images and captions are read, step by step and all together."""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import torch
+from tqdm import tqdm
+
+from himo import config
+from himo.config import TrainConfig
+from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, make_loader
+from himo.errors import HimoError
+from himo.model import named_config
+from himo.parallel import Ranks
+from himo.tokenizer import tokenize
+from himo.train import open_data
+from himo.transforms import ImageError, Preprocess
+
+# The flags of `himo train` that decide how its data are read.
+_FLAGS = (
+    *("train_data", "dataset_type", "image_root", "csv_separator", "csv_img_key"),
+    *("csv_caption_key", "skip_missing_images", "follow_links", "short_captions"),
+    *("max_bad_fraction", "image_mode", "workers", "model", "batch_size", "seed", "threads"),
+)
+_MAX_SECONDS = 3600.0
+_PROGRESS_DELAY_S = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """So many samples went through a step in so many seconds."""
+
+    step: str
+    samples: int
+    seconds: float
+
+    @property
+    def per_second(self) -> float:
+        return self.samples / self.seconds if self.seconds else math.nan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what is measured, how long, and the trainer's flags for its data."""
+    parser.add_argument("what", choices=("data",), help="the reading of the training data")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="for each part (default: 5)"
+    )
+    config.add_arguments(parser, _FLAGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints a table, and returns 0."""
+    settings = config.from_arguments(args)
+    if not 0 < args.seconds <= _MAX_SECONDS:
+        raise HimoError(f"--seconds: expected above 0 and up to 3600, got {args.seconds}")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    index, _ = open_data(settings, Ranks())
+    preprocess = Preprocess(named_config(settings.model).image_resolution, settings.image_mode)
+    dataset = CaptionedImages(
+        index, preprocess, tokenize, seed=settings.seed, short_captions=settings.short_captions
+    )
+    sampler = EpochSampler(len(dataset), settings.batch_size, seed=settings.seed)
+    steps = by_step(dataset, sampler.order().tolist(), args.seconds)
+    whole, first_s = loader(settings, dataset, sampler, args.seconds)
+    print(table(settings, steps, whole, first_s))
+    return 0
+
+
+def by_step(dataset: CaptionedImages, rows: list[int], seconds: float) -> list[Rate]:
+    """The rate of each step of reading in this process, over rows that can be read."""
+    preprocess, index = dataset.preprocess, dataset.index
+
+    def decode_and_resize(row: int) -> Iterator[str]:
+        image = index.open_image(row)
+        yield "decode"
+        preprocess.uint8(image)
+        yield "resize and crop"
+
+    def read(row: int) -> Iterator[str]:  # where the decoder itself may shrink the image
+        dataset.image(row)
+        yield "decode, resize and crop"
+
+    stages: Callable[[int], Iterator[str]]
+    stages = decode_and_resize if preprocess.mode == "exact" else read
+    taken: dict[str, float] = {}
+    samples = 0
+    dataset.tokens(rows[0])  # the first one reads the vocabulary
+    began = time.perf_counter()
+    for row in tqdm(
+        rows, desc="by step", delay=_PROGRESS_DELAY_S, disable=None, leave=False, unit="pair"
+    ):
+        with suppress(ImageError):
+            parts, before = {}, time.perf_counter()
+            for name in stages(row):
+                parts[name], before = time.perf_counter() - before, time.perf_counter()
+            dataset.tokens(row)
+            parts["tokenise"] = time.perf_counter() - before
+            samples += 1
+            taken = {name: taken.get(name, 0.0) + part for name, part in parts.items()}
+        if time.perf_counter() - began > seconds:
+            break
+    if not samples:
+        raise HimoError(f"{index.report.source}: none of the images tried can be read")
+    return [Rate(name, samples, total) for name, total in taken.items()]
+
+
+def loader(
+    settings: TrainConfig, dataset: CaptionedImages, sampler: EpochSampler, seconds: float
+) -> tuple[Rate, float]:
+    """The rate of the trainer's loader, and the seconds that its first batch takes.
+
+    Batches that were ready when the first one came would flatter the rate: as many as the workers
+    hold, two each, are not counted.
+    """
+    batches = make_loader(
+        dataset,
+        sampler,
+        workers=settings.workers,
+        seed=settings.seed,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
+    ready, samples = 1 + 2 * settings.workers, 0
+    asked = time.perf_counter()
+    arrivals = []
+    bar = tqdm(
+        _over_epochs(batches, sampler),
+        desc="loader",
+        unit="batch",
+        delay=_PROGRESS_DELAY_S,
+        disable=None,
+        leave=False,
+    )
+    for batch in bar:
+        arrivals.append(time.perf_counter())
+        if len(arrivals) <= ready:
+            continue
+        samples += len(batch.image)
+        if arrivals[-1] - arrivals[ready - 1] > seconds:
+            break
+    bar.close()
+    return Rate("loader", samples, arrivals[-1] - arrivals[ready - 1]), arrivals[0] - asked
+
+
+def _over_epochs(batches: BatchLoader, sampler: EpochSampler) -> Iterator[Sample]:
+    # From the second on: files of the first are in the page cache, where the steps have read them.
+    for epoch in itertools.count(1):
+        sampler.set_epoch(epoch)
+        yield from batches
+
+
+def table(settings: TrainConfig, steps: list[Rate], whole: Rate, first_s: float) -> str:
+    """The rates for a terminal, at most 80 columns wide."""
+    alone = Rate("one process", steps[0].samples, sum(step.seconds for step in steps))
+    loading = f"loader, --workers {settings.workers}"
+    lines = [f"{'':<26}{'ms a pair':>10}{'pairs a second':>16}{'pairs':>8}"]
+    for name, rate in [*((r.step, r) for r in steps), (alone.step, alone), (loading, whole)]:
+        each_ms = 1e3 * rate.seconds / rate.samples
+        lines.append(f"{name:<26}{each_ms:>10.2f}{rate.per_second:>16.1f}{rate.samples:>8}")
+    step_s = settings.batch_size / whole.per_second
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The first batch came after {first_s:.2f} s. A step of {settings.batch_size} pairs",
+            f"waits for the loader where it takes less than {step_s:.3g} s.",
+        ]
+    )

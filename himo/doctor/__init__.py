@@ -1,0 +1,72 @@
+"""`himo doctor`: what is installed, and what would stop a training run before it starts."""
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+
+from himo import config
+from himo.config import TrainConfig
+from himo.doctor import inputs, smoke, system
+from himo.doctor.check import Check
+from himo.model import named_config
+from himo_kernels import info
+
+# The flags of `himo train` that something here depends on.
+_FLAGS = (
+    *("train_data", "dataset_type", "image_root", "csv_separator", "csv_img_key"),
+    *("csv_caption_key", "skip_missing_images", "follow_links", "short_captions"),
+    *("max_bad_fraction", "image_mode", "workers", "model", "pretrained", "loss", "preset"),
+    *("batch_size", "accum_freq", "keep_last_batch", "epochs", "precision", "device", "threads"),
+    *("logs", "save_frequency", "keep_checkpoints"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `himo train` that something here depends on; none is required."""
+    config.add_arguments(parser, _FLAGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what there is and a line for each check; returns 1 if one found a problem, else 0."""
+    settings = config.from_arguments(args, train_data=args.train_data or "(none)")
+    named_config(settings.model)  # a wrong one is said before all else
+    print(info.report(), end="\n\n", flush=True)
+    found = []
+    for check in _checks(settings, bool(args.train_data)):
+        print(_line(check), flush=True)
+        found.append(check.status)
+    warnings, problems = found.count("warning"), found.count("problem")
+    print(f"\n{_count(problems, 'problem')}, {_count(warnings, 'warning')}")
+    return 1 if problems else 0
+
+
+def _checks(settings: TrainConfig, has_data: bool) -> Iterator[Check]:
+    yield from system.packages()
+    yield system.extension()
+    yield system.device(settings)
+    yield system.threads(settings)
+    model = named_config(settings.model)
+    if settings.pretrained is not None:
+        check, found = inputs.checkpoint(settings.pretrained)
+        yield check
+        model = found or model
+    yield system.shared_memory(settings, model)
+    yield system.open_files(settings)
+    yield system.disk(settings, model)
+    if has_data:
+        yield from inputs.data(settings, model)
+    yield smoke.step(settings)
+
+
+def _line(check: Check) -> str:
+    line = f"{check.status:<8} {check.name:<13} {check.found}"
+    if not sys.stdout.isatty():  # in a file or an issue a line stays one
+        return line
+    width = shutil.get_terminal_size().columns - 1
+    return textwrap.fill(line, max(width, 40), subsequent_indent=" " * 23, break_on_hyphens=False)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number or 'no'} {word}{'' if number == 1 else 's'}"

@@ -1,0 +1,154 @@
+"""What a user gives a training run: the data set, as its reader opens it, and the checkpoint."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from himo import checkpoint as checkpoints
+from himo.config import TrainConfig
+from himo.data import CaptionedImages, SampleIndex, open_dataset
+from himo.doctor.check import Check
+from himo.errors import HimoError
+from himo.model import CONTEXT_LENGTH, CLIPConfig
+from himo.tokenizer import default_tokenizer
+from himo.transforms import ImageError, Preprocess
+
+_IMAGES, _CAPTIONS = 100, 2000  # read, spread over the data set
+_PROGRESS_DELAY_S = 2.0
+_KEPT = 3  # examples of bad images
+
+
+def data(settings: TrainConfig, config: CLIPConfig) -> Iterator[Check]:
+    """Records, missing images by source, unreadable images and long captions."""
+    # Its index is not kept: nothing is left behind. Every record that is bad or whose image is
+    # missing is counted, where the trainer would stop.
+    with tempfile.TemporaryDirectory(prefix="himo-doctor-") as folder:
+        try:
+            index = open_dataset(
+                settings.train_data,
+                settings.dataset_type,
+                image_root=settings.image_root,
+                image_key=settings.csv_img_key,
+                caption_key=settings.csv_caption_key,
+                separator=settings.csv_separator,
+                skip_missing_images=True,
+                follow_links=settings.follow_links,
+                max_bad_fraction=1.0,
+                cache_dir=folder,
+            )
+        except HimoError as error:
+            yield Check("data", "problem", f"--train-data: {error}")
+            return
+        yield _records(settings, index)
+        if index.report.missing_count:
+            yield _missing(settings, index)
+        dataset = CaptionedImages(
+            index,
+            Preprocess(config.image_resolution, settings.image_mode),
+            _all_tokens,
+            short_captions=settings.short_captions,
+        )
+        yield _images(settings, dataset)
+        yield _captions(dataset)
+
+
+def _records(settings: TrainConfig, index: SampleIndex) -> Check:
+    report = index.report
+    pairs = settings.batch_size * settings.accum_freq
+    found = f"{len(index):,} pairs ({report.kind}) of {report.total:,} records"
+    if report.bad_count:
+        bad = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
+        found += f", {report.bad_count:,} bad ({bad}), first: {report.bad_examples[0]}"
+        if report.bad_count > settings.max_bad_fraction * report.total:
+            share = f"more than --max-bad-fraction {settings.max_bad_fraction:g}"
+            return Check("data", "problem", f"{found}; {share}: mend them, or raise it")
+    if len(index) < pairs and not settings.keep_last_batch:
+        advice = f"fewer than a batch of {pairs}: a smaller --batch-size, or --keep-last-batch"
+        return Check("data", "problem", f"{found}; {advice}")
+    if report.bad_count:
+        return Check("data", "warning", f"{found}; the trainer leaves them out")
+    return Check("data", "ok", found)
+
+
+def _missing(settings: TrainConfig, index: SampleIndex) -> Check:
+    found = index.report.missing_images()
+    if settings.skip_missing_images:
+        return Check("images", "warning", f"{found}; --skip-missing-images leaves them out")
+    advice = "--skip-missing-images trains without them, --image-root names where they are"
+    return Check("images", "problem", f"{found}; {advice}")
+
+
+def _images(settings: TrainConfig, dataset: CaptionedImages) -> Check:
+    rows = _spread(len(dataset), _IMAGES)
+    reasons: Counter[str] = Counter()
+    bad = []
+    for row in _progress(rows, "reading images"):
+        try:
+            dataset.image(row)
+        except ImageError as error:
+            reasons[error.reason] += 1
+            bad.append(dataset.index.describe(row))
+    found = f"{len(rows) - len(bad)} of {len(rows)} looked at can be read"
+    if not bad:
+        return Check("images", "ok", found)
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    found += f" ({counts}), first: {', '.join(bad[:_KEPT])}"
+    if len(bad) > settings.max_bad_fraction * len(rows):
+        share = f"more than --max-bad-fraction {settings.max_bad_fraction:g} ends a run"
+        return Check("images", "problem", f"{found}; {share}: mend them, or raise it")
+    return Check("images", "warning", f"{found}; the trainer takes other pairs in their place")
+
+
+def _captions(dataset: CaptionedImages) -> Check:
+    rows = _spread(len(dataset), _CAPTIONS)
+    longer = longest = 0
+    for row in _progress(rows, "reading captions"):
+        length = len(dataset.tokens(row)) + 2  # and a start and an end
+        longest = max(longest, length)
+        longer += length > CONTEXT_LENGTH
+    found = f"{longer:,} of {len(rows):,} looked at are longer than {CONTEXT_LENGTH} tokens"
+    if longer:
+        return Check("captions", "warning", f"{found}; the trainer cuts them there")
+    return Check("captions", "ok", f"{found}, the longest has {longest}")
+
+
+def _all_tokens(caption: str) -> Tensor:  # [1, its length], not cut where the context ends
+    return torch.tensor([default_tokenizer().encode(caption)])
+
+
+def _spread(length: int, most: int) -> range:
+    # Evenly over the data set, whose parts come from several sources one after the other.
+    return range(0, length, max(1, -(-length // most)))
+
+
+def _progress(rows: range, what: str) -> "tqdm[int]":
+    return tqdm(rows, desc=what, delay=_PROGRESS_DELAY_S, disable=None, leave=False)
+
+
+def checkpoint(path: str) -> tuple[Check, CLIPConfig | None]:
+    """What a checkpoint is and whether all of it loads; its sizes, if it does."""
+    try:
+        _, metadata = checkpoints.read_state_dict(path)
+        model, _ = checkpoints.load(path)
+    except HimoError as error:
+        return Check("checkpoint", "problem", f"--pretrained: {error}"), None
+    config = model.config
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    sizes = (
+        f"{count:.1f} M parameters",
+        f"images of {config.image_resolution} pixels in patches of {config.vision_patch_size}",
+        f"{config.vision_layers} and {config.text_layers} layers",
+        f"{config.embed_dim} features",
+    )
+    kind = f"layout {metadata['layout']} in {metadata['container']}"
+    found = f"{path}: {kind}, {', '.join(sizes)}; every tensor has its place"
+    if metadata["layout"] != "himo":
+        found += f"; its text positions are stretched to {config.context_length}"
+    if metadata["checksum"] == "none":
+        advice = "himo convert writes a file with one"
+        return Check("checkpoint", "warning", f"{found}; no checksum: {advice}"), config
+    return Check("checkpoint", "ok", f"{found}; {metadata['checksum']} verified"), config

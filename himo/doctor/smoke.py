@@ -1,0 +1,50 @@
+"""A miniature step of training on the device, as a user's run would take it."""
+
+import dataclasses
+import math
+import time
+
+import torch
+from torch import nn
+
+from himo.config import TrainConfig
+from himo.device import usable_device
+from himo.doctor.check import Check
+from himo.errors import HimoError
+from himo.objective import Objective
+from himo.train import build_model
+
+_PAIRS = 8
+_NAME = "training step"
+
+
+def step(settings: TrainConfig) -> Check:
+    """Forward and backward of the tiny model with the loss and precision of the settings."""
+    settings = dataclasses.replace(settings, model="tiny", pretrained=None, accum_freq=1)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        device = usable_device(settings.device)
+        begun = time.perf_counter()
+        model = build_model(settings, device)
+        config = model.config
+        side, length = config.image_resolution, config.context_length
+        pixels = (_PAIRS, 3, side, side)
+        images = torch.randint(0, 256, pixels, dtype=torch.uint8, generator=generator)
+        tokens = torch.randint(1, 1000, (_PAIRS, length), dtype=torch.int32, generator=generator)
+        tokens[:, -1] = config.vocab_size - 1
+        objective = Objective(model, settings)
+        outputs = objective.backward(images.to(device), tokens.to(device), length, _PAIRS)
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), math.inf))
+        loss, taken_s = outputs["loss"].item(), time.perf_counter() - begun
+    except HimoError as error:
+        return Check(_NAME, "problem", f"none was taken: {error}")
+    # Whatever a broken driver or operator raises: to say it is what this is for.
+    except Exception as error:
+        words = str(error).strip().partition("\n")[0]
+        advice = "send this report with the traceback of `himo train` as an issue"
+        return Check(_NAME, "problem", f"{type(error).__name__}: {words}; {advice}")
+    what = f"{_PAIRS} pairs, tiny model on {device}, {settings.loss} loss, {settings.precision}"
+    found = f"{what}: loss {loss:.3f}, gradient norm {norm:.3g}, {taken_s:.2f} s"
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        return Check(_NAME, "problem", f"{found}; not finite, send this report as an issue")
+    return Check(_NAME, "ok", found)

@@ -1,0 +1,288 @@
+"""The memory of one training step, counted by running it on tensors without data.
+
+The trainer's own model, objective and optimizer run under torch's FakeTensorMode: every operation
+says the shapes of its results and allocates nothing. A storage counts from the operation that makes
+it until nothing refers to it any more, once however many tensors view it, as a caching allocator
+sees it. The peak is that of the counted step, not of a formula.
+"""
+
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from himo.config import TrainConfig
+from himo.objective import Objective
+from himo.parallel import Ranks
+from himo.train import build_model, make_optimizer
+from himo_kernels._dispatch import OPERATORS
+
+# What memory is for, in the order in which it is shown.
+PARAMETERS, GRADIENTS, STATE = "parameters", "gradients", "optimizer state"
+BUCKETS, BATCH = "DDP's gradient buckets", "images and tokens"
+IMAGE, TEXT, LOSS, EXCHANGE = "image tower", "text tower", "loss and HiDe", "exchange"
+BACKWARD, UPDATE = "in passing, backward", "in passing, optimizer"
+KINDS = (
+    *(PARAMETERS, GRADIENTS, STATE, BUCKETS, BATCH),
+    *(IMAGE, TEXT, LOSS, EXCHANGE, BACKWARD, UPDATE),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes alive at the peak of a step, by what they are for, and what the step then did."""
+
+    parts: dict[str, int]
+    moment: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the storages of all tensors made while it is active, and keeps the highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = Memory({}, "")
+        self._alive: Counter[str] = Counter()
+        self._total = self._highest = 0
+        self._owners: dict[int, tuple[str, int]] = {}  # by storage: kind, bytes
+        self._kind = PARAMETERS
+
+    @contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """Counts what is made in the body as of that kind."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def during(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, what it makes being of that kind."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.making(kind):
+                return function(*args, **kwargs)
+
+        return run
+
+    def become(self, kind: str) -> Callable[[Tensor], None]:
+        """A hook of a tensor: what is made after its gradient is of that kind."""
+
+        def hook(grad: Tensor) -> None:
+            self._kind = kind
+
+        return hook
+
+    def claim(self, tensors: Iterable[Any], kind: str) -> None:
+        """Counts tensors that are already there as of another kind."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._owners:
+                before, size = self._owners[key]
+                self._owners[key] = kind, size
+                self._alive[before] -= size
+                self._alive[kind] += size
+
+    def forget_peak(self) -> None:
+        """Begins anew: the peak is what is alive now."""
+        self._highest = 0
+        self._keep_peak()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # a token's number, a step's: every number that the host asks for
+        if func.namespace == "himo_kernels":
+            # With its body instead of its fake, which says nothing of the memory inside.
+            name, _, direction = func._opname.rpartition("_")
+            with self:
+                return OPERATORS[name].run(direction, *args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            self._count(tensor.untyped_storage())
+        if func.namespace == "c10d":
+            self.claim(_tensors(args), EXCHANGE)
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._owners:
+            return
+        size = storage.nbytes()
+        self._owners[key] = self._kind, size
+        self._alive[self._kind] += size
+        self._total += size
+        weakref.finalize(storage, self._release, key)
+        self._keep_peak()
+
+    def _keep_peak(self) -> None:
+        if self._total > self._highest:
+            self._highest = self._total
+            self.peak = Memory({k: n for k, n in self._alive.items() if n}, self._kind)
+
+    def _release(self, key: int) -> None:
+        kind, size = self._owners.pop(key)
+        self._alive[kind] -= size
+        self._total -= size
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+class _OneOfMany(Ranks):
+    """A process among `size` of them, none of which is there."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class Rehearsal:
+    """Steps of a training run, as often as asked and with other settings.
+
+    A GPU is taken to run what it runs by default: AdamW on all tensors at once, where a CPU takes
+    one after the other, the operators' reference backend, and fused attention, which keeps no
+    scores [L, L]. Every caption has the context's length. A process of several has gradient
+    buckets as large as the gradients, which DistributedDataParallel keeps beside them.
+
+    Args:
+        settings: of the run; the data, the device and what is written do not matter.
+        ranks: processes of the run.
+
+    Raises:
+        HimoError: as `himo.train.build_model`.
+    """
+
+    def __init__(self, settings: TrainConfig, ranks: int = 1) -> None:
+        self.settings, self._ranks = settings, _OneOfMany(ranks)
+        # A new model is not filled with numbers; that of a checkpoint is read, and then let go.
+        with torch.device("meta") if settings.pretrained is None else nullcontext():
+            model = build_model(settings, torch.device("meta"))
+        self._fake, self._ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
+        with self._fake, self._ledger:
+            self._model = model.to_empty(device="cpu")
+            self._prepare()
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of the optimizer's step without a batch."""
+        return self._update.total
+
+    def step(self, **changes: Any) -> Memory:
+        """The memory at the peak of a step, with these settings changed that leave the model be."""
+        # Whether a loss is finite cannot be asked of tensors without data.
+        settings = dataclasses.replace(self.settings, on_nonfinite="skip", **changes)
+        ledger, model = self._ledger, self._model
+        rows, parts = settings.batch_size * settings.accum_freq, settings.accum_freq
+        side, length = model.visual.input_resolution, model.context_length
+        model.set_grad_checkpointing(settings.grad_checkpointing)
+        with _group_of(self._ranks.size), self._fake, ledger:
+            with ledger.making(BATCH):
+                images = torch.empty(rows, 3, side, side, dtype=torch.uint8)
+                tokens = torch.empty(rows, length, dtype=torch.int32)
+            objective = Objective(
+                model, settings, self._ranks, backend="reference", check_ranks=False
+            )
+            towers = _first_and_last(objective.towers.forward, parts, model.config.embed_dim)
+            _replace(objective.towers, "forward", ledger.during(IMAGE, towers))
+            _replace(objective, "losses", self._with_its_backward(objective.losses))
+            ledger.forget_peak()
+            with ledger.making(BACKWARD):
+                objective.backward(images, tokens, length, settings.batch_size)
+            peak = ledger.peak
+            model.zero_grad(set_to_none=True)
+            del objective.towers.forward, objective.losses  # which hold it, and so its tensors
+        update = Memory(self._update.parts | {BATCH: images.nbytes + tokens.nbytes}, UPDATE)
+        return max(peak, update, key=lambda memory: memory.total)
+
+    def _with_its_backward(self, losses: Callable[..., Any]) -> Callable[..., Any]:
+        ledger = self._ledger
+
+        def run(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Any:
+            for features in (image_features, text_features):
+                if features.requires_grad:
+                    features.register_hook(ledger.become(BACKWARD))
+            with ledger.making(LOSS):
+                outputs = losses(image_features, text_features, scale)
+            outputs["loss"].register_hook(ledger.become(LOSS))
+            return outputs
+
+        return run
+
+    def _prepare(self) -> None:
+        ledger, model = self._ledger, self._model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self._ranks.size > 1:
+            with ledger.making(BUCKETS):
+                self._buckets = [torch.empty_like(parameter) for parameter in trained]
+        with ledger.making(GRADIENTS):
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+        optimizer = make_optimizer(model, self.settings)
+        for group in optimizer.param_groups:
+            group["foreach"] = True
+        ledger.forget_peak()
+        with ledger.making(UPDATE):
+            optimizer.step()  # makes its state first, then what it needs in passing
+        states = [x for state in optimizer.state.values() for x in state.values()]
+        ledger.claim(states, STATE)
+        kept = sum(state.nbytes for state in states)
+        parts = ledger.peak.parts
+        self._update = Memory(parts | {STATE: kept, UPDATE: parts[UPDATE] - kept}, UPDATE)
+        self._optimizer = optimizer  # and with it the state
+        model.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: ledger.claim([parameter.grad], GRADIENTS)
+            )
+        _replace(model, "encode_text", ledger.during(TEXT, model.encode_text))
+
+
+def _first_and_last(forward: Callable[..., Any], parts: int, width: int) -> Callable[..., Any]:
+    # Of micro-batches: the first makes the gradients, the second adds to them, before the last most
+    # embeddings are there. Those between take the memory of the second, and time.
+    calls = 0
+
+    def run(images: Tensor, tokens: Tensor, max_length: int) -> Any:
+        nonlocal calls
+        number, calls = calls % parts, calls + 1
+        if number < 2 or number == parts - 1:
+            return forward(images, tokens, max_length)
+        shapes = ((images.shape[0], width), (images.shape[0], width), ())
+        wanted = torch.is_grad_enabled()
+        return tuple(torch.empty(shape, requires_grad=wanted) for shape in shapes)
+
+    return run
+
+
+def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    setattr(module, name, function)  # of this object alone
+
+
+@contextmanager
+def _group_of(size: int) -> Iterator[None]:
+    # A process group whose collectives return at once: torch's, for tests of one rank of many.
+    if size == 1:
+        yield
+        return
+    from torch.testing._internal.distributed import fake_pg
+
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

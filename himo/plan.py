@@ -1,0 +1,271 @@
+"""`himo plan`: whether a training step fits a GPU's memory, and which flag would make it fit."""
+
+import argparse
+import dataclasses
+import json
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from himo import config
+from himo.config import TrainConfig
+from himo.errors import HimoError
+from himo.footprint import BACKWARD, EXCHANGE, IMAGE, KINDS, LOSS, TEXT, UPDATE, Memory, Rehearsal
+
+# The flags of `himo train` that decide how much memory a step takes.
+_FLAGS = (
+    *("model", "pretrained", "lock_image", "lock_text", "grad_checkpointing", "loss", "preset"),
+    *("batch_size", "accum_freq", "exchange", "precision"),
+)
+_LEAST_BATCH = 2  # of the trainer
+# Pairs of all processes in a step, and processes: counting so many takes a minute.
+_MAX_PAIRS, _MAX_RANKS = 1 << 20, 4096
+_GIB = 1 << 30
+_MAX_GIB = 100_000  # what the table has room for
+_WIDTH = 79  # columns
+_BAR = 40  # characters for the memory given, or the total where that is more
+_PROGRESS_DELAY_S = 2.0
+_MOMENTS = {
+    IMAGE: "in the forward pass of the image tower",
+    TEXT: "in the forward pass of the text tower",
+    LOSS: "in the loss",
+    EXCHANGE: "in the loss",
+    BACKWARD: "in the backward pass",
+    UPDATE: "in the step of the optimizer",
+}
+NOT_COUNTED = (
+    "the CUDA context",
+    "workspaces of cuBLAS, cuDNN, cuSOLVER and NCCL",
+    "memory that the allocator holds and no tensor uses",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `himo train` that matter, --gpu-mem, --ranks and --json."""
+    parser.add_argument(
+        "--gpu-mem", type=float, required=True, metavar="GIB", help="free memory of one GPU, in GiB"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="processes of the run (default: 1)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    config.add_arguments(parser, _FLAGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan; returns 0 if the step fits and 1 if it does not."""
+    settings = config.from_arguments(args, train_data="(none is read)")
+    if not 0 < args.gpu_mem <= _MAX_GIB:
+        raise HimoError(f"--gpu-mem: expected GiB above 0 and up to {_MAX_GIB}, got {args.gpu_mem}")
+    if not 1 <= args.ranks <= _MAX_RANKS:
+        raise HimoError(f"--ranks: expected 1 to {_MAX_RANKS}, got {args.ranks}")
+    pairs = settings.batch_size * settings.accum_freq * args.ranks
+    if pairs > _MAX_PAIRS:
+        raise HimoError(
+            f"--batch-size: expected at most {_MAX_PAIRS} pairs in a step of all processes "
+            f"(batch size x accum freq x ranks), got {pairs}"
+        )
+    plan = make_plan(settings, args.ranks, int(args.gpu_mem * _GIB))
+    print(json.dumps(as_json(plan), indent=1) if args.json else table(plan))
+    return 0 if plan.fits else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Flags to change, and the memory of a step with them."""
+
+    changes: dict[str, Any]
+    memory: Memory
+
+    @property
+    def flags(self) -> str:
+        flags = []
+        for name, value in self.changes.items():
+            flag = f"--{name.replace('_', '-')}"
+            flags.append(flag if value is True else f"{flag} {value}")
+        return " ".join(flags)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one process needs, and what would need less where that is too much; bytes."""
+
+    settings: TrainConfig
+    ranks: int
+    limit: int
+    memory: Memory
+    largest_batch: int  # pairs of one process, 0 where not even the trainer's least fit
+    alternatives: list[Alternative]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.limit
+
+
+def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
+    """The plan of a run of `ranks` processes, each with `limit` bytes."""
+    with tqdm(
+        desc="counting", unit="step", delay=_PROGRESS_DELAY_S, disable=None, leave=False
+    ) as bar:
+        rehearsal = Rehearsal(settings, ranks)
+
+        def step(**changes: Any) -> Memory:
+            memory = rehearsal.step(**changes)
+            bar.update()
+            return memory
+
+        memory = step()
+        fixed = rehearsal.fixed
+        most = _MAX_PAIRS // (ranks * settings.accum_freq)
+
+        def total(batch: int) -> int:
+            return step(batch_size=batch).total
+
+        found = largest_batch(total, (settings.batch_size, memory.total), fixed, limit, most)
+        others = []
+        if memory.total > limit:
+            others = _alternatives(settings, ranks, limit, step, fixed, found)
+    return Plan(settings, ranks, limit, memory, found, others)
+
+
+def largest_batch(
+    total: Callable[[int], int], start: tuple[int, int], fixed: int, limit: int, most: int
+) -> int:
+    """The largest batch up to `most` whose total is within the limit; 0 if the least is not.
+
+    Args:
+        total: bytes of a batch; grows with it, nearly in proportion.
+        start: a batch and its total.
+        fixed: bytes of no batch, or about as many.
+    """
+    fits, fails = _LEAST_BATCH - 1, most + 1
+    before, (batch, size) = (0, fixed), start
+    for tried in range(1, 200):
+        fits, fails = (max(fits, batch), fails) if size <= limit else (fits, min(fails, batch))
+        if fails - fits <= 1:
+            break
+        # Where the line through the last two meets the limit; the middle now and then, for a curve.
+        rise = size - before[1]
+        run = (limit - size) * (batch - before[0]) // rise if rise else 8 * batch
+        guess = min(batch + run, 8 * batch) if tried % 4 else (fits + min(fails, 64 * fits)) // 2
+        before = (batch, size)
+        batch = min(max(guess, fits + 1), fails - 1)
+        size = total(batch)
+    return fits if fits >= _LEAST_BATCH else 0
+
+
+def _alternatives(
+    settings: TrainConfig,
+    ranks: int,
+    limit: int,
+    step: Callable[..., Memory],
+    fixed: int,
+    found: int,
+) -> list[Alternative]:
+    # One flag at a time; all of them, and smaller batches, where no single one is enough.
+    single: list[dict[str, Any]] = []
+    if not settings.grad_checkpointing:
+        single.append({"grad_checkpointing": True})
+    if settings.precision == "fp32":
+        single.append({"precision": "amp_bf16"})
+    if ranks > 1 and settings.exchange == "gather":
+        single.append({"exchange": "ring"})
+    others = [Alternative(changes, step(**changes)) for changes in single]
+    others += _accumulated(settings, limit, step, found, {})
+    if not single or any(other.memory.total <= limit for other in others):
+        return others
+    together = {name: value for changes in single for name, value in changes.items()}
+    both = Alternative(together, step(**together))
+    if both.memory.total <= limit:
+        return [*others, both]
+    # In proportion: near enough for a size that divides the batch.
+    near = settings.batch_size * max(0, limit - fixed) // max(1, both.memory.total - fixed)
+    return others + _accumulated(settings, limit, step, near, together)
+
+
+def _accumulated(
+    settings: TrainConfig,
+    limit: int,
+    step: Callable[..., Memory],
+    near: int,
+    changes: dict[str, Any],
+) -> list[Alternative]:
+    # The same pairs contrasted together, in smaller batches. Those take a little more than they
+    # would alone, the gradients and embeddings of the others: the next smaller size may be needed.
+    pairs = settings.batch_size * settings.accum_freq
+    smaller = [n for n in range(min(near, settings.batch_size - 1), 1, -1) if pairs % n == 0]
+    for batch in smaller[:3]:
+        new = changes | {"batch_size": batch, "accum_freq": pairs // batch}
+        other = Alternative(new, step(**new))
+        if other.memory.total <= limit:
+            return [other]
+    return []
+
+
+def table(plan: Plan) -> str:
+    """The plan for a terminal, at most 80 columns wide."""
+    settings, memory = plan.settings, plan.memory
+    of_many = f" in each of {plan.ranks} processes ({settings.exchange})" if plan.ranks > 1 else ""
+    accumulated = f" x {settings.accum_freq} accumulated" if settings.accum_freq > 1 else ""
+    unit = max(memory.total, plan.limit) / _BAR
+    lines = [
+        f"{settings.pretrained or settings.model}, {settings.loss} loss, {settings.precision}"
+        + (", recomputed activations" if settings.grad_checkpointing else ""),
+        f"{settings.batch_size} pairs{accumulated}{of_many}",
+        "",
+        f"GiB of one process at its peak, {_MOMENTS.get(memory.moment, memory.moment)}",
+    ]
+    for kind in KINDS:
+        size = memory.parts.get(kind, 0)
+        if size:
+            lines.append(f"  {kind:<23}{_gib(size):>9}  {'#' * round(size / unit)}".rstrip())
+    lines.append(f"  {'total':<23}{_gib(memory.total):>9}  {'#' * round(memory.total / unit)}")
+    lines.append(f"  {'given':<23}{_gib(plan.limit):>9}  {'=' * round(plan.limit / unit)}")
+    verdict = "fits" if plan.fits else "does not fit"
+    left = abs(plan.limit - memory.total)
+    lines += ["", f"{verdict}: {_gib(left)} GiB {'left' if plan.fits else 'too much'}"]
+    if plan.largest_batch:
+        lines.append(f"largest --batch-size that fits: {plan.largest_batch} pairs a process")
+    else:
+        lines.append(f"no --batch-size fits: not even {_LEAST_BATCH} pairs a process")
+    if plan.alternatives:
+        lines += ["", "instead, all else as it is (GiB)"]
+        for other in plan.alternatives:
+            word = "fits" if other.memory.total <= plan.limit else "too much"
+            lines.append(f"  {_gib(other.memory.total):>9} {word:<9} {other.flags}")
+    if not plan.fits and not any(o.memory.total <= plan.limit for o in plan.alternatives):
+        lines.append("no flag is enough; a smaller model, --lock-image or --lock-text take less")
+    said = (
+        "Counted from the shapes of a step whose captions fill the context; no GPU was asked. "
+        f"Not counted: {'; '.join(NOT_COUNTED)}."
+    )
+    return "\n".join([*lines, "", textwrap.fill(said, _WIDTH)])
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON holds it; sizes in bytes."""
+    return {
+        "settings": {name: getattr(plan.settings, name) for name in _FLAGS},
+        "ranks": plan.ranks,
+        "gpu_mem": plan.limit,
+        "fits": plan.fits,
+        "total": plan.memory.total,
+        "peak": _MOMENTS.get(plan.memory.moment, plan.memory.moment),
+        "parts": {kind: plan.memory.parts.get(kind, 0) for kind in KINDS},
+        "largest_batch_size": plan.largest_batch,
+        "alternatives": [
+            {
+                "flags": other.flags,
+                "total": other.memory.total,
+                "fits": other.memory.total <= plan.limit,
+            }
+            for other in plan.alternatives
+        ],
+        "not_counted": list(NOT_COUNTED),
+    }
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.2f}"

@@ -1,0 +1,184 @@
+"""`himo doctor`: a line for each check, and the status that goes with them."""
+
+import os
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from captioned_files import write_csv, write_images
+
+import himo
+from himo.cli import main
+from himo.doctor import smoke, system
+from himo.doctor.check import Check
+from himo.model import CONFIGS, HiMoCLIP
+
+FLAGS = ["--model", "tiny", "--batch-size", "4", "--workers", "1", "--threads", "1"]
+
+
+take_step = smoke.step
+
+
+@pytest.fixture(autouse=True)
+def no_step(monkeypatch):
+    """Half a second less of each test that is not about the step."""
+    monkeypatch.setattr(smoke, "step", lambda settings: Check("training step", "ok", "not taken"))
+
+
+@pytest.fixture
+def step(monkeypatch, no_step):
+    monkeypatch.setattr(smoke, "step", take_step)
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    names = write_images(folder, 12)
+    return write_csv(folder / "pairs.csv", [(name, f"Card {name}. It is plain.") for name in names])
+
+
+def examined(capsys, *flags: str, status: int) -> dict[str, list[tuple[str, str]]]:
+    """(status, sentence) of the checks by name."""
+    assert main(["doctor", *FLAGS, *flags]) == status
+    text = capsys.readouterr().out
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in text.splitlines():
+        if line.startswith(("ok ", "warning ", "problem ")):
+            status_, name, sentence = line[:8].strip(), line[9:22].strip(), line[23:]
+            found.setdefault(name, []).append((status_, sentence))
+    problems = sum(kind == "problem" for checks in found.values() for kind, _ in checks)
+    assert re.search(rf"^{problems or 'no'} problems?, ", text, re.MULTILINE)
+    return found
+
+
+def test_a_run_that_would_work(capsys, pairs, tmp_path, step):
+    before = sorted(tmp_path.rglob("*"))
+    found = examined(capsys, "--train-data", str(pairs), "--logs", str(tmp_path / "logs"), status=0)
+    assert found["data"] == [("ok", "12 pairs (csv) of 12 records")]
+    assert found["images"] == [("ok", "12 of 12 looked at can be read")]
+    assert found["captions"][0][0] == "ok"
+    kind, sentence = found["training step"][0]
+    assert kind == "ok" and "himo loss, fp32: loss " in sentence
+    for name in ("numpy", "pillow", "ftfy", "regex", "tqdm", "threads", "open files", "disk"):
+        assert found[name][0][0] in ("ok", "warning"), name
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is left behind
+
+
+def test_the_kernels_report_comes_first(capsys):
+    assert main(["doctor", *FLAGS]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("himo_kernels ") and "  info_nce: auto takes " in text
+
+
+def test_data_that_a_run_would_stop_at(capsys, pairs):
+    folder = pairs.parent
+    (folder / "images/003.png").unlink()
+    (folder / "images/004.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pairs.open("a") as file:
+        file.write("../up.png\tA path that leads out.\n")
+        file.write(f"images/005.png\t{'A red kite over a beach. ' * 60}\n")
+    data = ["--train-data", str(pairs)]
+    found = examined(capsys, *data, status=1)
+    assert found["data"][0][0] == "problem"
+    assert "12 pairs (csv) of 14 records, 1 bad (1 path)" in found["data"][0][1]
+    (missing, which), (unread, how) = found["images"]
+    assert missing == unread == "problem"
+    assert which.startswith("1 of 13 images are missing (images 1 of 13); first: images/003.png")
+    assert how.startswith("11 of 12 looked at can be read (1 ") and "images/004.png" in how
+    assert found["captions"] == [
+        ("warning", "1 of 12 looked at are longer than 248 tokens; the trainer cuts them there")
+    ]
+    found = examined(capsys, *data, "--skip-missing-images", "--max-bad-fraction", "0.5", status=0)
+    assert [kind for kind, _ in found["data"] + found["images"]] == ["warning"] * 3
+
+
+def test_fewer_pairs_than_a_batch(capsys, pairs):
+    data = ["--train-data", str(pairs), "--batch-size", "13"]
+    assert "fewer than a batch" in examined(capsys, *data, status=1)["data"][0][1]
+    assert examined(capsys, *data, "--keep-last-batch", status=0)["data"][0][0] == "ok"
+
+
+def test_data_that_cannot_be_opened(capsys, tmp_path):
+    (tmp_path / "empty.csv").write_text("filepath,title\n")
+    for name in ("nothing.json", "empty.csv"):
+        found = examined(capsys, "--train-data", str(tmp_path / name), status=1)
+        assert found["data"][0][0] == "problem" and name in found["data"][0][1]
+        assert "images" not in found
+
+
+def test_checkpoints(capsys, tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    himo.save(HiMoCLIP(CONFIGS["tiny"]), path)
+    kind, found = examined(capsys, "--pretrained", str(path), status=0)["checkpoint"][0]
+    assert kind == "ok" and "layout himo in safetensors, 7.5 M parameters" in found
+    assert found.endswith("sha256 verified")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    kind, found = examined(capsys, "--pretrained", str(path), status=1)["checkpoint"][0]
+    assert kind == "problem" and found.startswith(f"--pretrained: {path}: ")
+
+
+def test_what_the_machine_lacks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(system, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 4096))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    found = examined(capsys, "--workers", "4", "--logs", str(tmp_path), status=1)
+    assert found["disk"][0][0] == found["shared memory"][0][0] == "problem"
+    assert found["open files"][0][1].endswith("ulimit -n 4096, or fewer --workers")
+    assert found["threads"][0] == ("warning", found["threads"][0][1])
+    assert examined(capsys, "--workers", "0", status=1)["shared memory"][0][0] == "ok"
+
+
+def test_logs_that_cannot_be_written(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    found = examined(capsys, "--logs", str(file / "logs"), status=1)
+    assert "is no directory that can be written to" in found["disk"][0][1]
+
+
+def test_a_device_that_is_not_there(capsys, step):
+    found = examined(capsys, "--device", "cuda:77", status=1)
+    assert found["device"][0][0] == found["training step"][0][0] == "problem"
+    assert found["device"][0][1].startswith("--device: the device 'cuda:77' cannot be used")
+
+
+def test_a_step_that_goes_wrong(capsys, monkeypatch, step):
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no kernel image is available\nmore")
+
+    monkeypatch.setattr(smoke.Objective, "backward", broken)
+    kind, found = examined(capsys, status=1)["training step"][0]
+    assert kind == "problem" and found.startswith("RuntimeError: no kernel image is available; ")
+    monkeypatch.setattr(
+        smoke.Objective, "backward", lambda *arguments: {"loss": torch.tensor(float("nan"))}
+    )
+    assert "not finite" in examined(capsys, status=1)["training step"][0][1]
+
+
+def test_a_package_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(system, "_least_versions", lambda: {"pillow": "9999.0", "none-such": "1.2"})
+    found = {check.name: check for check in system.packages()}
+    assert found["pillow"].status == "problem" and "pip install -U" in found["pillow"].found
+    assert found["none-such"].found == 'is not installed: pip install "none-such>=1.2"'
+    assert found["numpy"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--workers", "-1"], "--workers: expected 0 to 1024, got -1"),
+        (["--batch-size", "0"], "--batch-size: expected at least 2, got 0"),
+        (["--max-bad-fraction", "nan"], "--max-bad-fraction: expected 0.0 to 1.0, got nan"),
+        (["--model", "ViT-Z"], "--model: expected one of ViT-B-32"),
+        (["--save-frequency", "0"], "--save-frequency: expected at least 1, got 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_flags_are_named(capsys, flags, said):
+    assert main(["doctor", *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"himo: error: {said}")
