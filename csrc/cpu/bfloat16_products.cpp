@@ -1,6 +1,6 @@
 // The product of bfloat16 tiles with AVX-512 BF16: vdpbf16ps adds two products of bfloat16 to a
-// float. oneDNN's own micro-kernel takes bfloat16 only on processors with AMX, and its products of
-// whole matrices round their results to bfloat16, which logits must not be.
+// float. For processors without AMX: oneDNN's micro-kernel takes bfloat16 only where that is, and
+// its products of whole matrices round their results to bfloat16, which logits must not be.
 #include <cstdint>
 
 #include "cpu/tile_products.h"

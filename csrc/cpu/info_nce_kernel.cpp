@@ -114,6 +114,7 @@ std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> pro
   const int64_t blocks = at::divup(samples, kBlock);
   if (problems[0].row_positives.defined()) return factors;
   at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
+    const ProductScope scope;
     for (int64_t task = begin; task < end; ++task) {
       const auto& own = factors[task / blocks];
       const int64_t row = task % blocks * kBlock, rows = std::min(kBlock, samples - row);
@@ -184,6 +185,7 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   acc_t* partial_data = partial.template mutable_data_ptr<acc_t>();
 
   at::parallel_for(0, count * groups, 1, [&](int64_t begin, int64_t end) {
+    const ProductScope scope;
     const auto scratch = at::empty({2 * kRows * kColumns + kColumns}, options);
     acc_t* logits = scratch.template mutable_data_ptr<acc_t>();
     for (int64_t task = begin; task < end; ++task) {
@@ -289,6 +291,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
     const int64_t chunk_rows = std::min(chunk, samples - chunk_row);
     const int64_t chunk_blocks = at::divup(chunk_rows, kRows);
     at::parallel_for(0, count * chunk_blocks, 1, [&](int64_t begin, int64_t end) {
+      const ProductScope scope;
       const auto scratch = at::empty({3 * kRows * kColumns}, options_of_acc);
       const auto rounded = at::empty({kRows * kColumns}, options_of_factor);
       acc_t* const products = scratch.template mutable_data_ptr<acc_t>();
@@ -332,6 +335,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
     });
     if (!needs_key) continue;
     at::parallel_for(0, count * key_blocks, 1, [&](int64_t begin, int64_t end) {
+      const ProductScope scope;
       for (int64_t task = begin; task < end; ++task) {
         if (interrupt.poll()) return;
         const int64_t b = task / key_blocks, key = task % key_blocks * kRows;

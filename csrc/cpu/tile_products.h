@@ -21,8 +21,9 @@ bool multiplies_bfloat16();
 template <typename factor_t>
 at::Tensor left_factor(const at::Tensor& matrix);
 
-// A matrix [K, N] laid out as a right factor: rows contiguous, or for bfloat16 panels of 32 columns
-// in which two rows are interleaved. Copies only where the layout differs.
+// A matrix [K, N] laid out as a right factor: of float by rows, or panels of 256 columns by rows;
+// of bfloat16 panels of 32, in which two rows are interleaved; of double by rows. Copies only where
+// the layout differs.
 template <typename factor_t>
 class RightFactor {
  public:
@@ -39,6 +40,17 @@ class RightFactor {
 
  private:
   at::Tensor storage_;
+  int64_t panel_stride_ = 0, row_stride_ = 0;  // elements, of float
+};
+
+// What a thread may hold between products, matrix registers (AMX) among it, is given back at the
+// end of a scope of them: other code configures those anew, and its products would be wrong
+// otherwise.
+struct ProductScope {
+  ProductScope() = default;
+  ProductScope(const ProductScope&) = delete;
+  ProductScope& operator=(const ProductScope&) = delete;
+  ~ProductScope();
 };
 
 namespace avx512_bf16 {

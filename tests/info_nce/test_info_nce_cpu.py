@@ -95,6 +95,31 @@ def test_narrower_instruction_sets(capability: str, generator: torch.Generator) 
     assert float(printed[1]) <= 8
 
 
+def test_bfloat16_without_matrix_registers(generator: torch.Generator) -> None:
+    # Where a processor has AMX, oneDNN multiplies; kept from that, our own product does.
+    folder = str(__file__).rpartition("/")[0]
+    seed = str(generator.initial_seed())
+    printed = run_python(
+        "-c", AGAINST_REFERENCE, folder, seed, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16"
+    ).split()
+    assert float(printed[1]) <= 8
+
+
+def test_matrix_registers_are_given_back(generator: torch.Generator) -> None:
+    # Torch's products configure them for other shapes, in the threads that ours ran in.
+    inputs = make_inputs("info_nce", 300, 65, dtype=torch.bfloat16, generator=generator)
+    a, b = (torch.randn(257, 129, generator=generator).bfloat16() for _ in range(2))
+    product = a @ b.mT
+    expected = losses_and_gradients(Target("info_nce", "cpu", "cpu"), inputs)
+    for _ in range(3):
+        assert torch.equal(a @ b.mT, product)
+        again = losses_and_gradients(Target("info_nce", "cpu", "cpu"), inputs)
+        assert torch.equal(again[0][0], expected[0][0])
+        for name, gradient in again[1].items():
+            assert torch.equal(gradient, expected[1][name]), name
+    assert relative_error(product, a.double() @ b.double().mT) <= torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rounded_gradients_of_wide_bfloat16_are_no_worse_than_autocast(
     name: str, generator: torch.Generator
