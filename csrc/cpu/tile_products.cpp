@@ -21,12 +21,11 @@ bool multiplies_bfloat16() {
 
 namespace {
 
-// Whether oneDNN's micro-kernel takes bfloat16, which it does on processors with AMX.
+// Whether oneDNN's micro-kernel takes bfloat16, which it does on processors with AMX, while
+// torch.backends.mkldnn is enabled.
 bool multiplies_bfloat16_by_matrix() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  static const bool multiplies =
-      multiplies_bfloat16() && at::native::cpublas::could_pack(at::kBFloat16);
-  return multiplies;
+  return multiplies_bfloat16() && at::native::cpublas::could_pack(at::kBFloat16);
 #else
   return false;
 #endif
@@ -36,7 +35,7 @@ bool multiplies_bfloat16_by_matrix() {
 
 ProductScope::~ProductScope() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  if (multiplies_bfloat16_by_matrix()) at::native::cpublas::brgemm_release();
+  if (multiplies_bfloat16()) at::native::cpublas::brgemm_release();
 #endif
 }
 
@@ -72,12 +71,11 @@ RightFactor<float>::RightFactor(const at::Tensor& matrix) {
   const int64_t panels = at::divup(columns, kColumns), width = std::min(columns, kColumns);
   storage_ = at::empty({panels, inner, width}, source.options());
   panel_stride_ = inner * width, row_stride_ = width;
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t column = panel * kColumns, count = std::min(width, columns - column);
-      storage_[panel].narrow(1, 0, count).copy_(source.narrow(1, column, count));
-    }
-  });
+  // On the calling thread: grad mode and inference mode are not those of the others.
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t column = panel * kColumns, count = std::min(width, columns - column);
+    storage_[panel].narrow(1, 0, count).copy_(source.narrow(1, column, count));
+  }
 }
 
 template <>

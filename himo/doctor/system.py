@@ -83,7 +83,9 @@ def threads(settings: TrainConfig) -> Check:
     count = settings.threads or torch.get_num_threads()
     variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
     given = [f"{name}={os.environ[name]}" for name in variables if name in os.environ]
-    found = f"{count} of torch and {settings.workers} workers on {cores} cores; {', '.join(given)}"
+    found = f"{count} of torch and {settings.workers} workers on {cores} cores"
+    if given:
+        found += f"; {', '.join(given)}"
     if count > cores:
         return Check("threads", "warning", f"{found}: more than the cores, try --threads {cores}")
     if settings.workers > cores:

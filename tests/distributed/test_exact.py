@@ -62,7 +62,9 @@ def test_info_nce_alone_on_every_backend(ranks, strategy, dtype, limit):
 
 def test_the_backends_of_the_blocks_are_run(ranks):
     names = {name.rsplit(", ")[-1] for name in ranks[0] if name.startswith("info_nce, float32")}
-    expected = [name for name in BLOCK.backends if BLOCK.why_not(name, torch.eye(2)) is None]
+    expected = {name for name in BLOCK.backends if BLOCK.why_not(name, torch.eye(2)) is None}
+    if len(ranks) != 2:  # interpreted, it takes seconds a rank
+        expected -= {"triton"}
     assert names == {"auto", *expected}
 
 

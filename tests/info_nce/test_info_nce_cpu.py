@@ -120,6 +120,33 @@ def test_matrix_registers_are_given_back(generator: torch.Generator) -> None:
     assert relative_error(product, a.double() @ b.double().mT) <= torch.finfo(torch.bfloat16).eps
 
 
+INFERENCE = """
+import torch, himo_kernels
+torch.set_num_threads(4)
+for dtype in (torch.float32, torch.bfloat16):
+    for samples, features in ((300, 16), (1100, 1024)):
+        x, y = (torch.randn(samples, features, dtype=torch.float32).to(dtype) for _ in range(2))
+        expected = himo_kernels.info_nce(x, y, 1.0, backend="cpu")
+        with torch.inference_mode():
+            assert torch.equal(himo_kernels.info_nce(x, y, 1.0, backend="cpu"), expected)
+        leaves = [value.requires_grad_() for value in (x, y)]
+        grads = []
+        for enabled in (True, False, True):
+            with torch.backends.mkldnn.flags(enabled=enabled):
+                loss = himo_kernels.info_nce(*leaves, 1.0, backend="cpu")
+                grads.append(torch.autograd.grad(loss, leaves))
+        for first, other, again in zip(*grads):
+            assert torch.equal(first, again)
+            torch.testing.assert_close(first, other, rtol=2e-2, atol=1e-5)
+print("equal")
+"""
+
+
+def test_inference_mode_many_threads_and_mkldnn_turned_off() -> None:
+    # Panels of several columns are copied, and what multiplies is chosen call by call.
+    assert run_python("-c", INFERENCE).strip() == "equal"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rounded_gradients_of_wide_bfloat16_are_no_worse_than_autocast(
     name: str, generator: torch.Generator
