@@ -88,8 +88,11 @@ struct Factors {
   RightFactor<gradient_t> keys;      // right [N, K]
   RightFactor<gradient_t> queries;   // right [M, K]
 
-  explicit Factors(const InfoNCE& problem)
-      : query(left_factor<factor_t>(problem.query)), key_turned(problem.key.t()) {
+  Factors(const InfoNCE& problem, bool with_logits) {
+    if (with_logits) {
+      query = left_factor<factor_t>(problem.query);
+      key_turned = RightFactor<factor_t>(problem.key.t());
+    }
     if (problem.row_positives.defined()) {
       row_positives = problem.row_positives.contiguous();
       column_positives = pad(problem.column_positives);
@@ -102,17 +105,26 @@ struct Factors {
   }
 };
 
-// Factors of every problem. Where all pairs are here, S_ii = scale q_i . k_i is from the same
-// products as the tiles': where captions repeat, S_ij - S_ii is 0 to the bit.
+// Factors of every problem, those of logits unless their products are there (formed). Where all
+// pairs are here, S_ii = scale q_i . k_i is from the same products as the tiles': where captions
+// repeat, S_ij - S_ii is 0 to the bit.
 template <typename factor_t, typename gradient_t>
-std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems,
-                                                      double scale) {
+std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems, double scale,
+                                                      bool formed) {
   using acc_t = accumulator_t<factor_t>;
   constexpr int64_t kBlock = 32;  // of the diagonal
-  std::vector<Factors<factor_t, gradient_t>> factors(problems.begin(), problems.end());
+  std::vector<Factors<factor_t, gradient_t>> factors;
+  for (const auto& problem : problems) factors.emplace_back(problem, !formed);
+  if (problems[0].row_positives.defined()) return factors;
+  if (formed) {
+    for (size_t b = 0; b < problems.size(); ++b) {
+      auto positives = factors[b].column_positives.narrow(0, 0, problems[b].query.size(0));
+      at::mul_out(positives, problems[b].products.diagonal(), at::Scalar(scale));
+    }
+    return factors;
+  }
   const int64_t count = problems.size(), samples = problems[0].query.size(0);
   const int64_t blocks = at::divup(samples, kBlock);
-  if (problems[0].row_positives.defined()) return factors;
   at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
     const ProductScope scope;
     for (int64_t task = begin; task < end; ++task) {
@@ -162,7 +174,7 @@ struct ProductTile {
 template <typename factor_t>
 void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const auto factors = factors_of<factor_t, acc_t>(problems, scale);
+  const auto factors = factors_of<factor_t, acc_t>(problems, scale, /*formed=*/false);
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t offset = problems[0].offset, width = padded(keys);
   // Of a batch with all its pairs -log P, of a block what it adds to log(1 / P - 1).
@@ -260,7 +272,8 @@ template <typename factor_t, typename gradient_t>
 double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const auto factors = factors_of<factor_t, gradient_t>(problems, options.scale);
+  const bool formed = problems[0].products.defined();
+  const auto factors = factors_of<factor_t, gradient_t>(problems, options.scale, formed);
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t count = problems.size(), offset = problems[0].offset;
   const bool needs_query = problems[0].grad_query.defined();
@@ -311,7 +324,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
           if (interrupt.poll()) return;
           const int64_t columns = std::min(kColumns, keys - column), width = padded(columns);
           const ProductTile<factor_t> tile(problem, row, column, products);
-          if (!problem.products.defined()) tile.form(factors[b], row, rows, column, columns);
+          if (!formed) tile.form(factors[b], row, rows, column, columns);
           sum += loops_of(acc_t{}).gradient(
               {tile.data, tile.stride, rows, columns, row + offset - column, scale, factor,
                smoothing, smoothing / static_cast<acc_t>(options.total), row_positives + row,
