@@ -95,8 +95,6 @@ struct Number<float> {
   static constexpr int kMantissa = 23;
   static constexpr bits kBias = 127;
   static constexpr float kMax = __FLT_MAX__, kNaN = __builtin_nanf("");
-  // Below this sum, squares that have underflown may count: each has lost 2^-126 at most.
-  static constexpr float kSmallSquares = 0x1p-60f;
 };
 template <>
 struct Number<double> {
@@ -104,7 +102,6 @@ struct Number<double> {
   static constexpr int kMantissa = 52;
   static constexpr bits kBias = 1023;
   static constexpr double kMax = __DBL_MAX__, kNaN = __builtin_nan("");
-  static constexpr double kSmallSquares = 0x1p-900;
 };
 
 // The power of two that brings a number near 1: its exponent negated, if that and its inverse are
@@ -138,9 +135,13 @@ sums_t<element_t> largest_entry(const element_t* x, int64_t size) {
   return largest<acc_t>(most);
 }
 
+// |x|^2 of the rows that are summed as they are. Of others squares may underflow or overflow, and
+// so may their products with a gradient where the result, a quotient of the two, does neither.
+constexpr float kLeastSquares = 0x1p-20f, kMostSquares = 0x1p40f;
+
 template <typename acc_t>
 struct Row {
-  acc_t scale;    // a power of two, 1 unless squares leave the range
+  acc_t scale;    // a power of two, 1 unless the row is much shorter or longer than 1
   acc_t squares;  // |u|^2, u = scale x
   acc_t along;    // grad . u
 };
@@ -179,9 +180,8 @@ HIMO_INLINE Row<sums_t<element_t>> sum_up(const element_t* x, const element_t* g
 template <bool kWithGrad, typename element_t>
 HIMO_INLINE Row<sums_t<element_t>> measure(const element_t* x, const element_t* grad,
                                            int64_t size) {
-  using N = Number<sums_t<element_t>>;
   const auto row = sum_up<kWithGrad>(x, grad, size, 1);
-  if (row.squares >= N::kSmallSquares && row.squares <= N::kMax) return row;
+  if (row.squares >= kLeastSquares && row.squares <= kMostSquares) return row;
   return sum_up<kWithGrad>(x, grad, size, power_that_scales(largest_entry(x, size)));
 }
 

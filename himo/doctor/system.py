@@ -157,4 +157,5 @@ def _least_versions() -> dict[str, str]:
 
 
 def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]
+    # Without zeros at the end: 13.0 is 13.0.0.
+    return [int(part) for part in re.findall(r"\d+", re.sub(r"(\.0+)+$", "", version))]

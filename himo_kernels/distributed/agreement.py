@@ -48,7 +48,7 @@ def agree(
     """
     if members.size == 1 or not check_ranks:
         check()
-        return Rows(members, (x.shape[0],) * members.size)
+        return _rows(operator, members, (x.shape[0],) * members.size)
     failure = None
     record = [0, 0, 0, 0, 0, zlib.crc32(repr(settings).encode())]
     try:
@@ -72,10 +72,7 @@ def agree(
         operator, members, "the same inputs to require a gradient", [bin(row[4]) for row in table]
     )
     _compare(operator, members, "the same settings", [f"others ({row[5]:x})" for row in table])
-    counts = tuple(int(row[1]) for row in table)
-    if sum(counts) == 0:
-        raise ValueError(f"{operator}: expected at least one row on some rank, got none")
-    return Rows(members, counts)
+    return _rows(operator, members, tuple(int(row[1]) for row in table))
 
 
 def check_rows(operator: str, argument: str, x: Tensor) -> None:
@@ -83,6 +80,12 @@ def check_rows(operator: str, argument: str, x: Tensor) -> None:
     check_tensor(operator, argument, x)
     if x.dim() != 2 or x.shape[1] == 0:
         raise_shape(operator, argument, "[M, D] with at least one column", x)
+
+
+def _rows(operator: str, members: Members, counts: tuple[int, ...]) -> Rows:
+    if sum(counts) == 0:
+        raise ValueError(f"{operator}: expected at least one row on some rank, got none")
+    return Rows(members, counts)
 
 
 def _compare(operator: str, members: Members, expected: str, values: list[object]) -> None:

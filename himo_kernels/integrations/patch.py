@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType, TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +12,8 @@ from himo_kernels._checks import raise_type, raise_value
 from himo_kernels.integrations import himo_clip, open_clip
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_ITSELF = "itself, which was accelerated in place"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ class Accelerated(Generic[Module]):
 
     def _is_on(self) -> bool:
         return vars(self._inner).get("forward") is self._forward
+
+    # For loss = accelerate(loss): what is missed here is there on the module.
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> NoReturn:
+        raise_type("accelerate", "the module to be called", _ITSELF, "a call of what it returned")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"accelerate: expected {name} of the module {_ITSELF}, got {name} of what it returned"
+        )
 
     def __enter__(self) -> Module:
         if not self._is_on():

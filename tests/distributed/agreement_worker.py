@@ -62,6 +62,8 @@ attempt("another preset", lambda: HiMoLoss("official" if bad else "paper")(rows(
 attempt("another strategy", lambda: hkd.info_nce(rows(), rows(), 1.0, strategy="ring"[bad:]))
 attempt("a frozen tower", lambda: loss(rows().requires_grad_(not bad), rows(), 1.0))
 attempt("no rows anywhere", lambda: loss(rows(0), rows(0), 1.0))
+unchecked = HiMoLoss(check_ranks=False)
+attempt("no rows, unchecked", lambda: unchecked(rows(0), rows(0), 1.0))
 attempt("a wrong scale", lambda: loss(rows(), rows(), torch.ones(2) if bad else 1.0))
 attempt("all_gather of another width", lambda: hkd.all_gather(rows(width=5 if bad else 6)))
 attempt("pca of another tau", lambda: hkd.pca_reconstruct(rows(), 0.8 if bad else 0.9))

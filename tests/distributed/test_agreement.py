@@ -43,6 +43,7 @@ CASES = {
         "expected the same inputs to require a gradient on every rank, got 0b0 on rank 1 and 0b1",
     ),
     "no rows anywhere": (ValueError, ALL, "expected at least one row on some rank, got none"),
+    "no rows, unchecked": (ValueError, ALL, "expected at least one row on some rank, got none"),
     "a wrong scale": (ValueError, FIRST, "expected logit_scale of shape [] or [1], got [2]"),
     "all_gather of another width": (
         ValueError,

@@ -168,6 +168,24 @@ def test_a_package_that_is_too_old(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("version", "least", "status"),
+    [
+        ("13.0", "13.0.0", "ok"),
+        ("13.0.0", "13.0", "ok"),
+        ("13.0.1", "13.0", "ok"),
+        ("12.10", "12.9", "ok"),
+        ("13.0", "13.0.1", "problem"),
+        ("12.9.9", "13", "problem"),
+    ],
+)
+def test_versions_are_compared_by_their_numbers(monkeypatch, version, least, status):
+    monkeypatch.setattr(system, "_least_versions", lambda: {"pillow": least})
+    monkeypatch.setattr(system.importlib.metadata, "version", lambda name: version)
+    found = {check.name: check for check in system.packages()}
+    assert found["pillow"].status == status
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--workers", "-1"], "--workers: expected 0 to 1024, got -1"),

@@ -1,10 +1,9 @@
 """Blocks of a larger batch in Triton: several launches of one, and nothing touched around them."""
 
-import math
-
 import pytest
 import torch
 from block_cases import joined_bwd, joined_fwd, random_batch
+from guarded_memory import between_nan, guarded_allocations
 from torch import Tensor
 
 from himo_kernels import _triton
@@ -61,31 +60,12 @@ def test_a_tile_whose_only_pair_is_in_a_corner(generator):
             torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_is_touched_outside_of_an_allocation(generator, monkeypatch):
+def test_nothing_is_touched_outside_of_an_allocation(generator):
     batch = random_batch(torch.float32, DEVICE, generator)
     expected = joined(batch)
-    pad, canary = 4096, 1.2345678e30  # more entries than a tile reaches past an end
-    guarded: list[Tensor] = []
-    empty = torch.empty
-
-    def guard(*size: object, **options: object) -> Tensor:
-        tensor = empty(*size, **options)
-        storage = empty(tensor.numel() + 2 * pad, **options).fill_(canary)
-        guarded.append(storage)
-        return storage[pad : storage.numel() - pad].view(tensor.shape)
-
-    def between_nan(tensor: Tensor) -> Tensor:
-        storage = torch.full((tensor.numel() + 2 * pad,), math.nan, device=DEVICE)
-        return storage[pad : storage.numel() - pad].view(tensor.shape).copy_(tensor)
-
     batch.image, batch.text = between_nan(batch.image), between_nan(batch.text)
-    monkeypatch.setattr(torch, "empty", guard)
-    found = joined(batch)
-    monkeypatch.undo()
-    assert len(guarded) >= 6
-    for storage in guarded:
-        for edge in (storage[:pad], storage[-pad:]):
-            assert (edge == torch.tensor(canary).to(edge)).all()
+    with guarded_allocations(least=6):
+        found = joined(batch)
     assert all(map(torch.equal, found, expected))
 
 

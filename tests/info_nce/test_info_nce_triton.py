@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from fresh_process import run_python
+from guarded_memory import between_nan, guarded_allocations
 from info_nce_cases import (
     NAMES,
     Inputs,
@@ -423,45 +424,19 @@ class TestAutograd:
         torch.library.opcheck(bwd, (*outputs[::3], *arguments[:-2], *nlls, *settings))
 
 
-class TestMemory:
-    PAD = 4096  # entries on either side: more than a tile reaches past an end
-    CANARY = 1.2345678e30
-
-    @per_operator
-    @pytest.mark.parametrize("shape", [(17, 5), (40, 35)], ids=str)
-    def test_nothing_is_written_outside_of_an_allocation(
-        self,
-        operator: str,
-        shape: tuple[int, int],
-        generator: torch.Generator,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        # Inputs lie between NaN as well: what is read there would show in the results.
-        inputs = inputs_of(operator, *shape, inner=5, dtype=torch.float32, generator=generator)
-        expected = losses_and_gradients(target(operator), inputs, label_smoothing=0.1)
-        between = {}
-        for name, value in inputs.items():
-            storage = torch.full((value.numel() + 2 * self.PAD,), math.nan, device=DEVICE)
-            between[name] = storage[self.PAD : -self.PAD].view(value.shape).copy_(value)
-        guarded: list[Tensor] = []
-        empty = torch.empty
-
-        def guard(*size: object, **options: object) -> Tensor:
-            tensor = empty(*size, **options)
-            storage = empty(tensor.numel() + 2 * self.PAD, **options).fill_(self.CANARY)
-            guarded.append(storage)
-            return storage[self.PAD : storage.numel() - self.PAD].view(tensor.shape)
-
-        monkeypatch.setattr(torch, "empty", guard)
+@per_operator
+@pytest.mark.parametrize("shape", [(17, 5), (40, 35)], ids=str)
+def test_nothing_is_touched_outside_of_an_allocation(
+    operator: str, shape: tuple[int, int], generator: torch.Generator
+) -> None:
+    inputs = inputs_of(operator, *shape, inner=5, dtype=torch.float32, generator=generator)
+    expected = losses_and_gradients(target(operator), inputs, label_smoothing=0.1)
+    between = {name: between_nan(value.to(DEVICE)) for name, value in inputs.items()}
+    with guarded_allocations(least=6):
         losses, gradients = losses_and_gradients(target(operator), between, label_smoothing=0.1)
-        monkeypatch.undo()
-        assert len(guarded) >= 6
-        for storage in guarded:
-            for edge in (storage[: self.PAD], storage[-self.PAD :]):
-                assert (edge == torch.tensor(self.CANARY).to(edge)).all()
-        assert all(map(torch.equal, losses, expected[0]))
-        for name, gradient in gradients.items():
-            assert torch.equal(gradient, expected[1][name]), name
+    assert all(map(torch.equal, losses, expected[0]))
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected[1][name]), name
 
 
 def test_a_tile_holds_the_diagonal_of_its_rows() -> None:

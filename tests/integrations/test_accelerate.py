@@ -353,6 +353,13 @@ class TestInstance:
         with pytest.raises(ValueError, match="expected a with block before undo"), handle:
             pass
 
+    def test_what_is_returned_is_not_the_module(self):
+        model = himo_kernels.accelerate(ReleasedCLIP(WIDTH, FEATURES))
+        with pytest.raises(TypeError, match="the module to be called itself, .* in place"):
+            model(None, None)
+        with pytest.raises(AttributeError, match="parameters of the module itself"):
+            model.parameters()
+
     def test_twice_is_refused(self):
         model = ReleasedCLIP(WIDTH, FEATURES)
         himo_kernels.accelerate(model)

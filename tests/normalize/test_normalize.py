@@ -199,6 +199,19 @@ def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, d
 
 
 @per_backend
+@pytest.mark.parametrize("length, incoming", [(-27, -122), (-40, -110), (40, 100), (80, 120)])
+def test_a_gradient_is_right_where_its_products_with_the_row_are_no_numbers(
+    backend, length, incoming, generator
+):
+    x = torch.randn(4, 70, generator=generator)
+    grad = torch.randn(4, 70, generator=generator)
+    _, gradient = ours(backend, x * 2.0**length, grad * 2.0**incoming)
+    _, expected = exact(x, grad)
+    actual = gradient.double() * 2.0 ** (length - incoming)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@per_backend
 @pytest.mark.parametrize(
     "dtype, one, others",
     [(torch.float32, -54.5, -63.5), (torch.float64, -498, -511.5), (torch.float64, -510, -511.5)],

@@ -46,7 +46,8 @@ def _products(
         kept = start + depth < inner
         y = tl.load(right + start, mask=kept[:, None] & column_mask, other=0.0)
         for term in tl.static_range(TERMS):
-            x = tl.load(left + term * term_stride + start, mask=kept[None, :] & row_mask, other=0.0)
+            x_ptr = left + term * tl.cast(term_stride, tl.int64) + start
+            x = tl.load(x_ptr, mask=kept[None, :] & row_mask, other=0.0)
             accumulator = dot(x, y, accumulator, PRECISION)
     return accumulator
 

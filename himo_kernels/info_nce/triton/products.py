@@ -88,7 +88,7 @@ def bounded_product_kernel(
         accumulator += tl.load(out_ptr + out_at, mask=inside, other=0.0)
     for term in tl.static_range(TERMS):
         part = rounded(accumulator, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + term * out_term_stride + out_at, part, mask=inside)
+        tl.store(out_ptr + term * tl.cast(out_term_stride, tl.int64) + out_at, part, mask=inside)
         accumulator -= part.to(tl.float32)
 
 

@@ -1,0 +1,42 @@
+"""Tensors with known values on either side: what a kernel reads or writes outside of them shows."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+_PAD = 4096  # entries on either side: more than a tile reaches past an end
+_CANARY = 1.2345678e30
+
+
+def between_nan(tensor: Tensor) -> Tensor:
+    """A copy with NaN around it: what is read there would show in the results."""
+    storage = tensor.new_full((tensor.numel() + 2 * _PAD,), math.nan)
+    return storage[_PAD : storage.numel() - _PAD].view(tensor.shape).copy_(tensor)
+
+
+@contextmanager
+def guarded_allocations(least: int) -> Iterator[None]:
+    """Fails unless torch.empty was called `least` times in the block and nothing is written around.
+
+    `least` is there because a kernel that allocates in another way is not guarded.
+    """
+    guarded: list[Tensor] = []
+    empty = torch.empty
+
+    def guard(*size: object, **options: object) -> Tensor:
+        tensor = empty(*size, **options)
+        storage = empty(tensor.numel() + 2 * _PAD, **options).fill_(_CANARY)
+        guarded.append(storage)
+        return storage[_PAD : storage.numel() - _PAD].view(tensor.shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", guard)
+        yield
+    assert len(guarded) >= least
+    for storage in guarded:
+        for edge in (storage[:_PAD], storage[-_PAD:]):
+            assert (edge == torch.tensor(_CANARY).to(edge)).all()
