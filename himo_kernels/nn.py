@@ -105,8 +105,9 @@ class HiMoLoss(nn.Module):
 
     Over several processes each rank passes its own rows and gets its share of the loss: the mean
     over ranks of the shares is the loss of one process on the joined batch, and the mean over
-    ranks of the gradients, which DDP takes, its gradient, that of logit_scale included. Row counts
-    may differ from rank to rank. Where any rank's arguments are wrong, every rank raises the same
+    ranks of the gradients, which DDP takes, its gradient, that of logit_scale included; with
+    pca_scope="local", of components that come from each rank's own rows. Row counts may differ
+    from rank to rank. Where any rank's arguments are wrong, every rank raises the same
     error. himo_kernels/distributed/README.md has the derivation and the cost.
 
     Args:

@@ -199,6 +199,31 @@ def heads_of_hf(config: Mapping[str, Any], path: str) -> dict[str, int]:
     return heads
 
 
+def heads_of_open_clip(config: Mapping[str, Any], path: str) -> dict[str, int]:
+    """The heads that open_clip's `open_clip_config.json` tells.
+
+    Raises:
+        HimoError: the model computes something else than a HiMoCLIP with the same weights.
+    """
+    model = config.get("model_cfg")
+    vision, text = (
+        model.get(f"{tower}_cfg") if isinstance(model, dict) else None
+        for tower in ("vision", "text")
+    )
+    if not (isinstance(model, dict) and isinstance(vision, dict) and isinstance(text, dict)):
+        raise HimoError(f"{path}: not the configuration of a CLIP of open_clip")
+    activation = model.get("quick_gelu", False)  # open_clip's default is GELU
+    if activation is not True:
+        raise HimoError(f"{path}: expected model_cfg.quick_gelu to be True, got {activation!r}")
+    width, of_a_head = vision.get("width", 768), vision.get("head_width", 64)
+    if not all(type(value) is int and value > 0 for value in (width, of_a_head)):
+        raise HimoError(
+            f"{path}: expected vision_cfg.width and head_width to be positive integers, "
+            f"got {width!r} and {of_a_head!r}"
+        )
+    return {"vision_heads": width // of_a_head, "text_heads": text.get("heads", 8)}
+
+
 def hf_config(config: CLIPConfig) -> dict[str, Any]:
     """Hugging Face's `config.json` of a model."""
     common = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}

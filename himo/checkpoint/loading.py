@@ -15,6 +15,7 @@ from himo.checkpoint.layouts import (
     deduce_config,
     from_himo,
     heads_of_hf,
+    heads_of_open_clip,
     stretch_positions,
     to_himo,
 )
@@ -171,6 +172,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
         if layout == "hf" and not metadata["config"]:
             config_file = os.path.join(name, HF_FILES[0])
             metadata["config"] = heads_of_hf(_json(config_bytes, config_file), config_file)
+        config_file = os.path.join(name, OPEN_CLIP_FILES[0])
+        if layout == "open_clip" and not metadata["config"] and os.path.exists(config_file):
+            metadata["config"] = heads_of_open_clip(_json(config_bytes, config_file), config_file)
     return state, metadata
 
 

@@ -2,7 +2,7 @@
 
 Differs from the reference in memory and work, not in the formula: blocks are centred one at a time,
 which needs no [N, D] copy of x in dtype, and only one triangle of the product is computed where it
-is wider than 192. The results are exactly symmetric.
+is wider than 48. The results are exactly symmetric.
 """
 
 import torch

@@ -23,6 +23,7 @@ from himo_kernels.distributed.gather import AllGather
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.pca import moment as parts
 from himo_kernels.pca import pca_reconstruct as pca_reconstruct_of_one
+from himo_kernels.pca.op import PCA_RECONSTRUCT
 
 
 def pca_reconstruct(
@@ -58,6 +59,8 @@ def pca_reconstruct(
         check_gap_eps(operator, gap_eps)
         check_flag(operator, "differentiate_basis", differentiate_basis)
         check_rows(operator, "x", x)
+        # Before any rank waits for the others: one without rows would not ask its backend.
+        PCA_RECONSTRUCT.resolve(backend, x)
         if check_flag(operator, "check_finite", check_finite):
             check_finite_values(operator, x=x)
 

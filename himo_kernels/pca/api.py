@@ -150,8 +150,8 @@ def pca_reconstruct(
         gap_eps: The backward divides by the gap between kept and dropped eigenvalues; 1 / delta
             is replaced by delta / (delta^2 + (gap_eps lambda_R)^2), which bounds the gradient by
             (3 + 1 / gap_eps) times the incoming one. 0 is the exact derivative.
-        differentiate_basis: False treats the projector as a constant (an ablation: it discards
-            about 70% of the gradient).
+        differentiate_basis: False treats the projector as a constant (an ablation: the part of the
+            gradient that comes through the basis is missing).
         check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
         backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
 

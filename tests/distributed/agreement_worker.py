@@ -68,6 +68,10 @@ attempt("a wrong scale", lambda: loss(rows(), rows(), torch.ones(2) if bad else 
 attempt("all_gather of another width", lambda: hkd.all_gather(rows(width=5 if bad else 6)))
 attempt("pca of another tau", lambda: hkd.pca_reconstruct(rows(), 0.8 if bad else 0.9))
 attempt("a backend without a kernel", lambda: HiMoLoss(backend="cuda")(rows(), rows(), 1.0))
+# Rank 0 brings no rows: it would wait for the others, which their backend refuses.
+own = rows(0 if RANK == 0 else 4)
+attempt("pca by a backend without a kernel", lambda: hkd.pca_reconstruct(own, backend="cuda"))
+attempt("pca by no backend", lambda: hkd.pca_reconstruct(own, backend="gpu"))
 attempt("and then a good step", lambda: loss(rows(), rows(), 1.0))
 for repeat in range(20):  # G8: 20 of 20
     attempt(f"nan again {repeat}", lambda: strict(rows(), with_entry(float("nan")), 1.0))

@@ -56,12 +56,20 @@ CASES = {
         "rank 0: ",
         "backend 'cuda' cannot take [4, 6] torch.float32 on cpu",
     ),
+    "pca by a backend without a kernel": (
+        NotImplementedError,
+        "rank 0: ",
+        "backend 'cuda' cannot take [0, 6] torch.float32 on cpu",
+    ),
+    "pca by no backend": (ValueError, "rank 0: ", "expected backend to be 'auto' or one of"),
 }
 OPERATORS = {
     "a backend without a kernel": "info_nce_block",
     "another strategy": "info_nce",
     "all_gather of another width": "all_gather",
     "pca of another tau": "pca_reconstruct",
+    "pca by a backend without a kernel": "pca_reconstruct",
+    "pca by no backend": "pca_reconstruct",
 }
 
 

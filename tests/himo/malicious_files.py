@@ -103,6 +103,13 @@ def hf_directory(path: Path, config: Any, index: Any = None) -> None:
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def open_clip_directory(path: Path, config: Any) -> None:
+    path.mkdir()
+    weights = str(path / "open_clip_model.safetensors")
+    write_safetensors(weights, from_himo(good_state(), "open_clip"), {})
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+
+
 # Pickles that run code.
 
 
@@ -509,6 +516,30 @@ def thousands_of_layers(path: Path, canary: Path) -> None:
 def a_directory_with_another_activation(path: Path, canary: Path) -> None:
     tower = {"hidden_act": "gelu"}
     hf_directory(path, {"vision_config": tower, "text_config": tower})
+
+
+@file("expected model_cfg.quick_gelu to be True, got False")
+def a_directory_of_open_clip_with_its_default_activation(path: Path, canary: Path) -> None:
+    open_clip_directory(path, {"model_cfg": {"vision_cfg": {}, "text_cfg": {}}})
+
+
+@file("not the configuration of a CLIP of open_clip")
+def a_directory_of_open_clip_with_a_list_of_towers(path: Path, canary: Path) -> None:
+    open_clip_directory(path, {"model_cfg": [{}]})
+
+
+@file("expected vision_cfg.width and head_width to be positive integers, got 8 and 0")
+def a_directory_of_open_clip_with_heads_of_no_channels(path: Path, canary: Path) -> None:
+    vision = {"width": 8, "head_width": 0}
+    config = {"quick_gelu": True, "vision_cfg": vision, "text_cfg": {"heads": 1}}
+    open_clip_directory(path, {"model_cfg": config})
+
+
+@file("expected text_heads to be an integer from 1 to 1048576, got '1'")
+def a_directory_of_open_clip_with_heads_as_text(path: Path, canary: Path) -> None:
+    vision = {"width": 8, "head_width": 8}
+    config = {"quick_gelu": True, "vision_cfg": vision, "text_cfg": {"heads": "1"}}
+    open_clip_directory(path, {"model_cfg": config})
 
 
 @file("not the configuration of a CLIPModel")

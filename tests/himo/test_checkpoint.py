@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from himo import checkpoint
 from himo.checkpoint.layouts import from_himo, hf_config, stretch_positions
+from himo.checkpoint.safetensors_files import write_safetensors
 from himo.errors import HimoError
 from himo.model import CONFIGS, KEPT_POSITIONS, CLIPConfig, HiMoCLIP
 
@@ -508,6 +509,13 @@ def test_open_clips_configuration_names_what_it_needs(tmp_path: Path) -> None:
         "image_size": 32, "layers": 2, "width": 64, "head_width": 64, "patch_size": 8,
     }  # fmt: skip
     assert len(content["preprocess_cfg"]["mean"]) == 3
+    # Written by open_clip, the weights say nothing of the heads, and no shape does.
+    state = from_himo(HiMoCLIP(SMALL).state_dict(), "open_clip")
+    write_safetensors(str(tmp_path / "open_clip" / "open_clip_model.safetensors"), state, {})
+    model["vision_cfg"]["head_width"], model["text_cfg"]["heads"] = 16, 8
+    (tmp_path / "open_clip" / "open_clip_config.json").write_text(json.dumps(content))
+    loaded, _ = checkpoint.load(tmp_path / "open_clip")
+    assert (loaded.config.vision_heads, loaded.config.text_heads) == (4, 8)
 
 
 @pytest.mark.gpu

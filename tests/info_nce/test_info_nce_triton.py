@@ -6,6 +6,7 @@ tiles of columns and, in rounds of 32, several steps of the inner dimension.
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -30,7 +31,7 @@ from himo_kernels.testing import confident_positives, equal_rows, power_law, rel
 if _triton.MISSING:
     pytest.skip(_triton.MISSING, allow_module_level=True)
 
-from himo_kernels.info_nce.triton import epilogues, tiles
+from himo_kernels.info_nce.triton import epilogues, tiles, tune
 from himo_kernels.info_nce.triton import gradients as pass_2
 from himo_kernels.info_nce.triton import kernels as of_logits
 from himo_kernels.info_nce.triton import statistics as pass_1
@@ -479,3 +480,15 @@ def test_the_tuning_command_prints_a_row_for_each_tile() -> None:
     )
     rows = [line for line in output.splitlines() if line.startswith("Tile(")]
     assert len(rows) == 2 and all(" ms" in row for row in rows)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU to tune for")
+def test_the_tuning_command_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(sys, "argv", ["tune"])
+    with pytest.raises(SystemExit) as ended:
+        tune.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("tune: error: needs CUDA tensors")

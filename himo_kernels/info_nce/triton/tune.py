@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from himo_kernels import _triton
 from himo_kernels.info_nce.triton import tiles
 from himo_kernels.info_nce.triton.branch import features_branch
 from himo_kernels.info_nce.triton.gradients import Needs, gradients
@@ -76,6 +77,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = _triton.why_not(torch.empty(1, device=device))
+    if reason is not None:
+        parser.error(reason)
     dtype = getattr(torch, arguments.dtype)
     image, text = (
         power_law(arguments.samples, arguments.features, dtype=dtype, device=device)
