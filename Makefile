@@ -80,8 +80,11 @@ $(VENV)/.himo-built: $(VENV)/.himo-installed setup.py $(CSRC)
 in-place:
 	$(BUILD_IN_PLACE)
 
+# Two files at a time, where the environment is ours and has pytest-xdist: most of the time is
+# Triton's interpreter, which uses one core. PYTEST_FLAGS="-n 0" is one after the other.
+PARALLEL := $(if $(strip $(VENV)),-n 2 --dist loadfile)
 test: $(READY)
-	$(IN_TREE) $(PY) -m pytest $(PYTEST_FLAGS)
+	$(IN_TREE) $(PY) -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -368,7 +368,7 @@ class TestInstance:
         with pytest.raises(ValueError, match=f"with the forward of its class, {got}"):
             himo_kernels.accelerate(model)
 
-    @pytest.mark.parametrize("module", [nn.Linear(2, 2), torch.relu, None], ids=str)
+    @pytest.mark.parametrize("module", [nn.Linear(2, 2), torch.relu, None], ids=type)
     def test_anything_else_is_refused(self, module):
         with pytest.raises(TypeError, match="accelerate: expected module to be"):
             himo_kernels.accelerate(module)
