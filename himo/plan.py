@@ -26,7 +26,6 @@ _GIB = 1 << 30
 _MAX_GIB = 100_000  # what the table has room for
 _WIDTH = 79  # columns
 _BAR = 40  # characters for the memory given, or the total where that is more
-_PROGRESS_DELAY_S = 2.0
 _MOMENTS = {
     IMAGE: "in the forward pass of the image tower",
     TEXT: "in the forward pass of the text tower",
@@ -106,9 +105,8 @@ class Plan:
 
 def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
     """The plan of a run of `ranks` processes, each with `limit` bytes."""
-    with tqdm(
-        desc="counting", unit="step", delay=_PROGRESS_DELAY_S, disable=None, leave=False
-    ) as bar:
+    # From the beginning: the first step, before which no bar with a delay is drawn, takes seconds.
+    with tqdm(desc="counting", unit="step", disable=None, leave=False) as bar:
         rehearsal = Rehearsal(settings, ranks)
 
         def step(**changes: Any) -> Memory:

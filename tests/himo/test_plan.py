@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import measured_step
@@ -188,6 +189,19 @@ def test_what_would_fit(capsys, monkeypatch, mib, found):
     assert {other["flags"]: other["fits"] for other in plan["alternatives"]} == found
     assert all(o["fits"] == (o["total"] <= mib * 2**20) for o in plan["alternatives"])
     assert plan["largest_batch_size"] == {50: 48, 6: 4, 3: 0}[mib]
+
+
+def test_a_bar_is_there_before_the_first_step(capsys, monkeypatch):
+    class Slow(Formula):
+        def step(self, **changes) -> Memory:
+            shown.append(capsys.readouterr().err)
+            return super().step(**changes)
+
+    shown: list[str] = []
+    monkeypatch.setattr("himo.plan.Rehearsal", Slow)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["plan", "--gpu-mem", "1", *FLAGS]) == 0
+    assert "counting: 0step" in shown[0]
 
 
 def test_where_nothing_fits_it_says_so(capsys, monkeypatch):
