@@ -116,7 +116,7 @@ def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
 
         memory = step()
         fixed = rehearsal.fixed
-        most = _MAX_PAIRS // (ranks * settings.accum_freq)
+        most = _most_counted(settings, ranks)
 
         def total(batch: int) -> int:
             return step(batch_size=batch).total
@@ -126,6 +126,10 @@ def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
         if memory.total > limit:
             others = _alternatives(settings, ranks, limit, step, fixed, found)
     return Plan(settings, ranks, limit, memory, found, others)
+
+
+def _most_counted(settings: TrainConfig, ranks: int) -> int:
+    return _MAX_PAIRS // (ranks * settings.accum_freq)
 
 
 def largest_batch(
@@ -226,6 +230,8 @@ def table(plan: Plan) -> str:
     lines += ["", f"{verdict}: {_gib(left)} GiB {'left' if plan.fits else 'too much'}"]
     if plan.largest_batch:
         lines.append(f"largest --batch-size that fits: {plan.largest_batch} pairs a process")
+        if plan.largest_batch == _most_counted(settings, plan.ranks):
+            lines[-1] += ", larger ones are not counted"
     else:
         lines.append(f"no --batch-size fits: not even {_LEAST_BATCH} pairs a process")
     if plan.alternatives:

@@ -191,6 +191,16 @@ def test_what_would_fit(capsys, monkeypatch, mib, found):
     assert plan["largest_batch_size"] == {50: 48, 6: 4, 3: 0}[mib]
 
 
+def test_the_largest_batch_that_is_counted_is_not_said_to_be_the_largest(capsys, monkeypatch):
+    monkeypatch.setattr("himo.plan.Rehearsal", Formula)
+    for gib, more in (("0.05", False), ("10", True)):
+        many = ["--ranks", "4096", "--accum-freq", "4", "--batch-size", "2"]
+        assert main(["plan", "--gpu-mem", gib, "--model", "dot", *many]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found = next(line for line in lines if line.startswith("largest --batch-size that fits"))
+        assert found.endswith("64 pairs a process, larger ones are not counted") == more
+
+
 def test_a_bar_is_there_before_the_first_step(capsys, monkeypatch):
     class Slow(Formula):
         def step(self, **changes) -> Memory:
