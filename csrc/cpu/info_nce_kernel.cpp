@@ -375,14 +375,14 @@ void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
 }  // namespace
 
 void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale) {
-  Interrupt interrupt;
+  Interrupt interrupt(ProductScope::release);
   for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto) {
     statistics<decltype(factor)>(group, scale, interrupt);
   });
 }
 
 double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOptions& options) {
-  Interrupt interrupt;
+  Interrupt interrupt(ProductScope::release);
   double grad_scale = 0;
   for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto gradient) {
     grad_scale += gradients<decltype(factor), decltype(gradient)>(group, options, interrupt);

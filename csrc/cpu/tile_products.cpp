@@ -33,7 +33,7 @@ bool multiplies_bfloat16_by_matrix() {
 
 }  // namespace
 
-ProductScope::~ProductScope() {
+void ProductScope::release() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   if (multiplies_bfloat16()) at::native::cpublas::brgemm_release();
 #endif

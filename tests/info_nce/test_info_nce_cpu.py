@@ -120,6 +120,32 @@ def test_matrix_registers_are_given_back(generator: torch.Generator) -> None:
     assert relative_error(product, a.double() @ b.double().mT) <= torch.finfo(torch.bfloat16).eps
 
 
+HANDLER = """
+import signal, torch, himo_kernels
+torch.set_num_threads(1)
+a, b = (torch.randn(257, 129).bfloat16() for _ in range(2))
+x, y = (torch.randn(4096, 256).bfloat16().requires_grad_() for _ in range(2))
+def step():
+    loss = himo_kernels.info_nce(x, y, 1.0, keep_logits_mib=0, backend="cpu")
+    return loss.detach(), *torch.autograd.grad(loss, (x, y))
+product, expected = a @ b.mT, step()
+seen = []
+signal.signal(signal.SIGALRM, lambda *_: seen.append(torch.equal(a @ b.mT, product)))
+for _ in range(3):
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+    results = step()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert all(torch.equal(result, value) for result, value in zip(results, expected))
+assert seen and all(seen)
+print("equal")
+"""
+
+
+def test_products_of_a_signal_handler() -> None:
+    # Handlers run between tiles, where matrix registers are configured for ours.
+    assert run_python("-c", HANDLER) == "equal"
+
+
 INFERENCE = """
 import torch, himo_kernels
 torch.set_num_threads(4)
