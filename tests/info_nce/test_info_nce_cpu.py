@@ -148,6 +148,7 @@ def test_products_of_a_signal_handler() -> None:
 
 INFERENCE = """
 import torch, himo_kernels
+from himo_kernels.testing import relative_error
 torch.set_num_threads(4)
 for dtype in (torch.float32, torch.bfloat16):
     for samples, features in ((300, 16), (1100, 1024)):
@@ -163,7 +164,8 @@ for dtype in (torch.float32, torch.bfloat16):
                 grads.append(torch.autograd.grad(loss, leaves))
         for first, other, again in zip(*grads):
             assert torch.equal(first, again)
-            torch.testing.assert_close(first, other, rtol=2e-2, atol=1e-5)
+            # Of the whole: an entry near 0 is as far off as dL/dS, rounded to bfloat16, makes it.
+            assert relative_error(first, other) <= 1e-3
 print("equal")
 """
 
