@@ -175,6 +175,32 @@ def test_inference_mode_many_threads_and_mkldnn_turned_off() -> None:
     assert run_python("-c", INFERENCE).strip() == "equal"
 
 
+TURNED_OFF = """
+import threading, torch, himo_kernels
+torch.set_num_threads(1)
+x, y = (torch.randn(2000, 64).bfloat16() for _ in range(2))
+expected = himo_kernels.info_nce(x, y, 1.0, backend="cpu")
+done = threading.Event()
+def turn_off_and_on():
+    while not done.is_set():
+        with torch.backends.mkldnn.flags(enabled=False):
+            pass
+thread = threading.Thread(target=turn_off_and_on)
+thread.start()
+try:
+    for _ in range(60):
+        loss = himo_kernels.info_nce(x, y, 1.0, backend="cpu")
+        torch.testing.assert_close(loss, expected)
+finally:
+    done.set()
+print("close")
+"""
+
+
+def test_mkldnn_turned_off_by_another_thread_during_a_call() -> None:
+    assert run_python("-c", TURNED_OFF) == "close"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rounded_gradients_of_wide_bfloat16_are_no_worse_than_autocast(
     name: str, generator: torch.Generator
