@@ -82,7 +82,7 @@ in-place:
 
 # Two files at a time, where the environment is ours and has pytest-xdist: most of the time is
 # Triton's interpreter, which uses one core. PYTEST_FLAGS="-n 0" is one after the other.
-PARALLEL := $(if $(strip $(VENV)),-n 2 --dist loadfile)
+PARALLEL := $(if $(strip $(VENV)),-n 2 --dist loadfile --no-loadscope-reorder)
 test: $(READY)
 	$(IN_TREE) $(PY) -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 

@@ -93,7 +93,12 @@ def by_step(dataset: CaptionedImages, rows: list[int], seconds: float) -> list[R
     dataset.tokens(rows[0])  # the first one reads the vocabulary
     began = time.perf_counter()
     for row in tqdm(
-        rows, desc="by step", delay=_PROGRESS_DELAY_S, disable=None, leave=False, unit="pair"
+        iter(rows),  # of no length: the seconds end it, long before the last row
+        desc="by step",
+        unit="pair",
+        delay=_PROGRESS_DELAY_S,
+        disable=None,
+        leave=False,
     ):
         with suppress(ImageError):
             parts, before = {}, time.perf_counter()
@@ -162,12 +167,12 @@ def table(settings: TrainConfig, steps: list[Rate], whole: Rate, first_s: float)
     for name, rate in [*((r.step, r) for r in steps), (alone.step, alone), (loading, whole)]:
         each_ms = 1e3 * rate.seconds / rate.samples
         lines.append(f"{name:<26}{each_ms:>10.2f}{rate.per_second:>16.1f}{rate.samples:>8}")
-    step_s = settings.batch_size / whole.per_second
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"The first batch came after {first_s:.2f} s. A step of {settings.batch_size} pairs",
-            f"waits for the loader where it takes less than {step_s:.3g} s.",
-        ]
-    )
+    first = f"The first batch came after {first_s:.2f} s."
+    pairs, step_s = settings.batch_size, settings.batch_size / whole.per_second
+    if settings.workers:
+        lines += ["", f"{first} A step of {pairs} pairs"]
+        lines.append(f"waits for the loader where it takes less than {step_s:.3g} s.")
+    else:  # which reads nothing while a step runs
+        lines += ["", f"{first} Without workers a step of {pairs} pairs"]
+        lines.append(f"always waits for the loader, {step_s:.3g} s.")
+    return "\n".join(lines)

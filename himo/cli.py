@@ -21,6 +21,8 @@ _COMMANDS = {
     "explain": ("himo.report.explain", "similarity of one image to a growing caption"),
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),
 }
+# Modules of torch and of the extra `himo`, of which `pip install .` without it brings torch alone.
+_NEEDED = ("PIL", "ftfy", "numpy", "regex", "torch", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,22 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # slower where something else runs on the cores: 5.8 s instead of 0.61 s for one of the demo,
     # with two threads on two cores beside one busy process. Alone, not spinning costs it 7 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.stdout is None:  # closed, as with `>&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="himo", description="CLIP with semantic hierarchy and monotonicity."
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, help) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help)
-        if name in given[:1]:
-            importlib.import_module(module).add_arguments(command)
-    parsed = parser.parse_args(given)
-    module, _ = _COMMANDS[parsed.command]
     try:
-        status: int = importlib.import_module(module).run(parsed)
+        status = _run(given)
         sys.stdout.flush()  # here, where it is known what to do if nobody reads
     except HimoError as error:
         print(f"himo: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in _NEEDED:
+            raise
+        install = 'pip install --no-build-isolation -e ".[himo]"'
+        print(f"himo: error: {error.name} is not installed: {install} has it", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as with `himo eval ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit
@@ -55,4 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("himo: interrupted", file=sys.stderr)
         return 130
+    return status
+
+
+def _run(given: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="himo", description="CLIP with semantic hierarchy and monotonicity."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, help) in _COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help)
+        if name in given[:1]:
+            importlib.import_module(module).add_arguments(command)
+    parsed = parser.parse_args(given)
+    module, _ = _COMMANDS[parsed.command]
+    status: int = importlib.import_module(module).run(parsed)
     return status

@@ -1,4 +1,4 @@
-"""The one exception of himo that a user is meant to read."""
+"""The one exception of himo that a user is meant to read, and text fit for a terminal."""
 
 
 class HimoError(ValueError):
@@ -9,5 +9,9 @@ class HimoError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A file name or a key read from a file may hold line breaks or terminal escapes.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line: a name or a key read from a file may hold line breaks or terminal escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

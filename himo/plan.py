@@ -26,7 +26,6 @@ _GIB = 1 << 30
 _MAX_GIB = 100_000  # what the table has room for
 _WIDTH = 79  # columns
 _BAR = 40  # characters for the memory given, or the total where that is more
-_PROGRESS_DELAY_S = 2.0
 _MOMENTS = {
     IMAGE: "in the forward pass of the image tower",
     TEXT: "in the forward pass of the text tower",
@@ -106,9 +105,8 @@ class Plan:
 
 def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
     """The plan of a run of `ranks` processes, each with `limit` bytes."""
-    with tqdm(
-        desc="counting", unit="step", delay=_PROGRESS_DELAY_S, disable=None, leave=False
-    ) as bar:
+    # From the beginning: the first step, before which no bar with a delay is drawn, takes seconds.
+    with tqdm(desc="counting", unit="step", disable=None, leave=False) as bar:
         rehearsal = Rehearsal(settings, ranks)
 
         def step(**changes: Any) -> Memory:
@@ -118,7 +116,7 @@ def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
 
         memory = step()
         fixed = rehearsal.fixed
-        most = _MAX_PAIRS // (ranks * settings.accum_freq)
+        most = _most_counted(settings, ranks)
 
         def total(batch: int) -> int:
             return step(batch_size=batch).total
@@ -128,6 +126,10 @@ def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
         if memory.total > limit:
             others = _alternatives(settings, ranks, limit, step, fixed, found)
     return Plan(settings, ranks, limit, memory, found, others)
+
+
+def _most_counted(settings: TrainConfig, ranks: int) -> int:
+    return _MAX_PAIRS // (ranks * settings.accum_freq)
 
 
 def largest_batch(
@@ -228,6 +230,8 @@ def table(plan: Plan) -> str:
     lines += ["", f"{verdict}: {_gib(left)} GiB {'left' if plan.fits else 'too much'}"]
     if plan.largest_batch:
         lines.append(f"largest --batch-size that fits: {plan.largest_batch} pairs a process")
+        if plan.largest_batch == _most_counted(settings, plan.ranks):
+            lines[-1] += ", larger ones are not counted"
     else:
         lines.append(f"no --batch-size fits: not even {_LEAST_BATCH} pairs a process")
     if plan.alternatives:

@@ -10,6 +10,7 @@ bool Interrupt::poll() {
   const auto now = Clock::now();
   if (now - last_ < std::chrono::milliseconds(50)) return false;
   last_ = now;
+  release_();
   const pybind11::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() == 0) return false;
   stopped_.store(true, std::memory_order_relaxed);

@@ -10,6 +10,10 @@ namespace himo {
 // One for each call, shared by its threads. The caller must not hold the GIL.
 class Interrupt {
  public:
+  // release: called in the calling thread before handlers run, gives back what it holds of the
+  // processor's state, which a handler's own products may need.
+  explicit Interrupt(void (*release)() = [] {}) : release_(release) {}
+
   // Returns whether the work is to stop. In the calling thread, at most every 50 ms (taking the GIL
   // may wait 5 ms for another thread), runs Python's pending signal handlers and throws what they
   // raise, KeyboardInterrupt as a rule. On a thread other than Python's main one none is pending.
@@ -17,6 +21,7 @@ class Interrupt {
 
  private:
   using Clock = std::chrono::steady_clock;
+  void (*release_)();
   std::atomic<bool> stopped_{false};
   Clock::time_point last_ = Clock::now();
 };

@@ -4,9 +4,9 @@
 //
 // Backward: the tiles are formed again (or read, where the forward kept them) and turned into
 // scale dL/dS. Each row block adds its product with the keys to grad_query, and writes its
-// transpose into a workspace of kWorkspace bytes or a few row blocks a thread; when a chunk of rows
-// is there, each column block adds its product with the queries to grad_key. No thread adds to what
-// another one writes.
+// transpose into a workspace of kWorkspace bytes or a few row blocks a thread (small problems that
+// share the threads: of all their rows); when a chunk of rows is there, each column block adds its
+// product with the queries to grad_key. No thread adds to what another one writes.
 
 #include "cpu/info_nce_kernel.h"
 
@@ -388,14 +388,14 @@ void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
 }  // namespace
 
 void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale) {
-  Interrupt interrupt;
+  Interrupt interrupt(ProductScope::release);
   for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto) {
     statistics<decltype(factor)>(group, scale, interrupt);
   });
 }
 
 double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOptions& options) {
-  Interrupt interrupt;
+  Interrupt interrupt(ProductScope::release);
   double grad_scale = 0;
   for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto gradient) {
     grad_scale += gradients<decltype(factor), decltype(gradient)>(group, options, interrupt);

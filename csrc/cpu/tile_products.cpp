@@ -33,7 +33,7 @@ bool multiplies_bfloat16_by_matrix() {
 
 }  // namespace
 
-ProductScope::~ProductScope() {
+void ProductScope::release() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   if (multiplies_bfloat16()) at::native::cpublas::brgemm_release();
 #endif
@@ -166,12 +166,17 @@ void RightFactor<c10::BFloat16>::multiply(const c10::BFloat16* left, int64_t lef
   if (pairs > 0 && multiplies_bfloat16_by_matrix()) {
     const auto* panel =
         storage_.const_data_ptr<c10::BFloat16>() + column / kPanel * panel_stride + row * kPanel;
-    for (int64_t j = 0; j < columns; j += kPanel, panel += panel_stride) {
-      at::native::cpublas::brgemm(rows, std::min(kPanel, columns - j), 2 * pairs, left_stride,
-                                  kPanel, product_stride, add, left, panel, product + j,
-                                  /*is_vnni=*/true);
+    // brgemm asks again, and throws before it writes, where another thread has turned mkldnn off
+    // since: what is left of the columns is for our own product.
+    try {
+      for (; columns > 0; columns -= kPanel, column += kPanel, product += kPanel) {
+        at::native::cpublas::brgemm(rows, std::min(kPanel, columns), 2 * pairs, left_stride, kPanel,
+                                    product_stride, add, left, panel, product, /*is_vnni=*/true);
+        panel += panel_stride;
+      }
+      return;
+    } catch (const c10::Error&) {
     }
-    return;
   }
 #endif
   const auto* panels = reinterpret_cast<const uint16_t*>(storage_.const_data_ptr<c10::BFloat16>()) +

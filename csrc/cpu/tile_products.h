@@ -45,13 +45,14 @@ class RightFactor {
 };
 
 // What a thread may hold between products, matrix registers (AMX) among it, is given back at the
-// end of a scope of them: other code configures those anew, and its products would be wrong
-// otherwise.
+// end of a scope of them, and by release() before other code runs inside one: that configures those
+// anew or gives them back itself, and the next product, of either, would be wrong or trap.
 struct ProductScope {
   ProductScope() = default;
   ProductScope(const ProductScope&) = delete;
   ProductScope& operator=(const ProductScope&) = delete;
-  ~ProductScope();
+  ~ProductScope() { release(); }
+  static void release();
 };
 
 namespace avx512_bf16 {

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from himo.data.paths import ImageRoot, MissingImage
 from himo.data.records import BadRecord, Record, RecordError, Source
 from himo.data.report import IndexReport
-from himo.errors import HimoError
+from himo.errors import HimoError, printable
 from himo.files import atomic_path, open_regular
 from himo.transforms import ImageError, Reason, open_image
 
@@ -254,7 +254,7 @@ class SampleIndex(Sequence[Record]):
         """Where the record stands, for a message: file, line and image."""
         record = self[index]
         line = f":{record.line}" if record.line else ""
-        return f"{self.report.source}{line}: {record.image}"
+        return printable(f"{self.report.source}{line}: {record.image}")
 
     def _read_shard(self, record: Record) -> bytes:
         shard = self._shards[record.shard]

@@ -74,8 +74,12 @@ class IndexReport:
                 f"{self.bad_examples[0]}"
             )
         if self.records == 0:
-            first = f"; first: {self.bad_examples[0]}" if self.bad_examples else ""
-            raise HimoError(f"{self.source}: no sample is left{_sentence(self._left_out())}{first}")
+            message = f"{self.source}: no sample is left{_sentence(self._left_out())}"
+            if self.missing_count:
+                message += "; image_root (--image-root) names where they are"
+            if self.bad_examples:
+                message += f"; first: {self.bad_examples[0]}"
+            raise HimoError(message)
 
     def check_missing(self) -> None:
         """HimoError if an image is missing, with how many by folder and the first paths."""

@@ -111,14 +111,16 @@ class Table(Source):
     def _header(self, line: str | None) -> tuple[str, list[str]]:
         if line is None:
             raise HimoError(f"{self.path}:1: header is longer than {MAX_RECORD:,} bytes")
-        problem = None
+        problem, most = None, -1
         for separator in [self.separator] if self.separator else _SEPARATORS:
+            header: list[str] = []
             try:
                 header = next(csv.reader([line], delimiter=separator, strict=True), [])
                 pick(header, self.image_key, IMAGE_KEYS, "column")
                 pick(header, self.caption_key, CAPTION_KEYS, "column")
             except (csv.Error, RecordError) as error:
-                problem = problem or error
+                if len(header) > most:  # what is said is of the likeliest separator
+                    problem, most = error, len(header)
             else:
                 return separator, header
         given = f"separator {self.separator!r}" if self.separator else "tab, comma or semicolon"

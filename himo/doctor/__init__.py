@@ -10,6 +10,7 @@ from himo import config
 from himo.config import TrainConfig
 from himo.doctor import inputs, smoke, system
 from himo.doctor.check import Check
+from himo.errors import printable
 from himo.model import named_config
 from himo_kernels import info
 
@@ -61,7 +62,7 @@ def _checks(settings: TrainConfig, has_data: bool) -> Iterator[Check]:
 
 
 def _line(check: Check) -> str:
-    line = f"{check.status:<8} {check.name:<13} {check.found}"
+    line = printable(f"{check.status:<8} {check.name:<13} {check.found}")
     if not sys.stdout.isatty():  # in a file or an issue a line stays one
         return line
     width = shutil.get_terminal_size().columns - 1

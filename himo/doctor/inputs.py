@@ -40,7 +40,7 @@ def data(settings: TrainConfig, config: CLIPConfig) -> Iterator[Check]:
                 max_bad_fraction=1.0,
                 cache_dir=folder,
             )
-        except HimoError as error:
+        except (HimoError, OSError) as error:  # OSError: a folder that may not be listed
             yield Check("data", "problem", f"--train-data: {error}")
             return
         yield _records(settings, index)

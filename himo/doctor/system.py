@@ -127,8 +127,11 @@ def open_files(settings: TrainConfig) -> Check:
 def disk(settings: TrainConfig, config: CLIPConfig) -> Check:
     """Room at --logs for the checkpoints of the run, float32."""
     place = Path(settings.logs).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    try:
+        while not _exists(place):
+            place = place.parent
+    except OSError as error:
+        return Check("disk", "problem", f"--logs {settings.logs}: {error.strerror}")
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         found = f"--logs {settings.logs}: {place} is no directory that can be written to"
         return Check("disk", "problem", found)
@@ -144,6 +147,16 @@ def disk(settings: TrainConfig, config: CLIPConfig) -> Check:
         advice = "another --logs, a larger --save-frequency or --keep-checkpoints 1"
         return Check("disk", "problem", f"{found}: {advice}")
     return Check("disk", "ok", found)
+
+
+def _exists(path: Path) -> bool:
+    # Path.exists says "no", by version of Python, or raises where it is not known: a name too long,
+    # a directory that may not be searched.
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _least_versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`himo bench data`: its rows, and what it refuses."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,23 @@ def test_each_step_and_the_loader_have_a_row(capsys, pairs, mode, steps):
         assert pairs_read >= 4
     together = sum(found[step][0] for step in steps)
     assert found["one process"][0] == pytest.approx(together, abs=0.02)
-    assert "A step of 4 pairs" in text and max(map(len, text.splitlines()[1:])) < 80
+    assert "Without workers a step of 4 pairs\nalways waits for the loader, " in text
+    assert max(map(len, text.splitlines()[1:])) < 80
 
 
 def test_batches_that_were_ready_are_not_counted(capsys, pairs):
     assert main(flags(pairs, "--workers", "1")) == 0
-    assert rows(capsys.readouterr().out)["loader, --workers 1"][2] % 4 == 0
+    text = capsys.readouterr().out
+    assert rows(text)["loader, --workers 1"][2] % 4 == 0
+    assert "A step of 4 pairs\nwaits for the loader where it takes less than " in text
+
+
+def test_the_bar_foretells_no_end_that_the_seconds_decide(capsys, monkeypatch, pairs):
+    monkeypatch.setattr("himo.bench._PROGRESS_DELAY_S", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(flags(pairs)) == 0
+    shown = capsys.readouterr().err
+    assert "by step: 0pair" in shown and "%" not in shown
 
 
 def test_images_that_cannot_be_read_are_left_out(capsys, pairs):

@@ -70,6 +70,37 @@ def test_output_that_nobody_reads_is_no_error(tmp_path):
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
+def test_output_that_is_closed_is_no_error(tmp_path):
+    code = f"""
+import sys
+from himo.cli import main
+out, sys.stdout = sys.stdout, None
+print(main(["synth", "--out", {str(tmp_path / "s")!r}, "--num", "1", "--held-out", "0"]), file=out)
+"""
+    assert python(code) == "0\n"
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(capsys, monkeypatch):
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("himo.cli.importlib.import_module", interrupted)
+    assert main(["plan", "--gpu-mem", "1"]) == 130
+    assert capsys.readouterr().err == "himo: interrupted\n"
+
+
+def test_a_package_that_is_not_installed_is_one_line():
+    code = """
+import sys
+from himo.cli import main
+sys.modules["PIL"] = None
+sys.stderr = sys.stdout
+print(main(["doctor"]))
+"""
+    message, status = python(code).splitlines()
+    assert message.startswith("himo: error: PIL is not installed: pip install ") and status == "2"
+
+
 def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
     assert main(["report", str(tmp_path / ("a" * 300))]) == 2
     message = capsys.readouterr().err

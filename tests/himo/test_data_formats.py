@@ -312,8 +312,10 @@ def test_a_bad_row_is_counted_and_said_where(tmp_path: Path) -> None:
 
 
 BAD_HEADERS = {
-    "image path,text\n": "no column 'filepath' or 'image' or 'img_path'; there is 'image path,te",
+    "image path,text\n": "or 'image' or 'img_path'; there is 'image path', 'text'",
     "": "no column",
+    "filepath,words\n": "no column 'title' or 'caption'",
+    "picture;words\n": "there is 'picture', 'words'",
     "filepath,title,title\n": "two columns are named 'title'",
     '"filepath\n': "header split at tab, comma or semicolon",
 }

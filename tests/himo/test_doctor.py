@@ -1,8 +1,10 @@
 """`himo doctor`: a line for each check, and the status that goes with them."""
 
+import io
 import os
 import re
 import resource
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,31 @@ def test_data_that_cannot_be_opened(capsys, tmp_path):
         found = examined(capsys, "--train-data", str(tmp_path / name), status=1)
         assert found["data"][0][0] == "problem" and name in found["data"][0][1]
         assert "images" not in found
+    write_csv(tmp_path / "lost.csv", [("lost/a.png", "A card.")])
+    found = examined(capsys, "--train-data", str(tmp_path / "lost.csv"), status=1)
+    assert "1 of 1 images are missing" in found["data"][0][1]
+    assert "--image-root" in found["data"][0][1]
+
+
+def test_a_folder_that_may_not_be_listed(capsys, monkeypatch, tmp_path):
+    def refuse(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("himo.data.sources.os.listdir", refuse)
+    found = examined(capsys, "--train-data", str(tmp_path), status=1)
+    assert found["data"][0][0] == "problem" and "Permission denied" in found["data"][0][1]
+    assert "training step" in found
+
+
+def test_escapes_in_a_name_do_not_reach_the_terminal(capsys, tmp_path):
+    shard = tmp_path / "shard.tar"
+    with tarfile.open(shard, "w") as file:
+        for suffix, content in ((".png", b"no image"), (".txt", b"A kite.")):
+            member = tarfile.TarInfo(f"a\x1b[2J{suffix}")
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    found = examined(capsys, "--train-data", str(shard), "--keep-last-batch", status=1)
+    assert r"a\x1b[2J.png" in found["images"][0][1]
 
 
 def test_checkpoints(capsys, tmp_path):
@@ -138,6 +165,8 @@ def test_logs_that_cannot_be_written(capsys, tmp_path):
     file.write_text("")
     found = examined(capsys, "--logs", str(file / "logs"), status=1)
     assert "is no directory that can be written to" in found["disk"][0][1]
+    found = examined(capsys, "--logs", str(tmp_path / ("a" * 300)), status=1)
+    assert found["disk"][0][1].endswith(": File name too long")
 
 
 def test_a_device_that_is_not_there(capsys, step):

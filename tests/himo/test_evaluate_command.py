@@ -96,7 +96,8 @@ def test_a_captioned_set_from_files_to_result(evaluate, captions, checkpoint):
     }
     assert "image to text" in out
     assert f"used {IMAGES} of {IMAGES} records" in out
-    assert max(map(len, out.splitlines())) <= max(80, len(str(checkpoint)) + 6)
+    folder = str(checkpoint.parent.parent)  # of all files here, and as long as pytest makes it
+    assert all(len(line) <= 80 for line in out.splitlines() if folder not in line)
 
 
 def test_misses_are_captions_with_a_nearer_image(evaluate, captions):

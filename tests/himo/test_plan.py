@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import measured_step
@@ -188,6 +189,29 @@ def test_what_would_fit(capsys, monkeypatch, mib, found):
     assert {other["flags"]: other["fits"] for other in plan["alternatives"]} == found
     assert all(o["fits"] == (o["total"] <= mib * 2**20) for o in plan["alternatives"])
     assert plan["largest_batch_size"] == {50: 48, 6: 4, 3: 0}[mib]
+
+
+def test_the_largest_batch_that_is_counted_is_not_said_to_be_the_largest(capsys, monkeypatch):
+    monkeypatch.setattr("himo.plan.Rehearsal", Formula)
+    for gib, more in (("0.05", False), ("10", True)):
+        many = ["--ranks", "4096", "--accum-freq", "4", "--batch-size", "2"]
+        assert main(["plan", "--gpu-mem", gib, "--model", "dot", *many]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found = next(line for line in lines if line.startswith("largest --batch-size that fits"))
+        assert found.endswith("64 pairs a process, larger ones are not counted") == more
+
+
+def test_a_bar_is_there_before_the_first_step(capsys, monkeypatch):
+    class Slow(Formula):
+        def step(self, **changes) -> Memory:
+            shown.append(capsys.readouterr().err)
+            return super().step(**changes)
+
+    shown: list[str] = []
+    monkeypatch.setattr("himo.plan.Rehearsal", Slow)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["plan", "--gpu-mem", "1", *FLAGS]) == 0
+    assert "counting: 0step" in shown[0]
 
 
 def test_where_nothing_fits_it_says_so(capsys, monkeypatch):

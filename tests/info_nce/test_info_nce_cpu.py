@@ -120,8 +120,35 @@ def test_matrix_registers_are_given_back(generator: torch.Generator) -> None:
     assert relative_error(product, a.double() @ b.double().mT) <= torch.finfo(torch.bfloat16).eps
 
 
+HANDLER = """
+import signal, torch, himo_kernels
+torch.set_num_threads(1)
+a, b = (torch.randn(257, 129).bfloat16() for _ in range(2))
+x, y = (torch.randn(4096, 256).bfloat16().requires_grad_() for _ in range(2))
+def step():
+    loss = himo_kernels.info_nce(x, y, 1.0, keep_logits_mib=0, backend="cpu")
+    return loss.detach(), *torch.autograd.grad(loss, (x, y))
+product, expected = a @ b.mT, step()
+seen = []
+signal.signal(signal.SIGALRM, lambda *_: seen.append(torch.equal(a @ b.mT, product)))
+for _ in range(3):
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+    results = step()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert all(torch.equal(result, value) for result, value in zip(results, expected))
+assert seen and all(seen)
+print("equal")
+"""
+
+
+def test_products_of_a_signal_handler() -> None:
+    # Handlers run between tiles, where matrix registers are configured for ours.
+    assert run_python("-c", HANDLER) == "equal"
+
+
 INFERENCE = """
 import torch, himo_kernels
+from himo_kernels.testing import relative_error
 torch.set_num_threads(4)
 for dtype in (torch.float32, torch.bfloat16):
     for samples, features in ((300, 16), (1100, 1024)):
@@ -137,7 +164,8 @@ for dtype in (torch.float32, torch.bfloat16):
                 grads.append(torch.autograd.grad(loss, leaves))
         for first, other, again in zip(*grads):
             assert torch.equal(first, again)
-            torch.testing.assert_close(first, other, rtol=2e-2, atol=1e-5)
+            # Of the whole: an entry near 0 is as far off as dL/dS, rounded to bfloat16, makes it.
+            assert relative_error(first, other) <= 1e-3
 print("equal")
 """
 
@@ -145,6 +173,32 @@ print("equal")
 def test_inference_mode_many_threads_and_mkldnn_turned_off() -> None:
     # Panels of several columns are copied, and what multiplies is chosen call by call.
     assert run_python("-c", INFERENCE).strip() == "equal"
+
+
+TURNED_OFF = """
+import threading, torch, himo_kernels
+torch.set_num_threads(1)
+x, y = (torch.randn(2000, 64).bfloat16() for _ in range(2))
+expected = himo_kernels.info_nce(x, y, 1.0, backend="cpu")
+done = threading.Event()
+def turn_off_and_on():
+    while not done.is_set():
+        with torch.backends.mkldnn.flags(enabled=False):
+            pass
+thread = threading.Thread(target=turn_off_and_on)
+thread.start()
+try:
+    for _ in range(60):
+        loss = himo_kernels.info_nce(x, y, 1.0, backend="cpu")
+        torch.testing.assert_close(loss, expected)
+finally:
+    done.set()
+print("close")
+"""
+
+
+def test_mkldnn_turned_off_by_another_thread_during_a_call() -> None:
+    assert run_python("-c", TURNED_OFF) == "close"
 
 
 @pytest.mark.parametrize("name", NAMES)
