@@ -13,7 +13,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <algorithm>
 #include <cmath>
@@ -38,20 +37,6 @@ constexpr int64_t kWorkspace = 16 << 20;
 constexpr int64_t kRoundedSamples = 256;
 // Small problems share the threads: as many at a time as hold this many rows together.
 constexpr int64_t kRowsAtATime = 4096;
-
-const TileLoops& tile_loops() {
-#ifdef HIMO_X86_TILE_LOOPS
-  static const TileLoops* const loops = [] {
-    const auto capability = at::get_cpu_capability();
-    if (capability == "AVX512") return &avx512::tile_loops;
-    if (capability == "AVX2") return &avx2::tile_loops;
-    return &default_isa::tile_loops;
-  }();
-  return *loops;
-#else
-  return default_isa::tile_loops;
-#endif
-}
 
 const auto& loops_of(float) { return tile_loops().float32; }
 const auto& loops_of(double) { return tile_loops().float64; }

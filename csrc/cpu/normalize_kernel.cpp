@@ -7,7 +7,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <vector>
 
@@ -16,20 +15,6 @@
 
 namespace himo::cpu {
 namespace {
-
-const RowLoopsOfEach& row_loops() {
-#ifdef HIMO_X86_TILE_LOOPS
-  static const RowLoopsOfEach* const loops = [] {
-    const auto capability = at::get_cpu_capability();
-    if (capability == "AVX512") return &avx512::row_loops;
-    if (capability == "AVX2") return &avx2::row_loops;
-    return &default_isa::row_loops;
-  }();
-  return *loops;
-#else
-  return default_isa::row_loops;
-#endif
-}
 
 const auto& loops_of(const float*) { return row_loops().float32; }
 const auto& loops_of(const double*) { return row_loops().float64; }

@@ -34,6 +34,9 @@ struct RowLoopsOfEach {
   RowLoops<HalfBits> float16;
 };
 
+// Those for this machine.
+const RowLoopsOfEach& row_loops();
+
 namespace default_isa {
 extern const RowLoopsOfEach row_loops;
 }

@@ -74,6 +74,9 @@ struct TileLoops {
                          uint16_t* out, int64_t out_stride);
 };
 
+// Those for this machine.
+const TileLoops& tile_loops();
+
 namespace default_isa {
 extern const TileLoops tile_loops;
 }
@@ -85,6 +88,9 @@ extern const TileLoops tile_loops;
 namespace avx512 {
 extern const TileLoops tile_loops;
 }
+#else
+namespace avx2 = default_isa;
+namespace avx512 = default_isa;
 #endif
 
 }  // namespace himo::cpu
