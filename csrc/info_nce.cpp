@@ -151,7 +151,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   check_products(products, query);
 
   const auto gradient = [&](bool needed) {
-    return needed ? at::zeros(query.sizes(), options) : at::empty({0}, options);
+    return needed ? at::empty(query.sizes(), options) : at::empty({0}, options);
   };
   const auto grad_query = gradient(needs_query), grad_key = gradient(needs_key);
   const auto row = row_nll.to(dtype).resolve_neg().contiguous();
@@ -197,8 +197,8 @@ std::tuple<at::Tensor, at::Tensor> info_nce_block_bwd(
   block.row_weight = vector_of("row_weight", row_weight, query);
   block.column_nll = vector_of("column_nll", column_nll, key);
   block.column_weight = vector_of("column_weight", column_weight, key);
-  block.grad_query = at::zeros(query.sizes(), options);
-  block.grad_key = at::zeros(key.sizes(), options);
+  block.grad_query = at::empty(query.sizes(), options);
+  block.grad_key = at::empty(key.sizes(), options);
   const double scale = logit_scale.to(options.dtype()).item<double>();
   cpu::info_nce_gradients({block},
                           {scale, label_smoothing, differentiate_keys, total, /*factor=*/1});

@@ -90,45 +90,6 @@ struct Factors {
   }
 };
 
-// Factors of every problem, those of logits unless their products are there (formed). Where all
-// pairs are here, S_ii = scale q_i . k_i is from the same products as the tiles': where captions
-// repeat, S_ij - S_ii is 0 to the bit.
-template <typename factor_t, typename gradient_t>
-std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems, double scale,
-                                                      bool formed) {
-  using acc_t = accumulator_t<factor_t>;
-  constexpr int64_t kBlock = 32;  // of the diagonal
-  std::vector<Factors<factor_t, gradient_t>> factors;
-  for (const auto& problem : problems) factors.emplace_back(problem, !formed);
-  if (problems[0].row_positives.defined()) return factors;
-  if (formed) {
-    for (size_t b = 0; b < problems.size(); ++b) {
-      auto positives = factors[b].column_positives.narrow(0, 0, problems[b].query.size(0));
-      at::mul_out(positives, problems[b].products.diagonal(), at::Scalar(scale));
-    }
-    return factors;
-  }
-  const int64_t count = problems.size(), samples = problems[0].query.size(0);
-  const int64_t blocks = at::divup(samples, kBlock);
-  at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
-    const ProductScope scope;
-    for (int64_t task = begin; task < end; ++task) {
-      const auto& own = factors[task / blocks];
-      const int64_t row = task % blocks * kBlock, rows = std::min(kBlock, samples - row);
-      const int64_t stride = own.query.stride(0);
-      acc_t products[kBlock * kBlock];
-      own.key_turned.multiply(own.query.template const_data_ptr<factor_t>() + row * stride, stride,
-                              rows, 0, problems[0].query.size(1), row, rows, /*add=*/false,
-                              products, kBlock);
-      acc_t* positives = own.column_positives.template mutable_data_ptr<acc_t>() + row;
-      for (int64_t i = 0; i < rows; ++i) {
-        positives[i] = static_cast<acc_t>(scale) * products[i * kBlock + i];
-      }
-    }
-  });
-  return factors;
-}
-
 // A tile of query key^T: formed in scratch or in the kept products, or read from these.
 template <typename factor_t>
 struct ProductTile {
@@ -156,10 +117,72 @@ struct ProductTile {
   }
 };
 
+// Writes the products that are kept for the backward.
+template <typename factor_t, typename gradient_t>
+void form_products(c10::ArrayRef<InfoNCE> problems,
+                   const std::vector<Factors<factor_t, gradient_t>>& factors,
+                   Interrupt& interrupt) {
+  const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
+  const int64_t row_blocks = at::divup(samples, kRows), key_blocks = at::divup(keys, kColumns);
+  const int64_t tiles = row_blocks * key_blocks, count = problems.size();
+  at::parallel_for(0, count * tiles, 1, [&](int64_t begin, int64_t end) {
+    const ProductScope scope;
+    for (int64_t task = begin; task < end; ++task) {
+      if (interrupt.poll()) return;
+      const int64_t b = task / tiles, row = task % tiles / key_blocks * kRows;
+      const int64_t column = task % key_blocks * kColumns;
+      const ProductTile<factor_t> tile(problems[b], row, column, /*scratch=*/nullptr);
+      tile.form(factors[b], row, std::min(kRows, samples - row), column,
+                std::min(kColumns, keys - column));
+    }
+  });
+}
+
+// Factors of every problem, those of logits unless their products are there (formed). Where all
+// pairs are here, S_ii = scale q_i . k_i is from the same products as the tiles': where captions
+// repeat, S_ij - S_ii is 0 to the bit. Products that are kept are formed first, to be read for it.
+template <typename factor_t, typename gradient_t>
+std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems, double scale,
+                                                      bool formed, Interrupt& interrupt) {
+  using acc_t = accumulator_t<factor_t>;
+  constexpr int64_t kBlock = 32;  // of the diagonal
+  std::vector<Factors<factor_t, gradient_t>> factors;
+  for (const auto& problem : problems) factors.emplace_back(problem, !formed);
+  if (problems[0].row_positives.defined()) return factors;
+  const int64_t count = problems.size(), samples = problems[0].query.size(0);
+  if (problems[0].products.defined()) {
+    if (!formed) form_products(problems, factors, interrupt);
+    for (int64_t b = 0; b < count; ++b) {
+      auto positives = factors[b].column_positives.narrow(0, 0, samples);
+      at::mul_out(positives, problems[b].products.diagonal(), at::Scalar(scale));
+    }
+    return factors;
+  }
+  const int64_t blocks = at::divup(samples, kBlock);
+  at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
+    const ProductScope scope;
+    for (int64_t task = begin; task < end; ++task) {
+      const auto& own = factors[task / blocks];
+      const int64_t row = task % blocks * kBlock, rows = std::min(kBlock, samples - row);
+      const int64_t stride = own.query.stride(0);
+      acc_t products[kBlock * kBlock];
+      own.key_turned.multiply(own.query.template const_data_ptr<factor_t>() + row * stride, stride,
+                              rows, 0, problems[0].query.size(1), row, rows, /*add=*/false,
+                              products, kBlock);
+      acc_t* positives = own.column_positives.template mutable_data_ptr<acc_t>() + row;
+      for (int64_t i = 0; i < rows; ++i) {
+        positives[i] = static_cast<acc_t>(scale) * products[i * kBlock + i];
+      }
+    }
+  });
+  return factors;
+}
+
 template <typename factor_t>
 void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const auto factors = factors_of<factor_t, acc_t>(problems, scale, /*formed=*/false);
+  const bool kept = problems[0].products.defined();
+  const auto factors = factors_of<factor_t, acc_t>(problems, scale, /*formed=*/false, interrupt);
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t offset = problems[0].offset, width = padded(keys);
   // Of a batch with all its pairs -log P, of a block what it adds to log(1 / P - 1).
@@ -200,7 +223,7 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
           if (interrupt.poll()) return;
           const int64_t columns = std::min(kColumns, keys - column);
           const ProductTile<factor_t> tile(problem, row, column, logits + kRows * kColumns);
-          tile.form(own, row, rows, column, columns);
+          if (!kept) tile.form(own, row, rows, column, columns);
           loops_of(acc_t{}).statistics({tile.data, tile.stride, logits, rows, columns,
                                         row + offset - column, static_cast<acc_t>(scale),
                                         row_positives + row, column_positives + column, row_max,
@@ -258,7 +281,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
   const bool formed = problems[0].products.defined();
-  const auto factors = factors_of<factor_t, gradient_t>(problems, options.scale, formed);
+  const auto factors = factors_of<factor_t, gradient_t>(problems, options.scale, formed, interrupt);
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t count = problems.size(), offset = problems[0].offset;
   const bool needs_query = problems[0].grad_query.defined();
@@ -320,7 +343,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
           if (needs_query) {
             factors[b].keys.multiply(
                 as_factor(row_part, rows, width, rounded.template mutable_data_ptr<gradient_t>()),
-                width, rows, column, columns, 0, inner, /*add=*/true,
+                width, rows, column, columns, 0, inner, /*add=*/column > 0,
                 problem.grad_query.template mutable_data_ptr<acc_t>() + row * inner, inner);
           }
           if (needs_key) {
@@ -340,7 +363,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
         const int64_t inner = problems[b].query.size(1);
         factors[b].queries.multiply(
             turned + (b * keys + key) * chunk, chunk, std::min(kRows, keys - key), chunk_row,
-            chunk_rows, 0, inner, /*add=*/true,
+            chunk_rows, 0, inner, /*add=*/chunk_row > 0,
             problems[b].grad_key.template mutable_data_ptr<acc_t>() + key * inner, inner);
       }
     });
