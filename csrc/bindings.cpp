@@ -62,7 +62,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
         py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
         py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),
-        py::arg("needs_key"), py::arg("products"), no_gil());
+        py::arg("needs_key"), py::arg("products"), py::arg("query_sum"), no_gil());
   m.def("info_nce_block_fwd", &himo::info_nce_block_fwd, py::arg("query"), py::arg("key"),
         py::arg("logit_scale"), py::arg("row_positives"), py::arg("column_positives"),
         py::arg("offset"), no_gil());

@@ -137,7 +137,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& grad_loss, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& logit_scale, const at::Tensor& row_nll, const at::Tensor& column_nll,
     double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
-    const std::optional<at::Tensor>& products) {
+    const std::optional<at::Tensor>& products, const std::optional<at::Tensor>& query_sum) {
   const c10::NoGradGuard no_grad;
   check_features(query, key, logit_scale);
   check_pairs(query, key);
@@ -149,11 +149,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   HIMO_CHECK_SHAPE(row_nll.sizes().equals(rows), kOp, "row_nll", row_nll, rows);
   HIMO_CHECK_SHAPE(column_nll.sizes().equals(rows), kOp, "column_nll", column_nll, rows);
   check_products(products, query);
+  if (query_sum) {
+    HIMO_CHECK_CPU(kOp, "query_sum", *query_sum);
+    HIMO_CHECK_SHAPE(query_sum->sizes().equals(query.sizes()) && query_sum->is_contiguous(), kOp,
+                     "query_sum", *query_sum, query.sizes());
+    HIMO_CHECK_DTYPE(query_sum->scalar_type() == dtype, kOp, "query_sum", dtype,
+                     query_sum->scalar_type());
+  }
 
   const auto gradient = [&](bool needed) {
     return needed ? at::empty(query.sizes(), options) : at::empty({0}, options);
   };
-  const auto grad_query = gradient(needs_query), grad_key = gradient(needs_key);
+  const auto grad_query = query_sum ? *query_sum : gradient(needs_query);
+  const auto grad_key = gradient(needs_key);
   const auto row = row_nll.to(dtype).resolve_neg().contiguous();
   const auto column = column_nll.to(dtype).resolve_neg().contiguous();
   const double scale = logit_scale.to(dtype).item<double>();
@@ -168,7 +176,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     if (needs_key) problems[b].grad_key = grad_key.view({count, samples, inner})[b];
   }
   const double grad_scale = cpu::info_nce_gradients(
-      problems, {scale, label_smoothing, differentiate_keys, samples, /*factor=*/scale});
+      problems, {scale, label_smoothing, differentiate_keys, samples, /*factor=*/scale,
+                 /*add_to_query=*/query_sum.has_value()});
   return {grad_query, grad_key, at::full({}, grad_scale, options)};
 }
 
@@ -200,8 +209,8 @@ std::tuple<at::Tensor, at::Tensor> info_nce_block_bwd(
   block.grad_query = at::empty(query.sizes(), options);
   block.grad_key = at::empty(key.sizes(), options);
   const double scale = logit_scale.to(options.dtype()).item<double>();
-  cpu::info_nce_gradients({block},
-                          {scale, label_smoothing, differentiate_keys, total, /*factor=*/1});
+  cpu::info_nce_gradients({block}, {scale, label_smoothing, differentiate_keys, total, /*factor=*/1,
+                                    /*add_to_query=*/false});
   return {block.grad_query, block.grad_key};
 }
 

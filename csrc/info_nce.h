@@ -29,7 +29,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& row_nll,      // [*, N]
     const at::Tensor& column_nll,   // [*, N]
     double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
-    const std::optional<at::Tensor>& products);  // [*, N, N]
+    const std::optional<at::Tensor>& products,  // [*, N, N]
+    const std::optional<at::Tensor>&
+        query_sum);  // [*, N, K], what the query's gradient is added to
 
 // A block of the logits of a larger batch: rows [M, K] against keys [N, K], of which row i and
 // column i + offset are a pair where there is such a column. Positives are S of each row's and each

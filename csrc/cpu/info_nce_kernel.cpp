@@ -343,7 +343,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
           if (needs_query) {
             factors[b].keys.multiply(
                 as_factor(row_part, rows, width, rounded.template mutable_data_ptr<gradient_t>()),
-                width, rows, column, columns, 0, inner, /*add=*/column > 0,
+                width, rows, column, columns, 0, inner, /*add=*/column > 0 || options.add_to_query,
                 problem.grad_query.template mutable_data_ptr<acc_t>() + row * inner, inner);
           }
           if (needs_key) {

@@ -36,8 +36,9 @@ struct InfoNCEOptions {
   double scale;
   double label_smoothing;
   bool differentiate_keys;
-  int64_t total;  // samples of the whole batch
-  double factor;  // of the gradients of query and key: scale, or 1 for a caller that multiplies
+  int64_t total;      // samples of the whole batch
+  double factor;      // of the gradients of query and key: scale, or 1 for a caller that multiplies
+  bool add_to_query;  // grad_query holds another loss's, and is not written but added to
 };
 
 // Problems of one shape, dtype and set of defined tensors.

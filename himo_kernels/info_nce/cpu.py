@@ -104,7 +104,7 @@ def dual_info_nce_bwd(
         [needs_image, needs_text, needs_scale],
         text_products,
     )
-    grad_component_image, grad_component, grad_component_scale = _gradients(
+    _, grad_component, grad_component_scale = _gradients(
         grad_component_loss,
         image_features,
         component_features,
@@ -115,13 +115,9 @@ def dual_info_nce_bwd(
         differentiate_keys,
         [needs_image, needs_component, needs_scale],
         component_products,
+        grad_image if needs_image else None,
     )
-    grads = (
-        grad_image.add_(grad_component_image),
-        grad_text,
-        grad_component,
-        grad_scale + grad_component_scale,
-    )
+    grads = (grad_image, grad_text, grad_component, grad_scale + grad_component_scale)
     inputs = (image_features, text_features, component_features, logit_scale)
     return _in_dtypes(grads, inputs, needs_grad)
 
@@ -294,15 +290,15 @@ def _add_component_gradients(
     project = differentiate_keys and _projects(basis)
     query, key = (image @ basis.mT, coefficients) if project else (image, coefficients @ basis)
     settings = (label_smoothing, differentiate_keys, [True, True, True])
+    sum_of_query = None if project else grad_image
     grad_query, grad_key, grad_scale = _gradients(
-        grad_loss, query, key, logit_scale, row_nll, column_nll, *settings, products
+        grad_loss, query, key, logit_scale, row_nll, column_nll, *settings, products, sum_of_query
     )
     if project:
         grad_image.addmm_(grad_query, basis)
         grad_coefficients[:, :rank] = grad_key
         grad_basis[:rank] = grad_query.mT @ image
     else:
-        grad_image.add_(grad_query)
         grad_coefficients[:, :rank] = grad_key @ basis.mT
         grad_basis[:rank] = coefficients.mT @ grad_key
     return grad_scale
@@ -350,8 +346,10 @@ def _gradients(
     differentiate_keys: bool,
     needs_grad: list[bool],
     products: Tensor | None,  # [*, N, N]
+    query_sum: Tensor | None = None,  # [*, N, K]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Of query, key and logit_scale, in the accumulation dtype.
+    # Of query, key and logit_scale, in the accumulation dtype. That of the query is added to
+    # query_sum where it is given.
     needs_query, needs_key, _ = needs_grad
     return _extension.load().info_nce_bwd(
         grad_loss,
@@ -365,6 +363,7 @@ def _gradients(
         needs_query,
         needs_key,
         products,
+        query_sum,
     )
 
 
