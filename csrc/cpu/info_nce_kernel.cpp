@@ -1,6 +1,7 @@
 // Forward: row blocks of 64 against column tiles of 256; the softmax statistics of both directions
-// come from one pass over each tile. Column statistics are kept for up to 64 groups of row blocks
-// and combined in order: 64 N numbers, and the same bits whatever the number of threads.
+// come from one pass over each tile, formed just before, or with all others where they are kept for
+// the backward. Column statistics are kept for up to 64 groups of row blocks and combined in order:
+// 64 N numbers, and the same bits whatever the number of threads.
 //
 // Backward: the tiles are formed again (or read, where the forward kept them) and turned into
 // scale dL/dS. Each row block adds its product with the keys to grad_query, and writes its
