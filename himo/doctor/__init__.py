@@ -1,6 +1,7 @@
 """`himo doctor`: what is installed, and what would stop a training run before it starts."""
 
 import argparse
+import dataclasses
 import shutil
 import sys
 import textwrap
@@ -14,19 +15,10 @@ from himo.errors import printable
 from himo.model import named_config
 from himo_kernels import info
 
-# The flags of `himo train` that something here depends on.
-_FLAGS = (
-    *("train_data", "dataset_type", "image_root", "csv_separator", "csv_img_key"),
-    *("csv_caption_key", "skip_missing_images", "follow_links", "short_captions"),
-    *("max_bad_fraction", "image_mode", "workers", "model", "pretrained", "loss", "preset"),
-    *("batch_size", "accum_freq", "keep_last_batch", "epochs", "precision", "device", "threads"),
-    *("logs", "save_frequency", "keep_checkpoints"),
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `himo train` that something here depends on; none is required."""
-    config.add_arguments(parser, _FLAGS)
+    """Adds the flags of `himo train`, none of them required: its command line can be pasted."""
+    config.add_arguments(parser, [item.name for item in dataclasses.fields(TrainConfig)])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +49,9 @@ def _checks(settings: TrainConfig, has_data: bool) -> Iterator[Check]:
     yield system.open_files(settings)
     yield system.disk(settings, model)
     if has_data:
-        yield from inputs.data(settings, model)
+        yield from inputs.data_set(settings, model, "train_data")
+    if settings.val_data is not None:
+        yield from inputs.data_set(settings, model, "val_data")
     yield smoke.step(settings)
 
 

@@ -1,5 +1,6 @@
 """What a user gives a training run: the data set, as its reader opens it, and the checkpoint."""
 
+import dataclasses
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -22,14 +23,18 @@ _PROGRESS_DELAY_S = 2.0
 _KEPT = 3  # examples of bad images
 
 
-def data(settings: TrainConfig, config: CLIPConfig) -> Iterator[Check]:
-    """Records, missing images by source, unreadable images and long captions."""
+def data_set(settings: TrainConfig, config: CLIPConfig, field: str) -> Iterator[Check]:
+    """Records, missing images by source, unreadable images and long captions of a data set.
+
+    field: "train_data" or "val_data" of the settings.
+    """
+    prefix = "" if field == "train_data" else "val "
     # Its index is not kept: nothing is left behind. Every record that is bad or whose image is
     # missing is counted, where the trainer would stop.
     with tempfile.TemporaryDirectory(prefix="himo-doctor-") as folder:
         try:
             index = open_dataset(
-                settings.train_data,
+                getattr(settings, field),
                 settings.dataset_type,
                 image_root=settings.image_root,
                 image_key=settings.csv_img_key,
@@ -41,24 +46,31 @@ def data(settings: TrainConfig, config: CLIPConfig) -> Iterator[Check]:
                 cache_dir=folder,
             )
         except (HimoError, OSError) as error:  # OSError: a folder that may not be listed
-            yield Check("data", "problem", f"--train-data: {error}")
+            yield Check(f"{prefix}data", "problem", f"--{field.replace('_', '-')}: {error}")
             return
-        yield _records(settings, index)
-        if index.report.missing_count:
-            yield _missing(settings, index)
-        dataset = CaptionedImages(
-            index,
-            Preprocess(config.image_resolution, settings.image_mode),
-            _all_tokens,
-            short_captions=settings.short_captions,
-        )
-        yield _images(settings, dataset)
-        yield _captions(dataset)
+        advice = _too_few(settings, len(index)) if field == "train_data" else None
+        for check in _contents(settings, config, index, advice):
+            yield dataclasses.replace(check, name=prefix + check.name)
 
 
-def _records(settings: TrainConfig, index: SampleIndex) -> Check:
+def _contents(
+    settings: TrainConfig, config: CLIPConfig, index: SampleIndex, advice: str | None
+) -> Iterator[Check]:
+    yield _records(settings, index, advice)
+    if index.report.missing_count:
+        yield _missing(settings, index)
+    dataset = CaptionedImages(
+        index,
+        Preprocess(config.image_resolution, settings.image_mode),
+        _all_tokens,
+        short_captions=settings.short_captions,
+    )
+    yield _images(settings, dataset)
+    yield _captions(dataset)
+
+
+def _records(settings: TrainConfig, index: SampleIndex, advice: str | None) -> Check:
     report = index.report
-    pairs = settings.batch_size * settings.accum_freq
     found = f"{len(index):,} pairs ({report.kind}) of {report.total:,} records"
     if report.bad_count:
         bad = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
@@ -66,12 +78,25 @@ def _records(settings: TrainConfig, index: SampleIndex) -> Check:
         if report.bad_count > settings.max_bad_fraction * report.total:
             share = f"more than --max-bad-fraction {settings.max_bad_fraction:g}"
             return Check("data", "problem", f"{found}; {share}: mend them, or raise it")
-    if len(index) < pairs and not settings.keep_last_batch:
-        advice = f"fewer than a batch of {pairs}: a smaller --batch-size, or --keep-last-batch"
+    if advice is not None:
         return Check("data", "problem", f"{found}; {advice}")
     if report.bad_count:
         return Check("data", "warning", f"{found}; the trainer leaves them out")
     return Check("data", "ok", found)
+
+
+def _too_few(settings: TrainConfig, pairs: int) -> str | None:
+    # What is wrong with the number of pairs; None if nothing is.
+    first, count = settings.held_out, settings.train_num_samples
+    if first >= pairs:
+        return f"--held-out {first} leaves none"
+    if count is not None and first + count > pairs:
+        return f"--train-num-samples {count}: expected at most {pairs - first}"
+    batch = settings.batch_size * settings.accum_freq
+    if (pairs - first if count is None else count) >= batch or settings.keep_last_batch:
+        return None
+    left = " left" if first or count is not None else ""
+    return f"fewer{left} than a batch of {batch}: a smaller --batch-size, or --keep-last-batch"
 
 
 def _missing(settings: TrainConfig, index: SampleIndex) -> Check:

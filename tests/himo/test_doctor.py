@@ -69,6 +69,39 @@ def test_a_run_that_would_work(capsys, pairs, tmp_path, step):
     assert sorted(tmp_path.rglob("*")) == before  # nothing is left behind
 
 
+def test_the_command_line_of_train_can_be_pasted(capsys, pairs, tmp_path):
+    flags = ("--lr", "1e-4", "--name", "mine", "--warmup", "5", "--on-nonfinite", "skip")
+    data = ("--train-data", str(pairs), "--logs", str(tmp_path))
+    found = examined(capsys, *data, *flags, "--val-data", str(pairs), status=0)
+    assert found["val data"] == found["data"] and found["val images"] == found["images"]
+    absent = str(tmp_path / "absent.csv")
+    found = examined(capsys, *data, "--val-data", absent, status=1)
+    assert found["val data"][0][1].startswith("--val-data: ") and absent in str(found["val data"])
+    assert "val images" not in found
+    assert "val data" in examined(capsys, "--val-data", str(pairs), status=0)  # by itself
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--held-out", "8"], None),
+        (["--held-out", "9"], "fewer left than a batch of 4"),
+        (["--held-out", "9", "--keep-last-batch"], None),
+        (["--held-out", "12"], "--held-out 12 leaves none"),
+        (["--train-num-samples", "13"], "--train-num-samples 13: expected at most 12"),
+        (["--train-num-samples", "3"], "fewer left than a batch of 4"),
+        (["--held-out", "2", "--train-num-samples", "10"], None),
+        (["--held-out", "2", "--train-num-samples", "11"], "expected at most 10"),
+        (["--accum-freq", "4"], "fewer than a batch of 16"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_whether_there_are_enough_pairs(capsys, pairs, tmp_path, flags, said):
+    data = ("--train-data", str(pairs), "--logs", str(tmp_path))
+    found = examined(capsys, *data, *flags, status=int(said is not None))["data"][0]
+    assert found[0] == ("ok" if said is None else "problem") and (said or "") in found[1]
+
+
 def test_the_kernels_report_comes_first(capsys):
     assert main(["doctor", *FLAGS]) == 0
     text = capsys.readouterr().out
