@@ -43,7 +43,7 @@ def found(
         text=True,
         env={**environment(), **variables},
         cwd=ROOT,
-        timeout=120,
+        timeout=240,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "terminate called" not in run.stderr, run.stderr  # gloo's way to abort at exit

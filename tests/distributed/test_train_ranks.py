@@ -73,7 +73,7 @@ class Ranks:
         )
 
     def end(self, status: int | None = 0) -> str:
-        returned = self.process.wait(timeout=120)
+        returned = self.process.wait(timeout=240)
         self.output.seek(0)
         output = self.output.read()
         self.output.close()
@@ -217,7 +217,7 @@ def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(count, pairs, tmp_path
         text=True,
         env=environment(),
         cwd=ROOT,
-        timeout=120,
+        timeout=240,
     )
     output = done.stdout + done.stderr
     for step in range(3, 3 + min(count, 9)):
@@ -245,7 +245,7 @@ def test_a_script_whose_rank_has_another_width_ends_with_its_number(tmp_path):
     )
     start = time.monotonic()
     done = subprocess.run(
-        torchrun(2, str(script)), capture_output=True, text=True, env=environment(), timeout=120
+        torchrun(2, str(script)), capture_output=True, text=True, env=environment(), timeout=240
     )
     assert done.returncode and time.monotonic() - start < 60
     assert "one width on every rank, got 7 on rank 1 and 6 on rank 0" in done.stderr

@@ -284,7 +284,7 @@ def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path) -> None:
     workers = _children(run.pid)
     os.kill(workers[1], signal.SIGKILL)
 
-    assert run.wait(timeout=60) != 0
+    assert run.wait(timeout=240) != 0
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in workers)
     assert not list((tmp_path / "out").glob("*.json"))
 

@@ -165,7 +165,7 @@ def test_sigterm_saves_and_says_how_to_go_on(pairs, whole_run, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: to every process of the job
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 130, output
     assert "go on with --resume latest" in output
     train(pairs, tmp_path, "--resume", "latest")

@@ -238,7 +238,7 @@ def test_ctrl_c_ends_a_long_call() -> None:
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     # The call takes its time whatever else the machine does; what counts is that it did not finish.
     assert time.monotonic() - sent < 60
     assert "finished" not in out
