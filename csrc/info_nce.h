@@ -19,8 +19,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
     const std::optional<at::Tensor>& products);  // [*, N, N] contiguous, dtype of the results
 
 // Returns the gradients of query and key [*, N, K] and of logit_scale [], float32 or float64 as
-// above; empty ones where they are not needed. products is what the forward
-// wrote, or nothing: then the products are formed again.
+// above; empty ones where they are not needed. products is what the forward wrote, or nothing: then
+// the products are formed again. query_sum, in the dtype of the gradients and contiguous, has the
+// query's added to it and is returned in its place; given only where that is needed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& grad_loss,    // [*]
     const at::Tensor& query,        // [*, N, K]
@@ -29,9 +30,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& row_nll,      // [*, N]
     const at::Tensor& column_nll,   // [*, N]
     double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
-    const std::optional<at::Tensor>& products,  // [*, N, N]
-    const std::optional<at::Tensor>&
-        query_sum);  // [*, N, K], what the query's gradient is added to
+    const std::optional<at::Tensor>& products,    // [*, N, N]
+    const std::optional<at::Tensor>& query_sum);  // [*, N, K]
 
 // A block of the logits of a larger batch: rows [M, K] against keys [N, K], of which row i and
 // column i + offset are a pair where there is such a column. Positives are S of each row's and each

@@ -33,8 +33,8 @@ class RightFactor {
   explicit RightFactor(const at::Tensor& matrix);  // [K, N]
 
   // product = left block, or += if add, with block the rows [row, row + inner) and columns [column,
-  // column + columns) of this matrix. row is even, column a multiple of 32
-  // and the block inside one panel of 256 columns, or from the first column of one on.
+  // column + columns) of this matrix. row is even, column a multiple of 32 and the block inside one
+  // panel of 256 columns, or from the first column of one on.
   void multiply(const factor_t* left, int64_t left_stride, int64_t rows, int64_t row, int64_t inner,
                 int64_t column, int64_t columns, bool add, accumulator_t<factor_t>* product,
                 int64_t product_stride) const;
