@@ -35,11 +35,13 @@ BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 # torch's default, two jobs more than there are cores, runs small machines out of memory.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test lint aot sanitize bench gpu demo clean in-place
+.PHONY: help setup test test-all fuzz lint aot sanitize bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
-	@echo "make test    set up where needed and run the tests"
+	@echo "make test    set up where needed and run the tests, without the slow ones"
+	@echo "make test-all  every test: larger sizes, killed runs, corpora of bad input, each processor class"
+	@echo "make fuzz    the corpora of bad input alone"
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
 	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
 	@echo "make sanitize  the operators' tests on an extension with address and undefined-behaviour sanitizers"
@@ -83,8 +85,15 @@ in-place:
 # Two files at a time, where the environment is ours and has pytest-xdist: most of the time is
 # Triton's interpreter, which uses one core. PYTEST_FLAGS="-n 0" is one after the other.
 PARALLEL := $(if $(strip $(VENV)),-n 2 --dist loadfile --no-loadscope-reorder)
+RUN_TESTS := $(IN_TREE) $(PY) -m pytest $(PARALLEL) --durations=10
 test: $(READY)
-	$(IN_TREE) $(PY) -m pytest $(PARALLEL) $(PYTEST_FLAGS)
+	$(RUN_TESTS) -m "not slow" $(PYTEST_FLAGS)
+
+test-all: $(READY)
+	$(RUN_TESTS) $(PYTEST_FLAGS)
+
+fuzz: $(READY)
+	$(RUN_TESTS) $(PYTEST_FLAGS) tests/fuzz
 
 lint: $(READY)
 	$(PY) -m ruff check .
