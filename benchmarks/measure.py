@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -28,7 +28,8 @@ from himo_kernels.testing import oracle_info_nce, relative_error
 # that make the last tile as ragged as the case's.
 CHECKED_ROWS = {"cpu": 2048, "cuda": 8192}
 # A baseline need not meet the library's budget, but it must compute the same thing: half precision
-# through autocast is within 1e-2, a wrong formula or a wrong gradient is not.
+# through autocast is within 1e-2, or twice plain PyTorch's error where few rows make that larger; a
+# wrong formula or a wrong gradient is not.
 BASELINE_ERROR = 5e-2
 
 WARM_UP = 10  # calls before a GPU is timed, fewer of long ones; a CPU has had one
@@ -37,6 +38,12 @@ LONG_MS = 10.0  # a call on a CPU that loads the caches itself
 GRAPH_BELOW_MS = 0.1  # launch gaps dominate below: a replayed CUDA graph shows the kernels
 HOT_BELOW_MS = 5.0  # a longer call has evicted the L2 itself: hot and cold are the same
 FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU
+
+CEILING_SECONDS = 3.0  # for the ceiling of one dtype
+CEILING_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192)}
+LEAST_CEILING = 1024  # a smaller product does not reach the machine's rate
+# Rows that are checked where half precision is emulated, and on how many that is found out.
+EMULATED_ROWS, TRIAL_ROWS = 512, 256
 
 
 @dataclass(frozen=True)
@@ -124,24 +131,44 @@ class Oracle:
     eager_errors: list[float]
 
 
-def checked_rows(case: Case, device: str) -> int:
-    most = CHECKED_ROWS[device]
+def checked_rows(problem: Problem, device: str) -> int:
+    """How many leading rows are checked: those that make the last tile as ragged included."""
+    case = problem.case
+    most = EMULATED_ROWS if _is_emulated(problem, device) else CHECKED_ROWS[device]
     return case.N if most + 64 >= case.N else most + case.N % 64
+
+
+def _is_emulated(problem: Problem, device: str) -> bool:
+    # Half precision on a CPU without instructions for it: a product of 2048 rows takes minutes.
+    case = problem.case
+    if device != "cpu" or case.dtype not in ("bfloat16", "float16") or case.N <= EMULATED_ROWS:
+        return False
+    formula = Candidate("formula", operation(case).formula, library=True)
+    trial = _leading(problem, TRIAL_ROWS)
+    raised = _leaves({name: x.float() for name, x in trial.inputs.items()})
+    half, full = (
+        min(_wall_ms(step(formula, tried, "fwd+bwd")) for _ in range(2))
+        for tried in (trial, Problem(case, raised, trial.weights))
+    )
+    return half > 4 * full
+
+
+def _leading(problem: Problem, rows: int) -> Problem:
+    case, weights = problem.case, problem.weights
+    if rows >= case.N:
+        return problem
+    if case.op in ("pca_reconstruct", "normalize"):
+        weights = (weights[0][..., :rows, :],)
+    elif case.op == "gram":
+        weights = (weights[0], weights[1][..., :rows, :rows])
+    return Problem(case, _leaves(leading_rows(problem.inputs, case, rows)), weights)
 
 
 def make_oracle(problem: Problem, device: str, official: bool) -> Oracle:
     """Runs the formula in float64; official too where a candidate computes that preset's loss."""
     case, op = problem.case, operation(problem.case)
-    rows = checked_rows(case, device)
-    part = problem
-    if rows < case.N:
-        inputs = leading_rows(problem.inputs, case, rows)
-        weights = problem.weights
-        if case.op in ("pca_reconstruct", "normalize"):
-            weights = (problem.weights[0][..., :rows, :],)
-        elif case.op == "gram":
-            weights = (problem.weights[0], problem.weights[1][..., :rows, :rows])
-        part = Problem(case, _leaves(inputs), weights)
+    rows = checked_rows(problem, device)
+    part = _leading(problem, rows)
     double = Problem(
         case,
         _leaves({name: x.double() for name, x in part.inputs.items()}),
@@ -216,9 +243,10 @@ def accuracy(candidate: Candidate, oracle: Oracle) -> tuple[float, str | None]:
             # A difference of two mean cosines: its error is relative to cosines, not to itself.
             condition = max(1.0, 1 / e.abs().item())
         # Plain PyTorch may itself be NaN, where the SVD's gradient is.
-        budget = (eager if eager < torch.inf else 0.0) + condition * rounding
+        eager = eager if eager < torch.inf else 0.0
+        budget = eager + condition * rounding
         if not candidate.library:
-            budget = BASELINE_ERROR
+            budget = max(BASELINE_ERROR, 2 * eager)
         if not error <= budget and wrong is None:
             value = f"error {error:.2e} above {budget:.2e}" if error == error else "not finite"
             wrong = f"{name}: {value}"
@@ -307,29 +335,54 @@ def _graph(run: Callable[[], object]) -> Callable[[], object] | None:
     return graph.replay
 
 
-def ceilings(device: str) -> dict[str, float]:
-    """Measured here and now: TFLOP/s of a square product by dtype, and GB/s of a copy."""
-    size, bytes_copied = (2048, 256 << 20) if device == "cpu" else (8192, 1 << 30)
-    found = {}
+def ceilings(device: str, dtypes: Iterable[str]) -> dict[str, float | str]:
+    """Measured here and now: TFLOP/s of a square product by dtype, and GB/s of a copy.
+
+    A dtype whose product of LEAST_CEILING rows does not fit into CEILING_SECONDS has the reason in
+    place of the rate.
+    """
+    found: dict[str, float | str] = {}
     with full_float32(device):
-        for dtype in ("float32", "bfloat16", "float16", "float64"):
-            # On most CPUs float16 products are emulated: not a ceiling of anything measured here.
-            if device == "cpu" and dtype == "float16":
-                continue
-            # GPUs other than data-centre ones run float64 at 1/64: a smaller product will do.
-            n = size // 4 if dtype == "float64" and device == "cuda" else size
-            a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
-            best = _best_ms(lambda a=a: a @ a, device)
-            found[dtype] = 2 * n**3 / best / 1e9
+        for dtype in dtypes:
+            found[dtype] = _product_rate(getattr(torch, dtype), device)
+    bytes_copied = 256 << 20 if device == "cpu" else 1 << 30
     source = torch.empty(bytes_copied, dtype=torch.int8, device=device).zero_()
     target = torch.empty_like(source)
-    found["copy"] = 2 * bytes_copied / _best_ms(lambda: target.copy_(source), device) / 1e6
+    copy_ms = _best_ms(lambda: target.copy_(source), device, CEILING_SECONDS)
+    found["copy"] = 2 * bytes_copied / copy_ms / 1e6
     return found
 
 
-def _best_ms(run: Callable[[], object], device: str) -> float:
-    for _ in range(2):
-        run()
+def _product_rate(dtype: torch.dtype, device: str) -> float | str:
+    # Of the largest product that fits, in the layout that was the fastest at the size before. One
+    # layout can be a thousand times slower than another: bfloat16 without AVX-512 is.
+    end = time.perf_counter() + CEILING_SECONDS
+    layouts: list[str] = ["rows x rows", "rows x columns"]
+    for n in CEILING_SIZES[device]:
+        left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        products = {
+            "rows x rows": lambda a=left, b=right: a @ b.T,
+            "rows x columns": lambda a=left, b=right: a @ b,
+        }
+        share = (end - time.perf_counter()) / 2 / len(layouts)
+        times = {name: _best_ms(products[name], device, share) for name in layouts}
+        best_ms = min(times.values())
+        layouts = [name for name in layouts if times[name] == best_ms]
+        # Two calls of the next size, eight times the work each, and as much again for the caches.
+        if time.perf_counter() + 2 * 2 * 8 * best_ms / 1e3 > end:
+            break
+    if n < LEAST_CEILING:
+        return f"a product of {n} takes {best_ms:.0f} ms, larger ones over {CEILING_SECONDS:g} s"
+    return 2 * n**3 / best_ms / 1e9
+
+
+def _best_ms(run: Callable[[], object], device: str, seconds: float) -> float:
+    # After a first call, the least of at most seven, none of which begins after the seconds.
+    end = time.perf_counter() + seconds
+    run()
     if device == "cuda":
         return _events(run, 20, None)[0]
-    return min(_wall_ms(run) for _ in range(7))
+    times = [_wall_ms(run)]
+    while len(times) < 7 and time.perf_counter() < end:
+        times.append(_wall_ms(run))
+    return min(times)

@@ -9,6 +9,7 @@ its counts in steps of 64 pages a thread: differences below 1 MiB mean nothing.
 import ctypes
 import gc
 import json
+import math
 import os
 import re
 import resource
@@ -21,6 +22,7 @@ import torch
 
 MIB = 1 << 20
 OUT_OF_MEMORY = "out of memory"
+LEFT_OUT = "left out"
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -36,17 +38,20 @@ def peak_cuda(run: Callable[[], object]) -> float:
     return (peak - before) / MIB
 
 
-def in_child(work: Callable[[], object]) -> object:
+def in_child(work: Callable[[], object], seconds: float = math.inf) -> object:
     """What work returns in a forked process, through JSON; {"reason": ...} where it fails.
 
-    The parent must not have started threads, or the child would wait for them: nothing may have
-    been computed before.
+    After `seconds` it is ended and the reason begins with LEFT_OUT. The parent must not have
+    started threads, or the child would wait for them: nothing may have been computed before.
     """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         try:
+            if seconds < math.inf:  # SIGALRM ends it, inside a product too
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may have a handler
+                signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
             limit_to_free_memory()
             answer = work()
         except Exception as error:  # the row says what happened
@@ -60,7 +65,10 @@ def in_child(work: Callable[[], object]) -> object:
     _, status = os.waitpid(child, 0)
     if text:
         return json.loads(text)
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    if ended_by == signal.SIGALRM:
+        return {"reason": f"{LEFT_OUT}: over {seconds:.1f} s"}
+    killed = ended_by == signal.SIGKILL
     return {"reason": OUT_OF_MEMORY if killed else f"died with status {status}"}
 
 

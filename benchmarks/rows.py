@@ -40,11 +40,11 @@ COLUMNS = (
     "tflops",  # model FLOPs / p50
     "fraction",  # of the roofline that the two ceilings give
     "bound",  # which of them: compute or memory
-    "ceiling_tflops",  # a square product in this dtype, measured in the same run
+    "ceiling_tflops",  # a square product in this dtype, measured in the same run; empty: see reason
     "ceiling_gbs",  # a copy, likewise
     "error",  # largest relative error against float64
     "checked_n",  # of so many leading samples
-    "status",  # ok, inaccurate, refused, out of memory, failed
+    "status",  # ok, inaccurate, refused, left out, out of memory, failed
     "reason",
     "device",
     "driver",

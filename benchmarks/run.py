@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import subprocess
@@ -108,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cases = _cases(options)
         cores = os.cpu_count() or 1
+        if options.baseline_seconds is None:
+            options.baseline_seconds = math.inf if options.all else 20.0
         options.threads = options.threads or (min(2, cores) if options.device == "cpu" else cores)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError("--device cuda: this torch sees no CUDA device")
@@ -137,7 +140,7 @@ def run(cases: list[Case], options: argparse.Namespace, log: TextIO) -> int:
     facts = table.facts(options.device, options.threads)
     bad, left_out = 0, []
     try:
-        (ceilings,) = worker.ask({})
+        (ceilings,) = worker.ask({"dtypes": sorted({case.dtype for case in cases})})
         print(f"ceilings: {json.dumps(ceilings)}", file=log, flush=True)
         with progress(len(cases)) as bar:
             for case in cases:
@@ -173,7 +176,7 @@ def warn(text: str) -> None:
 
 
 def _measure(
-    worker: Worker, case: Case, options: argparse.Namespace, ceilings: dict[str, float]
+    worker: Worker, case: Case, options: argparse.Namespace, ceilings: dict[str, float | str]
 ) -> list[Row]:
     request = {
         "case": dataclasses.asdict(case),
@@ -181,6 +184,7 @@ def _measure(
         "ceilings": ceilings,
         "compile": not options.no_compile,
         "memory": not options.no_memory,
+        "baseline_seconds": options.baseline_seconds,
         "only": options.backend or case.only,
     }
     found: list[Row] = []
@@ -243,6 +247,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", nargs="+", default=[], help="only these candidates, by name in the rows")
     add("--threads", type=_positive, help="of the CPU; default 2, and all beside a GPU")
     add("--seconds", type=float, default=1.0, help="of timing, a candidate and mode; default 1")
+    add(
+        "--baseline-seconds",
+        type=float,
+        help="of a CPU, for all baselines of a cell, compiling included; slower ones are left out; "
+        "default 20, and no limit with --all",
+    )
     add("--budget-minutes", type=float, default=60.0, help="no cell starts after; default 60")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--no-memory", action="store_true", help="leave the peaks of memory out on a CPU")

@@ -1,17 +1,20 @@
 """Measures cases in a process of its own: JSON requests on stdin, JSON rows on stdout.
 
-A request is {} for the ceilings, or {"case": {...}} with the settings of a Cell; the answer is one
-line for each row (or the ceilings) and {"done": true}. Started by benchmarks.run, which a crash
-here costs one case.
+A request is {"dtypes": [...]} for the ceilings, or {"case": {...}} with the settings of a Cell; the
+answer is one line for each row (or the ceilings) and {"done": true}. Started by benchmarks.run,
+which a crash here costs one case.
 """
 
 import dataclasses
 import gc
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ import torch
 from benchmarks import memory
 from benchmarks.cases import Case
 from benchmarks.measure import (
+    REPEATS,
     Problem,
     Sample,
     accuracy,
@@ -40,7 +44,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "case" not in request:
-            print(json.dumps(ceilings(device)), file=answers)
+            print(json.dumps(ceilings(device, request["dtypes"])), file=answers)
         else:
             fields = request.pop("case")
             case = Case(**{**fields, "modes": tuple(fields["modes"])})
@@ -56,19 +60,21 @@ class Cell:
     case: Case
     device: str
     seconds: float  # of timing, for each candidate and mode
-    ceilings: dict[str, float]  # of this machine, from a request of its own
+    ceilings: dict[str, float | str]  # of this machine, from a request of its own
     compile: bool = True  # torch.compile the baselines too
     memory: bool = True  # measure peaks where the case asks for them
+    # On a CPU, for all baselines of the cell together; what is slower is left out.
+    baseline_seconds: float = math.inf
     only: list[str] = field(default_factory=list)  # names of candidates; empty: all
     peaks: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # reasons by candidate
     rank: int | None = None
 
     def rows(self) -> Iterator[Row]:
         """A row for each candidate, mode and way of timing; refusals and failures are rows too."""
         self.load = f"{os.getloadavg()[0]:.2f}"
         if self.device == "cpu":
-            if self.memory and self.case.memory:
-                self._measure_peaks_in_children()
+            self._try_in_children()
             memory.limit_to_free_memory()
         problem = make_problem(self.case, self.device)
         if (rank := operation(self.case).rank) is not None:
@@ -101,6 +107,9 @@ class Cell:
         for candidate in chosen:
             if candidate.refusal is not None:
                 yield candidate, {"status": "refused", "reason": candidate.refusal}
+                continue
+            if (reason := self.left_out.get(candidate.name)) is not None:
+                yield candidate, {"status": memory.LEFT_OUT, "reason": reason}
                 continue
             try:
                 error, wrong = accuracy(candidate, oracle)
@@ -152,25 +161,53 @@ class Cell:
             return memory.reason(failed)
         return None
 
-    def _measure_peaks_in_children(self) -> None:
-        def names() -> list[str]:
-            problem = make_problem(self.case, self.device)
-            chosen = self._candidates(problem)
-            # Compiling would have to run once more before the peak means anything.
-            return [c.name for c in chosen if c.refusal is None and not c.compiled]
+    def _try_in_children(self) -> None:
+        """Peaks of memory where they are wanted, and which baselines are too slow for this cell."""
 
+        def names() -> list[tuple[str, bool, bool]]:
+            chosen = self._candidates(make_problem(self.case, self.device))
+            found = [(c.name, c.library, c.compiled) for c in chosen if c.refusal is None]
+            return sorted(found, key=lambda item: item[2])  # compiling is the slowest
+
+        measured = self.memory and self.case.memory
+        if not measured and self.baseline_seconds == math.inf:
+            return
         found = memory.in_child(names)
         if isinstance(found, dict):  # the inputs alone do not fit; the cell will say so
             return
-        for name in found:
-            for mode in self.case.modes:
-                peak = memory.in_child(lambda name=name, mode=mode: self._peak(name, mode))
-                self.peaks[name, mode] = peak
+        left_s = self.baseline_seconds
+        for name, library, compiled in found:
+            # Compiling would have to run once more before the peak means anything.
+            wanted = measured and not compiled
+            limited = not library and self.baseline_seconds < math.inf
+            modes = [mode for mode in self.case.modes if mode != "fwd" or not compiled]
+            for mode in modes if wanted or limited else ():
+                # Half of what is left: one slow baseline does not cost all others their turn.
+                limit_s = left_s / 2 if limited else math.inf
+                begun = time.perf_counter()
+                peak = memory.in_child(partial(self._peak, name, mode, wanted), limit_s)
+                left_s -= (time.perf_counter() - begun) * limited
+                if limited and "time_ms" in peak:
+                    turns_s = REPEATS["cpu"][0] * peak["time_ms"] / 1e3
+                    left_s -= turns_s
+                    if turns_s > limit_s:
+                        peak = {"reason": f"{memory.LEFT_OUT}: a call takes {turns_s / 3:.1f} s"}
+                if str(peak.get("reason", "")).startswith(memory.LEFT_OUT):
+                    advice = f"of {self.baseline_seconds:g} s for the baselines of a cell"
+                    self.left_out[name] = f"{peak['reason']}, {advice}"
+                    break
+                if wanted:
+                    self.peaks[name, mode] = peak
 
-    def _peak(self, name: str, mode: str) -> dict[str, float]:
+    def _peak(self, name: str, mode: str, measured: bool) -> dict[str, float]:
         problem = make_problem(self.case, self.device)
         candidate = next(c for c in self._candidates(problem) if c.name == name)
         run = step(candidate, problem, mode)
+        if not measured:
+            run()  # compiles
+            begun = time.perf_counter()
+            run()
+            return {"time_ms": 1e3 * (time.perf_counter() - begun)}
         small = dataclasses.replace(self.case, N=min(self.case.N, 8))
         return memory.peak_cpu(step(candidate, make_problem(small, "cpu"), mode), run)
 
@@ -184,11 +221,15 @@ class Cell:
             **{name: str(getattr(case, name)) for name in ("B", "N", "D", "dtype", "config")},
             "R": "" if self.rank is None else str(self.rank),
             "peak_mib": number(self.peaks.get((candidate.name, mode), {}).get("peak_mib")),
-            "ceiling_tflops": number(self.ceilings.get(case.dtype)),
             "ceiling_gbs": number(self.ceilings.get("copy")),
             "status": "ok",
             "load": self.load,
         }
+        ceiling = self.ceilings.get(case.dtype)
+        if isinstance(ceiling, str):
+            row["reason"] = f"ceiling not measured: {ceiling}"
+        else:
+            row["ceiling_tflops"] = number(ceiling)
         return row | columns
 
     def _columns(self, sample: Sample, mode: str) -> Row:
@@ -200,7 +241,7 @@ class Cell:
         rates = {"gbs": giga / median * 1e3, "tflops": tera / median * 1e3}
         peak, copy = self.ceilings.get(case.dtype), self.ceilings.get("copy")
         roof: dict[str, str] = {}
-        if peak and copy:
+        if isinstance(peak, float) and isinstance(copy, float):
             compute, traffic = tera / peak * 1e3, giga / copy * 1e3  # ms at the ceilings
             roof["fraction"] = number(max(compute, traffic) / median)
             roof["bound"] = "compute" if compute >= traffic else "memory"

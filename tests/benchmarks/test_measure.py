@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import time
 
 import pytest
 import torch
@@ -22,9 +24,8 @@ needs_proc = pytest.mark.skipif(
 
 def cell(case: Case, **settings) -> worker.Cell:
     settings = {"compile": False, "memory": False} | settings
-    return worker.Cell(
-        case, "cpu", seconds=0.0, ceilings={"float32": 1.0, "copy": 10.0}, **settings
-    )
+    settings.setdefault("ceilings", {"float32": 1.0, "copy": 10.0})
+    return worker.Cell(case, "cpu", seconds=0.0, **settings)
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def unlimited(monkeypatch):
 @pytest.mark.parametrize("spectrum", ["power-law", "duplicates"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("op", OPTIONS)
+@pytest.mark.sample
 def test_the_library_and_plain_pytorch_pass_on_every_operator(op, dtype, spectrum):
     case = Case(op, **SMALL, dtype=dtype, spectrum=spectrum, share=0.5)
     problem = measure.make_problem(case, "cpu")
@@ -108,10 +110,14 @@ def test_candidates_take_turns(monkeypatch):
     assert all(len(found[0].times_ms) == 3 for found in samples.values())
 
 
+def rows_checked(case: Case) -> int:
+    return measure.checked_rows(measure.make_problem(case, "cpu"), "cpu")
+
+
 def test_large_cells_are_checked_on_leading_rows_with_the_same_ragged_tile(monkeypatch):
     monkeypatch.setitem(measure.CHECKED_ROWS, "cpu", 64)
-    assert measure.checked_rows(Case("gram", 128), "cpu") == 128
-    assert measure.checked_rows(Case("gram", 32768 + 37), "cpu") == 64 + 37
+    assert rows_checked(Case("gram", 128, D=8)) == 128
+    assert rows_checked(Case("gram", 32768 + 37, D=8)) == 64 + 37
     for op in OPTIONS:
         problem = measure.make_problem(Case(op, 64 + 64 + 1 + 64, D=8), "cpu")
         oracle = measure.make_oracle(problem, "cpu", official=False)
@@ -172,3 +178,49 @@ def test_half_precision_baselines_run_under_autocast():
     for candidate in (baseline, dataclasses.replace(baseline, library=True)):
         measure.step(candidate, problem, "fwd+bwd")()
     assert seen == [True, False]
+
+
+def test_a_ceiling_is_measured_for_the_dtypes_that_are_asked_for():
+    found = measure.ceilings("cpu", ["float32"])
+    assert set(found) == {"float32", "copy"} and found["copy"] > 0
+    # TFLOP/s of one or two cores, or why not; never the time of a product that does not fit.
+    assert isinstance(found["float32"], str) or 1e-4 < found["float32"] < 10
+
+
+def test_a_ceiling_that_takes_too_long_has_its_reason(monkeypatch):
+    monkeypatch.setattr(measure, "CEILING_SECONDS", 1e-6)
+    reason = measure.ceilings("cpu", ["float32"])["float32"]
+    assert re.fullmatch(r"a product of 256 takes \d+ ms, larger ones over 1e-06 s", reason)
+    case = Case("gram", **SMALL, modes=("fwd",))
+    rows = list(cell(case, ceilings={"float32": reason, "copy": 10.0}).rows())
+    assert all(row["reason"] == f"ceiling not measured: {reason}" for row in timed(rows))
+    assert timed(rows) and not any("fraction" in row or "ceiling_tflops" in row for row in rows)
+
+
+def test_what_takes_too_long_in_a_child_is_left_out():
+    begun = time.perf_counter()
+    assert memory.in_child(lambda: time.sleep(60), 0.2) == {"reason": "left out: over 0.2 s"}
+    assert time.perf_counter() - begun < 30
+    assert memory.in_child(lambda: 1, 30) == 1
+
+
+def test_slow_baselines_are_left_out_and_the_library_is_timed():
+    # In a process of its own, in which nothing has been computed before the children are forked.
+    script = """
+import json
+from benchmarks.cases import Case
+from benchmarks.worker import Cell
+case = Case("info_nce", 24, 8, modes=("fwd",))
+cell = Cell(case, "cpu", 0.0, {"float32": 1.0, "copy": 10.0}, compile=False, baseline_seconds=1e-3)
+print(json.dumps(list(cell.rows())))
+"""
+    rows = json.loads(run_python("-c", script))
+    by_name = {row["backend"]: row for row in rows}
+    for name in ("open_clip", "linear_cross_entropy"):
+        assert by_name[name]["status"] == "left out"
+        assert by_name[name]["reason"].endswith("of 0.001 s for the baselines of a cell")
+    assert by_name["reference"]["status"] == "ok" and by_name["reference"]["time_ms_min"]
+
+
+def timed(rows):
+    return [row for row in rows if row.get("time_ms_min")]
