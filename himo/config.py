@@ -80,7 +80,9 @@ class TrainConfig:
         "gather", "of texts between processes; ring: O(N/W)"
     )
     rank_timeout: float = _flag(15.0, "seconds without a sign of life until a process is gone")
-    precision: Literal["fp32", "amp_bf16"] = _flag("fp32", "float32, or bfloat16 autocast")
+    precision: Literal["fp32", "amp_bf16", "auto"] = _flag(
+        "fp32", "float32, bfloat16 autocast, or auto: whichever is faster on the device"
+    )
     seed: int = _flag(0, "of the initial weights, the order of the data and replaced images")
     device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
     threads: int = _flag(0, "CPU threads of torch; 0 leaves torch's default")

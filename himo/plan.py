@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns 0 if the step fits and 1 if it does not."""
     settings = config.from_arguments(args, train_data="(none is read)")
+    if settings.precision == "auto":  # of a GPU, whose memory is counted
+        settings = dataclasses.replace(settings, precision="amp_bf16")
     if not 0 < args.gpu_mem <= _MAX_GIB:
         raise HimoError(f"--gpu-mem: expected GiB above 0 and up to {_MAX_GIB}, got {args.gpu_mem}")
     if not 1 <= args.ranks <= _MAX_RANKS:

@@ -35,6 +35,7 @@ from himo.metrics import Metrics
 from himo.model import HiMoCLIP, longest_text, named_config
 from himo.objective import Objective
 from himo.parallel import Ranks
+from himo.precision import resolve
 from himo.tokenizer import tokenize
 from himo.transforms import Preprocess
 from himo.validation import Validation
@@ -71,6 +72,10 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = usable_device(ranks.device(settings.device))
+    precision, said = resolve(settings.precision, device, ranks)
+    settings = dataclasses.replace(settings, precision=precision)
+    if said and ranks.main:
+        print(f"himo: note: {said}", file=sys.stderr)
     with ranks.main_first():  # which writes the index that the others read
         index, held_out = open_data(settings, ranks)
     model = build_model(settings, device)

@@ -40,6 +40,7 @@ def _checks(settings: TrainConfig, has_data: bool) -> Iterator[Check]:
     yield system.extension()
     yield system.device(settings)
     yield system.threads(settings)
+    yield system.precision(settings)
     model = named_config(settings.model)
     if settings.pretrained is not None:
         check, found = inputs.checkpoint(settings.pretrained)

@@ -12,6 +12,7 @@ from himo.device import usable_device
 from himo.doctor.check import Check
 from himo.errors import HimoError
 from himo.objective import Objective
+from himo.precision import resolve
 from himo.train import build_model
 
 _PAIRS = 8
@@ -20,10 +21,16 @@ _NAME = "training step"
 
 def step(settings: TrainConfig) -> Check:
     """Forward and backward of the tiny model with the loss and precision of the settings."""
-    settings = dataclasses.replace(settings, model="tiny", pretrained=None, accum_freq=1)
     generator = torch.Generator().manual_seed(0)
     try:
         device = usable_device(settings.device)
+        settings = dataclasses.replace(
+            settings,
+            model="tiny",
+            pretrained=None,
+            accum_freq=1,
+            precision=resolve(settings.precision, device)[0],
+        )
         begun = time.perf_counter()
         model = build_model(settings, device)
         config = model.config

@@ -16,6 +16,7 @@ from himo.doctor.check import Check, size
 from himo.errors import HimoError
 from himo.files import free_bytes
 from himo.model import CLIPConfig, HiMoCLIP
+from himo.precision import resolve
 from himo_kernels import _extension
 
 _DISTRIBUTION = "himo-kernels"
@@ -91,6 +92,18 @@ def threads(settings: TrainConfig) -> Check:
     if settings.workers > cores:
         return Check("threads", "warning", f"{found}: try --workers {cores}")
     return Check("threads", "ok", found)
+
+
+def precision(settings: TrainConfig) -> Check:
+    """The precision that --precision means on the device."""
+    try:
+        target = usable_device(settings.device)
+    except HimoError:
+        return Check("precision", "ok", f"{settings.precision}, not tried: no such device")
+    chosen, said = resolve(settings.precision, target)
+    if chosen == "fp32" and settings.precision == "amp_bf16":
+        return Check("precision", "warning", f"--precision amp_bf16: {said}")
+    return Check("precision", "ok", said or chosen)
 
 
 def shared_memory(settings: TrainConfig, config: CLIPConfig) -> Check:
