@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "covariance.h"
+#include "cpu/dense.h"
 #include "info_nce.h"
 #include "normalize.h"
 #include "pca.h"
@@ -73,6 +74,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("differentiate_keys"), no_gil());
   m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());
   m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
+  // Whether the eigenproblem of this side is solved by this library; by LAPACK otherwise.
+  m.def("solves_eigenproblem", &himo::cpu::solves_wide, py::arg("n"));
   m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), no_gil());
   m.def("pca_bwd", &himo::pca_bwd, py::arg("grad_mean"), py::arg("grad_eigenvalues"),
         py::arg("grad_components"), py::arg("x"), py::arg("mean"), py::arg("eigenvalues"),

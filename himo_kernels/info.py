@@ -46,6 +46,10 @@ def report() -> str:
         f"cpu          {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads",
     ]
+    if _extension.why_not() is None:
+        own = _extension.load().solves_eigenproblem(512)
+        why = "of this library, AVX-512" if own else "LAPACK's: ours needs AVX-512 of AMD"
+        lines.append(f"eigensolver  {why}")
     for name in devices[1:]:
         properties = torch.cuda.get_device_properties(name)
         capability = f"sm_{properties.major}{properties.minor}"

@@ -92,9 +92,10 @@ int64_t lapack_work(int64_t n) { return 1 + 6 * n + 2 * n * n; }
 
 // Below, LAPACK is as fast.
 constexpr int64_t kSmallestWideSide = 16;
-bool solves_wide(int64_t n) { return n >= kSmallestWideSide && multiplies_wide(); }
 
 }  // namespace
+
+bool solves_wide(int64_t n) { return n >= kSmallestWideSide && multiplies_wide(); }
 
 void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> out, float alpha,
               float beta) {

@@ -33,6 +33,10 @@ void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> out, f
 void multiply(Matrix<const double> a, Matrix<const double> b, Matrix<double> out, double alpha = 1,
               double beta = 0);
 
+// Returns whether solve_symmetric of an n x n matrix is cpu/symmetric_eigen.h on this processor;
+// elsewhere it is LAPACK.
+bool solves_wide(int64_t n);
+
 // Returns how many doubles solve_symmetric needs as work; n <= kLargestSide.
 int64_t solver_work(int64_t n);
 

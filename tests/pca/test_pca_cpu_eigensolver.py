@@ -1,7 +1,7 @@
-"""The eigenproblem of the `cpu` backend, on matrices that break eigensolvers.
+"""csrc/cpu/symmetric_eigen.cpp, the eigensolver of the `cpu` backend, on hard matrices.
 
-Which solver a processor has, csrc/cpu/symmetric_eigen.cpp or LAPACK, is not for a test to know. A
-matrix A is given as the moment of [L; -L] / sqrt(2) with L^T L = A, whose mean is 0.
+It needs AVX-512; elsewhere LAPACK solves, and these tests are skipped. A matrix A is given as the
+moment of [L; -L] / sqrt(2) with L^T L = A, whose mean is 0.
 """
 
 import pytest
@@ -10,7 +10,18 @@ from torch import Tensor
 
 from himo_kernels import _extension
 
-pytestmark = pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
+SMALLEST = 16  # side: LAPACK solves smaller problems everywhere
+
+
+def why_not() -> str | None:
+    if _extension.why_not() is not None:
+        return _extension.why_not()
+    if _extension.load().solves_eigenproblem(SMALLEST):
+        return None
+    return "the eigensolver needs AVX-512 of AMD: on this processor LAPACK solves"
+
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -108,10 +119,13 @@ def test_hard_matrices(name, n, generator):
     assert_solved(MATRICES[name](n, generator))
 
 
+def test_the_smallest_problem_is_not_left_to_lapack():
+    solves = _extension.load().solves_eigenproblem
+    assert solves(SMALLEST) and not solves(SMALLEST - 1)
+
+
 # On either side of registers of 8, panels of 16, leaves and blocks of 24, and halves of them.
-@pytest.mark.parametrize(
-    "n", [1, 2, 3, 7, 8, 9, 15, 16, 17, 18, 23, 24, 25, 26, 47, 48, 49, 50, 97, 127, 128, 129, 513]
-)
+@pytest.mark.parametrize("n", [16, 17, 18, 23, 24, 25, 26, 47, 48, 49, 50, 97, 127, 128, 129, 513])
 @pytest.mark.parametrize("name", ["gaussian", "one-hot"])
 def test_sides_around_every_block(name, n, generator):
     assert_solved(MATRICES[name](n, generator))
