@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 # Before torch is imported: threads that spin while they wait for each other make the suite several
 # times slower wherever anything else uses the processor.
@@ -28,6 +28,50 @@ _seed = secrets.randbelow(2**31) if _given == "random" else int(_given)
 
 def pytest_report_header() -> str:
     return f"random inputs: {SEED_VARIABLE}={_seed}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks slow what `make test` leaves out of the tests marked `sample`."""
+    sets: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("sample"):
+            sets.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in sets.values():
+        can_run = [item for item in found if not _is_skipped(item)]
+        sample = found[0].get_closest_marker("sample")
+        chosen = _spread(can_run, *sample.args) if sample.args else _each_value_once(can_run)
+        for item in can_run:
+            if item not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
+def _is_skipped(item: pytest.Function) -> bool:
+    conditions = [mark.args[0] for mark in item.iter_markers("skipif")]
+    return item.get_closest_marker("skip") is not None or any(conditions)
+
+
+def _spread(items: list[pytest.Function], count: int) -> list[pytest.Function]:
+    return items[:: max(1, len(items) // count)][:count]
+
+
+def _each_value_once(items: list[pytest.Function]) -> list[pytest.Function]:
+    """Few of the items, among them every value of every parameter."""
+
+    def values(item: pytest.Function) -> set[tuple[str, object]]:
+        return {
+            (name, value if isinstance(value, Hashable) else item.callspec.indices[name])
+            for name, value in item.callspec.params.items()
+        }
+
+    of_item = {item: values(item) for item in items}
+    left = set().union(*of_item.values())
+    chosen = []
+    while left:
+        best = max(items, key=lambda item: len(of_item[item] & left))  # the first of equals
+        chosen.append(best)
+        left -= of_item[best]
+    return chosen
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ except NotImplementedError as error:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.sample(1)
 def test_the_reference_runs_without_triton_the_extension_and_numpy(block: str) -> None:
     settings = {"HIMO_KERNELS_NO_EXTENSION": "0", "HIMO_KERNELS_BACKEND": "auto"}
     refusal = run_python("-c", "import sys\n" + BLOCKS[block] + USE, **settings)

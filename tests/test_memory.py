@@ -122,6 +122,7 @@ def _outputs_and_gradients(
     ("name", "backend"),
     [(name, backend) for name in CALLS for backend in OPERATORS[name].backends],
 )
+@pytest.mark.sample
 def test_offsets_past_2_31_elements(
     name: str,
     backend: str,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_devices import devices_of
 from fresh_process import run_python
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -148,8 +149,8 @@ _OPERATORS = [
     pytest.param((name, backend, device), id=f"{name}-{backend}-{device}", marks=marks)
     for name, operator in OPERATORS.items()
     for backend in operator.backends
-    for device, marks in DEVICES.items()
-    if (backend, device) != ("triton", "cpu")  # interpreted, in seconds a call: in their folders
+    for device in devices_of(backend)
+    for marks in [DEVICES[device]]
 ]
 _MODULES = [
     pytest.param((name, "auto", device), id=f"{name}-{device}".replace(" ", "-"), marks=marks)
@@ -200,6 +201,7 @@ class _Recorder(TorchDispatchMode):
 @each_operator
 @each_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.sample
 def test_opcheck(run: Run, size: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = run.inputs(*size, dtype=dtype)
     if len(size) > 2:  # here with a gradient of one input alone
@@ -216,6 +218,7 @@ def test_opcheck(run: Run, size: tuple[int, ...], dtype: torch.dtype) -> None:
 @each_operator
 @each_size
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.sample
 def test_fake_outputs_have_the_strides_of_real_ones(
     run: Run, size: tuple[int, ...], layout: str
 ) -> None:
@@ -233,6 +236,7 @@ def test_fake_outputs_have_the_strides_of_real_ones(
 @each_operator
 @each_size
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.sample
 def test_inputs_are_unchanged_and_outputs_contiguous(
     run: Run, size: tuple[int, ...], layout: str
 ) -> None:
@@ -261,6 +265,7 @@ def test_the_loss_hands_its_backend_to_every_operator(generator: torch.Generator
 @each_operator
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [None, True], ids=["dynamic=None", "dynamic=True"])
+@pytest.mark.sample
 def test_a_full_graph_equals_eager(run: Run, dynamic: bool | None) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)
@@ -291,6 +296,7 @@ def test_the_loss_compiled_by_inductor_equals_eager(
 
 @each_operator_and_module
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.sample
 def test_autocast_changes_nothing(run: Run, dtype: torch.dtype) -> None:
     inputs = run.inputs(16, 8, dtype=dtype)
     expected = _forward_and_backward(run, inputs)
@@ -367,6 +373,7 @@ TRANSFORMS: dict[str, Callable[[Run, Tensor, Sequence[Tensor]], Any]] = {
 
 @each_operator_and_module
 @pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.sample
 def test_function_transforms_raise(run: Run, transform: str) -> None:
     first, *rest = _detached(run.inputs(6, 4))
     with pytest.raises((RuntimeError, NotImplementedError), match=r"autograd\.Function"):
@@ -428,6 +435,7 @@ def test_a_retained_graph_gives_the_same_gradient_again(run: Run) -> None:
 
 @each_operator_and_module
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved-hooks", "reentrant"])
+@pytest.mark.sample
 def test_checkpointing_changes_nothing(run: Run, use_reentrant: bool) -> None:
     inputs = run.inputs(6, 4)
 

@@ -134,6 +134,7 @@ def test_the_switch_works_at_run_time_too(installed: Path) -> None:
     assert reason == f"the extension is switched off by {SWITCH}=1"
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_loaded_is_a_reason(installed: Path) -> None:
     broken = installed / "himo_kernels" / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     broken.write_bytes(b"no shared library")
@@ -150,6 +151,7 @@ def test_a_file_that_cannot_be_loaded_is_a_reason(installed: Path) -> None:
     [("1.13.1", False), ("this.minor.99+cpu", True)],
     ids=["other-minor", "other-patch"],
 )
+@pytest.mark.slow
 def test_an_extension_of_another_torch_is_refused(
     built: str, usable: bool, installed: Path
 ) -> None:
@@ -176,6 +178,7 @@ def test_an_extension_of_another_torch_is_refused(
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow
 def test_an_error_in_our_sources_fails_the_build(tmp_path: Path) -> None:
     sources = copy_sources(tmp_path / "sources")
     for source in sources.glob("csrc/**/*.cpp"):

@@ -53,6 +53,7 @@ def test_against_numpy_in_float64(operator, backend, shape, generator):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sums", [torch.float32, torch.float64], ids=["sums32", "sums64"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.sample
 def test_values_and_gradient_within_budget(operator, backend, shape, dtype, sums, generator):
     x = torch.randn(shape, generator=generator).to(dtype)
     size = shape[-1] if operator == "covariance" else shape[-2]
@@ -75,6 +76,7 @@ def test_values_and_gradient_within_budget(operator, backend, shape, dtype, sums
 
 @per_backend
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (2, 5, 3)], ids=str)
+@pytest.mark.sample
 def test_gradcheck(operator, backend, shape, generator):
     x = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: OPERATORS[operator](x, backend=backend), x)
@@ -147,6 +149,7 @@ def test_no_leading_problems(operator, backend):
 
 
 @per_backend
+@pytest.mark.sample
 def test_runs_are_bitwise_equal(operator, backend, generator):
     x = torch.randn(777, 65, generator=generator).requires_grad_()
     weights = torch.randn(1, generator=generator)

@@ -20,6 +20,7 @@ def assert_below(limit: float, ranks: list[dict], word: str, what: str) -> None:
 
 
 @pytest.mark.skipif(open_clip_loss() is None, reason="open_clip_torch is not installed")
+@pytest.mark.sample(1)
 def test_clip_loss_with_each_pair_of_its_flags(ranks):
     assert all(sum(name.startswith("open_clip") for name in checks) == 24 for checks in ranks)
     assert_below(1e-12, ranks, "open_clip", "values")

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from launch import found
 
 import himo_kernels.distributed
@@ -11,6 +12,7 @@ from himo_kernels.distributed.cost import step_flops, step_traffic
 README = Path(himo_kernels.distributed.__file__).with_name("README.md")
 
 
+@pytest.mark.slow
 def test_memory_of_the_ring_does_not_grow_with_the_ranks(tmp_path):
     peaks = {}
     for world in (2, 4):

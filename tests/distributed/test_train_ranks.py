@@ -126,6 +126,7 @@ def twenty_steps(pairs, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("repeat", range(REPEATS))
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_take_the_steps_of_one(
     repeat, pairs, twenty_steps, tmp_path, generator
 ):
@@ -147,6 +148,7 @@ def test_two_processes_killed_and_resumed_take_the_steps_of_one(
     assert_equal_weights(tmp_path / "logs", twenty_steps, epoch=10)
 
 
+@pytest.mark.slow
 def test_a_run_that_torchrun_restarts_goes_on_where_it_was(pairs, twenty_steps, tmp_path):
     flags = ["--batch-size", "64", *TEN_EPOCHS, "--save-every-n-steps", "5", "--resume", "latest"]
     ranks = Ranks(2, pairs, tmp_path / "logs", *flags, launch=("--max-restarts=1",))
@@ -158,6 +160,7 @@ def test_a_run_that_torchrun_restarts_goes_on_where_it_was(pairs, twenty_steps, 
     assert_equal_weights(tmp_path / "logs", twenty_steps, epoch=10)
 
 
+@pytest.mark.slow
 def test_accumulation_around_a_ring_with_nothing_left_for_some_ranks(pairs, tmp_path):
     # 256 pairs in batches of 3 x 42, made 14 at a time: the third step has 4, all rank 0's. An eps
     # so large that Adam's first steps are as long as their gradients, not all of one length.
@@ -192,6 +195,7 @@ def test_a_rank_that_raises_ends_all_with_its_reason(pairs, tmp_path):
     assert not list(tmp_path.rglob("epoch_*"))
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_missed_and_killed(pairs, tmp_path):
     flags = ["--batch-size", "32", "--epochs", "1000", "--rank-timeout", "4"]
     ranks = Ranks(2, pairs, tmp_path / "logs", *flags)
@@ -207,6 +211,7 @@ def test_a_stopped_rank_is_missed_and_killed(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 10])
+@pytest.mark.slow
 def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(count, pairs, tmp_path):
     # From the third step on one rank's features are NaN, in so many steps.
     flags = ["--batch-size", "32", "--epochs", "4", "--on-nonfinite", "skip"]
@@ -234,6 +239,7 @@ def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(count, pairs, tmp_path
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 4).values())
 
 
+@pytest.mark.slow
 def test_a_script_whose_rank_has_another_width_ends_with_its_number(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -251,6 +257,7 @@ def test_a_script_whose_rank_has_another_width_ends_with_its_number(tmp_path):
     assert "one width on every rank, got 7 on rank 1 and 6 on rank 0" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stop_request_stops_all_ranks_after_the_same_step(pairs, tmp_path):
     ranks = Ranks(2, pairs, tmp_path / "logs", "--batch-size", "32", "--epochs", "1000")
     ranks.wait_for("run/metrics.jsonl")
@@ -272,6 +279,7 @@ def test_a_stop_request_stops_all_ranks_after_the_same_step(pairs, tmp_path):
     ],
     ids=["too few samples", "a loss that diverges"],
 )
+@pytest.mark.slow
 def test_what_is_wrong_for_all_is_said(flags, words, pairs, tmp_path):
     output = Ranks(2, pairs, tmp_path / "logs", *flags).end(status=None)
     assert words in output and 'Traceback (most recent call last):\n  File "/work' not in output

@@ -54,6 +54,7 @@ def planned(capsys, *flags: str, status: int) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_counted_peak_is_that_of_real_steps(steps):
     errors = {n: sum(s["parts"].values()) / s["measured"] - 1 for n, s in steps.items()}
     print({name: f"{error:+.3%}" for name, error in errors.items()})

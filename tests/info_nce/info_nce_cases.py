@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from backend_devices import devices_of
 from torch import Tensor
 
 import himo_kernels
@@ -86,12 +87,10 @@ def _targets_of_backend(operator: str, backend: str, dtype: torch.dtype) -> Iter
     def refusal(device: str) -> str | None:
         if device == "cuda" and not torch.cuda.is_available():
             return "needs a CUDA device"
-        if (backend, device) == ("triton", "cpu"):
-            return "the interpreter takes a second a call; test_info_nce_triton.py is its part"
         example = make_inputs(operator, 8, 16, dtype=dtype, device=device).values()
         return OPERATORS[operator].why_not(backend, *example)
 
-    return [parameter(device, refusal(device)) for device in ("cpu", "cuda")]
+    return [parameter(device, refusal(device)) for device in devices_of(backend)]
 
 
 def make_inputs(

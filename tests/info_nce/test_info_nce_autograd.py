@@ -55,6 +55,7 @@ class TestDerivatives:
         "shape", [(3, 5), (5, 3), (2, 3, 4), (2, 2, 3, 2)], ids=lambda s: "x".join(map(str, s))
     )
     @pytest.mark.parametrize("label_smoothing", [0.0, 0.1], ids="smoothing={}".format)
+    @pytest.mark.sample
     def test_gradcheck(
         self,
         target: Target,
@@ -324,6 +325,7 @@ class TestUpstreamGradient:
 class TestOneSpecificationOfWhatIsSaved:
     @per_target(*NAMES)
     @pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
+    @pytest.mark.sample
     def test_any_backward_takes_any_forward(
         self, target: Target, differentiate_keys: bool, generator: torch.Generator
     ) -> None:
@@ -383,11 +385,12 @@ class TestOneSpecificationOfWhatIsSaved:
                 assert torch.equal(gradients_again[name], gradient), name
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bits(generator: torch.Generator) -> None:
     # With the number of threads fixed: a sum split over other threads is another sum.
     seed = int(torch.randint(2**31, (), generator=generator))
     program = (
-        f"import json, sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r});"
+        f"import json, sys, torch; sys.path[:0] = {[str(p) for p in Path(__file__).parents[:2]]!r};"
         f"torch.set_num_threads({torch.get_num_threads()});"
         f"from info_nce_cases import fingerprints; print(json.dumps(fingerprints({seed})))"
     )

@@ -61,6 +61,7 @@ def test_gradients_within_the_budget(backend, device, dtype, differentiate_keys,
 
 @HALVES
 @KEYS
+@pytest.mark.sample
 def test_small_weights_and_many_samples_in_16_bits(
     backend, device, dtype, differentiate_keys, generator
 ):
@@ -86,6 +87,7 @@ def test_confident_positives_keep_their_digits(backend, device, dtype, generator
 
 @FLOAT32
 @KEYS
+@pytest.mark.sample
 def test_strides_and_another_run(backend, device, dtype, differentiate_keys, generator):
     batch = random_batch(dtype, device, generator)
 

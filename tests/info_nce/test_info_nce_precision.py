@@ -23,6 +23,7 @@ def integer(low: int, high: int, generator: torch.Generator) -> int:
 
 @targets_by_dtype(*NAMES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.sample
 def test_random_cases_within_the_budget(
     target: Target, dtype: torch.dtype, autocast: bool, generator: torch.Generator
 ) -> None:
@@ -47,6 +48,7 @@ def test_random_cases_within_the_budget(
 @targets_by_dtype(*NAMES)
 @pytest.mark.parametrize("shape", [(252, 123), (128, 512), (64, 1)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
+@pytest.mark.sample
 def test_shapes_within_the_budget(
     target: Target,
     dtype: torch.dtype,

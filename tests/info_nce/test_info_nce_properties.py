@@ -145,6 +145,7 @@ def test_a_vector_added_to_all_texts_leaves_the_rows_alone(target, batch, seed):
 @in_float64
 @many_examples
 @hypothesis.given(batches(scales=st.just(0.0)))
+@pytest.mark.sample(12)
 def test_scale_zero_is_a_uniform_guess(target, batch):
     inputs, label_smoothing = on_device(target, batch[0]), batch[1]
     samples = len(inputs["image_features"])
@@ -154,6 +155,7 @@ def test_scale_zero_is_a_uniform_guess(target, batch):
 @in_float64
 @many_examples
 @hypothesis.given(batches(scales=st.floats(-20, 40)))
+@pytest.mark.sample(12)
 def test_gradient_of_the_scale_is_the_slope(target, batch):
     inputs, label_smoothing = on_device(target, batch[0]), batch[1]
     step = 1e-5
@@ -328,6 +330,7 @@ def test_problems_side_by_side_do_not_meet(target, seeds, samples, features, lab
     label_smoothing=st.floats(0, 1),
     seed=st.integers(0, 2**31 - 1),
 )
+@pytest.mark.sample
 def test_finite_for_every_degenerate_batch(
     target, dtype, names, samples, features, scale, label_smoothing, seed
 ):

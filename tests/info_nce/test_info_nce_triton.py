@@ -82,6 +82,7 @@ class TestAgainstEager:
 
     @per_operator
     @per_dtype
+    @pytest.mark.sample(2)
     def test_within_the_budget(
         self, operator: str, dtype: torch.dtype, generator: torch.Generator
     ) -> None:
@@ -95,6 +96,7 @@ class TestAgainstEager:
     @per_operator
     @pytest.mark.parametrize("dtype", HALVES, ids=str)
     @pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
+    @pytest.mark.sample
     def test_rounded_gradients_of_the_logits(
         self,
         operator: str,
@@ -148,6 +150,7 @@ class TestAgainstEager:
 class TestChunks:
     @per_operator
     @pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
+    @pytest.mark.sample(2)
     def test_more_launches_give_the_same(
         self,
         operator: str,
@@ -221,6 +224,7 @@ class TestChunks:
 class TestRank:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
+    @pytest.mark.sample(2)
     def test_what_is_past_the_rank_is_ignored(
         self, dtype: torch.dtype, differentiate_keys: bool, generator: torch.Generator
     ) -> None:
@@ -337,6 +341,7 @@ class TestValues:
 class TestAutograd:
     @per_operator
     @pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
+    @pytest.mark.sample(1)
     def test_every_subset_of_gradients(
         self, operator: str, differentiate_keys: bool, generator: torch.Generator
     ) -> None:
@@ -399,6 +404,7 @@ class TestAutograd:
 
     @per_operator
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.sample(1)
     def test_runs_are_bitwise_equal(
         self, operator: str, dtype: torch.dtype, generator: torch.Generator
     ) -> None:
@@ -413,6 +419,7 @@ class TestAutograd:
                 assert torch.equal(gradients_again[name], gradient), name
 
     @per_operator
+    @pytest.mark.sample(1)
     def test_opcheck(self, operator: str, generator: torch.Generator) -> None:
         inputs = inputs_of(operator, 6, 4, batch=(2,), dtype=torch.float32, generator=generator)
         arguments = (*arguments_of(inputs), 0.1, "triton")
@@ -427,6 +434,7 @@ class TestAutograd:
 
 @per_operator
 @pytest.mark.parametrize("shape", [(17, 5), (40, 35)], ids=str)
+@pytest.mark.sample(2)
 def test_nothing_is_touched_outside_of_an_allocation(
     operator: str, shape: tuple[int, int], generator: torch.Generator
 ) -> None:
@@ -448,6 +456,7 @@ def test_a_tile_holds_the_diagonal_of_its_rows() -> None:
     assert all(tile.columns % tile.rows == 0 for tile in found)
 
 
+@pytest.mark.slow
 def test_launches_are_recorded_for_the_compiler() -> None:
     # In a process of its own: kernels defined for the interpreter cannot be compiled.
     script = (
@@ -471,6 +480,7 @@ def test_launches_are_recorded_for_the_compiler() -> None:
             assert f"'{kernel}_kernel'" in line
 
 
+@pytest.mark.slow
 def test_the_tuning_command_prints_a_row_for_each_tile() -> None:
     output = run_python(
         "-m",

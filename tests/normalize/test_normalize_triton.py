@@ -42,6 +42,7 @@ def with_gradient(compute, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 150), (3, 128), (2, 3, 65)], ids=str)
+@pytest.mark.sample
 def test_rows_longer_than_a_block(shape, dtype, generator):
     x, grad = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
     x.view(-1, shape[-1])[1] = 0
@@ -60,6 +61,7 @@ def test_rows_longer_than_a_block(shape, dtype, generator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("column", [3, 149])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.sample
 def test_what_is_not_finite_in_any_block_spoils_its_row_alone(bad, column, dtype, generator):
     x, grad = (torch.randn(5, 150, generator=generator).to(DEVICE, dtype) for _ in range(2))
     expected = with_gradient(lambda x: normalize(x, backend="triton"), x, grad)

@@ -143,6 +143,7 @@ def test_projection_of_new_samples(backend, shape, generator):
 
 @per_projection_backend
 @pytest.mark.parametrize("batch", [(), (2,), (2, 2)], ids=str)
+@pytest.mark.sample
 def test_projection_gradcheck(backend, batch, generator):
     def randn(*shape):
         return torch.randn(*batch, *shape, dtype=torch.float64, generator=generator)

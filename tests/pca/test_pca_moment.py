@@ -109,6 +109,7 @@ def test_rows_put_together_are_those_of_the_batch(backend, device, threshold, dt
 @BASIS
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.sample
 def test_gradients_put_together_are_those_of_the_batch(
     backend, device, threshold, dtype, constant, generator
 ):
@@ -145,6 +146,7 @@ def test_the_gradient_of_the_projector(backend, device, generator):
 @EVERY
 @BASIS
 @pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.sample
 def test_degenerate_batches_are_finite_and_those_of_the_reference(
     backend, device, name, constant, generator
 ):

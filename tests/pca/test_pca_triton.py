@@ -61,6 +61,7 @@ def check_eigenpairs(moment: Tensor, values: Tensor, vectors: Tensor) -> None:
 @pytest.mark.parametrize("sums", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("limited", ["none", "rows", "columns", "inner"])
 @pytest.mark.parametrize("limit", [0, 3, 70, 200])
+@pytest.mark.sample
 def test_product_ends_at_the_limit_and_touches_nothing_past_it(limited, limit, sums, generator):
     rows, inner, columns = 75, 90, 70
     a, b = randn(2, rows, inner, generator=generator), randn(2, inner, columns, generator=generator)
@@ -148,11 +149,13 @@ def test_symmetric_weights_are_those_of_both_orders(rank, generator):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 33])
+@pytest.mark.sample(3)
 def test_eigenpairs_of_random_matrices(size, generator):
     moment = random_moments(2, size, generator)
     check_eigenpairs(moment, *eigenpairs(moment.clone()))
 
 
+@pytest.mark.slow
 def test_eigenpairs_at_the_largest_size(generator):
     x = hkt.power_law(128, 200, dtype=torch.float64, device=DEVICE, generator=generator)
     moment = ((x - x.mean(0)) @ (x - x.mean(0)).T).unsqueeze(0)
@@ -160,6 +163,7 @@ def test_eigenpairs_at_the_largest_size(generator):
 
 
 @pytest.mark.parametrize("name", hkt.DEGENERATE)
+@pytest.mark.sample(3)
 def test_eigenpairs_of_degenerate_batches(name, generator):
     x = hkt.DEGENERATE[name](20, 9, dtype=torch.float64, device=DEVICE, generator=generator)
     x = x - x.mean(0)
@@ -183,6 +187,7 @@ def test_no_scale_is_out_of_range(scale, generator):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.sample(3)
 def test_a_matrix_that_is_not_finite_spoils_no_other(bad, generator):
     moment = random_moments(3, 6, generator)
     moment[1, 2, 3] = bad
@@ -191,6 +196,7 @@ def test_a_matrix_that_is_not_finite_spoils_no_other(bad, generator):
     check_eigenpairs(moment[::2], values[::2], vectors[::2])
 
 
+@pytest.mark.slow
 def test_rotations_solve_what_is_not_certified(generator):
     moment = random_moments(4, 7, generator)
     moment[2] = torch.eye(7)
@@ -206,6 +212,7 @@ def test_rotations_solve_what_is_not_certified(generator):
 
 
 @pytest.mark.parametrize("name", ["power law", "2 duplicate pairs", "4 labels", "one-hot rows"])
+@pytest.mark.sample(1)
 def test_batches_are_certified(name, generator, monkeypatch):
     monkeypatch.setattr(eigensolver, "SWEEPS", 0)  # a second try would return unit vectors
     create = hkt.power_law if name == "power law" else hkt.DEGENERATE[name]
@@ -214,6 +221,7 @@ def test_batches_are_certified(name, generator, monkeypatch):
     check_eigenpairs(moment, *eigenpairs(moment))
 
 
+@pytest.mark.slow
 def test_all_problems_by_rotations(generator, monkeypatch):
     monkeypatch.setattr(eigensolver, "CERTIFIED", 0.0)
     for problems, size in ((2, 1), (2, 6), (1, 17)):  # the interpreter takes 40 s for one of 17
@@ -270,6 +278,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("shape, threshold, dtype", CASES, ids=str)
+@pytest.mark.sample(3)
 def test_reconstruction_and_gradient(shape, threshold, dtype, generator):
     x = torch.randn(shape, generator=generator).to(DEVICE, dtype)
     weights = torch.randn(shape, generator=generator).to(DEVICE)
@@ -291,6 +300,7 @@ def test_reconstruction_and_gradient(shape, threshold, dtype, generator):
     "name", ["2 duplicate pairs", "4 labels", "all rows equal", "one-hot rows"]
 )
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8)], ids=["N<D", "N>D"])
+@pytest.mark.sample
 def test_degenerate_batches_are_finite(name, shape, generator):
     x = hkt.DEGENERATE[name](*shape, device=DEVICE, generator=generator)
     weights = torch.randn(shape, generator=generator).to(DEVICE)
@@ -303,6 +313,7 @@ def test_degenerate_batches_are_finite(name, shape, generator):
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6)], ids=["N<D", "N>D"])
+@pytest.mark.sample(1)
 def test_nan_stays_in_its_problem(shape, generator):
     x = torch.randn(shape, generator=generator).to(DEVICE)
     clean, clean_rank, clean_grad = run_reconstruct(x, x, 0.8, "triton")
@@ -363,6 +374,7 @@ def test_backward_of_one_backend_accepts_the_forward_of_another(shape, generator
 # At tau = 1 rounding decides whether a direction of no variance is kept; gap_eps is relative to it.
 @pytest.mark.parametrize(("threshold", "gap_eps"), [(0.6, 0.0), (0.6, 1e-2), (1.0, 0.0)])
 @pytest.mark.parametrize("shape", [(2, 6, 10), (2, 10, 6), (7, 7)], ids=str)
+@pytest.mark.sample(3)
 def test_pca_and_its_gradient(shape, threshold, gap_eps, generator):
     x = randn(*shape, generator=generator)
     results = []
