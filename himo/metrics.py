@@ -1,8 +1,10 @@
 """metrics.jsonl: what a run measures while it trains, a line at a time."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,14 @@ from tqdm import tqdm
 
 import himo_kernels
 from himo.errors import HimoError
-from himo.files import atomic_path
+from himo.files import atomic_path, open_regular
 from himo.parallel import Ranks
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
 from himo_kernels import distributed
 
 _LOSSES = ("loss", "contrastive_loss", "component_loss")
 _SPECTRUM = 256  # eigenvalues of a spectrum that are recorded
+_LONGEST = 1 << 20  # bytes of a line; one with a spectrum takes 3,000
 _SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run: it will not come back
 
 
@@ -108,25 +111,68 @@ class Metrics:
         self._pending.clear()
         self._data_s = self._step_s = 0.0
         self._skipped = 0
-        if not self.ranks.main:
-            return line
+        if self.ranks.main:
+            self._append(line)
+        return line
+
+    def resumed(self, step: int, changes: dict[str, Any]) -> int:
+        """Goes back to a step; returns how many lines could not be read.
+
+        Drops the lines past it, which are made again, and the unreadable ones. Adds a line that
+        counts those and holds the changes, if there are any.
+
+        Args:
+            step: of the checkpoint.
+            changes: [before, now] of each setting that is not as it was, by name.
+        """
+        unreadable = 0
+        if self.path.exists():
+            with (
+                open_regular(self.path) as file,
+                atomic_path(self.path) as temporary,
+                open(temporary, "wb") as kept,
+            ):
+                for text, line in read_lines(file):
+                    if line is None:
+                        unreadable += 1
+                    elif line["step"] <= step:
+                        kept.write(text + b"\n")
+        if changes or unreadable:
+            what = {"changes": changes, "unreadable_lines": unreadable}
+            self._append({"step": step, "resumed": what})
+        return unreadable
+
+    def _append(self, line: dict[str, Any]) -> None:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise HimoError(f"{self.path}: cannot be written: {error.strerror}") from error
-        return line
 
-    def rewind(self, step: int) -> None:
-        """Drops the lines past a step: those of a run that is resumed from there."""
-        if not self.path.exists():
-            return
-        kept = []
-        for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if text.endswith("\n") and json.loads(text)["step"] <= step:
-                    kept.append(text)
-            except (ValueError, KeyError, TypeError):
-                continue  # cut off when the run was killed
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+
+def read_lines(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yields the lines of a metrics.jsonl with what they hold; None where one cannot be read.
+
+    A killed process leaves a line that is cut off, a power cut a block of NULs, a failing disk
+    anything. A line is an object with a finite number `step`.
+    """
+    while raw := file.readline(_LONGEST):
+        is_whole = raw.endswith(b"\n") or len(raw) < _LONGEST
+        while not is_whole:
+            rest = file.readline(_LONGEST)
+            is_whole = rest.endswith(b"\n") or not rest
+            raw = b"(too long)"
+        if raw.strip():
+            text = raw.strip(b"\0 \t\r\n")
+            yield text, _parsed(text)
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    step = line.get("step") if isinstance(line, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int | float):
+        return None
+    return line if isinstance(step, int) or math.isfinite(step) else None
