@@ -1,7 +1,6 @@
 """metrics.jsonl: what a run measures while it trains, a line at a time."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +19,7 @@ from himo_kernels import distributed
 
 _LOSSES = ("loss", "contrastive_loss", "component_loss")
 _SPECTRUM = 256  # eigenvalues of a spectrum that are recorded
+_LAST_STEP = 1 << 53  # what a double tells from the next
 _LONGEST = 1 << 20  # bytes of a line; one with a spectrum takes 3,000
 _SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run: it will not come back
 
@@ -154,7 +154,7 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Yields the lines of a metrics.jsonl with what they hold; None where one cannot be read.
 
     A killed process leaves a line that is cut off, a power cut a block of NULs, a failing disk
-    anything. A line is an object with a finite number `step`.
+    anything. A line is an object with a number `step`.
     """
     while raw := file.readline(_LONGEST):
         is_whole = raw.endswith(b"\n") or len(raw) < _LONGEST
@@ -175,4 +175,4 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     step = line.get("step") if isinstance(line, dict) else None
     if isinstance(step, bool) or not isinstance(step, int | float):
         return None
-    return line if isinstance(step, int) or math.isfinite(step) else None
+    return line if abs(step) <= _LAST_STEP else None  # NaN is not

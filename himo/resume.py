@@ -112,7 +112,9 @@ def unchecked(before: Mapping[str, Any]) -> str:
 
 
 def _settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    old, new = _effective(before["settings"]), _effective(now["settings"])
+    old, new = before["settings"], now["settings"]
+    if all(old.get(name) == new[name] for name in ("loss", "preset")):
+        old, new = _effective(old), _effective(new)  # else their switches differ with them
     for rule, names in AT_RESUME.items():
         for name in names:
             # Not known before: of a run that began before the flag was. A path of data whose
@@ -131,10 +133,9 @@ def _derived(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Chan
     pairs = _pairs(before), _pairs(now)
     if pairs[0] != pairs[1]:
         yield Change("pairs", "never", *pairs, "pairs in a step")
-    model = before.get("model", {})
-    for name, value in now["model"].items():
-        if name in model and model[name] != value:
-            yield Change("model", "never", model[name], value, f"a model with {name}")
+    for name, value in before.get("model", {}).items():
+        if now["model"].get(name, value) != value:
+            yield Change("model", "never", value, now["model"][name], f"a model with {name}")
 
 
 def _pairs(state: Mapping[str, Any]) -> int:
@@ -189,14 +190,13 @@ def _picture(index: SampleIndex, row: int) -> str | None:
 
 
 def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the preset's value for each switch that none is given for."""
+    """The settings with what the loss takes for each switch that no value is given for."""
     values = dict(settings)
-    preset = PRESETS.get(values.get("preset", "paper"), {})
+    # Plain CLIP's loss has no preset.
+    switches = PRESETS.get(values["preset"], {}) if values["loss"] == "himo" else {}
     for name, switch in _SWITCHES.items():
-        if name in values and values[name] is None:
-            values[name] = preset.get(switch)
-    if values.get("loss") == "clip" and settings.get("label_smoothing") is None:
-        values["label_smoothing"] = 0.0  # the preset is of the HiMo loss
+        if values.get(name) is None:
+            values[name] = switches.get(switch, 0.0)
     return values
 
 

@@ -18,6 +18,7 @@ from himo.files import open_regular
 
 _KEY = "himo_training_state"  # metadata: step, sampler, random state, configuration as JSON
 _NAME = "state-{step:08d}.safetensors"
+_LAST_STEP = 10**12 - 1
 _NAMED = re.compile(r"state-[0-9]{8,12}\.safetensors")
 _PARTS = {"step": int, "random": list, "sampler": dict, "bad_samples": dict, "settings": dict}
 
@@ -147,10 +148,7 @@ def find_state(resume: str, directory: Path) -> State | None:
 
 def saved_states(directory: Path) -> list[Path]:
     """The training states in a directory, oldest first."""
-    found = (
-        path for path in directory.glob("state-*") if _NAMED.fullmatch(path.name) and path.is_file()
-    )
-    return sorted(found, key=_step)
+    return sorted((p for p in directory.glob("state-*") if _NAMED.fullmatch(p.name)), key=_step)
 
 
 def set_aside(directory: Path, step: int) -> list[Path]:
@@ -181,4 +179,6 @@ def _read(path: Path) -> State:
     for name, kind in _PARTS.items():
         if not isinstance(record, dict) or type(record.get(name)) is not kind:
             raise HimoError(f"{path}: damaged: expected {_KEY} with {name}, a {kind.__name__}")
+    if not 0 <= record["step"] <= _LAST_STEP:
+        raise HimoError(f"{path}: damaged: expected a step from 0 to {_LAST_STEP}")
     return State(path, tensors, record)
