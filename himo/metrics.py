@@ -111,8 +111,13 @@ class Metrics:
         self._pending.clear()
         self._data_s = self._step_s = 0.0
         self._skipped = 0
-        if self.ranks.main:
-            self._append(line)
+        if not self.ranks.main:
+            return line
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise HimoError(f"{self.path}: cannot be written: {error.strerror}") from error
         return line
 
     def resumed(self, step: int, changes: dict[str, Any]) -> int:
@@ -125,33 +130,28 @@ class Metrics:
             step: of the checkpoint.
             changes: [before, now] of each setting that is not as it was, by name.
         """
+        if not (changes or self.path.exists()):
+            return 0
         unreadable = 0
-        if self.path.exists():
-            with (
-                open_regular(self.path) as file,
-                atomic_path(self.path) as temporary,
-                open(temporary, "wb") as kept,
-            ):
-                for text, line in read_lines(file):
-                    if line is None:
-                        unreadable += 1
-                    elif line["step"] <= step:
-                        kept.write(text + b"\n")
-        if changes or unreadable:
-            what = {"changes": changes, "unreadable_lines": unreadable}
-            self._append({"step": step, "resumed": what})
+        with atomic_path(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for line in self._lines():
+                if line is None:
+                    unreadable += 1
+                elif line["step"] <= step:
+                    file.write(json.dumps(line) + "\n")
+            if changes or unreadable:
+                what = {"changes": changes, "unreadable_lines": unreadable}
+                file.write(json.dumps({"step": step, "resumed": what}) + "\n")
         return unreadable
 
-    def _append(self, line: dict[str, Any]) -> None:
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise HimoError(f"{self.path}: cannot be written: {error.strerror}") from error
+    def _lines(self) -> Iterator[dict[str, Any] | None]:
+        if self.path.exists():
+            with open_regular(self.path) as file:
+                yield from read_lines(file)
 
 
-def read_lines(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yields the lines of a metrics.jsonl with what they hold; None where one cannot be read.
+def read_lines(file: BinaryIO) -> Iterator[dict[str, Any] | None]:
+    """Yields what each line of a metrics.jsonl holds; None where it cannot be read.
 
     A killed process leaves a line that is cut off, a power cut a block of NULs, a failing disk
     anything. A line is an object with a number `step`.
@@ -163,8 +163,7 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
             is_whole = rest.endswith(b"\n") or not rest
             raw = b"(too long)"
         if raw.strip():
-            text = raw.strip(b"\0 \t\r\n")
-            yield text, _parsed(text)
+            yield _parsed(raw.strip(b"\0 \t\r\n"))
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

@@ -28,7 +28,8 @@ CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 _LOCK = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _LARGEST = 64 << 20  # bytes of a config.json: a start takes 1,000
-_WAIT_S, _RESTART_WAIT_S = 2.0, 60.0  # for an owner that is being killed
+_WAIT_S, _RESTART_WAIT_S, _POLL_S = 2.0, 60.0, 0.05  # for an owner that is being killed
+_SHOWN = 80  # characters of an owner's or a parser's words
 
 
 @contextmanager
@@ -57,10 +58,15 @@ def owned(directory: Path, wait_s: float | None = None) -> Iterator[None]:
             made = [path for path in (directory, *directory.parents) if not path.exists()]
             directory.mkdir(parents=True, exist_ok=True)
             descriptor = _lock(directory, wait_s)
-        except OSError as error:
-            raise HimoError(f"{directory}: cannot be made: {error.strerror}") from error
-        if descriptor is not None:
             _clean(directory)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise HimoError(f"{directory}: cannot be written: {error.strerror}") from error
+            _note(
+                f"{directory}: its file system has no locks ({error.strerror}): a second run of "
+                "this name would not be noticed"
+            )
+            (directory / _LOCK).unlink(missing_ok=True)
         yield
     finally:
         if descriptor is not None:
@@ -72,43 +78,41 @@ def owned(directory: Path, wait_s: float | None = None) -> Iterator[None]:
                 path.rmdir()
 
 
-def _lock(directory: Path, wait_s: float) -> int | None:
-    # lockf, not flock: its locks are not inherited by the processes that read data, which may
-    # outlive this one by seconds.
+def _lock(directory: Path, wait_s: float) -> int:
+    """The descriptor that holds the lock, which says whose it is."""
     path = directory / _LOCK
     deadline = time.monotonic() + wait_s
     while True:
         descriptor = _open(path)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The owner before removes its file, which this process may have waited for.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.lstat()):
-                    os.ftruncate(descriptor, 0)
-                    os.write(
-                        descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode()
-                    )
-                    return descriptor
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                os.close(descriptor)
-                with suppress(OSError):
-                    path.unlink()
-                _note(
-                    f"{directory}: its file system has no locks ({(error.strerror or '').lower()}):"
-                    " a second run of this name would not be noticed"
-                )
-                return None
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                os.close(descriptor)
-                raise
-        owner = os.pread(descriptor, 80, 0).decode(errors="replace") or "another process"
+            if _taken(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                owner = f"process {os.getpid()} on {socket.gethostname()}"
+                os.write(descriptor, owner.encode())
+                return descriptor
+            owner = os.pread(descriptor, _SHOWN, 0).decode(errors="replace")
+        except OSError:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
         if time.monotonic() >= deadline:
             raise HimoError(
-                f"{directory}: in use by {owner}: let it end, or give this run another --name"
+                f"{directory}: in use by {owner or 'another process'}: let it end, or give this "
+                "run another --name"
             )
-        time.sleep(0.05)
+        time.sleep(_POLL_S)
+
+
+def _taken(descriptor: int, path: Path) -> bool:
+    try:
+        # Not flock, whose locks the processes that read data inherit: those may live on a while.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # An owner that ends removes its file: of that one the lock is worth nothing.
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
+            return False
+        raise
 
 
 def _open(path: Path) -> int:
@@ -117,11 +121,11 @@ def _open(path: Path) -> int:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         what = "is a link" if error.errno == errno.ELOOP else (error.strerror or "").lower()
-        raise HimoError(f"{path}: cannot be locked: {what}; remove it") from error
+        raise HimoError(f"{path}: cannot be locked: {what}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
-        raise HimoError(f"{path}: cannot be locked: expected a file of its own; remove it")
+        raise HimoError(f"{path}: cannot be locked: expected a regular file with no other name")
     return descriptor
 
 
@@ -217,7 +221,7 @@ def _read(path: Path) -> dict[str, Any]:
             return content
         reason = f"expected an object, got {type(content).__name__}"
     except (ValueError, RecursionError) as error:  # HimoError is one
-        reason = str(error).removeprefix(f"{path}: ")[:80]
+        reason = str(error).removeprefix(f"{path}: ")[:_SHOWN]
     kept = path.with_name(f"{path.name}.damaged")
     path.rename(kept)
     _note(f"{path}: cannot be read ({reason}), kept as {kept.name}")

@@ -227,7 +227,7 @@ def _read_metrics(run: Run) -> None:
     lines: dict[int, dict[str, Any]] = {}
     resumed = []
     bad = replaced = 0
-    for _, line in read_lines(io.BytesIO(data)):
+    for line in read_lines(io.BytesIO(data)):
         if line is None:
             bad += 1
             continue

@@ -51,6 +51,7 @@ def test_a_folder_has_one_owner_who_is_named(tmp_path):
         message = rf"logs/run: in use by process {process} on .*: let it end, or .* another --name"
         with pytest.raises(HimoError, match=message), owned(tmp_path / "logs/run", 0):
             pytest.fail("the body ran")
+        assert os.listdir(tmp_path / "logs/run") == ["run.lock"]  # still the owner's
 
 
 def test_the_kernel_gives_back_what_a_killed_owner_had(tmp_path):
@@ -112,7 +113,7 @@ def test_without_locks_a_run_goes_on_and_says_so_and_removes_nothing(tmp_path, m
     with owned(tmp_path):
         pass
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "has no locks (no locks available)" in said
+    assert said.count("\n") == 1 and "has no locks (No locks available)" in said
     assert os.listdir(tmp_path) == [left.name]
 
 
