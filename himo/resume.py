@@ -60,10 +60,13 @@ class Change:
     rule: str
     before: Any
     now: Any
-    what: str  # as in a message: --lr 0.1
+    what: str  # as in a message, before its value: --lr
 
-    def __str__(self) -> str:
-        return f"{self.what} {_shown(self.before)} as it began, got {_shown(self.now)}"
+    def refusal(self) -> str:
+        return f"expected {self.what} {_shown(self.before)} as it began, got {_shown(self.now)}"
+
+    def note(self) -> str:
+        return f"{self.what} {_shown(self.now)} (before {_shown(self.before)})"
 
     def values(self) -> list[Any]:
         """[before, now], as metrics.jsonl has them."""
@@ -100,7 +103,7 @@ def check(
         )
         raise HimoError(
             f"{path}: a resumed run is the same run: "
-            f"{'; '.join(f'expected {change}' for change in never + refused)}; {advice}"
+            f"{'; '.join(change.refusal() for change in never + refused)}; {advice}"
         )
     return [change for change in changes if change.rule != "ignore"]
 
@@ -151,7 +154,7 @@ def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
     old, new, flag = before[name], now[name], f"--{name.replace('_', '-')}"
     if old["sha256"] != new["sha256"]:
         before_, now_ = (
-            f"{part['pairs']} pairs, SHA-256 {part['sha256'][:12]}," for part in (old, new)
+            f"{part['pairs']} pairs [SHA-256 {part['sha256'][:12]}]" for part in (old, new)
         )
         # The order of the samples is one of so many.
         rule = "never" if name == "train_data" and old["pairs"] != new["pairs"] else "refuse"

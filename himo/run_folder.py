@@ -177,7 +177,7 @@ def start(settings: TrainConfig, state: State | None, changes: Sequence[Change])
         if missing:
             _note(f"{state.path}: of an older himo: cannot tell whether {missing} are the same")
         if changes:
-            _note(f"{directory}: goes on with changes: {'; '.join(map(str, changes))}")
+            _note(f"{directory}: goes on with changes: {'; '.join(c.note() for c in changes)}")
     elif settings.resume:
         print(f"{checkpoints}: no checkpoint yet, starting from the beginning")
     try:

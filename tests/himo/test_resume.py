@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -99,7 +101,8 @@ def test_each_flag_that_differs_is_refused_said_or_free(name):
         assert resume.check(before, now, [], PATH) == []
     elif rule == "say":
         (change,) = resume.check(before, now, [], PATH)
-        assert (change.name, change.now) == (name, value) and str(change).startswith(flag)
+        assert change.name == name and change.values() == [before["settings"][name], value]
+        assert change.note() == f"{flag}{value} (before {before['settings'][name]})"
     else:
         with pytest.raises(HimoError, match=f"expected {flag}.* as it began, got {value}") as error:
             resume.check(before, now, [], PATH)
@@ -207,8 +210,8 @@ def edit(text: str, new: str):
 @pytest.mark.parametrize(
     "damage, words, can_be_allowed",
     [
-        (edit("card 3", "ship 3"), "--train-data of 6 pairs, SHA-256 ", True),
-        (edit("3.png,A card 3.\n", ""), "got 5 pairs, SHA-256 ", False),
+        (edit("card 3", "ship 3"), "--train-data of 6 pairs .SHA-256 ", True),
+        (edit("3.png,A card 3.\n", ""), "got 5 pairs .SHA-256 ", False),
         (edit("1.png,", "5.png,"), "SHA-256", True),
         (lambda csv: csv.write_text(csv.read_text() + "0.png,One more.\n"), "got 7 pairs", False),
         (
@@ -238,6 +241,24 @@ def test_other_data_under_one_name_are_other_data(damage, words, can_be_allowed,
     else:
         with pytest.raises(HimoError, match="start a new run"):
             resume.check(before, now, ["train_data"], PATH)
+
+
+def test_other_pictures_under_the_names_of_a_shard_are_other_data(tmp_path):
+    def write(shade: int) -> None:
+        with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+            for number in range(4):
+                picture = io.BytesIO()
+                Image.new("RGB", (20, 20), shade + number).save(picture, "png")
+                for name, data in (("png", picture.getvalue()), ("txt", b"A card.")):
+                    member = tarfile.TarInfo(f"{number}.{name}")
+                    member.size = len(data)
+                    shard.addfile(member, io.BytesIO(data))
+
+    write(10)
+    before = with_data(tmp_path / "shard.tar")
+    write(20)
+    with pytest.raises(HimoError, match="--train-data whose 0.png is .* 4 of 4 pictures"):
+        resume.check(before, with_data(tmp_path / "shard.tar"), [], PATH)
 
 
 def test_data_that_moved_are_the_same_data(data, tmp_path_factory):
@@ -323,13 +344,13 @@ def test_other_captions_are_refused_or_allowed_and_recorded(run, capsys, tmp_pat
     edit("A plain card", "Something else")(pairs)
     flags = ["--epochs", "1", "--resume", f"{logs}/run/checkpoints/state-00000002.safetensors"]
     message = refused(capsys, pairs, logs, *small, *flags)
-    assert "expected --train-data of 24 pairs, SHA-256 " in message
+    assert "expected --train-data of 24 pairs [SHA-256 " in message
     assert train_here(pairs, logs, *small, *flags, "--allow-changes", "train-data") == 0
     assert "goes on with changes: --train-data " in capsys.readouterr().err
     *_, event, last = lines(logs)
     assert event["step"] == 2 and last["step"] == 3
     before, now = event["resumed"]["changes"]["train_data"]
-    assert before != now and before.startswith("24 pairs, SHA-256 ")
+    assert before != now and before.startswith("24 pairs [SHA-256 ")
     assert event["resumed"]["unreadable_lines"] == 0
     # The next start is compared with what the run was continued with.
     assert train_here(pairs, logs, *small, "--epochs", "1", "--resume", "latest") == 0
