@@ -165,7 +165,8 @@ def pairs(tmp_path_factory) -> Path:
     return photos(tmp_path_factory.mktemp("photos"))
 
 
-def test_a_run_in_a_folder_in_use_writes_nothing(pairs, tmp_path, capsys):
+def test_a_run_in_a_folder_in_use_writes_nothing(pairs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("himo.run_folder._WAIT_S", 0)
     with another_owner(tmp_path / "run") as process:
         before = sorted(os.listdir(tmp_path / "run"))
         assert f"in use by process {process} on" in refused(capsys, pairs, tmp_path)
