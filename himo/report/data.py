@@ -247,8 +247,8 @@ def _read_metrics(run: Run) -> None:
     if replaced:
         what = plural(replaced, "line")
         run.notes.append(f"metrics.jsonl: {what} logged again after a resume; the later ones hold.")
-    for line in resumed[-_MAX_RESUMED:]:
-        run.notes += _resumed(line)
+    # A start that is killed before its first checkpoint is told again by the next one.
+    run.notes += dict.fromkeys(n for line in resumed[-_MAX_RESUMED:] for n in _resumed(line))
     if not lines:
         run.notes.append("metrics.jsonl is empty: there are no training curves.")
         return
