@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from himo.errors import HimoError
@@ -95,6 +96,9 @@ class TrainConfig:
     save_every_n_steps: int = _flag(0, "steps between two checkpoints within an epoch; 0: none")
     keep_checkpoints: int = _flag(2, "newest checkpoints kept; 0 keeps all")
     resume: str | None = _flag(None, "'latest' checkpoint of this run, or a path")
+    allow_changes: str | None = _flag(
+        None, "flags that may differ from those of the resumed checkpoint: lr,epochs"
+    )
 
     def __post_init__(self) -> None:
         for name, minimum in _MINIMA.items():
@@ -114,6 +118,12 @@ class TrainConfig:
             raise HimoError(f"--tau: expected a number in (0, 1], got {self.tau}")
         if not self.train_data:
             raise HimoError("--train-data: expected a data set, got none")
+        for name in self.allowed:
+            if name not in (*AT_RESUME["refuse"], "processes"):
+                raise HimoError(
+                    f"--allow-changes: expected names of {', '.join(AT_RESUME['refuse'])} or "
+                    f"processes, got {name!r}"
+                )
         if self.name is not None and ("/" in self.name or self.name in ("", ".", "..")):
             raise HimoError(f"--name: expected a directory name, got {self.name!r}")
 
@@ -122,6 +132,43 @@ class TrainConfig:
         """The directory of the run below logs."""
         return self.name or f"{self.model}-{self.loss}-{self.seed}"
 
+    @property
+    def folder(self) -> Path:
+        """The directory of the run."""
+        return Path(self.logs) / self.run_name
+
+    @property
+    def allowed(self) -> list[str]:
+        """The names in allow_changes."""
+        given = (self.allow_changes or "").split(",")
+        return [name.strip(" -").replace("-", "_") for name in given if name.strip()]
+
+
+# What --resume does with a flag that is not as the checkpoint was made with, by name. The data and
+# the model are compared by content besides, in resume.py.
+AT_RESUME: dict[str, tuple[str, ...]] = {
+    # Another order of the samples or length of an epoch: no checkpoint can be continued with it.
+    "never": ("seed", "train_num_samples", "held_out", "keep_last_batch"),
+    # What a run computes. --allow-changes lets it differ; metrics.jsonl records it.
+    "refuse": (
+        *("train_data", "val_data", "short_captions", "image_mode"),
+        *("pretrained", "lock_image", "lock_text"),
+        *("loss", "preset", "tau", "lambda_comp", "label_smoothing", "gap_eps"),
+        *("batch_size", "accum_freq", "epochs", "warmup", "lr", "wd", "beta1", "beta2", "eps"),
+        *("grad_clip_norm", "on_nonfinite", "precision"),
+    ),
+    # How it is computed or read: at most the rounding differs. Said, and recorded.
+    "say": (
+        *("dataset_type", "image_root", "csv_separator", "csv_img_key", "csv_caption_key"),
+        *("skip_missing_images", "follow_links", "max_bad_fraction", "val_frequency"),
+        *("model", "grad_checkpointing", "compile", "exchange", "device", "threads"),
+    ),
+    # How fast, where to, and how often something is written.
+    "ignore": (
+        *("workers", "rank_timeout", "logs", "name", "log_every_n_steps", "save_frequency"),
+        *("save_every_n_steps", "keep_checkpoints", "resume", "allow_changes"),
+    ),
+}
 
 _MINIMA: dict[str, float] = {
     "batch_size": 2,

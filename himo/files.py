@@ -1,13 +1,15 @@
 """Files that are either whole or absent: atomic writes, digests, and reading regular files only."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from himo.errors import HimoError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BLOCK = 1 << 20  # bytes read at a time
+_WITHOUT_WAITING = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_TEMPORARY = re.compile(r"\.himo-[0-9a-f]{16}\.tmp")  # the names of hidden_path
 
 
 @contextmanager
@@ -24,8 +28,9 @@ def atomic_path(path: str | os.PathLike[str], *, needed: int | None = None) -> I
     The temporary file lies in the directory of `path`, which has to exist. On success it is
     flushed to the disk and renamed, so that at every moment, a power cut included, `path` is
     what it was before or all of the new file. On failure it is removed and `path` is untouched.
-    A process that is killed leaves at most a `.himo-*.tmp` file behind. The mode is that of the
-    file replaced, or what the umask leaves of 0666; a symlink is followed, not replaced.
+    A process that is killed leaves at most a `.himo-*.tmp` file behind, for `remove_abandoned`.
+    The mode is that of the file replaced, or what the umask leaves of 0666; a symlink is followed,
+    not replaced.
 
     Args:
         path: the file to write.
@@ -38,9 +43,8 @@ def atomic_path(path: str | os.PathLike[str], *, needed: int | None = None) -> I
     """
     try:
         target = Path(os.path.realpath(path))
-        temporary = hidden_path(target.parent)
         mode = stat.S_IMODE(_regular(target).st_mode) if target.exists() else None
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        temporary, descriptor = _temporary_file(target.parent)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise HimoError(f"{path}: cannot be written: {_reason(error)}") from error
     try:
@@ -64,7 +68,33 @@ def atomic_path(path: str | os.PathLike[str], *, needed: int | None = None) -> I
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
     _flush(target.parent)  # the rename itself
+
+
+def remove_abandoned(directory: str | os.PathLike[str]) -> tuple[int, int]:
+    """Removes the temporary files of writers that were killed; returns (files, bytes).
+
+    Only regular files under a name of `hidden_path` whose lock nobody holds: where the file system
+    has no locks, nothing is removed. No link is followed.
+    """
+    files = size = 0
+    with suppress(OSError):
+        for name in os.listdir(directory):
+            if _TEMPORARY.fullmatch(name) is None:
+                continue
+            path = os.path.join(directory, name)
+            with suppress(OSError):  # in use, no regular file, not ours, or gone meanwhile
+                descriptor = os.open(path, _WITHOUT_WAITING | os.O_RDWR)
+                try:
+                    status = os.fstat(descriptor)
+                    if stat.S_ISREG(status.st_mode):
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.unlink(path)
+                        files, size = files + 1, size + status.st_size
+                finally:
+                    os.close(descriptor)
+    return files, size
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -111,6 +141,18 @@ def hidden_path(directory: str | os.PathLike[str]) -> Path:
 def free_bytes(directory: str | os.PathLike[str]) -> int:
     """Bytes that this user may still write to the file system of `directory`."""
     return shutil.disk_usage(directory).free
+
+
+def _temporary_file(directory: Path) -> tuple[Path, int]:
+    """A new empty file, and the descriptor through which it is locked while its writer lives."""
+    while True:
+        path = hidden_path(directory)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_RDWR, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)  # taken for abandoned before it was locked
 
 
 def _regular(path: str | os.PathLike[str]) -> os.stat_result:

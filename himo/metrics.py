@@ -1,8 +1,9 @@
 """metrics.jsonl: what a run measures while it trains, a line at a time."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,15 @@ from tqdm import tqdm
 
 import himo_kernels
 from himo.errors import HimoError
-from himo.files import atomic_path
+from himo.files import atomic_path, open_regular
 from himo.parallel import Ranks
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
 from himo_kernels import distributed
 
 _LOSSES = ("loss", "contrastive_loss", "component_loss")
 _SPECTRUM = 256  # eigenvalues of a spectrum that are recorded
+_LAST_STEP = 1 << 53  # what a double tells from the next
+_LONGEST = 1 << 20  # bytes of a line; one with a spectrum takes 3,000
 _SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run: it will not come back
 
 
@@ -117,16 +120,58 @@ class Metrics:
             raise HimoError(f"{self.path}: cannot be written: {error.strerror}") from error
         return line
 
-    def rewind(self, step: int) -> None:
-        """Drops the lines past a step: those of a run that is resumed from there."""
-        if not self.path.exists():
-            return
-        kept = []
-        for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if text.endswith("\n") and json.loads(text)["step"] <= step:
-                    kept.append(text)
-            except (ValueError, KeyError, TypeError):
-                continue  # cut off when the run was killed
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+    def resumed(self, step: int, changes: dict[str, Any]) -> int:
+        """Goes back to a step; returns how many lines could not be read.
+
+        Drops the lines past it, which are made again, and the unreadable ones. Adds a line that
+        counts those and holds the changes, if there are any.
+
+        Args:
+            step: of the checkpoint.
+            changes: [before, now] of each setting that is not as it was, by name.
+        """
+        if not (changes or self.path.exists()):
+            return 0
+        unreadable = 0
+        with atomic_path(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for line in self._lines():
+                if line is None:
+                    unreadable += 1
+                elif line["step"] <= step:
+                    file.write(json.dumps(line) + "\n")
+            if changes or unreadable:
+                what = {"changes": changes, "unreadable_lines": unreadable}
+                file.write(json.dumps({"step": step, "resumed": what}) + "\n")
+        return unreadable
+
+    def _lines(self) -> Iterator[dict[str, Any] | None]:
+        if self.path.exists():
+            with open_regular(self.path) as file:
+                yield from read_lines(file)
+
+
+def read_lines(file: BinaryIO) -> Iterator[dict[str, Any] | None]:
+    """Yields what each line of a metrics.jsonl holds; None where it cannot be read.
+
+    A killed process leaves a line that is cut off, a power cut a block of NULs, a failing disk
+    anything. A line is an object with a number `step`.
+    """
+    while raw := file.readline(_LONGEST):
+        is_whole = raw.endswith(b"\n") or len(raw) < _LONGEST
+        while not is_whole:
+            rest = file.readline(_LONGEST)
+            is_whole = rest.endswith(b"\n") or not rest
+            raw = b"(too long)"
+        if raw.strip():
+            yield _parsed(raw.strip(b"\0 \t\r\n"))
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    step = line.get("step") if isinstance(line, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int | float):
+        return None
+    return line if abs(step) <= _LAST_STEP else None  # NaN is not

@@ -2,24 +2,22 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import himo_kernels
-from himo import checkpoint, config, parallel, training_state
+from himo import checkpoint, config, parallel, resume, run_folder, training_state
 from himo.config import TrainConfig
 from himo.data import (
+    BadSamples,
     BatchLoader,
     CaptionedImages,
     EpochSampler,
@@ -30,7 +28,6 @@ from himo.data import (
 )
 from himo.device import usable_device
 from himo.errors import HimoError
-from himo.files import atomic_path
 from himo.metrics import Metrics
 from himo.model import HiMoCLIP, longest_text, named_config
 from himo.objective import Objective
@@ -41,8 +38,6 @@ from himo.transforms import Preprocess
 from himo.validation import Validation
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's limit: a larger multiplier made its training unstable
-# A run is another one if these differ: its order of samples or its schedule would not continue.
-_IDENTITY = ("train_data", "batch_size", "accum_freq", "seed", "loss", "preset")
 
 add_arguments = config.add_arguments
 
@@ -57,13 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
 def train(settings: TrainConfig) -> bool:
     """Runs or resumes a training run; returns False if it was stopped by a signal.
 
-    Writes config.json, metrics.jsonl and checkpoints/ below settings.logs / settings.run_name.
+    Writes config.json, metrics.jsonl and checkpoints/ in settings.folder, which no other run may
+    write meanwhile.
 
     Raises:
-        HimoError: bad data or settings, a damaged checkpoint, a loss that is not finite. Under
-            torchrun the process ends instead, and says why.
+        HimoError: bad data or settings, a damaged checkpoint or that of another run, a folder in
+            use, a loss that is not finite. Under torchrun the process ends instead, and says why.
     """
-    with parallel.join(settings.device, settings.rank_timeout) as ranks:
+    with (
+        parallel.join(settings.device, settings.rank_timeout) as ranks,
+        run_folder.owned(settings.folder) if ranks.main else nullcontext(),
+    ):
         return _train(settings, ranks)
 
 
@@ -112,9 +111,15 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     objective = Objective(model, settings, ranks)
     optimizer = make_optimizer(model, settings)
     steps_per_epoch = sampler.global_batches()
-    total_steps = steps_per_epoch * settings.epochs
 
-    directory, step = _open_run(settings, model, optimizer, sampler, loader.bad, device, ranks)
+    directory, made_with = settings.folder, {}
+    if ranks.main:
+        val_data = held_out if settings.val_data is not None else None
+        made_with = resume.record(settings, ranks.size, model.config, index, val_data)
+    step = _open_run(settings, made_with, model, optimizer, sampler, loader.bad, device, ranks)
+    # From here on: a run that goes on with more epochs than it began with has other steps behind.
+    epochs_left = settings.epochs - sampler.epoch - 1
+    total_steps = step + sampler.global_batches() + steps_per_epoch * epochs_left
     if settings.warmup >= total_steps and ranks.main:
         print(
             f"himo: note: --warmup {settings.warmup} takes longer than the {total_steps} steps of "
@@ -128,7 +133,10 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
             + (f", {ranks.size} processes" if ranks.size > 1 else "")
             + (f", {len(validation)} pairs to validate on" if validation is not None else "")
         )
-    metrics = Metrics(directory / "metrics.jsonl", pairs_per_step, ranks)
+        if 0 < step < total_steps:
+            rate = learning_rate(step, total_steps, settings)
+            print(f"{directory}: goes on after step {step}, at a learning rate of {rate:.3g}")
+    metrics = Metrics(directory / run_folder.METRICS, pairs_per_step, ranks)
 
     def save(final: bool) -> None:
         bad = [state["reasons"] for state in ranks.gather(loader.bad.state_dict())]
@@ -137,10 +145,9 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
         loop = {
             "sampler": sampler.state_dict(),
             "bad_samples": {"reasons": {k: v for reasons in bad for k, v in reasons.items()}},
-            "settings": dataclasses.asdict(settings),
-            "processes": ranks.size,
+            **made_with,
         }
-        checkpoints = directory / "checkpoints"
+        checkpoints = directory / run_folder.CHECKPOINTS
         if final:
             name = f"epoch_{sampler.epoch + 1}.safetensors"
             training = {"step": step, **dataclasses.asdict(settings)}
@@ -221,7 +228,9 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     if ranks.main:
         if loader.bad.reasons:
             print(loader.bad.summary())
-        checkpoint_path = directory / "checkpoints" / f"epoch_{settings.epochs}.safetensors"
+        checkpoint_path = (
+            directory / run_folder.CHECKPOINTS / f"epoch_{settings.epochs}.safetensors"
+        )
         print(f"{directory}: done, {checkpoint_path}")
     return True
 
@@ -255,54 +264,32 @@ def clamp_temperature(model: HiMoCLIP) -> None:
 
 def _open_run(
     settings: TrainConfig,
+    made_with: dict[str, Any],
     model: HiMoCLIP,
     optimizer: torch.optim.Optimizer,
     sampler: EpochSampler,
-    bad: Any,
+    bad: BadSamples,
     device: torch.device,
     ranks: Ranks,
-) -> tuple[Path, int]:
-    # Returns the run's directory and the steps already done.
-    directory = Path(settings.logs) / settings.run_name
-    checkpoints = directory / "checkpoints"
-    state = training_state.find_state(settings.resume, checkpoints) if settings.resume else None
-    if state is None and (directory / "metrics.jsonl").exists() and not settings.resume:
-        raise HimoError(
-            f"{directory}: already holds a run: continue it with --resume latest, or give "
-            "this one another --name"
-        )
-    step = 0
+) -> int:
+    # Takes up the run where its checkpoint left it; returns the steps already done.
+    state, changes = run_folder.saved_state(settings), []
     if state is not None:
-        loop = training_state.load_state(state, model, optimizer, device)
-        for name in _IDENTITY:
-            now = getattr(settings, name)
-            before = loop["settings"].get(name, now)  # of a run that began before the flag was
-            if before != now:
-                flag = name.replace("_", "-")
-                raise HimoError(f"{state}: expected --{flag} {before} as it began, got {now}")
-        if (before := loop.get("processes", 1)) != ranks.size:
-            raise HimoError(f"{state}: expected {before} processes as it began, got {ranks.size}")
-        sampler.load_state_dict(loop["sampler"])
-        bad.load_state_dict(loop["bad_samples"])
-        step = loop["step"]
-    elif settings.resume and ranks.main:
-        print(f"{checkpoints}: no checkpoint yet, starting from the beginning")
+        with training_state.refuse_damage(state):
+            if ranks.main:
+                changes = resume.check(state.record, made_with, settings.allowed, state.path)
+            sampler.load_state_dict(state.record["sampler"])
+            bad.load_state_dict(state.record["bad_samples"])
+            training_state.restore(state, model, optimizer, device)
+        if sampler.epoch >= settings.epochs:
+            done = sampler.epoch + 1
+            raise HimoError(
+                f"--epochs: expected at least {done}, begun before, got {settings.epochs}"
+            )
     ranks.barrier()  # every rank has seen what was there before
-    if not ranks.main:
-        return directory, step
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HimoError(f"{checkpoints}: cannot be made: {error.strerror}") from error
-    Metrics(directory / "metrics.jsonl").rewind(step)
-    record = {
-        **dataclasses.asdict(settings),
-        "versions": {"himo": himo_kernels.__version__, "torch": torch.__version__},
-        "command": sys.argv,
-    }
-    with atomic_path(directory / "config.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return directory, step
+    if ranks.main:
+        run_folder.start(settings, state, changes)
+    return 0 if state is None else state.step
 
 
 def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:

@@ -2,7 +2,10 @@
 
 import json
 import random
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ from himo.files import open_regular
 
 _KEY = "himo_training_state"  # metadata: step, sampler, random state, configuration as JSON
 _NAME = "state-{step:08d}.safetensors"
+_LAST_STEP = 10**12 - 1
+_NAMED = re.compile(r"state-[0-9]{8,12}\.safetensors")
+_PARTS = {"step": int, "random": list, "sampler": dict, "bad_samples": dict, "settings": dict}
 
 
 def save_state(
@@ -43,15 +49,30 @@ def save_state(
     return path
 
 
-def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> dict[str, Any]:
-    """Restores model, optimizer and random state from path; returns step and loop.
+@dataclass(frozen=True)
+class State:
+    """A training state as it was read: nothing of it is in use yet."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]  # step, random, and what the loop gave to save_state
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.record["step"])
+
+
+def restore(
+    state: State, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    """Restores model, optimizer and random state.
 
     Raises:
-        HimoError: the file is damaged, holds no training state, or that of another model.
+        HimoError: the state is that of another model.
+        Exception: what a part that is missing or of another kind leads to; see `refuse_damage`.
     """
-    tensors, record = _read(path)
+    tensors = state.tensors
     model_state = {
         name.removeprefix("model/"): tensor
         for name, tensor in tensors.items()
@@ -66,64 +87,98 @@ def load_state(
             or name not in model_state
             or model_state[name].shape != expected[name].shape
         )
-        raise HimoError(f"{path}: is of another model: {', '.join(differing[:5])} differ")
+        raise HimoError(f"{state.path}: is of another model: {', '.join(differing[:5])} differ")
     model.load_state_dict(model_state)
     for name, parameter in model.named_parameters():
         prefix = f"optimizer/{name}/"
-        state = {
+        kept = {
             # AdamW keeps its step count on the CPU.
             key.removeprefix(prefix): value if value.dim() == 0 else value.to(device)
             for key, value in tensors.items()
             if key.startswith(prefix)
         }
-        if state:
-            optimizer.state[parameter] = state
+        if any(value.dim() and value.shape != parameter.shape for value in kept.values()):
+            raise HimoError(f"{state.path}: is of another model: the moments of {name} differ")
+        if kept:
+            optimizer.state[parameter] = kept
     torch.set_rng_state(tensors["random/torch"])
     for index in range(torch.cuda.device_count()):
         if f"random/cuda{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"random/cuda{index}"], index)
-    version, internal, gauss = record.pop("random")
+    version, internal, gauss = state.record["random"]
     random.setstate((version, tuple(internal), gauss))
-    return record
 
 
-def find_state(resume: str, directory: Path) -> Path | None:
-    """The file that --resume means; None if it is "latest" and there is none yet.
+@contextmanager
+def refuse_damage(state: State) -> Iterator[None]:
+    """HimoError for what a record of another shape than save_state's leads to in the body."""
+    try:
+        yield
+    except (HimoError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as e:
+        raise HimoError(f"{state.path}: damaged: {type(e).__name__}: {str(e)[:80]}") from e
+
+
+def find_state(resume: str, directory: Path) -> State | None:
+    """What --resume means; None if it is "latest" and there is none yet.
 
     Raises:
-        HimoError: the path is missing; or the newest file is damaged, in which case the newest
-            undamaged one is named.
+        HimoError: the path is missing or holds no training state; or the newest file is damaged,
+            in which case the newest undamaged one is named.
     """
     if resume != "latest":
         if not Path(resume).exists():
             raise HimoError(f"--resume: expected 'latest' or a training state, got {resume}")
-        return Path(resume)
-    states = saved_states(directory)
-    if not states:
+        return _read(Path(resume))
+    paths = saved_states(directory)
+    if not paths:
         return None
     try:
-        _read(states[-1])
+        return _read(paths[-1])
     except HimoError as error:
-        for earlier in reversed(states[:-1]):
+        for earlier in reversed(paths[:-1]):
             try:
                 _read(earlier)
             except HimoError:
                 continue
             raise HimoError(f"{error}; the one before is good: --resume {earlier}") from error
         raise HimoError(f"{error}; there is no earlier one that is good") from error
-    return states[-1]
 
 
 def saved_states(directory: Path) -> list[Path]:
     """The training states in a directory, oldest first."""
-    return sorted(directory.glob(_NAME.replace("{step:08d}", "*")))
+    return sorted((p for p in directory.glob("state-*") if _NAMED.fullmatch(p.name)), key=_step)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def set_aside(directory: Path, step: int) -> list[Path]:
+    """Renames the states past a step, from which a run goes on another way; returns them.
+
+    The newest state is what --resume latest takes, and the oldest are what a run removes: those
+    of the way left would be taken for newer than those of the way gone.
+    """
+    left = [path for path in saved_states(directory) if _step(path) > step]
+    return [path.rename(f"{path}.set-aside") for path in left]
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("state-"))
+
+
+def _read(path: Path) -> State:
     with open_regular(path) as file:
         tensors, metadata = read_safetensors(file, str(path))
     if _KEY not in metadata:
         raise HimoError(
             f"{path}: is no training state; to start from a model, use --pretrained {path}"
         )
-    return tensors, json.loads(metadata[_KEY])
+    try:
+        record = json.loads(metadata[_KEY])
+    except (RecursionError, ValueError) as error:
+        raise HimoError(f"{path}: damaged: {_KEY} is no JSON: {error}") from error
+    for name, kind in _PARTS.items():
+        if not isinstance(record, dict) or type(record.get(name)) is not kind:
+            raise HimoError(f"{path}: damaged: expected {_KEY} with {name}, a {kind.__name__}")
+    if not 0 <= record["step"] <= _LAST_STEP:
+        raise HimoError(f"{path}: damaged: expected a step from 0 to {_LAST_STEP}")
+    return State(path, tensors, record)

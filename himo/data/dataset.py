@@ -146,4 +146,7 @@ class BadSamples:
         return {"reasons": dict(self.reasons)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.reasons = {int(index): str(reason) for index, reason in state["reasons"].items()}
+        reasons = {int(index): str(reason) for index, reason in state["reasons"].items()}
+        if any(not 0 <= index < len(self.index) for index in reasons):
+            raise HimoError(f"resume: bad images beyond the {len(self.index)} samples")
+        self.reasons = reasons

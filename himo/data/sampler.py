@@ -116,7 +116,8 @@ class EpochSampler(Sampler[list[int]]):
         """Goes to where another sampler was.
 
         Raises:
-            HimoError: the other one had another length or seed, so that its order was another.
+            HimoError: the other one had another length or seed, so that its order was another, or
+                no sampler was there.
         """
         for name in ("length", "seed"):
             if state[name] != getattr(self, name):
@@ -124,4 +125,7 @@ class EpochSampler(Sampler[list[int]]):
                     f"resume: the order was made with {name} {state[name]}, this run has "
                     f"{getattr(self, name)}"
                 )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not 0 <= position <= self.length:
+            raise HimoError(f"resume: no sampler was at epoch {epoch}, sample {position}")
+        self.epoch, self.position = epoch, position

@@ -1,5 +1,6 @@
 """Reading run directories: whatever is in them, the result is a `Run` that says what is missing."""
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 from himo.errors import HimoError
 from himo.files import open_regular
+from himo.metrics import read_lines
 from himo.report.misses import Miss
 from himo.report.misses import read as read_misses
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
@@ -33,6 +35,8 @@ COLUMNS = (
 FILES = ("config.json", "metrics.jsonl", "eval.json")
 
 _MAX_BYTES = 256 << 20  # of one file: a longer one was not written by a run
+_MAX_RESUMED = 20  # resumed with changes or losses: the last ones are told
+_MAX_CHANGES, _MAX_NAME = 64, 80  # settings of each that are told, and characters of each
 _MAX_COMPONENTS = 4096  # of one spectrum
 _MAX_THUMBNAIL = 400_000  # characters
 _THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
@@ -221,23 +225,21 @@ def _read_metrics(run: Run) -> None:
         run.notes.append(f"metrics.jsonl cannot be read ({error}): there are no training curves.")
         return
     lines: dict[int, dict[str, Any]] = {}
+    resumed = []
     bad = replaced = 0
-    for raw in data.splitlines():
-        if not raw.strip():
-            continue
-        try:
-            line = _parse(raw)
-        except ValueError:
-            line = None
-        step = as_number(line.get("step")) if isinstance(line, dict) else None
-        if step is None or not math.isfinite(step):
+    for line in read_lines(io.BytesIO(data)):
+        if line is None:
             bad += 1
             continue
+        if "resumed" in line:
+            resumed.append(line)
+            continue
+        step = int(line["step"])
         # A resumed run logs again the steps after its checkpoint: the later lines hold.
         while lines and next(reversed(lines)) >= step:
             lines.popitem()
             replaced += 1
-        lines[int(step)] = line
+        lines[step] = line
     truncated = " (the last one is cut off)" if bad and not data.endswith(b"\n") else ""
     if bad:
         what = plural(bad, "line")
@@ -245,6 +247,8 @@ def _read_metrics(run: Run) -> None:
     if replaced:
         what = plural(replaced, "line")
         run.notes.append(f"metrics.jsonl: {what} logged again after a resume; the later ones hold.")
+    # A start that is killed before its first checkpoint is told again by the next one.
+    run.notes += dict.fromkeys(n for line in resumed[-_MAX_RESUMED:] for n in _resumed(line))
     if not lines:
         run.notes.append("metrics.jsonl is empty: there are no training curves.")
         return
@@ -264,6 +268,23 @@ def _read_metrics(run: Run) -> None:
             rank = as_number(line.get("rank"))
             kept = int(rank) if rank is not None and 1 <= rank <= len(ratios) else None
             run.spectra.append(Spectrum(step, kept, tuple(ratios[:_MAX_COMPONENTS])))
+
+
+def _resumed(line: dict[str, Any]) -> list[str]:
+    """What a start after a checkpoint changed and lost, as notes."""
+    step, what, notes = int(line["step"]), line["resumed"], []
+    changes, unreadable = lookup(what, "changes"), as_number(lookup(what, "unreadable_lines"))
+    if isinstance(changes, dict) and changes:
+        values = (value if isinstance(value, list) else [value] for value in changes.values())
+        listed = "; ".join(
+            f"{name[:_MAX_NAME]} {' → '.join(str(part)[:_MAX_NAME] for part in value[:2])}"
+            for name, value in list(zip(changes, values, strict=True))[:_MAX_CHANGES]
+        )
+        notes.append(f"From step {step} on the run has other settings: {listed}.")
+    if unreadable:
+        counted = f"{unreadable:,.0f} unreadable lines" if unreadable > 1 else "1 unreadable line"
+        notes.append(f"metrics.jsonl: {counted} left out when the run was resumed at step {step}.")
+    return notes
 
 
 def _read_pictures(run: Run) -> None:
@@ -310,7 +331,7 @@ def is_thumbnail(value: Any) -> bool:
 def differing(runs: Iterable[Run]) -> tuple[list[str], list[str]]:
     """The settings of several runs by name: those that differ, and those that do not."""
     configs = [run.config for run in runs if run.config is not None]
-    keys = list(dict.fromkeys(key for config in configs for key in config))
+    keys = list(dict.fromkeys(key for config in configs for key in config if key != "starts"))
     missing = object()
     # JSON text and not ==, for which 1, 1.0 and true are the same setting.
     values = {

@@ -1,21 +1,18 @@
 """`himo train` as a user runs it: real files, real processes, real signals."""
 
-import csv
-import hashlib
 import itertools
 import json
 import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from train_runs import ROOT, command, digests, lines, photos, refused, train
 
 import himo
 from himo.cli import main
@@ -35,65 +32,12 @@ from himo.transforms import Preprocess
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
 from himo.validation import Validation
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6  # of a run below: 24 pairs, batches of 8, 2 epochs
-FLAGS = ["--model", "tiny", "--batch-size", "8", "--epochs", "2", "--lr", "1e-3", "--warmup", "2"]
-FLAGS += ["--workers", "0", "--threads", "1", "--log-every-n-steps", "1"]
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """A user's own folder: 24 JPEG files and a csv."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    with open(folder / "pairs.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["filepath", "title"])
-        for number in range(24):
-            colour = rng.integers(0, 255, 3)
-            pixels = np.tile(colour.astype(np.uint8), (48, 80, 1))
-            Image.fromarray(pixels).save(folder / f"{number}.jpg")
-            writer.writerow(
-                [f"{number}.jpg", f"A plain card. Its red is {colour[0]}. Number {number}."]
-            )
-    return folder / "pairs.csv"
-
-
-def command(pairs: Path, logs: Path, *flags: str) -> list[str]:
-    start = [sys.executable, "-m", "himo", "train", "--train-data", str(pairs)]
-    return [*start, "--logs", str(logs), "--name", "run", *FLAGS, *flags]
-
-
-def train(pairs: Path, logs: Path, *flags: str, status: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(pairs, logs, *flags), capture_output=True, text=True, cwd=ROOT, timeout=240
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
-
-
-def refused(capsys, pairs: Path, logs: Path, *flags: str) -> str:
-    """What is said of flags that lead to no run, in one line; in this process."""
-    # Without the flag for threads, which would leave it with one.
-    given = " ".join(command(pairs, logs)[3:]).replace(" --threads 1", "").split()
-    assert main([*given, *flags]) == 2
-    message = capsys.readouterr().err.strip()
-    assert message.startswith("himo: error: ") and "\n" not in message
-    return message
-
-
-def lines(logs: Path) -> list[dict]:
-    return [json.loads(line) for line in (logs / "run/metrics.jsonl").read_text().splitlines()]
-
-
-def digests(logs: Path) -> dict[str, str]:
-    """SHA-256 of the model and of the last training state, settings of place aside."""
-    checkpoints = logs / "run/checkpoints"
-    model, _ = himo.load(checkpoints / "epoch_2.safetensors")
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(name.encode() + tensor.numpy().tobytes())
-    return {"weights": weights.hexdigest(), "states": sorted(checkpoints.glob("state-*"))[-1].name}
+    return photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")

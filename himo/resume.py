@@ -1,0 +1,208 @@
+"""What a resumed run has to share with the run that its checkpoint is of."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from himo.config import AT_RESUME, TrainConfig
+from himo.data import SampleIndex
+from himo.errors import HimoError
+from himo.files import open_regular
+from himo.model import CLIPConfig
+from himo_kernels.nn import PRESETS
+
+_PICTURES = 64  # of a data set, spread evenly: those that are compared
+_HEAD = 1 << 20  # bytes of a picture that are compared, beside its size
+_SHOWN = 80  # characters of a value in a message
+# The switch of the loss that each flag without a value leaves to the preset.
+_SWITCHES = {
+    "tau": "variance_threshold",
+    "lambda_comp": "component_weight",
+    "label_smoothing": "label_smoothing",
+}
+
+
+def record(
+    settings: TrainConfig,
+    processes: int,
+    model: CLIPConfig,
+    train: SampleIndex,
+    validation: SampleIndex | None,
+) -> dict[str, Any]:
+    """What decides a run, as JSON for its checkpoints.
+
+    The data are their digest, which the index holds, and those of a few pictures: nothing of a
+    large set is read anew.
+
+    Args:
+        processes: of the run.
+        model: its configuration.
+        train: the pairs to train on.
+        validation: those of --val-data.
+    """
+    return {
+        "settings": dataclasses.asdict(settings),
+        "processes": processes,
+        "model": dataclasses.asdict(model),
+        "train_data": _content(train),
+        "val_data": _content(validation) if validation is not None else None,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One thing that is not as it was. `rule` is a key of AT_RESUME."""
+
+    name: str
+    rule: str
+    before: Any
+    now: Any
+    what: str  # as in a message, before its value: --lr
+
+    def refusal(self) -> str:
+        return f"expected {self.what} {_shown(self.before)} as it began, got {_shown(self.now)}"
+
+    def note(self) -> str:
+        return f"{self.what} {_shown(self.now)} (before {_shown(self.before)})"
+
+    def values(self) -> list[Any]:
+        """[before, now], as metrics.jsonl has them."""
+        return [self.before, self.now]
+
+
+def check(
+    before: Mapping[str, Any], now: Mapping[str, Any], allowed: list[str], path: Path
+) -> list[Change]:
+    """The changes that are allowed, each of which decides or may decide the result.
+
+    Args:
+        before, now: of `record`; before may be of an older himo and lack parts, which are then
+            not compared.
+        allowed: names of settings that may change though they decide the result.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        HimoError: other changes, all in one message.
+    """
+    changes = [
+        *_settings(before, now),
+        *_derived(before, now),
+        *(c for name in ("train_data", "val_data") for c in _data(name, before, now)),
+    ]
+    never = [change for change in changes if change.rule == "never"]
+    refused = [c for c in changes if c.rule == "refuse" and c.name not in allowed]
+    if never or refused:
+        names = ",".join(dict.fromkeys(change.name.replace("_", "-") for change in refused))
+        advice = (
+            "start a new run, with --pretrained from its weights"
+            if never
+            else f"--allow-changes {names} goes on with what is given now"
+        )
+        raise HimoError(
+            f"{path}: a resumed run is the same run: "
+            f"{'; '.join(change.refusal() for change in never + refused)}; {advice}"
+        )
+    return [change for change in changes if change.rule != "ignore"]
+
+
+def unchecked(before: Mapping[str, Any]) -> str:
+    """What the checkpoint of an older himo does not tell; empty if it tells all."""
+    missing = {"train_data": "the data", "model": "the model's configuration"}
+    return " and ".join(words for name, words in missing.items() if name not in before)
+
+
+def _settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
+    old, new = before["settings"], now["settings"]
+    if all(old.get(name) == new[name] for name in ("loss", "preset")):
+        old, new = _effective(old), _effective(new)  # else their switches differ with them
+    for rule, names in AT_RESUME.items():
+        for name in names:
+            # Not known before: of a run that began before the flag was. A path of data whose
+            # content is known is where they are, not what they are.
+            if name not in old or old[name] == new[name]:
+                continue
+            moved = name in ("train_data", "val_data") and before.get(name) and now.get(name)
+            flag = f"--{name.replace('_', '-')}"
+            yield Change(name, "say" if moved else rule, old[name], new[name], flag)
+
+
+def _derived(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
+    processes = before.get("processes", 1), now["processes"]
+    if processes[0] != processes[1]:
+        yield Change("processes", "refuse", *processes, "processes")
+    pairs = _pairs(before), _pairs(now)
+    if pairs[0] != pairs[1]:
+        yield Change("pairs", "never", *pairs, "pairs in a step")
+    for name, value in before.get("model", {}).items():
+        if now["model"].get(name, value) != value:
+            yield Change("model", "never", value, now["model"][name], f"a model with {name}")
+
+
+def _pairs(state: Mapping[str, Any]) -> int:
+    settings = state["settings"]
+    batch = settings["batch_size"] * settings.get("accum_freq", 1)
+    return int(batch * state.get("processes", 1))
+
+
+def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
+    # None is no validation: that is a change of the flag.
+    if not before.get(name) or not now.get(name):
+        return
+    old, new, flag = before[name], now[name], f"--{name.replace('_', '-')}"
+    if old["sha256"] != new["sha256"]:
+        before_, now_ = (
+            f"{part['pairs']} pairs [SHA-256 {part['sha256'][:12]}]" for part in (old, new)
+        )
+        # The order of the samples is one of so many.
+        rule = "never" if name == "train_data" and old["pairs"] != new["pairs"] else "refuse"
+        yield Change(name, rule, before_, now_, f"{flag} of")
+        return
+    pairs = {image: (old["pictures"].get(image), now) for image, now in new["pictures"].items()}
+    compared = {image: pair for image, pair in pairs.items() if None not in pair}
+    others = {image: pair for image, pair in compared.items() if pair[0] != pair[1]}
+    for image, (digest, digest_now) in list(others.items())[:1]:
+        many = f"{digest_now}; {len(others)} of {len(compared)} pictures looked at are others"
+        yield Change(name, "refuse", digest, many, f"{flag} whose {image} is")
+
+
+def _content(index: SampleIndex) -> dict[str, Any]:
+    count = min(len(index), _PICTURES)
+    rows = [number * len(index) // count for number in range(count)]
+    return {
+        "sha256": index.report.sha256,
+        "pairs": len(index),
+        "pictures": {index[row].image: _picture(index, row) for row in rows},
+    }
+
+
+def _picture(index: SampleIndex, row: int) -> str | None:
+    """A digest of a picture's size and beginning; None if it cannot be read."""
+    try:
+        source = index.image_source(row)
+        if isinstance(source, bytes):
+            size, head = len(source), source[:_HEAD]
+        else:
+            with open_regular(source) as file:
+                size, head = os.fstat(file.fileno()).st_size, file.read(_HEAD)
+    except HimoError:
+        return None
+    return hashlib.sha256(size.to_bytes(8, "little") + head).hexdigest()[:16]
+
+
+def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with what the loss takes for each switch that no value is given for."""
+    values = dict(settings)
+    # Plain CLIP's loss has no preset.
+    switches = PRESETS.get(values["preset"], {}) if values["loss"] == "himo" else {}
+    for name, switch in _SWITCHES.items():
+        if values.get(name) is None:
+            values[name] = switches.get(switch, 0.0)
+    return values
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
