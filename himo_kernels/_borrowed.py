@@ -17,8 +17,9 @@ class Borrowed(Generic[T]):
     Calls in several threads overlap in any order, so none of them may put back what it found: that
     can be the value of another call. The first one in keeps what the user set; where that serves
     as it is, nothing is written at all. What a thread of the user sets while a call is inside
-    holds from then on (calls that come in take it for what the user set), with one exception:
-    `value` itself is not told apart from that of the calls, and what was set before comes back.
+    holds from then on, for that call too, and calls that come in take it for what the user set.
+    With one exception: `value` itself is not told from that of the calls, and what was set before
+    comes back.
 
     Args:
         value: what the calls need.
@@ -27,6 +28,10 @@ class Borrowed(Generic[T]):
         serves: tells whether a value in force is as good as `value`.
         setting: returns what to write to get back to a value that is in force.
     """
+
+    # One for all, as two settings may inherit the same one. Reentrant, as the handler of a signal
+    # may call while its thread is in here.
+    _lock = threading.RLock()
 
     def __init__(
         self,
@@ -39,9 +44,8 @@ class Borrowed(Generic[T]):
     ) -> None:
         self._value, self._read, self._write = value, read, write
         self._serves, self._setting = serves, setting
-        self._calls: set[object] = set()  # those inside; an interrupted exit may leave one twice
+        self._calls: set[object] = set()  # those inside: a set, so that to leave twice is to leave
         self._kept: list[T] = []  # what the user set, while it is not in force
-        self._lock = threading.RLock()  # a signal's handler may call while its thread holds it
         # A child has the settings of its parent, but none of the threads that would put them back.
         os.register_at_fork(
             before=self._lock.acquire,
@@ -104,7 +108,8 @@ def _exact_where(precision: str, backend: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_precision(backend, "all", precision)
+        if _precision(backend, "all") == "ieee":  # else the user has set it meanwhile
+            _set_precision(backend, "all", precision)
 
 
 def _borrowed_precision(backend: str) -> Borrowed[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,15 +56,19 @@ def _settings_as_found() -> Iterator[None]:
 
 
 def in_threads(*work: Callable[[], object]) -> list[object]:
-    """Starts all at once and returns what they return, or raises what one raises."""
-    start = threading.Barrier(len(work))
+    """Runs all at once, in turns as short as can be; returns what they return, or raises."""
+    start, turn = threading.Barrier(len(work)), sys.getswitchinterval()
 
     def run(one: Callable[[], object]) -> object:
         start.wait()
         return one()
 
-    with ThreadPoolExecutor(len(work)) as pool:
-        return list(pool.map(run, work))
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(work)) as pool:
+            return list(pool.map(run, work))
+    finally:
+        sys.setswitchinterval(turn)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,33 @@ def test_calls_that_overlap_in_any_order_keep_products_exact_to_the_last():
             assert PRODUCTS["cpu"].fp32_precision == "ieee"
             calls[number].__exit__(None, None, None)
         assert PRODUCTS["cpu"].fp32_precision == "tf32"
+
+
+def test_a_call_on_another_device_is_exact_while_one_looks_whose_setting_it_is(monkeypatch):
+    torch.backends.fp32_precision = "tf32"
+    write, entered, look = torch._C._set_fp32_precision_setter, threading.Event(), threading.Event()
+
+    def call() -> str:
+        with full_float32("cuda"):
+            entered.set()
+            look.wait()
+            return PRODUCTS["cuda"].fp32_precision
+
+    with ThreadPoolExecutor(1) as pool:
+        other = []
+
+        def watch(*setting: str) -> None:
+            write(*setting)
+            if setting == ("generic", "all", "ieee"):  # for a moment, which the other comes in at
+                other.append(pool.submit(call))
+                entered.wait(0.2)
+
+        monkeypatch.setattr(torch._C, "_set_fp32_precision_setter", watch)
+        with full_float32("cpu"):
+            monkeypatch.undo()
+            look.set()
+            assert other[0].result() == "ieee"
+    assert settings() == ["tf32", "none", "none"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])

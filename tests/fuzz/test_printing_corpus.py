@@ -105,8 +105,10 @@ def commands(folder: Path, model: Path, bad: str) -> Iterator[list[str]]:
         yield ["plan", "--gpu-mem", "1", "--model", at_start]
         yield ["explain", at_start, "A cat. It sits.", "--pretrained", str(model)]
         yield [at_start]
-        yield ["plan", at_start]
+        yield ["plan", "--gpu-mem", "1", at_start]
     yield ["report", str(run), "--out", page]
+    yield ["report", str(run), "--out", f"{run}.html"]
+    yield ["explain", str(folder / "0.png"), f"A {bad} cat. It {bad}.", "--pretrained", str(model)]
     yield ["train", "--train-data", pairs]  # whose last image is missing
     yield ["eval", "--pretrained", str(model), "--data", pairs, "--out", f"{folder}/{name}/e.json"]
 
@@ -145,15 +147,17 @@ def test_long_commands_print_text_alone(
     image = tmp_path / "\x1b[31m\u202e.png"
     Image.new("RGB", (32, 32)).save(image)
     text = f"One {bad}. Two {bad}. Three."
+    train = ["train", "--train-data", pairs, "--skip-missing-images", "--max-bad-fraction", "1"]
     for arguments in (
         ["eval", "--pretrained", str(model), "--data", pairs, "--allow-missing"],
+        ["convert", str(model), "\x1b[31m.pt", "--to", "open_clip"],
         ["explain", str(image), text, "--pretrained", str(model), "--out", "\x1b[31m.html"],
         ["doctor", "--train-data", pairs, "--skip-missing-images", "--logs", "\x1b[31m\u202e"],
-        ["train", "--train-data", pairs, "--skip-missing-images", "--name", "\x1b[31m\u202e"]
-        + ["--batch-size", "2", "--epochs", "1", "--logs", "."],
+        [*train, "--name", "\x1b[31m\u202e", "--batch-size", "2", "--epochs", "1", "--logs", "."],
     ):
-        main(arguments)
+        status = main(arguments)
         printed = capsys.readouterr()
+        assert status == (1 if arguments[0] == "doctor" else 0), (arguments, printed.err)
         assert not unprintable(printed.out), arguments
         assert not unprintable(printed.err.replace("\r", "")), arguments
         assert r"\x1b[31m" in printed.out + printed.err or arguments[0] == "eval", arguments
