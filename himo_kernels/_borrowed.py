@@ -95,6 +95,8 @@ def _own_precision(backend: str, precision: str) -> str:
     torch tells what is in force, not whose setting it is. One of the same value higher up is made
     exact for a moment, to see whether products follow it.
     """
+    if _precision(backend, "all") != precision:
+        return precision
     with _exact_where(precision, "generic"), _exact_where(precision, backend):
         return precision if _precision(backend) == precision else "none"
 

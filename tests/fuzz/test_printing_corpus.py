@@ -163,24 +163,24 @@ def test_long_commands_print_text_alone(
         assert r"\x1b[31m" in printed.out + printed.err or arguments[0] == "eval", arguments
 
 
-TRACEBACK = """
-import sys, himo.plan
-from himo.cli import main
+def test_a_fault_of_himo_prints_a_traceback_of_text_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(arguments: object) -> int:
+        raise RuntimeError("\r\x1b[31m\x9b\u202ename\nits second line")
 
-def run(arguments):
-    raise RuntimeError("\\r\\x1b[31m\\x9b\\u202ename\\nits second line")
-
-himo.plan.run = run
-sys.exit(main(["plan", "--gpu-mem", "1"]))
-"""
-
-
-@pytest.mark.slow
-def test_a_fault_of_himo_prints_a_traceback_of_text_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", TRACEBACK], capture_output=True, timeout=240)
-    printed = done.stderr.decode()
-    assert done.returncode == 1 and not unprintable(printed)
+    monkeypatch.setattr("himo.plan.run", run)
+    assert main(["plan", "--gpu-mem", "1"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback ") and not unprintable(printed)
     assert "RuntimeError: " + r"\r\x1b[31m\x9b\u202ename" + "\nits second line\n" in printed
+
+
+def test_a_process_of_its_own_prints_text_alone() -> None:
+    command = [sys.executable, "-m", "himo", "\x1b[31m\u202e\udc9b"]
+    done = subprocess.run(command, capture_output=True, timeout=240)
+    assert done.returncode == 2 and not unprintable(done.stdout.decode() + done.stderr.decode())
+    assert r"\x1b[31m\u202e\udc9b" in done.stderr.decode()
 
 
 def test_bars_stay_bars_and_their_texts_are_escaped() -> None:
