@@ -115,8 +115,13 @@ def commands(folder: Path, model: Path, bad: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("bad", corpus(HOSTILE))
 def test_commands_print_text_alone(
-    bad: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bad: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where results go that are named nowhere
     with bounded(seconds=30, mebibytes=400):
         for arguments in commands(tmp_path, model, bad):
             try:
@@ -147,19 +152,17 @@ def test_long_commands_print_text_alone(
     image = tmp_path / "\x1b[31m\u202e.png"
     Image.new("RGB", (32, 32)).save(image)
     text = f"One {bad}. Two {bad}. Three."
-    train = ["train", "--train-data", pairs, "--skip-missing-images", "--max-bad-fraction", "1"]
     for arguments in (
         ["eval", "--pretrained", str(model), "--data", pairs, "--allow-missing"],
         ["convert", str(model), "\x1b[31m.pt", "--to", "open_clip"],
         ["explain", str(image), text, "--pretrained", str(model), "--out", "\x1b[31m.html"],
         ["doctor", "--train-data", pairs, "--skip-missing-images", "--logs", "\x1b[31m\u202e"],
-        [*train, "--name", "\x1b[31m\u202e", "--batch-size", "2", "--epochs", "1", "--logs", "."],
     ):
         status = main(arguments)
         printed = capsys.readouterr()
         assert status == (1 if arguments[0] == "doctor" else 0), (arguments, printed.err)
         assert not unprintable(printed.out), arguments
-        assert not unprintable(printed.err.replace("\r", "")), arguments
+        assert not unprintable(printed.err), arguments
         assert r"\x1b[31m" in printed.out + printed.err or arguments[0] == "eval", arguments
 
 
