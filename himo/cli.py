@@ -4,9 +4,11 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from himo.errors import HimoError
+from himo.printing import printable_output
 
 # Subcommand: (module with add_arguments and run, help). Imported when it is asked for: reading
 # --help or making a data set should not wait for torch.
@@ -26,25 +28,25 @@ _NEEDED = ("PIL", "ftfy", "numpy", "regex", "torch", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns its exit status, 2 for what HimoError says."""
+    """Runs a subcommand; returns its exit status: 2 for what HimoError says, 1 after a traceback.
+
+    What it prints is printable, whatever names and captions hold.
+    """
     # Read when torch is imported. Threads that spin while they wait make steps up to ten times
     # slower where something else runs on the cores: 5.8 s instead of 0.61 s for one of the demo,
     # with two threads on two cores beside one busy process. Alone, not spinning costs it 7 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.stdout is None:  # closed, as with `>&-`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with printable_output():
+        return _status(given)
+
+
+def _status(given: list[str]) -> int:
     try:
         status = _run(given)
         sys.stdout.flush()  # here, where it is known what to do if nobody reads
     except HimoError as error:
         print(f"himo: error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name not in _NEEDED:
-            raise
-        install = 'pip install --no-build-isolation -e ".[himo]"'
-        print(f"himo: error: {error.name} is not installed: {install} has it", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as with `himo eval ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit
@@ -55,6 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("himo: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in _NEEDED:
+            install = 'pip install --no-build-isolation -e ".[himo]"'
+            print(f"himo: error: {error.name} is not installed: {install} has it", file=sys.stderr)
+            return 2
+        traceback.print_exc()  # here: what a traceback quotes must be printable too
+        return 1
     return status
 
 

@@ -112,6 +112,19 @@ class Tokenizer:
         truncate: bool = True,
     ) -> "np.ndarray[Any, np.dtype[np.uint16]]":
         """The rows of `tokenize` as uint16 [B, context_length], half the bytes: to be stored."""
+        rows, too_long = self.encode_cut(texts, context_length, truncate)
+        if too_long:
+            _report_truncation(too_long, len(rows), context_length, truncate)
+        return rows
+
+    def encode_cut(
+        self, texts: str | Sequence[str], context_length: int, truncate: bool = True
+    ) -> tuple["np.ndarray[Any, np.dtype[np.uint16]]", list[tuple[int, int]]]:
+        """The rows of `encode_batch`, and what does not fit: (index, length in tokens) of a text.
+
+        Says nothing of it: for a caller that counts them, as no caller can silence a warning of
+        its own thread alone.
+        """
         if isinstance(texts, str):
             texts = [texts]
         if not isinstance(texts, list | tuple):
@@ -143,10 +156,8 @@ class Tokenizer:
                 too_long.append((index, len(ids) // 2 + 2))
                 ids = ids[:room]
             rows.append((start + ids + end).ljust(row_bytes, b"\0"))
-        if too_long:
-            _report_truncation(too_long, len(rows), context_length, truncate)
         flat = np.frombuffer(bytearray().join(rows), dtype=np.uint16)
-        return flat.reshape(len(rows), context_length)
+        return flat.reshape(len(rows), context_length), too_long
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text that ids stand for, lowered and with a space after each word.

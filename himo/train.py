@@ -131,7 +131,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
             f"{directory}: {len(dataset)} pairs, {total_steps} steps of {pairs_per_step}, "
             f"{settings.loss} loss, {_count(model)} parameters on {device}"
             + (f", {ranks.size} processes" if ranks.size > 1 else "")
-            + (f", {len(validation)} pairs to validate on" if validation is not None else "")
+            + (f", {validation.description()}" if validation is not None else "")
         )
         if 0 < step < total_steps:
             rate = learning_rate(step, total_steps, settings)

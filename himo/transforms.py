@@ -6,6 +6,7 @@ an `ImageError`. `Preprocess` is CLIP's resize, centre crop and normalisation.
 
 import errno
 import io
+import operator
 import os
 import re
 import struct
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from himo.errors import HimoError
 from himo.files import open_regular
+from himo_kernels._borrowed import Borrowed
 
 Reason = Literal["missing", "not_a_file", "too_large", "truncated", "unknown_format", "corrupt"]
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
@@ -217,6 +219,16 @@ def _name(source: Source) -> str:
     return f"image of {len(source):,} bytes"
 
 
+# Pillow has one for the process. What a user's own code loads of cut images stays theirs to say.
+_loads_truncated = Borrowed(
+    False,
+    lambda: ImageFile.LOAD_TRUNCATED_IMAGES,
+    lambda value: setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", value),
+    serves=operator.not_,
+)
+
+
+@_loads_truncated.lent()
 def _decode(
     source: Source, max_pixels: int, side: int | None = None
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -226,9 +238,6 @@ def _decode(
     """
     if not isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
         raise HimoError(f"open_image: expected a path or bytes, got {type(source).__name__}")
-    # Threads that decode at once may leave it False, which is what himo wants of it.
-    loads_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         if not isinstance(source, str | os.PathLike):
             return _decode_file(io.BytesIO(source), max_pixels, side)
@@ -245,8 +254,6 @@ def _decode(
         raise ImageError(
             f"{_name(source)}: {error or type(error).__name__}", _reason(error)
         ) from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = loads_truncated
 
 
 def _decode_file(

@@ -44,6 +44,12 @@ class Validation:
     def __len__(self) -> int:
         return len(self.index)
 
+    def description(self) -> str:
+        """What there is, for a line on the terminal."""
+        shared = self.captions.shared(self.captions.texts())
+        note = f" ({shared} of them share their caption with other images)" if shared else ""
+        return f"{len(self)} pairs to validate on{note}"
+
     def measure(self, model: HiMoCLIP) -> dict[str, float]:
         """R@1, R@5 and R@10 in percent, under the names of COLUMNS.
 
@@ -69,6 +75,9 @@ class Validation:
             raise HimoError("validation: features of a caption are not finite")
         device = encoder.device
         result = retrieval(
-            image_features.to(device), scored.features.to(device), captions.caption_images
+            image_features.to(device),
+            scored.features.to(device),
+            captions.caption_images,
+            captions.texts(),
         )
         return {f"val_{way}_R@{k}": result[way][f"R@{k}"] for way in WAYS for k in RECALLS}

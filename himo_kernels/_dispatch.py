@@ -5,13 +5,13 @@ a string, so that `torch.compile(fullgraph=True)` sees one operator whatever the
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from himo_kernels._borrowed import full_float32
 from himo_kernels._checks import raise_type, raise_value
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks them
@@ -158,24 +158,6 @@ def _requested_backend(operator: str, requested: str) -> str:
     if check_backend(operator, requested) == "auto":
         return check_backend(operator, _default_backend, BACKEND_VARIABLE)
     return requested
-
-
-@contextmanager
-def full_float32(device: str) -> Iterator[None]:
-    """Matrix products in float32 proper: neither autocast nor TF32 nor bfloat16 passes.
-
-    The flags are the process's: products of other threads are exact too while one is inside.
-    """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -74,7 +74,7 @@ def write_index(
     digest = hashlib.sha256()
     rows = bytearray()
     bar = tqdm(
-        desc=f"index of {os.path.basename(source.path)}",
+        desc=printable(f"index of {os.path.basename(source.path)}"),
         total=source.size(),
         unit=source.unit,
         unit_scale=True,

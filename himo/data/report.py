@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from himo.errors import HimoError
+from himo.errors import HimoError, printable
 
 _KEPT = 5  # examples of each kind of trouble
 _MAX_GROUPS = 1000  # top folders that are counted one by one
@@ -91,7 +91,8 @@ class IndexReport:
 
     def summary(self) -> str:
         """One line: samples, format and what was left out."""
-        return f"{self.source}: {self.records} samples ({self.kind}){_sentence(self._left_out())}"
+        left_out = _sentence(self._left_out())
+        return printable(f"{self.source}: {self.records} samples ({self.kind}){left_out}")
 
     def _left_out(self) -> list[str]:
         parts = []

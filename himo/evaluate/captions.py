@@ -132,10 +132,12 @@ def evaluate_captions(
         series = [series[caption] for caption in left]
         captions = captions.without(set(), set(bad))
 
+    texts = captions.texts()
     ways = retrieval(
         image_features.to(encoder.device),
         text_features.to(encoder.device),
         captions.caption_images,
+        texts,
     )
     at_k = himo_k(series)
     histogram = {"K": at_k.pop("K"), "rho": at_k.pop("rho")}
@@ -146,6 +148,9 @@ def evaluate_captions(
             "dataset_sha256": index.report.sha256,
             "images": len(captions.image_rows),
             "captions": len(captions.captions),
+            "texts": ways["texts"],
+            "pairs": ways["pairs"],
+            "shared_captions": captions.shared(texts),
             "positives": captions.positives(),
             "ties": "pessimistic",
             "precision": "float32",
@@ -155,7 +160,7 @@ def evaluate_captions(
             "texts_cut": scored.cut,
         },
         "retrieval": {
-            name: ways[name] for name in ("image_to_text", "text_to_image", "chance_R@1")
+            name: ways[name] for name in ("image_to_text", "text_to_image", "chance_R@1", "ties")
         },
         "himo": {"HiMo@2": himo_at(series, 2), "HiMo@3": himo_at(series, 3), "HiMo@K": at_k},
         "coverage": coverage.to_dict(),

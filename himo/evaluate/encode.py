@@ -1,6 +1,5 @@
 """Features of images and texts, a batch at a time, and the account of what could not be used."""
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -280,13 +279,10 @@ def distinct_tokens(
     cut: set[str] = set()
     for start in range(0, len(texts), _TOKENIZED):
         part = list(texts[start : start + _TOKENIZED])
-        with warnings.catch_warnings():  # what was cut is counted here
-            warnings.simplefilter("ignore", UserWarning)
-            ids = tokenizer.encode_batch(part, context_length)
+        ids, too_long = tokenizer.encode_cut(part, context_length)
+        cut.update(part[offset] for offset, _ in too_long)
         for offset, row in enumerate(ids):
             row_of_text[start + offset] = rows.setdefault(row.tobytes(), len(rows))
-            if row[-1] and len(tokenizer.encode(part[offset])) + 2 > context_length:
-                cut.add(part[offset])
     tokens = np.frombuffer(b"".join(rows), dtype=np.uint16).reshape(len(rows), context_length)
     order = tokens.argmax(axis=1).argsort(kind="stable")
     rank = np.empty_like(order)

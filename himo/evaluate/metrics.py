@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from himo.errors import HimoError
-from himo_kernels._dispatch import full_float32
+from himo_kernels._borrowed import full_float32
 
 # The paper does not say how a caption is cut into sentences. This rule is part of the metric:
 # results carry its digest, and another rule is another metric.
@@ -59,6 +59,24 @@ def retrieval_ranks(
         HimoError: shapes, dtypes or indices that do not fit, a query without a positive, or a row
             that is not finite, which is named.
     """
+    return ranks_and_ties(
+        queries, candidates, positive_query, positive_candidate, tile_bytes=tile_bytes
+    )[0]
+
+
+def ranks_and_ties(
+    queries: Tensor,  # [Q, D]
+    candidates: Tensor,  # [M, D]
+    positive_query: Tensor,  # [P]
+    positive_candidate: Tensor,  # [P]
+    *,
+    tile_bytes: int = _TILE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """`retrieval_ranks`, and for each query whether a wrong candidate scores as its best positive.
+
+    Returns:
+        int64 [Q] and bool [Q].
+    """
     _check_features(queries, candidates)
     count, total = queries.shape[0], candidates.shape[0]
     order = _check_pairs(positive_query, positive_candidate, count, total)
@@ -69,6 +87,7 @@ def retrieval_ranks(
     distinct, copies = _distinct_rows(candidates)
 
     ranks = torch.empty(count, dtype=torch.int64, device=queries.device)
+    tied = torch.empty(count, dtype=torch.bool, device=queries.device)
     rows = max(1, tile_bytes // (4 * max(1, total)))
     with full_float32(queries.device.type), torch.no_grad():
         for start in range(0, count, rows):
@@ -83,10 +102,11 @@ def retrieval_ranks(
             best.scatter_reduce_(0, row, positive, "amax")
             # Of the positives only those equal to the best one are among the counted.
             equal = torch.zeros_like(best).index_add_(0, row, (positive == best[row]).float())
+            tied[start:stop] = (scores == best[:, None]).sum(1) > equal
             above = scores.ge_(best[:, None]).sum(1)  # in place; exact up to _MAX_CANDIDATES
             ranks[start:stop] = (above - equal + 1).long()
             del scores  # before the next ones are made
-    return ranks
+    return ranks, tied
 
 
 def recall(ranks: Tensor, k: int) -> float:

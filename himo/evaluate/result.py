@@ -56,11 +56,17 @@ def prefix_curves(scores: PrefixScores) -> list[dict[str, Any]]:
 def caption_misses(scores: CaptionScores) -> list[dict[str, Any]]:
     """A fixed choice of captions whose image is not ranked first, and the nearest other image."""
     captions, ranks = scores.captions, scores.sections["ranks"]["text_to_image"]
-    missed = [caption for caption, rank in enumerate(ranks) if rank > 1]
+    first: dict[int, int] = {}  # the caption that stands for a text
+    right: dict[int, list[int]] = {}  # the images of a text
+    for caption, text in enumerate(captions.texts()):
+        first.setdefault(text, caption)
+        right.setdefault(text, []).append(captions.caption_images[caption])
+    missed = [text for text, rank in enumerate(ranks) if rank > 1]
     chosen = sorted(random.Random(0).sample(missed, min(_MISSES, len(missed))))
-    own = [captions.caption_images[caption] for caption in chosen]
-    similarity = scores.text_features[chosen] @ scores.image_features.t()
-    similarity[range(len(chosen)), own] = -torch.inf
+    shown = [first[text] for text in chosen]
+    similarity = scores.text_features[shown] @ scores.image_features.t()
+    for row, text in zip(similarity, chosen, strict=True):
+        row[right[text]] = -torch.inf
     nearest = similarity.argmax(dim=1).tolist() if chosen else []
 
     def picture(image: int) -> dict[str, Any]:
@@ -70,11 +76,11 @@ def caption_misses(scores: CaptionScores) -> list[dict[str, Any]]:
     return [
         {
             "caption": captions.captions[caption],
-            "rank": ranks[caption],
-            "image": picture(image),
+            "rank": ranks[text],
+            "image": picture(captions.caption_images[caption]),
             "first": picture(other),
         }
-        for caption, image, other in zip(chosen, own, nearest, strict=True)
+        for text, caption, other in zip(chosen, shown, nearest, strict=True)
     ]
 
 
@@ -135,12 +141,15 @@ def table(result: dict[str, Any]) -> str:
         if way not in result.get("retrieval", {}):
             continue
         if not lines:
-            size = f"{protocol['images']:,} images, {protocol['captions']:,} captions"
-            lines += [size, "", _row("retrieval, %", [f"R@{k}" for k in RECALLS])]
+            lines += [*_size(protocol), "", _row("retrieval, %", [f"R@{k}" for k in RECALLS])]
         values = result["retrieval"][way]
         lines.append(_row(way.replace("_", " "), [f"{values[f'R@{k}']:.2f}" for k in RECALLS]))
     if lines:
         lines.append(_row("chance", [f"{result['retrieval']['chance_R@1']:.2f}", "", ""]))
+        ties = result["retrieval"]["ties"]
+        if any(ties.values()):
+            counts = [f"{ties[way]:,} {way.replace('_', ' ')}" for way in ties]
+            lines.append(f"ties, which count against the model: {', '.join(counts)}")
     measures = list(result.get("himo", {}).items())
     if measures:
         lines += ["", _row("growth of similarity", ["value", "used", "left out"])]
@@ -164,6 +173,17 @@ def table(result: dict[str, Any]) -> str:
     if protocol.get("texts_cut"):
         lines.append(f"{protocol['texts_cut']:,} texts were longer than the context and cut")
     return "\n".join(lines)
+
+
+def _size(protocol: dict[str, Any]) -> list[str]:
+    """How many images and captions there are, and how many captions are no text of their own."""
+    lines = [f"{protocol['images']:,} images, {protocol['captions']:,} captions"]
+    if protocol["texts"] < protocol["captions"]:
+        lines[0] += f" of {protocol['texts']:,} distinct texts"
+    if protocol["shared_captions"]:
+        shared = f"{protocol['shared_captions']:,} captions are those of several images"
+        lines.append(f"{shared}, each of which is right")
+    return lines
 
 
 def _row(name: str, cells: Sequence[str]) -> str:

@@ -1,5 +1,13 @@
-"""Image-text retrieval on a captioned set: R@1, R@5 and R@10 both ways."""
+"""Image-text retrieval on a captioned set: R@1, R@5 and R@10 both ways.
 
+Each image and each text is there once. Records with the same path are one image, and captions that
+the tokenizer reads as the same text are one text, so every caption of an image is right for it, and
+every image of a text, however many records say so. Where all captions differ this is the
+retrieval of the literature. Different images or texts that score the same are ties, which count
+against the model and are counted.
+"""
+
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +19,8 @@ from torch import Tensor
 from himo.data import SampleIndex
 from himo.errors import HimoError
 from himo.evaluate.encode import Coverage
-from himo.evaluate.metrics import recall, retrieval_ranks
+from himo.evaluate.metrics import ranks_and_ties, recall
+from himo.tokenizer import split_text
 
 RECALLS = (1, 5, 10)
 
@@ -48,6 +57,19 @@ class CaptionedSet:
             [position[self.caption_images[caption]] for caption in keep],
         )
 
+    def texts(self) -> list[int]:
+        """The number of the text of each caption, from 0 on in the order of first occurrence."""
+        numbers: dict[str, int] = {}
+        return [
+            numbers.setdefault(" ".join(split_text(caption)), len(numbers))
+            for caption in self.captions
+        ]
+
+    def shared(self, texts: Sequence[int]) -> int:
+        """How many captions are texts of several images too."""
+        images = Counter(text for text, _ in set(zip(texts, self.caption_images, strict=True)))
+        return sum(images[text] > 1 for text in texts)
+
     def positives(self) -> str:
         """How many captions an image has, for the record of the protocol."""
         counts = Counter(self.caption_images).values()
@@ -76,7 +98,8 @@ def group_by_image(
     captions = []
     for row in range(len(index)):
         record = index[row]
-        rows.setdefault((record.shard, record.offset, record.image), []).append(row)
+        path = os.path.normpath(record.image)  # ./a.png is a.png
+        rows.setdefault((record.shard, record.offset, path), []).append(row)
         captions.append(" ".join(record.caption.split()))
     chosen: list[list[int]] = []
     for caption_rows in rows.values():
@@ -101,39 +124,60 @@ def group_by_image(
 
 
 def retrieval(
-    image_features: Tensor, text_features: Tensor, caption_images: Sequence[int]
+    image_features: Tensor,
+    text_features: Tensor,
+    caption_images: Sequence[int],
+    caption_texts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """R@1, R@5 and R@10 in percent from images to texts and back, and the ranks.
 
-    Image to text is a hit at k if any caption of the image is among the first k.
+    Image to text is a hit at k if any text of the image is among the first k, and text to image if
+    any image of the text is.
 
     Args:
         image_features: float32 [N, E], L2-normalised.
-        text_features: float32 [M, E], L2-normalised, on the same device.
-        caption_images: the row of the image of each of the M texts; every image occurs.
+        text_features: float32 [M, E], L2-normalised, on the same device, of M captions.
+        caption_images: the row of the image of each caption; every image occurs.
+        caption_texts: the number of the text of each caption, as `CaptionedSet.texts` gives it:
+            captions with one number are one of U texts. By default each is one of its own, U = M.
 
     Returns:
-        {"image_to_text": {"R@1": ...}, "text_to_image": {...}, "chance_R@1": 100 / N,
-        "ranks": {"image_to_text": N integers, "text_to_image": M integers}}.
+        {"image_to_text": {"R@1": ...}, "text_to_image": {...},
+        "chance_R@1": of one guess, in percent, the same both ways: pairs / (N U); 1 / N where
+        each text has one image,
+        "texts": U, "pairs": of an image and a text that belong together,
+        "ties": {"image_to_text": queries that a wrong answer ties with, "text_to_image": ...},
+        "ranks": {"image_to_text": N integers, "text_to_image": U integers}}.
 
     Raises:
-        HimoError: as `retrieval_ranks`; not as many positives as texts.
+        HimoError: as `retrieval_ranks`; not as many images or texts as captions.
     """
-    if len(caption_images) != text_features.shape[0]:
-        raise HimoError(
-            f"retrieval: expected the image of each of {text_features.shape[0]} texts, got "
-            f"{len(caption_images)}"
-        )
-    images = torch.tensor(caption_images, dtype=torch.int64, device=image_features.device)
-    texts = torch.arange(len(images), device=images.device)
-    ranks = {
-        "image_to_text": retrieval_ranks(image_features, text_features, images, texts),
-        "text_to_image": retrieval_ranks(text_features, image_features, texts, images),
+    count = text_features.shape[0]
+    numbers = range(count) if caption_texts is None else caption_texts
+    for what, given in (("image", caption_images), ("text", numbers)):
+        if len(given) != count:
+            raise HimoError(
+                f"retrieval: expected the {what} of each of {count} texts, got {len(given)}"
+            )
+    first: dict[int, int] = {}  # the caption that stands for a text
+    for caption, text in enumerate(numbers):
+        first.setdefault(text, caption)
+    if list(first) != list(range(len(first))):
+        raise HimoError("retrieval: expected caption_texts from 0 on in order of first occurrence")
+    device = image_features.device
+    together = sorted(set(zip(caption_images, numbers, strict=True)))
+    images, texts = torch.tensor(together, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    text_features = text_features[list(first.values())]
+    ranked = {
+        "image_to_text": ranks_and_ties(image_features, text_features, images, texts),
+        "text_to_image": ranks_and_ties(text_features, image_features, texts, images),
     }
     result: dict[str, Any] = {
-        way: {f"R@{k}": recall(rank, k) for k in RECALLS} for way, rank in ranks.items()
+        way: {f"R@{k}": recall(ranks, k) for k in RECALLS} for way, (ranks, _) in ranked.items()
     }
-    # The mean over images of their captions' share of all texts is 1 / N too.
-    result["chance_R@1"] = 100 / image_features.shape[0]
-    result["ranks"] = {way: rank.tolist() for way, rank in ranks.items()}
+    # The mean of what share of all answers is right: that over images is that over texts.
+    result["chance_R@1"] = 100 * (len(together) / len(first)) / image_features.shape[0]
+    result["texts"], result["pairs"] = len(first), len(together)
+    result["ties"] = {way: int(tied.sum()) for way, (_, tied) in ranked.items()}
+    result["ranks"] = {way: ranks.tolist() for way, (ranks, _) in ranked.items()}
     return result

@@ -14,6 +14,7 @@ import torch
 
 from himo.errors import HimoError
 from himo.files import atomic_path
+from himo.printing import csv_cell
 from himo.report.data import COLUMNS, Run, read_runs
 from himo.report.page import report_page
 from himo_kernels import __version__
@@ -95,9 +96,10 @@ def _csv_lines(runs: Sequence[Run]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["run", "step", *COLUMNS])
     for run_ in runs:
+        name = csv_cell(run_.label)
         columns = (run_.column(column) for column in COLUMNS)
         for step, *values in zip(run_.step, *columns, strict=True):
-            writer.writerow([run_.label, step, *("" if v is None else repr(v) for v in values)])
+            writer.writerow([name, step, *("" if v is None else repr(v) for v in values)])
     return buffer.getvalue()
 
 

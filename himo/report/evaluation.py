@@ -82,6 +82,8 @@ def comparability(runs: Sequence[Run]) -> list[str]:
         for key in (same_data, *_PROTOCOL)
         if len({repr(lookup(run.evaluation, "protocol", key)) for run in evaluated}) > 1
     ]
+    if len({_texts(run) for run in evaluated}) > 1:
+        different.append("texts")
     if different:
         notes.append(
             "The runs were evaluated differently "
@@ -95,7 +97,33 @@ def comparability(runs: Sequence[Run]) -> list[str]:
             notes.append(
                 f"{run.label}: {number(cut)} texts were longer than the model's context and cut."
             )
+        notes += _shared(run)
     return notes
+
+
+def _shared(run: Run) -> list[str]:
+    """What in the data has more than one right answer, and which answers no score decides."""
+    notes = []
+    captions, texts = run.result("protocol", "captions"), _texts(run)
+    if texts != captions:
+        notes.append(
+            f"{run.label}: {number(captions)} captions are {number(texts)} distinct texts, and "
+            f"{number(run.result('protocol', 'shared_captions'))} are captions of several images: "
+            "each of these is right."
+        )
+    ties = [(title, run.result("retrieval", "ties", key)) for key, title in DIRECTIONS]
+    if any(count for _, count in ties):
+        counts = ", ".join(f"{title.lower()} {number(count)}" for title, count in ties)
+        notes.append(
+            f"{run.label}: wrong answers that tie with the right one count as above it ({counts})."
+        )
+    return notes
+
+
+def _texts(run: Run) -> float | None:
+    # Before captions of the same text were one text, each was one of its own.
+    texts = run.result("protocol", "texts")
+    return run.result("protocol", "captions") if texts is None else texts
 
 
 def _left_out(label: str, coverage: Any) -> list[str]:
@@ -159,10 +187,8 @@ def _recall_chart(runs: Sequence[Run], key: str, title: str) -> str:
         return empty_figure(title, "%", f"No run has results for {key}.")
     chances = finite_only(run.result("retrieval", "chance_R@1") for run in runs)
     chance = chances[0] if chances and len(set(chances)) == 1 else None
-    # k guesses find one image k times as often; one of several captions of an image, less.
-    alone = key == "text_to_image" or all(
-        run.result("protocol", "images") == run.result("protocol", "captions") for run in runs
-    )
+    # k guesses find the one right answer k times as often; one of several, less.
+    alone = all(_one_answer(run, key) for run in runs)
     guesses = [
         min(100.0, chance * k) if chance is not None and (alone or k == 1) else None
         for k in (1, 5, 10)
@@ -191,15 +217,23 @@ def _recall_chart(runs: Sequence[Run], key: str, title: str) -> str:
     return figure(title, "% of queries", svg, table, caption=caption)
 
 
+def _one_answer(run: Run, key: str) -> bool:
+    """Whether each query of a direction has one right answer."""
+    pairs = run.result("protocol", "pairs")
+    if pairs is None:  # an older file: each caption was a text of one image
+        pairs = run.result("protocol", "captions")
+    return pairs == (run.result("protocol", "images") if key == "image_to_text" else _texts(run))
+
+
 def lead(runs: Sequence[Run]) -> str:
     """One sentence for people: what was measured on which data, and what came out."""
     evaluated = [run for run in runs if run.result("retrieval", "image_to_text", "R@1") is not None]
     if not evaluated or len(evaluated) > 4 or comparability(evaluated):
         return ""
-    captions = evaluated[0].result("protocol", "captions")
+    texts = _texts(evaluated[0])
     among = ""
-    if captions is not None and math.isfinite(captions):
-        among = f", among {plural(int(captions), 'caption')}"
+    if texts is not None and math.isfinite(texts):
+        among = f", among {plural(int(texts), 'caption')}"
     found = _joined(
         [
             f"<b>{text(run.label)}</b> ranks its caption first in "

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from himo.checkpoint import load
-from himo.errors import HimoError
+from himo.errors import HimoError, printable
 from himo.evaluate.encode import Encoder
 from himo.evaluate.metrics import split_sentences
 from himo.report import html_path, versions, write_text
@@ -97,7 +97,7 @@ def growth(checkpoint: str, image: str, segments: Sequence[str], device: str) ->
     if scored.cut:
         what = plural(scored.cut, "prefix is", "prefixes are")
         print(
-            f"{checkpoint}: {what} longer than {model.context_length} tokens and cut",
+            f"himo: {checkpoint}: {what} longer than {model.context_length} tokens and cut",
             file=sys.stderr,
         )
     return tuple(scored.scores.tolist())
@@ -130,6 +130,7 @@ def explain_page(
 
 def table(segments: Sequence[str], names: Sequence[str], scores: Sequence[Sequence[float]]) -> str:
     """The scores for a terminal; * where one does not rise."""
+    names = [printable(name) for name in names]
     width = max(12, *(len(name) + 2 for name in names))
     lines = ["  k" + "".join(f"{name:>{width}}" for name in names) + "  segment added"]
     for k, segment in enumerate(segments, 1):
@@ -137,7 +138,7 @@ def table(segments: Sequence[str], names: Sequence[str], scores: Sequence[Sequen
             f"{of_model[k - 1]:>{width - 1}.4f}{'*' if k in falls(of_model) else ' '}"
             for of_model in scores
         )
-        lines.append(f"{k:>3}{cells}  {segment}")
+        lines.append(f"{k:>3}{cells}  {printable(segment)}")
     lines.append("rho" + "".join(f"{number(pearson(s), 3):>{width - 1}} " for s in scores))
     return "\n".join(lines)
 

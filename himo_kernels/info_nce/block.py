@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._dispatch import Backend, Operator, full_float32
+from himo_kernels._borrowed import full_float32
+from himo_kernels._dispatch import Backend, Operator
 from himo_kernels.info_nce import cpu, reference
 
 _TRITON = "himo_kernels.info_nce.triton"

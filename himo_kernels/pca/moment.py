@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._dispatch import Backend, Operator, full_float32
+from himo_kernels._borrowed import full_float32
+from himo_kernels._dispatch import Backend, Operator
 from himo_kernels.pca import cpu, reference
 
 _PARTS = ("decompose", "reconstruct", "grad_projector", "bwd")

@@ -124,7 +124,8 @@ def evaluation(loss: str, seed: int, images: int = 500, pictures: int = 6) -> di
         "model": {"path": f"logs/tiny-{loss}/checkpoints/epoch_20.safetensors",
                   "sha256": f"{rng.getrandbits(256):064x}", "config": {"embed_dim": 128}},
         "protocol": {"dataset": "demo/held_out.json", "dataset_sha256": "5f" * 32,
-                     "images": images, "captions": images, "positives": "1 caption per image",
+                     "images": images, "captions": images, "texts": images, "pairs": images,
+                     "shared_captions": 0, "positives": "1 caption per image",
                      "ties": "pessimistic", "precision": "float32",
                      "sentence_rule": r"(?<=[.!?])\s+", "sentence_rule_sha256": "c0" * 32,
                      "texts_cut": 0},
@@ -132,6 +133,7 @@ def evaluation(loss: str, seed: int, images: int = 500, pictures: int = 6) -> di
             "image_to_text": {"R@1": 61.2 + better, "R@5": 88.6 + better, "R@10": 95.4 + better},
             "text_to_image": {"R@1": 59.8 + better, "R@5": 87.2 + better, "R@10": 94.0 + better},
             "chance_R@1": 100 / images,
+            "ties": {"image_to_text": 0, "text_to_image": 0},
         },
         "himo": {
             "HiMo@2": {"value": 84.6 + 9 * better, "used": images, "left_out": 0},

@@ -253,6 +253,13 @@ def test_retrieval_wants_one_image_for_each_text():
         retrieval(torch.ones(2, 4), torch.ones(3, 4), [0, 1])
 
 
+def test_retrieval_wants_one_text_for_each_caption_by_first_occurrence():
+    with pytest.raises(HimoError, match="text of each of 2 texts, got 1"):
+        retrieval(torch.ones(2, 4), torch.ones(2, 4), [0, 1], [0])
+    with pytest.raises(HimoError, match="from 0 on in order of first occurrence"):
+        retrieval(torch.ones(2, 4), torch.ones(2, 4), [0, 1], [1, 0])
+
+
 def test_coverage_adds_up():
     coverage = Coverage(10, allow_missing=True)
     coverage.leave_out("missing", "a: missing", 3)

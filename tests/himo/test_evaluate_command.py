@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,9 +154,11 @@ def test_captions_of_an_image_are_all_positives(evaluate, captions, checkpoint):
     assert (result["protocol"]["images"], result["protocol"]["captions"]) == (IMAGES, IMAGES + 3)
 
     index = open_dataset(captions)
-    owners = [int(record.image.removesuffix(".png")) for record in index]
+    owner_of = {record.caption: int(record.image.removesuffix(".png")) for record in index}
+    assert len(owner_of) == IMAGES + 2  # image 3 has one text twice, which is there once
+    owners = list(owner_of.values())
     paths = [captions.parent / f"{number}.png" for number in range(IMAGES)]
-    scores = expected_scores(checkpoint, paths, [record.caption for record in index])
+    scores = expected_scores(checkpoint, paths, list(owner_of))
     for image, rank in enumerate(result["ranks"]["image_to_text"]):
         own = torch.tensor([owner == image for owner in owners])
         best = scores[image][own].max()
@@ -162,11 +167,56 @@ def test_captions_of_an_image_are_all_positives(evaluate, captions, checkpoint):
         assert rank == (scores[:, text] >= scores[owners[text], text]).sum().item()
 
 
-def test_identical_captions_of_two_images_count_against_both(evaluate, captions):
-    header, *rows = captions.read_text().splitlines()
-    captions.write_text("\n".join([header, rows[0], f"1.png\t{rows[0].split(chr(9))[1]}"]) + "\n")
+def label_captions(captions: Path, labels: Sequence[str]) -> None:
+    """The captions of the images 0, 1, ... are these."""
+    rows = [f"{number}.png\t{label}" for number, label in enumerate(labels)]
+    captions.write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
+
+
+def test_every_image_of_a_shared_caption_is_right(evaluate, captions, checkpoint):
+    # Cat is written in three ways that the model cannot tell apart.
+    labels = ["A cat.", "A dog.", "a  CAT.", "An owl.", "A dog.", "a cat."]
+    label_captions(captions, labels)
+    _, result, out, _ = evaluate("--data", captions)
+    paths = [captions.parent / f"{number}.png" for number in range(6)]
+    scores = expected_scores(checkpoint, paths, ["A cat.", "A dog.", "An owl."])
+    own = [0, 1, 0, 2, 1, 0]  # the text of each image
+    expected = [int((row >= row[text]).sum()) for row, text in zip(scores, own, strict=True)]
+    assert result["ranks"]["image_to_text"] == expected
+    expected = []
+    for text, column in enumerate(scores.t()):
+        right = torch.tensor([text == other for other in own])
+        expected.append(1 + int((column[~right] >= column[right].max()).sum()))
+    assert result["ranks"]["text_to_image"] == expected
+    protocol = result["protocol"]
+    assert (protocol["images"], protocol["captions"]) == (6, 6)
+    assert (protocol["texts"], protocol["pairs"], protocol["shared_captions"]) == (3, 6, 5)
+    assert result["retrieval"]["chance_R@1"] == pytest.approx(100 / 3)
+    assert "6 images, 6 captions of 3 distinct texts" in out
+    assert "5 captions are those of several images, each of which is right" in out
+    assert "ties" not in out and not any(result["retrieval"]["ties"].values())
+    right_of = {"a cat.": {"0.png", "2.png", "5.png"}, "a dog.": {"1.png", "4.png"}}
+    for miss in result["misses"]:
+        key = " ".join(miss["caption"].lower().split())
+        assert miss["first"]["name"] not in right_of.get(key, {"3.png"})
+
+
+def test_images_of_equal_content_tie_and_are_counted(evaluate, captions):
+    label_captions(captions, ["A cat.", "A dog.", "An owl."])
+    shutil.copy(captions.parent / "0.png", captions.parent / "1.png")
+    _, result, out, _ = evaluate("--data", captions)
+    ranks = result["ranks"]["text_to_image"]
+    assert min(ranks[:2]) >= 2  # of two images that are the same, neither comes first
+    assert result["retrieval"]["ties"] == {"image_to_text": 0, "text_to_image": 2}
+    assert "ties, which count against the model: 0 image to text, 2 text to image" in out
+
+
+def test_two_spellings_of_a_path_are_one_image(evaluate, captions):
+    rows = ["filepath\ttitle", "0.png\tA cat.", "./0.png\tA dog.", "1.png\tAn owl."]
+    captions.write_text("\n".join(rows) + "\n")
     _, result, _, _ = evaluate("--data", captions)
-    assert result["ranks"]["image_to_text"] == [2, 2]
+    assert (result["protocol"]["images"], result["protocol"]["captions"]) == (2, 3)
+    assert result["protocol"]["positives"] == "1 to 2 captions per image"
 
 
 def test_himo_docci_from_file_to_result(evaluate, prefixes, checkpoint):

@@ -24,6 +24,7 @@ from himo.evaluate.metrics import (
     sentence_prefixes,
     split_sentences,
 )
+from himo.evaluate.retrieval import retrieval
 
 
 @st.composite
@@ -161,8 +162,67 @@ def test_scores_stay_in_float32_under_autocast_and_fast_matrix_products(generato
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
-    assert products == [(torch.float32, "ieee", "ieee")]
+    assert products == [(torch.float32, "ieee", "tf32")]  # the setting of another device stays
     assert torch.equal(ranks, expected)
+
+
+def test_retrieval_of_shared_texts_by_hand():
+    # Images 0 and 1 show text 0, image 2 shows texts 1 and 2; captions 0 and 1 are one text.
+    images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    texts = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+    result = retrieval(images, texts, [0, 1, 2, 2], [0, 0, 1, 2])
+    # Scores of the texts 0, 1, 2:  image 0: 1, 0, .8   image 1: 0, 1, .6   image 2: .6, .8, .96
+    assert result["ranks"] == {"image_to_text": [1, 3, 1], "text_to_image": [1, 2, 1]}
+    assert result["image_to_text"] == {"R@1": 100 * 2 / 3, "R@5": 100, "R@10": 100}
+    assert result["text_to_image"] == result["image_to_text"]
+    assert (result["texts"], result["pairs"]) == (3, 4)
+    assert result["chance_R@1"] == pytest.approx(100 * (1 + 1 + 2) / (3 * 3))
+    assert result["ties"] == {"image_to_text": 0, "text_to_image": 0}
+
+
+def test_a_perfect_model_of_labels_scores_100_and_as_captions_of_their_own_it_ties():
+    images = torch.eye(4)[torch.arange(24) % 4]
+    labels, own = [number % 4 for number in range(24)], list(range(24))
+    result = retrieval(images, images, own, labels)
+    assert result["image_to_text"]["R@1"] == result["text_to_image"]["R@1"] == 100
+    assert (result["texts"], result["pairs"], result["chance_R@1"]) == (4, 24, 25)
+    assert len(result["ranks"]["text_to_image"]) == 4
+    apart = retrieval(images, images, own)
+    assert apart["image_to_text"] == {"R@1": 0, "R@5": 0, "R@10": 100}  # each ranks sixth
+    assert apart["ties"] == {"image_to_text": 24, "text_to_image": 24}
+
+
+def test_a_model_that_tells_nothing_apart_finds_nothing():
+    same = torch.ones(6, 4) / 2
+    result = retrieval(same, same, list(range(6)), [0, 0, 0, 1, 2, 3])
+    # Of 6 images 3 are wrong for text 0, 5 for the others; of 4 texts 3 are wrong for each image.
+    assert result["ranks"] == {"image_to_text": [4] * 6, "text_to_image": [4, 6, 6, 6]}
+    assert result["ties"] == {"image_to_text": 6, "text_to_image": 4}
+
+
+def test_texts_that_all_differ_are_retrieved_as_in_the_literature(generator):
+    images, texts = (torch.randn(n, 8, generator=generator) for n in (12, 60))
+    owners = [number // 5 for number in range(60)]  # 5 captions of each, as COCO has
+    result = retrieval(images, texts, owners)
+    assert result == retrieval(images, texts, owners, list(range(60)))
+    # As CLIP_benchmark counts: among the k nearest of each query is one of its own.
+    scores, positive = images @ texts.t(), torch.tensor(owners) == torch.arange(12)[:, None]
+    for way, score, right in (
+        ("image_to_text", scores, positive),
+        ("text_to_image", scores.t(), positive.t()),
+    ):
+        for k in (1, 5, 10):
+            hits = right.gather(1, score.topk(k).indices).any(1)
+            assert result[way][f"R@{k}"] == pytest.approx(100 * hits.double().mean().item())
+    assert result["chance_R@1"] == pytest.approx(100 / 12)
+
+
+def test_one_text_of_many_images_takes_memory_of_the_pairs_alone():
+    count = 20_000  # 400 million pairs of an image and a caption, 20,000 of an image and a text
+    features = torch.eye(2)[torch.zeros(count, dtype=torch.int64)]
+    result = retrieval(features, features, list(range(count)), [0] * count)
+    assert (result["texts"], result["pairs"], result["chance_R@1"]) == (1, count, 100)
+    assert result["image_to_text"]["R@1"] == result["text_to_image"]["R@1"] == 100
 
 
 def test_recall_is_the_percentage_of_hits():

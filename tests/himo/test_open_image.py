@@ -11,6 +11,7 @@ import time
 import typing
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,14 @@ def test_file_cut_in_half_is_refused(name, loads_truncated, monkeypatch):
     # WebP and TIFF keep lengths in their headers, and their libraries say no more than "invalid".
     assert reason in (("truncated", "corrupt") if name in ("webp", "tiff") else ("truncated",))
     assert ImageFile.LOAD_TRUNCATED_IMAGES is loads_truncated
+
+
+def test_threads_that_open_at_once_refuse_cut_files_and_leave_pillows_setting(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    cut = SAMPLES["png"][: len(SAMPLES["png"]) // 2]
+    with ThreadPoolExecutor(8) as pool:
+        reasons = set(pool.map(lambda _: reason_of(cut), range(400)))
+    assert reasons == {"truncated"} and ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
 def single_frame(name: str) -> bytes:

@@ -329,6 +329,35 @@ def test_runs_evaluated_differently_are_not_compared(runs: list[Path], tmp_path:
     assert "ranks its caption first" not in page.text
 
 
+def test_shared_captions_and_ties_are_said(tmp_path: Path) -> None:
+    result = report_runs.evaluation("himo", 0)
+    result["protocol"] |= {"texts": 40, "shared_captions": 490}
+    result["retrieval"]["ties"] = {"image_to_text": 3, "text_to_image": 0}
+    run = bare_run(tmp_path / "run", eval=json.dumps(result))
+    page = Page(report.write_report([run], tmp_path / "r.html"))
+    assert (
+        "run: 500 captions are 40 distinct texts, and 490 are captions of several images: "
+        "each of these is right." in page.text
+    )
+    assert (
+        "run: wrong answers that tie with the right one count as above it "
+        "(image to text 3, text to image 0)." in page.text
+    )
+
+
+@pytest.mark.parametrize("texts", [500, 40])
+def test_an_older_result_differs_only_where_captions_are_shared(texts: int, tmp_path: Path) -> None:
+    result = report_runs.evaluation("himo", 0)
+    result["protocol"] |= {"texts": texts, "shared_captions": 500 - texts}
+    newer = bare_run(tmp_path / "newer", eval=json.dumps(result))
+    for key in ("texts", "pairs", "shared_captions"):
+        del result["protocol"][key]
+    del result["retrieval"]["ties"]
+    older = bare_run(tmp_path / "older", eval=json.dumps(result))
+    page = Page(report.write_report([newer, older], tmp_path / "r.html"))
+    assert ("evaluated differently (texts)" in page.text) is (texts == 40)
+
+
 def test_further_measures_and_what_they_left_out(tmp_path: Path) -> None:
     result = report_runs.evaluation("himo", 0)
     part = {"used": 90, "total": 100, "left_out": {"missing": 10}}

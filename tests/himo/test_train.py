@@ -191,6 +191,7 @@ def test_linked_images_short_captions_and_the_first_pairs(pairs, tmp_path, capsy
     flags = ["--follow-links", "--short-captions", "--held-out", "2", "--train-num-samples", "9"]
     done = train(table, tmp_path, *flags, "--epochs", "1")
     assert ": 9 pairs, 1 steps of 8" in done.stdout and "2 pairs to validate on" in done.stdout
+    assert "(2 of them share their caption with other images)" in done.stdout
     assert f"{table}: 12 samples (csv)\n" in done.stdout
     assert "--warmup 2 takes longer than the 1 steps" in done.stderr
     assert "longer than context_length" not in done.stderr  # as the long captions are
