@@ -27,6 +27,7 @@ from himo.data import (
     SampleIndex,
     make_loader,
     open_dataset,
+    worker_deaths,
 )
 from himo.device import usable_device
 from himo.errors import HimoError
@@ -59,10 +60,11 @@ def train(settings: TrainConfig) -> bool:
     Writes config.json, metrics.jsonl and checkpoints/ below settings.logs / settings.run_name.
 
     Raises:
-        HimoError: bad data or settings, a damaged checkpoint, a loss that is not finite. Under
+        HimoError: bad data or settings, a damaged checkpoint, a loss that is not finite, a worker
+            of the loader that died. Under
             torchrun the process ends instead, and says why.
     """
-    with parallel.join(settings.device, settings.rank_timeout) as ranks:
+    with parallel.join(settings.device, settings.rank_timeout) as ranks, worker_deaths():
         return _train(settings, ranks)
 
 
