@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,8 +12,9 @@ from tqdm import tqdm
 
 from himo import config
 from himo.config import TrainConfig
-from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, make_loader
+from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, make_loader, worker_deaths
 from himo.errors import HimoError
+from himo.metrics import per_second
 from himo.model import named_config
 from himo.parallel import Ranks
 from himo.tokenizer import tokenize
@@ -28,6 +28,7 @@ _FLAGS = (
     *("max_bad_fraction", "image_mode", "workers", "model", "batch_size", "seed", "threads"),
 )
 _MAX_SECONDS = 3600.0
+_MAX_BATCHES = 10_000  # of the loader, beside the seconds: enough for any rate
 _PROGRESS_DELAY_S = 2.0
 
 
@@ -40,8 +41,8 @@ class Rate:
     seconds: float
 
     @property
-    def per_second(self) -> float:
-        return self.samples / self.seconds if self.seconds else math.nan
+    def per_second(self) -> float | None:
+        return per_second(self.samples, self.seconds)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     )
     sampler = EpochSampler(len(dataset), settings.batch_size, seed=settings.seed)
     steps = by_step(dataset, sampler.order().tolist(), args.seconds)
-    whole, first_s = loader(settings, dataset, sampler, args.seconds)
+    with worker_deaths():
+        whole, first_s = loader(settings, dataset, sampler, args.seconds)
     print(table(settings, steps, whole, first_s))
     return 0
 
@@ -146,7 +148,7 @@ def loader(
         if len(arrivals) <= ready:
             continue
         samples += len(batch.image)
-        if arrivals[-1] - arrivals[ready - 1] > seconds:
+        if arrivals[-1] - arrivals[ready - 1] > seconds or len(arrivals) >= ready + _MAX_BATCHES:
             break
     bar.close()
     return Rate("loader", samples, arrivals[-1] - arrivals[ready - 1]), arrivals[0] - asked
@@ -166,9 +168,11 @@ def table(settings: TrainConfig, steps: list[Rate], whole: Rate, first_s: float)
     lines = [f"{'':<26}{'ms a pair':>10}{'pairs a second':>16}{'pairs':>8}"]
     for name, rate in [*((r.step, r) for r in steps), (alone.step, alone), (loading, whole)]:
         each_ms = 1e3 * rate.seconds / rate.samples
-        lines.append(f"{name:<26}{each_ms:>10.2f}{rate.per_second:>16.1f}{rate.samples:>8}")
+        pairs_a_second = "-" if rate.per_second is None else f"{rate.per_second:.1f}"
+        lines.append(f"{name:<26}{each_ms:>10.2f}{pairs_a_second:>16}{rate.samples:>8}")
     first = f"The first batch came after {first_s:.2f} s."
-    pairs, step_s = settings.batch_size, settings.batch_size / whole.per_second
+    pairs = settings.batch_size
+    step_s = pairs * whole.seconds / whole.samples
     if settings.workers:
         lines += ["", f"{first} A step of {pairs} pairs"]
         lines.append(f"waits for the loader where it takes less than {step_s:.3g} s.")

@@ -98,7 +98,7 @@ class Metrics:
             "rank": None if outputs["rank"] is None else int(outputs["rank"]),
             "data_time_s": self._data_s / steps,
             "step_time_s": self._step_s / steps,
-            "samples_per_s": steps * self.pairs_per_step / self._step_s,
+            "samples_per_s": per_second(steps * self.pairs_per_step, self._step_s),
             "skipped_steps": self._skipped,
             **{name: outputs[name] for name in VALIDATION_COLUMNS if name in outputs},
         }
@@ -175,3 +175,8 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     if isinstance(step, bool) or not isinstance(step, int | float):
         return None
     return line if abs(step) <= _LAST_STEP else None  # NaN is not
+
+
+def per_second(count: float, seconds: float) -> float | None:
+    """A rate; None where no time has passed, for a clock may stand still between two looks."""
+    return count / seconds if seconds > 0 else None

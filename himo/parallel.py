@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from himo.errors import HimoError
 
 _BEAT_S = 1.0
+_LOOK_S = 0.1
 # A collective waits for so long: for a process that lives and yet does not come. Reading data has
 # a shorter limit of its own, saving and validating a large model may take minutes.
 _STUCK = timedelta(minutes=30)
@@ -269,12 +270,11 @@ class _Watch:
 
     def _cause(self) -> str | None:
         # Why contact was lost: a reason that a rank left, or the one whose signs have ceased.
-        deadline = time.monotonic() + 4 * _BEAT_S
         before = [self._beat(rank) for rank in range(self.size)]
-        while time.monotonic() < deadline:
+        for _ in range(round(4 * _BEAT_S / _LOOK_S)):
             if self._store.check([_FAILED]):
                 return self._store.get(_FAILED).decode()
-            time.sleep(0.1)
+            time.sleep(_LOOK_S)
         silent = [
             rank
             for rank, beat in enumerate(before)

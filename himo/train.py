@@ -25,6 +25,7 @@ from himo.data import (
     SampleIndex,
     make_loader,
     open_dataset,
+    worker_deaths,
 )
 from himo.device import usable_device
 from himo.errors import HimoError
@@ -57,10 +58,11 @@ def train(settings: TrainConfig) -> bool:
 
     Raises:
         HimoError: bad data or settings, a damaged checkpoint or that of another run, a folder in
-            use, a loss that is not finite. Under torchrun the process ends instead, and says why.
+            use, a loss that is not finite, a worker of the loader that died. Under torchrun the process ends instead, and says why.
     """
     with (
         parallel.join(settings.device, settings.rank_timeout) as ranks,
+        worker_deaths(),
         run_folder.owned(settings.folder) if ranks.main else nullcontext(),
     ):
         return _train(settings, ranks)

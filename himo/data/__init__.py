@@ -2,7 +2,7 @@
 
 from himo.data.dataset import BadSamples, CaptionedImages, Sample
 from himo.data.index import SampleIndex
-from himo.data.loader import BatchLoader, make_loader
+from himo.data.loader import BatchLoader, make_loader, worker_deaths
 from himo.data.report import IndexReport
 from himo.data.sampler import EpochSampler
 from himo.data.sources import DATASET_TYPES, open_dataset
@@ -18,4 +18,5 @@ __all__ = [
     "SampleIndex",
     "make_loader",
     "open_dataset",
+    "worker_deaths",
 ]

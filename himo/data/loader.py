@@ -3,6 +3,7 @@
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader
@@ -79,7 +80,43 @@ def _next(batches: Iterator[Sample]) -> Sample | None:
         # begins with "Caught" and is a fault to be seen whole.
         if not str(error).startswith("DataLoader"):
             raise
-        raise HimoError(f"loading stopped: {error}") from error
+        raise HimoError(_stopped(error)) from error
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Makes one line of the death of a worker, wherever the main process learns of it.
+
+    torch raises an error where the signal finds the main thread: in a step of the model as well as
+    in the loader.
+
+    Raises:
+        HimoError: a worker died, as one that the system kills where memory runs out.
+    """
+    try:
+        yield
+    except HimoError:
+        raise
+    except Exception as error:
+        death = _death(error)
+        if death is None:
+            raise
+        raise HimoError(_stopped(death)) from error
+
+
+def _death(error: BaseException | None) -> BaseException | None:
+    """Torch's word about a dead worker among an error and what caused it."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _stopped(error: BaseException) -> str:
+    words = str(error).strip().removesuffix(".")
+    advice = "; where memory ran out, fewer --workers need less" if _death(error) else ""
+    return f"loading stopped: {words}{advice}"
 
 
 def make_loader(

@@ -31,7 +31,7 @@ from himo.data.records import (
 from himo.errors import HimoError
 from himo.files import open_regular
 
-MAX_IMAGE = 1 << 28  # bytes of one encoded image: a larger one would be read whole into memory
+MAX_IMAGE = 1 << 26  # bytes of one encoded image, which is read whole before it is looked at
 _BLOCK = 512
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_SHARDS = 1_000_000

@@ -63,6 +63,15 @@ def test_the_bar_foretells_no_end_that_the_seconds_decide(capsys, monkeypatch, p
     assert "by step: 0pair" in shown and "%" not in shown
 
 
+def test_clock_that_stands_still_leaves_out_the_rate(capsys, monkeypatch, pairs):
+    monkeypatch.setattr("time.perf_counter", lambda: 5.0)
+    monkeypatch.setattr("himo.bench._MAX_BATCHES", 20)  # what ends the loader then
+    assert main(flags(pairs)) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^decode +0\.00 +- +12$", text, re.MULTILINE)
+    assert re.search(r"^loader, --workers 0 +0\.00 +- +80$", text, re.MULTILINE)
+
+
 def test_images_that_cannot_be_read_are_left_out(capsys, pairs):
     (pairs.parent / "images/003.png").write_bytes(b"no image")
     assert main(flags(pairs, "--max-bad-fraction", "0.5")) == 0

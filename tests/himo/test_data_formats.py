@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -441,3 +442,20 @@ def test_a_folder_of_shards_is_a_webdataset(tmp_path: Path) -> None:
 
     assert [record.caption for record in open_dataset(tmp_path)] == ["caption 0", "caption 1"]
     assert [r.shard for r in read(WebDataset(tmp_path / "{0..1}.tar"))[0]] == [0, 1]
+
+
+def test_an_image_of_a_gibibyte_in_a_shard_is_a_bad_record(tmp_path: Path) -> None:
+    files = [("1.png", image_bytes(1)), ("1.txt", b"one"), ("2.txt", b"two")]
+    path = write_tar(tmp_path / "a.tar", files)
+    large = tarfile.TarInfo("2.png")
+    large.size = 1 << 30
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    with path.open("r+b") as file:
+        file.seek(last.offset_data + 512)
+        file.write(large.tobuf() + image_bytes(2))
+        file.truncate(last.offset_data + 1024 + large.size + 1024)  # a hole, and the end
+    index = open_dataset(path, max_bad_fraction=0.5)
+    assert [record.caption for record in index] == ["one"]
+    assert index.report.bad == {"too_long": 1}
+    assert "image is longer than 67,108,864 bytes" in index.report.bad_examples[0]

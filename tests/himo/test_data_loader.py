@@ -16,7 +16,15 @@ from torch import Tensor
 
 import himo.data
 import himo.tokenizer
-from himo.data import BadSamples, CaptionedImages, EpochSampler, Sample, make_loader, open_dataset
+from himo.data import (
+    BadSamples,
+    CaptionedImages,
+    EpochSampler,
+    Sample,
+    make_loader,
+    open_dataset,
+    worker_deaths,
+)
 from himo.data.dataset import REASONS
 from himo.errors import HimoError
 from himo.transforms import ImageError, Preprocess
@@ -254,6 +262,21 @@ def test_a_worker_that_hangs_or_dies_is_one_line(tmp_path: Path) -> None:
         _epoch(_data_set(tmp_path, tokenize=_tokenize_slowly), workers=1, timeout_s=0.5)
     with pytest.raises(HimoError, match=r"^loading stopped: DataLoader worker .* exited unexpec"):
         _epoch(_data_set(tmp_path, tokenize=_tokenize_and_die), workers=1)
+
+
+def test_a_worker_killed_during_a_step_is_one_line(tmp_path: Path) -> None:
+    data = _data_set(tmp_path)
+    loader = make_loader(data, EpochSampler(COUNT, 4), workers=2)
+    expected = (
+        r"^loading stopped: DataLoader worker \(pid \d+\) is killed by signal: Killed; "
+        r"where memory ran out, fewer --workers need less$"
+    )
+    with pytest.raises(HimoError, match=expected), worker_deaths():
+        for _ in loader:
+            multiprocessing.active_children()[0].kill()
+            time.sleep(20)  # a step, which the death of the worker ends
+    with pytest.raises(RuntimeError, match="another"), worker_deaths():
+        raise RuntimeError("another")
 
 
 def test_a_damaged_index_is_one_line_from_a_worker_too(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_every_format_is_read_from_bytes_and_from_a_file(name, tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_png_of_every_mode_is_read(mode):
     image = open_image(encoded(Image.new(mode, (9, 5)), "PNG"))
-    assert (image.mode, image.size) == (mode, (9, 5))
+    assert (image.mode, image.size) == ("L" if mode == "I;16" else mode, (9, 5))
 
 
 # What is refused
@@ -174,7 +174,6 @@ def test_empty_file_is_truncated(tmp_path):
     assert reason_of(tmp_path / "empty.jpg") == reason_of(b"") == "truncated"
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # of Pillow, about TIFF
 @pytest.mark.parametrize("loads_truncated", [False, True])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_file_cut_in_half_is_refused(name, loads_truncated, monkeypatch):
@@ -218,8 +217,8 @@ def test_mutated_files_are_images_or_image_errors(generator):
     counts: dict[str, collections.Counter[str]] = {n: collections.Counter() for n in SAMPLES}
     slowest, started = 0.0, time.perf_counter()
     preprocess = Preprocess(16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about metadata
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         for index in range(MUTATIONS):
             name = list(SAMPLES)[index % len(SAMPLES)]
             data = mutated(SAMPLES[name], rng)
@@ -237,6 +236,34 @@ def test_mutated_files_are_images_or_image_errors(generator):
         assert set(counter) <= REASONS | {"read"} and len(counter) >= 3
     assert sum(counter.total() for counter in counts.values()) == MUTATIONS
     assert slowest < 2
+    assert not warned
+
+
+BROKEN_TIFFS = {
+    "pixels": lambda data: data[:8] + b"\xff" * 40 + data[48:],
+    "directory": lambda data: data[:-60],
+    "tags": lambda data: data.replace(struct.pack("<HHI", 282, 5, 1), b"\xff" * 8),
+    "samples": lambda data: data.replace(
+        struct.pack("<HHII", 277, 3, 1, 3), struct.pack("<HHII", 277, 3, 1, 9)
+    ),
+    "types": lambda data: data.replace(
+        struct.pack("<HHI", 256, 4, 1), struct.pack("<HHI", 256, 2, 9)
+    ),
+}
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"])
+@pytest.mark.parametrize("broken", BROKEN_TIFFS)
+def test_broken_tiff_says_nothing_but_its_error(broken, compression, capfd, recwarn):
+    # libtiff writes to the descriptor of stderr, and Pillow warns and logs.
+    data = encoded(open_image(SAMPLES["bmp"]).convert("RGB"), "TIFF", compression=compression)
+    data = BROKEN_TIFFS[broken](data)
+    try:
+        open_image(data)
+    except ImageError as error:
+        assert "\n" not in str(error)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
 
 
 # Bombs (promise G20)
@@ -246,9 +273,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(
-    width: int, height: int, more: bytes = b"", rows: int | None = None, bilevel: bool = False
-) -> bytes:
+def png(width: int, height: int, rows: int | None = None, bilevel: bool = False) -> bytes:
     """A black PNG, RGB or of one bit, complete unless `rows` are fewer than its height."""
     packer = zlib.compressobj(1)
     row = bytes(1 + (-(-width // 8) if bilevel else 3 * width))
@@ -257,15 +282,9 @@ def png(
     return (
         b"\x89PNG\r\n\x1a\n"
         + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, *kind, 0, 0, 0))
-        + more
         + png_chunk(b"IDAT", b"".join(parts) + packer.flush())
         + png_chunk(b"IEND", b"")
     )
-
-
-def text_chunks(count: int) -> bytes:
-    packed = zlib.compress(bytes([97]) * (2**20 - 100))  # just what Pillow accepts for each
-    return b"".join(png_chunk(b"zTXt", b"k%d\0\0" % i + packed) for i in range(count))
 
 
 def webp(side: int) -> bytes:
@@ -311,8 +330,6 @@ BOMBS: dict[str, typing.Callable[[], bytes]] = {
     "png 13000": lambda: png(13_000, 13_000, rows=200),
     "png 14000": lambda: png(14_000, 14_000, rows=200),
     "png 30000": lambda: png(30_000, 30_000, rows=100),
-    "png of text": lambda: png(8, 8, text_chunks(60)),
-    "png profile": lambda: png(8, 8, png_chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2**26), 1))),
     "webp 8000": lambda: webp(8000),
     "webp 13000": lambda: webp(13_000),
     "webp 16383": lambda: webp(16_383),
@@ -332,7 +349,6 @@ BOMBS: dict[str, typing.Callable[[], bytes]] = {
 
 def test_ordinary_files_made_like_the_bombs_are_read():
     assert open_image(png(300, 200)).size == (300, 200)
-    assert open_image(png(8, 8, text_chunks(2))).size == (8, 8)
     assert open_image(webp(300)).size == (300, 300)
     assert open_image(gif(1, 1)).size == (1, 1)
     assert open_image(tiff(60, 64)).size == (60, 60)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from himo.errors import HimoError
-from himo.transforms import MEAN, STD, ImageError, Preprocess, normalize, open_image
+from himo.transforms import MEAN, STD, ImageError, Preprocess, normalize
 
 # SHA-256 (first 16 digits) of the float32 bytes that torchvision 0.28.0 gives for
 # picture(mode, width, height), with torch 2.13.0 and Pillow 13.0.0:
@@ -36,9 +36,6 @@ RECORDED = {  # (mode, width, height, R)
     ("CMYK", 131, 97, 64): "87777b7618a4f293",
     ("YCbCr", 131, 97, 64): "5ee6f413f7df33ba",
     ("1", 131, 97, 64): "fc5bc5bccfb5bf24",
-    ("I;16", 131, 97, 64): "6f4872b07ec40a99",
-    ("I", 131, 97, 64): "a2116338fc2a24db",
-    ("F", 131, 97, 64): "a213412822e437e7",
 }
 
 
@@ -59,9 +56,6 @@ def picture(mode: str, width: int, height: int) -> Image.Image:
         return indexed
     if mode == "1":
         return Image.fromarray(pixels[..., 0] > 127)
-    if mode in ("I;16", "I", "F"):
-        values = pixels[..., 0].astype(np.uint16) * 3 // 2
-        return Image.fromarray(values.astype({"I;16": "<u2", "I": "<i4", "F": "<f4"}[mode]))
     bands = len(Image.new(mode, (1, 1)).getbands())
     return Image.frombytes(
         mode, (width, height), np.ascontiguousarray(pixels[..., :bands]).tobytes()
@@ -139,9 +133,8 @@ def test_exif_orientation_is_not_applied(mode):
     exif[0x0112] = 6  # turned by 90 degrees
     data = encoded(image, "PNG", exif=exif)
     preprocess = Preprocess(32, mode)
-    assert open_image(data).getexif()[0x0112] == 6
     assert preprocess.read(data).equal(preprocess.uint8(image))
-    turned = ImageOps.exif_transpose(open_image(data))
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert not preprocess.uint8(turned).equal(preprocess.uint8(image))
 
 
@@ -188,7 +181,7 @@ def test_fast_mode_decodes_fewer_pixels(monkeypatch):
     assert seen == [(1, 3, 200, 250), (1, 3, 400, 500)]
 
 
-@pytest.mark.parametrize("mode", ["LA", "P", "RGBA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["LA", "P", "RGBA", "CMYK", "1"])
 def test_fast_mode_takes_other_modes_the_exact_way(mode):
     image = picture(mode, 131, 97)
     assert Preprocess(64, "fast").uint8(image).equal(Preprocess(64).uint8(image))

@@ -1,0 +1,133 @@
+"""From a path or bytes to a decoded image of 8 bits a channel."""
+
+import errno
+import io
+import operator
+import os
+import re
+import struct
+from collections.abc import Callable
+from typing import BinaryIO
+
+from PIL import Image, ImageFile, JpegImagePlugin
+
+from himo.errors import HimoError
+from himo.files import open_regular
+from himo.images import jpeg, png, small_formats, tiff
+from himo.images.grey import eight_bits
+from himo.images.limits import MAX_PIXELS, ImageError, Reader, Reason
+from himo_kernels._borrowed import Borrowed
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview
+
+# The formats read, by how a file starts. Pillow's plug-ins are called one by one and not through
+# Image.open, whose limit on pixels belongs to the whole process and warns before it refuses.
+_FORMATS: tuple[tuple[re.Pattern[bytes], Callable[[Reader], Image.Image]], ...] = (
+    (re.compile(rb"\xff\xd8\xff"), jpeg.read),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), png.read),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), small_formats.read_webp),
+    (re.compile(rb"GIF8[79]a"), small_formats.read_gif),
+    (re.compile(rb"BM"), small_formats.read_bmp),
+    (re.compile(rb"II\*\0|MM\0\*"), tiff.read),
+    # Not P1 to P3: text, which Pillow decodes in Python, over a second for each megapixel.
+    (re.compile(rb"P[456]\s"), small_formats.read_ppm),
+)
+_FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP, TIFF or binary PPM"
+
+
+def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The first frame of an image file, decoded, in the mode of the file or `L` for deeper greys.
+
+    Reads JPEG, PNG, WebP, GIF, BMP, TIFF and binary PPM. What it may cost is checked before memory
+    is allocated; see `himo.images.limits`. Greys of more than 8 bits become 8; see
+    `himo.images.grey`. Metadata is passed over, and so the EXIF orientation is not applied, as in
+    CLIP's own preprocessing; Pillow applies that of TIFF. A truncated file is refused even where
+    Pillow has been told to load such files.
+
+    Args:
+        source: a path, which has to be a regular file, or the bytes of a file.
+        max_pixels: the most pixels (width times height) that are decoded; no side may exceed
+            65,535.
+
+    Raises:
+        ImageError: for every file that cannot be read; no other exception comes from its content.
+    """
+    return decode(source, max_pixels)[0]
+
+
+# Pillow has one for the process. What a user's own code loads of cut images stays theirs to say.
+_loads_truncated = Borrowed(
+    False,
+    lambda: ImageFile.LOAD_TRUNCATED_IMAGES,
+    lambda value: setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", value),
+    serves=operator.not_,
+)
+
+
+@_loads_truncated.lent()
+def decode(
+    source: Source, max_pixels: int = MAX_PIXELS, side: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As `open_image`, with the width and height in the header.
+
+    With `side`, a JPEG is shrunk by 2, 4 or 8 as long as its short side stays at or above it.
+    """
+    if not isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
+        raise HimoError(f"open_image: expected a path or bytes, got {type(source).__name__}")
+    try:
+        if not isinstance(source, str | os.PathLike):
+            return _decode(io.BytesIO(source), max_pixels, side)
+        with open_regular(source) as file:
+            return _decode(file, max_pixels, side)
+    except ImageError as error:
+        raise ImageError(f"{source_name(source)}: {error}", error.reason) from error
+    except HimoError as error:  # of open_regular, which names the path
+        cause = error.__cause__
+        number = cause.errno if isinstance(cause, OSError) else None
+        missing = isinstance(cause, ValueError) or number not in (None, errno.ENXIO)
+        raise ImageError(str(error), "missing" if missing else "not_a_file") from error
+    except Exception as error:  # the plug-ins raise what they come upon, from KeyError on
+        raise ImageError(
+            f"{source_name(source)}: {error or type(error).__name__}", _reason(error)
+        ) from error
+
+
+def source_name(source: Source) -> str:
+    """The path, or what the bytes are."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return f"image of {len(source):,} bytes"
+
+
+def _decode(
+    file: BinaryIO, max_pixels: int, side: int | None
+) -> tuple[Image.Image, tuple[int, int]]:
+    start = file.read(16)
+    if not start:
+        raise ImageError("empty file", "truncated")
+    read = next((read for magic, read in _FORMATS if magic.match(start)), None)
+    if read is None:
+        raise ImageError(f"not {_FORMAT_NAMES}: starts with {start!r}", "unknown_format")
+    image = read(Reader(file, max_pixels))
+    size = image.size
+    if side is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+        image.draft(None, (side, side))
+    image.load()
+    return eight_bits(image), size
+
+
+def _reason(error: Exception) -> Reason:
+    """The kind of what a plug-in of Pillow raised, as far as it can be told."""
+    text = str(error).lower()
+    if isinstance(
+        error, MemoryError | Image.DecompressionBombError | Image.DecompressionBombWarning
+    ):
+        return "too_large"
+    if "too large" in text or "too much memory" in text:
+        return "too_large"
+    short = (EOFError, IndexError, struct.error)
+    if isinstance(error, short) or isinstance(error.__cause__, short) or "truncated" in text:
+        return "truncated"
+    if isinstance(error, OSError) and error.errno is not None:
+        return "missing"  # a read that failed
+    return "corrupt"

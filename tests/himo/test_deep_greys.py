@@ -1,0 +1,170 @@
+"""Greys of more than 8 bits keep their picture, by one rule, or are refused."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from himo.images import eight_bits
+from himo.transforms import ImageError, Preprocess, open_image
+
+WIDTH = 64
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def ramp(white: float, type_: str) -> np.ndarray:
+    """Two rows of equal steps from 0 to white."""
+    return np.tile(np.linspace(0, white, WIDTH).astype(type_), (2, 1))
+
+
+def big_endian(values: np.ndarray, bits: int, kind: int = 1) -> bytes:
+    """A TIFF as other programs write it: big-endian, raw, its directory behind the pixels."""
+    height, width = values.shape
+    pixels = values.astype(values.dtype.newbyteorder(">")).tobytes()
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8)]
+    tags += [(277, 1), (278, height), (279, len(pixels)), (339, kind)]
+    entries = b"".join(
+        struct.pack(">HHIHH", tag, 3, 1, value, 0)
+        if tag in (258, 259, 262, 277, 339)
+        else struct.pack(">HHII", tag, 4, 1, value)
+        for tag, value in tags
+    )
+    directory = struct.pack(">H", len(tags)) + entries + bytes(4)
+    return struct.pack(">2sHI", b"MM", 42, 8 + len(pixels)) + pixels + directory
+
+
+def pgm(values: np.ndarray, white: int) -> bytes:
+    height, width = values.shape
+    return b"P5 %d %d %d\n" % (width, height, white) + values.astype(">u2").tobytes()
+
+
+# The whole range from black to white, whatever the format and the depth.
+FULL_RANGE = {
+    "png-16": encoded(Image.fromarray(ramp(65_535, "u2")), "PNG"),
+    "png-12-of-16": encoded(Image.fromarray(ramp(4095, "u2")), "PNG"),
+    "pgm-16": pgm(ramp(65_535, "u2"), 65_535),
+    "pgm-1000": pgm(ramp(1000, "u2"), 1000),
+    "tiff-16": encoded(Image.fromarray(ramp(65_535, "u2")), "TIFF"),
+    "tiff-16-lzw": encoded(Image.fromarray(ramp(65_535, "u2")), "TIFF", compression="tiff_lzw"),
+    "tiff-16-big-endian": big_endian(ramp(65_535, "u2"), 16),
+    "tiff-signed-16": big_endian(ramp(16_383, "i2"), 16, 2),
+    "tiff-negative-16": big_endian(ramp(60_000, "i4").__sub__(30_000).astype("i2"), 16, 2),
+    "tiff-32": encoded(Image.fromarray(ramp(65_535, "i4")), "TIFF"),
+    "tiff-32-large": encoded(Image.fromarray(ramp(2_000_000_000, "i4")), "TIFF"),
+    "tiff-float": encoded(Image.fromarray(ramp(1, "f4")), "TIFF"),
+    "tiff-float-255": encoded(Image.fromarray(ramp(255, "f4")), "TIFF"),
+    "tiff-float-deflate": encoded(
+        Image.fromarray(ramp(1, "f4")), "TIFF", compression="tiff_adobe_deflate"
+    ),
+    "tiff-float-big-endian": big_endian(ramp(1, "f4"), 32, 3),
+    "tiff-float-negative": encoded(Image.fromarray(ramp(2, "f4") - 1), "TIFF"),
+    "tiff-float-huge": encoded(Image.fromarray(ramp(3e38, "f4")), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", FULL_RANGE)
+def test_ramp_of_a_deep_grey_is_a_ramp_of_8_bits(name: str) -> None:
+    image = open_image(FULL_RANGE[name])
+    assert image.mode == "L"
+    levels = np.asarray(image).astype(int)
+    expected = np.tile(np.linspace(0, 255, WIDTH), (2, 1))
+    assert np.abs(levels - expected).max() <= 1
+    assert levels[0, 0] == 0 and levels[0, -1] == 255
+    for mode in ("exact", "fast"):
+        pixels = Preprocess(2, mode).read(FULL_RANGE[name])
+        assert pixels.shape == (3, 2, 2)
+        grey = Preprocess(2, mode).uint8(Image.fromarray(levels.astype(np.uint8)))
+        assert pixels.equal(grey)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 255, 128]], "u2"), [0, 255, 128]),  # 8 bits that are kept in 16
+        (np.array([[0, 1023, 256]], "u2"), [0, 255, 64]),
+        (np.array([[0, 257, 65_535]], "u2"), [0, 1, 255]),
+        (np.array([[0, 65_536, 131_072]], "i4"), [0, 128, 255]),  # 127.5, half to even
+        (np.array([[-2, 0, 2]], "i4"), [0, 128, 255]),
+        (np.array([[0.0, 0.5, 1.0]], "f4"), [0, 128, 255]),
+        (np.array([[0.0, 1.5, 255.0]], "f4"), [0, 2, 255]),
+        (np.array([[np.nan, 1.0, 0.2]], "f4"), [0, 255, 51]),
+        (np.array([[-np.inf, 1.0, np.inf]], "f4"), [0, 255, 255]),
+        (np.array([[np.nan, -3.0, -1.0]], "f4"), [0, 0, 255]),
+    ],
+    ids=str,
+)
+def test_levels_worked_by_hand(values: np.ndarray, expected: list[int]) -> None:
+    image = Image.fromarray(values)
+    assert np.asarray(eight_bits(image)).tolist() == [expected]
+    assert Preprocess(1).uint8(image).flatten().tolist() == [expected[1]] * 3  # its middle
+
+
+@pytest.mark.parametrize("value", [0, 7, 40_000])
+def test_image_of_one_grey_stays_one(value: int) -> None:
+    pixels = Preprocess(4).uint8(Image.fromarray(np.full((6, 6), value, "u2")))
+    assert len(pixels.unique()) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[60_020, 60_100]], "u2"), "from 60020 to 60100 would become one grey of 256"),
+        (np.array([[0, 1e-4]], "f4"), "from 0 to 0.0001 would become one grey of 256"),
+        (np.full((1, 2), np.nan, "f4"), "no pixel is a finite number"),
+    ],
+    ids=["dim-16", "dim-float", "nan"],
+)
+def test_picture_that_would_become_one_grey_is_refused(values: np.ndarray, message: str) -> None:
+    data = encoded(Image.fromarray(values), "TIFF")
+    with pytest.raises(ImageError, match=message) as caught:
+        Preprocess(4).read(data)
+    assert caught.value.reason in ("unknown_format", "corrupt")
+    with pytest.raises(ImageError, match=message):
+        Preprocess(4)(Image.fromarray(values))
+
+
+def test_other_modes_are_returned_as_they_are() -> None:
+    for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"):
+        image = Image.new(mode, (3, 2))
+        assert eight_bits(image) is image
+
+
+def png(values: np.ndarray, colour: int) -> bytes:
+    """A PNG of 16 bits a channel, with values [rows, columns, channels]."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+CHANNELS = np.repeat(ramp(65_535, "u2")[..., None], 4, axis=2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(CHANNELS[..., :2], 4),
+        png(CHANNELS[..., :3], 2),
+        png(CHANNELS, 6),
+        b"P6 %d 2 65535\n" % WIDTH + CHANNELS[..., :3].astype(">u2").tobytes(),
+    ],
+    ids=["png-grey-alpha", "png-rgb", "png-rgba", "ppm"],
+)
+def test_channels_of_16_bits_keep_their_picture(data: bytes) -> None:
+    levels = np.asarray(open_image(data).convert("RGB")).astype(int)
+    assert np.abs(levels - np.linspace(0, 255, WIDTH)[None, :, None]).max() <= 1
