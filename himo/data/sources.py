@@ -10,10 +10,10 @@ from himo.data.folder import Folder
 from himo.data.index import DamagedIndex, SampleIndex, write_index
 from himo.data.jsonl import JsonLines
 from himo.data.paths import ImageRoot
-from himo.data.records import Source, regular_file
+from himo.data.records import Source, check_uncompressed, list_directory, regular_file
 from himo.data.sharegpt4v import ShareGPT4V
 from himo.data.table import Table
-from himo.data.webdataset import WebDataset
+from himo.data.webdataset import WebDataset, is_shard
 from himo.errors import HimoError
 from himo.files import open_regular
 
@@ -34,7 +34,6 @@ _SUFFIXES = {
     ".jsonl": "jsonl",
     ".jsonlines": "jsonl",
     ".ndjson": "jsonl",
-    ".tar": "webdataset",
 }
 
 
@@ -141,8 +140,9 @@ def _reader(path: str, dataset_type: str, given: dict[str, Any]) -> Source:
 def _detect(path: str) -> str:
     suffix = os.path.splitext(path)[1].lower()
     if os.path.isdir(path):
-        has_shards = any(name.endswith(".tar") for name in os.listdir(path))
-        return "webdataset" if has_shards else "folder"
+        return "webdataset" if any(map(is_shard, list_directory(path))) else "folder"
+    if is_shard(os.path.basename(path)):
+        return "webdataset"
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
     if suffix == ".json":
@@ -152,7 +152,9 @@ def _detect(path: str) -> str:
         return "jsonl" if start.startswith(b"{") else "sharegpt4v"
     if not os.path.exists(path):
         raise HimoError(f"{path}: no such file or folder")
-    known = ", ".join(sorted([*_SUFFIXES, ".json"]))
+    with open_regular(path) as file:
+        check_uncompressed(path, file.read(8))
+    known = ", ".join(sorted([*_SUFFIXES, ".json", ".tar"]))
     raise HimoError(
         f"{path}: cannot tell the format: expected a folder or one of {known}, or a dataset_type"
     )
