@@ -133,7 +133,7 @@ def _has_image(root: ImageRoot, record: Record, source: str, report: IndexReport
         place = f"{source}:{record.line}" if record.line else source
         report.add_bad(error.reason, f"{place}: {error}")
         return False
-    report.add_image(record.image, is_missing)
+    report.add_image(root.relative(record.image), is_missing)
     return not is_missing
 
 
