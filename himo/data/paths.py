@@ -67,6 +67,9 @@ class ImageRoot:
         self.follow_links = follow_links
         self._directories: dict[str, str | None] = {}
 
+    def __reduce__(self) -> tuple[type["ImageRoot"], tuple[str, bool]]:
+        return (ImageRoot, (self._spelled[0], self.follow_links))
+
     def relative(self, path: str) -> str:
         """`path` as seen from the root, which an absolute one has to lie below.
 

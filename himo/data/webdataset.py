@@ -4,6 +4,7 @@ Only the headers and the captions are read to make the index; an image is then o
 byte offset.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -78,7 +79,8 @@ class WebDataset(Source):
 
     def stamp(self) -> str:
         states = [(shard, regular_file(shard)) for shard in self._shards]
-        return repr([(shard, state.st_size, state.st_mtime_ns) for shard, state in states])
+        text = repr([(shard, state.st_size, state.st_mtime_ns) for shard, state in states])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def size(self) -> int:
         return sum(regular_file(shard).st_size for shard in self._shards)
