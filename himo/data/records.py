@@ -10,13 +10,13 @@ import json
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, ClassVar
 
 from himo.errors import HimoError
-from himo.tokenizer import MAX_CLEANED
+from himo.tokenizer import MAX_CLEANED, TextError, default_tokenizer
 
 # Longest record of a text file, in characters. ShareGPT4V's are about 1,100 and the longest known
 # conversations 50,000; a limit keeps a file without any line break from filling the memory.
@@ -208,6 +208,15 @@ def check_caption(text: Any, what: str = "caption") -> str:
         message = f"{what} has {len(caption):,} characters, the limit is {MAX_CAPTION:,}"
         raise RecordError("too_long", message)
     return caption
+
+
+def check_encodable(texts: Sequence[str]) -> None:
+    """RecordError if the tokenizer cannot read one of the texts: takes as long as to encode it."""
+    try:
+        for text in texts:
+            default_tokenizer().encode(text)
+    except TextError as error:
+        raise RecordError(error.reason, str(error)) from error
 
 
 def make_record(line: int, image: Any, caption: Any, caption_short: Any = None) -> Record:

@@ -162,12 +162,15 @@ class _Rows:
         try:
             row = _fields(line, self.separator, self._below(line, taken))
         except RecordError:
-            # Up to the first line with an image path, they are of the row that is lost.
+            # Of the row that is lost are the lines up to the first with an image path, and those
+            # after it that have one field, and so are no rows.
             texts = [line, *(below or "" for _, below in taken)]
             first = next((at for at, text in enumerate(texts) if self._is_row(text)), 0)
-            while first < len(taken) and self.separator not in texts[first + 1]:
-                first += 1
             self.source.put_back(taken[first:])
+            for at, below in self.source:
+                if below is None or self.separator in below:
+                    self.source.put_back([(at, below)])
+                    break
             raise
         if len(row) != self.width:
             last = number + len(taken)

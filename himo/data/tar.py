@@ -71,12 +71,12 @@ def members(shard: str, descriptor: int) -> Iterator[Member]:
                 size = size if kept.size is None else kept.size
         except ValueError as error:
             raise HimoError(f"{shard}: damaged at byte {position:,}: {error}") from error
-        if start + size > total:
+        position = start + -(-size // _BLOCK) * _BLOCK
+        if position > total:
             raise HimoError(f"{shard}: ends in the middle of a file: is it complete?")
         if kept is not None and kind != b"5":
             name = name if kept.name is None else kept.name
             yield Member(name, start, size, kind in b"0\x007", archive)
-        position = start + -(-size // _BLOCK) * _BLOCK
 
 
 def _after_zeros(descriptor: int, position: int, total: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from himo.data import SampleIndex
+from himo.data.records import RecordError, check_encodable
 from himo.errors import HimoError
 from himo.evaluate.encode import Coverage
 from himo.evaluate.metrics import recall, retrieval_ranks
@@ -76,8 +77,13 @@ def group_by_image(
     captions = []
     for row in range(len(index)):
         record = index[row]
-        rows.setdefault((record.shard, record.offset, record.image), []).append(row)
         captions.append(" ".join(record.caption.split()))
+        try:
+            check_encodable(captions[-1:])
+        except RecordError as error:
+            coverage.leave_out(error.reason, f"{index.describe(row)}: {error}")
+            continue
+        rows.setdefault((record.shard, record.offset, record.image), []).append(row)
     chosen: list[list[int]] = []
     for caption_rows in rows.values():
         wanted = captions_per_image or len(caption_rows)

@@ -1,7 +1,10 @@
 """Every format on disk: what is read of it, and where a bad record is said to stand."""
 
+import csv
+import io
 import json
 import os
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,8 @@ from captioned_files import (
     write_sharegpt4v,
     write_tar,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from himo.data import open_dataset
 from himo.data.folder import Folder
@@ -394,6 +399,33 @@ def test_a_bad_row_is_counted_and_said_where(tmp_path: Path) -> None:
     places = [record.message.split(": ")[0] for record in bad]
     assert places == [f"{path}:{line}" for line in (2, 3, 4, 5, 6, 8)]
     assert bad[0].message == f"{path}:2: 3 fields, the header has 2: 'a.jpg'"
+
+
+FIELD = st.text(st.sampled_from("ab\",;\t\n\r é'."), max_size=12)
+
+
+@given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6), st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_well_formed_table_is_read_as_by_python(
+    rows: list[tuple[str, str]], data: st.DataObject
+) -> None:
+    separator = data.draw(st.sampled_from("\t,;"))
+    text = io.StringIO()
+    quoting = data.draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+    end = data.draw(st.sampled_from(["\n", "\r\n"]))
+    writer = csv.writer(text, delimiter=separator, quoting=quoting, lineterminator=end)
+    writer.writerows([("notes", "filepath", "title"), *((x, "a.jpg", f"c{y}.") for x, y in rows)])
+    expected = list(csv.reader(io.StringIO(text.getvalue(), newline=""), delimiter=separator))
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        path.write_text(text.getvalue(), encoding="utf-8", newline="")
+        good, bad = read(Table(path, separator))
+
+    assert bad == []
+    assert [(record.image, record.caption) for record in good] == [
+        (image, caption.replace("\n", " ").strip()) for _, image, caption in expected[1:]
+    ]
 
 
 BAD_HEADERS = {

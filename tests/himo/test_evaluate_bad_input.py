@@ -1,6 +1,7 @@
 """What `himo eval` says of what it cannot use: it leaves nothing out in silence."""
 
 import re
+import time
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from himo.checkpoint import load
 from himo.errors import HimoError
 from himo.evaluate import Encoder, evaluate_captions, open_for_evaluation
 from himo.evaluate.encode import Coverage
-from himo.evaluate.metrics import split_sentences
+from himo.evaluate.metrics import (
+    MAX_SEGMENTS,
+    caption_segments,
+    segment_boundaries,
+    split_sentences,
+)
 from himo.evaluate.retrieval import retrieval
 from himo.tokenizer import tokenize
 
@@ -246,6 +252,32 @@ def test_texts_beyond_the_context_are_counted(evaluate, captions):
     # 10 sentences of 6 tokens, then 26 of 7 with a second digit, fit between start and end.
     assert result["protocol"]["texts_cut"] == 60 - 36
     assert "24 texts were longer than the context and cut" in out
+
+
+@pytest.mark.parametrize("unit", ["a. ", "é. ", "&amp;amp; b. "])
+def test_a_caption_of_thousands_of_sentences_takes_bounded_time(evaluate, captions, unit):
+    caption = (unit * 2730)[:8190].strip()
+    captions.write_text(captions.read_text() + f"0.png\t{caption}\n")
+    start = time.process_time()
+    status, result, out, err = evaluate("--data", captions)
+    assert (status, err) == (0, "")
+    assert time.process_time() - start < 20
+    assert result["protocol"]["captions_segmented"] == 1
+    assert "1 captions of over 120 sentences: in as many segments" in out
+    assert max(result["histogram"]["K"]) == 120
+
+
+def test_segments_of_many_sentences_leave_himo_at_2_and_3_as_they_are():
+    sentences = [f"Sentence {number}." for number in range(1000)]
+    segments = caption_segments(" ".join(sentences))
+    assert len(segments) == MAX_SEGMENTS and " ".join(segments) == " ".join(sentences)
+    assert caption_segments(" ".join(sentences[:120])) == sentences[:120]
+    for parts in (2, 3):
+        ends = segment_boundaries(len(segments), parts)
+        exact = segment_boundaries(len(sentences), parts)
+        assert [" ".join(segments[:end]) for end in ends] == [
+            " ".join(sentences[:end]) for end in exact
+        ]
 
 
 def test_retrieval_wants_one_image_for_each_text():
