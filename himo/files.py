@@ -44,8 +44,11 @@ def atomic_path(
     try:
         target = Path(os.path.realpath(path) if follow_links else os.path.abspath(path))
         temporary = hidden_path(target.parent)
-        is_kept = follow_links and target.exists()
-        mode = stat.S_IMODE(_regular(target).st_mode) if is_kept else None
+        mode = None
+        if follow_links and target.exists():
+            mode = stat.S_IMODE(_regular(target).st_mode)
+        elif target.is_dir() and not target.is_symlink():
+            raise OSError("is a directory")
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise HimoError(f"{path}: cannot be written: {_reason(error)}") from error

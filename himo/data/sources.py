@@ -167,7 +167,7 @@ def _cache_directory(path: str, given: str | os.PathLike[str] | None) -> str:
     directory = os.fspath(given) if given is not None else os.path.join(home, "himo")
     try:
         os.makedirs(directory, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    except (OSError, ValueError, RecursionError) as error:  # a NUL in the path, or a deep one
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         message = f"cache directory {directory}: cannot be made: {reason.lower()}"
         raise HimoError(message) from error

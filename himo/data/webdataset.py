@@ -220,20 +220,22 @@ def is_shard(name: str) -> bool:
 
 def _expand(path: str) -> list[str]:
     """The shards that `path` names; HimoError if there are none or one is not there."""
-    match = _RANGE.search(path)
-    if match is None and os.path.isdir(path):
+    if _RANGE.search(path) is None and os.path.isdir(path):
         names = sorted(filter(is_shard, list_directory(path)))
         if not names:
             raise HimoError(f"{path}: expected a directory with .tar shards, found none")
         return [os.path.join(path, name) for name in names]
+    ranges = list(_RANGE.finditer(path))
+    count = 1
+    for given in ranges:  # before any is made
+        count *= max(0, int(given[2]) - int(given[1]) + 1)
+        if not 0 < count <= _MAX_SHARDS:
+            raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {given[0]}")
     paths = [path]
-    while match is not None:
-        first, last, width = int(match[1]), int(match[2]), len(match[1])
-        if not 0 <= last - first < _MAX_SHARDS // len(paths):
-            raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {match[0]}")
-        start, end = match.span()
-        paths = [f"{x[:start]}{i:0{width}}{x[end:]}" for x in paths for i in range(first, last + 1)]
-        match = _RANGE.search(paths[0])
+    for given in ranges:
+        numbers = range(int(given[1]), int(given[2]) + 1)
+        names = [f"{number:0{len(given[1])}}" for number in numbers]
+        paths = [_RANGE.sub(name, x, count=1) for x in paths for name in names]
     missing = [shard for shard in paths if not os.path.exists(shard)]
     if missing:
         raise HimoError(f"{path}: {len(missing)} of {len(paths)} shards missing: {missing[0]}")

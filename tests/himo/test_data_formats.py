@@ -401,11 +401,11 @@ def test_a_bad_row_is_counted_and_said_where(tmp_path: Path) -> None:
     assert bad[0].message == f"{path}:2: 3 fields, the header has 2: 'a.jpg'"
 
 
-FIELD = st.text(st.sampled_from("ab\",;\t\n\r é'."), max_size=12)
+FIELD = st.text(st.sampled_from("ab\",;\t\n é'."), max_size=12)
 
 
 @given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_well_formed_table_is_read_as_by_python(
     rows: list[tuple[str, str]], data: st.DataObject
 ) -> None:
