@@ -3,7 +3,7 @@
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from himo.data.folder import IMAGE_SUFFIXES
@@ -159,18 +159,14 @@ class _Rows:
                 rows of their own are then put back.
         """
         taken: list[tuple[int, str | None]] = []
+        known = self._shapes
+        before_quotes = line.partition('"')[0].split(self.separator)
+        if len(before_quotes) > self.image + 1:
+            known = known | {_shape(before_quotes[self.image])}
         try:
-            row = _fields(line, self.separator, self._below(line, taken))
+            row = _fields(line, self.separator, self._below(line, known, taken))
         except RecordError:
-            # Of the row that is lost are the lines up to the first with an image path, and those
-            # after it that have one field, and so are no rows.
-            texts = [line, *(below or "" for _, below in taken)]
-            first = next((at for at, text in enumerate(texts) if self._is_row(text)), 0)
-            self.source.put_back(taken[first:])
-            for at, below in self.source:
-                if below is None or self.separator in below:
-                    self.source.put_back([(at, below)])
-                    break
+            self._put_back(line, known, taken)
             raise
         if len(row) != self.width:
             last = number + len(taken)
@@ -179,25 +175,44 @@ class _Rows:
             raise RecordError("fields", message)
         return row
 
-    def _below(self, line: str, taken: list[tuple[int, str | None]]) -> Iterator[str]:
+    def _below(
+        self, line: str, known: Set[str], taken: list[tuple[int, str | None]]
+    ) -> Iterator[str]:
         """The lines after `line` that may be of the same row; `taken` gets these and the next."""
-        rows, size = int(self._is_row(line)), len(line)
+        rows, size = int(self._is_row(line, known)), len(line)
         for number, below in self.source:
             taken.append((number, below))
             if below is None or len(taken) > _MAX_LINES or (size := size + len(below)) > MAX_RECORD:
                 return
-            rows += self._is_row(below)
+            rows += self._is_row(below, known)
             if rows > 1:
                 return
             yield below
 
-    def _is_row(self, line: str) -> bool:
-        """Whether a line, read without regard to quotes, has the path of an image in its place."""
+    def _put_back(self, line: str, known: Set[str], taken: list[tuple[int, str | None]]) -> None:
+        """Puts back the lines that are not of the row that is lost.
+
+        Of it are those up to the first with an image path, and those after it that can begin no
+        row: they have one field, and no quote at their start.
+        """
+        texts = [line, *(below or "" for _, below in taken)]
+        first = next((at for at, text in enumerate(texts) if self._is_row(text, known)), 0)
+        self.source.put_back(taken[first:])
+        for at, below in self.source:
+            if below is None or self.separator in below or below.startswith('"'):
+                self.source.put_back([(at, below)])
+                break
+
+    def _is_row(self, line: str, known: Set[str]) -> bool:
+        """Whether a line, read without regard to quotes, has the path of an image in its place.
+
+        known: what such paths look like.
+        """
         fields = line.split(self.separator)
         # Counted from the end too, for captions with a separator in them.
         places = {self.image, self.image - self.width + len(fields)}
         return len(fields) > 1 and any(
-            _shape(fields[place].strip('" \r\n')) in self._shapes
+            _shape(fields[place].strip('" \r\n')) in known
             for place in places
             if 0 <= place < len(fields)
         )
