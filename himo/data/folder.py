@@ -81,7 +81,7 @@ class Folder(Source):
         for image, text in self._scan():
             try:
                 status = os.stat(os.path.join(self.path, text or image), follow_symlinks=False)
-            except FileNotFoundError:  # since the folder was listed: `read` counts it
+            except OSError:  # it is gone since the folder was listed: `read` counts it
                 continue
             line = f"{image}\0{text}\0{status.st_size}\0{status.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))

@@ -45,7 +45,7 @@ def data_set(settings: TrainConfig, config: CLIPConfig, field: str) -> Iterator[
                 max_bad_fraction=1.0,
                 cache_dir=folder,
             )
-        except (HimoError, OSError) as error:  # OSError: a folder that may not be listed
+        except (HimoError, OSError) as error:  # OSError: a disk that fails
             yield Check(f"{prefix}data", "problem", f"--{field.replace('_', '-')}: {error}")
             return
         advice = _too_few(settings, len(index)) if field == "train_data" else None

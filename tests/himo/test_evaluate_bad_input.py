@@ -19,7 +19,7 @@ from himo.evaluate.metrics import (
     split_sentences,
 )
 from himo.evaluate.retrieval import retrieval
-from himo.tokenizer import tokenize
+from himo.tokenizer import TextError, Tokenizer, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +265,32 @@ def test_a_caption_of_thousands_of_sentences_takes_bounded_time(evaluate, captio
     assert result["protocol"]["captions_segmented"] == 1
     assert "1 captions of over 120 sentences: in as many segments" in out
     assert max(result["histogram"]["K"]) == 120
+
+
+def test_a_number_that_python_does_not_convert_is_a_caption_like_any_other(evaluate, captions):
+    captions.write_text(captions.read_text() + f"0.png\t&#{'9' * 4301}\n")
+    status, result, _, err = evaluate("--data", captions)
+    assert (status, err) == (0, "")
+    assert result["coverage"]["used"] == IMAGES + 1 and result["coverage"]["left_out"] == {}
+
+
+def test_a_caption_that_cannot_be_read_is_left_out_and_counted(evaluate, captions, monkeypatch):
+    encode = Tokenizer.encode
+
+    def refuses(self, text):
+        if "red" in text:
+            raise TextError("text cannot be read")
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", refuses)
+    status, _, _, err = evaluate("--data", captions)
+    assert status == 2 and "captions.csv:" in err and "text cannot be read; --allow" in err
+    status, result, _, err = evaluate("--data", captions, "--allow-missing")
+    assert (status, err) == (0, "")
+    coverage = result["coverage"]
+    red = captions.read_text().count("red")
+    assert 0 < coverage["left_out"]["text"] <= red
+    assert coverage["used"] + coverage["left_out"]["text"] == IMAGES
 
 
 def test_segments_of_many_sentences_leave_himo_at_2_and_3_as_they_are():
