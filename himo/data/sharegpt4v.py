@@ -170,22 +170,27 @@ class _Text:
         It ends by its brackets and quotes. A stray quote puts these out of step, and they would
         take good records along: it ends before the next object that begins with the same key.
         """
-        end = self._closing_bracket()
         opening = _FIRST_KEY.match(self.window, self.position)
         if opening is None:
-            return end
+            return self._closing_bracket(len(self.window))
         following = re.compile(rf",\s*{{\s*{re.escape(opening[1])}\s*:")
-        limit = end if end >= 0 else len(self.window)
-        match = following.search(self.window, opening.end(), limit)
-        return match.start() if match else end
+        reach = 1 << 10  # grows, so that the search takes as long as the nearer of the two is far
+        while True:
+            limit = min(opening.end() + reach, len(self.window))
+            end = self._closing_bracket(limit)
+            match = following.search(self.window, opening.end(), end if end >= 0 else limit)
+            if match or end >= 0 or limit == len(self.window):
+                return match.start() if match else end
+            reach *= 4
 
-    def _closing_bracket(self) -> int:
+    def _closing_bracket(self, limit: int) -> int:
+        """Where the brackets and quotes of the element are in order; -1 if not before `limit`."""
         first = self.peek(1)
         if first not in {"{", "[", '"'}:
-            match = _SCALAR_END.search(self.window, self.position)
+            match = _SCALAR_END.search(self.window, self.position, limit)
             return match.start() if match and match.start() > self.position else -1
         depth = 0
-        for match in _STRING_OR_BRACKET.finditer(self.window, self.position):
+        for match in _STRING_OR_BRACKET.finditer(self.window, self.position, limit):
             token = match[0]
             if token in {"{", "["}:
                 depth += 1

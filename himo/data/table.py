@@ -28,8 +28,10 @@ from himo.files import open_regular
 _SEPARATORS = ("\t", ",", ";")
 _QUOTED = re.compile(r'([^"]*+(?:""[^"]*+)*+)("?)')  # up to the quote that closes it, if there
 _DIGITS = re.compile(r"\d+")
-# Lines over which one row goes on at most: each is read again where the quote was a stray one.
+# Lines over which one row goes on at most: each is read again where the quote was a stray one. In
+# a file of stray quotes that look like no row, rows go on no more after so many lines read again.
 _MAX_LINES = 500
+_MAX_AGAIN, _MAX_AGAIN_SHARE = 10_000, 10  # and ten times the lines of the file up to there
 _MAX_SHAPES = 1000  # of image paths
 
 
@@ -106,7 +108,7 @@ class Table(Source):
         for separator in [self.separator] if self.separator else _SEPARATORS:
             header: list[str] = []
             try:
-                header = _fields(line, separator, iter(()))
+                header = _fields(line, separator, 1, iter(()))
                 pick(header, self.image_key, IMAGE_KEYS, "column")
                 pick(header, self.caption_key, CAPTION_KEYS, "column")
             except RecordError as error:
@@ -145,6 +147,7 @@ class _Rows:
     def __init__(self, source: _Lines, separator: str, width: int, image: int) -> None:
         self.source, self.separator, self.width, self.image = source, separator, width, image
         self._shapes = set(IMAGE_SUFFIXES)
+        self._again = 0  # lines put back so far
 
     def learn(self, image: str) -> None:
         """Takes up the path of a good record as an example of what such a path looks like."""
@@ -164,7 +167,7 @@ class _Rows:
         if len(before_quotes) > self.image + 1:
             known = known | {_shape(before_quotes[self.image])}
         try:
-            row = _fields(line, self.separator, self._below(line, known, taken))
+            row = _fields(line, self.separator, self.width, self._below(line, known, taken))
         except RecordError:
             self._put_back(line, known, taken)
             raise
@@ -182,6 +185,8 @@ class _Rows:
         rows, size = int(self._is_row(line, known)), len(line)
         for number, below in self.source:
             taken.append((number, below))
+            if self._again > _MAX_AGAIN + _MAX_AGAIN_SHARE * number:
+                return
             if below is None or len(taken) > _MAX_LINES or (size := size + len(below)) > MAX_RECORD:
                 return
             rows += self._is_row(below, known)
@@ -198,6 +203,7 @@ class _Rows:
         texts = [line, *(below or "" for _, below in taken)]
         first = next((at for at, text in enumerate(texts) if self._is_row(text, known)), 0)
         self.source.put_back(taken[first:])
+        self._again += len(taken)
         for at, below in self.source:
             if below is None or self.separator in below or below.startswith('"'):
                 self.source.put_back([(at, below)])
@@ -223,12 +229,13 @@ def _shape(path: str) -> str:
     return os.path.splitext(path)[1].lower() or _DIGITS.sub("0", path)
 
 
-def _fields(line: str, separator: str, below: Iterator[str]) -> list[str]:
+def _fields(line: str, separator: str, width: int, below: Iterator[str]) -> list[str]:
     """The fields of a row, as Python's csv reads them in its strict mode.
 
     Args:
         line: its first line.
         separator: of fields.
+        width: a field beyond so many is not read on below.
         below: the lines on which a quoted field may go on.
 
     Raises:
@@ -242,7 +249,7 @@ def _fields(line: str, separator: str, below: Iterator[str]) -> list[str]:
             match = _QUOTED.match(line, position + 1)
             while match is not None and not match[2]:
                 parts.append(match[1])
-                line = next(below, "")
+                line = next(below, "") if len(fields) < width else ""
                 if not line:
                     raise RecordError("syntax", f"a quote is not closed: {quote(''.join(parts))}")
                 match = _QUOTED.match(line)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from himo.data.records import check_uncompressed, decode, quote
+from himo.data.records import RecordError, check_uncompressed, decode, quote
 from himo.errors import HimoError
 
 _OCTAL = re.compile(rb"[0-7]{1,8}")
@@ -44,14 +44,18 @@ def members(shard: str, descriptor: int) -> Iterator[Member]:
     Raises:
         HimoError: the archive is compressed, a header is damaged or the file ends early. How much
             is lost then is not known, so that it cannot be counted against a limit.
+        RecordError: after the last member, if no mark of the end follows: a writer that was
+            stopped, or a copy that was cut off between two members, leaves such a file.
     """
     check_uncompressed(shard, os.pread(descriptor, 8, 0))
     total = os.fstat(descriptor).st_size
     position = archive = 0
     extended = _Extended()
+    has_ended = False
     while position < total:
         header = os.pread(descriptor, _BLOCK, position)
-        if not header.strip(b"\0"):  # the end of the archive; another may follow
+        has_ended = not header.strip(b"\0")
+        if has_ended:  # another archive may follow
             position, archive = _after_zeros(descriptor, position, total), archive + 1
             continue
         start = position + _BLOCK
@@ -77,6 +81,8 @@ def members(shard: str, descriptor: int) -> Iterator[Member]:
         if kept is not None and kind != b"5":
             name = name if kept.name is None else kept.name
             yield Member(name, start, size, kind in b"0\x007", archive)
+    if not has_ended:
+        raise RecordError("cut_off", "ends without the mark of its end: is it complete?")
 
 
 def _after_zeros(descriptor: int, position: int, total: int) -> int:

@@ -91,20 +91,23 @@ class WebDataset(Source):
         for number, shard in enumerate(self._shards):
             with open_regular(shard) as file:
                 sample = _Sample(number, file.fileno())
-                for member in members(shard, file.fileno()):
-                    match = _NAME.fullmatch(member.name)
-                    if match is None or _META.match(member.name):
-                        self.ignored["other files"] += 1
-                        continue
-                    place, suffix = (member.archive, match[1]), match[2].lower()
-                    if sample.place != place or suffix in sample.files:
-                        yield from self._records(sample)
-                        sample = _Sample(number, file.fileno(), place)
-                        progress(done + member.offset)
-                    if _kind(suffix) is None:
-                        sample.others += 1
-                    else:
-                        sample.files[suffix] = member
+                try:
+                    for member in members(shard, file.fileno()):
+                        match = _NAME.fullmatch(member.name)
+                        if match is None or _META.match(member.name):
+                            self.ignored["other files"] += 1
+                            continue
+                        place, suffix = (member.archive, match[1]), match[2].lower()
+                        if sample.place != place or suffix in sample.files:
+                            yield from self._records(sample)
+                            sample = _Sample(number, file.fileno(), place)
+                            progress(done + member.offset)
+                        if _kind(suffix) is None:
+                            sample.others += 1
+                        else:
+                            sample.files[suffix] = member
+                except RecordError as error:
+                    yield error.at(shard)
                 yield from self._records(sample)
                 done += os.fstat(file.fileno()).st_size
 

@@ -301,6 +301,10 @@ _shard(
     {},
 )
 _shard("zeros in between", _tar(_pairs("a")) + bytes(3 << 20) + _tar(_pairs("b")), ["a", "b"], {})
+_shard("cut off between members", _without_end(_tar(_pairs("a", "b"))), ["a", "b"], {"cut_off": 1})
+_shard(
+    "cut off in a sample", _tar(_pairs("a", "b"))[:4096], ["a"], {"cut_off": 1, "missing_key": 1}
+)
 _shard("one key twice", _tar([*_pairs("a"), *_pairs("a")]), ["a", "a"], {})
 _shard(
     "files of macOS and of no sample",
