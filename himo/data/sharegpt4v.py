@@ -29,6 +29,7 @@ _CHUNK = 1 << 18  # bytes read at a time
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's, which are fewer than those of Unicode
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
 _FIRST_KEY = re.compile(r'{\s*("[^"\\\n]{0,100}")\s*:')
+_NEXT_OBJECT = re.compile(rf",\s*{_FIRST_KEY.pattern}")
 _SCALAR_END = re.compile(r"[,\]\s]")
 
 
@@ -173,14 +174,16 @@ class _Text:
         opening = _FIRST_KEY.match(self.window, self.position)
         if opening is None:
             return self._closing_bracket(len(self.window))
-        following = re.compile(rf",\s*{{\s*{re.escape(opening[1])}\s*:")
+        start = opening.end()
         reach = 1 << 10  # grows, so that the search takes as long as the nearer of the two is far
         while True:
-            limit = min(opening.end() + reach, len(self.window))
+            limit = min(start + reach, len(self.window))
             end = self._closing_bracket(limit)
-            match = following.search(self.window, opening.end(), end if end >= 0 else limit)
-            if match or end >= 0 or limit == len(self.window):
-                return match.start() if match else end
+            for match in _NEXT_OBJECT.finditer(self.window, start, end if end >= 0 else limit):
+                if match[1] == opening[1]:
+                    return match.start()
+            if end >= 0 or limit == len(self.window):
+                return end
             reach *= 4
 
     def _closing_bracket(self, limit: int) -> int:

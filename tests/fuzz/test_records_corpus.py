@@ -158,7 +158,16 @@ _rows(
     "an open quote over the whole file", 'filepath,title\na.jpg,"' + "x\n" * 3000, [], {"syntax": 1}
 )
 _rows(
-    "rows that open and close quotes", "filepath,title\n" + 'x"\t,"a\n' * 3000, [], {"syntax": 3000}
+    "rows that open and close quotes",
+    "filepath,title\n" + 'x","a\n' * 9000,
+    [],
+    {"syntax": 9000},
+)
+_rows(
+    "rows that open and close quotes, of 2,000 columns",
+    "filepath,title" + ",c" * 1998 + "\n" + 'x","a\n' * 3000,
+    [],
+    {"syntax": 3000},
 )
 
 
@@ -212,6 +221,18 @@ _json(
     + "]",
     [f"c{n}" for n in range(9) if n not in (2, 5)],
     {"syntax": 2},
+)
+_json(
+    "stray quotes in many records",
+    "[" + ", ".join([_record('say "x')] * 5000 + [_record("a")]) + "]",
+    ["a"],
+    {"syntax": 5000},
+)
+_json(
+    "bad records with a key of their own",
+    "[" + ", ".join([f'{{"k{n}": x}}' for n in range(5000)] + [_record("a")]) + "]",
+    ["a"],
+    {"syntax": 5000},
 )
 _json(
     "no line break between files", _record("a") + "\ufeff" + _record("b"), ["a", "b"], {}, "jsonl"
