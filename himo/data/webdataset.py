@@ -46,11 +46,11 @@ _MAX_SHARDS = 1_000_000
 class WebDataset(Source):
     """Tar shards with samples whose files share the name up to its first dot and follow each other.
 
-    In a sample, `a.jpg` goes with `a.txt` or `a.json`, and `a.v2.jpg` with `a.v2.txt`. A sample
-    with one image and one caption alone is read whatever stands before their last dots. Of several
-    images in one format each, the first of jpg, png, jpeg and webp is taken, as open_clip does.
-    Other files of a sample are counted in `ignored`. A file that comes twice begins a new sample,
-    and so does the next of several archives that were joined.
+    In a sample, `a.jpg` goes with `a.txt` or `a.json`, or else with the only other caption, such as
+    `a.cap.txt`; and `a.v2.jpg` goes with `a.v2.txt`. Where an image is there in several formats, the
+    first of jpg, png, jpeg and webp is taken, as open_clip does. Other files of a sample are
+    counted in `ignored`. A file that comes twice begins a new sample, and so does the next of
+    several archives that were joined.
 
     Args:
         path: an uncompressed shard, a directory of `*.tar`, or a numbered pattern such as
@@ -127,8 +127,8 @@ class WebDataset(Source):
         parts = sample.parts()
         images = [part for part in parts.values() if part.images]
         captions = [part for part in parts.values() if part.captions]
-        if len(images) == len(captions) == 1:  # whatever stands before their last dots
-            parts = {"": _Part(images[0].images, captions[0].captions)}
+        if len(images) == len(captions) == 1 and images[0] is parts.get(""):
+            parts = {"": _Part(images[0].images, captions[0].captions)}  # as a.cap.txt of a.jpg
         for name, part in parts.items():
             if name and "" in parts and not (part.images and part.captions):
                 self.ignored["other files"] += len(part.images) + len(part.captions)

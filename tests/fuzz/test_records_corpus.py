@@ -308,6 +308,12 @@ _shard(
 )
 _shard("another name of the caption", _tar([("a.jpg", PICTURE), ("a.cap.txt", b"c")]), ["c"], {})
 _shard(
+    "a mask and no image",
+    _tar([("a.avif", b"x"), ("a.mask.png", PICTURE), ("a.txt", b"a"), *_pairs("b")]),
+    ["b"],
+    {"missing_key": 1},
+)
+_shard(
     "folders with dots",
     _tar(_pairs("v1.0/a", "v1.0/b", "v1.1/b")),
     ["v1.0/a", "v1.0/b", "v1.1/b"],

@@ -1,6 +1,7 @@
 """Every format on disk: what is read of it, and where a bad record is said to stand."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -562,3 +563,30 @@ def test_a_folder_of_shards_is_a_webdataset(tmp_path: Path) -> None:
 
     assert [record.caption for record in open_dataset(tmp_path)] == ["caption 0", "caption 1"]
     assert [r.shard for r in read(WebDataset(tmp_path / "{0..1}.tar"))[0]] == [0, 1]
+
+
+def test_dotted_names_in_a_shard_are_samples_of_their_own(tmp_path: Path) -> None:
+    stems = [f"{number:04}" if number < 12 else f"{number:04}.v2" for number in range(20)]
+    files = [
+        (f"{stem}.{suffix}", data)
+        for stem in stems
+        for suffix, data in (("png", image_bytes()), ("txt", stem.encode()), ("mask.png", b"x"))
+    ]
+    index = open_dataset(write_tar(tmp_path / "a.tar", files))
+    assert [record.caption for record in index] == stems
+    assert [record.image for record in index] == [f"{stem}.png" for stem in stems]
+    assert index.report.bad == {} and index.report.ignored == {"other files": 20}
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "folder"])
+def test_a_compressed_shard_is_named_as_such(name: str, tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "a", [("a.png", image_bytes()), ("a.txt", b"a")]).read_bytes()
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        (path / "0.tar").write_bytes(data)
+        (path / "1.tar.gz").write_bytes(gzip.compress(data))
+    else:
+        path.write_bytes(gzip.compress(data))
+    with pytest.raises(HimoError, match=r"(a|1)\.(tar|tgz|tar.gz): is compressed \(gzip\)"):
+        open_dataset(path)
