@@ -47,8 +47,8 @@ class WebDataset(Source):
     """Tar shards with samples whose files share the name up to its first dot and follow each other.
 
     In a sample, `a.jpg` goes with `a.txt` or `a.json`, or else with the only other caption, such as
-    `a.cap.txt`; and `a.v2.jpg` goes with `a.v2.txt`. Where an image is there in several formats, the
-    first of jpg, png, jpeg and webp is taken, as open_clip does. Other files of a sample are
+    `a.cap.txt`; and `a.v2.jpg` goes with `a.v2.txt`. Where an image is there in several formats,
+    the first of jpg, png, jpeg and webp is taken, as open_clip does. Other files of a sample are
     counted in `ignored`. A file that comes twice begins a new sample, and so does the next of
     several archives that were joined.
 
@@ -130,7 +130,7 @@ class WebDataset(Source):
         if len(images) == len(captions) == 1 and images[0] is parts.get(""):
             parts = {"": _Part(images[0].images, captions[0].captions)}  # as a.cap.txt of a.jpg
         for name, part in parts.items():
-            if name and "" in parts and not (part.images and part.captions):
+            if _is_beside_another(name, parts) and not (part.images and part.captions):
                 self.ignored["other files"] += len(part.images) + len(part.captions)
             else:
                 yield self._record(sample, part)
@@ -207,6 +207,12 @@ class _Sample:
             kind = part.images if _kind(suffix) == "image" else part.captions
             kind[last] = member
         return parts
+
+
+def _is_beside_another(name: str, parts: dict[str, _Part]) -> bool:
+    """Whether the files of a part only add to another: `a.mask.png` to `a.jpg`."""
+    words = name.split(".", 16) if name else []
+    return any(".".join(words[:end]) in parts for end in range(len(words)))
 
 
 def _kind(suffix: str) -> str | None:
