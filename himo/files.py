@@ -22,28 +22,36 @@ _TEMPORARY = re.compile(r"\.himo-[0-9a-f]{16}\.tmp")  # the names of hidden_path
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str], *, needed: int | None = None) -> Iterator[Path]:
+def atomic_path(
+    path: str | os.PathLike[str], *, needed: int | None = None, follow_links: bool = True
+) -> Iterator[Path]:
     """Yields the path of an empty temporary file that becomes `path` if the body succeeds.
 
     The temporary file lies in the directory of `path`, which has to exist. On success it is
     flushed to the disk and renamed, so that at every moment, a power cut included, `path` is
     what it was before or all of the new file. On failure it is removed and `path` is untouched.
     A process that is killed leaves at most a `.himo-*.tmp` file behind, for `remove_abandoned`.
-    The mode is that of the file replaced, or what the umask leaves of 0666; a symlink is followed,
-    not replaced.
+    The mode is that of the file replaced, or what the umask leaves of 0666.
 
     Args:
         path: the file to write.
         needed: bytes it will take, where known: for the message, and to refuse before writing
             what the free space cannot hold.
+        follow_links: writes the target of a symlink. Otherwise whatever is there but a directory
+            is replaced itself: for a file whose name the user did not give, in a directory where
+            anyone may have put a link of that name.
 
     Raises:
         HimoError: the directory is missing or not writable, `path` is not a regular file, or
             there is no space for it (disk, quota or file size limit).
     """
     try:
-        target = Path(os.path.realpath(path))
-        mode = stat.S_IMODE(_regular(target).st_mode) if target.exists() else None
+        target = Path(os.path.realpath(path) if follow_links else os.path.abspath(path))
+        mode = None
+        if follow_links and target.exists():
+            mode = stat.S_IMODE(_regular(target).st_mode)
+        elif target.is_dir() and not target.is_symlink():
+            raise OSError("is a directory")
         temporary, descriptor = _temporary_file(target.parent)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise HimoError(f"{path}: cannot be written: {_reason(error)}") from error
@@ -115,22 +123,29 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
     Raises:
         HimoError: the file is missing, not regular, or cannot be read.
     """
-    try:
-        # Looked at before it is opened, because opening a device may act on it; and O_NONBLOCK
-        # with a second look at what was opened, because it may change in between.
-        _regular(path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise HimoError(f"{path}: cannot be read: {_reason(error)}") from error
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise HimoError(f"{path}: cannot be read: not a regular file")
+    with open(regular_descriptor(path), "rb") as file:
         try:
             yield file
         except OSError as error:  # a failing disk, or a file of /proc that is regular in name
             if error.errno is None:  # not the system's: a decoder's word for what it read
                 raise
             raise HimoError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+def regular_descriptor(path: str | os.PathLike[str], *, follow_links: bool = True) -> int:
+    """A descriptor of a regular file for reading, as `open_regular` opens it."""
+    try:
+        # Looked at before it is opened, because opening a device may act on it; and O_NONBLOCK
+        # with a second look at what was opened, because it may change in between.
+        _regular(path, follow_links)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError("not a regular file")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise HimoError(f"{path}: cannot be read: {_reason(error)}") from error
+    return descriptor
 
 
 def hidden_path(directory: str | os.PathLike[str]) -> Path:
@@ -155,8 +170,8 @@ def _temporary_file(directory: Path) -> tuple[Path, int]:
         os.close(descriptor)  # taken for abandoned before it was locked
 
 
-def _regular(path: str | os.PathLike[str]) -> os.stat_result:
-    status = os.stat(path)
+def _regular(path: str | os.PathLike[str], follow_links: bool = True) -> os.stat_result:
+    status = os.stat(path, follow_symlinks=follow_links)
     if stat.S_ISDIR(status.st_mode):
         raise OSError("is a directory")
     if not stat.S_ISREG(status.st_mode):

@@ -45,12 +45,24 @@ _WHITE_SPACE = regex.compile(r"\s+")
 _CACHED_CHUNKS = 1 << 17
 _CACHED_CHUNK_LENGTH = 64  # characters; longer chunks hardly come twice
 
-# Characters of a text that are cleaned. ftfy undoes nested entities (&amp;amp;...) one level at a
-# time, each time over the whole text: 2.4 s for the worst text found of 8,192 characters, 80 s for
-# one of 50,000. It is 33 characters for each of 248 tokens; English has 4 to 5 in one.
+# Characters of a text that are cleaned: 33 for each of 248 tokens, where English has 4 to 5.
 MAX_CLEANED = 8192
 
+# ftfy undoes nested entities (&amp;amp;...) one level at a time, each time over the whole text:
+# 2.4 s for 8,192 characters of them. More levels than eight count as eight.
+_NESTED = regex.compile(r"&(?:(?:amp|AMP|#0*38|#[xX]0*26);){9,}")
+_DEEPEST = "&" + 8 * "amp;"
+# Python converts no decimal number of more than 4,300 digits. Beyond U+10FFFF all are U+FFFD.
+_NUMBER = regex.compile(r"&#0*([0-9]+)")
+_MAX_DIGITS = 8
+
 _truncation_reported = False
+
+
+class TextError(HimoError):
+    """A text that the tokenizer cannot read; `reason` is what it is counted as."""
+
+    reason = "text"
 
 
 def tokenize(
@@ -61,7 +73,8 @@ def tokenize(
     Equal to `clip.tokenize` of OpenAI's CLIP and of the HiMo-CLIP release, except that a long text
     is cut by default. As there, `<|startoftext|>` and `<|endoftext|>` inside a text become the
     special tokens, so an encoder reads such a text only to the first `<|endoftext|>`. Lone
-    surrogates count as U+FFFD. Of a text that needs cleaning (it is not ASCII, or holds `&` or a
+    surrogates count as U+FFFD, and an ampersand that is escaped more than eight times over counts
+    as escaped eight times. Of a text that needs cleaning (it is not ASCII, or holds `&` or a
     control character) no more than the first MAX_CLEANED characters are read.
 
     Args:
@@ -76,6 +89,7 @@ def tokenize(
     Raises:
         HimoError: `texts` holds something else than str, `context_length` is no integer of at
             least 2, or a text is too long, in tokens or to be cleaned, and `truncate` is False.
+        TextError: a text that a library refuses, which none is known to.
     """
     ids = default_tokenizer().encode_batch(texts, context_length, truncate)
     return torch.from_numpy(ids.astype(np.int32))
@@ -181,8 +195,17 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", "replace").rstrip(" ")
 
     def _encode(self, text: str) -> bytes:
-        """Token ids of a text as the bytes of an array of uint16."""
-        return b"".join(map(self._chunks.__getitem__, split_text(text)))
+        """Token ids of a text as the bytes of an array of uint16.
+
+        Raises:
+            TextError: a library refuses it. A text may come from anyone, and what html, ftfy and
+                regex raise is not stated: a program that meets it counts the text, and goes on.
+        """
+        try:
+            return b"".join(map(self._chunks.__getitem__, split_text(text)))
+        except Exception as error:
+            message = f"text {text[:60]!r} cannot be read: {str(error)[:80]}"
+            raise TextError(message) from error
 
 
 @functools.cache
@@ -208,8 +231,13 @@ def clean_text(text: str) -> str:
     """A text as CLIP sees it: repaired, without entities, with single spaces, in lower case."""
     import ftfy  # here, because it takes 0.1 s and few texts need it
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = _NESTED.sub(_DEEPEST, text)
+    text = _unescape(_unescape(ftfy.fix_text(text)))
     return _WHITE_SPACE.sub(" ", text.strip()).strip().lower()
+
+
+def _unescape(text: str) -> str:
+    return html.unescape(_NUMBER.sub(lambda match: f"&#{match[1][:_MAX_DIGITS]}", text))
 
 
 class _ChunkCache(dict[str, bytes]):

@@ -58,7 +58,8 @@ def train(settings: TrainConfig) -> bool:
 
     Raises:
         HimoError: bad data or settings, a damaged checkpoint or that of another run, a folder in
-            use, a loss that is not finite, a worker of the loader that died. Under torchrun the process ends instead, and says why.
+            use, a loss that is not finite, a worker of the loader that died. Under torchrun the
+            process ends instead, and says why.
     """
     with (
         parallel.join(settings.device, settings.rank_timeout) as ranks,

@@ -1,4 +1,4 @@
-"""Captioned images as tensors, and the account of the images that could not be read."""
+"""Captioned images as tensors, and the account of the samples that could not be read."""
 
 import hashlib
 import struct
@@ -11,13 +11,14 @@ from torch.utils.data import Dataset
 
 from himo.data.index import SampleIndex
 from himo.errors import HimoError
+from himo.tokenizer import TextError
 from himo.transforms import ImageError, Preprocess, Reason
 
 # What `Sample.reason` means; 0 is a good image.
-REASONS: tuple[str, ...] = ("good", *get_args(Reason))
-# Of independent draws from a data set with 1 % bad images, all fail once in 1e32.
+REASONS: tuple[str, ...] = ("good", *get_args(Reason), TextError.reason)
+# Of independent draws from a data set with 1 % bad samples, all fail once in 1e32.
 _ATTEMPTS = 16
-_KEPT = 5  # examples of bad images
+_KEPT = 5  # examples of bad samples
 
 
 class Sample(NamedTuple):
@@ -32,9 +33,10 @@ class Sample(NamedTuple):
 class CaptionedImages(Dataset[Sample]):
     """The samples of an index, decoded, preprocessed and tokenised.
 
-    A bad image is replaced by another sample, image and caption, and the sample says so by its
-    `reason`. Which one is a function of seed and position alone: the same in every epoch, for any
-    number of workers and after a resume. `BadSamples` counts and limits what was replaced.
+    Where the image or the caption cannot be read, another sample stands in for it, image and
+    caption, and says so by its `reason`. Which one is a function of seed and position alone: the
+    same in every epoch, for any number of workers and after a resume. `BadSamples` counts and
+    limits what was replaced.
 
     Args:
         index: the samples.
@@ -64,7 +66,7 @@ class CaptionedImages(Dataset[Sample]):
         return self.preprocess.read(self.index.image_source(index))
 
     def tokens(self, index: int) -> Tensor:
-        """The tokens of the caption at `index`, [L]."""
+        """The tokens of the caption at `index`, [L]; TextError if it cannot be read."""
         record = self.index[index]
         short = self.short_captions and record.caption_short
         return self.tokenize(short or record.caption)[0]
@@ -88,20 +90,20 @@ class CaptionedImages(Dataset[Sample]):
         for attempt in range(_ATTEMPTS + 1):
             try:
                 return Sample(self.image(row), self.tokens(row), index, reason)
-            except ImageError as error:
+            except (ImageError, TextError) as error:
                 failure = error
                 reason = reason or REASONS.index(error.reason)
                 row = self.replacement(index, attempt)
         raise HimoError(
-            f"{_ATTEMPTS + 1} images tried one after the other cannot be read, the last: {failure}"
+            f"{_ATTEMPTS + 1} samples tried one after the other cannot be read, the last: {failure}"
         )
 
 
 class BadSamples:
-    """Counts the images that could not be read, from the batches that the main process gets.
+    """Counts the samples that could not be read, from the batches that the main process gets.
 
     Each position counts once, however many epochs meet it. In a run of several processes each one
-    counts the images that it met.
+    counts the samples that it met.
 
     Args:
         index: the samples, for messages.
@@ -128,7 +130,7 @@ class BadSamples:
             self.reasons.setdefault(index, REASONS[code])
         if len(self.reasons) > self.max_bad_fraction * len(self.index):
             limit = f"the limit is {100 * self.max_bad_fraction:g} %"
-            raise HimoError(f"too many bad images, {limit}: {self.summary()}")
+            raise HimoError(f"too many bad samples, {limit}: {self.summary()}")
 
     def counts(self) -> dict[str, int]:
         """How many positions are bad, by reason."""
@@ -139,7 +141,7 @@ class BadSamples:
         """One line: how many by reason, and where the first of them stand."""
         counts = ", ".join(f"{count} {reason}" for reason, count in self.counts().items())
         first = ", ".join(self.index.describe(index) for index in list(self.reasons)[:_KEPT])
-        total = f"{len(self.reasons)} of {len(self.index)} images could not be read"
+        total = f"{len(self.reasons)} of {len(self.index)} samples could not be read"
         return f"{total} ({counts}); first: {first}" if self.reasons else total
 
     def state_dict(self) -> dict[str, Any]:

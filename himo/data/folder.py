@@ -13,8 +13,7 @@ from himo.data.records import (
     Record,
     RecordError,
     Source,
-    check_start,
-    decode,
+    decode_file,
     make_record,
     quote,
 )
@@ -22,7 +21,21 @@ from himo.errors import HimoError
 from himo.files import open_regular
 
 IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"]
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+    ]
 )
 _LAYOUTS = (("image", "caption"), ("images", "captions"))
 
@@ -32,8 +45,9 @@ class Folder(Source):
 
     With subfolders `image` and `caption` (Urban1k; or `images` and `captions`), the names below
     each are paired; else the two files stand side by side, at any depth. The order is that of the
-    sorted names. Hidden files are not looked at; what has no partner and any other file is counted
-    in `ignored`. The text file is the caption; its lines are joined by spaces.
+    sorted names. An image without a caption and a caption without an image are bad records. Hidden
+    files are not looked at; any other file, and a folder behind a link, is counted in `ignored`.
+    The text file is the caption; its lines are joined by spaces.
 
     Args:
         path: the folder.
@@ -53,7 +67,7 @@ class Folder(Source):
         super().__init__(path)
         self.first_line = first_line
         self.root = ImageRoot(path, follow_links)
-        self._pairs: list[tuple[str, str]] | None = None
+        self._files: list[tuple[str, str]] | None = None
 
     @property
     def image_root(self) -> str | None:
@@ -65,7 +79,10 @@ class Folder(Source):
     def stamp(self) -> str:
         digest = hashlib.sha256()
         for image, text in self._scan():
-            status = os.stat(os.path.join(self.path, text), follow_symlinks=False)
+            try:
+                status = os.stat(os.path.join(self.path, text or image), follow_symlinks=False)
+            except OSError:  # it is gone since the folder was listed: `read` counts it
+                continue
             line = f"{image}\0{text}\0{status.st_size}\0{status.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
@@ -76,57 +93,71 @@ class Folder(Source):
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
         for number, (image, text) in enumerate(self._scan(), start=1):
             try:
+                if not (image and text):
+                    what = "image" if text else "caption"
+                    raise RecordError("missing_key", f"has no {what} of the same name")
                 yield make_record(0, image, self._caption(text))
             except RecordError as error:
-                yield error.at(os.path.join(self.path, text))
+                yield error.at(os.path.join(self.path, text or image))
             if number % 1000 == 0:
                 progress(number)
 
     def _caption(self, text: str) -> str:
-        with open_regular(self.root.resolve(text)) as file:
-            data = file.read(MAX_RECORD + 1)
+        try:
+            with open_regular(self.root.resolve(text)) as file:
+                data = file.read(MAX_RECORD + 1)
+        except HimoError as error:
+            raise RecordError("not_a_file", str(error)) from error
         if len(data) > MAX_RECORD:
             raise RecordError("too_long", f"caption file is longer than {MAX_RECORD:,} bytes")
-        caption = decode(data[check_start(text, data) :])
+        caption = decode_file(data)
         if self.first_line:
             caption = caption.split("\n", 1)[0]
         return " ".join(caption.split("\n"))
 
     def _scan(self) -> list[tuple[str, str]]:
-        """Relative paths of each image and its text file, sorted."""
-        if self._pairs is not None:
-            return self._pairs
+        """Relative paths of each image and its text file, sorted; "" for what is not there."""
+        if self._files is not None:
+            return self._files
         layout = next((x for x in _LAYOUTS if all(self._has(name) for name in x)), ("", ""))
         images: dict[str, list[str]] = {}
-        texts: dict[str, str] = {}
-        others = 0
-        for directory, folders, names in os.walk(self.path):
+        texts: dict[str, list[str]] = {}
+        self.ignored = {"other files": 0, "folders behind a link": 0}
+        for path in self._walk():
+            stem, suffix = os.path.splitext(path)
+            if suffix.lower() in IMAGE_SUFFIXES and _below(path, layout[0]):
+                images.setdefault(stem[len(layout[0]) :], []).append(path)
+            elif suffix.lower() == ".txt" and _below(path, layout[1]):
+                texts.setdefault(stem[len(layout[1]) :], []).append(path)
+            else:
+                self.ignored["other files"] += 1
+        for stem in sorted(images.keys() & texts.keys()):
+            for several, one in ((images[stem], texts[stem]), (texts[stem], images[stem])):
+                if len(several) > 1:
+                    both = " and ".join(map(quote, sorted(several)[:2]))
+                    what = "caption" if several is images[stem] else "image"
+                    raise HimoError(f"{self.path}: {both} share the {what} {quote(one[0])}")
+        found = [(images[stem][0], texts[stem][0]) for stem in images.keys() & texts.keys()]
+        found += [(path, "") for stem in images.keys() - texts.keys() for path in images[stem]]
+        found += [("", path) for stem in texts.keys() - images.keys() for path in texts[stem]]
+        self._files = sorted(found, key=lambda pair: pair[0] or pair[1])
+        return self._files
+
+    def _walk(self) -> Iterator[str]:
+        """The paths of all files, relative to the folder; counts the folders not gone into."""
+
+        def failed(error: OSError) -> None:
+            reason = (error.strerror or "").lower()
+            raise HimoError(f"{error.filename}: cannot be listed: {reason}") from error
+
+        for directory, folders, names in os.walk(self.path, onerror=failed):
             folders[:] = [name for name in folders if not name.startswith(".")]
+            links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
+            self.ignored["folders behind a link"] += len(links)
             relative = os.path.relpath(directory, self.path)
             for name in names:
-                path = name if relative == "." else f"{relative}/{name}"
-                stem, suffix = os.path.splitext(path)
-                if name.startswith("."):
-                    continue
-                if suffix.lower() in IMAGE_SUFFIXES and _below(path, layout[0]):
-                    images.setdefault(stem[len(layout[0]) :], []).append(path)
-                elif suffix.lower() == ".txt" and _below(path, layout[1]):
-                    texts[stem[len(layout[1]) :]] = path
-                else:
-                    others += 1
-        for stem, paths in images.items():
-            if len(paths) > 1 and stem in texts:
-                both = " and ".join(map(quote, sorted(paths)[:2]))
-                raise HimoError(f"{self.path}: {both} share the caption {quote(texts[stem])}")
-        self.ignored = {
-            "images without a caption": sum(len(x) for s, x in images.items() if s not in texts),
-            "captions without an image": len(texts.keys() - images.keys()),
-            "other files": others,
-        }
-        self._pairs = sorted(
-            (images[stem][0], texts[stem]) for stem in images.keys() & texts.keys()
-        )
-        return self._pairs
+                if not name.startswith("."):
+                    yield name if relative == "." else f"{relative}/{name}"
 
     def _has(self, name: str) -> bool:
         return os.path.isdir(os.path.join(self.path, name))

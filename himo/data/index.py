@@ -1,9 +1,13 @@
-"""The sample index: a data set's records in one memory-mapped file, built once.
+"""The sample index: a data set's records in one file, built once and read row by row.
 
 Reading 1.25 million records anew takes seconds and gigabytes in every process; the index opens in
-milliseconds, and all processes share its pages. Layout, little-endian:
+milliseconds, and all processes share the system's copy of its pages.
 
-    8 bytes    b"HIMOIDX1"
+The file lies beside the data, where anyone may have put or changed it. So it is trusted no more
+than the data: no link is followed to it, it says nothing about where files lie, and whatever is
+wrong in it is a DamagedIndex. Layout, little-endian:
+
+    8 bytes    b"HIMOIDX2"
     text       of each row: image path, caption, short caption, UTF-8, one after the other
     rows       one `_ROW` for each sample
     header     JSON
@@ -12,12 +16,11 @@ milliseconds, and all processes share its pages. Layout, little-endian:
 
 import hashlib
 import json
-import mmap
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy
@@ -25,24 +28,52 @@ from PIL import Image
 from tqdm import tqdm
 
 from himo.data.paths import ImageRoot, MissingImage
-from himo.data.records import BadRecord, Record, RecordError, Source
+from himo.data.records import (
+    MAX_CAPTION,
+    MAX_IMAGE,
+    MAX_RECORD,
+    BadRecord,
+    Record,
+    RecordError,
+    Source,
+    make_record,
+)
 from himo.data.report import IndexReport
 from himo.errors import HimoError, printable
-from himo.files import atomic_path, open_regular
+from himo.files import atomic_path, regular_descriptor
 from himo.transforms import ImageError, Reason, open_image
 
-_MAGIC, _END_MAGIC = b"HIMOIDX1", b"IDX1"
+_MAGIC, _END_MAGIC = b"HIMOIDX2", b"IDX1"
 # Offset of the text; bytes of path, caption and short caption; line; shard, offset and size of the
 # image in it; CRC-32 of the text and of what comes before in the row.
 _ROW = struct.Struct("<qiiiqiqqI")
 _CRC = struct.Struct("<I")
 _END = struct.Struct("<qqI4s")
+_MAX_HEADER = 1 << 21  # bytes; with a thousand folders of the longest names it has a fourth
+_MAX_TEXT = 4 * (MAX_RECORD + 2 * MAX_CAPTION)  # bytes of the text of one row
 _PROGRESS_DELAY_S = 2.0
 _OPEN_SHARDS = 64  # descriptors kept open in each process, of the usual limit of 1024
 
 
 class DamagedIndex(HimoError):
     """An index file that is not one, or no longer."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an index is of. It comes from the caller, never from the index file.
+
+    Attributes:
+        source: the data set, and
+        kind: its format, for messages.
+        root: where its images lie; None if `shards` hold them.
+        shards: paths of the tar files.
+    """
+
+    source: str
+    kind: str
+    root: ImageRoot | None = None
+    shards: Sequence[str] = ()
 
 
 def write_index(
@@ -85,7 +116,11 @@ def write_index(
     def advance(done: int) -> None:
         bar.update(done - bar.n)
 
-    with bar, atomic_path(path) as temporary, open(temporary, "wb", buffering=1 << 20) as file:
+    with (
+        bar,
+        atomic_path(path, follow_links=False) as temporary,
+        open(temporary, "wb", buffering=1 << 20) as file,
+    ):
         file.write(_MAGIC)
         offset = len(_MAGIC)
         for item in source.read(advance):
@@ -109,15 +144,7 @@ def write_index(
         if not skip_missing_images:
             report.check_missing()
         header = json.dumps(
-            {
-                "key": key,
-                "stamp": stamp,
-                "rows": offset,
-                "image_root": root.root if root is not None else None,
-                "follow_links": root.follow_links if root is not None else False,
-                "shards": source.shards,
-                "report": asdict(report),
-            }
+            {"key": key, "stamp": stamp, "rows": offset, "report": report.to_dict()}
         ).encode()
         file.write(rows + header)
         file.write(_END.pack(offset + len(rows), len(header), zlib.crc32(header), _END_MAGIC))
@@ -133,55 +160,75 @@ def _has_image(root: ImageRoot, record: Record, source: str, report: IndexReport
         place = f"{source}:{record.line}" if record.line else source
         report.add_bad(error.reason, f"{place}: {error}")
         return False
-    report.add_image(record.image, is_missing)
+    report.add_image(root.relative(record.image), is_missing)
     return not is_missing
 
 
 class SampleIndex(Sequence[Record]):
     """The records of a data set, read from an index file on demand.
 
-    It can be pickled and forked: worker processes map the same file.
+    It can be pickled and forked: worker processes read the same file.
 
     Args:
         path: a file that `write_index` has written.
+        origin: what it is of; None gives the captions, and no image.
 
     Raises:
-        DamagedIndex: the file is not a whole index.
+        DamagedIndex: there is none, or not a whole one.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], origin: Origin | None = None) -> None:
         self.path = os.path.abspath(path)
-        with open_regular(self.path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < len(_MAGIC) + _END.size:
-                raise self._damaged("is too short")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        offset, length, crc, end = _END.unpack_from(self._map, size - _END.size)
-        if self._map[: len(_MAGIC)] != _MAGIC or end != _END_MAGIC:
-            raise self._damaged("is not an index of this version")
-        text = self._map[offset : offset + length] if 0 <= offset <= size else b""
-        if offset + length + _END.size != size or zlib.crc32(text) != crc:
-            raise self._damaged("has a damaged header")
-        header: dict[str, Any] = json.loads(text)
-        self.key: str = header["key"]
-        self.stamp: str = header["stamp"]
-        self.report = IndexReport(**header["report"])
-        self._rows: int = header["rows"]
-        if self._rows + self.report.records * _ROW.size != offset:
-            raise self._damaged("has a damaged header")
+        self.origin = origin
+        self._descriptors: dict[int, int] = {}  # of shards
         self._selected: numpy.ndarray | None = None
-        self._shards: list[str] = header["shards"]
-        self._descriptors: dict[int, int] = {}
-        self._root: ImageRoot | None = None
-        if header["image_root"] is not None:
-            self._root = ImageRoot(header["image_root"], header["follow_links"])
+        try:
+            self._file = regular_descriptor(self.path, follow_links=False)
+        except HimoError as error:
+            raise DamagedIndex(str(error)) from error
+        size = os.fstat(self._file).st_size
+        if size < len(_MAGIC) + _END.size:
+            raise self._damaged("is too short")
+        offset, length, crc, end = _END.unpack(self._bytes(size - _END.size, _END.size))
+        if self._bytes(0, len(_MAGIC)) != _MAGIC or end != _END_MAGIC:
+            raise self._damaged("is not an index of this version")
+        if not 0 <= length <= _MAX_HEADER or offset + length + _END.size != size:
+            raise self._damaged("has a damaged header")
+        text = self._bytes(offset, length)
+        try:
+            if zlib.crc32(text) != crc:
+                raise ValueError("wrong checksum")
+            self._read_header(json.loads(text), offset)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged("has a damaged header") from error
+
+    def _read_header(self, header: Any, end: int) -> None:
+        """Takes up a decoded header that stands at `end`; ValueError if it is none of ours."""
+        if not isinstance(header, dict) or header.keys() != {"key", "stamp", "rows", "report"}:
+            raise ValueError("other keys")
+        self.key, self.stamp, self._rows = header["key"], header["stamp"], header["rows"]
+        source, kind = (
+            (self.origin.source, self.origin.kind) if self.origin else (self.path, "index")
+        )
+        self.report = IndexReport.from_dict(source, kind, header["report"])
+        if type(self._rows) is not int or self._rows < len(_MAGIC):
+            raise ValueError("rows")
+        if self._rows + self.report.records * _ROW.size != end:
+            raise ValueError("records")
 
     def is_current(self, key: str, stamp: str) -> bool:
         """Whether it was made of this source, unchanged, and no image missing then is there now."""
         return (self.key, self.stamp) == (key, stamp) and not any(
-            self._root is not None and os.path.exists(os.path.join(self._root.root, path))
-            for path in self.report.missing_examples
+            map(self._is_there, self.report.missing_examples)
         )
+
+    def _is_there(self, image: str) -> bool:
+        try:
+            return self.origin is not None and bool(
+                self.origin.root and self.origin.root.resolve(image)
+            )
+        except RecordError:
+            return False
 
     def select(self, rows: Iterable[int]) -> "SampleIndex":
         """The samples at these positions, as an index of their own over the same file.
@@ -194,7 +241,7 @@ class SampleIndex(Sequence[Record]):
                 f"select: expected rows from 0 to {len(self) - 1}, got {chosen.min()} to "
                 f"{chosen.max()}"
             )
-        selected = SampleIndex(self.path)
+        selected = SampleIndex(self.path, self.origin)
         selected._check_same(self.report.sha256)
         selected._selected = chosen if self._selected is None else self._selected[chosen]
         return selected
@@ -213,35 +260,57 @@ class SampleIndex(Sequence[Record]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         row = index % len(self)
-        position = self._rows + _ROW.size * (
-            row if self._selected is None else int(self._selected[row])
-        )
-        start, image, caption, short, line, *place, crc = _ROW.unpack_from(self._map, position)
-        text = self._map[start : start + image + caption + short]
-        if (
-            zlib.crc32(self._map[position : position + _ROW.size - _CRC.size], zlib.crc32(text))
-            != crc
-        ):
+        record = self._record(row if self._selected is None else int(self._selected[row]))
+        if record is None:
             raise self._damaged(f"is damaged at sample {index}")
-        return Record(
-            line,
-            text[:image].decode(),
-            text[image : image + caption].decode(),
-            text[image + caption :].decode(),
-            *place,
-        )
+        return record
+
+    def _record(self, row: int) -> Record | None:
+        """The record in a row of the file; None if `write_index` cannot have written it."""
+        data = self._bytes(self._rows + _ROW.size * row, _ROW.size)
+        start, *lengths, line, shard, offset, size, crc = _ROW.unpack(data)
+        end = start + sum(lengths)
+        if min(lengths) < 0 or not len(_MAGIC) <= start <= end <= min(
+            self._rows, start + _MAX_TEXT
+        ):
+            return None
+        text = self._bytes(start, end - start)
+        if zlib.crc32(data[: -_CRC.size], zlib.crc32(text)) != crc:
+            return None
+        image, caption = lengths[0], lengths[0] + lengths[1]
+        fields = text[:image], text[image:caption], text[caption:]
+        try:
+            record = make_record(line, *(field.decode() for field in fields))
+        except (UnicodeDecodeError, RecordError):
+            return None
+        if shard < -1 or offset < 0 or not 0 <= size <= MAX_IMAGE:
+            return None
+        return replace(record, shard=shard, offset=offset, size=size)
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        # Not a mapping: a file that is cut off meanwhile would then kill the process.
+        try:
+            data = os.pread(self._file, length, offset)
+        except (OSError, OverflowError) as error:
+            raise self._damaged("cannot be read") from error
+        if len(data) < length:
+            raise self._damaged("is cut off")
+        return data
 
     def image_source(self, index: int) -> str | bytes:
         """The path of an image, known to lie inside the image root, or its bytes out of a shard.
 
         Raises:
             ImageError: it is missing, not a regular file, or cut off.
+            HimoError: the index was opened without its data set.
         """
         record = self[index]
-        if self._root is None:
-            return self._read_shard(record)
+        if self.origin is None:
+            raise HimoError(f"{self.path}: was opened without its data set, so it has no images")
+        if self.origin.root is None:
+            return self._read_shard(record, self.origin.shards)
         try:
-            return self._root.resolve(record.image)
+            return self.origin.root.resolve(record.image)
         except RecordError as error:
             reason: Reason = "missing" if isinstance(error, MissingImage) else "not_a_file"
             raise ImageError(str(error), reason) from error
@@ -256,8 +325,10 @@ class SampleIndex(Sequence[Record]):
         line = f":{record.line}" if record.line else ""
         return printable(f"{self.report.source}{line}: {record.image}")
 
-    def _read_shard(self, record: Record) -> bytes:
-        shard = self._shards[record.shard]
+    def _read_shard(self, record: Record, shards: Sequence[str]) -> bytes:
+        if not 0 <= record.shard < len(shards):
+            raise self._damaged(f"has an image in shard {record.shard} of {len(shards)}")
+        shard = shards[record.shard]
         try:
             if record.shard not in self._descriptors:
                 if len(self._descriptors) >= _OPEN_SHARDS:
@@ -280,13 +351,19 @@ class SampleIndex(Sequence[Record]):
             raise HimoError(f"{self.path}: the data set was indexed anew while it was in use")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "sha256": self.report.sha256, "selected": self._selected}
+        return {
+            "path": self.path,
+            "origin": self.origin,
+            "sha256": self.report.sha256,
+            "selected": self._selected,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        SampleIndex.__init__(self, state["path"])
+        SampleIndex.__init__(self, state["path"], state["origin"])
         self._check_same(state["sha256"])
         self._selected = state["selected"]
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+        for descriptor in [getattr(self, "_file", -1), *self._descriptors.values()]:
+            if descriptor >= 0:
+                os.close(descriptor)

@@ -1,6 +1,7 @@
 """JSON lines: one object with an image path and a caption on each line."""
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,12 +19,16 @@ from himo.data.records import (
 )
 from himo.files import open_regular
 
+# Between objects. Files that were joined have a byte order mark, or no line break, in between.
+_SPACE = re.compile("[ \t\n\r\ufeff]*")
+
 
 class JsonLines(Source):
     """Objects such as `{"image": "a.jpg", "caption": "A red door."}`, one on each line.
 
     The image key is `filepath`, `image` or `img_path` and the caption key `title` or `caption`,
-    whichever is there first, unless named. `caption_short` is optional. Empty lines are skipped.
+    whichever is there first, unless named; a conversation is read as in `ShareGPT4V`.
+    `caption_short` is optional. Empty lines are skipped, and a line may hold several objects.
     """
 
     kind = "jsonl"
@@ -43,18 +48,26 @@ class JsonLines(Source):
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
         with open_regular(self.path) as file:
             for number, line in lines(self.path, file, progress):
-                if line is not None and (not line or line.isspace()):
-                    continue
-                try:
-                    yield self._record(number, line)
-                except RecordError as error:
-                    yield error.at(f"{self.path}:{number}")
+                for value in _values(line):
+                    try:
+                        if isinstance(value, RecordError):
+                            raise value
+                        yield record_of_mapping(value, number, self.image_key, self.caption_key)
+                    except RecordError as error:
+                        yield error.at(f"{self.path}:{number}")
 
-    def _record(self, number: int, line: str | None) -> Record:
-        if line is None:
-            raise RecordError("too_long", f"line is longer than {MAX_RECORD:,} bytes")
+
+def _values(line: str | None) -> Iterator[Any]:
+    """The JSON values on a line; a RecordError for what is none, after which nothing is read."""
+    if line is None:
+        yield RecordError("too_long", f"line is longer than {MAX_RECORD:,} bytes")
+        return
+    position = _SPACE.match(line).end()  # type: ignore[union-attr]
+    while position < len(line):
         try:
-            value = DECODER.decode(line)
+            value, position = DECODER.raw_decode(line, position)
         except (ValueError, RecursionError) as error:
-            raise json_error(error) from error
-        return record_of_mapping(value, number, self.image_key, self.caption_key)
+            yield json_error(error)
+            return
+        yield value
+        position = _SPACE.match(line, position).end()  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ _GRACE_S = 10  # seconds from SIGTERM to the end of a worker
 
 
 class BatchLoader:
-    """Yields the batches of an epoch, counts its bad images and moves its sampler on.
+    """Yields the batches of an epoch, counts its bad samples and moves its sampler on.
 
     When a batch is handed out, `sampler.position` lies behind it: a state saved after the step on
     that batch resumes with the next one. Batches that workers have ready do not count.
@@ -43,7 +43,7 @@ class BatchLoader:
         """Yields batches from the position of the sampler to the end of its epoch.
 
         Raises:
-            HimoError: too many bad images; a worker that died or takes longer than the timeout.
+            HimoError: too many bad samples; a worker that died or takes longer than the timeout.
         """
         batches = iter(self._loader)
         self._running[:] = [batches]

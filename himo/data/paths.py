@@ -1,7 +1,8 @@
 """Image paths out of an annotation file, kept inside the image root.
 
 An annotation file is data, and it may come from anyone: a path in it never leaves the image
-root, is never expanded or fetched, and never names anything but a regular file.
+root, is never expanded or fetched, and never names anything but a regular file. An absolute path
+is held to the same: it has to lie below the root.
 """
 
 import os
@@ -20,8 +21,8 @@ class MissingImage(RecordError):
     """The path is a good one, but there is no file."""
 
 
-def check_relative(path: str) -> None:
-    """Refuses a path that means anything but a file below the image root.
+def check_form(path: str) -> None:
+    """Refuses a path whose form means something else than a file, here or below the image root.
 
     Raises:
         RecordError: with reason "path".
@@ -30,8 +31,6 @@ def check_relative(path: str) -> None:
     parts = path.split("/")
     if _CONTROL.search(path):
         problem = "holds a control character"
-    elif path.startswith("/"):
-        problem = "is absolute, expected one relative to the image root"
     elif path.startswith("~"):
         problem = "starts with ~, which is not expanded"
     elif _SCHEME.match(path):
@@ -64,35 +63,64 @@ class ImageRoot:
         if not os.path.isdir(root):
             raise HimoError(f"image root {os.fspath(root)!r}: expected an existing directory")
         self.root = os.path.realpath(root)
+        self._spelled = (os.path.abspath(root), self.root)  # as absolute paths may begin
         self.follow_links = follow_links
         self._directories: dict[str, str | None] = {}
+
+    def __reduce__(self) -> tuple[type["ImageRoot"], tuple[str, bool]]:
+        return (ImageRoot, (self._spelled[0], self.follow_links))
+
+    def relative(self, path: str) -> str:
+        """`path` as seen from the root, which an absolute one has to lie below.
+
+        Raises:
+            RecordError: with reason "path".
+        """
+        if not path.startswith("/"):
+            return path
+        for root in self._spelled:
+            start = f"{root.rstrip('/')}/"
+            if path.startswith(start):
+                return path[len(start) :].lstrip("/")
+        directory, name = os.path.split(path)  # perhaps below a link to the root
+        real = os.path.realpath(directory)
+        if not self._below(real):
+            message = f"image path {quote(path)} is absolute and not below {self.root}"
+            raise RecordError("path", message)
+        return os.path.relpath(os.path.join(real, name), self.root)
 
     def resolve(self, path: str) -> str:
         """The absolute path of the image `path`, which is a regular file inside the root.
 
         Raises:
             MissingImage: there is no such file.
-            RecordError: with reason "path" (its form), "outside" (a link leads out of the root)
-                or "not_a_file" (a directory, a FIFO, a device, or not accessible).
+            RecordError: with reason "path" (its form, or absolute and elsewhere), "outside" (a
+                link leads out of the root) or "not_a_file" (a directory, a FIFO, a device, or not
+                accessible).
         """
-        check_relative(path)
-        directory, name = os.path.split(path)
-        folder = self._directory(directory)
-        if folder is None:
-            raise self._outside(path)
-        full = os.path.join(folder, name)
+        check_form(path)
         try:
-            mode = os.lstat(full).st_mode
-            if stat.S_ISLNK(mode):
-                full = os.path.realpath(full)
-                if not self._inside(full):
-                    raise self._outside(path)
-                mode = os.lstat(full).st_mode
+            return self._regular(path)
         except (FileNotFoundError, NotADirectoryError):
             raise MissingImage("missing", f"image {quote(path)} does not exist") from None
         except OSError as error:
             message = f"image {quote(path)}: {(error.strerror or str(error)).lower()}"
             raise RecordError("not_a_file", message) from error
+        except ValueError as error:  # lone surrogates, which no name of a file can hold
+            raise RecordError("encoding", f"image path {quote(path)}: {error}") from error
+
+    def _regular(self, path: str) -> str:
+        directory, name = os.path.split(self.relative(path))
+        folder = self._directory(directory)
+        if folder is None:
+            raise self._outside(path)
+        full = os.path.join(folder, name)
+        mode = os.lstat(full).st_mode
+        if stat.S_ISLNK(mode):
+            full = os.path.realpath(full)
+            if not self._inside(full):
+                raise self._outside(path)
+            mode = os.lstat(full).st_mode
         if not stat.S_ISREG(mode):
             raise RecordError("not_a_file", f"image {quote(path)} is not a regular file")
         return full
@@ -107,7 +135,10 @@ class ImageRoot:
         return self._directories[directory]
 
     def _inside(self, full: str) -> bool:
-        return self.follow_links or os.path.commonpath([self.root, full]) == self.root
+        return self.follow_links or self._below(full)
+
+    def _below(self, full: str) -> bool:
+        return os.path.commonpath([self.root, full]) == self.root
 
     def _outside(self, path: str) -> RecordError:
         return RecordError("outside", f"image {quote(path)} is a link that leaves {self.root}")

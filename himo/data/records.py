@@ -5,18 +5,20 @@ other one. An annotation file is data from anywhere: nothing in it may stop the 
 memory or take long.
 """
 
+import io
 import json
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar
+from io import BufferedReader
+from typing import Any, ClassVar
 
 from himo.errors import HimoError
-from himo.tokenizer import MAX_CLEANED
+from himo.tokenizer import MAX_CLEANED, TextError, default_tokenizer
 
-# Longest record of a text file, in bytes. ShareGPT4V's are about 1,100 and the longest known
+# Longest record of a text file, in characters. ShareGPT4V's are about 1,100 and the longest known
 # conversations 50,000; a limit keeps a file without any line break from filling the memory.
 MAX_RECORD = 1 << 20
 
@@ -24,10 +26,14 @@ MAX_RECORD = 1 << 20
 # is no plain ASCII takes time to clean that grows with the square of its length at worst.
 MAX_CAPTION = MAX_CLEANED
 
+MAX_IMAGE = 1 << 26  # bytes of one image in a shard, which is read whole before it is looked at
+
 # Names of the fields where none is given: open_clip's csv, ShareGPT4V and jsonl, HiMo-Docci.
 IMAGE_KEYS = ("filepath", "image", "img_path")
 CAPTION_KEYS = ("title", "caption")
 SHORT_CAPTION_KEY = "caption_short"
+CONVERSATION_KEYS = ("conversations", "messages")  # of LLaVA and ShareGPT4V, and of OpenAI
+_ASSISTANTS = frozenset(["gpt", "chatgpt", "assistant", "model", "bot"])
 
 Progress = Callable[[int], None]  # is told how much is read so far, in the unit of the source
 
@@ -125,29 +131,50 @@ def regular_file(path: str) -> os.stat_result:
     return status
 
 
+def list_directory(path: str) -> list[str]:
+    """The names in a directory; HimoError if it cannot be listed."""
+    try:
+        return os.listdir(path)
+    except OSError as error:
+        raise HimoError(f"{path}: cannot be listed: {(error.strerror or '').lower()}") from error
+
+
 def quote(text: object, limit: int = 80) -> str:
     """`text` for a message: quoted, escaped and cut to about `limit` characters."""
     if isinstance(text, str) and len(text) > limit:
         return f"{text[:limit]!r}... ({len(text):,} characters)"
-    shown = repr(text)
+    try:
+        shown = repr(text)
+    except (ValueError, RecursionError):  # too many digits, or nested about as deep as is decoded
+        return f"a {type(text).__name__}"
     return shown if len(shown) <= limit else f"{shown[:limit]}..."
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
+@dataclass(frozen=True, slots=True)
+class _Twice:
+    """The value of a key that an object gives twice: which one was meant is not known."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {quote(twice)} is given twice")
-    return record
+        for key, _ in pairs:
+            if key in seen:
+                value[key] = _Twice(key)
+            seen.add(key)
+    return value
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON value")
+def _integer(digits: str) -> int | float:
+    # Python refuses to convert more than 640 digits where it is set to, and 4,300 by default.
+    return int(digits) if len(digits) <= 640 else float(digits)
 
 
-# json.loads keeps the last of two equal keys and takes NaN: neither is what the writer meant.
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+# What no field of a record uses costs nothing: NaN, an endless number, a key given twice.
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def json_error(error: Exception) -> RecordError:
@@ -160,6 +187,8 @@ def json_error(error: Exception) -> RecordError:
 
 def check_text(text: Any, what: str) -> str:
     """`text` as one stripped line; RecordError unless it is text that UTF-8 can hold."""
+    if isinstance(text, _Twice):
+        raise RecordError("syntax", f"key {quote(text.key)} is given twice")
     if not isinstance(text, str):
         raise RecordError("type", f"{what} is {quote(text)}, expected text")
     try:
@@ -172,15 +201,29 @@ def check_text(text: Any, what: str) -> str:
     return text.replace("\n", " ").strip()
 
 
+def check_caption(text: Any, what: str = "caption") -> str:
+    """`check_text`, and at most MAX_CAPTION characters."""
+    caption = check_text(text, what)
+    if len(caption) > MAX_CAPTION:
+        message = f"{what} has {len(caption):,} characters, the limit is {MAX_CAPTION:,}"
+        raise RecordError("too_long", message)
+    return caption
+
+
+def check_encodable(texts: Sequence[str]) -> None:
+    """RecordError if the tokenizer cannot read one of the texts: takes as long as to encode it."""
+    try:
+        for text in texts:
+            default_tokenizer().encode(text)
+    except TextError as error:
+        raise RecordError(error.reason, str(error)) from error
+
+
 def make_record(line: int, image: Any, caption: Any, caption_short: Any = None) -> Record:
     """The record of the fields as they were read; RecordError if one cannot be used."""
     name = check_text(image, "image path")
-    long = check_text(caption, "caption")
-    short = "" if caption_short is None else check_text(caption_short, SHORT_CAPTION_KEY)
-    for caption in (long, short):
-        if len(caption) > MAX_CAPTION:
-            message = f"caption has {len(caption):,} characters, the limit is {MAX_CAPTION:,}"
-            raise RecordError("too_long", message)
+    long = check_caption(caption)
+    short = "" if caption_short is None else check_caption(caption_short, SHORT_CAPTION_KEY)
     if not name or not long:
         raise RecordError("empty", f"{'caption' if name else 'image path'} is empty")
     return Record(line, name, long, short)
@@ -200,11 +243,37 @@ def record_of_mapping(
     value: Any, line: int, image_key: str | None, caption_key: str | None
 ) -> Record:
     """The record of a decoded JSON object; RecordError if a field is missing or no text."""
+    caption = caption_of_mapping(value, caption_key)
+    image = value[pick(value, image_key, IMAGE_KEYS, "image key")]
+    return make_record(line, image, caption, value.get(SHORT_CAPTION_KEY))
+
+
+def caption_of_mapping(value: Any, caption_key: str | None) -> Any:
+    """The caption of a decoded JSON object, as it stands there.
+
+    It is the value of `caption_key`; without one, what the assistant says in its conversation;
+    without a conversation, the value of the first of CAPTION_KEYS.
+    """
     if not isinstance(value, dict):
         raise RecordError("type", f"record is {quote(value)}, expected an object")
-    image = value[pick(value, image_key, IMAGE_KEYS, "image key")]
-    caption = value[pick(value, caption_key, CAPTION_KEYS, "caption key")]
-    return make_record(line, image, caption, value.get(SHORT_CAPTION_KEY))
+    conversation = next((key for key in CONVERSATION_KEYS if key in value), None)
+    if caption_key is None and conversation is not None:
+        return _assistant_words(value[conversation])
+    return value[pick(value, caption_key, CAPTION_KEYS, "caption key")]
+
+
+def _assistant_words(turns: Any) -> Any:
+    """What the first turn of the assistant says: found by its role, wherever it stands."""
+    for turn in turns if isinstance(turns, list) else ():
+        role = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
+        if isinstance(role, str) and role.strip().lower() in _ASSISTANTS:
+            words = turn.get("value", turn.get("content"))
+            if isinstance(words, list):  # OpenAI's form: parts, of which some are text
+                parts = [part.get("text") for part in words if isinstance(part, dict)]
+                words = " ".join(part for part in parts if isinstance(part, str))
+            return words
+    expected = "expected a turn from gpt or assistant"
+    raise RecordError("type", f"conversations are {quote(turns, 40)}, {expected}")
 
 
 def decode(data: bytes) -> str:
@@ -215,28 +284,60 @@ def decode(data: bytes) -> str:
     return data.decode("utf-8", errors="surrogateescape")
 
 
+def decode_file(data: bytes) -> str:
+    """`decode` of a file that holds one caption; RecordError if it is UTF-16."""
+    if data.startswith(_UTF_16):
+        raise RecordError("encoding", "is UTF-16 text, expected UTF-8")
+    return decode(data.removeprefix(_BYTE_ORDER_MARK))
+
+
+_BYTE_ORDER_MARK, _UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"\x5d\0\0": "lzma",
+    b"BZh": "bzip2",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\x1f\x9d": "compress",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
+
+
+def check_uncompressed(path: str, start: bytes) -> None:
+    """HimoError if the first bytes of a file are those of a compressed one."""
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise HimoError(f"{path}: is compressed ({name}), expected it uncompressed: unpack it")
+
+
 def check_start(path: str, start: bytes) -> int:
-    """Bytes of the byte order mark at the start of a file; HimoError if the text is UTF-16."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+    """Bytes of the byte order mark at the start of a text file.
+
+    Raises:
+        HimoError: the file is compressed, or UTF-16.
+    """
+    check_uncompressed(path, start)
+    if start.startswith(_UTF_16):
         raise HimoError(f"{path}: is UTF-16 text, expected UTF-8: save it again as UTF-8")
-    return 3 if start.startswith(b"\xef\xbb\xbf") else 0
+    return len(_BYTE_ORDER_MARK) if start.startswith(_BYTE_ORDER_MARK) else 0
 
 
-def lines(path: str, file: BinaryIO, progress: Progress) -> Iterator[tuple[int, str | None]]:
-    """Yields each line with its number from 1; None for a line longer than MAX_RECORD bytes."""
-    number, done = 0, 0
-    while data := file.readline(MAX_RECORD + 1):
+def lines(path: str, file: BufferedReader, progress: Progress) -> Iterator[tuple[int, str | None]]:
+    r"""Yields each line with its number from 1; None for one longer than MAX_RECORD characters.
+
+    Lines end with \n, \r\n or \r, as Python's do.
+    """
+    file.read(check_start(path, file.peek(8)))
+    text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
+    number = 0
+    while line := text.readline(MAX_RECORD + 1):
         number += 1
-        done += len(data)
-        if number == 1:
-            data = data[check_start(path, data) :]
-        if len(data) <= MAX_RECORD:
-            yield number, decode(data)
-        else:
-            while data and not data.endswith(b"\n"):
-                data = file.readline(MAX_RECORD)
-                done += len(data)
-            yield number, None
+        is_whole = len(line) <= MAX_RECORD
+        yield number, line if is_whole else None
+        while not is_whole and line and not line.endswith(("\n", "\r")):
+            line = text.readline(MAX_RECORD)
         if number % 1000 == 0:
-            progress(done)
-    progress(done)
+            progress(file.tell())
+    progress(file.tell())

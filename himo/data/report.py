@@ -1,6 +1,7 @@
 """What an index was made of: how many records there are, and what was left out and why."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from himo.errors import HimoError, printable
 
@@ -35,6 +36,34 @@ class IndexReport:
     missing_examples: list[str] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     sha256: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes: all but what the data set is."""
+        value = asdict(self)
+        del value["source"], value["kind"]
+        return value
+
+    @staticmethod
+    def from_dict(source: str, kind: str, value: Any) -> "IndexReport":
+        """The report that a file holds; ValueError if it is none that `to_dict` can have given."""
+        if not isinstance(value, dict) or value.keys() != IndexReport("", "").to_dict().keys():
+            raise ValueError("other fields")
+        report = IndexReport(source, kind, **value)
+        texts = [report.bad_examples, report.missing_examples]
+        counts = [report.bad, report.ignored]
+        if not (
+            _is_count(report.records)
+            and isinstance(report.sha256, str)
+            and all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in texts)
+            and all(isinstance(x, dict) and all(map(_is_count, x.values())) for x in counts)
+            and isinstance(report.missing, dict)
+            and all(_is_share(x) for x in report.missing.values())
+            and len(report.bad_examples) == min(_KEPT, report.bad_count)
+            and len(report.missing_examples) == min(_KEPT, report.missing_count)
+            and report.records > 0
+        ):
+            raise ValueError("other values")
+        return report
 
     @property
     def bad_count(self) -> int:
@@ -115,6 +144,19 @@ class IndexReport:
         first = ", ".join(self.missing_examples)
         counts = f"{self.missing_count} of {total} images are missing ({', '.join(shown)})"
         return f"{counts}; first: {first}"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
+def _is_share(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(map(_is_count, value))
+        and value[0] <= value[1]
+    )
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 
 from himo.data.records import (
     DECODER,
-    IMAGE_KEYS,
     MAX_RECORD,
     BadRecord,
     Progress,
@@ -20,8 +19,6 @@ from himo.data.records import (
     Source,
     check_start,
     json_error,
-    make_record,
-    pick,
     quote,
     record_of_mapping,
 )
@@ -31,15 +28,19 @@ from himo.files import open_regular
 _CHUNK = 1 << 18  # bytes read at a time
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's, which are fewer than those of Unicode
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
+_FIRST_KEY = re.compile(r'{\s*("[^"\\\n]{0,100}")\s*:')
+_NEXT_OBJECT = re.compile(rf",\s*{_FIRST_KEY.pattern}")
 _SCALAR_END = re.compile(r"[,\]\s]")
 
 
 class ShareGPT4V(Source):
     """Records `{"image": path, "conversations": [{...}, {"from": "gpt", "value": caption}]}`.
 
-    The caption is the value of the second turn, with line breaks as spaces, as HiMo-CLIP and
-    Long-CLIP train on. Records without conversations but with a caption key, as other JSON lists
-    of captioned images have, are read by it.
+    The caption is what the first turn of the assistant says, with line breaks as spaces: in
+    ShareGPT4V the second turn, which HiMo-CLIP and Long-CLIP train on. A turn is found by its role
+    (`from` or `role`: gpt, assistant, ...) and its words are its `value` or `content`. Records
+    without conversations but with a caption key, as other JSON lists of captioned images have, are
+    read by it.
 
     Args:
         path: the file.
@@ -68,25 +69,9 @@ class ShareGPT4V(Source):
                 try:
                     if isinstance(value, RecordError):
                         raise value
-                    yield self._record(line, value)
+                    yield record_of_mapping(value, line, self.image_key, self.caption_key)
                 except RecordError as error:
                     yield error.at(f"{self.path}:{line}: record {number}")
-
-    def _record(self, line: int, value: Any) -> Record:
-        is_conversation = isinstance(value, dict) and "conversations" in value
-        if self.caption_key is not None or not is_conversation:
-            return record_of_mapping(value, line, self.image_key, self.caption_key)
-        turns = value["conversations"]
-        if (
-            not isinstance(turns, list)
-            or len(turns) < 2
-            or not isinstance(turns[1], dict)
-            or "value" not in turns[1]
-        ):
-            expected = "expected two turns, the second with the caption as its value"
-            raise RecordError("type", f"conversations are {quote(turns, 40)}, {expected}")
-        image = value[pick(value, self.image_key, IMAGE_KEYS, "image key")]
-        return make_record(line, image, turns[1]["value"])
 
 
 def _elements(path: str, file: BinaryIO, progress: Progress) -> Iterator[tuple[int, Any]]:
@@ -181,13 +166,34 @@ class _Text:
             self.fill()
 
     def _end(self) -> int:
-        """Where the element at the position ends by its brackets and quotes; -1 if not in sight."""
+        """Where the broken element at the position ends; -1 if not in sight.
+
+        It ends by its brackets and quotes. A stray quote puts these out of step, and they would
+        take good records along: it ends before the next object that begins with the same key.
+        """
+        opening = _FIRST_KEY.match(self.window, self.position)
+        if opening is None:
+            return self._closing_bracket(len(self.window))
+        start = opening.end()
+        reach = 1 << 10  # grows, so that the search takes as long as the nearer of the two is far
+        while True:
+            limit = min(start + reach, len(self.window))
+            end = self._closing_bracket(limit)
+            for match in _NEXT_OBJECT.finditer(self.window, start, end if end >= 0 else limit):
+                if match[1] == opening[1]:
+                    return match.start()
+            if end >= 0 or limit == len(self.window):
+                return end
+            reach *= 4
+
+    def _closing_bracket(self, limit: int) -> int:
+        """Where the brackets and quotes of the element are in order; -1 if not before `limit`."""
         first = self.peek(1)
         if first not in {"{", "[", '"'}:
-            match = _SCALAR_END.search(self.window, self.position)
+            match = _SCALAR_END.search(self.window, self.position, limit)
             return match.start() if match and match.start() > self.position else -1
         depth = 0
-        for match in _STRING_OR_BRACKET.finditer(self.window, self.position):
+        for match in _STRING_OR_BRACKET.finditer(self.window, self.position, limit):
             token = match[0]
             if token in {"{", "["}:
                 depth += 1

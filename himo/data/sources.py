@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from himo.data.folder import Folder
-from himo.data.index import DamagedIndex, SampleIndex, write_index
+from himo.data.index import Origin, SampleIndex, write_index
 from himo.data.jsonl import JsonLines
 from himo.data.paths import ImageRoot
-from himo.data.records import Source, regular_file
+from himo.data.records import Source, check_uncompressed, list_directory, regular_file
 from himo.data.sharegpt4v import ShareGPT4V
 from himo.data.table import Table
-from himo.data.webdataset import WebDataset
+from himo.data.webdataset import WebDataset, is_shard
 from himo.errors import HimoError
 from himo.files import open_regular
 
@@ -34,7 +34,6 @@ _SUFFIXES = {
     ".jsonl": "jsonl",
     ".jsonlines": "jsonl",
     ".ndjson": "jsonl",
-    ".tar": "webdataset",
 }
 
 
@@ -56,8 +55,8 @@ def open_dataset(
     """The index of a captioned data set, from its cache or built now.
 
     The cache is rebuilt when the source has changed (size or modification time), the index is
-    damaged, or an image that was missing is there. Images themselves are not watched: one that
-    disappears is counted when it is read.
+    damaged, or an image that was missing is there; a link in its place is replaced. Images
+    themselves are not watched: one that disappears is counted when it is read.
 
     Args:
         source: an annotation file, a folder, a tar shard or a pattern of shards.
@@ -106,10 +105,10 @@ def open_dataset(
         **reader.options(),
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    file = os.path.join(
-        _cache_directory(path, cache_dir), f"{os.path.basename(path)[:150]}.{key[:16]}.himo-index"
-    )
-    index = _cached(file, key, reader.stamp())
+    name = os.fsencode(os.path.basename(path))[:150].decode(errors="ignore")  # 255 bytes with all
+    file = os.path.join(_cache_directory(path, cache_dir), f"{name}.{key[:16]}.himo-index")
+    origin = Origin(reader.path, reader.kind, root, reader.shards)
+    index = _cached(file, origin, key, reader.stamp(), max_bad_fraction)
     if index is None:
         write_index(
             file,
@@ -120,8 +119,7 @@ def open_dataset(
             max_bad_fraction=max_bad_fraction,
             progress=progress,
         )
-        index = SampleIndex(file)
-    index.report.check(max_bad_fraction)
+        index = SampleIndex(file, origin)
     return index
 
 
@@ -141,8 +139,9 @@ def _reader(path: str, dataset_type: str, given: dict[str, Any]) -> Source:
 def _detect(path: str) -> str:
     suffix = os.path.splitext(path)[1].lower()
     if os.path.isdir(path):
-        has_shards = any(name.endswith(".tar") for name in os.listdir(path))
-        return "webdataset" if has_shards else "folder"
+        return "webdataset" if any(map(is_shard, list_directory(path))) else "folder"
+    if is_shard(os.path.basename(path)):
+        return "webdataset"
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
     if suffix == ".json":
@@ -152,7 +151,9 @@ def _detect(path: str) -> str:
         return "jsonl" if start.startswith(b"{") else "sharegpt4v"
     if not os.path.exists(path):
         raise HimoError(f"{path}: no such file or folder")
-    known = ", ".join(sorted([*_SUFFIXES, ".json"]))
+    with open_regular(path) as file:
+        check_uncompressed(path, file.read(8))
+    known = ", ".join(sorted([*_SUFFIXES, ".json", ".tar"]))
     raise HimoError(
         f"{path}: cannot tell the format: expected a folder or one of {known}, or a dataset_type"
     )
@@ -166,18 +167,20 @@ def _cache_directory(path: str, given: str | os.PathLike[str] | None) -> str:
     directory = os.fspath(given) if given is not None else os.path.join(home, "himo")
     try:
         os.makedirs(directory, exist_ok=True)
-    except OSError as error:
-        raise HimoError(
-            f"cache directory {directory}: cannot be made: {(error.strerror or '').lower()}"
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:  # a NUL in the path, or a deep one
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        message = f"cache directory {directory}: cannot be made: {reason.lower()}"
+        raise HimoError(message) from error
     return directory
 
 
-def _cached(file: str, key: str, stamp: str) -> SampleIndex | None:
-    if not os.path.exists(file):
-        return None
+def _cached(
+    file: str, origin: Origin, key: str, stamp: str, max_bad_fraction: float
+) -> SampleIndex | None:
+    """The index in `file`; None if it is to be built: it is not there, damaged, or out of date."""
     try:
-        index = SampleIndex(file)
-    except DamagedIndex:
+        index = SampleIndex(file, origin)
+        index.report.check(max_bad_fraction)  # too many are said to be bad: see what the data say
+    except HimoError:
         return None
     return index if index.is_current(key, stamp) else None

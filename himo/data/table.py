@@ -1,10 +1,12 @@
 """csv and tsv files: a header, then one image path and caption on each row."""
 
-import csv
 import os
-from collections.abc import Iterator
+import re
+from collections import deque
+from collections.abc import Iterator, Set
 from typing import Any
 
+from himo.data.folder import IMAGE_SUFFIXES
 from himo.data.records import (
     CAPTION_KEYS,
     IMAGE_KEYS,
@@ -24,6 +26,13 @@ from himo.errors import HimoError
 from himo.files import open_regular
 
 _SEPARATORS = ("\t", ",", ";")
+_QUOTED = re.compile(r'([^"]*+(?:""[^"]*+)*+)("?)')  # up to the quote that closes it, if there
+_DIGITS = re.compile(r"\d+")
+# Lines over which one row goes on at most: each is read again where the quote was a stray one. In
+# a file of stray quotes that look like no row, rows go on no more after so many lines read again.
+_MAX_LINES = 500
+_MAX_AGAIN, _MAX_AGAIN_SHARE = 10_000, 10  # and ten times the lines of the file up to there
+_MAX_SHAPES = 1000  # of image paths
 
 
 class Table(Source):
@@ -31,6 +40,9 @@ class Table(Source):
 
     Fields may be quoted with `"`, and a quoted field may go on over several lines. A row with
     more or fewer fields than the header is bad: most often an unquoted separator in a caption.
+
+    A quote that is never closed costs its own row: a quoted field ends, and its row is bad, where
+    the next line reads as a row of its own, with the path of an image in its place.
 
     Args:
         path: the file.
@@ -51,7 +63,7 @@ class Table(Source):
         caption_key: str | None = None,
     ) -> None:
         super().__init__(path)
-        # csv takes a quote as separator and then never finds one.
+        # A quote as separator would never be found.
         if separator is not None and (len(separator) != 1 or separator in '"\r\n\0'):
             raise HimoError(f"separator: expected one character such as ',', got {separator!r}")
         self.separator, self.image_key, self.caption_key = separator, image_key, caption_key
@@ -65,7 +77,7 @@ class Table(Source):
 
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
         with open_regular(self.path) as file:
-            source = lines(self.path, file, progress)
+            source = _Lines(lines(self.path, file, progress))
             separator, header = self._header(next(source, (1, ""))[1])
             image = pick(header, self.image_key, IMAGE_KEYS, "column")
             caption = pick(header, self.caption_key, CAPTION_KEYS, "column")
@@ -75,38 +87,19 @@ class Table(Source):
             columns = [header.index(image), header.index(caption)]
             if SHORT_CAPTION_KEY in header:
                 columns.append(header.index(SHORT_CAPTION_KEY))
-            first = last = 0  # lines on which the record begins and ends
-            too_long: list[BadRecord] = []
-
-            def rows() -> Iterator[str]:
-                nonlocal first, last
-                for number, line in source:
-                    first, last = first or number, number
-                    if line is not None:
-                        yield line
-                    else:
-                        first = 0
-                        error = RecordError("too_long", f"line is longer than {MAX_RECORD:,} bytes")
-                        too_long.append(error.at(f"{self.path}:{number}"))
-
-            # Strict, because otherwise a quote that is never closed swallows rows without a word.
-            reader = csv.reader(rows(), delimiter=separator, strict=True)
-            row: list[str] | None = []
-            while row is not None:
-                first = 0
-                item: Record | BadRecord | None = None
+            rows = _Rows(source, separator, len(header), columns[0])
+            for number, line in source:
                 try:
-                    row = next(reader, None)
-                    if row:  # not an empty line
-                        item = self._record(first, last, row, columns, len(header))
-                except csv.Error as error:
-                    item = RecordError("syntax", str(error)).at(f"{self.path}:{first}")
+                    if line is None:
+                        message = f"line is longer than {MAX_RECORD:,} bytes"
+                        raise RecordError("too_long", message)
+                    if line.strip("\r\n"):
+                        row = rows.read(number, line)
+                        record = make_record(number, *(row[column] for column in columns))
+                        rows.learn(record.image)
+                        yield record
                 except RecordError as error:
-                    item = error.at(f"{self.path}:{first}")
-                yield from too_long
-                too_long.clear()
-                if item is not None:
-                    yield item
+                    yield error.at(f"{self.path}:{number}")
 
     def _header(self, line: str | None) -> tuple[str, list[str]]:
         if line is None:
@@ -115,10 +108,10 @@ class Table(Source):
         for separator in [self.separator] if self.separator else _SEPARATORS:
             header: list[str] = []
             try:
-                header = next(csv.reader([line], delimiter=separator, strict=True), [])
+                header = _fields(line, separator, 1, iter(()))
                 pick(header, self.image_key, IMAGE_KEYS, "column")
                 pick(header, self.caption_key, CAPTION_KEYS, "column")
-            except (csv.Error, RecordError) as error:
+            except RecordError as error:
                 if len(header) > most:  # what is said is of the likeliest separator
                     problem, most = error, len(header)
             else:
@@ -126,10 +119,153 @@ class Table(Source):
         given = f"separator {self.separator!r}" if self.separator else "tab, comma or semicolon"
         raise HimoError(f"{self.path}:1: header split at {given}: {problem}")
 
-    @staticmethod
-    def _record(first: int, last: int, row: list[str], columns: list[int], width: int) -> Record:
-        if len(row) != width:
-            over = f"over lines {first} to {last}: is a quote not closed? " if last > first else ""
-            message = f"{len(row)} fields, the header has {width}: {over}{quote(row[0])}"
+
+class _Lines(Iterator[tuple[int, str | None]]):
+    """Numbered lines, some of which may be put back."""
+
+    def __init__(self, source: Iterator[tuple[int, str | None]]) -> None:
+        self._source = source
+        self._ahead: deque[tuple[int, str | None]] = deque()
+
+    def __next__(self) -> tuple[int, str | None]:
+        return self._ahead.popleft() if self._ahead else next(self._source)
+
+    def put_back(self, taken: list[tuple[int, str | None]]) -> None:
+        self._ahead.extendleft(reversed(taken))
+
+
+class _Rows:
+    """Rows of a table, and what tells a row from a line of a quoted field.
+
+    Args:
+        source: the lines after the one that `read` is given.
+        separator: of fields.
+        width: fields of a row.
+        image: the position of the image path among them.
+    """
+
+    def __init__(self, source: _Lines, separator: str, width: int, image: int) -> None:
+        self.source, self.separator, self.width, self.image = source, separator, width, image
+        self._shapes = set(IMAGE_SUFFIXES)
+        self._again = 0  # lines put back so far
+
+    def learn(self, image: str) -> None:
+        """Takes up the path of a good record as an example of what such a path looks like."""
+        if len(self._shapes) < _MAX_SHAPES:
+            self._shapes.add(_shape(image))
+
+    def read(self, number: int, line: str) -> list[str]:
+        """The fields of the row that begins with `line`, of which there are `width`.
+
+        Raises:
+            RecordError: there are not, or quotes are not in order. The lines below that can be
+                rows of their own are then put back.
+        """
+        taken: list[tuple[int, str | None]] = []
+        known = self._shapes
+        before_quotes = line.partition('"')[0].split(self.separator)
+        if len(before_quotes) > self.image + 1:
+            known = known | {_shape(before_quotes[self.image])}
+        try:
+            row = _fields(line, self.separator, self.width, self._below(line, known, taken))
+        except RecordError:
+            self._put_back(line, known, taken)
+            raise
+        if len(row) != self.width:
+            last = number + len(taken)
+            over = f"over lines {number} to {last}: is a quote not closed? " if taken else ""
+            message = f"{len(row)} fields, the header has {self.width}: {over}{quote(row[0])}"
             raise RecordError("fields", message)
-        return make_record(first, *(row[column] for column in columns))
+        return row
+
+    def _below(
+        self, line: str, known: Set[str], taken: list[tuple[int, str | None]]
+    ) -> Iterator[str]:
+        """The lines after `line` that may be of the same row; `taken` gets these and the next."""
+        rows, size = int(self._is_row(line, known)), len(line)
+        for number, below in self.source:
+            taken.append((number, below))
+            if self._again > _MAX_AGAIN + _MAX_AGAIN_SHARE * number:
+                return
+            if below is None or len(taken) > _MAX_LINES or (size := size + len(below)) > MAX_RECORD:
+                return
+            rows += self._is_row(below, known)
+            if rows > 1:
+                return
+            yield below
+
+    def _put_back(self, line: str, known: Set[str], taken: list[tuple[int, str | None]]) -> None:
+        """Puts back the lines that are not of the row that is lost.
+
+        Of it are those up to the first with an image path, and those after it that can begin no
+        row: they have one field, and no quote at their start.
+        """
+        texts = [line, *(below or "" for _, below in taken)]
+        first = next((at for at, text in enumerate(texts) if self._is_row(text, known)), 0)
+        self.source.put_back(taken[first:])
+        self._again += len(taken)
+        for at, below in self.source:
+            if below is None or self.separator in below or below.startswith('"'):
+                self.source.put_back([(at, below)])
+                break
+
+    def _is_row(self, line: str, known: Set[str]) -> bool:
+        """Whether a line, read without regard to quotes, has the path of an image in its place.
+
+        known: what such paths look like.
+        """
+        fields = line.split(self.separator)
+        # Counted from the end too, for captions with a separator in them.
+        places = {self.image, self.image - self.width + len(fields)}
+        return len(fields) > 1 and any(
+            _shape(fields[place].strip('" \r\n')) in known
+            for place in places
+            if 0 <= place < len(fields)
+        )
+
+
+def _shape(path: str) -> str:
+    """What the image paths of a data set have in common: the suffix, or else all but numbers."""
+    return os.path.splitext(path)[1].lower() or _DIGITS.sub("0", path)
+
+
+def _fields(line: str, separator: str, width: int, below: Iterator[str]) -> list[str]:
+    """The fields of a row, as Python's csv reads them in its strict mode.
+
+    Args:
+        line: its first line.
+        separator: of fields.
+        width: a field beyond so many is not read on below.
+        below: the lines on which a quoted field may go on.
+
+    Raises:
+        RecordError: a quote is not closed, or something follows the one that closes a field.
+    """
+    fields: list[str] = []
+    position = 0
+    while True:
+        if line.startswith('"', position):
+            parts: list[str] = []
+            match = _QUOTED.match(line, position + 1)
+            while match is not None and not match[2]:
+                parts.append(match[1])
+                line = next(below, "") if len(fields) < width else ""
+                if not line:
+                    raise RecordError("syntax", f"a quote is not closed: {quote(''.join(parts))}")
+                match = _QUOTED.match(line)
+            assert match is not None  # it matches any text
+            parts.append(match[1])
+            fields.append("".join(parts).replace('""', '"'))
+            position = match.end()
+        else:
+            end = line.find(separator, position)
+            end = end if end >= 0 else len(line.rstrip("\r\n"))
+            fields.append(line[position:end])
+            position = end
+        if line.startswith(separator, position):
+            position += 1
+        elif line[position:].strip("\r\n"):
+            message = f"{quote(separator)} expected after a closing quote, got "
+            raise RecordError("syntax", message + quote(line[position:], 20))
+        else:
+            return fields

@@ -1,48 +1,60 @@
 """Tar shards as webdataset writes them: `{key}.jpg` next to `{key}.txt` or `{key}.json`.
 
 Only the headers and the captions are read to make the index; an image is then one read at its
-byte offset. The headers are parsed here because that takes a few microseconds a member, and because
-what a damaged or hostile header can raise is then known: RecordError alone.
+byte offset.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from himo.data.folder import IMAGE_SUFFIXES
 from himo.data.records import (
-    CAPTION_KEYS,
     DECODER,
+    MAX_IMAGE,
     MAX_RECORD,
     BadRecord,
     Progress,
     Record,
     RecordError,
     Source,
-    decode,
+    caption_of_mapping,
+    decode_file,
     json_error,
+    list_directory,
     make_record,
-    pick,
     quote,
     regular_file,
 )
+from himo.data.tar import Member, members
 from himo.errors import HimoError
 from himo.files import open_regular
 
-MAX_IMAGE = 1 << 26  # bytes of one encoded image, which is read whole before it is looked at
-_BLOCK = 512
+# As webdataset has it: the key ends at the first dot of the base name. A name without a key (a
+# hidden file, or one without a dot) belongs to no sample, and does not end the one around it.
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+_META = re.compile(r"__[^/]*__(?:$|/)")
+_SHARD = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4|lzma|Z|br))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_IMAGE_ORDER = ("jpg", "png", "jpeg", "webp")
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_SHARDS = 1_000_000
-_MAX_EXTENDED = 1 << 16  # bytes of a header that holds a long name
 
 
 class WebDataset(Source):
-    """Tar shards with samples whose files share the name up to its first dot.
+    """Tar shards with samples whose files share the name up to its first dot and follow each other.
+
+    In a sample, `a.jpg` goes with `a.txt` or `a.json`, or else with the only other caption, such as
+    `a.cap.txt`; and `a.v2.jpg` goes with `a.v2.txt`. Where an image is there in several formats,
+    the first of jpg, png, jpeg and webp is taken, as open_clip does. Other files of a sample are
+    counted in `ignored`. A file that comes twice begins a new sample, and so does the next of
+    several archives that were joined.
 
     Args:
-        path: a shard, a directory of `*.tar`, or a numbered pattern such as `cc-{0000..0331}.tar`.
+        path: an uncompressed shard, a directory of `*.tar`, or a numbered pattern such as
+            `cc-{0000..0331}.tar`.
         caption_key: key of the caption in `{key}.json`; None takes `{key}.txt`, or else the key
             `title` or `caption`.
     """
@@ -67,7 +79,8 @@ class WebDataset(Source):
 
     def stamp(self) -> str:
         states = [(shard, regular_file(shard)) for shard in self._shards]
-        return repr([(shard, state.st_size, state.st_mtime_ns) for shard, state in states])
+        text = repr([(shard, state.st_size, state.st_mtime_ns) for shard, state in states])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def size(self) -> int:
         return sum(regular_file(shard).st_size for shard in self._shards)
@@ -77,178 +90,162 @@ class WebDataset(Source):
         self.ignored = {"other files": 0}
         for number, shard in enumerate(self._shards):
             with open_regular(shard) as file:
-                sample: dict[str, _Member] = {}
-                key = ""
-                for member in _members(shard, file.fileno()):
-                    # The name up to the first dot after the last slash.
-                    directory, _, name = member.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    if f"{directory}/{stem}" != key:
-                        if sample:
-                            yield self._sample(number, file.fileno(), sample)
-                        sample, key = {}, f"{directory}/{stem}"
-                        progress(done + member.offset)
-                    suffix = f".{suffix.lower()}"
-                    kind = "image" if suffix in IMAGE_SUFFIXES else suffix
-                    if kind not in {"image", ".txt", ".json"}:
-                        self.ignored["other files"] += 1
-                    elif kind in sample:
-                        yield BadRecord("twice", f"{shard}: {quote(member.name)} comes twice")
-                    else:
-                        sample[kind] = member
-                if sample:
-                    yield self._sample(number, file.fileno(), sample)
+                sample = _Sample(number, file.fileno())
+                try:
+                    for member in members(shard, file.fileno()):
+                        match = _NAME.fullmatch(member.name)
+                        if match is None or _META.match(member.name):
+                            self.ignored["other files"] += 1
+                            continue
+                        place, suffix = (member.archive, match[1]), match[2].lower()
+                        if sample.place != place or suffix in sample.files:
+                            yield from self._records(sample)
+                            sample = _Sample(number, file.fileno(), place)
+                            progress(done + member.offset)
+                        if _kind(suffix) is None:
+                            sample.others += 1
+                        else:
+                            sample.files[suffix] = member
+                except RecordError as error:
+                    yield error.at(shard)
+                yield from self._records(sample)
                 done += os.fstat(file.fileno()).st_size
 
-    def _sample(
-        self, number: int, descriptor: int, sample: dict[str, "_Member"]
-    ) -> Record | BadRecord:
-        name = next(iter(sample.values())).name
+    def _records(self, sample: "_Sample") -> Iterator[Record | BadRecord]:
+        """What the files of one key give: each image with a caption, or else a bad record."""
+        if not sample.files:
+            if sample.others < 2:  # a file by itself is no sample
+                self.ignored["other files"] += sample.others
+            else:
+                yield BadRecord(
+                    "missing_key",
+                    f"{self._shards[sample.shard]}: {quote(sample.place[1])} has {sample.others} "
+                    "files, but no image and no .txt or .json",
+                )
+            return
+        self.ignored["other files"] += sample.others
+        parts = sample.parts()
+        images = [part for part in parts.values() if part.images]
+        captions = [part for part in parts.values() if part.captions]
+        if len(images) == len(captions) == 1 and images[0] is parts.get(""):
+            parts = {"": _Part(images[0].images, captions[0].captions)}  # as a.cap.txt of a.jpg
+        for name, part in parts.items():
+            if _is_beside_another(name, parts) and not (part.images and part.captions):
+                self.ignored["other files"] += len(part.images) + len(part.captions)
+            else:
+                yield self._record(sample, part)
+                self.ignored["other files"] += max(0, len(part.images) - 1)
+
+    def _record(self, sample: "_Sample", part: "_Part") -> Record | BadRecord:
+        name = next(iter([*part.images.values(), *part.captions.values()])).name
         try:
-            if "image" not in sample:
+            if not part.images:
                 raise RecordError("missing_key", f"{quote(name)} has no image beside it")
-            image = sample["image"]
+            image = part.image()
             if image.size > MAX_IMAGE:
                 raise RecordError("too_long", f"image is longer than {MAX_IMAGE:,} bytes")
-            caption = self._caption(descriptor, sample)
-            record = make_record(0, image.name, caption)
-            return Record(0, record.image, record.caption, "", number, image.offset, image.size)
+            caption = self._caption(sample.descriptor, part)
+            record = make_record(0, _readable(image).name, caption)
+            place = (sample.shard, image.offset, image.size)
+            return Record(0, record.image, record.caption, "", *place)
         except RecordError as error:
-            return error.at(f"{self._shards[number]}: {quote(name)}")
+            return error.at(f"{self._shards[sample.shard]}: {quote(name)}")
 
-    def _caption(self, descriptor: int, sample: dict[str, "_Member"]) -> Any:
-        order = (".json", ".txt") if self.caption_key is not None else (".txt", ".json")
-        kind = next((kind for kind in order if kind in sample), None)
+    def _caption(self, descriptor: int, part: "_Part") -> Any:
+        order = ("json", "txt") if self.caption_key is not None else ("txt", "json")
+        kind = next((kind for kind in order if kind in part.captions), None)
         if kind is None:
             raise RecordError("missing_key", "image has no .txt or .json beside it")
-        member = sample[kind]
+        member = _readable(part.captions[kind])
         if member.size > MAX_RECORD:
-            raise RecordError("too_long", f"{kind} is longer than {MAX_RECORD:,} bytes")
-        text = decode(os.pread(descriptor, member.size, member.offset))
-        if kind == ".txt":
+            raise RecordError("too_long", f".{kind} is longer than {MAX_RECORD:,} bytes")
+        text = decode_file(os.pread(descriptor, member.size, member.offset))
+        if kind == "txt":
             return text
         try:
             value = DECODER.decode(text)
         except (ValueError, RecursionError) as error:
             raise json_error(error) from error
-        if not isinstance(value, dict):
-            raise RecordError("type", f"{kind} is {quote(value)}, expected an object")
-        return value[pick(value, self.caption_key, CAPTION_KEYS, "caption key")]
+        return caption_of_mapping(value, self.caption_key)
+
+
+def _readable(member: Member) -> Member:
+    if not member.is_file:
+        raise RecordError("not_a_file", f"{quote(member.name)} is a link in the archive")
+    return member
+
+
+@dataclass
+class _Part:
+    """The files of a sample that have one name but for the last suffix, by that suffix."""
+
+    images: dict[str, Member]
+    captions: dict[str, Member]
+
+    def image(self) -> Member:
+        """The image that open_clip takes where there are several."""
+        first = [suffix for suffix in _IMAGE_ORDER if suffix in self.images]
+        return self.images[[*first, *self.images][0]]
+
+
+@dataclass
+class _Sample:
+    """The members of one key that follow each other: image and caption files by suffix."""
+
+    shard: int
+    descriptor: int
+    place: tuple[int, str] = (-1, "")  # archive and key
+    files: dict[str, Member] = field(default_factory=dict)
+    others: int = 0
+
+    def parts(self) -> dict[str, _Part]:
+        """The files by what stands between the key and the last suffix: "" in `a.jpg`."""
+        parts: dict[str, _Part] = {}
+        for suffix, member in self.files.items():
+            name, _, last = suffix.rpartition(".")
+            part = parts.setdefault(name, _Part({}, {}))
+            kind = part.images if _kind(suffix) == "image" else part.captions
+            kind[last] = member
+        return parts
+
+
+def _is_beside_another(name: str, parts: dict[str, _Part]) -> bool:
+    """Whether the files of a part only add to another: `a.mask.png` to `a.jpg`."""
+    words = name.split(".", 16) if name else []
+    return any(".".join(words[:end]) in parts for end in range(len(words)))
+
+
+def _kind(suffix: str) -> str | None:
+    last = suffix.rpartition(".")[2]
+    if f".{last}" in IMAGE_SUFFIXES:
+        return "image"
+    return "caption" if last in ("txt", "json") else None
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of this name is to be read as a shard, if only to say that it cannot be."""
+    return not name.startswith(".") and _SHARD.search(name) is not None
 
 
 def _expand(path: str) -> list[str]:
     """The shards that `path` names; HimoError if there are none or one is not there."""
-    match = _RANGE.search(path)
-    if match is None and os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if name.endswith(".tar"))
+    if _RANGE.search(path) is None and os.path.isdir(path):
+        names = sorted(filter(is_shard, list_directory(path)))
         if not names:
             raise HimoError(f"{path}: expected a directory with .tar shards, found none")
         return [os.path.join(path, name) for name in names]
+    ranges = list(_RANGE.finditer(path))
+    count = 1
+    for given in ranges:  # before any is made
+        count *= max(0, int(given[2]) - int(given[1]) + 1)
+        if not 0 < count <= _MAX_SHARDS:
+            raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {given[0]}")
     paths = [path]
-    while match is not None:
-        first, last, width = int(match[1]), int(match[2]), len(match[1])
-        if not 0 <= last - first < _MAX_SHARDS // len(paths):
-            raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {match[0]}")
-        start, end = match.span()
-        paths = [f"{x[:start]}{i:0{width}}{x[end:]}" for x in paths for i in range(first, last + 1)]
-        match = _RANGE.search(paths[0])
+    for given in ranges:
+        numbers = range(int(given[1]), int(given[2]) + 1)
+        names = [f"{number:0{len(given[1])}}" for number in numbers]
+        paths = [_RANGE.sub(name, x, count=1) for x in paths for name in names]
     missing = [shard for shard in paths if not os.path.exists(shard)]
     if missing:
         raise HimoError(f"{path}: {len(missing)} of {len(paths)} shards missing: {missing[0]}")
     return paths
-
-
-class _Member(NamedTuple):
-    name: str
-    offset: int  # bytes from the start of the shard to the data
-    size: int  # bytes
-
-
-@dataclass
-class _Extended:
-    """What the headers before a member say about it: names and sizes that its own cannot hold."""
-
-    name: str | None = None
-    size: int | None = None
-
-
-def _members(shard: str, descriptor: int) -> Iterator[_Member]:
-    """Yields the regular files of an uncompressed tar archive: ustar, GNU or pax.
-
-    Raises:
-        HimoError: a header is damaged or the file ends early. How much is lost then is not known,
-            so that it cannot be counted against a limit.
-    """
-    total = os.fstat(descriptor).st_size
-    position = 0
-    extended = _Extended()
-    while position < total:
-        header = os.pread(descriptor, _BLOCK, position)
-        if not header.strip(b"\0"):
-            return  # the end of the archive
-        start = position + _BLOCK
-        try:
-            kind, name, size = _header(header)
-            if kind in b"123456":  # links, devices, directories: no data, whatever the size says
-                size = 0
-            kept = None
-            if kind in b"xL":
-                if size > _MAX_EXTENDED:
-                    raise ValueError(f"header of {size:,} bytes")
-                _extend(extended, kind, os.pread(descriptor, size, start))
-            elif kind == b"S":
-                raise ValueError("sparse files are not read")
-            elif kind not in b"gK":  # these stand between a long name and its file
-                kept, extended = extended, _Extended()
-                size = size if kept.size is None else kept.size
-        except ValueError as error:
-            raise HimoError(f"{shard}: damaged at byte {position:,}: {error}") from error
-        if start + size > total:
-            raise HimoError(f"{shard}: ends in the middle of a file: is it complete?")
-        if kept is not None and kind in b"0\x007":
-            yield _Member(name if kept.name is None else kept.name, start, size)
-        position = start + -(-size // _BLOCK) * _BLOCK
-
-
-def _header(header: bytes) -> tuple[bytes, str, int]:
-    """Type, name and size in bytes of a tar header; ValueError if its checksum is wrong."""
-    if len(header) < _BLOCK:
-        raise ValueError("incomplete header")
-    if sum(header[:148]) + sum(header[156:]) + 8 * ord(" ") != _number(header[148:156]):
-        raise ValueError("wrong checksum: is it an uncompressed tar file?")
-    name = decode(header[:100].split(b"\0", 1)[0])
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = f"{decode(header[345:500].split(bytes(1), 1)[0])}/{name}"
-    return header[156:157], name, _number(header[124:136])
-
-
-def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # base 256, for sizes from 8 GiB on
-        value = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    else:
-        value = int(field.strip(b" \0") or b"0", 8)
-    if not 0 <= value < 1 << 62:
-        raise ValueError(f"number {quote(field)} is out of range")
-    return value
-
-
-def _extend(extended: _Extended, kind: bytes, data: bytes) -> None:
-    """Reads a GNU long name or the `path` and `size` of a pax header."""
-    if kind == b"L":
-        extended.name = decode(data.rstrip(b"\0"))
-        return
-    position = 0
-    while position < len(data):
-        space = data.find(b" ", position, position + 10)
-        length = data[position:space] if space > 0 else b""
-        end = position + (int(length) if length.isdigit() else 0)
-        if space < 0 or not space < end <= len(data):
-            raise ValueError("damaged pax header")
-        key, _, value = data[space + 1 : end - 1].partition(b"=")
-        if key == b"path":
-            extended.name = decode(value)
-        elif key == b"size":
-            if not value.isdigit() or len(value) > 18:
-                raise ValueError("damaged pax header")
-            extended.size = int(value)
-        position = end

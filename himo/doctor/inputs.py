@@ -15,7 +15,7 @@ from himo.data import CaptionedImages, SampleIndex, open_dataset
 from himo.doctor.check import Check
 from himo.errors import HimoError
 from himo.model import CONTEXT_LENGTH, CLIPConfig
-from himo.tokenizer import default_tokenizer
+from himo.tokenizer import TextError, default_tokenizer
 from himo.transforms import ImageError, Preprocess
 
 _IMAGES, _CAPTIONS = 100, 2000  # read, spread over the data set
@@ -45,7 +45,7 @@ def data_set(settings: TrainConfig, config: CLIPConfig, field: str) -> Iterator[
                 max_bad_fraction=1.0,
                 cache_dir=folder,
             )
-        except (HimoError, OSError) as error:  # OSError: a folder that may not be listed
+        except (HimoError, OSError) as error:  # OSError: a disk that fails
             yield Check(f"{prefix}data", "problem", f"--{field.replace('_', '-')}: {error}")
             return
         advice = _too_few(settings, len(index)) if field == "train_data" else None
@@ -132,7 +132,12 @@ def _captions(dataset: CaptionedImages) -> Check:
     rows = _spread(len(dataset), _CAPTIONS)
     longer = longest = 0
     for row in _progress(rows, "reading captions"):
-        length = len(dataset.tokens(row)) + 2  # and a start and an end
+        try:
+            length = len(dataset.tokens(row)) + 2  # and a start and an end
+        except TextError as error:
+            where = dataset.index.describe(row)
+            advice = "the trainer takes other pairs in the place of such"
+            return Check("captions", "warning", f"{where}: {error}; {advice}")
         longest = max(longest, length)
         longer += length > CONTEXT_LENGTH
     found = f"{longer:,} of {len(rows):,} looked at are longer than {CONTEXT_LENGTH} tokens"

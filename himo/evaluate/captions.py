@@ -11,8 +11,10 @@ from himo.data import SampleIndex, open_dataset
 from himo.evaluate.encode import Coverage, Encoder
 from himo.evaluate.himo_k import K_RULE, himo_at, himo_k
 from himo.evaluate.metrics import (
+    MAX_SEGMENTS,
     SENTENCE_RULE,
     SENTENCE_RULE_SHA256,
+    caption_segments,
     sentence_prefixes,
     split_sentences,
 )
@@ -26,7 +28,8 @@ class CaptionScores:
     Attributes:
         index: the data set.
         captions: the images and captions that took part.
-        series: for each caption the scores [n] of its first 1, ..., n sentences.
+        series: for each caption the scores [n] of its first 1, ..., n segments, which are its
+            sentences unless there are more than MAX_SEGMENTS.
         coverage: of its records.
         image_features: [N, E] and
         text_features: [M, E], float32 on the CPU, L2-normalised, in the order of `captions`.
@@ -78,7 +81,7 @@ def evaluate_captions(
 ) -> CaptionScores:
     """Retrieval both ways, HiMo@2, HiMo@3 and HiMo@K.
 
-    The sentence prefixes of a caption end with the caption itself, so every measure comes from one
+    The prefixes of a caption end with the caption itself, so every measure comes from one
     pass over the texts.
 
     Args:
@@ -105,7 +108,7 @@ def evaluate_captions(
     captions = captions.without(failed, set())
     image_features = image_features[kept]
 
-    prefixes = [sentence_prefixes(split_sentences(caption)) for caption in captions.captions]
+    prefixes = [sentence_prefixes(caption_segments(caption)) for caption in captions.captions]
     lengths = [len(texts) for texts in prefixes]
     count = len(captions.captions)
     owner = torch.arange(count).repeat_interleave(torch.tensor(lengths))  # the caption of a prefix
@@ -158,6 +161,9 @@ def evaluate_captions(
             "sentence_rule_sha256": SENTENCE_RULE_SHA256,
             "k_rule": K_RULE,
             "texts_cut": scored.cut,
+            "captions_segmented": sum(
+                len(split_sentences(caption)) > MAX_SEGMENTS for caption in captions.captions
+            ),
         },
         "retrieval": {
             name: ways[name] for name in ("image_to_text", "text_to_image", "chance_R@1", "ties")

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import torch
 
 from himo.data.paths import ImageRoot
-from himo.data.records import RecordError, check_text, quote
+from himo.data.records import RecordError, check_caption, check_encodable, quote
 from himo.errors import HimoError
 from himo.evaluate.encode import Coverage, Encoder, ImageFiles
 from himo.files import open_regular
@@ -118,11 +118,12 @@ def _group(place: str, value: Any) -> _Group:
         raise RecordError(
             "caption_count", f"expected [url, caption, url, caption], got {quote(value)}"
         )
-    texts = [check_text(text, f"entry {number}") for number, text in enumerate(value, start=1)]
+    texts = [check_caption(text, f"entry {number}") for number, text in enumerate(value, start=1)]
     try:
         names = [posixpath.basename(urlsplit(url).path) for url in texts[::2]]
     except ValueError as error:
         raise RecordError("type", f"{quote(texts[0])} is not a URL: {error}") from error
     if not all([*names, texts[1], texts[3]]):
         raise RecordError("empty", f"an image or a caption is empty in {quote(value)}")
+    check_encodable(texts[1::2])
     return place, (names[0], names[1]), (texts[1], texts[3])

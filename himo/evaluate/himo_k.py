@@ -12,18 +12,25 @@ from himo.data.paths import ImageRoot
 from himo.data.records import (
     DECODER,
     RecordError,
+    check_caption,
+    check_encodable,
     check_text,
     json_error,
     lines,
     quote,
 )
 from himo.evaluate.encode import Coverage, Encoder, ImageFiles
-from himo.evaluate.metrics import growth_correlation, monotone_accuracy, segment_boundaries
+from himo.evaluate.metrics import (
+    MAX_SEGMENTS,
+    growth_correlation,
+    monotone_accuracy,
+    segment_boundaries,
+)
 from himo.files import open_regular
 
 # The paper reads K > 3 as a correlation, and does not say which K a captioned set is given.
 # Here each caption is cut as finely as its sentences allow.
-K_RULE = "K = sentences of the caption, where more than 3"
+K_RULE = f"K = sentences of the caption, where more than 3, at most {MAX_SEGMENTS}"
 _MORE_THAN = 3
 
 
@@ -190,12 +197,13 @@ def _prefixed_image(place: str, line: str | None) -> PrefixedImage:
     if not isinstance(value, dict) or not {"img_path", "caption"} <= value.keys():
         raise RecordError("type", f"{quote(value)} has no img_path and caption")
     texts = value["caption"]
-    if not isinstance(texts, list) or len(texts) < 2:
-        raise RecordError(
-            "caption_count", f"caption is {quote(texts)}, expected a list of at least 2 texts"
-        )
-    prefixes = [check_text(text, f"caption {number}") for number, text in enumerate(texts, 1)]
+    if not isinstance(texts, list) or not 2 <= len(texts) <= MAX_SEGMENTS:
+        expected = f"expected a list of 2 to {MAX_SEGMENTS} texts"
+        raise RecordError("caption_count", f"caption is {quote(texts)}, {expected}")
+    prefixes = [check_caption(text, f"caption {number}") for number, text in enumerate(texts, 1)]
     image = check_text(value["img_path"], "img_path")
     if not image or not all(prefixes):
         raise RecordError("empty", "img_path or a caption is empty")
-    return PrefixedImage(place, image, [" ".join(text.split()) for text in prefixes])
+    prefixes = [" ".join(text.split()) for text in prefixes]
+    check_encodable(prefixes)
+    return PrefixedImage(place, image, prefixes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from himo.evaluate.captions import CaptionScores
 from himo.evaluate.encode import Images
 from himo.evaluate.himo_k import PrefixScores, himo_k
-from himo.evaluate.metrics import split_sentences
+from himo.evaluate.metrics import MAX_SEGMENTS, caption_segments
 from himo.evaluate.retrieval import RECALLS
 from himo.files import atomic_path
 from himo.transforms import open_image
@@ -32,7 +32,7 @@ def caption_curves(scores: CaptionScores) -> list[dict[str, Any]]:
             scores.index,
             captions.image_rows[captions.caption_images[chosen]],
             scores.index[captions.caption_rows[chosen]].image,
-            split_sentences(captions.captions[chosen]),
+            caption_segments(captions.captions[chosen]),
             scores.series[chosen],
         )
         for chosen in _choice(scores.series)
@@ -172,6 +172,8 @@ def table(result: dict[str, Any]) -> str:
         lines += [f"  first: {example}" for example in coverage["examples"][:1]]
     if protocol.get("texts_cut"):
         lines.append(f"{protocol['texts_cut']:,} texts were longer than the context and cut")
+    if joined := protocol.get("captions_segmented"):
+        lines.append(f"{joined:,} captions of over {MAX_SEGMENTS} sentences: in as many segments")
     return "\n".join(lines)
 
 

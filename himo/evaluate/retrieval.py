@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from himo.data import SampleIndex
+from himo.data.records import RecordError, check_encodable
 from himo.errors import HimoError
 from himo.evaluate.encode import Coverage
 from himo.evaluate.metrics import ranks_and_ties, recall
@@ -98,9 +99,14 @@ def group_by_image(
     captions = []
     for row in range(len(index)):
         record = index[row]
+        captions.append(" ".join(record.caption.split()))
+        try:
+            check_encodable(captions[-1:])
+        except RecordError as error:
+            coverage.leave_out(error.reason, f"{index.describe(row)}: {error}")
+            continue
         path = os.path.normpath(record.image)  # ./a.png is a.png
         rows.setdefault((record.shard, record.offset, path), []).append(row)
-        captions.append(" ".join(record.caption.split()))
     chosen: list[list[int]] = []
     for caption_rows in rows.values():
         wanted = captions_per_image or len(caption_rows)

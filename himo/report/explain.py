@@ -13,7 +13,7 @@ from PIL import Image
 from himo.checkpoint import load
 from himo.errors import HimoError, printable
 from himo.evaluate.encode import Encoder
-from himo.evaluate.metrics import split_sentences
+from himo.evaluate.metrics import caption_segments
 from himo.report import html_path, versions, write_text
 from himo.report.charts import text
 from himo.report.data import distinct_names, plural
@@ -63,12 +63,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cut(captions: Sequence[str]) -> list[str]:
-    """The segments of a caption: its sentences, or the texts as given if they are several.
+    """The segments of a caption: as `caption_segments`, or the texts as given if they are several.
 
     Raises:
         HimoError: there are fewer than two.
     """
-    segments = split_sentences(captions[0]) if len(captions) == 1 else [c.strip() for c in captions]
+    segments = (
+        caption_segments(captions[0]) if len(captions) == 1 else [c.strip() for c in captions]
+    )
     if len(segments) < 2 or not all(segments):
         raise HimoError(
             f"caption: expected at least two sentences, or several texts, got {captions[0]!r}"

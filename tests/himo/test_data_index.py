@@ -77,7 +77,9 @@ def test_it_is_built_anew_when_the_source_changes(tmp_path: Path) -> None:
     (folder / "000.txt").write_text("another caption")
     assert open_dataset(folder)[0].caption == "another caption"
     (folder / "001.txt").unlink()
-    assert len(open_dataset(folder)) == 9
+    assert len(open_dataset(folder, max_bad_fraction=0.1)) == 9
+    with pytest.raises(HimoError, match=r"1 of 10 records are bad .*001.png: has no caption"):
+        open_dataset(folder)
 
     files = [("a.png", image_bytes()), ("a.txt", b"one")]
     shard = write_tar(tmp_path / "a.tar", files)

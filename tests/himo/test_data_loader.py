@@ -27,6 +27,7 @@ from himo.data import (
 )
 from himo.data.dataset import REASONS
 from himo.errors import HimoError
+from himo.tokenizer import TextError
 from himo.transforms import ImageError, Preprocess
 
 COUNT, RESOLUTION = 48, 8
@@ -110,12 +111,32 @@ def test_bad_images_are_replaced_and_counted_the_same_for_any_workers(tmp_path: 
             assert REASONS[int(reason)] == BROKEN.get(int(row), "good")
     assert bad.reasons == BROKEN
     assert bad.counts() == dict.fromkeys(BROKEN.values(), 1)
-    assert bad.summary().startswith("5 of 48 images could not be read (1 missing, 1 not_a_file,")
+    assert bad.summary().startswith("5 of 48 samples could not be read (1 missing, 1 not_a_file,")
     assert f"{tmp_path}/a.jsonl:4: images/003.png" in bad.summary()
 
     again = BadSamples(data.index, max_bad_fraction=0.2)
     again.load_state_dict(bad.state_dict())
     assert again.reasons == bad.reasons
+
+
+def _tokenize_but_7(text: str) -> Tensor:
+    if text == "caption 7":
+        raise TextError("text 'caption 7' cannot be read")
+    return _tokenize(text)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_caption_that_cannot_be_read_is_counted_and_replaced(
+    workers: int, tmp_path: Path
+) -> None:
+    data = _data_set(tmp_path, tokenize=_tokenize_but_7)
+    bad = BadSamples(data.index, max_bad_fraction=0.05)
+    for batch in _epoch(data, workers, max_bad_fraction=0.05):
+        bad.update(batch)
+        assert 7 not in batch.tokens
+    assert bad.reasons == {7: "text"}
+    with pytest.raises(HimoError, match=r"1 of 48 samples could not be read \(1 text\)"):
+        _epoch(data, workers, max_bad_fraction=0)
 
 
 def test_a_replacement_is_a_function_of_seed_and_position(tmp_path: Path) -> None:
@@ -134,7 +155,9 @@ def test_too_many_bad_images_stop_the_run_with_one_line(workers: int, tmp_path: 
     with pytest.raises(HimoError) as error:
         _epoch(data, workers, max_bad_fraction=0.05)
     message = str(error.value)
-    assert message.startswith("too many bad images, the limit is 5 %: 3 of 48 images could not be")
+    assert message.startswith(
+        "too many bad samples, the limit is 5 %: 3 of 48 samples could not be"
+    )
     assert "\n" not in message and "Traceback" not in message
 
 
@@ -203,7 +226,9 @@ def test_a_disk_that_is_gone_stops_the_run_at_once(workers: int, tmp_path: Path)
     with pytest.raises(HimoError) as error:
         _epoch(data, workers, max_bad_fraction=1)
     message = str(error.value)
-    assert message.startswith("17 images tried one after the other cannot be read, the last: image")
+    assert message.startswith(
+        "17 samples tried one after the other cannot be read, the last: image"
+    )
     assert message.endswith("does not exist")
 
 

@@ -99,9 +99,47 @@ def test_links_may_lead_out_where_that_is_asked_for(root: Path) -> None:
     index = open_dataset(source, follow_links=True)
 
     assert [index.open_image(number).size for number in range(2)] == [(12, 12)] * 2
-    for refused in ("../secret.png", "device.png", "pipe.png", str(root / "images/000.png")):
+    assert open_dataset(
+        write_jsonl(root / "a.jsonl", [(str(root / "linked/a.png"), "c")]), follow_links=True
+    ).open_image(0).size == (12, 12)
+    outside = str(root.parent / "outside/a.png")
+    for refused in ("../secret.png", "device.png", "pipe.png", "/etc/passwd", outside):
         with pytest.raises(RecordError):
             ImageRoot(root, follow_links=True).resolve(refused)
+
+
+def test_an_absolute_path_below_the_root_is_that_file(root: Path, tmp_path: Path) -> None:
+    os.symlink(root, tmp_path / "alias")
+    os.symlink(tmp_path / "alias", tmp_path / "other alias")
+    found = ImageRoot(tmp_path / "alias")
+
+    for folder in (root, tmp_path / "alias", tmp_path / "other alias"):
+        for path in ("images/000.png", "/images//000.png", "inside/000.png", "inside.png"):
+            assert found.resolve(f"{folder}/{path}") == f"{os.path.realpath(root)}/images/000.png"
+    assert ImageRoot("/").resolve(str(root / "images/000.png")) == str(root / "images/000.png")
+    with pytest.raises(MissingImage):
+        found.resolve(f"{root}/images/9.png")
+    for path, reason in (
+        (f"{root}", "path"),
+        (f"{root}/", "not_a_file"),
+        (f"{root}/images", "not_a_file"),
+        (f"{root}/../secret.png", "path"),
+        (f"{root}-other/a.png", "path"),
+        (f"{root}/linked/a.png", "outside"),
+        (f"{root}/link.png", "outside"),
+        (f"{tmp_path}/outside/a.png", "path"),
+        (f"{root}/{'a' * 300}.png", "path"),
+        (f"{root}/\ud800.png", "encoding"),
+    ):
+        with pytest.raises(RecordError) as error:
+            found.resolve(path)
+        assert error.value.reason == reason, path
+
+    csv = root / "a.csv"
+    csv.write_text(f"filepath,title\n{root}/images/000.png,one\nimages/001.png,two\n")
+    index = open_dataset(csv)
+    assert [index.open_image(row).size for row in range(2)] == [(12, 12)] * 2
+    assert index.report.missing == {"images": [0, 2]}
 
 
 def test_a_root_that_is_a_link_is_followed(root: Path, tmp_path: Path) -> None:

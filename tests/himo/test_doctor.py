@@ -152,9 +152,9 @@ def test_a_folder_that_may_not_be_listed(capsys, monkeypatch, tmp_path):
     def refuse(path: str) -> list[str]:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("himo.data.sources.os.listdir", refuse)
+    monkeypatch.setattr("himo.data.records.os.listdir", refuse)
     found = examined(capsys, "--train-data", str(tmp_path), status=1)
-    assert found["data"][0][0] == "problem" and "Permission denied" in found["data"][0][1]
+    assert found["data"][0][0] == "problem" and "permission denied" in found["data"][0][1]
     assert "training step" in found
 
 

@@ -1,6 +1,7 @@
 """What `himo eval` says of what it cannot use: it leaves nothing out in silence."""
 
 import re
+import time
 
 import pytest
 import torch
@@ -11,9 +12,14 @@ from himo.checkpoint import load
 from himo.errors import HimoError
 from himo.evaluate import Encoder, evaluate_captions, open_for_evaluation
 from himo.evaluate.encode import Coverage
-from himo.evaluate.metrics import split_sentences
+from himo.evaluate.metrics import (
+    MAX_SEGMENTS,
+    caption_segments,
+    segment_boundaries,
+    split_sentences,
+)
 from himo.evaluate.retrieval import retrieval
-from himo.tokenizer import tokenize
+from himo.tokenizer import TextError, Tokenizer, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +252,58 @@ def test_texts_beyond_the_context_are_counted(evaluate, captions):
     # 10 sentences of 6 tokens, then 26 of 7 with a second digit, fit between start and end.
     assert result["protocol"]["texts_cut"] == 60 - 36
     assert "24 texts were longer than the context and cut" in out
+
+
+@pytest.mark.parametrize("unit", ["a. ", "é. ", "&amp;amp; b. "])
+def test_a_caption_of_thousands_of_sentences_takes_bounded_time(evaluate, captions, unit):
+    caption = (unit * 2730)[:8190].strip()
+    captions.write_text(captions.read_text() + f"0.png\t{caption}\n")
+    start = time.process_time()
+    status, result, out, err = evaluate("--data", captions)
+    assert (status, err) == (0, "")
+    assert time.process_time() - start < 20
+    assert result["protocol"]["captions_segmented"] == 1
+    assert "1 captions of over 120 sentences: in as many segments" in out
+    assert max(result["histogram"]["K"]) == 120
+
+
+def test_a_number_that_python_does_not_convert_is_a_caption_like_any_other(evaluate, captions):
+    captions.write_text(captions.read_text() + f"0.png\t&#{'9' * 4301}\n")
+    status, result, _, err = evaluate("--data", captions)
+    assert (status, err) == (0, "")
+    assert result["coverage"]["used"] == IMAGES + 1 and result["coverage"]["left_out"] == {}
+
+
+def test_a_caption_that_cannot_be_read_is_left_out_and_counted(evaluate, captions, monkeypatch):
+    encode = Tokenizer.encode
+
+    def refuses(self, text):
+        if "red" in text:
+            raise TextError("text cannot be read")
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", refuses)
+    status, _, _, err = evaluate("--data", captions)
+    assert status == 2 and "captions.csv:" in err and "text cannot be read; --allow" in err
+    status, result, _, err = evaluate("--data", captions, "--allow-missing")
+    assert (status, err) == (0, "")
+    coverage = result["coverage"]
+    red = captions.read_text().count("red")
+    assert 0 < coverage["left_out"]["text"] <= red
+    assert coverage["used"] + coverage["left_out"]["text"] == IMAGES
+
+
+def test_segments_of_many_sentences_leave_himo_at_2_and_3_as_they_are():
+    sentences = [f"Sentence {number}." for number in range(1000)]
+    segments = caption_segments(" ".join(sentences))
+    assert len(segments) == MAX_SEGMENTS and " ".join(segments) == " ".join(sentences)
+    assert caption_segments(" ".join(sentences[:120])) == sentences[:120]
+    for parts in (2, 3):
+        ends = segment_boundaries(len(segments), parts)
+        exact = segment_boundaries(len(sentences), parts)
+        assert [" ".join(segments[:end]) for end in ends] == [
+            " ".join(sentences[:end]) for end in exact
+        ]
 
 
 def test_retrieval_wants_one_image_for_each_text():

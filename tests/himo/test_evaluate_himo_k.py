@@ -82,15 +82,17 @@ def test_lines_are_read_with_their_place(tmp_path):
 
 
 BAD_LINES = {
-    "one prefix": (line(caption=["A."]), "caption_count", "at least 2 texts"),
-    "no prefix": (line(caption=[]), "caption_count", "at least 2 texts"),
+    "one prefix": (line(caption=["A."]), "caption_count", "2 to 120 texts"),
+    "no prefix": (line(caption=[]), "caption_count", "2 to 120 texts"),
     "caption is text": ('{"img_path": "a", "caption": "A. B."}', "caption_count", "'A. B.'"),
     "empty prefix": (line(caption=["A.", " "]), "empty", "empty"),
     "number": (line(caption=["A.", 3]), "type", "caption 2 is 3"),
     "no image": ('{"caption": ["A.", "B."]}', "type", "no img_path and caption"),
     "list": ("[1, 2]", "type", "no img_path and caption"),
     "cut off": (line()[:-3], "syntax", "not valid JSON"),
-    "NaN": ('{"img_path": NaN, "caption": []}', "syntax", "NaN"),
+    "121 prefixes": (line(caption=["A."] * 121), "caption_count", "2 to 120 texts"),
+    "long prefix": (line(caption=["A.", "a" * 8193]), "too_long", "caption 2 has 8,193 characters"),
+    "NaN": ('{"img_path": NaN, "caption": ["A.", "B."]}', "type", "img_path is nan"),
     "deep": ("[" * 100_000, "syntax", ""),
     "surrogate": (line(caption=["A.", "\ud800"]), "encoding", "UTF-8"),
 }

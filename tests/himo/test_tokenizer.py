@@ -25,6 +25,7 @@ from himo.tokenizer import (
     END_OF_TEXT,
     MAX_CLEANED,
     START_OF_TEXT,
+    TextError,
     Tokenizer,
     clean_text,
     default_tokenizer,
@@ -144,6 +145,35 @@ def test_ids_of_a_known_caption(tokenizer):
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[:30])
 def test_hostile_text_is_encoded_as_by_the_restated_algorithm(tokenizer, text):
     assert tokenizer.encode(text) == restated_encode(text)
+
+
+@pytest.mark.parametrize("digits", [7, 8, 20, 4_300, 4_301, 8_000])
+def test_a_number_of_any_length_is_the_character_or_none(tokenizer, digits):
+    # As html.unescape of a number that is beyond Unicode, which int() converts up to 4,300 digits.
+    assert clean_text(f"a &#{'9' * digits}; b") == "a \ufffd b"
+    assert clean_text(f"a &#{'9' * digits} b") == "a \ufffd b"
+    assert clean_text(f"&amp;#{'9' * digits};x") == "\ufffdx"
+    assert clean_text(f"&#{'0' * digits}65;&#x{'0' * digits}42;&#{'0' * digits}x") == "ab\ufffdx"
+    assert tokenizer.encode(f"&#{'9' * digits}") == tokenizer.encode("\ufffd")
+
+
+@pytest.mark.parametrize("unit", ["amp;", "AMP;", "#38;", "#x26;", "amp;#038;"])
+@pytest.mark.parametrize("levels", [1, 4, 8, 200])
+def test_nested_entities_are_undone_as_by_the_restated_algorithm(tokenizer, unit, levels):
+    text = f"é &{unit * levels}lt;b&{unit * levels}gt;"
+    assert tokenizer.encode(text) == tokenizer.encode("é <b>")
+    assert tokenizer.encode(text) == restated_encode(text)
+
+
+def test_a_text_that_a_library_refuses_is_a_text_error(tokenizer, monkeypatch):
+    def refuses(text):
+        raise OverflowError(f"cannot convert {text}")
+
+    monkeypatch.setattr(ftfy, "fix_text", refuses)
+    with pytest.raises(TextError) as error:
+        tokenizer.encode("é" * 1000)
+    assert len(str(error.value)) < 200 and isinstance(error.value, HimoError)
+    assert error.value.reason == "text"
 
 
 def test_hostile_texts_are_encoded_as_by_openai(tokenizer):
