@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from himo.errors import HimoError
+from himo.errors import HimoError, quoted, shortened
 
 # Rows of the text positions that stay as CLIP trained them (Long-CLIP, arXiv 2403.15378, 3.1).
 KEPT_POSITIONS = 20
@@ -23,15 +23,48 @@ CONTEXT_LENGTH = 248  # 20 kept rows and the other 57 of CLIP's 77, each stretch
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 # Far above any model, and low enough that a hostile configuration costs neither time nor memory.
 _MAX_SIZE, _MAX_LAYERS = 1 << 20, 256
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+ACTIVATIONS = ("quick_gelu", "gelu")
+_CHOICES = {
+    "activation": ACTIVATIONS,
+    "interpolation": ("bicubic", "bilinear"),
+    "resize_mode": ("shortest", "squash"),
+}
+
+
+# The fields of a configuration that no tensor's shape tells.
+UNSHAPED = (
+    "vision_heads",
+    "text_heads",
+    "activation",
+    "image_mean",
+    "image_std",
+    "interpolation",
+    "resize_mode",
+)
+
+
+def _three(name: str, values: Any, lowest: float) -> tuple[float, ...]:
+    """One number for each of R, G and B, all above lowest."""
+    several = isinstance(values, tuple | list) and len(values) == 3
+    if several and all(type(x) in (int, float) and lowest < x < math.inf for x in values):
+        return tuple(float(x) for x in values)
+    got = ", ".join(quoted(x) for x in values) if several else quoted(values)
+    least = "" if lowest == -math.inf else f" above {lowest:g}"
+    raise HimoError(f"model configuration: expected {name} to be 3 numbers{least}, got {got}")
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The sizes of a model. The heads, 0 meaning one for each 64 channels, are in no shape.
+    """All that decides the features of a model beside its weights.
+
+    Its sizes; the heads, 0 meaning one for each 64 channels; the activation of both towers; and the
+    preprocessing of images that the weights were trained with (`himo.transforms.Preprocess`).
 
     Raises:
-        HimoError: a field is no positive integer, patches do not tile the image, or heads do
-            not divide the width.
+        HimoError: a size is no positive integer, patches do not tile the image, heads do not
+            divide the width, or another field has a value that himo does not compute.
     """
 
     embed_dim: int  # channels of the joint embedding
@@ -45,8 +78,24 @@ class CLIPConfig:
     text_layers: int
     vision_heads: int = 0
     text_heads: int = 0
+    activation: str = "quick_gelu"  # x * sigmoid(1.702 x); or "gelu", x * its normal probability
+    image_mean: tuple[float, ...] = MEAN  # R, G, B in [0, 1]
+    image_std: tuple[float, ...] = STD
+    interpolation: str = "bicubic"  # or "bilinear"
+    resize_mode: str = "shortest"  # side, then a centre crop; or "squash", both sides
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise HimoError(
+                    f"model configuration: expected {name} to be {' or '.join(choices)}, got "
+                    f"{quoted(getattr(self, name))}"
+                )
+        for name, lowest in (("image_mean", -math.inf), ("image_std", 0.0)):
+            object.__setattr__(self, name, _three(name, getattr(self, name), lowest))
+
+    def _check_sizes(self) -> None:
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if type(heads) is int and heads == 0 and isinstance(width, int):
@@ -54,10 +103,10 @@ class CLIPConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             most = _MAX_LAYERS if field.name.endswith("layers") else _MAX_SIZE
-            if type(value) is not int or not 1 <= value <= most:
+            if field.type is int and (type(value) is not int or not 1 <= value <= most):
                 raise HimoError(
                     f"model configuration: expected {field.name} to be an integer from 1 to "
-                    f"{most}, got {value!r}"
+                    f"{most}, got {quoted(value)}"
                 )
         if self.image_resolution % self.vision_patch_size:
             raise HimoError(
@@ -72,17 +121,24 @@ class CLIPConfig:
                     f"{width}, got {heads}"
                 )
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields by name, as a checkpoint stores them."""
-        return asdict(self)
+        values = asdict(self)
+        return values | {name: list(values[name]) for name in ("image_mean", "image_std")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
-        """The configuration of `to_dict`; HimoError names a field that is missing or unknown."""
+        """The configuration of `to_dict`; HimoError names a field that is missing or unknown.
+
+        The activation and the preprocessing may be missing, as where only CLIP's were known.
+        """
         names = {field.name for field in fields(cls)}
-        for kind, wrong in (("lacks", names - set(values)), ("has unknown", set(values) - names)):
+        optional = {*UNSHAPED} - {"vision_heads", "text_heads"}
+        lacks, unknown = names - optional - set(values), set(values) - names
+        for kind, wrong in (("lacks", lacks), ("has unknown", unknown)):
             if wrong:
-                raise HimoError(f"model configuration: {kind} {', '.join(sorted(wrong))}")
+                few = ", ".join(shortened(name) for name in sorted(wrong)[:3])
+                raise HimoError(f"model configuration: {kind} {few}")
         return cls(**values)
 
 
@@ -176,25 +232,28 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers around quick-GELU, x * sigmoid(1.702 x), the activation CLIP was trained with."""
+    """Two layers around CLIP's quick-GELU, x * sigmoid(1.702 x), or around GELU."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: str) -> None:
         super().__init__()
+        self.quick = activation == "quick_gelu"
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
+        hidden = self.c_fc(x)
         # As a SiLU, whose backward keeps its input alone: one tensor of 4 W channels less.
-        out: Tensor = self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
+        hidden = F.silu(1.702 * hidden) / 1.702 if self.quick else F.gelu(hidden)
+        out: Tensor = self.c_proj(hidden)
         return out
 
 
 class ResidualAttentionBlock(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, causal: bool, activation: str) -> None:
         super().__init__()
         self.attn = Attention(width, heads, causal)
         self.ln_1 = LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, activation)
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
@@ -203,10 +262,10 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, layers: int, heads: int, causal: bool, activation: str) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, causal) for _ in range(layers)
+            ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers)
         )
         self.grad_checkpointing = False
 
@@ -232,7 +291,9 @@ class VisionTransformer(nn.Module):
         self.class_embedding = _normal(scale, width)
         self.positional_embedding = _normal(scale, positions, width)
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, config.vision_heads, False)
+        self.transformer = Transformer(
+            width, config.vision_layers, config.vision_heads, False, config.activation
+        )
         self.ln_post = LayerNorm(width)
         self.proj = _normal(scale, width, config.embed_dim)
 
@@ -253,7 +314,7 @@ class HiMoCLIP(nn.Module):
     logit multiplier.
 
     Args:
-        config: the sizes.
+        config: the sizes and the activation.
 
     A new model starts from CLIP's random values.
     """
@@ -265,7 +326,9 @@ class HiMoCLIP(nn.Module):
         self.provenance: dict[str, Any] = {}
         width = config.text_width
         self.visual = VisionTransformer(config)
-        self.transformer = Transformer(width, config.text_layers, config.text_heads, True)
+        self.transformer = Transformer(
+            width, config.text_layers, config.text_heads, True, config.activation
+        )
         self.token_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, width), freeze=False
         )

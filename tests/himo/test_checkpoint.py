@@ -12,7 +12,8 @@ from clip_cases import SMALL, TINIEST, random_image, random_model, tokens_of_len
 from torch import Tensor, nn
 
 from himo import checkpoint
-from himo.checkpoint.layouts import from_himo, hf_config, stretch_positions
+from himo.checkpoint.configurations import hf_config
+from himo.checkpoint.layouts import from_himo, stretch_positions
 from himo.checkpoint.safetensors_files import write_safetensors
 from himo.errors import HimoError
 from himo.model import CONFIGS, KEPT_POSITIONS, CLIPConfig, HiMoCLIP
@@ -118,7 +119,7 @@ def test_files_of_other_projects_are_read(
     assert (metadata["layout"], metadata["container"]) == (layout, container)
     assert metadata["checksum"] == checksum
     model, preprocess = checkpoint.load(path)
-    assert (model.config, preprocess.resolution) == (SMALL, 32)  # 77 positions became 248
+    assert (model.config, preprocess.resolution) == (config, 32)  # 77 positions stay 77
     assert not model.training
     assert model.provenance == {
         "source": "model.pt",
@@ -143,7 +144,7 @@ def test_77_positions_are_stretched_to_248(tmp_path: Path, generator: torch.Gene
     expected = torch.stack(rows)
     assert expected.shape == (248, SMALL.text_width)
     torch.save(from_himo(clip.state_dict(), "open_clip"), tmp_path / "clip.pt")
-    model, _ = checkpoint.load(tmp_path / "clip.pt")
+    model, _ = checkpoint.load(tmp_path / "clip.pt", stretch=True)
     torch.testing.assert_close(model.positional_embedding.data, expected)
     assert torch.equal(model.positional_embedding, model.positional_embedding_res)
     assert torch.equal(model.positional_embedding[:20], table[:20])
@@ -153,19 +154,24 @@ def test_77_positions_are_stretched_to_248(tmp_path: Path, generator: torch.Gene
         assert torch.equal(model.encode_text(tokens), clip.encode_text(tokens))
 
 
-def test_77_positions_stay_on_request_and_in_a_himo_checkpoint(
+def test_77_positions_stay_unless_they_are_stretched(
     tmp_path: Path, generator: torch.Generator
 ) -> None:
     clip = random_model(CLIP_77, generator)
     torch.save(from_himo(clip.state_dict(), "open_clip"), tmp_path / "clip.pt")
-    kept, _ = checkpoint.load(tmp_path / "clip.pt", stretch=False)
+    kept, _ = checkpoint.load(tmp_path / "clip.pt")
     assert kept.config == CLIP_77
+    tokens = tokens_of_lengths(CLIP_77, [20, 77], generator)
+    with torch.no_grad():
+        assert torch.equal(kept.encode_text(tokens), clip.encode_text(tokens))
     checkpoint.save(kept, tmp_path / "kept.safetensors")
-    again, _ = checkpoint.load(tmp_path / "kept.safetensors")
-    assert again.config == CLIP_77
-    checkpoint.convert(tmp_path / "clip.pt", tmp_path / "hf", "hf")  # stays as it is, but
-    assert checkpoint.load(tmp_path / "hf", stretch=False)[0].config == CLIP_77
-    assert checkpoint.load(tmp_path / "hf")[0].config == SMALL  # is no HiMo-CLIP's
+    for name, to in (("hf", "hf"), ("himo.safetensors", "himo"), ("oc.pt", "open_clip")):
+        checkpoint.convert(tmp_path / "clip.pt", tmp_path / name, to)
+    for name in ("kept.safetensors", "hf", "himo.safetensors", "oc.pt"):
+        assert checkpoint.load(tmp_path / name)[0].config == CLIP_77, name
+        assert checkpoint.load(tmp_path / name, stretch=True)[0].config == SMALL, name
+    checkpoint.convert(tmp_path / "clip.pt", tmp_path / "long.safetensors", stretch=True)
+    assert checkpoint.load(tmp_path / "long.safetensors")[0].config == SMALL
     assert stretch_positions({"positional_embedding": torch.zeros(76, 4)}).keys() == {
         "positional_embedding"
     }
@@ -378,7 +384,7 @@ def test_what_does_not_fit_is_listed(
     else:
         model, _ = checkpoint.load(path, strict=False)
         text = capsys.readouterr().err
-        assert len(text.splitlines()) == 5
+        assert len(text.splitlines()) == 5 + 1  # and what the file does not state
         assert text.count("left at its initial value") == 4
         assert torch.equal(model.ln_final.weight, torch.ones(128))
         assert not model.ln_final.bias.any()

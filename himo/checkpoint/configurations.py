@@ -1,0 +1,476 @@
+"""The configurations beside weights, of Hugging Face and open_clip: read, and written.
+
+What a configuration states is used, or the same as what himo computes, or refused by its name: a
+field that is not known here may change every feature.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from himo.errors import HimoError, quoted, shortened
+from himo.model import MEAN, STD, CLIPConfig
+
+Stated = dict[str, Any]  # fields of CLIPConfig
+
+# The fields of each part: the one of CLIPConfig that it is; or the values with which a model
+# computes what himo does; or ANY, where features do not depend on it. None is never stated.
+ANY = ()
+_Fields = Mapping[str, str | Collection[Any]]
+
+_OPEN_CLIP_BLOCKS: _Fields = {
+    "mlp_ratio": (4,),
+    "ls_init_value": (None,),
+    "final_ln_after_pool": (False,),
+    "output_tokens": ANY,
+    "act_kwargs": ({},),
+    "norm_kwargs": ({}, {"eps": 1e-5}),
+    "block_type": ("default",),
+    **dict.fromkeys(
+        ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn"), (False,)
+    ),
+    "scale_fc": (False,),
+}
+_OPEN_CLIP_VISION: _Fields = {
+    **_OPEN_CLIP_BLOCKS,
+    "image_size": "image_resolution",
+    "layers": "vision_layers",
+    "width": "vision_width",
+    "patch_size": "vision_patch_size",
+    "head_width": ANY,  # read apart
+    "patch_dropout": ANY,  # of training alone
+    "attentional_pool": (False,),
+    "attn_pooler_queries": ANY,  # of that pooling, as the next
+    "attn_pooler_heads": ANY,
+    "no_ln_pre": (False,),
+    "input_patchnorm": (False,),
+    "global_average_pool": (False,),
+    "pos_embed_type": ("learnable",),
+    "pool_type": ("tok",),
+    "timm_model_name": ("",),
+    **dict.fromkeys(  # of a tower of timm's
+        (
+            "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop",
+            "timm_drop_path",
+        ),
+        ANY,
+    ),
+}  # fmt: skip
+_OPEN_CLIP_TEXT: _Fields = {
+    **_OPEN_CLIP_BLOCKS,
+    "context_length": "context_length",
+    "vocab_size": "vocab_size",
+    "width": "text_width",
+    "heads": "text_heads",
+    "layers": "text_layers",
+    "hf_tokenizer_name": ("",),
+    "tokenizer_mode": ("clip",),
+    "tokenizer_kwargs": ({},),
+    "embed_cls": (False,),
+    "pad_id": ANY,  # for embed_cls alone
+    "eos_id": ANY,  # for another pool_type alone
+    "no_causal_mask": (False,),
+    "pool_type": ("argmax",),
+    "proj_bias": (False,),
+    "proj_type": ("linear",),
+    "hf_model_name": ("",),
+    **dict.fromkeys(("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"), ANY),  # of that one
+}
+_OPEN_CLIP_MODEL: _Fields = {
+    "embed_dim": "embed_dim",
+    "quick_gelu": (True, False),
+    "vision_cfg": ANY,
+    "text_cfg": ANY,
+    "custom_text": (True, False),  # the same tower under other names
+    "init_logit_scale": ANY,
+    "output_dict": ANY,
+    "cast_dtype": ANY,
+}
+_OPEN_CLIP_PREPROCESS: _Fields = {
+    "size": "image_resolution",
+    "mode": ("RGB",),
+    "mean": "image_mean",
+    "std": "image_std",
+    "interpolation": "interpolation",
+    "resize_mode": "resize_mode",
+    "fill_color": ANY,  # for the resize mode "longest" alone
+}
+
+# What transformers writes into every configuration, and no feature of a CLIPModel depends on.
+_HF_COMMON: _Fields = {
+    **dict.fromkeys(
+        (
+            "_attn_implementation_autoset", "_name_or_path", "architectures", "bad_words_ids",
+            "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+            "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
+            "do_sample", "dropout", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
+            "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+            "forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_factor",
+            "initializer_range", "label2id", "length_penalty", "logit_scale_init_value",
+            "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+            "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores",
+            "pad_token_id", "prefix", "problem_type", "remove_invalid_values",
+            "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
+            "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+            "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p",
+            "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16",
+            "use_cache", "attention_dropout",
+        ),
+        ANY,
+    ),
+    **dict.fromkeys(("add_cross_attention", "is_decoder", "is_encoder_decoder"), (False,)),
+    "pruned_heads": ({},),
+    "projection_dim": "embed_dim",
+}  # fmt: skip
+_HF_TOWER: _Fields = {
+    **_HF_COMMON,
+    "hidden_act": ANY,  # read apart
+    "layer_norm_eps": (1e-5,),
+    "intermediate_size": ANY,  # that of the tensors, which are compared with the model
+}
+_HF_VISION: _Fields = {
+    **_HF_TOWER,
+    "model_type": ("clip_vision_model",),
+    "hidden_size": "vision_width",
+    "num_hidden_layers": "vision_layers",
+    "num_attention_heads": "vision_heads",
+    "num_channels": (3,),
+    "image_size": "image_resolution",
+    "patch_size": "vision_patch_size",
+}
+_HF_TEXT: _Fields = {
+    **_HF_TOWER,
+    "model_type": ("clip_text_model",),
+    "hidden_size": "text_width",
+    "num_hidden_layers": "text_layers",
+    "num_attention_heads": "text_heads",
+    "max_position_embeddings": "context_length",
+    "vocab_size": "vocab_size",
+    "eos_token_id": ANY,  # read apart
+}
+_HF_MODEL: _Fields = {
+    **_HF_COMMON,
+    "architectures": (["CLIPModel"],),
+    "model_type": ("clip",),
+    "text_config": ANY,
+    "vision_config": ANY,
+    "text_config_dict": ANY,  # read apart
+    "vision_config_dict": ANY,
+}
+_HF_PREPROCESSOR: _Fields = {
+    **dict.fromkeys(
+        ("feature_extractor_type", "image_processor_type", "processor_class", "data_format",
+         "input_data_format", "return_tensors", "device", "disable_grouping",
+         "_valid_processor_keys", "_processor_class"),
+        ANY,
+    ),
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), (True,)),
+    **dict.fromkeys(("do_pad", "default_to_square", "use_square_size"), (False,)),
+    **dict.fromkeys(("do_center_crop", "size", "crop_size", "resample"), ANY),  # read apart
+    "rescale_factor": (1 / 255, 0.00392156862745098),
+    "image_mean": "image_mean",
+    "image_std": "image_std",
+}  # fmt: skip
+_HF_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_MAX_SHOWN = 4  # values of a list or an object in a message
+_PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}  # as Hugging Face numbers them
+
+
+def of_open_clip(config: Mapping[str, Any], path: str) -> Stated:
+    """The fields of CLIPConfig that open_clip's `open_clip_config.json` states.
+
+    Raises:
+        HimoError: the model computes something else than a HiMoCLIP with the same weights.
+    """
+    model = config.get("model_cfg")
+    vision, text = (
+        model.get(f"{tower}_cfg") if isinstance(model, dict) else None
+        for tower in ("vision", "text")
+    )
+    if not (isinstance(model, dict) and isinstance(vision, dict) and isinstance(text, dict)):
+        raise HimoError(f"{path}: not the configuration of a CLIP of open_clip")
+    preprocess = config.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, dict):
+        raise HimoError(
+            f"{path}: expected preprocess_cfg to be an object, got {quoted(preprocess)}"
+        )
+    stated = (
+        _stated(model, "model_cfg", _OPEN_CLIP_MODEL, path)
+        | _stated(vision, "vision_cfg", _OPEN_CLIP_VISION, path)
+        | {"text_heads": 8}  # open_clip's default
+        | _stated(text, "text_cfg", _OPEN_CLIP_TEXT, path)
+    )
+    of_images = _stated(preprocess, "preprocess_cfg", _OPEN_CLIP_PREPROCESS, path)
+    _require_same(of_images, stated, f"{path}: preprocess_cfg", "vision_cfg")
+    if of_images.get("interpolation") == "random":  # of training; images are encoded as with
+        of_images["interpolation"] = "bicubic"
+    width, of_a_head = vision.get("width", 768), vision.get("head_width", 64)
+    if not all(type(value) is int and value > 0 for value in (width, of_a_head)):
+        raise HimoError(
+            f"{path}: expected vision_cfg.width and head_width to be positive integers, "
+            f"got {quoted(width)} and {quoted(of_a_head)}"
+        )
+    heads = {"vision_heads": width // of_a_head}
+    # open_clip's default is GELU.
+    activation = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+    images = {"image_mean": MEAN, "image_std": STD, "interpolation": "bicubic"}
+    return stated | heads | activation | images | {"resize_mode": "shortest"} | of_images
+
+
+def of_hugging_face(config: Mapping[str, Any], path: str) -> Stated:
+    """The fields of CLIPConfig that Hugging Face's `config.json` of a CLIPModel states.
+
+    Raises:
+        HimoError: the model computes something else than a HiMoCLIP with the same weights.
+    """
+    towers = {}
+    for tower in ("vision", "text"):
+        part = config.get(f"{tower}_config")
+        if not isinstance(part, dict):
+            raise HimoError(f"{path}: not the configuration of a CLIPModel: no {tower}_config")
+        # What files of old versions had, and what it said where both do.
+        earlier = config.get(f"{tower}_config_dict")
+        for key, value in earlier.items() if isinstance(earlier, dict) else ():
+            if part.get(key) != value:
+                raise HimoError(f"{path}: two values of {shortened(key)} for the {tower} tower")
+        towers[tower] = part
+    vision, text = towers["vision"], towers["text"]
+    stated = _stated(config, "", _HF_MODEL, path)
+    for tower, fields, heads in (("vision", _HF_VISION, 12), ("text", _HF_TEXT, 8)):
+        part = _stated(towers[tower], f"{tower}_config", fields, path)
+        part.pop("embed_dim", None)  # the projection of a tower alone; the model has its own
+        stated |= {f"{tower}_heads": heads} | part
+    activations = [part.get("hidden_act", "quick_gelu") for part in (vision, text)]
+    for tower, activation in zip(("vision", "text"), activations, strict=True):
+        if activation not in ("quick_gelu", "gelu") or activation != activations[0]:
+            raise HimoError(
+                f"{path}: expected {tower}_config.hidden_act to be quick_gelu or gelu, the same "
+                f"for both towers, got {quoted(activation)}"
+            )
+    end, last = text.get("eos_token_id", 49407), text.get("vocab_size", 49408)
+    # 2: what old files say and Hugging Face reads as the highest id
+    if type(last) is not int or end not in (last - 1, 2):
+        raise HimoError(
+            f"{path}: expected text_config.eos_token_id to be the highest token, one below "
+            f"{quoted(last)}, got {quoted(end)}"
+        )
+    return stated | {"activation": activations[0]}
+
+
+def of_image_processor(config: Mapping[str, Any], path: str) -> Stated:
+    """The fields of CLIPConfig that Hugging Face's `preprocessor_config.json` states.
+
+    Raises:
+        HimoError: it is no processor of a CLIP, or prepares images as himo does not.
+    """
+    nested = config.get("image_processor")  # in the processor_config.json of newer versions
+    config = nested if isinstance(nested, dict) else config
+    stated = _stated(config, "", _HF_PREPROCESSOR, path)
+    images: Stated = {"image_mean": MEAN, "image_std": STD}
+    resample = config.get("resample", 3)
+    if type(resample) is not int or resample not in _PILLOW_FILTERS:
+        raise HimoError(
+            f"{path}: expected resample to be 2 (bilinear) or 3 (bicubic), got {quoted(resample)}"
+        )
+    size, crop = config.get("size", 224), config.get("crop_size", 224)
+    shortest, both = _side(size, "shortest_edge"), _side(size, "height", "width")
+    squash = shortest is None
+    side = both if squash else shortest
+    cropped = config.get("do_center_crop", True)
+    if side is None or (cropped and _side(crop, "height", "width") != side):
+        raise HimoError(
+            f"{path}: expected size and crop_size to be one side, got {_shown(size)} and "
+            f"{_shown(crop)}"
+        )
+    if not cropped and not squash:
+        raise HimoError(f"{path}: expected do_center_crop to be True, got {quoted(cropped)}")
+    images |= {"image_resolution": side, "interpolation": _PILLOW_FILTERS[resample]}
+    return images | {"resize_mode": "squash" if squash else "shortest"} | stated
+
+
+def require_clip_tokenizer(config: Mapping[str, Any], path: str) -> None:
+    """Raises HimoError unless Hugging Face's `tokenizer_config.json` is of CLIP's tokenizer."""
+    kind = config.get("tokenizer_class", _HF_TOKENIZERS[0])
+    if kind not in _HF_TOKENIZERS:
+        raise HimoError(
+            f"{path}: expected tokenizer_class to be {' or '.join(_HF_TOKENIZERS)}, got "
+            f"{quoted(kind)}"
+        )
+    if config.get("do_lower_case", True) is not True:
+        raise HimoError(f"{path}: expected do_lower_case to be True: himo lowers every text")
+
+
+def merged(first: Stated, second: Stated, path: str, other: str) -> Stated:
+    """Both; HimoError where they state one field differently."""
+    _require_same(second, first, path, other)
+    return first | second
+
+
+def hf_config(config: CLIPConfig) -> dict[str, Any]:
+    """Hugging Face's `config.json` of a model."""
+    common = {
+        "hidden_act": config.activation,
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "projection_dim": config.embed_dim,
+    }
+    text = {
+        **common,
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.text_width,
+        "intermediate_size": 4 * config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "max_position_embeddings": config.context_length,
+        # CLIP's vocabulary ends with the start and the end of a text; 0 follows the end.
+        "bos_token_id": config.vocab_size - 2,
+        "eos_token_id": config.vocab_size - 1,
+        "pad_token_id": 0,
+    }
+    vision = {
+        **common,
+        "model_type": "clip_vision_model",
+        "hidden_size": config.vision_width,
+        "intermediate_size": 4 * config.vision_width,
+        "num_hidden_layers": config.vision_layers,
+        "num_attention_heads": config.vision_heads,
+        "num_channels": 3,
+        "image_size": config.image_resolution,
+        "patch_size": config.vision_patch_size,
+    }
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": 2.6592,  # ln(1 / 0.07), CLIP's
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
+def hf_preprocessor_config(config: CLIPConfig) -> dict[str, Any]:
+    """Hugging Face's `preprocessor_config.json` of a model."""
+    side = config.image_resolution
+    both = {"height": side, "width": side}
+    squash = config.resize_mode == "squash"
+    filters = {name: number for number, name in _PILLOW_FILTERS.items()}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "CLIPProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": both if squash else {"shortest_edge": side},
+        "resample": filters[config.interpolation],
+        "do_center_crop": not squash,
+        "crop_size": both,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+    }
+
+
+def hf_tokenizer_config(config: CLIPConfig) -> dict[str, Any]:
+    """Hugging Face's `tokenizer_config.json` of a model with CLIP's vocabulary."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    return {
+        "tokenizer_class": _HF_TOKENIZERS[0],
+        "processor_class": "CLIPProcessor",
+        "bos_token": start,
+        "eos_token": end,
+        "unk_token": end,
+        "pad_token": end,  # as CLIP's own; what follows the first end has no effect
+        "do_lower_case": True,
+        "model_max_length": config.context_length,
+    }
+
+
+def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
+    """The `open_clip_config.json` of a model, as open_clip reads it from a `local-dir:`."""
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "quick_gelu": config.activation == "quick_gelu",
+            "vision_cfg": {
+                "image_size": config.image_resolution,
+                "layers": config.vision_layers,
+                "width": config.vision_width,
+                "head_width": config.vision_width // config.vision_heads,
+                "patch_size": config.vision_patch_size,
+            },
+            "text_cfg": {
+                "context_length": config.context_length,
+                "vocab_size": config.vocab_size,
+                "width": config.text_width,
+                "heads": config.text_heads,
+                "layers": config.text_layers,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(config.image_mean),
+            "std": list(config.image_std),
+            "interpolation": config.interpolation,
+            "resize_mode": config.resize_mode,
+        },
+    }
+
+
+def _stated(part: Mapping[str, Any], name: str, fields: _Fields, path: str) -> Stated:
+    """What a part of a configuration states; HimoError for what himo does not compute."""
+    stated: Stated = {}
+    for key, value in part.items():
+        place = f"{name}.{shortened(key)}" if name else shortened(key)
+        known = fields.get(key)
+        if value is None or known == ANY:
+            continue
+        if known is None:
+            raise HimoError(
+                f"{path}: {place} is {_shown(value)}, which himo does not know: it may change "
+                "every feature"
+            )
+        if isinstance(known, str):
+            stated[known] = _one_side(value) if known == "image_resolution" else value
+        elif value not in known:
+            expected = " or ".join(str(choice) for choice in known)
+            raise HimoError(f"{path}: expected {place} to be {expected}, got {_shown(value)}")
+    for field in ("image_mean", "image_std"):
+        if type(stated.get(field)) in (int, float):  # one number for R, G and B
+            stated[field] = [stated[field]] * 3
+    return stated
+
+
+def _require_same(stated: Stated, before: Stated, path: str, other: str) -> None:
+    for field in stated.keys() & before.keys():
+        if _plain(stated[field]) != _plain(before[field]):
+            raise HimoError(
+                f"{path}: {field} is {_shown(stated[field])}, but "
+                f"{_shown(before[field])} in {other}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return [*value] if isinstance(value, tuple) else value
+
+
+def _side(size: Any, *names: str) -> Any:
+    """The side in a size of Hugging Face, a number or these names with one; None in another."""
+    if not isinstance(size, dict):
+        return size
+    same = size.keys() == {*names} and all(side == size[names[0]] for side in size.values())
+    return size[names[0]] if same else None
+
+
+def _shown(value: Any) -> str:
+    """A value of a configuration for a message: a list or an object of a few values in full."""
+    if isinstance(value, dict) and len(value) <= _MAX_SHOWN:
+        return ", ".join(f"{shortened(key)} {quoted(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple) and len(value) <= _MAX_SHOWN:
+        return f"[{', '.join(map(quoted, value))}]"
+    return quoted(value)
+
+
+def _one_side(value: Any) -> Any:
+    """The side of a square that is given as its two sides."""
+    square = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
+    return value[0] if square else value
