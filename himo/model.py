@@ -26,10 +26,11 @@ _MAX_SIZE, _MAX_LAYERS = 1 << 20, 256
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 ACTIVATIONS = ("quick_gelu", "gelu")
+RESIZE_MODES = ("shortest", "squash")
 _CHOICES = {
     "activation": ACTIVATIONS,
     "interpolation": ("bicubic", "bilinear"),
-    "resize_mode": ("shortest", "squash"),
+    "resize_mode": RESIZE_MODES,
 }
 
 
@@ -241,10 +242,12 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
-        hidden = self.c_fc(x)
-        # As a SiLU, whose backward keeps its input alone: one tensor of 4 W channels less.
-        hidden = F.silu(1.702 * hidden) / 1.702 if self.quick else F.gelu(hidden)
-        out: Tensor = self.c_proj(hidden)
+        out: Tensor
+        if self.quick:
+            # As a SiLU, whose backward keeps its input alone: one tensor of 4 W channels less.
+            out = self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
+        else:
+            out = self.c_proj(F.gelu(self.c_fc(x)))
         return out
 
 

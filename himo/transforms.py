@@ -27,9 +27,9 @@ from PIL import (
 )
 from torch import Tensor
 
-from himo.errors import HimoError
+from himo.errors import HimoError, quoted
 from himo.files import open_regular
-from himo.model import MEAN, STD, CLIPConfig
+from himo.model import MEAN, RESIZE_MODES, STD, CLIPConfig
 
 Reason = Literal["missing", "not_a_file", "too_large", "truncated", "unknown_format", "corrupt"]
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
@@ -145,6 +145,12 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.mode not in ("exact", "fast"):
             raise HimoError(f"Preprocess: expected mode to be exact or fast, got {self.mode!r:.40}")
+        for name, choices in (("interpolation", _FILTERS), ("resize_mode", RESIZE_MODES)):
+            if getattr(self, name) not in choices:
+                raise HimoError(
+                    f"Preprocess: expected {name} to be {' or '.join(choices)}, got "
+                    f"{quoted(getattr(self, name))}"
+                )
         if not isinstance(self.resolution, int) or self.resolution < 1:
             raise HimoError(
                 "Preprocess: expected resolution to be an integer of at least 1, got "

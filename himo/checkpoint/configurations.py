@@ -170,6 +170,7 @@ _HF_PREPROCESSOR: _Fields = {
     "image_mean": "image_mean",
     "image_std": "image_std",
 }  # fmt: skip
+_HF_PROCESSOR = {"processor_class", "image_processor", "tokenizer"}
 _HF_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _MAX_SHOWN = 4  # values of a list or an object in a message
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}  # as Hugging Face numbers them
@@ -262,8 +263,10 @@ def of_image_processor(config: Mapping[str, Any], path: str) -> Stated:
     Raises:
         HimoError: it is no processor of a CLIP, or prepares images as himo does not.
     """
-    nested = config.get("image_processor")  # in the processor_config.json of newer versions
-    config = nested if isinstance(nested, dict) else config
+    if "image_processor" in config or config.keys() <= _HF_PROCESSOR:
+        # The processor_config.json of newer versions, of older ones without it.
+        nested = config.get("image_processor")
+        return of_image_processor(nested, path) if isinstance(nested, dict) and nested else {}
     stated = _stated(config, "", _HF_PREPROCESSOR, path)
     images: Stated = {"image_mean": MEAN, "image_std": STD}
     resample = config.get("resample", 3)

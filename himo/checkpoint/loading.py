@@ -22,7 +22,7 @@ from himo.checkpoint.layouts import (
     to_himo,
 )
 from himo.checkpoint.safetensors_files import DIGEST, write_safetensors
-from himo.checkpoint.strict_json import strict_json
+from himo.checkpoint.strict_json import MAX_JSON, strict_json
 from himo.device import usable_device
 from himo.errors import HimoError, quoted, shortened
 from himo.model import ACTIVATIONS, UNSHAPED, CLIPConfig, HiMoCLIP
@@ -37,7 +37,8 @@ CONFIG, LAYOUT, PROVENANCE, VERSION = (
 )
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_NAMES = 20  # of each kind in an error message
+_MAX_NAMES = 8  # of each kind in an error message
+_MOST_INITIAL = 2  # how many times the values in a file a model may have that is not all there
 # What a file may leave open and its user may choose: the fields of CLIPConfig, for `load` by the
 # same name and for the command line with a help.
 CHOICES = {
@@ -169,9 +170,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
     """
     name = os.fspath(path)
     found = places.find(name)
+    stored = found.metadata
     try:
         state, layout, notes = to_himo(found.tensors)
-        stored = found.metadata
+    except ValueError as error:
+        raise HimoError(f"{name}: not read: {error}") from error
+    try:
         provenance = strict_json(stored[PROVENANCE].encode()) if PROVENANCE in stored else {}
         of_file: Stated = {}
         if CONFIG in stored:
@@ -276,6 +280,8 @@ def file_metadata(config: CLIPConfig, layout: str, provenance: Mapping[str, Any]
         text = json.dumps(provenance, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise HimoError(f"save: expected metadata that JSON can hold: {error}") from error
+    if len(text) > MAX_JSON:
+        raise HimoError(f"save: expected at most {MAX_JSON:,} bytes of metadata, got {len(text):,}")
     return {
         "format": "pt",  # Hugging Face refuses a file that does not say so
         VERSION: __version__,
@@ -298,6 +304,10 @@ def _build(state: State, config: CLIPConfig, strict: bool, path: str) -> HiMoCLI
             _say(f"left at its initial value, {kind} in {path}: {line}")
     for line in unexpected:
         _say(f"not used, unexpected in {path}: {line}")
+    with torch.device("meta"):
+        wanted = sum(tensor.numel() for tensor in HiMoCLIP(config).state_dict().values())
+    if wanted > _MOST_INITIAL * sum(tensor.numel() for tensor in state.values()):
+        raise HimoError(f"{path}: less than half of a model of {wanted:,} values")
     model = HiMoCLIP(config)
     dropped = {line.split(" ", 1)[0] for line in misshapen}
     usable = {name: value for name, value in state.items() if name not in dropped}

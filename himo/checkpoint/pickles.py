@@ -23,7 +23,7 @@ from himo.errors import quoted
 # Keys of dictionaries: text, and the small integers by which optimizer states number their
 # parameters. Under any other is nothing that a checkpoint of tensors is read for.
 _MAX_INT_KEY = 1 << 31
-_MAX_OPCODES = 600_000  # a thousand tensors take 40,000
+_MAX_OPCODES = 300_000  # a second; a thousand tensors take 30,000
 _MAX_NUMBER = 1 << 48  # of a shape, a stride or an offset
 
 STORAGES = {

@@ -104,10 +104,8 @@ def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated
     if layout == "hf":
         read(TOKENIZER_FILE, configurations.require_clip_tokenizer)
         for file in (PREPROCESSOR_FILE, _PROCESSOR_FILE):
-            images = read(file, configurations.of_image_processor)
-            if images is not None:
-                stated = configurations.merged(stated, images, f"{name}: {file}", config_file)
-                break
+            images = read(file, configurations.of_image_processor) or {}
+            stated = configurations.merged(stated, images, f"{name}: {file}", config_file)
     return stated
 
 

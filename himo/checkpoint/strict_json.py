@@ -8,15 +8,18 @@ from typing import Any
 from himo.errors import HimoError, quoted
 from himo.files import open_regular
 
-MAX_JSON = 1 << 20  # bytes of a configuration or an index; one of 5,000 tensors takes half of it
+MAX_JSON = 1 << 20  # bytes of one object; an index of 5,000 tensors takes half of it
 
 
 def strict_json(text: bytes) -> dict[str, Any]:
-    """The JSON object of a UTF-8 text.
+    """The JSON object of a UTF-8 text of at most MAX_JSON bytes.
 
     Raises:
-        ValueError: it is none, has a key twice, or a number that JSON does not know (NaN).
+        ValueError: it is longer, no object, has a key twice, or a number that JSON does not know
+            (NaN).
     """
+    if len(text) > MAX_JSON:
+        raise ValueError(f"more than {MAX_JSON:,} bytes of JSON")
     return _object(text, _no_duplicates)
 
 
@@ -38,8 +41,6 @@ def read_json(path: str) -> tuple[dict[str, Any], bytes]:
     """
     with open_regular(path) as file:
         content = file.read(MAX_JSON + 1)
-    if len(content) > MAX_JSON:
-        raise HimoError(f"{path}: expected at most {MAX_JSON:,} bytes")
     try:
         return strict_json(content), content
     except ValueError as error:

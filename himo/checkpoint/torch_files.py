@@ -113,8 +113,10 @@ def _legacy_starts(
         if numel != storage.numel:
             raise PickleError(f"storage {quoted(key)} of {numel} values, not {storage.numel}")
         starts[key] = file.tell()
-        if file.seek(numel * storage.dtype.itemsize, os.SEEK_CUR) > size:
+        end = starts[key] + numel * storage.dtype.itemsize
+        if end > size:
             raise PickleError(f"truncated: storage {quoted(key)} ends beyond the file")
+        file.seek(end)
     return starts
 
 
