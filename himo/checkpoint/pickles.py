@@ -42,6 +42,9 @@ STORAGES = {
 }
 
 
+REMEDY = "torch.save(model.state_dict(), PATH), where the model is, writes a file that is read"
+
+
 class PickleError(ValueError):
     """What a pickle holds is not data, or is damaged."""
 
@@ -141,7 +144,7 @@ _CODE = frozenset({
 # Of `builtins`, where eval and getattr are, only what holds values.
 _BUILTINS = frozenset({
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
-    "range", "set", "slice", "str", "tuple",
+    "long", "range", "set", "slice", "str", "tuple", "unicode", "xrange",
 })  # fmt: skip
 
 
@@ -238,7 +241,7 @@ class _Machine:
                 attribute, module = stack.pop(), stack.pop()
                 stack.append(_global(_expect(module, str), _expect(attribute, str)))
             case "BINPERSID":
-                stack.append(self._storage(*_expect(stack.pop(), tuple)))
+                stack.append(self._persistent(*_expect(stack.pop(), tuple)))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_call(_expect(function, Global), _expect(arguments, tuple)))
@@ -258,6 +261,11 @@ class _Machine:
                 stack.append(stack[-1])
             case _:
                 raise PickleError(f"the instruction {name}, which torch never writes")
+
+    def _persistent(self, kind: Any, first: Any, *others: Any) -> Any:
+        if kind == "module":  # a class of torch's flat format, with its source, which is not read
+            return _expect(first, Global)
+        return self._storage(kind, first, *others)
 
     def _storage(
         self, kind: Any, storage: Any, key: Any, _device: Any, numel: Any, *view: Any
@@ -313,7 +321,9 @@ def _global(module: str, attribute: str) -> Global:
     name = f"{module}.{attribute}"
     hidden = root in ("builtins", "__builtin__") and path[0] not in _BUILTINS
     if hidden or not _CODE.isdisjoint((root, *path[:-1])):
-        raise PickleError(f"{quoted(name)}: a pickle that wants it imported may run any code")
+        raise PickleError(
+            f"{quoted(name)}: a pickle that wants it imported may run any code; {REMEDY}"
+        )
     return Global(name)
 
 

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from himo.checkpoint.layouts import holds_clip
-from himo.checkpoint.pickles import Object, PickleError, StorageRecord, TensorRecord, read_pickle
+from himo.checkpoint.pickles import (
+    REMEDY,
+    Object,
+    PickleError,
+    StorageRecord,
+    TensorRecord,
+    read_pickle,
+)
 from himo.checkpoint.safetensors_files import MAX_TENSORS
 from himo.errors import HimoError, quoted
 
@@ -27,7 +34,6 @@ _LEGACY_PROTOCOL = 1001
 _BLOCK = 1 << 20  # bytes read at a time
 _MAX_DEPTH = 64  # of modules in modules
 _MAX_WRAPPERS = 8  # dictionaries around a state dict
-_REMEDY = "torch.save(model.state_dict(), PATH), where the model is, writes a file that is read"
 
 # Reads the values of a storage: a tensor [numel] of its dtype.
 _Reader = Callable[[StorageRecord], Tensor]
@@ -140,7 +146,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> TorchFile:
         if entry.file_size > limit:
             raise PickleError(
                 f"record {quoted(name)} of {entry.file_size:,} bytes, more than {limit:,}; "
-                + _REMEDY
+                + REMEDY
             )
         return archive.open(entry), entry.file_size
 
@@ -177,13 +183,13 @@ def _state_dict(content: Any) -> _StateDict:
     found = found or list(_named_tensors(content))[:1]
     if not found:
         raise PickleError(
-            f"{_kind(content)} without tensors by name, expected a state dict; {_REMEDY}"
+            f"{_kind(content)} without tensors by name, expected a state dict; {REMEDY}"
         )
     (keys, values), *others = found
     for name, value in values.items():
         if isinstance(value, Object) and value.name.startswith("torch."):
             raise PickleError(
-                f"{quoted(name)} is {_kind(value)}, expected a dense tensor; {_REMEDY}"
+                f"{quoted(name)} is {_kind(value)}, expected a dense tensor; {REMEDY}"
             )
     records = {n: r for n, r in values.items() if isinstance(r, TensorRecord)}
     notes = []

@@ -270,8 +270,8 @@ HF_FIELDS = {
 PROCESSOR_FIELDS = {
     "do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False,
     "do_convert_rgb": False, "rescale_factor": 1 / 127.5, "resample": 0,
-    "size": {"longest_edge": 32}, "crop_size": {"height": 24, "width": 24}, "image_mean": [0.5], "image_std": "CLIP",
-    "do_pad": True, "not_yet_known": 1,
+    "size": {"longest_edge": 32}, "crop_size": {"height": 24, "width": 24}, "image_mean": [0.5],
+    "image_std": "CLIP", "do_pad": True, "not_yet_known": 1,
 }  # fmt: skip
 
 
