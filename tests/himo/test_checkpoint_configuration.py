@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from himo import checkpoint
 from himo.checkpoint.configurations import hf_config, hf_preprocessor_config, open_clip_config
 from himo.checkpoint.layouts import from_himo
+from himo.cli import main
+from himo.config import TrainConfig
 from himo.errors import HimoError
 from himo.model import MEAN, STD, CLIPConfig, HiMoCLIP
+from himo.objective import Towers
 from himo.tokenizer import tokenize
+from himo.train import build_model
 from himo.transforms import Preprocess
 
 CLIP = CLIPConfig.from_dict({**SMALL.to_dict(), "context_length": 77})
@@ -399,3 +403,87 @@ def test_a_hugging_face_directory_is_whole(
         vision = torch.nn.functional.normalize(ours.encode_image(preprocess(image)[None]), dim=-1)
     torch.testing.assert_close(output.text_embeds, text, rtol=0, atol=1e-6)
     torch.testing.assert_close(output.image_embeds, vision, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def clip_77(tmp_path: Path, generator: torch.Generator) -> Path:
+    """A CLIP of 77 positions and CLIP's vocabulary, as open_clip saves one after an epoch."""
+    config = CLIPConfig.from_dict({**CLIP.to_dict(), "vocab_size": 49408})
+    path = tmp_path / "epoch_1.pt"
+    state = from_himo(random_model(config, generator).state_dict(), "open_clip")
+    torch.save({"epoch": 1, "state_dict": state}, path)
+    return path
+
+
+LONG = "A dog by the sea, as grey as it is old. " * 10  # of 13 tokens each, and two for all
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    rows = ["filepath\ttitle"]
+    for number, caption in enumerate(("A cat. It sleeps.", LONG, "A bird " + LONG.lower())):
+        Image.new("RGB", (40, 36), (number, 90, 200)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png\t{caption}")
+    (tmp_path / "captions.tsv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "captions.tsv"
+
+
+def test_a_clip_of_77_tokens_is_evaluated_as_itself(
+    clip_77: Path, captions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = captions.parent / "eval.json"
+    given = ["eval", "--pretrained", str(clip_77), "--data", str(captions), "--device", "cpu"]
+    results = {}
+    for flags in ((), ("--stretch",)):
+        assert main([*given, "--out", str(out), *flags]) == 0
+        results[flags] = json.loads(out.read_text()), capsys.readouterr().out
+    result, printed = results[()]
+    assert result["model"]["config"]["context_length"] == 77
+    # The first 6 to 10 sentences of two captions; the tenth is the caption.
+    assert result["protocol"]["texts_cut"] == 2 * 5
+    assert "10 texts were cut after 77 tokens" in printed
+    model, preprocess = checkpoint.load(clip_77)
+    curve = next(curve for curve in result["curves"] if curve["image"] == "1.png")
+    prefixes = [" ".join(curve["segments"][:k]) for k in range(1, 11)]
+    with torch.no_grad():
+        image = model.encode_image(preprocess(Image.open(captions.parent / "1.png"))[None])
+        texts = model.encode_text(tokenize(prefixes, 77))
+        expected = torch.nn.functional.cosine_similarity(image, texts)
+    torch.testing.assert_close(torch.tensor(curve["scores"]), expected, rtol=0, atol=1e-5)
+    result, printed = results[("--stretch",)]
+    assert result["model"]["config"]["context_length"] == 248
+    assert result["protocol"]["texts_cut"] == 0 and "were cut" not in printed
+
+
+def test_a_clip_of_77_tokens_is_explained_as_itself(
+    clip_77: Path, captions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, page = str(captions.parent / "1.png"), str(captions.parent / "page.html")
+    given = ["explain", image, LONG, "--pretrained", str(clip_77), "--out", page]
+    assert main(given) == 0
+    assert "5 prefixes are longer than 77 tokens and cut" in capsys.readouterr().err
+    assert main([*given, "--stretch", "--activation", "gelu", "--vision-heads", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "cut" not in said and "does not state its heads (assumed: one for" in said
+    assert "activation" not in said
+
+
+def test_training_stretches_a_clip_of_77_tokens(clip_77: Path) -> None:
+    settings = TrainConfig(
+        train_data="none", pretrained=str(clip_77), activation="gelu", vision_heads=2
+    )
+    config = build_model(settings, torch.device("cpu")).config
+    assert (config.context_length, config.activation) == (248, "gelu")
+    assert (config.vision_heads, config.text_heads) == (2, 2)
+
+
+def test_a_model_is_trained_on_the_images_that_it_states(generator: torch.Generator) -> None:
+    model = random_model(OTHER, generator)
+    towers = Towers(model, "fp32")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    text = tokens_of_lengths(OTHER, [5, 20], generator)
+    centre, spread = (torch.tensor(x).view(3, 1, 1) for x in (OTHER.image_mean, OTHER.image_std))
+    with torch.no_grad():
+        features, _, _ = towers(images, text, 20)
+        expected = model.encode_image((images / 255 - centre) / spread)
+    torch.testing.assert_close(features, expected)
