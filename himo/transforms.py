@@ -27,9 +27,9 @@ from PIL import (
 )
 from torch import Tensor
 
+from himo.clip_config import MEAN, RESIZE_MODES, STD, CLIPConfig
 from himo.errors import HimoError, quoted
 from himo.files import open_regular
-from himo.model import MEAN, RESIZE_MODES, STD, CLIPConfig
 
 Reason = Literal["missing", "not_a_file", "too_large", "truncated", "unknown_format", "corrupt"]
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview

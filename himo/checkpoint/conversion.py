@@ -33,14 +33,15 @@ from himo.checkpoint.loading import (
 from himo.checkpoint.places import (
     CONFIG_FILE_DIGEST,
     HF_FILES,
+    MERGES_FILE,
     OPEN_CLIP_FILES,
     PREPROCESSOR_FILE,
     TOKENIZER_FILE,
 )
 from himo.checkpoint.safetensors_files import write_safetensors
+from himo.clip_config import CLIPConfig
 from himo.errors import HimoError
 from himo.files import atomic_path, hidden_path
-from himo.model import CLIPConfig
 from himo.tokenizer import END_OF_TEXT, read_symbols
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -132,7 +133,7 @@ def _processor_files(config: CLIPConfig) -> dict[str, str]:
         _, ids, merges = read_symbols()
         files[TOKENIZER_FILE] = _json(hf_tokenizer_config(config))
         files["vocab.json"] = json.dumps(ids, ensure_ascii=False)
-        files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""])
+        files[MERGES_FILE] = "\n".join(["#version: 0.2", *merges, ""])
     return files
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo.clip_config import CONTEXT_LENGTH, KEPT_POSITIONS, UNSHAPED, CLIPConfig
 from himo.errors import HimoError, quoted, shortened
-from himo.model import CONTEXT_LENGTH, KEPT_POSITIONS, UNSHAPED, CLIPConfig
 
 State = dict[str, Tensor]
 LAYOUTS = ("himo", "open_clip", "hf")

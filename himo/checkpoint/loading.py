@@ -23,9 +23,10 @@ from himo.checkpoint.layouts import (
 )
 from himo.checkpoint.safetensors_files import DIGEST, write_safetensors
 from himo.checkpoint.strict_json import MAX_JSON, strict_json
+from himo.clip_config import ACTIVATIONS, UNSHAPED, CLIPConfig
 from himo.device import usable_device
 from himo.errors import HimoError, quoted, shortened
-from himo.model import ACTIVATIONS, UNSHAPED, CLIPConfig, HiMoCLIP
+from himo.model import HiMoCLIP
 from himo_kernels import __version__
 
 if TYPE_CHECKING:

@@ -11,17 +11,19 @@ from torch import Tensor
 from himo.checkpoint import configurations
 from himo.checkpoint.configurations import Stated
 from himo.checkpoint.safetensors_files import MAX_TENSORS, read_safetensors
-from himo.checkpoint.strict_json import read_json
+from himo.checkpoint.strict_json import MAX_JSON, read_json
 from himo.checkpoint.torch_files import TorchFile, read_legacy, read_zip
+from himo.clip_config import CONFIGS
 from himo.errors import HimoError, quoted, shortened
 from himo.files import open_regular
-from himo.model import CONFIGS
+from himo.tokenizer import read_symbols
 
 # (configuration, weights) of the directories that himo writes.
 HF_FILES = ("config.json", "model.safetensors")
 OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 CONFIG_FILE_DIGEST = "himo_config_file_sha256"  # in the weights' metadata, of the configuration
 PREPROCESSOR_FILE, TOKENIZER_FILE = "preprocessor_config.json", "tokenizer_config.json"
+MERGES_FILE = "merges.txt"
 _PROCESSOR_FILE = "processor_config.json"  # of newer versions, with the image processor in it
 
 # Weights in a directory, in the order in which they are looked for.
@@ -103,10 +105,23 @@ def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated
         return {}
     if layout == "hf":
         read(TOKENIZER_FILE, configurations.require_clip_tokenizer)
+        _require_clip_merges(os.path.join(directory, MERGES_FILE))
         for file in (PREPROCESSOR_FILE, _PROCESSOR_FILE):
             images = read(file, configurations.of_image_processor) or {}
             stated = configurations.merged(stated, images, f"{name}: {file}", config_file)
     return stated
+
+
+def _require_clip_merges(path: str) -> None:
+    """Raises HimoError where there are merges of a tokenizer, and they are not CLIP's."""
+    if not os.path.exists(path):
+        return
+    with open_regular(path) as file:
+        lines = file.read(MAX_JSON).splitlines()
+    if lines and lines[0].startswith(b"#version"):
+        lines = lines[1:]
+    if lines != [merge.encode() for merge in read_symbols()[2]]:
+        raise HimoError(f"{path}: expected the merges of CLIP's tokenizer: himo has no other")
 
 
 def _read_file(name: str) -> Found:

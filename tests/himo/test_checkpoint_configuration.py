@@ -15,9 +15,10 @@ from himo import checkpoint
 from himo.checkpoint.configurations import hf_config, hf_preprocessor_config, open_clip_config
 from himo.checkpoint.layouts import from_himo
 from himo.cli import main
+from himo.clip_config import MEAN, STD, CLIPConfig
 from himo.config import TrainConfig
 from himo.errors import HimoError
-from himo.model import MEAN, STD, CLIPConfig, HiMoCLIP
+from himo.model import HiMoCLIP
 from himo.objective import Towers
 from himo.tokenizer import tokenize
 from himo.train import build_model
@@ -310,6 +311,9 @@ def test_a_field_of_hugging_face_is_refused_by_its_name(
     processor.write_text(images)
     (path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     assert "tokenizer_class to be CLIPTokenizer" in refusal(path)
+    (path / "tokenizer_config.json").unlink()
+    (path / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert "merges.txt: expected the merges of CLIP's tokenizer" in refusal(path)
 
 
 def test_what_old_and_new_versions_of_transformers_wrote_is_read(
