@@ -369,7 +369,7 @@ def test_the_corpus_is_large() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", corpus(INPUTS, sample=12))
+@pytest.mark.parametrize("make", corpus(INPUTS, sample=6))
 def test_a_refusal_costs_nothing(make: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     make(path)

@@ -289,12 +289,13 @@ def hf_features(model: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor
         return model.visual_projection(vision), model.text_projection(words)
 
 
-@pytest.mark.parametrize("context", [77, 248])
+@pytest.mark.parametrize(("context", "activation"), [(77, "quick_gelu"), (248, "gelu")])
 def test_transformers_and_himo_give_the_same_features(
-    context: int, tmp_path: Path, generator: torch.Generator
+    context: int, activation: str, tmp_path: Path, generator: torch.Generator
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
-    config = CLIPConfig.from_dict({**SMALL.to_dict(), "context_length": context})
+    changed = {"context_length": context, "activation": activation}
+    config = CLIPConfig.from_dict({**SMALL.to_dict(), **changed})
     image = random_image(config, 3, generator)
     text = tokens_of_lengths(config, [5, 20, context], generator)
 

@@ -173,21 +173,6 @@ def test_a_file_of_himo_from_before_has_clips_activation_and_preprocessing() -> 
     assert CLIPConfig.from_dict(known) == CLIP
 
 
-def test_gelu_is_transformers_gelu(tmp_path: Path, generator: torch.Generator) -> None:
-    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
-    model = random_model(OTHER, generator)
-    checkpoint.save(model, tmp_path / "a.safetensors")
-    checkpoint.convert(tmp_path / "a.safetensors", tmp_path / "hf", "hf")
-    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
-    image = random_image(OTHER, 2, generator)
-    text = tokens_of_lengths(OTHER, [5, 77], generator)
-    with torch.no_grad():
-        vision = theirs.visual_projection(theirs.vision_model(pixel_values=image).pooler_output)
-        words = theirs.text_projection(theirs.text_model(input_ids=text).pooler_output)
-        torch.testing.assert_close(model.encode_image(image), vision, rtol=0, atol=1e-5)
-        torch.testing.assert_close(model.encode_text(text), words, rtol=0, atol=1e-5)
-
-
 # Fields of open_clip 3.3.0, with a value that changes what a model computes.
 OPEN_CLIP_FIELDS = {
     "vision_cfg": {

@@ -35,7 +35,6 @@ def read(path: Path, content: Any, **options: Any) -> tuple[dict[str, Tensor], l
     """(state dict, what there is to say) of what torch.save writes."""
     torch.save(content, path / "x.pt", **options)
     tensors, metadata = checkpoint.read_state_dict(path / "x.pt")
-    checkpoint.load(path / "x.pt")
     return tensors, metadata["notes"]
 
 
@@ -68,6 +67,7 @@ def test_every_key_and_prefix_is_taken_away(
         tensors, notes = read(tmp_path, content, _use_new_zipfile_serialization=number % 2 == 0)
         assert_same(tensors, state)
         assert notes == [], prefix
+        checkpoint.load(tmp_path / "x.pt")
     # Within names, as torch.compile and FSDP put them when they wrap the towers.
     inside = {
         name.replace("resblocks.0.", "resblocks.0._checkpoint_wrapped_module._orig_mod."): tensor
@@ -180,8 +180,7 @@ BESIDE: dict[str, Any] = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("zipped", "protocol"), [(True, 2), (True, 4), (False, 2)])
 def test_what_stands_beside_the_weights_is_left_alone(
     zipped: bool, protocol: int, tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
