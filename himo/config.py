@@ -111,6 +111,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise HimoError(f"--{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        for name in ("activation", "vision_heads", "text_heads"):
+            if getattr(self, name) is not None and self.pretrained is None:
+                raise HimoError(f"--{_dashed(name)}: expected beside --pretrained alone")
         if self.val_data is not None and self.held_out:
             raise HimoError("--held-out: expected none beside --val-data, or no --val-data")
         if self.tau is not None and not 0 < self.tau <= 1:

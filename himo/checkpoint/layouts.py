@@ -220,7 +220,7 @@ def _with_both_tables(state: State) -> State:
         return state
     table = kept
     if trained is not None:
-        if trained.shape != kept.shape or trained.dtype != kept.dtype:
+        if trained.shape != kept.shape or trained.dtype != kept.dtype or not kept.dim():
             return state  # as it is: the check of shapes and dtypes tells what is wrong
         table = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
     return {**state, POSITIONS: table, TRAINED_POSITIONS: table.clone()}
@@ -263,7 +263,7 @@ def _from_hf(state: State) -> State:
         elif module == "self_attn.q_proj":
             prefix = name.removesuffix(f"q_proj.{parameter}")
             parts = [state.get(f"{prefix}{part}_proj.{parameter}") for part in "qkv"]
-            if all(p is not None and p.shape == value.shape for p in parts):
+            if value.dim() and all(p is not None and p.shape == value.shape for p in parts):
                 joined = torch.cat([p for p in parts if p is not None])
                 renamed[f"{layer}.attn.in_proj_{parameter}"] = joined
         elif module not in ("self_attn.k_proj", "self_attn.v_proj"):

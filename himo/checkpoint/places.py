@@ -90,7 +90,10 @@ def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated
         digest = metadata.get(CONFIG_FILE_DIGEST) if file == config_file else None
         if digest is not None and digest != sha256(data).hexdigest():
             raise HimoError(f"{name}: damaged: {file} is not the configuration of the weights")
-        return of(content, path)
+        try:
+            return of(content, path)
+        except RecursionError as error:  # of a comparison, where the JSON was just not too deep
+            raise HimoError(f"{path}: JSON too deep") from error
 
     config_file = {"hf": HF_FILES[0], "open_clip": OPEN_CLIP_FILES[0]}.get(layout)
     if config_file is None:

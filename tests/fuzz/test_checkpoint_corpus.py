@@ -15,6 +15,7 @@ from fuzz_corpus import bounded, corpus
 from safetensors.torch import save_file
 
 from himo import checkpoint
+from himo.checkpoint.layouts import from_himo
 from himo.errors import HimoError
 from himo.model import CLIPConfig, HiMoCLIP
 
@@ -248,6 +249,14 @@ def many(path: Path) -> None:
 @add("a sparse tensor as a weight")
 def sparse(path: Path) -> None:
     torch.save({**state(), "visual.proj": torch.eye(8).to_sparse()}, path)
+
+
+for layout in ("himo", "open_clip", "hf"):
+
+    @add(f"a CLIP of scalars, as of {layout}")
+    def scalars(path: Path, layout: str = layout) -> None:
+        names = from_himo(state(), layout)
+        torch.save(dict.fromkeys(names, torch.tensor(1.0)), path)
 
 
 @add("a CLIP of a million channels in a small file")

@@ -466,6 +466,12 @@ def test_training_stretches_a_clip_of_77_tokens(clip_77: Path) -> None:
     assert (config.vision_heads, config.text_heads) == (2, 2)
 
 
+def test_a_new_model_takes_no_settings_of_a_checkpoint() -> None:
+    for given in ({"activation": "gelu"}, {"vision_heads": 2}, {"text_heads": 2}):
+        with pytest.raises(HimoError, match="expected beside --pretrained alone"):
+            TrainConfig(train_data="none", **given)
+
+
 def test_a_model_is_trained_on_the_images_that_it_states(generator: torch.Generator) -> None:
     model = random_model(OTHER, generator)
     towers = Towers(model, "fp32")
