@@ -62,6 +62,9 @@ def convert(
     A destination ending in `.safetensors`, or in `.pt`, `.pth` or `.bin` for `torch.load`, is one
     file. Any other is a directory that must be new or empty. For "hf" it is whole: `CLIPModel` and
     `AutoProcessor` open it with `from_pretrained`, the processor where the vocabulary is CLIP's.
+    Its processor prepares images and texts as Hugging Face does, which is not in all as himo does:
+    pixels become RGB before they are resized; the crop starts a pixel earlier where an odd number
+    of pixels is cut off; and texts are not repaired (ftfy, HTML entities) before they are cut.
     For "open_clip" it has the configuration and the weights that `create_model("local-dir:...")`
     reads. HiMo-CLIP's two tables of text positions become the one that the model reads.
 

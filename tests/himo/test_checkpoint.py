@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,38 @@ def test_safetensors_files_are_those_of_the_library(
     state, metadata = checkpoint.read_state_dict(theirs)
     assert_same(state, canonical(model))
     assert metadata["checksum"] == "none"
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    values = torch.arange(12.0)
+    parts = {"all": values, "again": values, "part": values[2:6], "columns": values.view(3, 4).t()}
+    write_safetensors(str(tmp_path / "a.safetensors"), parts, {"note": "x"})
+    assert_same(load_file(tmp_path / "a.safetensors"), parts)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_nothing_is_written_that_would_not_be_read(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", HiMoCLIP(TINIEST)
+    with pytest.raises(HimoError, match="at most 1,048,576 bytes of metadata"):
+        checkpoint.save(model, path, metadata={"note": "x" * (1 << 20)})
+    with pytest.raises(HimoError, match="20,001 tensors, expected at most 20,000"):
+        write_safetensors(str(path), {str(i): torch.zeros(0) for i in range(20_001)}, {})
+    with pytest.raises(HimoError, match="expected at most 4,194,304"):
+        write_safetensors(str(path), {"a": torch.zeros(1)}, {"note": "x" * (5 << 20)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_has_the_mode_that_the_umask_leaves(mask: int, tmp_path: Path) -> None:
+    path, before = tmp_path / "a.safetensors", os.umask(mask)
+    try:
+        checkpoint.save(HiMoCLIP(TINIEST), path)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+        path.chmod(0o640)
+        checkpoint.save(HiMoCLIP(TINIEST), path)
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_a_header_of_any_length_is_one_of_safetensors(tmp_path: Path) -> None:
