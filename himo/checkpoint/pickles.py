@@ -23,7 +23,7 @@ from himo.errors import quoted
 # Keys of dictionaries: text, and the small integers by which optimizer states number their
 # parameters. Under any other is nothing that a checkpoint of tensors is read for.
 _MAX_INT_KEY = 1 << 31
-_MAX_OPCODES = 300_000  # a second; a thousand tensors take 30,000
+_MAX_OPCODES = 250_000  # a second; a thousand tensors take 30,000
 _MAX_NUMBER = 1 << 48  # of a shape, a stride or an offset
 
 STORAGES = {
@@ -148,7 +148,11 @@ _BUILTINS = frozenset({
 })  # fmt: skip
 
 
-def read_pickle(file: IO[bytes], storages: dict[str, StorageRecord] | None = None) -> Any:
+def read_pickle(
+    file: IO[bytes],
+    storages: dict[str, StorageRecord] | None = None,
+    most: int = _MAX_OPCODES,
+) -> Any:
     """What one pickle describes, in dictionaries, lists, tuples, numbers, text and records.
 
     The file is left at the end of the pickle. Give one of bounded size: a pickle may be as long
@@ -157,6 +161,7 @@ def read_pickle(file: IO[bytes], storages: dict[str, StorageRecord] | None = Non
     Args:
         file: where the pickle begins.
         storages: is given every storage that the pickle names, by its key.
+        most: instructions that it may have.
 
     Raises:
         PickleError: the pickle asks for code to be run, or is damaged.
@@ -164,7 +169,7 @@ def read_pickle(file: IO[bytes], storages: dict[str, StorageRecord] | None = Non
     machine = _Machine({} if storages is None else storages)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if count > _MAX_OPCODES:
+            if count > most:
                 raise PickleError("more instructions than any checkpoint has")
             machine.step(opcode.name, argument)
         return machine.stack.pop()

@@ -28,6 +28,7 @@ from himo.checkpoint.safetensors_files import MAX_TENSORS
 from himo.errors import HimoError, quoted
 
 _MAX_PICKLE = 4 << 20  # bytes; a state dict of a thousand tensors takes 200 kB
+_MAX_HEAD = 1000  # instructions of the small pickles that start a flat file
 _MAX_DIRECTORY = 2 << 20  # bytes of a zip archive's list of records; a thousand take 100 kB
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _LEGACY_PROTOCOL = 1001
@@ -84,9 +85,11 @@ def read_legacy(file: BinaryIO, path: str) -> TorchFile:
     head = BytesIO(file.read(_MAX_PICKLE))
     storages: dict[str, StorageRecord] = {}
     try:
-        if read_pickle(head) != _LEGACY_MAGIC:
+        if read_pickle(head, most=_MAX_HEAD) != _LEGACY_MAGIC:
             raise PickleError("a pickle that torch.save did not write")
-        protocol, _, content, keys = (read_pickle(head, storages) for _ in range(4))
+        protocol, _ = (read_pickle(head, most=_MAX_HEAD) for _ in range(2))
+        content = read_pickle(head, storages)
+        keys = read_pickle(head, most=4 * MAX_TENSORS)
         if protocol != _LEGACY_PROTOCOL or not isinstance(keys, list):
             raise PickleError(f"the legacy format in an unknown version, {quoted(protocol)}")
         state = _state_dict(content)

@@ -123,6 +123,9 @@ FLAT_FILES = {
     "a doubled tuple as the version": MAGIC + b"\x80\x02" + PAIR_2_TO_THE_100 + b"." * 4,
     "a doubled tuple as the keys": FLAT + b"\x80\x02}.\x80\x02" + PAIR_2_TO_THE_100 + b".",
     "a doubled tuple among the keys": FLAT + b"\x80\x02}.\x80\x02](" + PAIR_2_TO_THE_100 + b"e.",
+    "five pickles of 200,000 lists": (b"\x80\x02" + b"]" * 200_000 + b".") * 5,
+    "two pickles of 200,000 lists": FLAT + (b"\x80\x02" + b"]" * 200_000 + b".") * 2,
+    "200,000 names": FLAT + b"\x80\x02" + b"ca\nb\n" * 200_000 + b"." + EMPTY_LIST,
     "a storage of 2^62 values": FLAT
     + named(tensor(storage(text(b"0"), number(1 << 46)), number(0), *FOUR))
     + pickle.dumps(["0"], 2)
@@ -136,15 +139,15 @@ for name, content in FLAT_FILES.items():
     add(name + " in the flat format")(lambda path, content=content: path.write_bytes(content))
 
 PICKLES = {
-    "140,000 lists in lists": b"\x80\x02" + b"]" * 140_000 + b"a" * 139_999 + b".",
-    "290,000 marks": b"\x80\x02" + b"(" * 290_000 + b".",
-    "290,000 dictionaries": b"\x80\x02" + b"}" * 290_000 + b".",
+    "120,000 lists in lists": b"\x80\x02" + b"]" * 120_000 + b"a" * 119_999 + b".",
+    "240,000 marks": b"\x80\x02" + b"(" * 240_000 + b".",
+    "240,000 dictionaries": b"\x80\x02" + b"}" * 240_000 + b".",
     "a million dictionaries": b"\x80\x02" + b"}" * 1_000_000 + b".",
-    "96,000 objects": b"\x80\x02ca\nb\nq\0" + b"h\0)\x81" * 96_000 + b".",
-    "96,000 ordered dictionaries": b"\x80\x02ccollections\nOrderedDict\nq\0"
-    + b"h\0)R" * 96_000
+    "80,000 objects": b"\x80\x02ca\nb\nq\0" + b"h\0)\x81" * 80_000 + b".",
+    "80,000 ordered dictionaries": b"\x80\x02ccollections\nOrderedDict\nq\0"
+    + b"h\0)R" * 80_000
     + b".",
-    "a memo of 290,000": b"\x80\x04N" + b"\x94" * 290_000 + b".",
+    "a memo of 240,000": b"\x80\x04N" + b"\x94" * 240_000 + b".",
     "a number of a million digits": b"\x80\x02I" + b"9" * 1_000_000 + b"\n.",
     "an integer of a megabyte": b"\x80\x02\x8b" + struct.pack("<I", 1 << 20) + b"\x7f" * (1 << 20)
     + b".",
@@ -187,7 +190,7 @@ PICKLES = {
     "a storage whose name leads out": named(
         tensor(storage(text(b"../../data.pkl")), number(0), *FOUR)
     ),
-    "wrappers in wrappers": b"\x80\x02" + (b"}" + text(b"model")) * 90_000 + b"N" + b"s" * 90_000
+    "wrappers in wrappers": b"\x80\x02" + (b"}" + text(b"model")) * 80_000 + b"N" + b"s" * 80_000
     + b".",
     "a wrapper that holds itself": b"\x80\x02}q\0" + text(b"model") + b"h\0s.",
     "modules that share their modules": b"\x80\x02ca\nM\nq\0"
@@ -198,16 +201,16 @@ for name, content in PICKLES.items():
     add(name)(lambda path, content=content: archive(path, content))
 
 
-@add("8,000 views of one storage")
+@add("7,000 views of one storage")
 def views(path: Path) -> None:
     values = torch.zeros(1 << 20)
-    torch.save({f"visual.conv1.weight{i}": values[i : i + 4] for i in range(8_000)}, path)
+    torch.save({f"visual.conv1.weight{i}": values[i : i + 4] for i in range(7_000)}, path)
 
 
-@add("8,000 views of one storage in the flat format")
+@add("7,000 views of one storage in the flat format")
 def flat_views(path: Path) -> None:
     values = torch.zeros(1 << 20)
-    named = {f"w{i}": values[i : i + 4] for i in range(8_000)}
+    named = {f"w{i}": values[i : i + 4] for i in range(7_000)}
     torch.save(named, path, _use_new_zipfile_serialization=False)
 
 
