@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     index, _ = open_data(settings, Ranks())
-    preprocess = Preprocess(named_config(settings.model).image_resolution, settings.image_mode)
+    preprocess = Preprocess.of(named_config(settings.model), settings.image_mode)
     dataset = CaptionedImages(
         index, preprocess, tokenize, seed=settings.seed, short_captions=settings.short_captions
     )

@@ -24,7 +24,7 @@ _COMMANDS = {
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),
 }
 # Modules of torch and of the extra `himo`, of which `pip install .` without it brings torch alone.
-_NEEDED = ("PIL", "ftfy", "numpy", "regex", "torch", "tqdm")
+_NEEDED = ("PIL", "ftfy", "numpy", "regex", "safetensors", "torch", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -48,6 +48,11 @@ class TrainConfig:
     # Model
     model: str = _flag("ViT-B-16", "configuration of a new model; --pretrained decides its own")
     pretrained: str | None = _flag(None, "checkpoint to start from, of any format himo loads")
+    activation: Literal["quick_gelu", "gelu"] | None = _flag(
+        None, "of the --pretrained model, where its file does not state it"
+    )
+    vision_heads: int | None = _flag(None, "attention heads, where its file does not state them")
+    text_heads: int | None = _flag(None, "attention heads, where its file does not state them")
     lock_image: bool = _flag(False, "freeze the image tower")
     lock_text: bool = _flag(False, "freeze the text tower")
     grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
@@ -112,6 +117,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise HimoError(f"--{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        for name in ("activation", "vision_heads", "text_heads"):
+            if getattr(self, name) is not None and self.pretrained is None:
+                raise HimoError(f"--{_dashed(name)}: expected beside --pretrained alone")
         if self.val_data is not None and self.held_out:
             raise HimoError("--held-out: expected none beside --val-data, or no --val-data")
         if self.tau is not None and not 0 < self.tau <= 1:
@@ -187,6 +195,8 @@ _MINIMA: dict[str, float] = {
     "keep_checkpoints": 0,
     "grad_clip_norm": 0.0,
     "train_num_samples": 1,
+    "vision_heads": 1,
+    "text_heads": 1,
     "held_out": 0,
     "val_frequency": 1,
 }
@@ -242,6 +252,6 @@ def _dashed(name: str) -> str:
 
 
 def _without_none(hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return next(part for part in typing.get_args(hint) if part is not types.NoneType)
     return hint

@@ -15,3 +15,28 @@ class HimoError(ValueError):
 def printable(text: str) -> str:
     """One line: a name or a key read from a file may hold line breaks or terminal escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+MAX_QUOTED = 80  # characters of a value from outside that a message holds
+
+
+def quoted(value: object) -> str:
+    """A value that a file or a user gave, for a message: at most 80 characters, in bounded time.
+
+    Text, bytes and numbers as Python writes them, cut where they are longer. Of anything else only
+    the type, for a tuple of a few bytes in a file may hold itself twice, a hundred times over.
+    """
+    if isinstance(value, str | bytes):
+        start = repr(value[:MAX_QUOTED])
+        whole = len(value) <= MAX_QUOTED and len(start) <= MAX_QUOTED
+        return start if whole else start[: MAX_QUOTED - 3] + "..."
+    if isinstance(value, bool | float | None):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 1 << 256 else f"an integer of {value.bit_length()} bits"
+    return f"a {type(value).__name__}"
+
+
+def shortened(name: str) -> str:
+    """A name as it is, cut after 80 characters: for lists of names, which need no quotes."""
+    return name if len(name) <= MAX_QUOTED else name[: MAX_QUOTED - 3] + "..."

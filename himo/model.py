@@ -6,8 +6,6 @@ caption of the batch, and attention is torch's `scaled_dot_product_attention`.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -15,117 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from himo.clip_config import CONFIGS, CONTEXT_LENGTH, KEPT_POSITIONS, CLIPConfig, named_config
 from himo.errors import HimoError
 
-# Rows of the text positions that stay as CLIP trained them (Long-CLIP, arXiv 2403.15378, 3.1).
-KEPT_POSITIONS = 20
-CONTEXT_LENGTH = 248  # 20 kept rows and the other 57 of CLIP's 77, each stretched to four
+__all__ = [
+    "CONFIGS",
+    "CONTEXT_LENGTH",
+    "KEPT_POSITIONS",
+    "CLIPConfig",
+    "HiMoCLIP",
+    "longest_text",
+    "named_config",
+]
+
 _HALF_TYPES = (torch.float16, torch.bfloat16)
-# Far above any model, and low enough that a hostile configuration costs neither time nor memory.
-_MAX_SIZE, _MAX_LAYERS = 1 << 20, 256
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    """The sizes of a model. The heads, 0 meaning one for each 64 channels, are in no shape.
-
-    Raises:
-        HimoError: a field is no positive integer, patches do not tile the image, or heads do
-            not divide the width.
-    """
-
-    embed_dim: int  # channels of the joint embedding
-    image_resolution: int  # pixels, height and width
-    vision_layers: int
-    vision_width: int  # channels
-    vision_patch_size: int  # pixels
-    context_length: int  # tokens
-    vocab_size: int  # tokens; the highest one ends a text
-    text_width: int  # channels
-    text_layers: int
-    vision_heads: int = 0
-    text_heads: int = 0
-
-    def __post_init__(self) -> None:
-        for tower in ("vision", "text"):
-            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            if type(heads) is int and heads == 0 and isinstance(width, int):
-                object.__setattr__(self, f"{tower}_heads", max(1, width // 64))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            most = _MAX_LAYERS if field.name.endswith("layers") else _MAX_SIZE
-            if type(value) is not int or not 1 <= value <= most:
-                raise HimoError(
-                    f"model configuration: expected {field.name} to be an integer from 1 to "
-                    f"{most}, got {value!r}"
-                )
-        if self.image_resolution % self.vision_patch_size:
-            raise HimoError(
-                f"model configuration: expected image_resolution to be a multiple of "
-                f"vision_patch_size {self.vision_patch_size}, got {self.image_resolution}"
-            )
-        for tower in ("vision", "text"):
-            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            if width % heads:
-                raise HimoError(
-                    f"model configuration: expected {tower}_heads to divide {tower}_width "
-                    f"{width}, got {heads}"
-                )
-
-    def to_dict(self) -> dict[str, int]:
-        """The fields by name, as a checkpoint stores them."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
-        """The configuration of `to_dict`; HimoError names a field that is missing or unknown."""
-        names = {field.name for field in fields(cls)}
-        for kind, wrong in (("lacks", names - set(values)), ("has unknown", set(values) - names)):
-            if wrong:
-                raise HimoError(f"model configuration: {kind} {', '.join(sorted(wrong))}")
-        return cls(**values)
-
-
-def _clip(embed_dim: int, resolution: int, patch: int, vision: tuple[int, int]) -> CLIPConfig:
-    layers, width = vision
-    return CLIPConfig(
-        embed_dim=embed_dim,
-        image_resolution=resolution,
-        vision_layers=layers,
-        vision_width=width,
-        vision_patch_size=patch,
-        context_length=CONTEXT_LENGTH,
-        vocab_size=49408,
-        text_width=embed_dim,  # in every CLIP of OpenAI with a ViT
-        text_layers=12,
-    )
-
-
-CONFIGS: Mapping[str, CLIPConfig] = {
-    "ViT-B-32": _clip(512, 224, 32, (12, 768)),
-    "ViT-B-16": _clip(512, 224, 16, (12, 768)),
-    "ViT-L-14": _clip(768, 224, 14, (24, 1024)),
-    "ViT-L-14-336": _clip(768, 336, 14, (24, 1024)),
-    # Small enough to train on two CPU cores in minutes; the vocabulary stays CLIP's.
-    "tiny": CLIPConfig(
-        embed_dim=128,
-        image_resolution=64,
-        vision_layers=3,
-        vision_width=128,
-        vision_patch_size=16,
-        context_length=CONTEXT_LENGTH,
-        vocab_size=49408,
-        text_width=128,
-        text_layers=2,
-    ),
-}
-
-
-def named_config(name: str) -> CLIPConfig:
-    """The configuration that --model names; HimoError for an unknown one."""
-    if name not in CONFIGS:
-        raise HimoError(f"--model: expected one of {', '.join(CONFIGS)}, got {name}")
-    return CONFIGS[name]
 
 
 def _normal_(weight: Tensor, std: float) -> None:
@@ -176,25 +77,30 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers around quick-GELU, x * sigmoid(1.702 x), the activation CLIP was trained with."""
+    """Two layers around CLIP's quick-GELU, x * sigmoid(1.702 x), or around GELU."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: str) -> None:
         super().__init__()
+        self.quick = activation == "quick_gelu"
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
-        # As a SiLU, whose backward keeps its input alone: one tensor of 4 W channels less.
-        out: Tensor = self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
+        out: Tensor
+        if self.quick:
+            # As a SiLU, whose backward keeps its input alone: one tensor of 4 W channels less.
+            out = self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
+        else:
+            out = self.c_proj(F.gelu(self.c_fc(x)))
         return out
 
 
 class ResidualAttentionBlock(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, causal: bool, activation: str) -> None:
         super().__init__()
         self.attn = Attention(width, heads, causal)
         self.ln_1 = LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, activation)
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
@@ -203,10 +109,10 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, layers: int, heads: int, causal: bool, activation: str) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, causal) for _ in range(layers)
+            ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers)
         )
         self.grad_checkpointing = False
 
@@ -232,7 +138,9 @@ class VisionTransformer(nn.Module):
         self.class_embedding = _normal(scale, width)
         self.positional_embedding = _normal(scale, positions, width)
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, config.vision_heads, False)
+        self.transformer = Transformer(
+            width, config.vision_layers, config.vision_heads, False, config.activation
+        )
         self.ln_post = LayerNorm(width)
         self.proj = _normal(scale, width, config.embed_dim)
 
@@ -253,7 +161,7 @@ class HiMoCLIP(nn.Module):
     logit multiplier.
 
     Args:
-        config: the sizes.
+        config: the sizes and the activation.
 
     A new model starts from CLIP's random values.
     """
@@ -265,7 +173,9 @@ class HiMoCLIP(nn.Module):
         self.provenance: dict[str, Any] = {}
         width = config.text_width
         self.visual = VisionTransformer(config)
-        self.transformer = Transformer(width, config.text_layers, config.text_heads, True)
+        self.transformer = Transformer(
+            width, config.text_layers, config.text_heads, True, config.activation
+        )
         self.token_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, width), freeze=False
         )

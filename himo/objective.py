@@ -32,7 +32,9 @@ class Towers(nn.Module):
         """Returns image and text features [B, D] and the logit multiplier [], in float32."""
         bf16 = self.precision == "amp_bf16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            image_features = self.model.encode_image(normalize(images))
+            config = self.model.config
+            pixels = normalize(images, config.image_mean, config.image_std)
+            image_features = self.model.encode_image(pixels)
             text_features = self.model.encode_text(tokens, max_length)
         # The loss in float32: half-precision logits near 100 are spaced by 0.06 and more.
         scale = self.model.logit_scale.float().exp()

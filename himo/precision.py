@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -11,7 +12,12 @@ from himo.parallel import Ranks
 _SIZE = 512  # rows and columns of the products that are timed: milliseconds where they are fast
 
 
-def resolve(precision: str, device: torch.device, ranks: Ranks | None = None) -> tuple[str, str]:
+Chosen = Literal["fp32", "amp_bf16"]
+
+
+def resolve(
+    precision: Chosen | Literal["auto"], device: torch.device, ranks: Ranks | None = None
+) -> tuple[Chosen, str]:
     """Returns "fp32" or "amp_bf16", and a line that says why where it is not what was asked.
 
     "auto" is bfloat16 where its products are faster than those of float32. Asked for by name it

@@ -296,8 +296,14 @@ class _ChunkCache(dict[str, bytes]):
         return [symbol for symbol in symbols if symbol >= 0]
 
 
-def _read_vocabulary() -> tuple[dict[tuple[int, int], int], list[int], list[bytes]]:
-    """The merges {(id, id): id}, the id of each byte, and the bytes of each id but the last two."""
+def read_symbols() -> tuple[list[int], dict[str, int], list[str]]:
+    """(bytes in the order of their ids, id of each symbol, merges "first second" by rank).
+
+    Symbols are written as in the file, and as Hugging Face's `vocab.json` and `merges.txt` are.
+
+    Raises:
+        HimoError: the vocabulary is missing or is not the one this version was written for.
+    """
     try:
         text = gzip.decompress(_VOCABULARY.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
@@ -313,19 +319,25 @@ def _read_vocabulary() -> tuple[dict[tuple[int, int], int], list[int], list[byte
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     order = visible + [byte for byte in range(256) if byte not in visible]
     characters = [chr(byte) for byte in visible] + [chr(0x100 + n) for n in range(68)]
+    lines = text.decode().splitlines()
+    symbols = characters + [character + "</w>" for character in characters]
+    symbols += [line.replace(" ", "") for line in lines]
+    return order, {symbol: number for number, symbol in enumerate(symbols)} | _SPECIAL, lines
+
+
+def _read_vocabulary() -> tuple[dict[tuple[int, int], int], list[int], list[bytes]]:
+    """The merges {(id, id): id}, the id of each byte, and the bytes of each id but the last two."""
+    order, ids, lines = read_symbols()
     byte_ids = [0] * 256
     for number, byte in enumerate(order):
         byte_ids[byte] = number
-
     pieces = [bytes([byte]) for byte in order]
     pieces += [piece + b" " for piece in pieces]
-    symbols = characters + [character + "</w>" for character in characters]
-    ids = {symbol: number for number, symbol in enumerate(symbols)}
     merges: dict[tuple[int, int], int] = {}
-    for number, line in enumerate(text.decode().splitlines(), start=512):
+    for number, line in enumerate(lines, start=len(pieces)):
         first, second = line.split(" ")
         pair = ids[first], ids[second]
-        ids[first + second] = merges[pair] = number
+        merges[pair] = number
         pieces.append(pieces[pair[0]] + pieces[pair[1]])
     return merges, byte_ids, pieces
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     with ranks.main_first():  # which writes the index that the others read
         index, held_out = open_data(settings, ranks)
     model = build_model(settings, device)
-    preprocess = Preprocess(model.config.image_resolution, settings.image_mode)
+    preprocess = Preprocess.of(model.config, settings.image_mode)
     validation = None
     if held_out is not None and ranks.main:
         validation = Validation(
@@ -92,7 +93,11 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
             max_bad_fraction=settings.max_bad_fraction,
         )
     dataset = CaptionedImages(
-        index, preprocess, tokenize, seed=settings.seed, short_captions=settings.short_captions
+        index,
+        preprocess,
+        partial(tokenize, context_length=model.context_length),
+        seed=settings.seed,
+        short_captions=settings.short_captions,
     )
     sampler = EpochSampler(
         len(dataset),
@@ -333,7 +338,8 @@ def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleI
 def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
     """The model that a run starts from; HimoError for an unknown name or a bad checkpoint."""
     if settings.pretrained is not None:
-        model, _ = checkpoint.load(settings.pretrained, device="cpu")
+        given = {name: getattr(settings, name) for name in checkpoint.CHOICES}
+        model, _ = checkpoint.load(settings.pretrained, device="cpu", stretch=True, **given)
     else:
         model = HiMoCLIP(named_config(settings.model))
     if settings.preset == "official" and settings.loss == "himo":

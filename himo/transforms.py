@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from himo.errors import HimoError
+from himo.clip_config import MEAN, RESIZE_MODES, STD, CLIPConfig
+from himo.errors import HimoError, quoted
 from himo.images import (
     MAX_PIXELS,
     ImageError,
@@ -26,9 +27,7 @@ from himo.images import (
 
 __all__ = ["MEAN", "STD", "ImageError", "Preprocess", "Reason", "normalize", "open_image"]
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in [0, 1]
-STD = (0.26862954, 0.26130258, 0.27577711)
-
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # A JPEG may be shrunk while it is decoded, in fast mode, to no less than this many resolutions.
 _DRAFT_SIDES = 2
 
@@ -36,6 +35,8 @@ _DRAFT_SIDES = 2
 @dataclass(frozen=True)
 class Preprocess:
     """CLIP's preprocessing: short side to `resolution`, centre crop, RGB, normalised.
+
+    Or the like of it that a checkpoint states: `Preprocess.of` takes it from there.
 
     `exact` gives, bit for bit, torchvision's Resize(bicubic), CenterCrop, conversion to RGB,
     ToTensor and Normalize. As there, the conversion comes after the resize, so palette and 1-bit
@@ -50,6 +51,9 @@ class Preprocess:
     Args:
         resolution: R, pixels of a side of the result.
         mode: "exact" or "fast".
+        mean, std: of R, G and B in [0, 1], subtracted and divided by.
+        interpolation: "bicubic" or "bilinear".
+        resize_mode: "shortest" as above, or "squash": both sides to R, nothing cropped.
 
     Raises:
         HimoError: an unknown mode, or a resolution below 1.
@@ -57,10 +61,32 @@ class Preprocess:
 
     resolution: int
     mode: Literal["exact", "fast"] = "exact"
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    @classmethod
+    def of(cls, config: CLIPConfig, mode: Literal["exact", "fast"] = "exact") -> "Preprocess":
+        """The preprocessing that a model's weights were trained with."""
+        return cls(
+            config.image_resolution,
+            mode,
+            config.image_mean,
+            config.image_std,
+            config.interpolation,
+            config.resize_mode,
+        )
 
     def __post_init__(self) -> None:
         if self.mode not in ("exact", "fast"):
             raise HimoError(f"Preprocess: expected mode to be exact or fast, got {self.mode!r:.40}")
+        for name, choices in (("interpolation", _FILTERS), ("resize_mode", RESIZE_MODES)):
+            if getattr(self, name) not in choices:
+                raise HimoError(
+                    f"Preprocess: expected {name} to be {' or '.join(choices)}, got "
+                    f"{quoted(getattr(self, name))}"
+                )
         if not isinstance(self.resolution, int) or self.resolution < 1:
             raise HimoError(
                 "Preprocess: expected resolution to be an integer of at least 1, got "
@@ -69,7 +95,11 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An image as float32 [3, R, R], normalised; ImageError as `uint8`."""
-        return normalize(self.uint8(image))
+        return self.normalize(self.uint8(image))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [..., 3, R, R] as float32, normalised, as the function `normalize`."""
+        return normalize(images, self.mean, self.std)
 
     def uint8(self, image: Image.Image) -> Tensor:
         """An image resized and cropped, as uint8 [3, R, R]; `normalize` does the rest.
@@ -97,7 +127,10 @@ class Preprocess:
         """uint8 [3, R, R] of an image whose full size is `size`, though it may have been shrunk."""
         if min(size) < 1:
             raise ImageError(f"{size[0]} x {size[1]} pixels: nothing to resize")
-        width, height = _resized(size, self.resolution)
+        if self.resize_mode == "squash":
+            width = height = self.resolution
+        else:
+            width, height = _resized(size, self.resolution)
         if width * height > MAX_PIXELS:
             raise ImageError(
                 f"{size[0]} x {size[1]} pixels would be resized to {width} x {height}, more than "
@@ -113,12 +146,12 @@ class Preprocess:
             pixels = pixels.view(1, image.height, image.width, -1).permute(0, 3, 1, 2)
             if (image.width, image.height) != (width, height):
                 pixels = torch.nn.functional.interpolate(
-                    pixels, (height, width), mode="bicubic", antialias=True
+                    pixels, (height, width), mode=self.interpolation, antialias=True
                 )
             return pixels[0, :, top:bottom, left:right].expand(3, -1, -1).contiguous()
         try:
             if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
+                image = image.resize((width, height), _FILTERS[self.interpolation])
             image = image.crop((left, top, right, bottom)).convert("RGB")
         except (ValueError, OSError) as error:
             raise ImageError(
@@ -127,18 +160,21 @@ class Preprocess:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [..., 3, R, R] as float32 with CLIP's mean and standard deviation, on its device.
+def normalize(
+    images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> Tensor:
+    """uint8 [..., 3, R, R] as float32 with a mean and a standard deviation, on its device.
 
-    Equal, bit for bit, to ToTensor and Normalize of torchvision.
+    Both of R, G and B in [0, 1]; CLIP's by default. Equal, bit for bit, to ToTensor and Normalize
+    of torchvision.
     """
     if images.dtype != torch.uint8 or images.dim() < 3 or images.shape[-3] != 3:
         raise HimoError(
             f"normalize: expected uint8 [..., 3, R, R], got {images.dtype} {list(images.shape)}"
         )
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+    centre = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    spread = torch.tensor(std, device=images.device).view(3, 1, 1)
+    return images.to(torch.float32).div_(255).sub_(centre).div_(spread)
 
 
 def _resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -11,43 +12,67 @@ from typing import Any
 
 import torch
 
-from himo.checkpoint.layouts import (
-    LAYOUTS,
-    State,
-    from_himo,
+from himo.checkpoint.configurations import (
     hf_config,
+    hf_preprocessor_config,
+    hf_tokenizer_config,
     open_clip_config,
-    stretch_positions,
 )
+from himo.checkpoint.layouts import LAYOUTS, State, from_himo
 from himo.checkpoint.loading import (
-    CONFIG_FILE_DIGEST,
-    HF_FILES,
-    OPEN_CLIP_FILES,
+    add_model_arguments,
     config_of,
     file_metadata,
+    model_arguments,
     provenance_of,
     read_state_dict,
     require_fit,
+    say_what_is_open,
+    stretched,
+)
+from himo.checkpoint.places import (
+    CONFIG_FILE_DIGEST,
+    HF_FILES,
+    MERGES_FILE,
+    OPEN_CLIP_FILES,
+    PREPROCESSOR_FILE,
+    TOKENIZER_FILE,
 )
 from himo.checkpoint.safetensors_files import write_safetensors
+from himo.clip_config import CLIPConfig
 from himo.errors import HimoError
-from himo.files import atomic_path, hidden_path, open_regular
+from himo.files import atomic_path, hidden_path
+from himo.tokenizer import END_OF_TEXT, read_symbols
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
 def convert(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], to: str = "himo"
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    to: str = "himo",
+    *,
+    stretch: bool = False,
+    activation: str | None = None,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
 ) -> None:
     """Writes the checkpoint source as one of another project; no value and no dtype changes.
 
     A destination ending in `.safetensors`, or in `.pt`, `.pth` or `.bin` for `torch.load`, is one
-    file. Any other is a directory that must be new or empty: of a `config.json` and a
-    `model.safetensors` for "hf" (`CLIPModel.from_pretrained`), and of open_clip's
-    `open_clip_config.json` and weights for "open_clip" (`create_model("local-dir:...")`).
+    file. Any other is a directory that must be new or empty. For "hf" it is whole: `CLIPModel` and
+    `AutoProcessor` open it with `from_pretrained`, the processor where the vocabulary is CLIP's.
+    Its processor prepares images and texts as Hugging Face does, which is not in all as himo does:
+    pixels become RGB before they are resized; the crop starts a pixel earlier where an odd number
+    of pixels is cut off; and texts are not repaired (ftfy, HTML entities) before they are cut.
+    For "open_clip" it has the configuration and the weights that `create_model("local-dir:...")`
+    reads. HiMo-CLIP's two tables of text positions become the one that the model reads.
 
-    For "himo" the 77 text positions of a CLIP become 248, as in `load`. For the others they stay
-    as many as they are; HiMo-CLIP's two tables become the one that the model reads.
+    Args:
+        source, destination: paths.
+        to: "himo", "open_clip" or "hf".
+        stretch: make 248 text positions of the 77 of a CLIP, as in `load`.
+        activation, vision_heads, text_heads: what the source does not state, as in `load`.
 
     Raises:
         HimoError: the source is no complete CLIP, or the destination cannot be written.
@@ -56,10 +81,12 @@ def convert(
         raise HimoError(f"convert: expected to to be one of {', '.join(LAYOUTS)}, got {to!r}")
     source_name, target = os.fspath(source), os.fspath(destination)
     state, metadata = read_state_dict(source)
-    if to == "himo" and metadata["layout"] != "himo":
-        state = stretch_positions(state)
-    config = config_of(state, metadata, source_name)
+    given = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
+    config = config_of(state, metadata, source_name, given)
+    if stretch:
+        state, config = stretched(state, config)
     require_fit(state, config, source_name)
+    say_what_is_open(metadata, given, source_name)
     tensors = from_himo(state, to)
     stored = file_metadata(config, to, provenance_of(metadata, source_name))
     if target.endswith(".safetensors"):
@@ -70,10 +97,12 @@ def convert(
         raise HimoError(
             f"{target}: expected a name ending in .safetensors or {', '.join(_TORCH_SUFFIXES)}"
         )
+    elif to == "hf":
+        texts = {HF_FILES[0]: _json(hf_config(config)), **_processor_files(config)}
+        _write_directory(target, texts, HF_FILES[1], tensors, stored)
     else:
-        files = HF_FILES if to == "hf" else OPEN_CLIP_FILES
-        content = hf_config(config) if to == "hf" else open_clip_config(config)
-        _write_directory(target, files, content, tensors, stored)
+        texts = {OPEN_CLIP_FILES[0]: _json(open_clip_config(config))}
+        _write_directory(target, texts, OPEN_CLIP_FILES[1], tensors, stored)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,13 +115,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", choices=LAYOUTS, default="himo", help="whose names to write (default: %(default)s)"
     )
+    add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `himo convert`, says what was written, and returns the exit status."""
-    convert(args.source, args.destination, args.to)
+    convert(args.source, args.destination, args.to, **model_arguments(args))
     print(f"wrote {args.destination} ({args.to})")
     return 0
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _processor_files(config: CLIPConfig) -> dict[str, str]:
+    """The files by name that Hugging Face's AutoProcessor reads."""
+    files = {PREPROCESSOR_FILE: _json(hf_preprocessor_config(config))}
+    if config.vocab_size == END_OF_TEXT + 1:  # CLIP's: himo has no other tokenizer
+        _, ids, merges = read_symbols()
+        files[TOKENIZER_FILE] = _json(hf_tokenizer_config(config))
+        files["vocab.json"] = json.dumps(ids, ensure_ascii=False)
+        files[MERGES_FILE] = "\n".join(["#version: 0.2", *merges, ""])
+    return files
 
 
 def _write_torch(target: str, tensors: State) -> None:
@@ -105,13 +150,15 @@ def _write_torch(target: str, tensors: State) -> None:
 
 def _write_directory(
     target: str,
-    files: tuple[str, str],
-    content: dict[str, Any],
+    texts: Mapping[str, str],
+    weights: str,
     tensors: State,
     metadata: dict[str, str],
 ) -> None:
-    """Fills a new directory beside target and renames it: it is whole or absent."""
-    config_name, weights_name = files
+    """Fills a new directory beside target and renames it: it is whole or absent.
+
+    The first of the texts is the configuration, whose digest the weights store.
+    """
     path = Path(os.path.realpath(target))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise HimoError(f"{target}: exists, expected a new or an empty directory")
@@ -121,12 +168,12 @@ def _write_directory(
     except OSError as error:
         raise HimoError(f"{target}: cannot be written: {error.strerror}") from error
     try:
-        with atomic_path(temporary / config_name) as file:
-            file.write_text(json.dumps(content, indent=2) + "\n")
-        with open_regular(temporary / config_name) as config:
-            digest = sha256(config.read()).hexdigest()
-        weights = str(temporary / weights_name)
-        write_safetensors(weights, tensors, {**metadata, CONFIG_FILE_DIGEST: digest})
+        for name, text in texts.items():
+            with atomic_path(temporary / name) as file:
+                file.write_text(text, encoding="utf-8")
+        digest = sha256(next(iter(texts.values())).encode()).hexdigest()
+        metadata = {**metadata, CONFIG_FILE_DIGEST: digest}
+        write_safetensors(str(temporary / weights), tensors, metadata)
         temporary.rename(path)
     except HimoError as error:
         raise HimoError(str(error).replace(str(temporary), target)) from error

@@ -1,4 +1,4 @@
-"""The names under which a CLIP's tensors are stored, and what they tell of the architecture.
+"""The names under which a CLIP's tensors are stored, and the sizes that their shapes tell.
 
 "himo" names are those of OpenAI's CLIP, and what the model itself uses; open_clip has one table
 of text positions where himo has two; Hugging Face's CLIPModel ("hf") has names of its own,
@@ -7,14 +7,14 @@ values and changes none, so there and back is the same bit for bit.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from himo.errors import HimoError
-from himo.model import CONTEXT_LENGTH, KEPT_POSITIONS, CLIPConfig
+from himo.clip_config import CONTEXT_LENGTH, KEPT_POSITIONS, UNSHAPED, CLIPConfig
+from himo.errors import HimoError, quoted, shortened
 
 State = dict[str, Tensor]
 LAYOUTS = ("himo", "open_clip", "hf")
@@ -22,20 +22,23 @@ LAYOUTS = ("himo", "open_clip", "hf")
 POSITIONS = "positional_embedding"
 TRAINED_POSITIONS = "positional_embedding_res"
 _CLIP_CONTEXT = 77
-# What data-parallel training and torch.compile put before every name.
-_WRAPPERS = ("module.", "_orig_mod.")
+# What data-parallel training, torch.compile and FSDP put into names.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Numbers in OpenAI's files, and buffers in old files of the others, that the shapes tell.
 _IGNORED = {
     "input_resolution",
     "context_length",
     "vocab_size",
+    "n_averaged",  # of torch's AveragedModel
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
 }
+_MARK = "visual.conv1.weight"  # which every CLIP with a ViT has, under its own prefix
+_MAX_MODELS = 8  # in one state dict
 _HF_MARK = "vision_model.embeddings.patch_embedding.weight"
 
 _HF_TOP = {
-    "visual.conv1.weight": _HF_MARK,
+    _MARK: _HF_MARK,
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.ln_pre": "vision_model.pre_layrnorm",  # so spelled
@@ -63,23 +66,30 @@ _IN_PROJ = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)")
 _BLOCK = re.compile(r"((?:visual\.)?transformer\.resblocks)\.(\d+)\.(.+)")
 
 
-def to_himo(state: Mapping[str, Tensor]) -> tuple[State, str]:
-    """(state dict under himo's names, layout it had), from any of the layouts.
+def holds_clip(names: Iterable[str]) -> bool:
+    """Whether a CLIP's image tower, under whatever prefix, is among the names of a state dict."""
+    return any(name.endswith((_MARK, _HF_MARK)) for name in names)
 
-    Both tables of text positions become the one that the model reads: its first 20 rows from
+
+def to_himo(state: Mapping[str, Tensor]) -> tuple[State, str, list[str]]:
+    """(state dict under himo's names, layout it had, what to say), from any of the layouts.
+
+    Wrappers' names are taken out, and the prefix of the module that the CLIP was in. Both tables
+    of text positions become the one that the model reads: its first 20 rows from
     `positional_embedding`, the others from `positional_embedding_res`. What a file has in the
     other rows is never read, and may be uninitialised memory.
+
+    Raises:
+        ValueError: two names are one without what wrappers put into them.
     """
-    state = dict(state)
-    for _ in range(len(_WRAPPERS)):
-        for wrapper in _WRAPPERS:
-            if state and all(name.startswith(wrapper) for name in state):
-                state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    state, notes = _unwrapped(state)
     state = {name: value for name, value in state.items() if name not in _IGNORED}
     if _HF_MARK in state:
-        return _with_both_tables(_from_hf(state)), "hf"
+        return _with_both_tables(_from_hf(state)), "hf", notes
+    if "text.token_embedding.weight" in state:  # open_clip's models with a text tower of their own
+        state = {name.removeprefix("text."): value for name, value in state.items()}
     layout = "himo" if TRAINED_POSITIONS in state else "open_clip"
-    return _with_both_tables(state), layout
+    return _with_both_tables(state), layout, notes
 
 
 def from_himo(state: Mapping[str, Tensor], layout: str) -> State:
@@ -109,12 +119,12 @@ def stretch_positions(state: State) -> State:
     return {**state, POSITIONS: table, TRAINED_POSITIONS: table.clone()}
 
 
-def deduce_config(state: Mapping[str, Tensor], heads: Mapping[str, int], path: str) -> CLIPConfig:
-    """The sizes of the model that a state dict under himo's names belongs to.
+def deduce_config(state: Mapping[str, Tensor], stated: Mapping[str, Any], path: str) -> CLIPConfig:
+    """The configuration of the model that a state dict under himo's names belongs to.
 
     Args:
         state: the state dict; a tensor may be missing where another one tells its shape.
-        heads: "vision_heads" and "text_heads" where the file tells them.
+        stated: fields of the configuration that no shape tells, where something else does.
         path: for messages.
 
     Raises:
@@ -131,7 +141,7 @@ def deduce_config(state: Mapping[str, Tensor], heads: Mapping[str, int], path: s
         raise HimoError(f"{path}: its image tower is a ResNet, expected a ViT")
     missing = [name for name in ranks if name not in state]
     if missing:
-        held = ", ".join(list(state)[:3]) or "none"
+        held = ", ".join(shortened(name) for name in list(state)[:3]) or "none"
         raise HimoError(
             f"{path}: not a CLIP: no {', '.join(missing)} among its {len(state)} tensors ({held}"
             f"{', ...' if len(state) > 3 else ''})"
@@ -165,133 +175,43 @@ def deduce_config(state: Mapping[str, Tensor], heads: Mapping[str, int], path: s
             vocab_size=state["token_embedding.weight"].shape[0],
             text_width=state["token_embedding.weight"].shape[1],
             text_layers=len({m[2] for m in blocks if not m[1].startswith("visual.")}),
-            vision_heads=heads.get("vision_heads", 0),
-            text_heads=heads.get("text_heads", 0),
+            **{field: stated[field] for field in UNSHAPED if field in stated},
         )
     except HimoError as error:
         raise HimoError(f"{path}: {error}") from error
 
 
-def heads_of_hf(config: Mapping[str, Any], path: str) -> dict[str, int]:
-    """The heads that Hugging Face's `config.json` of a CLIPModel tells.
-
-    Raises:
-        HimoError: the model computes something else than a HiMoCLIP with the same weights.
-    """
-    heads = {}
-    for tower in ("vision", "text"):
-        part = config.get(f"{tower}_config")
-        if not isinstance(part, dict):
-            raise HimoError(f"{path}: not the configuration of a CLIPModel: no {tower}_config")
-        for key, default in (("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-5)):
-            if part.get(key, default) != default:
-                raise HimoError(
-                    f"{path}: expected {tower}_config.{key} to be {default!r}, got {part[key]!r}"
-                )
-        default_heads = {"vision": 12, "text": 8}[tower]  # of Hugging Face
-        heads[f"{tower}_heads"] = part.get("num_attention_heads", default_heads)
-    text = config["text_config"]
-    end, last = text.get("eos_token_id", 49407), text.get("vocab_size", 49408) - 1
-    if end not in (last, 2):  # 2: what old files say and Hugging Face reads as the highest id
-        raise HimoError(
-            f"{path}: expected text_config.eos_token_id to be the highest token, {last}, got {end}"
-        )
-    return heads
-
-
-def heads_of_open_clip(config: Mapping[str, Any], path: str) -> dict[str, int]:
-    """The heads that open_clip's `open_clip_config.json` tells.
-
-    Raises:
-        HimoError: the model computes something else than a HiMoCLIP with the same weights.
-    """
-    model = config.get("model_cfg")
-    vision, text = (
-        model.get(f"{tower}_cfg") if isinstance(model, dict) else None
-        for tower in ("vision", "text")
+def _unwrapped(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
+    named: State = {}
+    for name, value in state.items():
+        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if short in named:
+            raise ValueError(f"{quoted(short)} twice, once in a wrapper")
+        named[short] = value
+    # In the order of the file, but averaged weights last: they stand beside those they are of.
+    prefixes = dict.fromkeys(
+        name.removesuffix(mark)
+        for name in sorted(named, key=lambda name: "ema" in name.lower())
+        for mark in (_MARK, _HF_MARK)
+        if name == mark or name.endswith(f".{mark}")
     )
-    if not (isinstance(model, dict) and isinstance(vision, dict) and isinstance(text, dict)):
-        raise HimoError(f"{path}: not the configuration of a CLIP of open_clip")
-    activation = model.get("quick_gelu", False)  # open_clip's default is GELU
-    if activation is not True:
-        raise HimoError(f"{path}: expected model_cfg.quick_gelu to be True, got {activation!r}")
-    width, of_a_head = vision.get("width", 768), vision.get("head_width", 64)
-    if not all(type(value) is int and value > 0 for value in (width, of_a_head)):
-        raise HimoError(
-            f"{path}: expected vision_cfg.width and head_width to be positive integers, "
-            f"got {width!r} and {of_a_head!r}"
-        )
-    return {"vision_heads": width // of_a_head, "text_heads": text.get("heads", 8)}
-
-
-def hf_config(config: CLIPConfig) -> dict[str, Any]:
-    """Hugging Face's `config.json` of a model."""
-    common = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
-    text = {
-        **common,
-        "model_type": "clip_text_model",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "projection_dim": config.embed_dim,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": config.context_length,
-        # CLIP's vocabulary ends with the start and the end of a text; 0 follows the end.
-        "bos_token_id": config.vocab_size - 2,
-        "eos_token_id": config.vocab_size - 1,
-        "pad_token_id": 0,
-    }
-    vision = {
-        **common,
-        "model_type": "clip_vision_model",
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "projection_dim": config.embed_dim,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": config.vision_heads,
-        "num_channels": 3,
-        "image_size": config.image_resolution,
-        "patch_size": config.vision_patch_size,
-    }
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": 2.6592,  # ln(1 / 0.07), CLIP's
-        "text_config": text,
-        "vision_config": vision,
-    }
-
-
-def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """The `open_clip_config.json` of a model, as open_clip reads it from a `local-dir:`."""
-    return {
-        "model_cfg": {
-            "embed_dim": config.embed_dim,
-            "quick_gelu": True,
-            "vision_cfg": {
-                "image_size": config.image_resolution,
-                "layers": config.vision_layers,
-                "width": config.vision_width,
-                "head_width": config.vision_width // config.vision_heads,
-                "patch_size": config.vision_patch_size,
-            },
-            "text_cfg": {
-                "context_length": config.context_length,
-                "vocab_size": config.vocab_size,
-                "width": config.text_width,
-                "heads": config.text_heads,
-                "layers": config.text_layers,
-            },
-        },
-        "preprocess_cfg": {
-            "mean": [0.48145466, 0.4578275, 0.40821073],
-            "std": [0.26862954, 0.26130258, 0.27577711],
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
-    }
+    if len(prefixes) > _MAX_MODELS:
+        raise ValueError(f"{len(prefixes):,} models, expected at most {_MAX_MODELS}")
+    prefix, *others = [*prefixes] or [""]
+    inner = tuple(other for other in others if len(other) > len(prefix))
+    inside: State = {}
+    beside: list[str] = []
+    for name, value in named.items():
+        if name.startswith(prefix) and not (inner and name.startswith(inner)):
+            inside[name.removeprefix(prefix)] = value
+        else:
+            beside.append(name)
+    if not beside:
+        return inside, []
+    place = f"the model under {quoted(prefix)}" if prefix else "the model without a prefix"
+    first = ", ".join(shortened(name) for name in beside[:3])
+    more = ", ..." if len(beside) > 3 else ""
+    return inside, [f"read is {place}; {len(beside)} tensors are left alone: {first}{more}"]
 
 
 def _with_both_tables(state: State) -> State:
@@ -300,7 +220,7 @@ def _with_both_tables(state: State) -> State:
         return state
     table = kept
     if trained is not None:
-        if trained.shape != kept.shape or trained.dtype != kept.dtype:
+        if trained.shape != kept.shape or trained.dtype != kept.dtype or not kept.dim():
             return state  # as it is: the check of shapes and dtypes tells what is wrong
         table = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
     return {**state, POSITIONS: table, TRAINED_POSITIONS: table.clone()}
@@ -343,7 +263,7 @@ def _from_hf(state: State) -> State:
         elif module == "self_attn.q_proj":
             prefix = name.removesuffix(f"q_proj.{parameter}")
             parts = [state.get(f"{prefix}{part}_proj.{parameter}") for part in "qkv"]
-            if all(p is not None and p.shape == value.shape for p in parts):
+            if value.dim() and all(p is not None and p.shape == value.shape for p in parts):
                 joined = torch.cat([p for p in parts if p is not None])
                 renamed[f"{layer}.attn.in_proj_{parameter}"] = joined
         elif module not in ("self_attn.k_proj", "self_attn.v_proj"):

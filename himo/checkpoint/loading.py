@@ -1,35 +1,32 @@
 """Loads and saves models: any known file to a `HiMoCLIP`, and a `HiMoCLIP` to safetensors."""
 
+import argparse
 import json
 import os
 import sys
 from collections.abc import Mapping
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from himo.checkpoint import places
+from himo.checkpoint.configurations import Stated, merged
 from himo.checkpoint.layouts import (
+    POSITIONS,
     State,
     deduce_config,
     from_himo,
-    heads_of_hf,
-    heads_of_open_clip,
     stretch_positions,
     to_himo,
 )
-from himo.checkpoint.safetensors_files import (
-    DIGEST,
-    read_safetensors,
-    strict_json,
-    write_safetensors,
-)
-from himo.checkpoint.torch_files import read_legacy, read_zip
+from himo.checkpoint.safetensors_files import DIGEST, write_safetensors
+from himo.checkpoint.strict_json import MAX_JSON, strict_json
+from himo.clip_config import ACTIVATIONS, UNSHAPED, CLIPConfig
 from himo.device import usable_device
-from himo.errors import HimoError
-from himo.files import open_regular
-from himo.model import CONFIGS, CLIPConfig, HiMoCLIP
+from himo.errors import HimoError, quoted, shortened
+from himo.model import HiMoCLIP
 from himo_kernels import __version__
 
 if TYPE_CHECKING:
@@ -39,16 +36,17 @@ if TYPE_CHECKING:
 CONFIG, LAYOUT, PROVENANCE, VERSION = (
     f"himo_{name}" for name in ("config", "layout", "provenance", "version")
 )
-CONFIG_FILE_DIGEST = "himo_config_file_sha256"  # of the JSON file beside, in a directory
-
-# (configuration, weights) of the directories of Hugging Face and open_clip.
-HF_FILES = ("config.json", "model.safetensors")
-OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
-_HF_INDEX = "model.safetensors.index.json"
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_JSON = 16 << 20  # bytes of a configuration or an index
-_MAX_NAMES = 20  # of each kind in an error message
+_MAX_NAMES = 8  # of each kind in an error message
+_MOST_INITIAL = 2  # how many times the values in a file a model may have that is not all there
+# What a file may leave open and its user may choose: the fields of CLIPConfig, for `load` by the
+# same name and for the command line with a help.
+CHOICES = {
+    "activation": "of the model, where the file does not state it",
+    "vision_heads": "attention heads of the image tower, where the file does not state them",
+    "text_heads": "attention heads of the text tower, where the file does not state them",
+}
 
 
 def load(
@@ -57,14 +55,20 @@ def load(
     dtype: torch.dtype = torch.float32,
     strict: bool = True,
     *,
-    stretch: bool = True,
+    stretch: bool = False,
+    activation: str | None = None,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
 ) -> tuple[HiMoCLIP, "Preprocess"]:
     """(model, preprocess): the model of a checkpoint, in evaluation mode, and its preprocessing.
 
     Reads safetensors and `.pt` files and TorchScript archives of HiMo-CLIP, Long-CLIP, OpenAI's
-    CLIP, open_clip (with quick-GELU) and Hugging Face's CLIPModel, and the directories of the
-    last two. Nothing in a file is ever executed. The sizes come from the shapes; the heads, which
-    no shape tells, are one for 64 channels unless a configuration says otherwise.
+    CLIP, open_clip and Hugging Face's CLIPModel, and the directories of the last two. Nothing in a
+    file is ever executed. The sizes come from the shapes. What no shape tells (the heads, the
+    activation, the preprocessing) comes from the configuration that is in the file, in the
+    directory, or beside a file of either; what a configuration states and himo does not compute is
+    refused by its name. Where there is none, the standard error says in a line what is assumed:
+    one head for 64 channels, quick-GELU and CLIP's preprocessing.
 
     Args:
         path: a file or a directory. Nothing is downloaded.
@@ -74,25 +78,50 @@ def load(
         strict: refuse a file that lacks a tensor, has another one or one of a wrong shape or
             dtype. Otherwise such tensors keep the values of a new model, and a line on the
             standard error names each of them.
-        stretch: make 248 text positions of the 77 of a CLIP that is not HiMo's.
+        stretch: make 248 text positions of the 77 of a CLIP, as training does. Otherwise a CLIP
+            is what it was, and its texts end at 77 tokens.
+        activation, vision_heads, text_heads: what the file does not state; fields of CLIPConfig.
 
     Raises:
-        HimoError: the file is missing, damaged, no CLIP or, with strict, does not fit.
+        HimoError: the file is missing, damaged, no CLIP or, with strict, does not fit; it is of
+            a model that himo does not compute; or it states another value than the one given.
     """
     name = os.fspath(path)
     target = usable_device(device)
     state, metadata = read_state_dict(path)
-    if stretch and metadata["layout"] != "himo":
-        state = stretch_positions(state)
-    config = config_of(state, metadata, name)
+    given = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
+    config = config_of(state, metadata, name, given)
+    if stretch:
+        state, config = stretched(state, config)
     model = _build(state, config, strict, name)
     model.provenance = provenance_of(metadata, name)
+    say_what_is_open(metadata, given, name)
     if metadata["checksum"] == "none":
         _say(f"note: {name} carries no checksum: damage to its values would go unnoticed")
     from himo.transforms import Preprocess  # images are of no use to those who only convert
 
     model = model.set_precision(dtype).to(target).eval()
-    return model, Preprocess(config.image_resolution)
+    return model, Preprocess.of(config)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for what a checkpoint may leave open; `model_arguments` reads them."""
+    for name, text in CHOICES.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "activation":
+            parser.add_argument(flag, choices=ACTIVATIONS, help=text)
+        else:
+            parser.add_argument(flag, type=int, metavar="N", help=text)
+    parser.add_argument(
+        "--stretch",
+        action="store_true",
+        help="make 248 text positions of the 77 of a CLIP, as training does",
+    )
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `load` that the flags of `add_model_arguments` give."""
+    return {name: getattr(args, name) for name in (*CHOICES, "stretch")}
 
 
 def save(
@@ -132,74 +161,80 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
 
     Metadata has `layout`: "himo", "open_clip" (OpenAI's too) or "hf"; `container`:
     "safetensors", "torch", "torchscript" or "torch legacy"; `checksum`: "sha256", "crc32" or
-    "none", whichever was verified; `config`: the sizes that the file states, maybe only the
-    heads, by name; `provenance`: what `save` was given.
+    "none", whichever was verified; `config`: the fields of CLIPConfig that the file, or a
+    configuration with it, states; `provenance`: what `save` was given; `notes`: what to say of how
+    it was read.
 
     Raises:
-        HimoError: the file is missing, damaged, of an unknown format, or holds anything but
-            tensors.
+        HimoError: the file is missing, damaged, of an unknown format, or without tensors by name;
+            or a configuration is of a model that himo does not compute.
     """
     name = os.fspath(path)
-    if not os.path.isdir(name):
-        if name in CONFIGS and not os.path.exists(name):
-            raise HimoError(
-                f"{name}: a model's name and no file: nothing is downloaded, give the path of "
-                "a checkpoint"
-            )
-        tensors, file_data, container = _read_file(name)
-        config_bytes = None
-    else:
-        tensors, file_data, container, config_bytes = _read_directory(name)
-    state, layout = to_himo(tensors)
-    metadata = {
-        "layout": layout,
-        "container": container,
-        "checksum": _checksum(container, file_data),
-        "config": {},
-        "provenance": {},
-    }
+    found = places.find(name)
+    stored = found.metadata
     try:
-        if PROVENANCE in file_data:
-            metadata["provenance"] = strict_json(file_data[PROVENANCE].encode())
-        if CONFIG in file_data:
-            metadata["config"] = strict_json(file_data[CONFIG].encode())
+        state, layout, notes = to_himo(found.tensors)
+    except ValueError as error:
+        raise HimoError(f"{name}: not read: {error}") from error
+    try:
+        provenance = strict_json(stored[PROVENANCE].encode()) if PROVENANCE in stored else {}
+        of_file: Stated = {}
+        if CONFIG in stored:
+            of_file = CLIPConfig.from_dict(strict_json(stored[CONFIG].encode())).to_dict()
     except ValueError as error:
         raise HimoError(f"{name}: its metadata is wrong: {error}") from error
-    if config_bytes is not None:
-        stored = file_data.get(CONFIG_FILE_DIGEST)
-        if stored is not None and stored != sha256(config_bytes).hexdigest():
-            raise HimoError(f"{name}: damaged: the configuration is not the one of the weights")
-        if layout == "hf" and not metadata["config"]:
-            config_file = os.path.join(name, HF_FILES[0])
-            metadata["config"] = heads_of_hf(_json(config_bytes, config_file), config_file)
-        config_file = os.path.join(name, OPEN_CLIP_FILES[0])
-        if layout == "open_clip" and not metadata["config"] and os.path.exists(config_file):
-            metadata["config"] = heads_of_open_clip(_json(config_bytes, config_file), config_file)
-    return state, metadata
+    # A file that himo wrote says all itself.
+    alone = of_file and not os.path.isdir(name)
+    beside = {} if alone else places.configuration(name, layout, stored)
+    return state, {
+        "layout": layout,
+        "container": found.container,
+        "checksum": _checksum(found.container, stored),
+        "config": merged(of_file, beside, name, "the weights' metadata"),
+        "provenance": provenance,
+        "notes": [*found.notes, *notes],
+    }
 
 
-def config_of(state: State, metadata: Mapping[str, Any], path: str) -> CLIPConfig:
-    """The sizes that the shapes tell, with the heads of the metadata.
+def config_of(
+    state: State, metadata: Mapping[str, Any], path: str, given: Mapping[str, Any] | None = None
+) -> CLIPConfig:
+    """The configuration: what the shapes tell, what the metadata state, and what the user gives.
 
     Raises:
-        HimoError: the shapes are no CLIP's, or not those that the metadata states.
+        HimoError: the shapes are no CLIP's, or two of the three differ.
     """
     stated = metadata["config"]
-    config = deduce_config(state, stated, path)
-    if "embed_dim" in stated:  # a whole configuration, not the heads alone
-        try:
-            expected = CLIPConfig.from_dict(stated).to_dict()
-        except HimoError as error:
-            raise HimoError(f"{path}: {error}") from error
-        actual = config.to_dict()
-        for field in expected:
-            stretched = field == "context_length" and metadata["layout"] != "himo"
-            if actual[field] != expected[field] and not stretched:
-                raise HimoError(
-                    f"{path}: its configuration has {field} {expected[field]}, its tensors have "
-                    f"{actual[field]}"
-                )
+    chosen = {name: value for name, value in (given or {}).items() if value is not None}
+    config = deduce_config(state, merged(chosen, stated, path, "what was given"), path)
+    for field, value in stated.items():
+        actual = getattr(config, field, None)
+        if field not in UNSHAPED and value != actual:
+            raise HimoError(
+                f"{path}: its configuration has {shortened(field)} {quoted(value)}, its tensors "
+                f"have {quoted(actual)}"
+            )
     return config
+
+
+def stretched(state: State, config: CLIPConfig) -> tuple[State, CLIPConfig]:
+    """Both with CLIP's 77 text positions stretched to 248; with any other number as they are."""
+    state = stretch_positions(state)
+    return state, replace(config, context_length=state[POSITIONS].shape[0])
+
+
+def say_what_is_open(metadata: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:
+    """Says how a checkpoint was read, and what neither it nor its user states, on stderr."""
+    for line in metadata["notes"]:
+        _say(f"note: {path} {line}")
+    known = {*metadata["config"], *(name for name, value in given.items() if value is not None)}
+    assumed = {
+        "heads (assumed: one for 64 channels)": {"vision_heads", "text_heads"},
+        "activation (quick_gelu)": {"activation"},
+        "preprocessing (CLIP's)": {"image_mean"},
+    }
+    if unknown := [text for text, fields in assumed.items() if not fields <= known]:
+        _say(f"note: {path} does not state its {', '.join(unknown)}")
 
 
 def compare(state: State, config: CLIPConfig) -> tuple[list[str], list[str], list[str]]:
@@ -207,7 +242,7 @@ def compare(state: State, config: CLIPConfig) -> tuple[list[str], list[str], lis
     with torch.device("meta"):
         expected = HiMoCLIP(config).state_dict()
     missing = [f"{n} {list(expected[n].shape)}" for n in expected if n not in state]
-    unexpected = [f"{n} {list(state[n].shape)}" for n in state if n not in expected]
+    unexpected = [f"{shortened(n)} {list(state[n].shape)}" for n in state if n not in expected]
     misshapen = []
     for name in expected.keys() & state.keys():
         got, want = state[name], expected[name]
@@ -246,6 +281,8 @@ def file_metadata(config: CLIPConfig, layout: str, provenance: Mapping[str, Any]
         text = json.dumps(provenance, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise HimoError(f"save: expected metadata that JSON can hold: {error}") from error
+    if len(text) > MAX_JSON:
+        raise HimoError(f"save: expected at most {MAX_JSON:,} bytes of metadata, got {len(text):,}")
     return {
         "format": "pt",  # Hugging Face refuses a file that does not say so
         VERSION: __version__,
@@ -268,91 +305,15 @@ def _build(state: State, config: CLIPConfig, strict: bool, path: str) -> HiMoCLI
             _say(f"left at its initial value, {kind} in {path}: {line}")
     for line in unexpected:
         _say(f"not used, unexpected in {path}: {line}")
+    with torch.device("meta"):
+        wanted = sum(tensor.numel() for tensor in HiMoCLIP(config).state_dict().values())
+    if wanted > _MOST_INITIAL * sum(tensor.numel() for tensor in state.values()):
+        raise HimoError(f"{path}: less than half of a model of {wanted:,} values")
     model = HiMoCLIP(config)
-    dropped = {line.split(" ", 1)[0] for line in unexpected + misshapen}
+    dropped = {line.split(" ", 1)[0] for line in misshapen}
     usable = {name: value for name, value in state.items() if name not in dropped}
     model.load_state_dict(usable, strict=False, assign=True)
     return model
-
-
-def _read_file(name: str) -> tuple[State, dict[str, str], str]:
-    """(tensors, metadata, container) of one file, whose content, not suffix, tells its format."""
-    with open_regular(name) as file:
-        start = file.read(64)
-        file.seek(0)
-        if not start:
-            raise HimoError(f"{name}: empty")
-        # First, because it has no magic number: its header's length may look like another's.
-        if start[8:9] == b"{":
-            tensors, metadata = read_safetensors(file, name)
-            return tensors, metadata, "safetensors"
-        if start.startswith(b"PK\x03\x04"):
-            return _with_container(read_zip(file, name))
-        if start.startswith(b"\x80"):
-            return _with_container(read_legacy(file, name))
-        if start.startswith(b"version https://git-lfs"):
-            raise HimoError(f"{name}: a pointer of Git LFS, not the file: run `git lfs pull`")
-        file.seek(257)
-        if file.read(5) == b"ustar":
-            raise HimoError(f"{name}: a tar archive, which torch wrote before 2017: not read")
-    raise HimoError(
-        f"{name}: expected a checkpoint (safetensors, .pt, TorchScript), got a file that starts "
-        f"with {start[:8]!r}"
-    )
-
-
-def _with_container(result: tuple[State, str]) -> tuple[State, dict[str, str], str]:
-    tensors, container = result
-    return tensors, {}, container
-
-
-def _read_directory(name: str) -> tuple[State, dict[str, str], str, bytes]:
-    for config, weights in (HF_FILES, OPEN_CLIP_FILES):
-        config_path, path = os.path.join(name, config), os.path.join(name, weights)
-        index = os.path.join(name, _HF_INDEX)
-        if os.path.exists(path):
-            return *_read_file(path), _read_small(config_path)
-        if weights == HF_FILES[1] and os.path.exists(index):
-            return _read_shards(name, index), {}, "safetensors", _read_small(config_path)
-    raise HimoError(
-        f"{name}: a directory without {HF_FILES[1]} or {OPEN_CLIP_FILES[1]}: expected a checkpoint"
-    )
-
-
-def _read_shards(name: str, index: str) -> State:
-    """The tensors that Hugging Face's index assigns to files, each from the file it is said in."""
-    weight_map = _json(_read_small(index), index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and os.path.basename(shard) == shard and shard
-        for shard in weight_map.values()
-    ):
-        raise HimoError(f"{index}: expected weight_map to give each tensor a file beside it")
-    state: State = {}
-    for shard in sorted(set(weight_map.values())):
-        tensors, _, _ = _read_file(os.path.join(name, shard))
-        expected = {tensor for tensor, file in weight_map.items() if file == shard}
-        if set(tensors) != expected:
-            wrong = ", ".join(sorted(set(tensors) ^ expected)[:3])
-            raise HimoError(
-                f"{os.path.join(name, shard)}: holds other tensors than {_HF_INDEX} says: {wrong}"
-            )
-        state.update(tensors)
-    return state
-
-
-def _read_small(path: str) -> bytes:
-    with open_regular(path) as file:
-        content = file.read(_MAX_JSON + 1)
-    if len(content) > _MAX_JSON:
-        raise HimoError(f"{path}: expected at most {_MAX_JSON:,} bytes")
-    return content
-
-
-def _json(content: bytes, path: str) -> dict[str, Any]:
-    try:
-        return strict_json(content)
-    except ValueError as error:
-        raise HimoError(f"{path}: not the JSON expected: {error}") from error
 
 
 def _checksum(container: str, file_data: Mapping[str, str]) -> str:

@@ -2,8 +2,12 @@
 
 A pickle is a program for a machine that can call any function. This is a machine that cannot:
 a global becomes its name, and the few names that a checkpoint of tensors is made of become
-records of what they describe. Any other name, and any opcode that torch does not write, is
-refused. Hence neither `pickle` nor `torch.load` is needed, nor trusted.
+records of what they describe. What any other name would build becomes an `Object`, which is left
+alone: a training script keeps its settings and its numbers beside the tensors. Hence neither
+`pickle` nor `torch.load` is needed, nor trusted.
+
+What a few bytes can describe may be large beyond measure, a tuple that holds itself twice a hundred
+times over. So nothing here is hashed, compared or shown but text and small numbers.
 """
 
 import pickletools
@@ -13,10 +17,14 @@ from typing import IO, Any
 
 import torch
 
+from himo.checkpoint.safetensors_files import MAX_DIMENSIONS
+from himo.errors import quoted
+
 # Keys of dictionaries: text, and the small integers by which optimizer states number their
-# parameters. Others could be made slow to hash (nested tuples) or to tell apart.
+# parameters. Under any other is nothing that a checkpoint of tensors is read for.
 _MAX_INT_KEY = 1 << 31
-_MAX_OPCODES = 1_000_000  # half a second; a thousand tensors take 40,000
+_MAX_OPCODES = 250_000  # a second; a thousand tensors take 30,000
+_MAX_NUMBER = 1 << 48  # of a shape, a stride or an offset
 
 STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -29,11 +37,16 @@ STORAGES = {
     "torch.CharStorage": torch.int8,
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
 }
 
 
+REMEDY = "torch.save(model.state_dict(), PATH), where the model is, writes a file that is read"
+
+
 class PickleError(ValueError):
-    """What a pickle holds is not data of the kind torch saves, or is damaged."""
+    """What a pickle holds is not data, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Global:
     name: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class StorageRecord:
     """A run of numel values of one dtype, found under key."""
 
@@ -52,7 +65,7 @@ class StorageRecord:
     numel: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class TensorRecord:
     """A strided tensor; offset and strides count values of the storage. Not checked against it."""
 
@@ -62,24 +75,44 @@ class TensorRecord:
     stride: tuple[int, ...]
 
 
-@dataclass(eq=False)
-class ScriptModule:
-    """A module of a TorchScript archive: its attributes, without its code."""
+@dataclass(eq=False, slots=True)
+class Object:
+    """What a name would build: its items and attributes, as far as they are text and a value."""
 
+    name: str
     attributes: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def is_script_module(self) -> bool:
+        """Whether it is a module of a TorchScript archive; its attributes are without its code."""
+        return self.name.startswith("__torch__.")  # classes that TorchScript generates
 
 
 def _record_tensor(
     storage: Any, offset: Any, size: Any, stride: Any, *_requires_grad_and_hooks: Any
-) -> TensorRecord:
-    numbers = (offset, *size, *stride)
+) -> TensorRecord | Object:
+    if isinstance(storage, Object):  # of a dtype that no weight has
+        return storage
     if (
         not isinstance(storage, StorageRecord)
-        or len(size) != len(stride)
-        or any(type(x) is not int or not 0 <= x < 1 << 62 for x in numbers)
+        or not isinstance(size, tuple)
+        or not isinstance(stride, tuple)
+        or not len(size) == len(stride) <= MAX_DIMENSIONS
+        or any(type(x) is not int or not 0 <= x < _MAX_NUMBER for x in (offset, *size, *stride))
     ):
         raise PickleError("a tensor with an impossible storage, shape or stride")
-    return TensorRecord(storage, offset, tuple(size), tuple(stride))
+    return TensorRecord(storage, offset, size, stride)
+
+
+def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
+    return _call(_expect(function, Global), _expect(arguments, tuple))
+
+
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    content: dict[Any, Any] = {}
+    for pair in _expect(pairs, list | tuple):
+        _set_items(content, [*_expect(pair, list | tuple)])
+    return content
 
 
 def _first(value: Any, *_others: Any) -> Any:
@@ -87,10 +120,12 @@ def _first(value: Any, *_others: Any) -> Any:
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": dict,
+    "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor_v2": _record_tensor,
     "torch._utils._rebuild_tensor": _record_tensor,
     "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": _first,
     # Attributes of TorchScript modules other than tensors.
     "torch.jit._pickle.build_intlist": _first,
@@ -99,23 +134,42 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch.jit._pickle.build_tensorlist": _first,
     "torch.jit._pickle.restore_type_tag": _first,
 }
-_DTYPES = {str(dtype) for dtype in STORAGES.values()}
-_SCRIPT_PREFIX = "__torch__."  # classes that TorchScript generates
+# Modules of which no setting or number is made. Nothing is called whatever the name is; but a file
+# that asks for these was made to run code in other readers, and its user should hear of it.
+_CODE = frozenset({
+    "asyncio", "code", "codeop", "commands", "ctypes", "importlib", "multiprocessing", "nt", "os",
+    "pdb", "pickle", "pip", "popen2", "posix", "pty", "runpy", "shutil", "socket", "subprocess",
+    "sys", "timeit", "webbrowser",
+})  # fmt: skip
+# Of `builtins`, where eval and getattr are, only what holds values.
+_BUILTINS = frozenset({
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
+    "long", "range", "set", "slice", "str", "tuple", "unicode", "xrange",
+})  # fmt: skip
 
 
-def read_pickle(file: IO[bytes]) -> Any:
+def read_pickle(
+    file: IO[bytes],
+    storages: dict[str, StorageRecord] | None = None,
+    most: int = _MAX_OPCODES,
+) -> Any:
     """What one pickle describes, in dictionaries, lists, tuples, numbers, text and records.
 
     The file is left at the end of the pickle. Give one of bounded size: a pickle may be as long
     as its file.
 
+    Args:
+        file: where the pickle begins.
+        storages: is given every storage that the pickle names, by its key.
+        most: instructions that it may have.
+
     Raises:
-        PickleError: the pickle names anything but tensors, or is damaged.
+        PickleError: the pickle asks for code to be run, or is damaged.
     """
-    machine = _Machine()
+    machine = _Machine({} if storages is None else storages)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if count > _MAX_OPCODES:
+            if count > most:
                 raise PickleError("more instructions than any checkpoint has")
             machine.step(opcode.name, argument)
         return machine.stack.pop()
@@ -123,13 +177,15 @@ def read_pickle(file: IO[bytes]) -> Any:
         raise
     # What a malformed pickle leads to: wrong types, an empty stack, no such memo, bad text.
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise PickleError(f"a damaged pickle ({error})") from error
+        cause = quoted(str(error)) if str(error) else type(error).__name__
+        raise PickleError(f"a damaged pickle ({cause})") from error
 
 
 class _Machine:
     """The stack, its marks and the memo, as `pickletools` describes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, storages: dict[str, StorageRecord]) -> None:
+        self.storages = storages
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -150,27 +206,28 @@ class _Machine:
                 "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4"
                 | "FLOAT" | "BINFLOAT"
                 | "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8"
-                | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"
+                | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8"
+                | "STRING" | "BINSTRING" | "SHORT_BINSTRING"
             ):  # fmt: skip
                 stack.append(argument)
             case "EMPTY_DICT":
                 stack.append({})
-            case "EMPTY_LIST":
+            case "EMPTY_LIST" | "EMPTY_SET":  # a set as a list: its items are not hashed
                 stack.append([])
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 items = [stack.pop() for _ in range(int(name[-1]))]
                 stack.append(tuple(reversed(items)))
-            case "TUPLE":
+            case "TUPLE" | "FROZENSET":
                 items = self._pop_mark()
                 self.stack.append(tuple(items))
             case "APPEND":
                 value = stack.pop()
-                _expect(stack[-1], list).append(value)
-            case "APPENDS":
+                _append(stack[-1], [value])
+            case "APPENDS" | "ADDITEMS":
                 items = self._pop_mark()
-                _expect(self.stack[-1], list).extend(items)
+                _append(self.stack[-1], items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
                 _set_items(stack[-1], [key, value])
@@ -189,21 +246,45 @@ class _Machine:
                 attribute, module = stack.pop(), stack.pop()
                 stack.append(_global(_expect(module, str), _expect(attribute, str)))
             case "BINPERSID":
-                stack.append(_storage(*stack.pop()))
+                stack.append(self._persistent(*_expect(stack.pop(), tuple)))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_call(_expect(function, Global), _expect(arguments, tuple)))
             case "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_new(_expect(function, Global), _expect(arguments, tuple)))
+                _, function = stack.pop(), stack.pop()
+                stack.append(_new(_expect(function, Global)))
+            case "NEWOBJ_EX":
+                _, _, function = stack.pop(), stack.pop(), stack.pop()
+                stack.append(_new(_expect(function, Global)))
             case "BUILD":
-                state = _expect(stack.pop(), dict)
-                if isinstance(stack[-1], ScriptModule):
-                    stack[-1].attributes.update(state)
-                else:
-                    _expect(stack[-1], dict)  # a state dict's `_metadata`: versions of modules
+                _build(stack[-2], stack.pop())
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self._pop_mark()
+            case "DUP":
+                stack.append(stack[-1])
             case _:
                 raise PickleError(f"the instruction {name}, which torch never writes")
+
+    def _persistent(self, kind: Any, first: Any, *others: Any) -> Any:
+        if kind == "module":  # a class of torch's flat format, with its source, which is not read
+            return _expect(first, Global)
+        return self._storage(kind, first, *others)
+
+    def _storage(
+        self, kind: Any, storage: Any, key: Any, _device: Any, numel: Any, *view: Any
+    ) -> StorageRecord | Object:
+        name = _expect(storage, Global).name
+        if kind != "storage" or view not in ((), (None,)):
+            raise PickleError("a storage of an unknown kind")
+        if type(numel) is not int or not 0 <= numel < _MAX_NUMBER:
+            raise PickleError(f"a storage of {quoted(numel)} values")
+        if name not in STORAGES:
+            return Object(name)
+        record = StorageRecord(_expect(key, str), STORAGES[name], numel)
+        self.storages[record.key] = record
+        return record
 
     def _pop_mark(self) -> list[Any]:
         items = self.stack
@@ -211,49 +292,51 @@ class _Machine:
         return items
 
 
-def _expect(value: Any, kind: type) -> Any:
+def _expect(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise PickleError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+        expected = getattr(kind, "__name__", "container")
+        raise PickleError(f"a {type(value).__name__} where a {expected} belongs")
     return value
 
 
+def _append(target: Any, items: list[Any]) -> None:
+    if not isinstance(target, Object):  # whose items, if it is a list of some kind, nobody reads
+        _expect(target, list).extend(items)
+
+
 def _set_items(target: Any, items: list[Any]) -> None:
-    _expect(target, dict)
+    content = target.attributes if isinstance(target, Object) else _expect(target, dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        small = type(key) is int and abs(key) < _MAX_INT_KEY
-        if not small and not isinstance(key, str):
-            raise PickleError(f"a dictionary key of type {type(key).__name__}")
-        if isinstance(key, str) and key in target:
-            raise PickleError(f"the key {key!r} twice")
-        target[key] = value
+        if isinstance(key, str) and key in content:
+            raise PickleError(f"the key {quoted(key)} twice")
+        if isinstance(key, str) or (type(key) is int and abs(key) < _MAX_INT_KEY):
+            content[key] = value
+
+
+def _build(target: Any, state: Any) -> None:
+    if isinstance(target, Object):
+        if isinstance(state, dict):
+            target.attributes.update(state)
+    else:  # a state dict's `_metadata`, the versions of its modules
+        _expect(target, dict | list)
 
 
 def _global(module: str, attribute: str) -> Global:
+    root, *path = module.partition(".")[0], *attribute.split(".")
     name = f"{module}.{attribute}"
-    if name in (*_CALLS, *STORAGES, *_DTYPES) or name.startswith(_SCRIPT_PREFIX):
-        return Global(name)
-    raise PickleError(
-        f"{name}, which is no tensor: a pickle that wants it imported may run any code"
-    )
-
-
-def _storage(kind: Any, storage: Any, key: Any, _device: Any, numel: Any, *view: Any) -> Any:
-    dtype = STORAGES.get(_expect(storage, Global).name)
-    if kind != "storage" or dtype is None or view not in ((), (None,)):
-        raise PickleError("a storage of an unknown kind")
-    if type(numel) is not int or numel < 0:
-        raise PickleError(f"a storage of {numel!r} values")
-    return StorageRecord(_expect(key, str), dtype, numel)
+    hidden = root in ("builtins", "__builtin__") and path[0] not in _BUILTINS
+    if hidden or not _CODE.isdisjoint((root, *path[:-1])):
+        raise PickleError(
+            f"{quoted(name)}: a pickle that wants it imported may run any code; {REMEDY}"
+        )
+    return Global(name)
 
 
 def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
     call = _CALLS.get(function.name)
-    if call is None or (call is dict and arguments):
-        raise PickleError(f"a call of {function.name}")
-    return call(*arguments)
+    return call(*arguments) if call is not None else Object(function.name)
 
 
-def _new(cls: Global, arguments: tuple[Any, ...]) -> ScriptModule:
-    if not cls.name.startswith(_SCRIPT_PREFIX) or arguments:
-        raise PickleError(f"an object of the class {cls.name}")
-    return ScriptModule()
+def _new(cls: Global) -> Any:
+    call = _CALLS.get(cls.name)
+    return {} if call is _ordered_dict else Object(cls.name)

@@ -1,34 +1,41 @@
-"""Reads and writes safetensors files, with a SHA-256 that covers every bit of those himo writes.
+"""safetensors files by the library of that name, with a SHA-256 of those that himo writes.
 
-The layout is https://github.com/huggingface/safetensors#format: the header's length in 8 bytes,
-little-endian; a JSON header; the tensors without gaps. The format has no checksum and no reader
-of it notices a flipped bit. himo stores one in the header's metadata: the SHA-256 of the whole
-file in which its own 64 digits are zeros. A file of himo's that lacks it is refused; a file of
-others may lack it.
+The format (https://github.com/huggingface/safetensors#format) has no checksum and no reader of it
+notices a flipped bit. himo stores one in the header's metadata: the SHA-256 of the whole file in
+which its own 64 digits are zeros. A file of himo's that lacks it is refused; a file of others may
+lack it.
 """
 
 import hashlib
 import json
-import math
+import os
 import re
+import shutil
+import stat
 import struct
-from collections import Counter
 from collections.abc import Mapping
-from io import BufferedReader
-from typing import Any
+from io import BufferedRandom, BufferedReader
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from himo.errors import HimoError
-from himo.files import atomic_path
+from himo.checkpoint.strict_json import require_no_duplicates
+from himo.errors import HimoError, quoted
+from himo.files import atomic_path, hidden_path
 
 DIGEST = "himo_sha256"
+MAX_TENSORS = 20_000  # of one file, of any format: four times those of the largest training state
+MAX_DIMENSIONS = 8
 _OWN_PREFIX = "himo_"  # of the metadata keys that himo writes
-_MAX_HEADER = 16 << 20  # bytes; a thousand tensors take 150 kB
-_NO_DIGEST = b"0" * 64
+_MAX_HEADER = 4 << 20  # bytes; a thousand tensors take 150 kB
+_NO_DIGEST = "0" * 64
 _DIGEST_PATTERN = re.compile(b'"' + DIGEST.encode() + b'" *: *"([0-9a-f]{64})"')
-_BLOCK = 8 << 20  # bytes hashed at a time: what is read is still in the cache
+_MAX_CAUSE = 200  # characters of what the library says
+_BLOCK = 8 << 20  # bytes hashed at a time
+_OS_ERROR = re.compile(r"os error (\d+)")  # how the library tells what the system said
 
 _DTYPES = {
     "F64": torch.float64,
@@ -42,101 +49,141 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def read_safetensors(file: BufferedReader, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by name, metadata) of a safetensors file whose digest, if it has one, is right.
 
+    What is in the header is bounded before the library reads it, and what it says of each tensor
+    before the tensor is read.
+
     Raises:
         HimoError: names the file and what is wrong with it.
     """
-    size = file.seek(0, 2)
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    length_bytes = file.read(8)
-    length = int.from_bytes(length_bytes, "little")
-    if len(length_bytes) < 8 or length > min(size - 8, _MAX_HEADER):
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
         raise HimoError(
             f"{path}: damaged: a safetensors header of {length:,} bytes in a file of {size:,}"
         )
     header = file.read(length)
     try:
-        content = strict_json(header)
-        metadata = _metadata(content)
-        layout = _layout(content, size - 8 - length)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise HimoError(f"{path}: damaged: its safetensors header is wrong: {error}") from error
-    place = _find_stored_digest(header, metadata, path)
-    digest = hashlib.sha256(length_bytes)
-    if place is not None:
-        digest.update(header[: place.start] + _NO_DIGEST + header[place.stop :])
-    tensors = {}
-    for name, dtype, shape in layout:
-        tensors[name] = torch.empty(shape, dtype=dtype)
-        buffer = _bytes_of(tensors[name])
-        for start in range(0, len(buffer), _BLOCK):
-            block = buffer[start : start + _BLOCK]
-            if file.readinto(block) != len(block):
-                raise HimoError(f"{path}: damaged: truncated in {name}")
-            if place is not None:
-                digest.update(block)
-    if place is not None and digest.hexdigest() != metadata[DIGEST]:
-        raise HimoError(
-            f"{path}: damaged: its SHA-256 is {digest.hexdigest()}, expected {metadata[DIGEST]}"
-        )
+        require_no_duplicates(header)  # of which the library keeps the last one
+        # By its descriptor: the file that was looked at, whatever its name means by now.
+        with safe_open(f"/dev/fd/{file.fileno()}", "pt", backend="pread") as content:
+            metadata = content.metadata() or {}
+            _check_digest(file, header, metadata)
+            tensors = _tensors(content)
+    # RuntimeError, TypeError: of torch, for shapes that it does not make.
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise HimoError(f"{path}: damaged: {_cause(error)}") from error
     return tensors, metadata
 
 
 def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Writes a safetensors file atomically, and returns its digest, which it adds to metadata.
 
-    The same tensors and metadata give the same bytes.
+    The same tensors and metadata give the same bytes. Tensors that share memory are written apart.
 
     Raises:
-        HimoError: there is no space, or the directory is missing or read-only.
+        HimoError: there is no space, the directory is missing or read-only, or the tensors and
+            metadata are more than `read_safetensors` would read.
     """
-    header: dict[str, Any] = {"__metadata__": {**metadata, DIGEST: _NO_DIGEST.decode()}}
-    # Wide types first, so that every tensor starts at a multiple of its own width.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    place = 8 + _find_digest(text).start
-    digest = hashlib.sha256()
-    with (
-        atomic_path(path, needed=8 + len(text) + end) as temporary,
-        open(temporary, "wb") as file,
-    ):
-        for part in (struct.pack("<Q", len(text)), text):
-            file.write(part)
-            digest.update(part)
-        for name in order:
-            buffer = _bytes_of(tensors[name].detach().cpu().contiguous())
-            for start in range(0, len(buffer), _BLOCK):
-                file.write(buffer[start : start + _BLOCK])
-                digest.update(buffer[start : start + _BLOCK])
-        file.seek(place)
-        file.write(digest.hexdigest().encode())
-    return digest.hexdigest()
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        apart[name] = tensor
+    if len(apart) > MAX_TENSORS:
+        raise HimoError(f"{path}: {len(apart):,} tensors, expected at most {MAX_TENSORS:,}")
+    needed = sum(tensor.nbytes for tensor in apart.values())
+    with atomic_path(path, needed=needed) as temporary:
+        _save(apart, temporary, {**metadata, DIGEST: _NO_DIGEST})
+        return _store_digest(temporary, path)
 
 
-def _find_stored_digest(header: bytes, metadata: Mapping[str, str], path: str) -> slice | None:
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Replaces a file by one that the library writes, in the mode that it has.
+
+    In a directory beside it, because the library has a temporary file of its own, under a name by
+    which nobody would know whose it is.
+    """
+    folder = hidden_path(path.parent)
+    folder.mkdir()
+    try:
+        save_file(tensors, folder / path.name, metadata)
+        os.chmod(folder / path.name, stat.S_IMODE(path.stat().st_mode))
+        os.replace(folder / path.name, path)
+    except SafetensorError as error:
+        if found := _OS_ERROR.search(str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_digest(file: BufferedReader, header: bytes, metadata: Mapping[str, str]) -> None:
+    """Raises ValueError where the file has a digest and it is wrong, or is himo's and has none."""
     if DIGEST not in metadata:
         if any(key.startswith(_OWN_PREFIX) for key in metadata):
-            raise HimoError(f"{path}: damaged: himo wrote it, but its {DIGEST} is gone")
-        return None
-    try:
-        return _find_digest(header)
-    except ValueError as error:
-        raise HimoError(f"{path}: damaged: {error}") from error
+            raise ValueError(f"himo wrote it, but its {DIGEST} is gone")
+        return
+    place = _find_digest(header)
+    file.seek(8 + len(header))
+    found = _digest(header[: place.start] + _NO_DIGEST.encode() + header[place.stop :], file)
+    if found != metadata[DIGEST]:
+        raise ValueError(f"its SHA-256 is {found}, expected {quoted(metadata[DIGEST])}")
+
+
+def _tensors(content: safe_open) -> dict[str, Tensor]:
+    names = content.offset_keys()
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"{len(names):,} tensors, expected at most {MAX_TENSORS:,}")
+    for name in names:
+        entry = content.get_slice(name)
+        shape, dtype = entry.get_shape(), entry.get_dtype()
+        if dtype not in _DTYPES:
+            raise ValueError(f"{quoted(name)} has the dtype {dtype}, which no CLIP has")
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"{quoted(name)} has {len(shape):,} dimensions")
+    return {name: content.get_tensor(name) for name in names}
+
+
+def _store_digest(temporary: Path, path: str) -> str:
+    """Puts the metadata of a file in order, for the library has none, and its digest in its place.
+
+    Both leave every length as it is.
+    """
+    with open(temporary, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MAX_HEADER:
+            raise HimoError(
+                f"{path}: metadata and names of {length:,} bytes, expected at most {_MAX_HEADER:,}"
+            )
+        content = json.loads(file.read(length))
+        content["__metadata__"] = dict(sorted(content["__metadata__"].items()))
+        header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+        header = header.ljust(length)
+        assert len(header) == length
+        digest = _digest(header, file)
+        place = _find_digest(header)
+        file.seek(8)
+        file.write(header[: place.start] + digest.encode() + header[place.stop :])
+    return digest
+
+
+def _digest(header: bytes, file: BufferedReader | BufferedRandom) -> str:
+    """The SHA-256 of a file by its header and its data, which begin where the file is."""
+    digest = hashlib.sha256(struct.pack("<Q", len(header)) + header)
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _find_digest(header: bytes) -> slice:
@@ -146,66 +193,7 @@ def _find_digest(header: bytes) -> slice:
     return places[0]
 
 
-def strict_json(text: bytes) -> dict[str, Any]:
-    """The JSON object of a UTF-8 text.
-
-    Raises:
-        ValueError: it is none, has a key twice, or a number that JSON does not know (NaN).
-    """
-    try:
-        content = json.loads(
-            text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
-    except RecursionError as error:
-        raise ValueError("JSON too deep") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"JSON of a {type(content).__name__}, expected an object")
-    return content
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} in JSON")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"{counts.most_common(1)[0][0]!r} twice")
-    return content
-
-
-def _metadata(content: Any) -> dict[str, str]:
-    metadata = content.pop("__metadata__", {})
-    if any(not isinstance(value, str) for value in metadata.values()):
-        raise ValueError("metadata that is not text")
-    return dict(metadata)
-
-
-def _layout(content: dict[str, Any], size: int) -> list[tuple[str, torch.dtype, list[int]]]:
-    """(name, dtype, shape) of each tensor, in the order of the file, which they fill."""
-    entries = sorted(content.items(), key=lambda item: item[1]["data_offsets"])
-    layout, position = [], 0
-    for name, entry in entries:
-        shape, (start, end) = entry["shape"], entry["data_offsets"]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise ValueError(f"{name} has the dtype {entry['dtype']!r}, which no CLIP has")
-        if any(type(x) is not int or x < 0 for x in (*shape, start, end)):
-            raise ValueError(f"{name} has the shape {shape} at {[start, end]}")
-        length = math.prod(shape) * dtype.itemsize
-        if start != position or end - start != length:
-            raise ValueError(
-                f"{name}, {length:,} bytes of {dtype}, is at {start:,} to {end:,}, expected at "
-                f"{position:,}"
-            )
-        position = end
-        layout.append((name, dtype, shape))
-    if position != size:
-        raise ValueError(f"tensors of {position:,} bytes, and {size:,} bytes of data")
-    return layout
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _cause(error: Exception) -> str:
+    """What is wrong, in a line that is not long, though the library may quote a name in it."""
+    text = str(error).partition("\n")[0].removeprefix("Error while deserializing header: ")
+    return text if len(text) <= _MAX_CAUSE else text[: _MAX_CAUSE - 3] + "..."

@@ -1,40 +1,60 @@
 """Reads the tensors of `.pt` files: zip archives, TorchScript archives, and the older flat format.
 
-What each holds beside a state dict (code, optimizer) is not read. Every tensor is checked against
-the bytes that are there before memory is taken for it.
+What each holds beside a state dict (code, optimizer, settings) is not read. Every tensor is checked
+against the bytes that are there before memory is taken for it, and all of them together.
 """
 
 import math
+import os
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from himo.checkpoint.layouts import holds_clip
 from himo.checkpoint.pickles import (
+    REMEDY,
+    Object,
     PickleError,
-    ScriptModule,
     StorageRecord,
     TensorRecord,
     read_pickle,
 )
-from himo.errors import HimoError
+from himo.checkpoint.safetensors_files import MAX_TENSORS
+from himo.errors import HimoError, quoted
 
-_MAX_PICKLE = 16 << 20  # bytes; a state dict of a thousand tensors takes 200 kB
+_MAX_PICKLE = 4 << 20  # bytes; a state dict of a thousand tensors takes 200 kB
+_MAX_HEAD = 1000  # instructions of the small pickles that start a flat file
+_MAX_DIRECTORY = 2 << 20  # bytes of a zip archive's list of records; a thousand take 100 kB
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _LEGACY_PROTOCOL = 1001
-_BLOCK = 8 << 20  # bytes read at a time
+_BLOCK = 1 << 20  # bytes read at a time
 _MAX_DEPTH = 64  # of modules in modules
+_MAX_WRAPPERS = 8  # dictionaries around a state dict
 
 # Reads the values of a storage: a tensor [numel] of its dtype.
 _Reader = Callable[[StorageRecord], Tensor]
 
 
-def read_zip(file: BinaryIO, path: str) -> tuple[dict[str, Tensor], str]:
-    """(state dict, "torchscript" or "torch") of an archive of torch.save or torch.jit.save.
+class TorchFile(NamedTuple):
+    """What was read: the state dict, "torch", "torchscript" or "torch legacy", and what to say."""
+
+    tensors: dict[str, Tensor]
+    container: str
+    notes: list[str]
+
+
+class _StateDict(NamedTuple):
+    records: dict[str, TensorRecord]
+    notes: list[str]
+
+
+def read_zip(file: BinaryIO, path: str) -> TorchFile:
+    """The state dict in an archive of torch.save or torch.jit.save.
 
     Each record read is checked against the CRC-32 that torch stores with it.
 
@@ -42,18 +62,19 @@ def read_zip(file: BinaryIO, path: str) -> tuple[dict[str, Tensor], str]:
         HimoError: names the file and what is wrong with it.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            return _read_archive(archive, _size(file), path)
+        with zipfile.ZipFile(_ShortReads(file)) as archive:
+            return _read_archive(archive, _size(file))
     except (zipfile.BadZipFile, PickleError) as error:
         raise HimoError(f"{path}: not read: {error}") from error
     # What zipfile raises for damaged fields, besides BadZipFile (RuntimeError: encrypted).
     except (EOFError, NotImplementedError, OSError, OverflowError, RuntimeError,
-            struct.error, UnicodeDecodeError) as error:  # fmt: skip
-        raise HimoError(f"{path}: not read: a damaged zip archive ({error})") from error
+            ValueError, struct.error) as error:  # fmt: skip
+        cause = quoted(str(error))
+        raise HimoError(f"{path}: not read: a damaged zip archive ({cause})") from error
 
 
-def read_legacy(file: BinaryIO, path: str) -> tuple[dict[str, Tensor], str]:
-    """(state dict, "torch legacy") of the flat format that torch.save wrote before 1.6.
+def read_legacy(file: BinaryIO, path: str) -> TorchFile:
+    """The state dict in the flat format that torch.save wrote before 1.6.
 
     Nothing in it is a checksum.
 
@@ -62,45 +83,53 @@ def read_legacy(file: BinaryIO, path: str) -> tuple[dict[str, Tensor], str]:
     """
     size = _size(file)
     head = BytesIO(file.read(_MAX_PICKLE))
+    storages: dict[str, StorageRecord] = {}
     try:
-        if read_pickle(head) != _LEGACY_MAGIC:
+        if read_pickle(head, most=_MAX_HEAD) != _LEGACY_MAGIC:
             raise PickleError("a pickle that torch.save did not write")
-        protocol, _, content, keys = (read_pickle(head) for _ in range(4))
+        protocol, _ = (read_pickle(head, most=_MAX_HEAD) for _ in range(2))
+        content = read_pickle(head, storages)
+        keys = read_pickle(head, most=4 * MAX_TENSORS)
         if protocol != _LEGACY_PROTOCOL or not isinstance(keys, list):
-            raise PickleError(f"the legacy format in an unknown version, {protocol!r}")
-        records = _state_dict(content)
-        _check_total(records, size)
-        dtypes = {r.storage.key: r.storage.dtype for r in _storages_of(content)}
-        offsets: dict[str, tuple[int, int]] = {}  # key: (first byte, values)
+            raise PickleError(f"the legacy format in an unknown version, {quoted(protocol)}")
+        state = _state_dict(content)
         file.seek(head.tell())
-        for key in keys:
-            count = file.read(8)
-            if len(count) < 8:
-                raise PickleError(f"truncated: storage {key} begins beyond the file")
-            (numel,) = struct.unpack("<q", count)
-            dtype = dtypes.get(key)
-            if dtype is None or numel < 0:
-                raise PickleError(f"a storage {key!r} of {numel} values that no tensor uses")
-            offsets[key] = (file.tell(), numel)
-            if file.tell() + numel * dtype.itemsize > size:
-                raise PickleError(f"truncated: storage {key} ends beyond the file")
-            file.seek(numel * dtype.itemsize, 1)
+        starts = _legacy_starts(file, keys, storages, size)
 
         def read(storage: StorageRecord) -> Tensor:
-            start, numel = offsets[storage.key]
-            if numel != storage.numel:
-                raise PickleError(f"storage {storage.key} of {numel} values, not {storage.numel}")
-            file.seek(start)
-            return _read_values(file, storage, numel * storage.dtype.itemsize)
+            file.seek(starts[storage.key])
+            return _read_values(file, storage)
 
-        return {name: _tensor(record, name, read) for name, record in records.items()}, (
-            "torch legacy"
-        )
-    except (PickleError, LookupError, TypeError, ValueError, struct.error) as error:
-        raise HimoError(f"{path}: not read: {error}") from error
+        return TorchFile(_tensors(state.records, size, read), "torch legacy", state.notes)
+    except (LookupError, RuntimeError, TypeError, ValueError, struct.error) as error:
+        cause = str(error) if isinstance(error, PickleError) else quoted(str(error))
+        raise HimoError(f"{path}: not read: {cause}") from error
 
 
-def _read_archive(archive: zipfile.ZipFile, size: int, path: str) -> tuple[dict[str, Tensor], str]:
+def _legacy_starts(
+    file: BinaryIO, keys: list[Any], storages: Mapping[str, StorageRecord], size: int
+) -> dict[str, int]:
+    """The first byte of each storage, from where the file is on."""
+    starts: dict[str, int] = {}
+    for key in keys:
+        storage = storages.get(key) if isinstance(key, str) else None
+        if storage is None or key in starts:
+            raise PickleError(f"a storage {quoted(key)} that no tensor uses")
+        count = file.read(8)
+        if len(count) < 8:
+            raise PickleError(f"truncated: storage {quoted(key)} begins beyond the file")
+        (numel,) = struct.unpack("<q", count)
+        if numel != storage.numel:
+            raise PickleError(f"storage {quoted(key)} of {numel} values, not {storage.numel}")
+        starts[key] = file.tell()
+        end = starts[key] + numel * storage.dtype.itemsize
+        if end > size:
+            raise PickleError(f"truncated: storage {quoted(key)} ends beyond the file")
+        file.seek(end)
+    return starts
+
+
+def _read_archive(archive: zipfile.ZipFile, size: int) -> TorchFile:
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) < len(archive.infolist()):
         raise PickleError("a zip archive with two records of one name")
@@ -113,12 +142,15 @@ def _read_archive(archive: zipfile.ZipFile, size: int, path: str) -> tuple[dict[
     def open_record(name: str, limit: int) -> tuple[Any, int]:
         entry = entries.get(root + name)
         if entry is None:
-            raise PickleError(f"no record {name}")
+            raise PickleError(f"no record {quoted(name)}")
         # torch stores what it needs to map. Only a bomb is worth compressing.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise PickleError(f"record {name} is compressed, as torch.save never does")
+            raise PickleError(f"record {quoted(name)} is compressed, as torch.save never does")
         if entry.file_size > limit:
-            raise PickleError(f"record {name} of {entry.file_size:,} bytes, more than {limit:,}")
+            raise PickleError(
+                f"record {quoted(name)} of {entry.file_size:,} bytes, more than {limit:,}; "
+                + REMEDY
+            )
         return archive.open(entry), entry.file_size
 
     if root + "byteorder" in entries:
@@ -126,39 +158,75 @@ def _read_archive(archive: zipfile.ZipFile, size: int, path: str) -> tuple[dict[
         order = record.read()
         if order != b"little":
             raise PickleError(f"byte order {order!r}, expected b'little'")
-    record, _ = open_record("data.pkl", _MAX_PICKLE)
-    records = _state_dict(read_pickle(BytesIO(record.read())))
-    _check_total(records, size)
+    record, _ = open_record("data.pkl", min(_MAX_PICKLE, size))
+    pickled = BytesIO(b"".join(iter(lambda: record.read(_BLOCK), b"")))
+    state = _state_dict(read_pickle(pickled))
 
     def read(storage: StorageRecord) -> Tensor:
         record, length = open_record(f"data/{storage.key}", size)
         if length != storage.numel * storage.dtype.itemsize:
             raise PickleError(
-                f"storage {storage.key} of {length:,} bytes, expected {storage.numel:,} values of "
-                f"{storage.dtype}"
+                f"storage {quoted(storage.key)} of {length:,} bytes, expected {storage.numel:,} "
+                f"values of {storage.dtype}"
             )
-        return _read_values(record, storage, length)
+        return _read_values(record, storage)
 
     container = "torchscript" if root + "constants.pkl" in entries else "torch"
-    return {name: _tensor(record, name, read) for name, record in records.items()}, container
+    return TorchFile(_tensors(state.records, size, read), container, state.notes)
 
 
-def _state_dict(content: Any) -> dict[str, TensorRecord]:
-    """The tensors by name: of a state dict, a dict with a "state_dict", or a script module."""
-    if isinstance(content, ScriptModule):
-        return _flatten(content)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise PickleError(f"a {type(content).__name__}, expected a state dict")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, TensorRecord):
-            kind = type(value).__name__
-            raise PickleError(f"no state dict: {name!r} is a {kind}, expected a tensor")
-    return content
+def _state_dict(content: Any) -> _StateDict:
+    """The state dict in what a pickle holds: the one with a CLIP's names, if there are several.
+
+    Training scripts put it under a key ("model", "state_dict", ...), with others around it and
+    averaged weights beside it. Of several CLIPs the first is taken whose keys do not say "ema".
+    """
+    found = [(keys, values) for keys, values in _named_tensors(content) if holds_clip(values)]
+    found.sort(key=lambda item: any("ema" in key.lower() for key in item[0]))  # keeps the order
+    found = found or list(_named_tensors(content))[:1]
+    if not found:
+        raise PickleError(
+            f"{_kind(content)} without tensors by name, expected a state dict; {REMEDY}"
+        )
+    (keys, values), *others = found
+    for name, value in values.items():
+        if isinstance(value, Object) and value.name.startswith("torch."):
+            raise PickleError(
+                f"{quoted(name)} is {_kind(value)}, expected a dense tensor; {REMEDY}"
+            )
+    records = {n: r for n, r in values.items() if isinstance(r, TensorRecord)}
+    notes = []
+    if others:
+        notes.append(
+            f"holds {len(found)} models: read is {_place(keys)}, "
+            f"not {', '.join(_place(keys) for keys, _ in others[:3])}"
+        )
+    return _StateDict(records, notes)
 
 
-def _flatten(module: ScriptModule) -> dict[str, TensorRecord]:
+def _named_tensors(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """(keys that lead there, names and values) of each dictionary or module with tensors in it."""
+    seen: set[int] = set()
+    todo: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    for keys, value in todo:  # grows: wrappers before what they wrap
+        if id(value) in seen or len(keys) > _MAX_WRAPPERS:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Object) and (value.is_script_module or "_modules" in value.attributes):
+            yield keys, _flatten(value)
+            continue
+        items = value.attributes if isinstance(value, Object) else value
+        if not isinstance(items, dict):
+            continue
+        named = {key: item for key, item in items.items() if isinstance(key, str)}
+        if any(isinstance(item, TensorRecord) for item in named.values()):
+            yield keys, named
+        inner = ((key, item) for key, item in named.items() if isinstance(item, dict | Object))
+        todo.extend(((*keys, key), item) for key, item in inner)
+
+
+def _flatten(module: Object) -> dict[str, TensorRecord]:
+    """The tensors of a module of TorchScript, or of a pickled one, and of those in it, by name."""
     tensors: dict[str, TensorRecord] = {}
     seen: set[int] = set()
     todo = [("", module, 0)]
@@ -167,63 +235,100 @@ def _flatten(module: ScriptModule) -> dict[str, TensorRecord]:
         if id(current) in seen or depth > _MAX_DEPTH:
             raise PickleError("a module that holds itself, or is held twice")
         seen.add(id(current))
-        for name, value in current.attributes.items():
-            if isinstance(value, ScriptModule):
+        parts = [current.attributes] if current.is_script_module else [
+            part
+            for kind in ("_parameters", "_buffers", "_modules")
+            if isinstance(part := current.attributes.get(kind), dict)
+        ]  # fmt: skip
+        for name, value in (item for part in parts for item in part.items()):
+            if isinstance(value, Object):
                 todo.append((f"{prefix}{name}.", value, depth + 1))
             elif isinstance(value, TensorRecord):
                 tensors[f"{prefix}{name}"] = value
     return tensors
 
 
-def _storages_of(content: Any) -> list[TensorRecord]:
-    """Every tensor anywhere in content: the flat format tells no dtype but through its tensors."""
-    found, seen, todo = [], set(), [content]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, TensorRecord):
-            found.append(value)
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            todo.extend(value.values() if isinstance(value, dict) else value)
-    return found
+def _place(keys: tuple[str, ...]) -> str:
+    return quoted(".".join(keys)) if keys else "the one at the top"
 
 
-def _check_total(records: dict[str, TensorRecord], size: int) -> None:
-    total = sum(math.prod(r.size) * r.storage.dtype.itemsize for r in records.values())
+def _kind(value: Any) -> str:
+    if isinstance(value, Object):
+        return f"a {quoted(value.name)[1:-1]}"
+    return f"a {type(value).__name__}"
+
+
+def _tensors(records: Mapping[str, TensorRecord], size: int, read: _Reader) -> dict[str, Tensor]:
+    """The tensors by name, each storage read once."""
+    if len(records) > MAX_TENSORS:
+        raise PickleError(f"{len(records):,} tensors, expected at most {MAX_TENSORS:,}")
+    storages: dict[str, StorageRecord] = {}
+    names: dict[str, list[str]] = {}  # by storage
+    total = 0
+    for name, record in records.items():
+        storage = storages.setdefault(record.storage.key, record.storage)
+        if (storage.dtype, storage.numel) != (record.storage.dtype, record.storage.numel):
+            raise PickleError(f"storage {quoted(storage.key)} in two sizes")
+        names.setdefault(storage.key, []).append(name)
+        total += math.prod(record.size) * storage.dtype.itemsize
+    total = max(total, sum(s.numel * s.dtype.itemsize for s in storages.values()))
     if total > size:
         raise PickleError(f"tensors of {total:,} bytes declared in a file of {size:,}")
+    tensors: dict[str, Tensor] = {}
+    for key, sharing in names.items():
+        values = read(storages[key])
+        for name in sharing:
+            part = _part(records[name], name, values)
+            # A copy where the tensor is not all of its storage, or not laid out row by row.
+            whole = len(sharing) == 1 and part.numel() == values.numel()
+            part = part.contiguous()
+            tensors[name] = part if whole else part.clone()
+    return {name: tensors[name] for name in records}
 
 
-def _tensor(record: TensorRecord, name: str, read: _Reader) -> Tensor:
+def _part(record: TensorRecord, name: str, values: Tensor) -> Tensor:
     steps = zip(record.size, record.stride, strict=True)
     last = record.offset + sum((size - 1) * stride for size, stride in steps)
-    if 0 not in record.size and last >= record.storage.numel:
+    if 0 in record.size:
+        return values.new_empty(record.size)
+    if last >= values.numel():
         raise PickleError(
-            f"tensor {name} reaches value {last:,} of a storage of {record.storage.numel:,}"
+            f"tensor {quoted(name)} reaches value {last:,} of a storage of {values.numel():,}"
         )
-    values = read(record.storage)
-    # A copy where the tensor is but a part of its storage, or is not laid out row by row.
-    part = values.as_strided(record.size, record.stride, record.offset)
-    return part.contiguous() if part.numel() == values.numel() else part.clone()
+    return values.as_strided(record.size, record.stride, record.offset)
 
 
-def _read_values(file: Any, storage: StorageRecord, length: int) -> Tensor:
+def _read_values(file: Any, storage: StorageRecord) -> Tensor:
     values = torch.empty(storage.numel, dtype=storage.dtype)
-    if length:
+    if storage.numel:
         buffer = values.view(torch.uint8).numpy().data
         done = 0
-        while done < length:
+        while done < len(buffer):
             count = file.readinto(buffer[done : done + _BLOCK])
             if not count:
-                raise PickleError(f"truncated: storage {storage.key}")
+                raise PickleError(f"truncated: storage {quoted(storage.key)}")
             done += count
     if isinstance(file, zipfile.ZipExtFile) and file.read(1):  # reading to the end checks the CRC
-        raise PickleError(f"storage {storage.key} longer than it says")
+        raise PickleError(f"storage {quoted(storage.key)} longer than it says")
     return values
+
+
+class _ShortReads:
+    """A file for zipfile, which reads the list of an archive's records at once: not a long one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        most = _MAX_DIRECTORY + 1
+        content = self.file.read(most if size < 0 else min(size, most))
+        if len(content) == most:
+            raise PickleError(f"a zip archive with a list of more than {_MAX_DIRECTORY:,} bytes")
+        return content
 
 
 def _size(file: BinaryIO) -> int:
     position = file.tell()
-    size = file.seek(0, 2)
+    size = file.seek(0, os.SEEK_END)
     file.seek(position)
     return size

@@ -43,7 +43,7 @@ def _checks(settings: TrainConfig, has_data: bool) -> Iterator[Check]:
     yield system.precision(settings)
     model = named_config(settings.model)
     if settings.pretrained is not None:
-        check, found = inputs.checkpoint(settings.pretrained)
+        check, found = inputs.checkpoint(settings.pretrained, settings)
         yield check
         model = found or model
     yield system.shared_memory(settings, model)

@@ -61,7 +61,7 @@ def _contents(
         yield _missing(settings, index)
     dataset = CaptionedImages(
         index,
-        Preprocess(config.image_resolution, settings.image_mode),
+        Preprocess.of(config, settings.image_mode),
         _all_tokens,
         short_captions=settings.short_captions,
     )
@@ -159,11 +159,12 @@ def _progress(rows: range, what: str) -> "tqdm[int]":
     return tqdm(rows, desc=what, delay=_PROGRESS_DELAY_S, disable=None, leave=False)
 
 
-def checkpoint(path: str) -> tuple[Check, CLIPConfig | None]:
-    """What a checkpoint is and whether all of it loads; its sizes, if it does."""
+def checkpoint(path: str, settings: TrainConfig) -> tuple[Check, CLIPConfig | None]:
+    """What a checkpoint is and whether all of it loads to train; its sizes, if it does."""
+    given = {name: getattr(settings, name) for name in checkpoints.CHOICES}
     try:
-        _, metadata = checkpoints.read_state_dict(path)
-        model, _ = checkpoints.load(path)
+        state, metadata = checkpoints.read_state_dict(path)
+        model, _ = checkpoints.load(path, stretch=True, **given)
     except HimoError as error:
         return Check("checkpoint", "problem", f"--pretrained: {error}"), None
     config = model.config
@@ -176,7 +177,7 @@ def checkpoint(path: str) -> tuple[Check, CLIPConfig | None]:
     )
     kind = f"layout {metadata['layout']} in {metadata['container']}"
     found = f"{path}: {kind}, {', '.join(sizes)}; every tensor has its place"
-    if metadata["layout"] != "himo":
+    if state["positional_embedding"].shape[0] != config.context_length:
         found += f"; its text positions are stretched to {config.context_length}"
     if metadata["checksum"] == "none":
         advice = "himo convert writes a file with one"

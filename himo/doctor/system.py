@@ -29,7 +29,8 @@ _OTHER_FILES = 128  # shards kept open, 64, and what Python, torch and the log h
 
 def packages() -> Iterator[Check]:
     """The packages of the extra `himo`, against the versions that it asks for."""
-    needed = {"numpy": "", "pillow": "", "ftfy": "", "regex": "", "tqdm": ""} | _least_versions()
+    names = ("numpy", "pillow", "ftfy", "regex", "safetensors", "tqdm")
+    needed = dict.fromkeys(names, "") | _least_versions()
     for name, least in needed.items():
         try:
             version = importlib.metadata.version(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from himo.checkpoint import load
+from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.data import DATASET_TYPES, SampleIndex
 from himo.errors import HimoError
 from himo.evaluate.captions import CaptionScores, evaluate_captions, open_for_evaluation
@@ -68,6 +68,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `himo eval`."""
     parser.add_argument("--pretrained", required=True, help="checkpoint, of any format himo loads")
+    add_model_arguments(parser)
     parser.add_argument("--data", help="captioned images: json, csv, tsv, jsonl, folder or tar")
     parser.add_argument("--dataset-type", default="auto", choices=DATASET_TYPES)
     parser.add_argument("--image-root", help="directory that image paths are relative to")
@@ -108,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise HimoError(f"--out {out}: cannot be written")  # said before an hour of work
     opened = _open(args)  # before the model, because most mistakes are here
-    model, preprocess = load(args.pretrained, args.device, _DTYPES[args.precision])
+    model, preprocess = load(
+        args.pretrained, args.device, _DTYPES[args.precision], **model_arguments(args)
+    )
     products = products_dtype(model.dtype, model.logit_scale.device)
     if products != model.dtype:  # the weights are rounded, the features those of the rounded model
         model.set_precision(products)

@@ -84,6 +84,7 @@ def cola(
         "used": coverage.used,
         "left_out": coverage.total - coverage.used,
         "coverage": coverage.to_dict(),
+        "texts_cut": scored.cut,
     }
 
 

@@ -18,7 +18,7 @@ from himo.errors import HimoError
 from himo.evaluate.metrics import nonfinite_rows
 from himo.model import HiMoCLIP
 from himo.tokenizer import default_tokenizer
-from himo.transforms import ImageError, Preprocess, Reason, normalize
+from himo.transforms import ImageError, Preprocess, Reason
 
 _PROGRESS_DELAY_S = 2.0
 _KEPT = 5  # examples of what was left out
@@ -147,7 +147,7 @@ class Encoder:
         with torch.no_grad(), self._bar("images", len(rows)) as bar:
             for positions, pixels in self._decoded(images, rows, failed):
                 if positions:
-                    batch = normalize(torch.stack(pixels).to(self.device))
+                    batch = self.preprocess.normalize(torch.stack(pixels).to(self.device))
                     encoded = _unit(self.model.encode_image(batch))
                     for wrong in nonfinite_rows(encoded):
                         where = images.describe(rows[positions[wrong]])

@@ -170,8 +170,11 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", f"used {coverage['used']:,} of {coverage['total']:,} records"]
         lines += [f"  left out: {n:,} {why}" for why, n in coverage["left_out"].items()]
         lines += [f"  first: {example}" for example in coverage["examples"][:1]]
-    if protocol.get("texts_cut"):
-        lines.append(f"{protocol['texts_cut']:,} texts were longer than the context and cut")
+    parts = {"": protocol, " of HiMo-Docci": result.get("himo", {}).get("HiMo-Docci", {})}
+    for of_what, part in (parts | {" of COLA": result.get("cola", {})}).items():
+        if part.get("texts_cut"):
+            context = result["model"]["config"]["context_length"]
+            lines.append(f"{part['texts_cut']:,} texts{of_what} were cut after {context} tokens")
     if joined := protocol.get("captions_segmented"):
         lines.append(f"{joined:,} captions of over {MAX_SEGMENTS} sentences: in as many segments")
     return "\n".join(lines)

@@ -6,11 +6,12 @@ import io
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 import torch
 from PIL import Image
 
-from himo.checkpoint import load
+from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.errors import HimoError, printable
 from himo.evaluate.encode import Encoder
 from himo.evaluate.metrics import caption_segments
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="explain.html", metavar="FILE", help="the page (default: %(default)s)"
     )
+    add_model_arguments(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
 
 
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     names = distinct_names(args.pretrained)
     picture = open_image(args.image).convert("RGB")  # before the models: most mistakes are here
     scores = [
-        growth(checkpoint, args.image, segments, args.device) for checkpoint in args.pretrained
+        growth(checkpoint, args.image, segments, args.device, **model_arguments(args))
+        for checkpoint in args.pretrained
     ]
     example = Example(args.image, _data_url(picture), tuple(segments), tuple(enumerate(scores)))
     write_text(page, explain_page(example, names, args.pretrained, datetime.now()))
@@ -78,13 +81,21 @@ def cut(captions: Sequence[str]) -> list[str]:
     return segments
 
 
-def growth(checkpoint: str, image: str, segments: Sequence[str], device: str) -> tuple[float, ...]:
+def growth(
+    checkpoint: str, image: str, segments: Sequence[str], device: str, **options: Any
+) -> tuple[float, ...]:
     """Cosine similarity of an image file and the first 1, 2, ... segments, in float32.
+
+    Args:
+        checkpoint, device: of the model.
+        image: the file.
+        segments: of the caption.
+        options: further arguments of `himo.load`.
 
     Raises:
         HimoError: the checkpoint or the image cannot be read, or features are not finite.
     """
-    model, preprocess = load(checkpoint, device)
+    model, preprocess = load(checkpoint, device, **options)
     encoder = Encoder(model, preprocess, batch_size=16, workers=1)
 
     def failed(position: int, reason: str, message: str) -> None:

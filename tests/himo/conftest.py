@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # A machine with a GPU and no network may have the kernels' needs alone.
-NEEDED = ("PIL", "ftfy", "hypothesis", "numpy", "regex", "tqdm")
+NEEDED = ("PIL", "ftfy", "hypothesis", "numpy", "regex", "safetensors", "tqdm")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 

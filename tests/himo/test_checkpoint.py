@@ -3,16 +3,19 @@
 import argparse
 import collections
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from clip_cases import SMALL, TINIEST, random_image, random_model, tokens_of_lengths
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from himo import checkpoint
-from himo.checkpoint.layouts import from_himo, hf_config, stretch_positions
+from himo.checkpoint.configurations import hf_config
+from himo.checkpoint.layouts import from_himo, stretch_positions
 from himo.checkpoint.safetensors_files import write_safetensors
 from himo.errors import HimoError
 from himo.model import CONFIGS, KEPT_POSITIONS, CLIPConfig, HiMoCLIP
@@ -118,7 +121,7 @@ def test_files_of_other_projects_are_read(
     assert (metadata["layout"], metadata["container"]) == (layout, container)
     assert metadata["checksum"] == checksum
     model, preprocess = checkpoint.load(path)
-    assert (model.config, preprocess.resolution) == (SMALL, 32)  # 77 positions became 248
+    assert (model.config, preprocess.resolution) == (config, 32)  # 77 positions stay 77
     assert not model.training
     assert model.provenance == {
         "source": "model.pt",
@@ -143,7 +146,7 @@ def test_77_positions_are_stretched_to_248(tmp_path: Path, generator: torch.Gene
     expected = torch.stack(rows)
     assert expected.shape == (248, SMALL.text_width)
     torch.save(from_himo(clip.state_dict(), "open_clip"), tmp_path / "clip.pt")
-    model, _ = checkpoint.load(tmp_path / "clip.pt")
+    model, _ = checkpoint.load(tmp_path / "clip.pt", stretch=True)
     torch.testing.assert_close(model.positional_embedding.data, expected)
     assert torch.equal(model.positional_embedding, model.positional_embedding_res)
     assert torch.equal(model.positional_embedding[:20], table[:20])
@@ -153,19 +156,24 @@ def test_77_positions_are_stretched_to_248(tmp_path: Path, generator: torch.Gene
         assert torch.equal(model.encode_text(tokens), clip.encode_text(tokens))
 
 
-def test_77_positions_stay_on_request_and_in_a_himo_checkpoint(
+def test_77_positions_stay_unless_they_are_stretched(
     tmp_path: Path, generator: torch.Generator
 ) -> None:
     clip = random_model(CLIP_77, generator)
     torch.save(from_himo(clip.state_dict(), "open_clip"), tmp_path / "clip.pt")
-    kept, _ = checkpoint.load(tmp_path / "clip.pt", stretch=False)
+    kept, _ = checkpoint.load(tmp_path / "clip.pt")
     assert kept.config == CLIP_77
+    tokens = tokens_of_lengths(CLIP_77, [20, 77], generator)
+    with torch.no_grad():
+        assert torch.equal(kept.encode_text(tokens), clip.encode_text(tokens))
     checkpoint.save(kept, tmp_path / "kept.safetensors")
-    again, _ = checkpoint.load(tmp_path / "kept.safetensors")
-    assert again.config == CLIP_77
-    checkpoint.convert(tmp_path / "clip.pt", tmp_path / "hf", "hf")  # stays as it is, but
-    assert checkpoint.load(tmp_path / "hf", stretch=False)[0].config == CLIP_77
-    assert checkpoint.load(tmp_path / "hf")[0].config == SMALL  # is no HiMo-CLIP's
+    for name, to in (("hf", "hf"), ("himo.safetensors", "himo"), ("oc.pt", "open_clip")):
+        checkpoint.convert(tmp_path / "clip.pt", tmp_path / name, to)
+    for name in ("kept.safetensors", "hf", "himo.safetensors", "oc.pt"):
+        assert checkpoint.load(tmp_path / name)[0].config == CLIP_77, name
+        assert checkpoint.load(tmp_path / name, stretch=True)[0].config == SMALL, name
+    checkpoint.convert(tmp_path / "clip.pt", tmp_path / "long.safetensors", stretch=True)
+    assert checkpoint.load(tmp_path / "long.safetensors")[0].config == SMALL
     assert stretch_positions({"positional_embedding": torch.zeros(76, 4)}).keys() == {
         "positional_embedding"
     }
@@ -282,12 +290,13 @@ def hf_features(model: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor
         return model.visual_projection(vision), model.text_projection(words)
 
 
-@pytest.mark.parametrize("context", [77, 248])
+@pytest.mark.parametrize(("context", "activation"), [(77, "quick_gelu"), (248, "gelu")])
 def test_transformers_and_himo_give_the_same_features(
-    context: int, tmp_path: Path, generator: torch.Generator
+    context: int, activation: str, tmp_path: Path, generator: torch.Generator
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
-    config = CLIPConfig.from_dict({**SMALL.to_dict(), "context_length": context})
+    changed = {"context_length": context, "activation": activation}
+    config = CLIPConfig.from_dict({**SMALL.to_dict(), **changed})
     image = random_image(config, 3, generator)
     text = tokens_of_lengths(config, [5, 20, context], generator)
 
@@ -325,15 +334,46 @@ def test_transformers_and_himo_give_the_same_features(
 def test_safetensors_files_are_those_of_the_library(
     tmp_path: Path, generator: torch.Generator
 ) -> None:
-    library = pytest.importorskip("safetensors.torch", reason="parity needs safetensors")
     model = random_model(SMALL, generator).set_precision(torch.bfloat16)
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
     checkpoint.save(model, ours)
-    assert_same(library.load_file(ours), canonical(model))
-    library.save_file(canonical(model), theirs, metadata={"format": "pt"})
+    assert_same(load_file(ours), canonical(model))
+    save_file(canonical(model), theirs, metadata={"format": "pt"})
     state, metadata = checkpoint.read_state_dict(theirs)
     assert_same(state, canonical(model))
     assert metadata["checksum"] == "none"
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    values = torch.arange(12.0)
+    parts = {"all": values, "again": values, "part": values[2:6], "columns": values.view(3, 4).t()}
+    write_safetensors(str(tmp_path / "a.safetensors"), parts, {"note": "x"})
+    assert_same(load_file(tmp_path / "a.safetensors"), parts)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_nothing_is_written_that_would_not_be_read(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", HiMoCLIP(TINIEST)
+    with pytest.raises(HimoError, match="at most 1,048,576 bytes of metadata"):
+        checkpoint.save(model, path, metadata={"note": "x" * (1 << 20)})
+    with pytest.raises(HimoError, match="20,001 tensors, expected at most 20,000"):
+        write_safetensors(str(path), {str(i): torch.zeros(0) for i in range(20_001)}, {})
+    with pytest.raises(HimoError, match="expected at most 4,194,304"):
+        write_safetensors(str(path), {"a": torch.zeros(1)}, {"note": "x" * (5 << 20)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_has_the_mode_that_the_umask_leaves(mask: int, tmp_path: Path) -> None:
+    path, before = tmp_path / "a.safetensors", os.umask(mask)
+    try:
+        checkpoint.save(HiMoCLIP(TINIEST), path)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+        path.chmod(0o640)
+        checkpoint.save(HiMoCLIP(TINIEST), path)
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_a_header_of_any_length_is_one_of_safetensors(tmp_path: Path) -> None:
@@ -378,7 +418,7 @@ def test_what_does_not_fit_is_listed(
     else:
         model, _ = checkpoint.load(path, strict=False)
         text = capsys.readouterr().err
-        assert len(text.splitlines()) == 5
+        assert len(text.splitlines()) == 5 + 1  # and what the file does not state
         assert text.count("left at its initial value") == 4
         assert torch.equal(model.ln_final.weight, torch.ones(128))
         assert not model.ln_final.bias.any()
@@ -419,7 +459,7 @@ def test_a_long_list_is_cut(tmp_path: Path, generator: torch.Generator) -> None:
     state.update({f"extra.{i:02}": torch.zeros(1) for i in range(30)})
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(
-        HimoError, match=r"30 unexpected: extra\.00 .*, extra\.19 \[1\] and 10 more"
+        HimoError, match=r"30 unexpected: extra\.00 .*, extra\.07 \[1\] and 22 more"
     ):
         checkpoint.load(tmp_path / "model.pt")
 

@@ -15,7 +15,8 @@ from fresh_process import PACKAGE, run_python
 from malicious_files import CORPUS
 
 from himo import checkpoint
-from himo.checkpoint.layouts import from_himo, hf_config
+from himo.checkpoint.configurations import hf_config
+from himo.checkpoint.layouts import from_himo
 from himo.checkpoint.safetensors_files import write_safetensors
 from himo.errors import HimoError
 from himo.model import HiMoCLIP
@@ -240,7 +241,7 @@ def test_swapped_shards_and_configurations_are_found(
     config.write_text(
         config.read_text().replace('"num_attention_heads": 1', '"num_attention_heads": 2')
     )
-    with pytest.raises(HimoError, match="the configuration is not the one of the weights"):
+    with pytest.raises(HimoError, match="config.json is not the configuration of the weights"):
         checkpoint.load(tmp_path / "hf")
 
 

@@ -339,8 +339,8 @@ def test_a_configuration_is_what_its_dictionary_says() -> None:
     values = SMALL.to_dict()
     assert CLIPConfig.from_dict(values) == SMALL
     assert (SMALL.vision_heads, SMALL.text_heads) == (1, 2)
-    with pytest.raises(HimoError, match="has unknown activation"):
-        CLIPConfig.from_dict({**values, "activation": 1})
+    with pytest.raises(HimoError, match="has unknown pooling"):
+        CLIPConfig.from_dict({**values, "pooling": 1})
     with pytest.raises(HimoError, match="lacks text_width"):
         CLIPConfig.from_dict({k: v for k, v in values.items() if k != "text_width"})
 

@@ -1,0 +1,184 @@
+"""Where a checkpoint's weights and configurations are: in one file, or in a directory of files."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from torch import Tensor
+
+from himo.checkpoint import configurations
+from himo.checkpoint.configurations import Stated
+from himo.checkpoint.safetensors_files import MAX_TENSORS, read_safetensors
+from himo.checkpoint.strict_json import MAX_JSON, read_json
+from himo.checkpoint.torch_files import TorchFile, read_legacy, read_zip
+from himo.clip_config import CONFIGS
+from himo.errors import HimoError, quoted, shortened
+from himo.files import open_regular
+from himo.tokenizer import read_symbols
+
+# (configuration, weights) of the directories that himo writes.
+HF_FILES = ("config.json", "model.safetensors")
+OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
+CONFIG_FILE_DIGEST = "himo_config_file_sha256"  # in the weights' metadata, of the configuration
+PREPROCESSOR_FILE, TOKENIZER_FILE = "preprocessor_config.json", "tokenizer_config.json"
+MERGES_FILE = "merges.txt"
+_PROCESSOR_FILE = "processor_config.json"  # of newer versions, with the image processor in it
+
+# Weights in a directory, in the order in which they are looked for.
+_HF_WEIGHTS = (HF_FILES[1], "pytorch_model.bin")
+_OPEN_CLIP_WEIGHTS = (OPEN_CLIP_FILES[1], "open_clip_pytorch_model.bin")
+_INDEX = ".index.json"  # after the name of weights that are in several files
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+@dataclass
+class Found:
+    """What was read: tensors under the names of their file, and what the files say of them."""
+
+    tensors: dict[str, Tensor]
+    container: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def find(name: str) -> Found:
+    """The weights of a checkpoint, which is a file or a directory.
+
+    Raises:
+        HimoError: there is none, or it is damaged.
+    """
+    if not os.path.isdir(name):
+        if name in CONFIGS and not os.path.exists(name):
+            raise HimoError(
+                f"{name}: a model's name and no file: nothing is downloaded, give the path of "
+                "a checkpoint"
+            )
+        return _read_file(name)
+    for weights in (*_HF_WEIGHTS, *_OPEN_CLIP_WEIGHTS):
+        path = os.path.join(name, weights)
+        if os.path.exists(path):
+            return _read_file(path)
+        if os.path.exists(path + _INDEX):
+            return _read_shards(name, path + _INDEX)
+    others = [file for file in sorted(os.listdir(name)) if file.endswith(_WEIGHT_SUFFIXES)]
+    there = f"; there is {', '.join(map(quoted, others[:3]))}: name the file" if others else ""
+    expected = ", ".join((*_HF_WEIGHTS, *_OPEN_CLIP_WEIGHTS))
+    raise HimoError(f"{name}: a directory without {expected}: expected a checkpoint{there}")
+
+
+def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated:
+    """What the configurations of a checkpoint state: in its directory, or beside its file.
+
+    Args:
+        name: the file or directory.
+        layout: of the weights: which project's configurations are looked for.
+        metadata: of the weights, which may have the digest of the configuration.
+
+    Raises:
+        HimoError: a configuration states what himo does not compute, or is not the one of the
+            weights; or a directory has none.
+    """
+    directory = name if os.path.isdir(name) else os.path.dirname(os.path.abspath(name))
+
+    def read(file: str, of: Callable[[Mapping[str, Any], str], Any]) -> Any:
+        path = os.path.join(directory, file)
+        if not os.path.exists(path):
+            return None
+        content, data = read_json(path)
+        digest = metadata.get(CONFIG_FILE_DIGEST) if file == config_file else None
+        if digest is not None and digest != sha256(data).hexdigest():
+            raise HimoError(f"{name}: damaged: {file} is not the configuration of the weights")
+        try:
+            return of(content, path)
+        except RecursionError as error:  # of a comparison, where the JSON was just not too deep
+            raise HimoError(f"{path}: JSON too deep") from error
+
+    config_file = {"hf": HF_FILES[0], "open_clip": OPEN_CLIP_FILES[0]}.get(layout)
+    if config_file is None:
+        return {}
+    if layout == "open_clip":
+        stated: Stated | None = read(config_file, configurations.of_open_clip)
+    else:
+        stated = read(config_file, configurations.of_hugging_face)
+    if stated is None:
+        if directory == name:
+            raise HimoError(f"{name}: a directory without {config_file}, which its weights need")
+        return {}
+    if layout == "hf":
+        read(TOKENIZER_FILE, configurations.require_clip_tokenizer)
+        _require_clip_merges(os.path.join(directory, MERGES_FILE))
+        for file in (PREPROCESSOR_FILE, _PROCESSOR_FILE):
+            images = read(file, configurations.of_image_processor) or {}
+            stated = configurations.merged(stated, images, f"{name}: {file}", config_file)
+    return stated
+
+
+def _require_clip_merges(path: str) -> None:
+    """Raises HimoError where there are merges of a tokenizer, and they are not CLIP's."""
+    if not os.path.exists(path):
+        return
+    with open_regular(path) as file:
+        lines = file.read(MAX_JSON).splitlines()
+    if lines and lines[0].startswith(b"#version"):
+        lines = lines[1:]
+    if lines != [merge.encode() for merge in read_symbols()[2]]:
+        raise HimoError(f"{path}: expected the merges of CLIP's tokenizer: himo has no other")
+
+
+def _read_file(name: str) -> Found:
+    """What is in one file, whose content, not suffix, tells its format."""
+    with open_regular(name) as file:
+        start = file.read(64)
+        file.seek(0)
+        if not start:
+            raise HimoError(f"{name}: empty")
+        # First, because it has no magic number: its header's length may look like another's.
+        if start[8:9] == b"{":
+            tensors, metadata = read_safetensors(file, name)
+            return Found(tensors, "safetensors", metadata)
+        if start.startswith(b"PK\x03\x04"):
+            return _found(read_zip(file, name))
+        if start.startswith(b"\x80"):
+            return _found(read_legacy(file, name))
+        if start.startswith(b"version https://git-lfs"):
+            raise HimoError(f"{name}: a pointer of Git LFS, not the file: run `git lfs pull`")
+        file.seek(257)
+        if file.read(5) == b"ustar":
+            raise HimoError(f"{name}: a tar archive, which torch wrote before 2017: not read")
+    raise HimoError(
+        f"{name}: expected a checkpoint (safetensors, .pt, TorchScript), got a file that starts "
+        f"with {start[:8]!r}"
+    )
+
+
+def _found(file: TorchFile) -> Found:
+    return Found(file.tensors, file.container, notes=file.notes)
+
+
+def _read_shards(name: str, index: str) -> Found:
+    """The tensors that Hugging Face's index assigns to files, each from the file it is said in."""
+    weight_map = read_json(index)[0].get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and os.path.basename(shard) == shard and shard
+        for shard in weight_map.values()
+    ):
+        raise HimoError(f"{index}: expected weight_map to give each tensor a file beside it")
+    if len(weight_map) > MAX_TENSORS:
+        raise HimoError(f"{index}: expected at most {MAX_TENSORS:,} tensors, got {len(weight_map)}")
+    expected: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        expected.setdefault(shard, set()).add(tensor)
+    found = Found({}, "none")
+    for shard in sorted(expected):
+        path = os.path.join(name, shard)
+        part = _read_file(path)
+        if set(part.tensors) != expected[shard]:
+            wrong = ", ".join(map(shortened, sorted(set(part.tensors) ^ expected[shard])[:3]))
+            raise HimoError(
+                f"{path}: holds other tensors than {os.path.basename(index)} says: {wrong}"
+            )
+        found.tensors.update(part.tensors)
+        found.container = part.container
+    return found

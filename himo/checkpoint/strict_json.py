@@ -1,0 +1,73 @@
+"""JSON of files that nobody has looked at: of one meaning, and bounded in what it costs to read."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from himo.errors import HimoError, quoted
+from himo.files import open_regular
+
+MAX_JSON = 1 << 20  # bytes of one object; an index of 5,000 tensors takes half of it
+
+
+def strict_json(text: bytes) -> dict[str, Any]:
+    """The JSON object of a UTF-8 text of at most MAX_JSON bytes.
+
+    Raises:
+        ValueError: it is longer, no object, has a key twice, or a number that JSON does not know
+            (NaN).
+    """
+    if len(text) > MAX_JSON:
+        raise ValueError(f"more than {MAX_JSON:,} bytes of JSON")
+    return _object(text, _no_duplicates)
+
+
+def require_no_duplicates(text: bytes) -> None:
+    """Raises ValueError as `strict_json`, but keeps no value: the header of a file may be large."""
+
+    def forget(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _no_duplicates(pairs)
+        return {}
+
+    _object(text, forget)
+
+
+def read_json(path: str) -> tuple[dict[str, Any], bytes]:
+    """(JSON object, bytes) of a small file.
+
+    Raises:
+        HimoError: the file is missing, too large, or its JSON is not as `strict_json` wants it.
+    """
+    with open_regular(path) as file:
+        content = file.read(MAX_JSON + 1)
+    try:
+        return strict_json(content), content
+    except ValueError as error:
+        raise HimoError(f"{path}: not the JSON expected: {error}") from error
+
+
+def _object(text: bytes, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("JSON too deep") from error
+    except json.JSONDecodeError as error:  # its text quotes nothing
+        raise ValueError(f"no JSON: {error}") from error
+    except UnicodeDecodeError as error:  # its text quotes all
+        raise ValueError(f"no UTF-8 at byte {error.start}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"JSON of a {type(content).__name__}, expected an object")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} in JSON")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{quoted(counts.most_common(1)[0][0])} twice")
+    return content
