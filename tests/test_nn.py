@@ -180,6 +180,18 @@ def test_length_of_the_features_does_not_matter(magnitude, generator):
     torch.testing.assert_close(actual, expected)
 
 
+def test_the_official_preset_has_the_released_codes_floor(generator):
+    # Normalised rows with a trace of 1e-9: below 1e-8, far above rounding.
+    images, texts, scale = (t.detach() for t in features(generator))
+    texts = texts[:1] / texts[0].norm() + 1e-6 * torch.randn(24, 40, generator=generator).double()
+    texts = F.normalize(texts, dim=-1)
+    assert torch.equal(released.cumulative_ratio_pca(texts, 0.85), texts)
+    assert HiMoLoss("official").terms(images, texts, scale).rank == 24
+    for loss in (HiMoLoss("paper"), HiMoLoss("official", variance_floor="relative")):
+        assert loss.terms(images, texts, scale).rank == HiDe(loss.hide.variance_threshold)(texts)[1]
+        assert loss.terms(images, texts, scale).rank < 24
+
+
 def test_hide_returns_components_and_rank(generator):
     texts = hkt.power_law(24, 40, dtype=torch.float64, generator=generator)
     components, rank = HiDe(0.8)(texts)
@@ -242,6 +254,11 @@ def test_a_bool_in_fourth_place_is_output_dict(generator):
     [
         (torch.zeros(24), ValueError, r"expected logit_bias of shape \[\] or \[1\], got \[24\]"),
         ("-10", TypeError, "expected logit_bias to be a number, got str"),
+        (
+            torch.tensor(2j),
+            TypeError,
+            "expected logit_bias of dtype float16, .*, got torch.complex64",
+        ),
     ],
     ids=str,
 )

@@ -258,6 +258,7 @@ def bias_and_flag(
             raise_type(operator, "logit_bias", "to be a number", "bool")
         return None, logit_bias
     if isinstance(logit_bias, Tensor):
+        check_tensor(operator, "logit_bias", logit_bias)
         if logit_bias.numel() != 1:  # the softmax would see it
             raise_shape(operator, "logit_bias", "[] or [1]", logit_bias)
     elif logit_bias is not None:
