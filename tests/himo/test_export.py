@@ -52,6 +52,7 @@ def test_the_text_tower_exports_with_any_batch_and_length(config, generator) -> 
     check(tower.module(), model, generator)
 
 
+@pytest.mark.slow
 def test_both_towers_export(generator) -> None:
     model = random_model(TINIEST, generator)
     inputs = random_image(TINIEST, 2, generator), tokens_of_lengths(TINIEST, [5, 9, 7], generator)
