@@ -9,8 +9,10 @@ THREADS ?= 0
 # The version that development and tests are pinned to; the package takes any from 2.11 on.
 TORCH ?= torch==2.13.0
 
-# Whose loss the tests accelerate: one file of it, which needs none of its dependencies.
+# Whose losses and trainer the tests run: files of the newest and the oldest published version,
+# which need none of its dependencies. The oldest is beside the packages, in a folder of its own.
 OPEN_CLIP := open_clip_torch==3.3.0
+OPEN_CLIP_OLDEST := open_clip_torch==0.2.0
 
 # What a rebuild of the extension depends on.
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -64,6 +66,7 @@ $(VENV)/.himo-installed: pyproject.toml
 	@$(PIP) install --quiet "setuptools>=77" wheel ninja
 	@HIMO_KERNELS_NO_EXTENSION=1 $(PIP) install --quiet --no-build-isolation -e ".[dev]"
 	@$(PIP) install --quiet --no-deps $(OPEN_CLIP)
+	@$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/open_clip_oldest $(OPEN_CLIP_OLDEST)
 	@touch $@
 
 # Quiet where all is well; says why the extension is left out; shows everything when the build fails.

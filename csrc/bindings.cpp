@@ -76,7 +76,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
   // Whether the eigenproblem of this side is solved by this library; by LAPACK otherwise.
   m.def("solves_eigenproblem", &himo::cpu::solves_wide, py::arg("n"));
-  m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), no_gil());
+  m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), py::arg("floor"),
+        no_gil());
   m.def("pca_bwd", &himo::pca_bwd, py::arg("grad_mean"), py::arg("grad_eigenvalues"),
         py::arg("grad_components"), py::arg("x"), py::arg("mean"), py::arg("eigenvalues"),
         py::arg("eigenvectors"), py::arg("rank"), py::arg("gap_eps"), no_gil());
@@ -85,12 +86,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("project_reconstruct_bwd", &himo::project_reconstruct_bwd, py::arg("grad"), py::arg("x"),
         py::arg("mean"), py::arg("components"), py::arg("rank"), no_gil());
   m.def("pca_reconstruct_fwd", &himo::pca_reconstruct_fwd, py::arg("x"),
-        py::arg("variance_threshold"), no_gil());
+        py::arg("variance_threshold"), py::arg("floor"), no_gil());
   m.def("pca_reconstruct_bwd", &himo::pca_reconstruct_bwd, py::arg("grad"), py::arg("x"),
         py::arg("mean"), py::arg("eigenvalues"), py::arg("eigenvectors"), py::arg("rank"),
         py::arg("gap_eps"), py::arg("differentiate_basis"), no_gil());
-  m.def("pca_moment_decompose", &himo::pca_moment_decompose, py::arg("moment"),
-        py::arg("variance_threshold"), no_gil());
+  m.def("pca_moment_decompose", &himo::pca_moment_decompose, py::arg("moment"), py::arg("mean"),
+        py::arg("samples"), py::arg("variance_threshold"), py::arg("floor"), no_gil());
   m.def("pca_moment_reconstruct", &himo::pca_moment_reconstruct, py::arg("x"), py::arg("mean"),
         py::arg("eigenvalues"), py::arg("eigenvectors"), py::arg("rank"), no_gil());
   m.def("pca_moment_grad_projector", &himo::pca_moment_grad_projector, py::arg("grad"),

@@ -38,14 +38,15 @@ struct Decomposition {
   at::Tensor mean, eigenvalues, eigenvectors, rank;  // [*, D], [*, n], [*, n, n], [*]
 };
 
-Decomposition decompose(const char* op, const at::Tensor& x, double variance_threshold) {
+Decomposition decompose(const char* op, const at::Tensor& x, double variance_threshold,
+                        const Floor& floor) {
   check_x(op, x);
   const auto [mean, moment] =
       x.size(-1) <= x.size(-2) ? covariance_fwd(x, at::kDouble) : gram_fwd(x, at::kDouble);
   const auto eigenvalues = at::empty(with_tail(x, {small_side(x)}), mean.options());
   const auto rank = at::empty(with_tail(x, {}), mean.options().dtype(at::kLong));
-  cpu::decompose(flatten_lead(moment, 2), variance_threshold, flatten_lead(eigenvalues, 1),
-                 flatten_lead(rank, 0));
+  cpu::decompose(flatten_lead(moment, 2), flatten_lead(mean, 1), x.size(-2), variance_threshold,
+                 floor, flatten_lead(eigenvalues, 1), flatten_lead(rank, 0));
   return {mean, eigenvalues, moment, rank};
 }
 
@@ -79,10 +80,11 @@ Decomposition moment_decomposition(const at::Tensor& x, const at::Tensor& mean,
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_fwd(
     const at::Tensor& input,  // [*, N, D]
-    double variance_threshold) {
+    double variance_threshold, const Floor& floor) {
   const c10::NoGradGuard no_grad;
   const auto x = input.resolve_neg();  // kernels read memory, where a lazy minus sign is not
-  const auto [mean, eigenvalues, eigenvectors, rank] = decompose("pca", x, variance_threshold);
+  const auto [mean, eigenvalues, eigenvectors, rank] =
+      decompose("pca", x, variance_threshold, floor);
   const auto rows = at::empty(with_tail(x, {small_side(x), x.size(-1)}), mean.options());
   cpu::components(x, flatten_lead(mean, 1), flatten_lead(eigenvalues, 1),
                   flatten_lead(eigenvectors, 2), flatten_lead(rank, 0), flatten_lead(rows, 2));
@@ -150,11 +152,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> project_reconstruct_bwd(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_reconstruct_fwd(
     const at::Tensor& input,  // [*, N, D]
-    double variance_threshold) {
+    double variance_threshold, const Floor& floor) {
   const c10::NoGradGuard no_grad;
   const auto x = input.resolve_neg();
   const auto [mean, eigenvalues, eigenvectors, rank] =
-      decompose("pca_reconstruct", x, variance_threshold);
+      decompose("pca_reconstruct", x, variance_threshold, floor);
   const auto reconstruction = at::empty(x.sizes(), x.options());
   cpu::pca_reconstruct_fwd(x, flatten_lead(mean, 1), flatten_lead(eigenvalues, 1),
                            flatten_lead(eigenvectors, 2), flatten_lead(rank, 0),
@@ -178,7 +180,10 @@ at::Tensor pca_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, cons
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pca_moment_decompose(const at::Tensor& moment,
-                                                                    double variance_threshold) {
+                                                                    const at::Tensor& mean,
+                                                                    int64_t samples,
+                                                                    double variance_threshold,
+                                                                    const Floor& floor) {
   const char* op = "pca_moment";
   const c10::NoGradGuard no_grad;
   HIMO_CHECK_CPU(op, "moment", moment);
@@ -189,8 +194,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pca_moment_decompose(const at::Te
   const auto eigenvectors = moment.resolve_neg().clone(at::MemoryFormat::Contiguous);
   const auto eigenvalues = at::empty({moment.size(0)}, eigenvectors.options());
   const auto rank = at::empty({}, eigenvectors.options().dtype(at::kLong));
-  cpu::decompose(eigenvectors.unsqueeze(0), variance_threshold, eigenvalues.unsqueeze(0),
-                 rank.unsqueeze(0));
+  const auto means = flat(op, "mean", mean, moment, {moment.size(0)});
+  cpu::decompose(eigenvectors.unsqueeze(0), means, samples, variance_threshold, floor,
+                 eigenvalues.unsqueeze(0), rank.unsqueeze(0));
   return {eigenvalues, eigenvectors, rank};
 }
 

@@ -6,13 +6,17 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 namespace himo {
+
+// f and g: a batch has no variance where trace <= f sum(x^2) + g; README (2').
+using Floor = std::pair<double, double>;
 
 // Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*] and V [*, n, n].
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_fwd(
     const at::Tensor& x,  // [*, N, D]
-    double variance_threshold);
+    double variance_threshold, const Floor& floor);
 
 at::Tensor pca_bwd(const at::Tensor& grad_mean,         // [*, D]
                    const at::Tensor& grad_eigenvalues,  // [*, n]
@@ -40,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> project_reconstruct_bwd(
 // Returns the reconstruction [*, N, D], rank [*], mean [*, D], eigenvalues [*, n] and V [*, n, n].
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_reconstruct_fwd(
     const at::Tensor& x,  // [*, N, D]
-    double variance_threshold);
+    double variance_threshold, const Floor& floor);
 
 at::Tensor pca_reconstruct_bwd(const at::Tensor& grad,          // [*, N, D]
                                const at::Tensor& x,             // [*, N, D]
@@ -56,7 +60,8 @@ at::Tensor pca_reconstruct_bwd(const at::Tensor& grad,          // [*, N, D]
 // Returns eigenvalues [D], eigenvectors [D, D] and rank [].
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pca_moment_decompose(
     const at::Tensor& moment,  // [D, D] float64
-    double variance_threshold);
+    const at::Tensor& mean,    // [D]
+    int64_t samples, double variance_threshold, const Floor& floor);
 
 at::Tensor pca_moment_reconstruct(const at::Tensor& x,             // [M, D]
                                   const at::Tensor& mean,          // [D]

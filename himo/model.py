@@ -281,6 +281,9 @@ class HiMoCLIP(nn.Module):
                 which waits for a CUDA device once. Tokens cut to their length beforehand do not
                 avoid that wait; passing text.shape[1] does.
 
+        A compiler or exporter (torch.compile, torch.export, ONNX) sees no value of text: it gets
+        the tower over all L tokens, or max_length, without the checks of values.
+
         Raises:
             HimoError: wrong shape or dtype, more tokens than the context; for tokens on the CPU
                 also an id outside the vocabulary, or a text that ends beyond max_length.
@@ -292,7 +295,8 @@ class HiMoCLIP(nn.Module):
             )
         if text.dtype not in (torch.int32, torch.int64):
             raise HimoError(f"encode_text: expected text of dtype int32 or int64, got {text.dtype}")
-        if text.device.type == "cpu" and text.numel():
+        readable = text.device.type == "cpu" and not _is_traced()  # without a wait
+        if readable and text.numel():
             low, high = (int(x) for x in torch.aminmax(text))
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high
@@ -302,10 +306,8 @@ class HiMoCLIP(nn.Module):
                 )
         end = text.argmax(dim=-1)  # [B]
         if max_length is None:
-            max_length = longest_text(text)
-        elif not 1 <= max_length <= text.shape[1] or (
-            text.device.type == "cpu" and longest_text(text) > max_length
-        ):
+            max_length = text.shape[1] if _is_traced() else longest_text(text)
+        elif not 1 <= max_length <= text.shape[1] or (readable and longest_text(text) > max_length):
             raise HimoError(
                 f"encode_text: expected max_length to reach the end of every text and no more "
                 f"than {text.shape[1]} tokens, got {max_length}"
@@ -317,8 +319,9 @@ class HiMoCLIP(nn.Module):
         return x @ self.text_projection
 
     def _positions(self, length: int) -> Tensor:  # -> [length, W]
-        kept = self.positional_embedding[: min(length, KEPT_POSITIONS)]
-        return torch.cat([kept, self.positional_embedding_res[KEPT_POSITIONS:length]])
+        # Cut after they are joined: an exported graph has one formula for every length.
+        kept = self.positional_embedding[:KEPT_POSITIONS]
+        return torch.cat([kept, self.positional_embedding_res[KEPT_POSITIONS:]])[:length]
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """(logits_per_image [B, T], logits_per_text [T, B]): scaled cosine similarities.
@@ -332,6 +335,10 @@ class HiMoCLIP(nn.Module):
         logit_scale = self.logit_scale.exp().to(image_features.dtype)
         logits_per_image = logit_scale * image_features @ text_features.t()
         return logits_per_image, logits_per_image.t()
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def longest_text(text: Tensor) -> int:

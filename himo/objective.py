@@ -100,8 +100,10 @@ class Objective(nn.Module):
     ) -> dict[str, Any]:
         """Returns what forward does, of the features."""
         if self.himo_loss is not None:
-            losses = self.himo_loss(image_features, text_features, scale, output_dict=True)
-            rank = self.himo_loss.rank
+            contrastive, component, rank = self.himo_loss.terms(
+                image_features, text_features, scale
+            )
+            loss = contrastive + self.himo_loss.component_weight * component
         else:
             images_, texts = (F.normalize(t, dim=-1) for t in (image_features, text_features))
             loss = distributed.info_nce(
@@ -114,9 +116,14 @@ class Objective(nn.Module):
                 check_ranks=self.check_ranks,
                 backend=self.backend,
             )
-            losses = {"loss": loss, "contrastive_loss": loss, "component_loss": None}
-            rank = None
-        return {**losses, "rank": rank, "text_features": text_features.detach()}
+            contrastive, component, rank = loss, None, None
+        return {
+            "loss": loss,
+            "contrastive_loss": contrastive,
+            "component_loss": component,
+            "rank": rank,
+            "text_features": text_features.detach(),
+        }
 
     def backward(
         self, images: Tensor, tokens: Tensor, max_length: int, size: int

@@ -122,6 +122,19 @@ def check_variance_threshold(operator: str, value: object) -> float:
     return number
 
 
+def check_variance_floor(operator: str, value: object) -> float | str:
+    """Returns "relative", or the trace at or below which a batch has no variance, >= 0."""
+    expected = "to be 'relative', or finite and >= 0"
+    if isinstance(value, str):
+        if value != "relative":
+            raise_value(operator, "variance_floor", expected, value)
+        return value
+    number = check_number(operator, "variance_floor", value)
+    if not 0.0 <= number < float("inf"):
+        raise_value(operator, "variance_floor", expected, value)
+    return number
+
+
 def check_gap_eps(operator: str, value: object) -> float:
     """Returns the relative gap regulariser as a finite float >= 0."""
     number = check_number(operator, "gap_eps", value)

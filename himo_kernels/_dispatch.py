@@ -165,6 +165,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_tensor(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns number as a tensor []: what an operator takes of a setting that may change.
+
+    A compiler makes one graph for all values of a product, and one for each of torch.full's.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device=device) * number
+    return torch.full((), number, dtype=dtype, device=device)
+
+
 def refuse_double_backward(operator: str) -> None:
     """Raises RuntimeError in a backward that is itself being recorded.
 

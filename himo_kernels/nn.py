@@ -1,6 +1,7 @@
 """Modules: HiDe's decomposition, and the HiMo loss with open_clip's ClipLoss signature."""
 
-from typing import Any, Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from himo_kernels._checks import (
     check_number,
     check_same_as,
     check_shape,
+    check_variance_floor,
     check_variance_threshold,
     raise_type,
     raise_value,
@@ -25,35 +27,14 @@ from himo_kernels.distributed import moments
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.info_nce import dual_info_nce
-from himo_kernels.info_nce.api import check_logit_scale
+from himo_kernels.info_nce.api import bias_and_flag, check_logit_scale, with_logit_bias
 from himo_kernels.normalize import normalize
 from himo_kernels.pca import pca_reconstruct
+from himo_kernels.pca.api import reconstruct_above
+from himo_kernels.pca.reference import floor_of
+from himo_kernels.presets import PRESETS
 
-# What the paper states and what its released code does, switch by switch. Both train with L2-
-# normalised features and through the PCA basis. logit_scale is the model's: the paper starts from
-# the checkpoint's, the released code from 100, trained and not clamped.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "variance_threshold": 0.9,
-        "component_weight": 1.0,
-        "label_smoothing": 0.0,
-        "normalize_features": True,
-        "normalize_components": True,
-        "pca_scope": "global",
-        "gather_with_grad": True,
-        "differentiate_basis": True,
-    },
-    "official": {
-        "variance_threshold": 0.85,
-        "component_weight": 1.0,
-        "label_smoothing": 0.1,
-        "normalize_features": True,
-        "normalize_components": False,
-        "pca_scope": "local",
-        "gather_with_grad": False,
-        "differentiate_basis": True,
-    },
-}
+__all__ = ["PRESETS", "HiDe", "HiMoLoss", "Terms"]
 
 
 class HiDe(nn.Module):
@@ -61,13 +42,15 @@ class HiDe(nn.Module):
 
     Args:
         variance_threshold: tau in (0, 1], the share of the batch's variance to keep.
-        gap_eps, differentiate_basis, check_finite, backend: as in `pca_reconstruct`.
+        variance_floor, gap_eps, differentiate_basis, check_finite, backend: as in
+            `pca_reconstruct`.
     """
 
     def __init__(
         self,
         variance_threshold: float = 0.9,
         *,
+        variance_floor: float | str = "relative",
         gap_eps: float = 1e-6,
         differentiate_basis: bool = True,
         check_finite: bool = False,
@@ -75,6 +58,7 @@ class HiDe(nn.Module):
     ) -> None:
         super().__init__()
         self.variance_threshold = check_variance_threshold("HiDe", variance_threshold)
+        self.variance_floor = check_variance_floor("HiDe", variance_floor)
         self.gap_eps = check_gap_eps("HiDe", gap_eps)
         self.differentiate_basis = check_flag("HiDe", "differentiate_basis", differentiate_basis)
         self.check_finite = check_flag("HiDe", "check_finite", check_finite)
@@ -85,6 +69,7 @@ class HiDe(nn.Module):
         return pca_reconstruct(
             text_features,
             self.variance_threshold,
+            variance_floor=self.variance_floor,
             gap_eps=self.gap_eps,
             differentiate_basis=self.differentiate_basis,
             check_finite=self.check_finite,
@@ -93,8 +78,16 @@ class HiDe(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns the settings shown by print(module)."""
-        names = ("variance_threshold", "gap_eps", "differentiate_basis")
+        names = ("variance_threshold", "variance_floor", "gap_eps", "differentiate_basis")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class Terms(NamedTuple):
+    """What HiMo-CLIP eq. (4) adds up, and the rank behind it."""
+
+    contrastive_loss: Tensor  # [], eq. (2)
+    component_loss: Tensor  # [], eq. (3), before its weight
+    rank: Tensor  # [] int64, of the PCA, on the device
 
 
 class HiMoLoss(nn.Module):
@@ -113,6 +106,7 @@ class HiMoLoss(nn.Module):
     Args:
         preset: "paper" or "official".
         variance_threshold: tau of the in-batch PCA, in (0, 1]. paper 0.9, official 0.85.
+        variance_floor: As in `pca_reconstruct`. paper "relative", official 1e-8.
         component_weight: lambda, >= 0. Both 1.
         label_smoothing: eps in [0, 1]. paper 0, official 0.1.
         normalize_features: L2-normalise image and text features first (already normalised ones
@@ -138,6 +132,7 @@ class HiMoLoss(nn.Module):
         preset: str = "paper",
         *,
         variance_threshold: float | None = None,
+        variance_floor: float | str | None = None,
         component_weight: float | None = None,
         label_smoothing: float | None = None,
         normalize_features: bool | None = None,
@@ -186,6 +181,7 @@ class HiMoLoss(nn.Module):
         self.backend = check_backend("HiMoLoss", backend)
         self.hide = HiDe(
             choose("variance_threshold", variance_threshold),
+            variance_floor=choose("variance_floor", variance_floor),
             gap_eps=gap_eps,
             differentiate_basis=flag("differentiate_basis", differentiate_basis),
             check_finite=check_finite,
@@ -195,7 +191,6 @@ class HiMoLoss(nn.Module):
         loss_over_ranks.check_strategy("HiMoLoss", strategy)
         self.strategy = strategy
         self.check_ranks = check_flag("HiMoLoss", "check_ranks", check_ranks)
-        self.rank: Tensor | None = None  # kept rank of the last batch, on the device, for logging
 
     @overload
     def forward(
@@ -203,6 +198,7 @@ class HiMoLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
         output_dict: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -212,6 +208,8 @@ class HiMoLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
         output_dict: Literal[True],
     ) -> dict[str, Tensor]: ...
 
@@ -220,38 +218,62 @@ class HiMoLoss(nn.Module):
         image_features: Tensor,  # [N, D]
         text_features: Tensor,  # [N, D]
         logit_scale: Tensor | float,  # []
+        logit_bias: Tensor | float | None = None,  # []
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """Returns the loss [], or a dict of contrastive_loss, component_loss and loss.
+        """Returns the loss [], eq. (4), or the terms that add up to it.
 
         Args:
             image_features: [N, D], float16, bfloat16, float32 or float64.
             text_features: [N, D], row i the caption of image i.
             logit_scale: The multiplier itself, already exponentiated, as in open_clip.
-            output_dict: Return {"contrastive_loss": eq. (2), "component_loss": eq. (3) (before the
-                weight), "loss": eq. (4)}.
+            logit_bias: As in open_clip, a tensor of one element or a number. The same number in
+                all logits, which the softmax does not see: its gradient is 0.
+            output_dict: Return {"contrastive_loss": eq. (2), "component_loss": the weight times
+                eq. (3)}. open_clip's trainer minimises the sum of the values. In older versions of
+                open_clip this was the fourth argument, where True and False still mean it.
         """
-        check_flag("HiMoLoss", "output_dict", output_dict)
-        rows = self._agree(image_features, text_features, logit_scale)
+
+        def check() -> tuple[Tensor | float | None, bool]:
+            return bias_and_flag("HiMoLoss", logit_bias, output_dict)
+
+        terms = self._terms(image_features, text_features, logit_scale, check)
+        bias, as_dict = check()
+        parts = {
+            "contrastive_loss": with_logit_bias(terms.contrastive_loss, bias),
+            "component_loss": self.component_weight * terms.component_loss,
+        }
+        return parts if as_dict else parts["contrastive_loss"] + parts["component_loss"]
+
+    def terms(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,  # []
+    ) -> Terms:
+        """Returns both losses, before the weight, and the kept rank: what a log shows."""
+        return self._terms(image_features, text_features, logit_scale, lambda: None)
+
+    def _terms(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        check_others: Callable[[], object],
+    ) -> Terms:
+        rows = self._agree(image_features, text_features, logit_scale, check_others)
         unit = self._unit if self.normalize_features else _as_it_is
         texts = unit(text_features)
         # Over ranks the texts of the PCA stay in float64: rounded first, a narrow gap at the cut
         # would put the gradient more than 1e-6 from that of the joined batch.
         wide_texts = texts if rows is None else unit(text_features.double())
-        component_features, self.rank = self._reconstruct(wide_texts, rows)
+        component_features, rank = self._reconstruct(wide_texts, texts.dtype, rows)
         if self.normalize_components:
             component_features = self._unit(component_features)
         contrastive_loss, component_loss = self._losses(
             unit(image_features), texts, component_features.to(texts.dtype), logit_scale, rows
         )
-        loss = contrastive_loss + self.component_weight * component_loss
-        if not output_dict:
-            return loss
-        return {
-            "contrastive_loss": contrastive_loss,
-            "component_loss": component_loss,
-            "loss": loss,
-        }
+        return Terms(contrastive_loss, component_loss, rank)
 
     def _unit(self, features: Tensor) -> Tensor:
         # Rows divided by their length. A rank without rows has nothing to divide.
@@ -260,9 +282,14 @@ class HiMoLoss(nn.Module):
         return normalize(features, backend=self.backend)
 
     def _agree(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        check_others: Callable[[], object],
     ) -> Rows | None:
-        # The rows of every rank, or None in one process. Raises for what is wrong on any rank.
+        # The rows of every rank, or None in one process. Raises for what is wrong on any rank;
+        # check_others for what the caller has of its own.
         one_process = _in_one_process(self.group)
         check_each = check_features if one_process else check_rows
 
@@ -279,6 +306,7 @@ class HiMoLoss(nn.Module):
                     if self.normalize_features:
                         _check_directions(argument, value)
             check_logit_scale("HiMoLoss", logit_scale, image_features)
+            check_others()
             if not one_process:
                 loss_over_ranks.resolve_over_ranks(
                     "HiMoLoss", self.backend, members.size, image_features
@@ -300,21 +328,20 @@ class HiMoLoss(nn.Module):
             check_ranks=self.check_ranks,
         )
 
-    def _reconstruct(self, text_features: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
+    def _reconstruct(
+        self, text_features: Tensor, dtype: torch.dtype, rows: Rows | None
+    ) -> tuple[Tensor, Tensor]:
+        # dtype is that of the caller's features, whose rounding the floor is above.
         if rows is None:
             return self.hide(text_features)
+        hide = self.hide
+        floor = floor_of(dtype, hide.variance_floor)
+        settings = (hide.variance_threshold, hide.gap_eps, hide.differentiate_basis, self.backend)
         if self.pca_scope == "global":
-            return moments.reconstruct(
-                text_features,
-                rows,
-                self.hide.variance_threshold,
-                self.hide.gap_eps,
-                self.hide.differentiate_basis,
-                self.backend,
-            )
+            return moments.reconstruct(floor, text_features, rows, *settings)
         if rows.own == 0:
             return text_features, torch.zeros((), dtype=torch.int64, device=text_features.device)
-        return self.hide(text_features)
+        return reconstruct_above(floor, text_features, *settings)
 
     def _losses(
         self,

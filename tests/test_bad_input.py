@@ -249,6 +249,10 @@ SETTING_MISTAKES = {
             "above 1": _instead(1 + 1e-9, ValueError, "1.000000001"),
         },
     ),
+    "variance_floor": (
+        PCAS,
+        {**NUMBERS, "string": _instead("1e-8", ValueError, "'1e-8'")},
+    ),
     "gap_eps": (PCAS, {**NUMBERS, "None": _instead(None, TypeError, "NoneType")}),
     "label_smoothing": (LOSSES, {**NUMBERS, "above 1": _instead(1.5, ValueError, "1.5")}),
     "component_weight": (("HiMoLoss",), NUMBERS),

@@ -45,11 +45,11 @@ def test_paper_preset(shape, generator):
         normalize_components=True,
         constants=False,
     )
-    actual = HiMoLoss(gap_eps=0.0)(*inputs, output_dict=True)
-    assert list(actual) == ["contrastive_loss", "component_loss", "loss"]
-    for value, reference in zip(actual.values(), expected, strict=True):
+    loss = HiMoLoss(gap_eps=0.0)
+    terms, actual = loss.terms(*inputs), loss(*inputs)
+    for value, reference in zip((*terms[:2], actual), expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
-    for a, e in zip(gradients(actual["loss"], inputs), gradients(expected[2], inputs), strict=True):
+    for a, e in zip(gradients(actual, inputs), gradients(expected[2], inputs), strict=True):
         assert hkt.relative_error(a, e) <= 1e-9
 
 
@@ -57,11 +57,12 @@ def test_paper_preset(shape, generator):
 def test_official_preset_is_the_released_code(shape, generator):
     inputs = features(generator, *shape)
     contrastive, component = released.himo_loss(*inputs, ratio=0.85)
-    actual = HiMoLoss("official", gap_eps=0.0)(*inputs, output_dict=True)
-    torch.testing.assert_close(actual["contrastive_loss"], contrastive, rtol=1e-12, atol=0)
-    torch.testing.assert_close(actual["component_loss"], component, rtol=1e-12, atol=0)
+    loss = HiMoLoss("official", gap_eps=0.0)
+    terms = loss.terms(*inputs)
+    torch.testing.assert_close(terms.contrastive_loss, contrastive, rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms.component_loss, component, rtol=1e-12, atol=0)
     expected = gradients(contrastive + component, inputs)
-    for a, e in zip(gradients(actual["loss"], inputs), expected, strict=True):
+    for a, e in zip(gradients(loss(*inputs), inputs), expected, strict=True):
         assert hkt.relative_error(a, e) <= 1e-9
 
 
@@ -179,6 +180,18 @@ def test_length_of_the_features_does_not_matter(magnitude, generator):
     torch.testing.assert_close(actual, expected)
 
 
+def test_the_official_preset_has_the_released_codes_floor(generator):
+    # Normalised rows with a trace of 1e-9: below 1e-8, far above rounding.
+    images, texts, scale = (t.detach() for t in features(generator))
+    texts = texts[:1] / texts[0].norm() + 1e-6 * torch.randn(24, 40, generator=generator).double()
+    texts = F.normalize(texts, dim=-1)
+    assert torch.equal(released.cumulative_ratio_pca(texts, 0.85), texts)
+    assert HiMoLoss("official").terms(images, texts, scale).rank == 24
+    for loss in (HiMoLoss("paper"), HiMoLoss("official", variance_floor="relative")):
+        assert loss.terms(images, texts, scale).rank == HiDe(loss.hide.variance_threshold)(texts)[1]
+        assert loss.terms(images, texts, scale).rank < 24
+
+
 def test_hide_returns_components_and_rank(generator):
     texts = hkt.power_law(24, 40, dtype=torch.float64, generator=generator)
     components, rank = HiDe(0.8)(texts)
@@ -187,13 +200,80 @@ def test_hide_returns_components_and_rank(generator):
     assert rank == expected_rank
 
 
-def test_rank_of_the_last_batch_is_kept_for_logging(generator):
+def test_the_rank_is_one_of_the_terms(generator):
     images, texts, scale = features(generator)
     loss = HiMoLoss()
-    assert loss.rank is None
-    loss(images, texts, scale)
-    assert loss.rank == HiDe()(F.normalize(texts, dim=-1))[1]
+    assert loss.terms(images, texts, scale).rank == HiDe()(F.normalize(texts, dim=-1))[1]
     assert not loss.state_dict()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 2.0])
+def test_the_dict_adds_up_to_the_loss_as_trainers_add_it(weight, generator):
+    # open_clip 3.3.0 adds all values, its repository those whose key ends in _loss.
+    inputs = features(generator)
+    loss = HiMoLoss(component_weight=weight)
+    losses = loss(*inputs, output_dict=True)
+    assert list(losses) == ["contrastive_loss", "component_loss"]
+    assert sum(losses.values()) == loss(*inputs)
+    assert sum(v for k, v in losses.items() if k.endswith("_loss")) == loss(*inputs)
+    terms = loss.terms(*inputs)
+    assert losses["contrastive_loss"] == terms.contrastive_loss
+    assert losses["component_loss"] == weight * terms.component_loss
+
+
+@pytest.mark.parametrize("bias", [torch.tensor(-10.0), torch.tensor([3.0]), -10.0, 2], ids=str)
+def test_a_constant_bias_changes_nothing_and_gets_no_gradient(bias, generator):
+    inputs = features(generator, dtype=torch.float32)
+    loss, leaves = HiMoLoss(), list(inputs)
+    if isinstance(bias, torch.Tensor):
+        leaves.append(bias := bias.clone().requires_grad_())
+    expected = loss(*inputs)
+    actual = loss(*inputs, bias)
+    assert actual == expected and actual.dtype == torch.float32
+    assert sum(loss(*inputs, logit_bias=bias, output_dict=True).values()) == expected
+    found = gradients(actual, leaves)
+    assert all(map(torch.equal, found, gradients(expected, inputs)))
+    assert all((gradient == 0).all() for gradient in found[3:])
+    # What it would be to add it.
+    images, texts = (F.normalize(t.detach(), dim=-1) for t in inputs[:2])
+    logits = inputs[2].detach() * images @ texts.T + bias
+    labels = torch.arange(len(logits))
+    added = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(loss.terms(*inputs).contrastive_loss, added)
+
+
+def test_a_bool_in_fourth_place_is_output_dict(generator):
+    inputs, loss = features(generator), HiMoLoss()
+    losses = loss(*inputs, output_dict=True)
+    assert loss(*inputs, True) == losses == loss(*inputs, None, True)
+    assert loss(*inputs, False) == loss(*inputs)
+
+
+@pytest.mark.parametrize(
+    "bias, error, words",
+    [
+        (torch.zeros(24), ValueError, r"expected logit_bias of shape \[\] or \[1\], got \[24\]"),
+        ("-10", TypeError, "expected logit_bias to be a number, got str"),
+        (
+            torch.tensor(2j),
+            TypeError,
+            "expected logit_bias of dtype float16, .*, got torch.complex64",
+        ),
+    ],
+    ids=str,
+)
+def test_a_bias_that_is_no_constant_is_refused(bias, error, words, generator):
+    with pytest.raises(error, match=f"HiMoLoss: {words}"):
+        HiMoLoss()(*features(generator), bias)
+
+
+def test_a_call_leaves_no_trace_on_the_module(generator):
+    # Nor in a compiled graph, which would write it once more, to memory that it uses again.
+    inputs, loss = [t.detach() for t in features(generator)], HiMoLoss()
+    before, expected = dict(vars(loss)), loss(*inputs)
+    compiled = torch.compile(loss.forward, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), expected)
+    assert vars(loss) == before
 
 
 def test_training_with_the_loss_aligns_the_pairs(generator):

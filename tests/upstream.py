@@ -1,4 +1,4 @@
-"""Other people's code that is accelerated: open_clip's own loss, the released model's interface."""
+"""Other people's code that is accelerated: open_clip's losses, the released model's interface."""
 
 import importlib.util
 import sys
@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from benchmarks.baselines import released
 
 NAME = "open_clip.loss"
+# Where `make setup` puts the oldest published version, whose package would hide the newest.
+OLDEST = Path(sys.prefix) / "open_clip_oldest" / "open_clip" / "loss.py"
+
+
+def module_of(name: str, path: Path) -> ModuleType:
+    """The file as a module of this name, run without its package."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def open_clip_loss() -> ModuleType | None:
@@ -23,10 +33,60 @@ def open_clip_loss() -> ModuleType | None:
         package = importlib.util.find_spec("open_clip")
         if package is None or package.origin is None:
             return None
-        spec = importlib.util.spec_from_file_location(NAME, Path(package.origin).parent / "loss.py")
-        sys.modules[NAME] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[NAME])
+        sys.modules[NAME] = module_of(NAME, Path(package.origin).parent / "loss.py")
     return sys.modules[NAME]
+
+
+def oldest_open_clip_loss() -> ModuleType | None:
+    """The loss.py of open_clip_torch 0.2.0, or None where `make setup` has not put it."""
+    return module_of(NAME, OLDEST) if OLDEST.exists() else None
+
+
+class UnpublishedClipLoss(nn.Module):
+    """ClipLoss with the interface of open_clip's repository after 3.3.0: no use_horovod."""
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+        self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        return torch.arange(num_logits, device=device)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        logits = logit_scale * image_features @ text_features.T
+        logits = logits if logit_bias is None else logits + logit_bias
+        return logits, logits.T
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        labels = self.get_ground_truth(image_features.device, len(image_features))
+        loss = sum(F.cross_entropy(rows, labels) for rows in logits) / 2
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+# By its name and module, accelerate knows it.
+UnpublishedClipLoss.__name__, UnpublishedClipLoss.__module__ = "ClipLoss", NAME
 
 
 class ReleasedCLIP(nn.Module):

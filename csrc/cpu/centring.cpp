@@ -13,19 +13,20 @@ constexpr int64_t kMeanRows = 64;
 constexpr int64_t kMeanBlocks = 64;
 constexpr int64_t kMeanColumns = 512;  // 4 KiB of partial sums: they stay in the first-level cache
 
-// sums[j] += x[i, j]; the inner loop runs along the smaller stride.
+// sums[j] += x[i, j] - first[j]; the inner loop runs along the smaller stride.
 template <typename scalar_t>
 HIMO_WIDE void add_rows(const scalar_t* x,  // [rows, columns]
                         int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
-                        double* sums) {  // [columns]
+                        const double* first,  // [columns]
+                        double* sums) {       // [columns]
   if (column_stride <= row_stride) {
     for (int64_t i = 0; i < rows; ++i) {
       const scalar_t* row = x + i * row_stride;
       if (column_stride == 1) {
-        for (int64_t j = 0; j < columns; ++j) sums[j] += static_cast<double>(row[j]);
+        for (int64_t j = 0; j < columns; ++j) sums[j] += static_cast<double>(row[j]) - first[j];
       } else {
         for (int64_t j = 0; j < columns; ++j) {
-          sums[j] += static_cast<double>(row[j * column_stride]);
+          sums[j] += static_cast<double>(row[j * column_stride]) - first[j];
         }
       }
     }
@@ -34,7 +35,8 @@ HIMO_WIDE void add_rows(const scalar_t* x,  // [rows, columns]
   for (int64_t j = 0; j < columns; ++j) {
     const scalar_t* column = x + j * column_stride;
     double sum = 0;
-    for (int64_t i = 0; i < rows; ++i) sum += static_cast<double>(column[i * row_stride]);
+    for (int64_t i = 0; i < rows; ++i)
+      sum += static_cast<double>(column[i * row_stride]) - first[j];
     sums[j] += sum;
   }
 }
@@ -88,14 +90,20 @@ std::vector<double> column_means(const at::Tensor& x, int64_t b, int64_t count) 
   const int64_t block_rows = at::divup(samples, blocks);
   const int64_t column_blocks = at::divup(features, kMeanColumns);
   std::vector<double> partial(count * blocks * features, 0.0);  // [count, blocks, D]
+  std::vector<double> firsts(count * features);                 // [count, D], row 0
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "column_means", [&] {
     const scalar_t* data = x.const_data_ptr<scalar_t>();
+    for (int64_t problem = 0; problem < count; ++problem) {
+      copy_line(data + problem_offset(x, b + problem), column_stride, features,
+                firsts.data() + problem * features);
+    }
     const auto sum_block = [&](int64_t problem, int64_t block, int64_t column_block) {
       const int64_t i = block * block_rows, j = column_block * kMeanColumns;
       if (i >= samples) return;  // 64 blocks of whole rows may end before the last block
       add_rows(data + problem_offset(x, b + problem) + i * row_stride + j * column_stride,
                std::min(block_rows, samples - i), std::min(kMeanColumns, features - j), row_stride,
-               column_stride, partial.data() + (problem * blocks + block) * features + j);
+               column_stride, firsts.data() + problem * features + j,
+               partial.data() + (problem * blocks + block) * features + j);
     };
     at::parallel_for(0, count * blocks * column_blocks,
                      grain(block_rows * std::min(features, kMeanColumns)),
@@ -113,7 +121,10 @@ std::vector<double> column_means(const at::Tensor& x, int64_t b, int64_t count) 
       const double* sums = partial.data() + (problem * blocks + block) * features;
       for (int64_t j = 0; j < features; ++j) mean[j] += sums[j];
     }
-    for (int64_t j = 0; j < features; ++j) mean[j] /= static_cast<double>(samples);
+    const double* first = firsts.data() + problem * features;
+    for (int64_t j = 0; j < features; ++j) {
+      mean[j] = first[j] + mean[j] / static_cast<double>(samples);
+    }
   }
   return means;
 }

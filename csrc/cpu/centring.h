@@ -40,7 +40,8 @@ int64_t problem_offset(const at::Tensor& x, int64_t b);  // [*, N, D]
 
 // Returns the means [count, D] of problems b to b + count, in float64 whatever the dtype of x:
 // rounding one to float32 would shift every row of X alike, which a large mean turns into the
-// leading error.
+// leading error. Sums are of differences from the first row: the mean of equal rows is that row,
+// however many they are.
 std::vector<double> column_means(const at::Tensor& x, int64_t b, int64_t count);  // [*, N, D]
 
 // The part of x that is centred at a time: rows and columns of problems b to b + count.

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cpu/pca_kernel.h"
@@ -18,13 +20,14 @@ namespace himo::cpu {
 namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-constexpr double kZeroVariance = 1e-8;  // trace at or below which a batch has no variance
 
-// The smallest r whose share of the trace reaches the threshold, README (2).
-int64_t choose_rank(const double* eigenvalues, int64_t n, double threshold) {
+// The smallest r whose share of the trace reaches the threshold, README (2). shift is the part of
+// sum(x^2) that centring takes away, N mean^2.
+int64_t choose_rank(const double* eigenvalues, int64_t n, double shift, double threshold,
+                    const std::pair<double, double>& floor) {
   double trace = 0;  // summed as the cumulative sum is: the last share is 1, so tau = 1 is reached
   for (int64_t i = 0; i < n; ++i) trace += eigenvalues[i];
-  if (trace <= kZeroVariance) return n;
+  if (!(trace > floor.first * (trace + shift) + floor.second)) return n;
   double sum = eigenvalues[0];
   int64_t rank = 1;
   while (rank < n && sum / trace < threshold) sum += eigenvalues[rank++];
@@ -196,9 +199,10 @@ void write_components(const at::Tensor& x, int64_t b, const double* mean, const 
   }
 }
 
-void decompose(const at::Tensor& moments, double variance_threshold, const at::Tensor& eigenvalues,
-               const at::Tensor& rank) {
-  const int64_t n = moments.size(1);
+void decompose(const at::Tensor& moments, const at::Tensor& means, int64_t samples,
+               double variance_threshold, const std::pair<double, double>& floor,
+               const at::Tensor& eigenvalues, const at::Tensor& rank) {
+  const int64_t n = moments.size(1), features = means.size(1);
   const double cube = static_cast<double>(n) * static_cast<double>(n * n);
   for_each_problem<Buffer<double>>(
       moments.size(0), 10 * cube, [&](int64_t b, Buffer<double>& work) {
@@ -213,7 +217,10 @@ void decompose(const at::Tensor& moments, double variance_threshold, const at::T
         }
         solve_symmetric(matrix, values, n, work.get(solver_work(n)));
         for (int64_t i = 0; i < n; ++i) values[i] = std::max(values[i], 0.0);
-        chosen = choose_rank(values, n, variance_threshold);
+        const double* mean = means.const_data_ptr<double>() + b * features;
+        const double square = std::inner_product(mean, mean + features, mean, 0.0);
+        chosen = choose_rank(values, n, static_cast<double>(samples) * square, variance_threshold,
+                             floor);
       });
 }
 

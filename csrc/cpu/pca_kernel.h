@@ -6,14 +6,19 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <utility>
+
 namespace himo::cpu {
 
 // Replaces the moments of the small side by V and finds eigenvalues and rank; README (2). NaN in a
 // moment gives NaN eigenvalues and V, and rank n.
-void decompose(const at::Tensor& moments,      // [B, n, n] float64, becomes V
-               double variance_threshold,      //
-               const at::Tensor& eigenvalues,  // [B, n] float64, descending
-               const at::Tensor& rank);        // [B] int64
+void decompose(const at::Tensor& moments,               // [B, n, n] float64, becomes V
+               const at::Tensor& means,                 // [B, D] float64
+               int64_t samples,                         // N
+               double variance_threshold,               //
+               const std::pair<double, double>& floor,  // himo::Floor
+               const at::Tensor& eigenvalues,           // [B, n] float64, descending
+               const at::Tensor& rank);                 // [B] int64
 
 void components(const at::Tensor& x,             // [*, N, D]
                 const at::Tensor& mean,          // [B, D] float64

@@ -14,16 +14,18 @@ from himo_kernels._checks import (
     check_finite_values,
     check_flag,
     check_gap_eps,
+    check_variance_floor,
     check_variance_threshold,
 )
-from himo_kernels._dispatch import refuse_double_backward
+from himo_kernels._dispatch import as_tensor, refuse_double_backward
 from himo_kernels.covariance import covariance
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.gather import AllGather
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.pca import moment as parts
-from himo_kernels.pca import pca_reconstruct as pca_reconstruct_of_one
+from himo_kernels.pca.api import reconstruct_above
 from himo_kernels.pca.op import PCA_RECONSTRUCT
+from himo_kernels.pca.reference import floor_of
 
 
 def pca_reconstruct(
@@ -31,6 +33,7 @@ def pca_reconstruct(
     variance_threshold: float = 0.9,
     *,
     group: dist.ProcessGroup | None = None,
+    variance_floor: float | str = "relative",
     gap_eps: float = 1e-6,
     differentiate_basis: bool = True,
     check_finite: bool = False,
@@ -56,6 +59,7 @@ def pca_reconstruct(
 
     def check() -> None:
         check_variance_threshold(operator, variance_threshold)
+        check_variance_floor(operator, variance_floor)
         check_gap_eps(operator, gap_eps)
         check_flag(operator, "differentiate_basis", differentiate_basis)
         check_rows(operator, "x", x)
@@ -70,13 +74,14 @@ def pca_reconstruct(
         members_of(group, operator),
         x,
         check,
-        settings=settings,
+        settings=(*settings, variance_floor),
         needs_grad=(isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled(),),
     )
-    return reconstruct(x, rows, *settings)
+    return reconstruct(floor_of(x.dtype, variance_floor), x, rows, *settings)
 
 
 def reconstruct(
+    floor: tuple[float, float],  # of floor_of
     x: Tensor,  # [M, D]
     rows: Rows,
     variance_threshold: float,
@@ -86,17 +91,15 @@ def reconstruct(
 ) -> tuple[Tensor, Tensor]:
     """pca_reconstruct of arguments that the ranks agreed on."""
     if rows.members.size > 1 and x.shape[1] <= rows.total:
+        threshold = as_tensor(float(variance_threshold), torch.float64, x.device)
         return MomentPCA.apply(
-            x, rows, float(variance_threshold), float(gap_eps), differentiate_basis, backend
+            x, rows, threshold, floor, float(gap_eps), differentiate_basis, backend
         )
     # N < D: every rank decomposes the N x N side of all rows. Each differentiates its own rows
     # alone; the gather's backward sums what they say of each other's.
-    reconstruction, rank = pca_reconstruct_of_one(
-        AllGather.apply(x, rows),
-        variance_threshold,
-        gap_eps=gap_eps,
-        differentiate_basis=differentiate_basis,
-        backend=backend,
+    joined = AllGather.apply(x, rows)
+    reconstruction, rank = reconstruct_above(
+        floor, joined, variance_threshold, float(gap_eps), differentiate_basis, backend
     )
     return reconstruction.split(rows.counts)[rows.rank], rank
 
@@ -109,14 +112,17 @@ class MomentPCA(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # [M, D]
         rows: Rows,
-        variance_threshold: float,
+        variance_threshold: Tensor,  # [] float64
+        floor: tuple[float, float],  # of floor_of
         gap_eps: float,
         differentiate_basis: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         mean, moment = _joined_moment(x, rows, backend)
         chosen = parts.MOMENT.resolve(backend, moment)
-        eigenvalues, eigenvectors, rank = parts.decompose(moment, variance_threshold, chosen)
+        eigenvalues, eigenvectors, rank = parts.decompose(
+            moment, mean, rows.total, variance_threshold, floor, chosen
+        )
         rank = rows.members.broadcast(rank)
         reconstruction = parts.reconstruct(x, mean, eigenvalues, eigenvectors, rank, chosen)
         ctx.save_for_backward(x, mean, eigenvalues, eigenvectors, rank)
@@ -150,7 +156,7 @@ class MomentPCA(torch.autograd.Function):
             ctx.gap_eps,
             ctx.backend,
         )
-        return grad_x, None, None, None, None, None
+        return grad_x, None, None, None, None, None, None
 
 
 def _joined_moment(x: Tensor, rows: Rows, backend: str) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,10 @@ from himo_kernels._checks import (
     check_shape,
     check_tensor,
     raise_shape,
+    raise_type,
     raise_value,
 )
-from himo_kernels._dispatch import Operator, accumulation_dtype
+from himo_kernels._dispatch import Operator, accumulation_dtype, as_tensor
 from himo_kernels.info_nce.op import (
     DUAL_INFO_NCE,
     DUAL_INFO_NCE_LOW_RANK,
@@ -235,10 +236,43 @@ def check_keep_logits_mib(operator: str, value: object) -> float:
 def check_logit_scale(operator: str, value: Tensor | float, features: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         number = check_number(operator, "logit_scale", value)
-        dtype = accumulation_dtype(features.dtype)
-        return torch.full((), number, dtype=dtype, device=features.device)
+        return as_tensor(number, accumulation_dtype(features.dtype), features.device)
     check_tensor(operator, "logit_scale", value)
     if value.numel() != 1:
         raise_shape(operator, "logit_scale", "[] or [1]", value)
     check_device(operator, "logit_scale", value, "image_features", features)
     return value.reshape(())
+
+
+def bias_and_flag(
+    operator: str, logit_bias: Tensor | float | bool | None, output_dict: bool
+) -> tuple[Tensor | float | None, bool]:
+    """Returns logit_bias and output_dict of a call in the words of open_clip, checked.
+
+    They are the fourth and fifth arguments of its losses; before it knew a bias, output_dict was
+    the fourth, and a bool in its place is that.
+    """
+    check_flag(operator, "output_dict", output_dict)
+    if isinstance(logit_bias, bool):
+        if output_dict:
+            raise_type(operator, "logit_bias", "to be a number", "bool")
+        return None, logit_bias
+    if isinstance(logit_bias, Tensor):
+        check_tensor(operator, "logit_bias", logit_bias)
+        if logit_bias.numel() != 1:  # the softmax would see it
+            raise_shape(operator, "logit_bias", "[] or [1]", logit_bias)
+    elif logit_bias is not None:
+        check_number(operator, "logit_bias", logit_bias)
+    return logit_bias, output_dict
+
+
+def with_logit_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
+    """Returns the loss of logits to all of which the bias is added: the same, for a finite one.
+
+    DistributedDataParallel waits for a gradient of every parameter: the bias gets 0.
+    """
+    if logit_bias is None:
+        return loss
+    if not isinstance(logit_bias, Tensor):
+        logit_bias = as_tensor(float(logit_bias), loss.dtype, loss.device)
+    return loss + 0 * logit_bias.sum().to(loss.dtype)

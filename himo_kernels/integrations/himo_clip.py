@@ -54,12 +54,9 @@ def forward_of(model: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, 
         rank: int,  # of the caller; torch.distributed's is used, which it was made from
         pca_ratio: float = 0.85,
     ) -> tuple[Tensor, Tensor]:
-        losses = loss_of(pca_ratio)(
-            self.encode_image(image),
-            self.encode_text(text_long),
-            self.logit_scale.exp(),
-            output_dict=True,
+        terms = loss_of(pca_ratio).terms(
+            self.encode_image(image), self.encode_text(text_long), self.logit_scale.exp()
         )
-        return losses["contrastive_loss"], losses["component_loss"]
+        return terms.contrastive_loss, terms.component_loss
 
     return forward

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from himo_kernels import distributed
-from himo_kernels._checks import raise_shape, raise_value
+from himo_kernels._checks import raise_value
 from himo_kernels._dispatch import check_backend
 from himo_kernels.distributed.loss import check_strategy
 from himo_kernels.distributed.wire import members_of
 from himo_kernels.info_nce import info_nce
+from himo_kernels.info_nce.api import bias_and_flag, with_logit_bias
 
 OPTIONS = ("strategy", "backend")
 METHODS = ("forward", "get_logits", "get_ground_truth")
+SETTINGS = ("local_loss", "gather_with_grad", "world_size")  # of a ClipLoss, read at each call
 
 
 def class_of(module: nn.Module) -> type | None:
@@ -42,8 +44,13 @@ def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") ->
     """Returns what ClipLoss.forward becomes."""
     check_strategy("accelerate", strategy)
     check_backend("accelerate", backend)
-    if loss.use_horovod:
+    if getattr(loss, "use_horovod", False):  # gone from open_clip after 3.3.0
         raise NotImplementedError("accelerate: expected torch.distributed, got use_horovod=True")
+    missing = [name for name in SETTINGS if not hasattr(loss, name)]
+    if missing:
+        raise NotImplementedError(
+            f"accelerate: expected ClipLoss with {SETTINGS}, got no {missing}"
+        )
 
     def forward(
         self: Any,
@@ -53,15 +60,13 @@ def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") ->
         logit_bias: Tensor | float | None = None,  # []
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        if isinstance(logit_bias, Tensor) and logit_bias.numel() != 1:  # the softmax would see it
-            raise_shape("ClipLoss", "logit_bias", "[] or [1]", logit_bias)
+        logit_bias, output_dict = bias_and_flag("ClipLoss", logit_bias, output_dict)
         image_features, text_features = _as_under_autocast(image_features, text_features)
         if self.world_size == 1:
             value = info_nce(image_features, text_features, logit_scale, backend=backend)
         else:
             value = _over_ranks(self, image_features, text_features, logit_scale, strategy, backend)
-        if isinstance(logit_bias, Tensor):
-            value = value + 0 * logit_bias.sum()  # DDP waits for a gradient of every parameter
+        value = with_logit_bias(value, logit_bias)
         return {"contrastive_loss": value} if output_dict else value
 
     return forward

@@ -111,7 +111,7 @@ def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
         TypeError: module is neither, or an option is unknown.
         ValueError: module has been accelerated already, or an option has an impossible value.
         NotImplementedError: module's class derives from the known one and computes something else;
-            or it is a ClipLoss over Horovod.
+            or it is a ClipLoss over Horovod, or of a version without the settings that are read.
     """
     if not isinstance(module, nn.Module):
         raise_type("accelerate", "module", "to be a torch.nn.Module", type(module).__name__)

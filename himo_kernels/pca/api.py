@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from himo_kernels._checks import (
@@ -13,11 +14,12 @@ from himo_kernels._checks import (
     check_rank,
     check_shape,
     check_tensor,
+    check_variance_floor,
     check_variance_threshold,
     raise_shape,
     raise_type,
 )
-from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels._dispatch import accumulation_dtype, as_tensor
 from himo_kernels.pca.op import (
     PCA_OP,
     PCA_RECONSTRUCT,
@@ -26,6 +28,7 @@ from himo_kernels.pca.op import (
     PCAReconstruct,
     ProjectReconstruct,
 )
+from himo_kernels.pca.reference import floor_of
 
 
 class PCA(NamedTuple):
@@ -45,6 +48,7 @@ def pca(
     x: Tensor,  # [*, N, D]
     variance_threshold: float = 0.9,
     *,
+    variance_floor: float | str = "relative",
     gap_eps: float = 1e-6,
     check_finite: bool = False,
     backend: str = "auto",
@@ -52,9 +56,13 @@ def pca(
     """PCA of the rows of x, cut at a cumulative share of the variance.
 
     The rank is the smallest r with `eigenvalues[:r].sum() / eigenvalues.sum() >= tau`, chosen from
-    float64 eigenvalues; every shape follows from x's. A batch without variance (trace <= 1e-8)
-    keeps rank n; with N < D its components are then zero, and unlike in pca_reconstruct a
-    projection onto them is the mean.
+    float64 eigenvalues; every shape follows from x's. It is scikit-learn's
+    `PCA(n_components=tau)` but where a share equals tau: r components that hold exactly tau of the
+    variance are enough here, and there one more is taken, for a share > tau.
+
+    A batch without variance (one row, or equal ones: see variance_floor) keeps rank n; with N < D
+    components without an eigenvalue are zero, and unlike in pca_reconstruct a projection onto them
+    is the mean.
 
     Differentiable to first order in mean, eigenvalues, explained_variance_ratio, and in components
     as far as they span a subspace: exact for every function that is unchanged when the kept
@@ -64,6 +72,10 @@ def pca(
     Args:
         x: Samples in rows, [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
         variance_threshold: tau in (0, 1].
+        variance_floor: The sum of the eigenvalues (the squared distances of the rows from their
+            mean) at or below which the batch has no variance, >= 0; "relative" is
+            `(8 eps)^2 * (x**2).sum()`, with the eps of x's dtype, so that a rank does not depend
+            on the unit of x.
         gap_eps: Relative floor of the eigenvalue gap at the cut, in the backward; see
             pca_reconstruct.
         check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
@@ -73,10 +85,11 @@ def pca(
         ValueError: wrong shape or value. TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take x.
     """
-    variance_threshold = _check("pca", x, variance_threshold, check_finite)
+    floor = _check("pca", x, variance_threshold, variance_floor, check_finite)
     gap_eps = check_gap_eps("pca", gap_eps)
     backend = PCA_OP.resolve(backend, x)
-    return PCA(*Decompose.apply(x, variance_threshold, gap_eps, backend))
+    threshold = as_tensor(float(variance_threshold), torch.float64, x.device)
+    return PCA(*Decompose.apply(x, threshold, floor, gap_eps, backend))
 
 
 def project_reconstruct(
@@ -130,6 +143,7 @@ def pca_reconstruct(
     x: Tensor,  # [*, N, D]
     variance_threshold: float = 0.9,
     *,
+    variance_floor: float | str = "relative",
     gap_eps: float = 1e-6,
     differentiate_basis: bool = True,
     check_finite: bool = False,
@@ -140,13 +154,13 @@ def pca_reconstruct(
     Equal to `project_reconstruct(x, pca(x, tau))` in one operator, with float64 inside: rows up to
     1e150 in length, beyond which squares overflow and NaN comes out. Any two
     equal rows, a rank below n and equal eigenvalues give finite values and gradients. A batch
-    without variance (N = 1, equal rows, trace <= 1e-8) and rank = n are the identity map.
+    without variance (N = 1, equal rows: see variance_floor) and rank = n are the identity map.
 
     Args:
         x: Text features in rows, [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
             Leading dimensions are independent problems: `x.view(8, 128, D)` is what 8 ranks with
             a local PCA compute.
-        variance_threshold: tau in (0, 1].
+        variance_threshold: tau in (0, 1], as in `pca`, and so is variance_floor.
         gap_eps: The backward divides by the gap between kept and dropped eigenvalues; 1 / delta
             is replaced by delta / (delta^2 + (gap_eps lambda_R)^2), which bounds the gradient by
             (3 + 1 / gap_eps) times the incoming one. 0 is the exact derivative.
@@ -164,16 +178,37 @@ def pca_reconstruct(
         NotImplementedError: the named backend cannot take x.
     """
     operator = "pca_reconstruct"
-    variance_threshold = _check(operator, x, variance_threshold, check_finite)
+    floor = _check(operator, x, variance_threshold, variance_floor, check_finite)
     gap_eps = check_gap_eps(operator, gap_eps)
     check_flag(operator, "differentiate_basis", differentiate_basis)
+    return reconstruct_above(floor, x, variance_threshold, gap_eps, differentiate_basis, backend)
+
+
+def reconstruct_above(
+    floor: tuple[float, float],  # of floor_of
+    x: Tensor,  # [*, N, D]
+    variance_threshold: float,
+    gap_eps: float,
+    differentiate_basis: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """pca_reconstruct of arguments that are checked, with a floor that x's dtype does not set."""
     backend = PCA_RECONSTRUCT.resolve(backend, x)
-    return PCAReconstruct.apply(x, variance_threshold, gap_eps, differentiate_basis, backend)
+    threshold = as_tensor(float(variance_threshold), torch.float64, x.device)
+    return PCAReconstruct.apply(x, threshold, floor, gap_eps, differentiate_basis, backend)
 
 
-def _check(operator: str, x: Tensor, variance_threshold: float, check_finite: bool) -> float:
+def _check(
+    operator: str,
+    x: Tensor,
+    variance_threshold: float,
+    variance_floor: float | str,
+    check_finite: bool,
+) -> tuple[float, float]:
+    # Returns the floor in the form of the backends.
     check_features(operator, "x", x)
-    threshold = check_variance_threshold(operator, variance_threshold)
+    check_variance_threshold(operator, variance_threshold)
+    floor = floor_of(x.dtype, check_variance_floor(operator, variance_floor))
     if check_flag(operator, "check_finite", check_finite):
         check_finite_values(operator, x=x)
-    return threshold
+    return floor

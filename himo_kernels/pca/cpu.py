@@ -5,6 +5,8 @@ slices of the eigenvectors, products go through the fewer of the two, and of flo
 they are float32 products of float64 eigenvectors. Problems of a batch run in parallel.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,10 +33,11 @@ def why_not_decompose(x: Tensor, *_: Tensor) -> str | None:
 
 def pca_fwd(
     x: Tensor,  # [*, N, D]
-    variance_threshold: float,
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n]."""
-    return _extension.load().pca_fwd(x, variance_threshold)
+    return _extension.load().pca_fwd(x, variance_threshold.item(), floor)
 
 
 def pca_bwd(
@@ -78,10 +81,11 @@ def project_reconstruct_bwd(
 
 def pca_reconstruct_fwd(
     x: Tensor,  # [*, N, D]
-    variance_threshold: float,
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
-    return _extension.load().pca_reconstruct_fwd(x, variance_threshold)
+    return _extension.load().pca_reconstruct_fwd(x, variance_threshold.item(), floor)
 
 
 def pca_reconstruct_bwd(
@@ -103,10 +107,14 @@ def pca_reconstruct_bwd(
 
 def moment_decompose(
     moment: Tensor,  # [D, D] float64
-    variance_threshold: float,
+    mean: Tensor,  # [D] float64
+    samples: int,  # N
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D], eigenvectors [D, D], rank []."""
-    return _extension.load().pca_moment_decompose(moment, variance_threshold)
+    threshold = variance_threshold.item()
+    return _extension.load().pca_moment_decompose(moment, mean, samples, threshold, floor)
 
 
 def moment_reconstruct(

@@ -5,6 +5,7 @@ moment C = X^T X [D, D] and its decomposition those of the whole batch. No autog
 over ranks (himo_kernels/distributed/moments.py) has its own. Equations are those of README.md.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,11 +38,14 @@ MOMENT = Operator(
 
 def decompose(
     moment: Tensor,  # [D, D] float64
-    variance_threshold: float,
+    mean: Tensor,  # [D] float64
+    samples: int,  # N
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of reference.floor_of
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D] descending, eigenvectors [D, D] in columns, rank []: eq. (2)."""
-    return _run("decompose", backend, moment, variance_threshold)
+    return _run("decompose", backend, moment, mean, samples, variance_threshold, floor)
 
 
 def reconstruct(

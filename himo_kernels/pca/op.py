@@ -4,6 +4,7 @@ pca and pca_reconstruct save x, the mean, the eigenvalues and the eigenvectors o
 in float64 whatever the backend: any backend's backward accepts any backend's forward.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _decomposition_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _pca_fwd_fake(
-    x: Tensor, variance_threshold: float, backend: str
+    x: Tensor, variance_threshold: Tensor, floor: Sequence[float], backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mean, eigenvalues, eigenvectors, rank = _decomposition_fake(x)
     components = x.new_empty((*eigenvalues.shape, x.shape[-1]), dtype=torch.float64)
@@ -81,7 +82,8 @@ def _pca_fwd_fake(
 
 _pca_fwd = PCA_OP.define(
     "fwd",
-    "(Tensor x, float variance_threshold, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor variance_threshold, float[] floor, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pca_fwd_fake,
 )
 _pca_bwd = PCA_OP.define(
@@ -106,7 +108,7 @@ _project_reconstruct_bwd = PROJECT_RECONSTRUCT.define(
 
 
 def _pca_reconstruct_fwd_fake(
-    x: Tensor, variance_threshold: float, backend: str
+    x: Tensor, variance_threshold: Tensor, floor: Sequence[float], backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mean, eigenvalues, eigenvectors, rank = _decomposition_fake(x)
     return x.new_empty(x.shape), rank, mean, eigenvalues, eigenvectors
@@ -114,7 +116,8 @@ def _pca_reconstruct_fwd_fake(
 
 _pca_reconstruct_fwd = PCA_RECONSTRUCT.define(
     "fwd",
-    "(Tensor x, float variance_threshold, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor variance_threshold, float[] floor, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pca_reconstruct_fwd_fake,
 )
 _pca_reconstruct_bwd = PCA_RECONSTRUCT.define(
@@ -125,10 +128,13 @@ _pca_reconstruct_bwd = PCA_RECONSTRUCT.define(
 )
 
 
-def _explained_variance(eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
+def _explained_variance(
+    eigenvalues: Tensor, mean: Tensor, samples: int, floor: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     # eigenvalues / trace [*, n] and the trace [*, 1]; 0 and inf where there is no variance.
-    trace = eigenvalues.sum(-1, keepdim=True)
-    trace = torch.where(trace <= reference.ZERO_VARIANCE, torch.inf, trace)
+    trace = eigenvalues.sum(-1)
+    varies = reference.has_variance(trace, mean, samples, floor) | trace.isnan()
+    trace = torch.where(varies, trace, torch.inf).unsqueeze(-1)
     return eigenvalues / trace, trace
 
 
@@ -139,14 +145,17 @@ class Decompose(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,  # [*, N, D]
-        variance_threshold: float,
+        variance_threshold: Tensor,  # [] float64
+        floor: Sequence[float],  # of reference.floor_of
         gap_eps: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        mean, eigenvalues, components, rank, eigenvectors = _pca_fwd(x, variance_threshold, backend)
-        ratio, _ = _explained_variance(eigenvalues)
+        mean, eigenvalues, components, rank, eigenvectors = _pca_fwd(
+            x, variance_threshold, floor, backend
+        )
+        ratio, _ = _explained_variance(eigenvalues, mean, x.shape[-2], floor)
         ctx.save_for_backward(x, mean, eigenvalues, eigenvectors, rank)
-        ctx.gap_eps, ctx.backend = gap_eps, backend
+        ctx.floor, ctx.gap_eps, ctx.backend = floor, gap_eps, backend
         ctx.mark_non_differentiable(rank)
         dtype = accumulation_dtype(x.dtype)
         # The ratio is of float64 eigenvalues: those of large rows overflow float32.
@@ -163,7 +172,7 @@ class Decompose(torch.autograd.Function):
     ) -> Any:
         refuse_double_backward("pca")
         x, mean, eigenvalues, eigenvectors, rank = ctx.saved_tensors
-        ratio, trace = _explained_variance(eigenvalues)
+        ratio, trace = _explained_variance(eigenvalues, mean, x.shape[-2], ctx.floor)
         grad_ratio = grad_ratio.double()
         through_ratio = (grad_ratio - (grad_ratio * ratio).sum(-1, keepdim=True)) / trace
         through_ratio = torch.where(trace.isinf(), 0.0, through_ratio)
@@ -179,7 +188,7 @@ class Decompose(torch.autograd.Function):
             ctx.gap_eps,
             ctx.backend,
         )
-        return grad_x, None, None, None
+        return grad_x, None, None, None, None
 
 
 class ProjectReconstruct(torch.autograd.Function):
@@ -212,12 +221,15 @@ class PCAReconstruct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,  # [*, N, D]
-        variance_threshold: float,
+        variance_threshold: Tensor,  # [] float64
+        floor: Sequence[float],  # of reference.floor_of
         gap_eps: float,
         differentiate_basis: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        reconstruction, rank, *decomposition = _pca_reconstruct_fwd(x, variance_threshold, backend)
+        reconstruction, rank, *decomposition = _pca_reconstruct_fwd(
+            x, variance_threshold, floor, backend
+        )
         ctx.save_for_backward(x, *decomposition, rank)
         ctx.gap_eps, ctx.differentiate_basis = gap_eps, differentiate_basis
         ctx.backend = backend
@@ -234,4 +246,4 @@ class PCAReconstruct(torch.autograd.Function):
             ctx.differentiate_basis,
             ctx.backend,
         )
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None

@@ -5,22 +5,48 @@ SVD of X keeps, up to 1.8e-1 of the gradient at 1024 x 768. Notation of README.m
 V the eigenvectors of the small side (X^T X when D <= N, X X^T when N < D), n = min(N, D).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-ZERO_VARIANCE = 1e-8  # trace at or below which the batch has no variance; the released code's value
+
+def floor_of(dtype: torch.dtype, variance_floor: float | str) -> tuple[float, float]:
+    """Returns f and g: a batch has no variance where trace <= f sum(x^2) + g, README.md (2').
+
+    Rounding of equal rows leaves a trace of some eps^2 sum(x^2): "relative" is above that, in
+    whatever unit x is. A number takes its place.
+    """
+    if isinstance(variance_floor, str):  # "relative"
+        return (8 * torch.finfo(dtype).eps) ** 2, 0.0
+    return 0.0, float(variance_floor)
+
+
+def has_variance(
+    trace: Tensor,  # [*]
+    mean: Tensor,  # [*, D] float64
+    samples: int,  # N
+    floor: Sequence[float],  # of floor_of
+) -> Tensor:
+    """Returns whether the trace is above the floor [*]; sum(x^2) = trace + N mean^2."""
+    energy = trace + samples * mean.square().sum(-1)
+    return trace > floor[0] * energy + floor[1]  # not so for NaN
 
 
 def pca_fwd(
     x: Tensor,  # [*, N, D]
-    variance_threshold: float,
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n].
 
     float64, rank int64. Rows of components at and past rank are zero.
     """
     mean, centred = _centre(x)
-    eigenvalues, eigenvectors, rank = _decompose(centred, variance_threshold)
+    moment = centred.mT @ centred if _feature_side(x) else centred @ centred.mT
+    eigenvalues, eigenvectors, rank = moment_decompose(
+        moment, mean, x.shape[-2], variance_threshold, floor
+    )
     components = _components(centred, eigenvalues, eigenvectors, rank)
     return mean, eigenvalues, components, rank, eigenvectors
 
@@ -93,11 +119,15 @@ def project_reconstruct_bwd(
 
 def pca_reconstruct_fwd(
     x: Tensor,  # [*, N, D]
-    variance_threshold: float,
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     mean, centred = _centre(x)
-    eigenvalues, eigenvectors, rank = _decompose(centred, variance_threshold)
+    moment = centred.mT @ centred if _feature_side(x) else centred @ centred.mT
+    eigenvalues, eigenvectors, rank = moment_decompose(
+        moment, mean, x.shape[-2], variance_threshold, floor
+    )
     projected = _project(centred, eigenvectors, _kept_columns(eigenvalues, rank))
     reconstruction = projected + mean.unsqueeze(-2)  # HiMo-CLIP eq. (1)
     reconstruction = torch.where(_is_identity(eigenvalues, rank), x.double(), reconstruction)
@@ -206,14 +236,12 @@ def _uncentre(grad_centred: Tensor, grad_mean: Tensor) -> Tensor:
     return grad_centred + (grad_mean - grad_centred.mean(-2)).unsqueeze(-2)
 
 
-def _decompose(centred: Tensor, variance_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    moment = centred.mT @ centred if _feature_side(centred) else centred @ centred.mT
-    return moment_decompose(moment, variance_threshold)
-
-
 def moment_decompose(
     moment: Tensor,  # [*, n, n] float64, of the small side
-    variance_threshold: float,
+    mean: Tensor,  # [*, D] float64
+    samples: int,  # N
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of floor_of
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [*, n] descending, eigenvectors [*, n, n] in columns, rank [*]."""
     # LAPACK raises on NaN, for all problems of the batch: solve zeros there and return NaN.
@@ -223,9 +251,10 @@ def moment_decompose(
     )
     eigenvalues = eigenvalues.flip(-1).clamp(min=0)  # of a positive semi-definite matrix
     cumulative = _cumulative_sum(eigenvalues)
-    trace = cumulative[..., -1:]  # the same sum: the last ratio is 1, so that tau = 1 is reached
-    rank = 1 + (cumulative / trace < variance_threshold).sum(-1)
-    rank = torch.where(trace.squeeze(-1) <= ZERO_VARIANCE, eigenvalues.shape[-1], rank)
+    trace = cumulative[..., -1]  # the same sum: the last ratio is 1, so that tau = 1 is reached
+    rank = 1 + (cumulative / trace.unsqueeze(-1) < variance_threshold).sum(-1)
+    varies = has_variance(trace, mean, samples, floor)
+    rank = torch.where(varies, rank, eigenvalues.shape[-1])
     nan = torch.where(finite, 0.0, torch.nan).to(eigenvalues)
     return eigenvalues + nan[..., None], eigenvectors.flip(-1) + nan[..., None, None], rank
 

@@ -149,7 +149,7 @@ def check_released(strategy: str) -> None:
     expected_grads = torch.autograd.grad(sum(expected), theirs)
     mine = leaves(own(images, counts), own(texts, counts), scale)
     actual = HiMoLoss("official", strategy=strategy, gap_eps=0.0)(*mine, output_dict=True)
-    grads = torch.autograd.grad(actual["loss"], mine)  # this rank's own, logit_scale too
+    grads = torch.autograd.grad(sum(actual.values()), mine)  # this rank's own, logit_scale too
     values = [actual["contrastive_loss"], actual["component_loss"]]
     found[f"released code, values, {strategy}"] = worst(values, list(expected))
     found[f"released code, gradients, {strategy}"] = worst(list(grads), list(expected_grads))
@@ -321,6 +321,22 @@ def check_traffic(strategy: str, shape: str) -> None:
     }
 
 
+def check_floor(scope: str, shape: str) -> None:
+    # Whatever the unit, and for rows that rounding to float32 alone tells apart, of which the sums
+    # in float64 see every bit: the rank is that of one process.
+    counts, width = SHAPES[shape]
+    images, texts, scale = batch(counts, width, torch.float32)
+    same = texts[:1] * (1 + 2.0**-23 * (torch.arange(len(texts)) % 2))[:, None]
+    loss = HiMoLoss(pca_scope=scope, normalize_features=False)
+    for name, rows in {"tiny": 1e-6 * texts, "same": same}.items():
+        rank = loss.terms(own(images, counts), own(rows, counts), scale).rank
+        whole = own(rows, counts) if scope == "local" else rows
+        expected = himo_kernels.pca_reconstruct(whole)[1] if len(whole) else 0
+        found[f"rank of {name} rows, {scope}, {shape}"] = float(rank != expected)
+        if name == "same":
+            found[f"no variance, {scope}, {shape}"] = float(rank != min(whole.shape))
+
+
 def check_unchecked() -> None:
     # check_ranks=False: the same bits, and not one collective for the agreement.
     counts, width = SHAPES["N > D"]
@@ -345,6 +361,7 @@ def run(check: Callable[..., None], *options: object) -> None:
 run(check_loss, PRESETS, ("global", "local"), SHAPES, DTYPES, ("gather", "ring"))
 run(check_ddp, ("N > D", "N < D", "uneven"), DTYPES, ("gather", "ring"))
 run(check_info_nce, DTYPES, ("gather", "ring"), ("auto", *BLOCK.backends))
+run(check_floor, ("global", "local"), SHAPES)
 run(check_accumulation, DTYPES, (2, 4))
 gather_counts = [SHAPES[shape][0] for shape in ("N > D", "uneven", "an empty rank")]
 run(check_gather, (torch.bfloat16, torch.float32, torch.float64), gather_counts)

@@ -45,6 +45,7 @@ CASES = {
     "no rows anywhere": (ValueError, ALL, "expected at least one row on some rank, got none"),
     "no rows, unchecked": (ValueError, ALL, "expected at least one row on some rank, got none"),
     "a wrong scale": (ValueError, FIRST, "expected logit_scale of shape [] or [1], got [2]"),
+    "a wrong bias": (ValueError, FIRST, "expected logit_bias of shape [] or [1], got [2]"),
     "all_gather of another width": (
         ValueError,
         ALL,

@@ -103,6 +103,11 @@ def test_moments_far_from_the_origin(ranks):
     assert_below(1e-7, ranks, "moments, far mean")
 
 
+@pytest.mark.parametrize("words", ["rank of tiny rows", "rank of same rows", "no variance"])
+def test_the_floor_of_the_variance_is_that_of_one_process(ranks, words):
+    assert_below(0.0, ranks, words)
+
+
 def test_degenerate_captions_are_finite(ranks):
     assert_below(0.0, ranks, "degenerate")
 

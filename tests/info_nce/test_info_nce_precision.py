@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from info_nce_cases import (
     NAMES,
     Target,
@@ -141,6 +142,29 @@ def test_half_precision_losses_are_a_thousand_times_closer_than_eager(
             squares[index] += relative_error(torch.stack(losses), exact) ** 2
     error, eager_error = squares.sqrt().tolist()
     assert error <= eager_error / 1000, f"{error:.2e}, eager {eager_error:.2e}"
+
+
+@targets_by_dtype("info_nce")
+@pytest.mark.parametrize("scale", [10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("images", ["random", "near", "the codes"])
+def test_exact_label_codes_within_the_budget(
+    target: Target, dtype: torch.dtype, images: str, scale: float, generator: torch.Generator
+) -> None:
+    # Labels as captions: products with them are exact, and so F.cross_entropy in float32 has next
+    # to no error of its own. Each code is shared by four rows, whose parts of a gradient cancel.
+    for codes in (torch.eye(16, 48), torch.randn(16, 48, generator=generator).sign() / 48**0.5):
+        text = codes.repeat(4, 1)
+        spread = {"random": float("inf"), "near": 0.1, "the codes": 0.0}[images]
+        noise = torch.randn(text.shape, generator=generator)
+        image = noise if spread == float("inf") else text + spread * noise
+        inputs = {
+            "image_features": F.normalize(image, dim=-1).to(target.device, dtype),
+            "text_features": text.to(target.device, dtype),
+            "logit_scale": torch.tensor(scale, device=target.device),
+        }
+        size = scale / len(text) ** 0.5  # of the terms s P_ij u_j / N of all rows
+        units = {"image_features": size, "text_features": size, "logit_scale": 1.0}
+        assert_result_within_budget(target, inputs, units=units)
 
 
 @targets_by_dtype("info_nce")

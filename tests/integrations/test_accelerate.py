@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from upstream import ReleasedCLIP, Towers, open_clip_loss
+from upstream import (
+    OLDEST,
+    ReleasedCLIP,
+    Towers,
+    UnpublishedClipLoss,
+    oldest_open_clip_loss,
+    open_clip_loss,
+)
 
 import himo_kernels
 from himo_kernels._dispatch import OPERATORS
@@ -45,6 +52,51 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(operator, "resolve", counted)
     return calls
+
+
+class TestVersionsOfClipLoss:
+    """0.2.0 has three arguments, 3.3.0 five and use_horovod, the repository's no use_horovod."""
+
+    @pytest.fixture(params=["oldest", "newest", "unpublished"])
+    def loss(self, request: pytest.FixtureRequest) -> nn.Module:
+        if request.param == "unpublished":
+            return UnpublishedClipLoss()
+        module = oldest_open_clip_loss() if request.param == "oldest" else upstream
+        if module is None:
+            pytest.skip(f"the {request.param} open_clip_torch is not installed ({OLDEST}, or pip)")
+        return module.ClipLoss()
+
+    def test_value_and_gradients(self, loss, generator):
+        model, (image, text) = Towers(WIDTH, FEATURES).double(), batch(generator)
+
+        def step() -> tuple[Tensor, list[Tensor]]:
+            out = model(image, text)
+            value = loss(out["image_features"], out["text_features"], out["logit_scale"])
+            return value, gradients(model, value + 0 * model.logit_bias)
+
+        expected = step()
+        with himo_kernels.accelerate(loss):
+            torch.testing.assert_close(step(), expected, rtol=1e-9, atol=1e-12)
+        assert step()[0] == expected[0]
+
+    def test_a_bool_in_fourth_place_is_output_dict(self, loss, generator):
+        # As in the versions between, which know no logit_bias.
+        features = Towers(WIDTH, FEATURES).double()(*batch(generator))
+        features.pop("logit_bias")
+        himo_kernels.accelerate(loss)
+        value = loss(*features.values())
+        assert loss(*features.values(), True) == {"contrastive_loss": value}
+        assert loss(*features.values(), False) == value
+        assert loss(*features.values(), None, True) == {"contrastive_loss": value}
+        with pytest.raises(TypeError, match="ClipLoss: expected logit_bias to be a number"):
+            loss(*features.values(), True, True)
+
+    @pytest.mark.parametrize("name", ["local_loss", "gather_with_grad", "world_size"])
+    def test_what_a_version_lacks_is_named(self, loss, name):
+        delattr(loss, name)
+        with pytest.raises(NotImplementedError, match=rf"got no \['{name}'\]"):
+            himo_kernels.accelerate(loss)
+        assert "forward" not in vars(loss)
 
 
 @needs_open_clip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from himo_kernels import PCA, project_reconstruct
+from himo_kernels import PCA, pca_reconstruct, project_reconstruct
 from himo_kernels import pca as run_pca
 from himo_kernels import testing as hkt
 
@@ -55,6 +55,90 @@ def test_tau_reached_exactly_keeps_no_further_component(backend):
     x = torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]], dtype=torch.float64)
     assert run_pca(x, 0.9, backend=backend).rank == 1
     assert run_pca(x, 0.9000001, backend=backend).rank == 2
+
+
+def flowers(dtype, generator):
+    """Rows with the means and the principal variances of the iris data, in cm: one is 0.92."""
+    rotation, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator))
+    spread = torch.tensor([4.228, 0.2427, 0.0782, 0.0238], dtype=torch.float64).sqrt()
+    x = torch.randn(150, 4, dtype=torch.float64, generator=generator)
+    x = torch.linalg.qr(x - x.mean(0))[0] * 149**0.5 * spread  # uncorrelated to the last digit
+    return (x @ rotation + torch.tensor([5.843, 3.057, 3.758, 1.199])).to(dtype)
+
+
+@per_backend
+@pytest.mark.parametrize(
+    "dtype, unit",
+    [(torch.float32, u) for u in (1e-30, 1e-6, 1.0, 1e30)]
+    + [(torch.float64, u) for u in (1e-140, 1e-6, 1.0, 1e140)]
+    + [(torch.float16, 1e-3), (torch.bfloat16, 1e-30)],
+    ids=str,
+)
+def test_the_rank_does_not_depend_on_the_unit(backend, dtype, unit, generator):
+    x = flowers(torch.float64, generator)
+    x = (x * unit).to(dtype)
+    for rows in (x, x[:3]):  # on both sides
+        p = run_pca(rows, backend=backend)
+        plain = run_pca(rows.double() / unit, backend=backend)
+        assert p.rank == plain.rank and (len(rows) == 3 or p.rank == 1)
+        torch.testing.assert_close(
+            p.explained_variance_ratio,
+            plain.explained_variance_ratio.to(p.mean),
+            rtol=1e-4,
+            atol=1e-12,
+        )
+        assert pca_reconstruct(rows, backend=backend)[1] == p.rank
+
+
+@per_backend
+@pytest.mark.parametrize("samples", [2, 7, 5000, 100_000])
+@pytest.mark.parametrize(
+    "dtype, unit",
+    [(torch.float32, u) for u in (1e-30, 1.0, 1e30)]
+    + [(torch.float64, u) for u in (1e-150, 1e-6, 1.0, 1e100, 1e150)]
+    + [(torch.float16, 100.0), (torch.bfloat16, 1.0)],
+    ids=str,
+)
+def test_equal_rows_are_the_identity_in_any_unit(backend, samples, dtype, unit, generator):
+    row = (unit * torch.randn(1, 5, dtype=torch.float64, generator=generator)).to(dtype)
+    for x in (row.expand(samples, 5), row.mT.expand(5, samples).contiguous().mT):
+        x = x.detach().requires_grad_()
+        p = run_pca(x, backend=backend)
+        reconstruction, rank = pca_reconstruct(x, backend=backend)
+        assert p.rank == rank == min(samples, 5)
+        assert (p.explained_variance_ratio == 0).all()
+        assert torch.equal(reconstruction, x)
+        (gradient,) = torch.autograd.grad(reconstruction, x, torch.ones_like(x))
+        torch.testing.assert_close(gradient, torch.ones_like(x))
+
+
+@per_backend
+def test_a_floor_that_is_a_number_is_absolute(backend, generator):
+    x = flowers(torch.float64, generator)
+    trace = 149 * (4.228 + 0.2427 + 0.0782 + 0.0238)
+    for unit in (1e-5, 1.0, 1e5):
+        for side in (0.999, 1.001):
+            floor = side * trace * unit**2
+            rank = 1 if side < 1 else 4
+            assert run_pca(x * unit, variance_floor=floor, backend=backend).rank == rank
+            reconstructed = pca_reconstruct(x * unit, variance_floor=floor, backend=backend)
+            assert reconstructed[1] == rank
+    spread = 1e-9 * torch.eye(5, 7, dtype=torch.float64) + 1
+    assert run_pca(spread, variance_floor=0, backend=backend).rank == 4
+
+
+@per_backend
+def test_a_tie_keeps_what_reaches_the_threshold(backend):
+    # Shares of 1/2 and four times 1/8, which floating point holds exactly.
+    signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    x = torch.block_diag(*(size * signs for size in (2.0, 1.0, 1.0, 1.0, 1.0)))
+    shares = run_pca(x, backend=backend).explained_variance_ratio.cumsum(0)
+    assert shares.tolist() == [0.5, 0.625, 0.75, 0.875, 1.0]
+    for rank, tau in enumerate(shares[:-1].tolist(), 1):
+        assert run_pca(x, tau, backend=backend).rank == rank
+        assert run_pca(x, np.nextafter(tau, 1.0), backend=backend).rank == rank + 1
+        # scikit-learn's line for PCA(n_components=tau): a share > tau, one component more.
+        assert np.searchsorted(shares.numpy(), tau, side="right") + 1 == rank + 1
 
 
 @per_backend

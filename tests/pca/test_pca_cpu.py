@@ -130,7 +130,9 @@ def test_projection_of_no_and_of_every_component(dtype, generator):
 def test_pca_backward_accepts_the_forward_of_the_reference(first, second, shape, generator):
     x = hkt.power_law(*shape, batch=(2,), generator=generator)
     fwd, bwd = torch.ops.himo_kernels.pca_fwd, torch.ops.himo_kernels.pca_bwd
-    mean, eigenvalues, components, rank, eigenvectors = fwd(x, 0.8, first)
+    mean, eigenvalues, components, rank, eigenvectors = fwd(
+        x, torch.tensor(0.8, dtype=torch.float64), (0.0, 0.0), first
+    )
     # A function of the subspace, so that the sign of an eigenvector does not matter.
     weights = torch.randn(2, shape[1], shape[1], dtype=torch.float64, generator=generator)
     incoming = (mean.sin(), eigenvalues.cos(), components @ (weights + weights.mT))
@@ -251,7 +253,7 @@ BACKWARD = {
     # Of the forward of one problem, which stands for all: the backward alone is long.
     "before": """
 x = torch.randn(1, 4096, 128)
-_, rank, *saved = torch.ops.himo_kernels.pca_reconstruct_fwd(x, 0.9, "cpu")
+_, rank, *saved = torch.ops.himo_kernels.pca_reconstruct_fwd(x, torch.tensor(0.9), [0, 0], "cpu")
 x, rank, *saved = (t.expand(600, *t.shape[1:]) for t in (x, rank, *saved))
 """,
     "call": "torch.ops.himo_kernels.pca_reconstruct_bwd(x, x, *saved, rank, 1e-6, True, 'cpu')",

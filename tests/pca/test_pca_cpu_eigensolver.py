@@ -28,7 +28,7 @@ EPS = torch.finfo(torch.float64).eps
 
 def solve(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [2 n, n] -> [n, n], [n], [n, n]
     """Returns A, its eigenvalues and its eigenvectors in columns."""
-    _, eigenvalues, _, _, eigenvectors = _extension.load().pca_fwd(x, 0.9)
+    _, eigenvalues, _, _, eigenvectors = _extension.load().pca_fwd(x, 0.9, (0, 0))
     return x.mT @ x, eigenvalues, eigenvectors
 
 
@@ -147,6 +147,6 @@ def test_the_bits_are_the_same_from_run_to_run(n, threads, generator):
 
 def test_a_batch_is_solved_on_one_thread_each(generator):
     x = torch.stack([gaussian(150, generator) for _ in range(4)])
-    eigenvalues, eigenvectors = (_extension.load().pca_fwd(x, 0.9)[i] for i in (1, 4))
+    eigenvalues, eigenvectors = (_extension.load().pca_fwd(x, 0.9, (0, 0))[i] for i in (1, 4))
     rebuilt = (eigenvectors * eigenvalues.unsqueeze(-2)) @ eigenvectors.mT
     torch.testing.assert_close(rebuilt, x.mT @ x, rtol=0, atol=1e-9)

@@ -123,15 +123,22 @@ def test_runs_are_bitwise_equal(shape, generator):
         assert all(map(torch.equal, reconstruct(x, weights, 0.9, "triton"), first))
 
 
+def rule_of(moment: Tensor):
+    from himo_kernels.pca.triton import eigensolver
+
+    threshold = torch.tensor(0.9, dtype=torch.float64, device="cuda")
+    return eigensolver.Rule(threshold, (0.0, 1e-8), torch.zeros_like(moment[:, 0]), 2)
+
+
 @pytest.mark.parametrize("size", [96, 128])
 def test_jacobi_agrees_with_the_certified_path(size, generator, monkeypatch):
     from himo_kernels.pca.triton import eigensolver
 
     x = torch.randn(4, size, 2 * size, dtype=torch.float64, generator=generator).cuda()
     moment = x @ x.mT
-    values = eigensolver.solve(moment, 0.9, 1e-8).eigenvalues
+    values = eigensolver.solve(moment, rule_of(moment)).eigenvalues
     monkeypatch.setattr(eigensolver, "CERTIFIED", 0.0)
-    again, vectors, _, _ = eigensolver.solve(moment, 0.9, 1e-8)
+    again, vectors, _, _ = eigensolver.solve(moment, rule_of(moment))
     torch.testing.assert_close(again, values, rtol=0, atol=1e-12 * float(values.max()))
     identity = torch.eye(size, dtype=torch.float64, device="cuda")
     assert (vectors.mT @ vectors - identity).abs().max() <= 1e-12
@@ -143,9 +150,9 @@ def test_natural_batches_need_no_second_try(generator, monkeypatch):
 
     x = batch((64, 128, 768), torch.float32, generator).double()
     moment = (x - x.mean(-2, keepdim=True)) @ (x - x.mean(-2, keepdim=True)).mT
-    expected = eigensolver.solve(moment, 0.9, 1e-8)
+    expected = eigensolver.solve(moment, rule_of(moment))
     monkeypatch.setattr(eigensolver, "SWEEPS", 0)  # a second try would return unit vectors
-    assert all(map(torch.equal, eigensolver.solve(moment, 0.9, 1e-8), expected))
+    assert all(map(torch.equal, eigensolver.solve(moment, rule_of(moment)), expected))
 
 
 @pytest.mark.parametrize("operator", [himo_kernels.covariance, himo_kernels.gram])

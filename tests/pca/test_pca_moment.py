@@ -29,16 +29,26 @@ def targets() -> list:
 EVERY = pytest.mark.parametrize("backend, device", targets())
 
 
+def rule(x: Tensor, threshold: float) -> tuple[Tensor, tuple[float, float]]:
+    """The threshold and the floor by which the rank of x is chosen."""
+    threshold_ = torch.tensor(threshold, dtype=torch.float64, device=x.device)
+    return threshold_, reference.floor_of(x.dtype, "relative")
+
+
 class Batch:
     """A whole batch, and what the reference makes of it."""
 
     def __init__(self, x: Tensor, threshold: float, generator: torch.Generator) -> None:
         self.x, self.threshold = x, threshold
         self.grad = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x)
-        fwd = reference.pca_reconstruct_fwd(x, threshold)
+        fwd = reference.pca_reconstruct_fwd(x, *rule(x, threshold))
         self.reconstruction, self.rank, self.mean, *self.spectrum = fwd
         centred = x.double() - self.mean
         self.moment = centred.mT @ centred
+
+    def decompose(self, threshold: float, backend: str) -> tuple[Tensor, ...]:
+        saved = (self.moment, self.mean, len(self.x))
+        return moment.decompose(*saved, *rule(self.x, threshold), backend)
 
     def decomposition(self) -> tuple[Tensor, ...]:
         return *self.spectrum, self.rank
@@ -83,7 +93,7 @@ def power_law_batch(
 def test_the_decomposition_of_a_moment(backend, device, threshold, generator):
     batch = power_law_batch(device, torch.float64, threshold, generator)
     kept = batch.moment.clone()
-    eigenvalues, vectors, rank = moment.decompose(batch.moment, threshold, backend)
+    eigenvalues, vectors, rank = batch.decompose(threshold, backend)
     assert torch.equal(batch.moment, kept)
     assert torch.equal(rank, batch.rank)
     assert relative_error(eigenvalues, batch.spectrum[0]) <= 1e-13
@@ -172,7 +182,7 @@ def test_degenerate_batches_are_finite_and_those_of_the_reference(
 def test_nan_gives_nan_and_no_error(backend, device, generator):
     batch = power_law_batch(device, torch.float64, 0.9, generator)
     batch.moment[2, 3] = torch.nan
-    decomposition = moment.decompose(batch.moment, 0.9, backend)
+    decomposition = batch.decompose(0.9, backend)
     assert all(value.isnan().all() for value in decomposition[:2])
     rows = (batch.x, batch.mean, *decomposition)
     assert moment.reconstruct(*rows, backend).isnan().all()

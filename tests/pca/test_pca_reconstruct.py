@@ -515,10 +515,11 @@ def test_runs_are_bitwise_equal(backend, shape, generator):
 def test_backward_of_one_backend_accepts_the_forward_of_another(backend, generator):
     x = hkt.power_law(24, 48, generator=generator)
     weights = torch.randn(x.shape, generator=generator)
+    threshold = torch.tensor(0.9, dtype=torch.float64)
     fwd = torch.ops.himo_kernels.pca_reconstruct_fwd
     bwd = torch.ops.himo_kernels.pca_reconstruct_bwd
     for first in BACKENDS:
-        _, rank, *decomposition = fwd(x, 0.9, first)
+        _, rank, *decomposition = fwd(x, threshold, (0.0, 0.0), first)
         actual = bwd(weights, x, *decomposition, rank, 1e-6, True, backend)
         torch.testing.assert_close(actual, gradient(x, weights, backend=backend))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from himo_kernels import _triton, pca_reconstruct, project_reconstruct
 from himo_kernels import pca as run_pca
 from himo_kernels import testing as hkt
+from himo_kernels.pca import reference
 
 pytest.importorskip("triton", reason="needs Triton")
 from himo_kernels.covariance.triton.matmul import matmul
@@ -37,8 +38,15 @@ def random_moments(problems: int, size: int, generator: torch.Generator) -> Tens
     return x @ x.mT
 
 
+def rule(problems: Tensor, threshold: float = 0.9) -> eigensolver.Rule:
+    """How solve chooses the rank of these moments or eigenvalues: a floor of 1e-8, a mean of 0."""
+    threshold_ = torch.tensor(threshold, dtype=torch.float64, device=DEVICE)
+    mean = torch.zeros(len(problems), 3, dtype=torch.float64, device=DEVICE)
+    return eigensolver.Rule(threshold_, (0.0, 1e-8), mean, 2)
+
+
 def eigenpairs(moment: Tensor) -> tuple[Tensor, Tensor]:
-    return eigensolver.solve(moment, 0.9, 1e-8)[:2]
+    return eigensolver.solve(moment, rule(moment))[:2]
 
 
 def check_eigenpairs(moment: Tensor, values: Tensor, vectors: Tensor) -> None:
@@ -204,7 +212,7 @@ def test_rotations_solve_what_is_not_certified(generator):
     pairs[0, 0] = randn(7, 7, generator=generator)  # no eigenvectors
     products[2] += 1e-6
     approximate = pairs[:, 0].clone()
-    values, vectors, _, _ = eigensolver._finish(pairs, products, scale, 0.9, 1e-8, 16)
+    values, vectors, _, _ = eigensolver._finish(pairs, products, scale, rule(moment), 16)
     check_eigenpairs(moment, values, vectors)
     for problem in (1, 3):  # certified: the vectors that were there
         order = (vectors[problem].T @ approximate[problem].T).abs().argmax(-1)
@@ -241,16 +249,40 @@ def test_rank():
         0.90001: [2, 3, 3, 3, 3],
         1.0: [2, 3, 3, 3, 3],
     }.items():
-        rank, complete = eigensolver.choose_rank(values, threshold, 1e-8)
+        rank, complete = eigensolver.choose_rank(values, rule(values, threshold))
         assert rank.tolist() == expected
         assert complete.tolist() == [False, threshold > 0.5, True, False, True]
     # The solver's own program chooses it too, to float64's last digit.
     moment = torch.diag(torch.tensor([0.25, 0.125, 0.625], dtype=torch.float64, device=DEVICE))
     above = 0.875 + 2.0**-52
     for threshold, expected in ((0.625, 1), (0.875, 2), (above, 3), (1.0, 3)):
-        solution = eigensolver.solve(moment[None], threshold, 1e-8)
+        solution = eigensolver.solve(moment[None], rule(moment[None], threshold))
         assert solution.rank.tolist() == [expected]
         assert solution.complete.tolist() == [expected == 3]
+
+
+def test_the_floor_is_that_of_the_reference():
+    # Problems on both sides of each floor; D = 37 is more than one block of the kernel's loop.
+    values = torch.tensor([[1e-10, 0, 0], [1e-12, 0, 0], [3e-14, 0, 0], [0, 0, 0]]).double()
+    mean = torch.full((4, 37), 0.1, dtype=torch.float64)
+    threshold = torch.tensor(0.9, dtype=torch.float64)
+    for floor, varies in (((1e-12, 0.0), [1, 0, 0, 0]), ((0.0, 2e-14), [1, 1, 1, 0])):
+        expected = reference.has_variance(values.sum(-1), mean, 5, floor)
+        assert expected.tolist() == [bool(v) for v in varies]
+        settings = eigensolver.Rule(threshold.to(DEVICE), floor, mean.to(DEVICE), 5)
+        rank, _ = eigensolver.choose_rank(values.to(DEVICE), settings)
+        assert (rank == 1).tolist() == expected.tolist()
+        moment = torch.diag_embed(values).to(DEVICE)
+        assert torch.equal(eigensolver.solve(moment, settings).rank, rank)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)], ids=["N>D", "N<D"])
+def test_rows_in_a_small_unit(shape, generator):
+    x = 1e-6 * randn(*shape, generator=generator).float()
+    for rows in (x, 1e6 * x, x[:1].expand(shape)):
+        ranks = [pca_reconstruct(rows, 0.7, backend=name)[1] for name in ("triton", "reference")]
+        assert ranks[0] == ranks[1]
+    assert ranks[0] == min(shape)
 
 
 # The operators, against the reference.
@@ -364,7 +396,9 @@ def test_backward_of_one_backend_accepts_the_forward_of_another(shape, generator
     bwd = torch.ops.himo_kernels.pca_reconstruct_bwd
     grads = []
     for forward in ("triton", "reference"):
-        _, rank, *saved = fwd(x, 0.8, forward)
+        _, rank, *saved = fwd(
+            x, torch.tensor(0.8, dtype=torch.float64, device=DEVICE), (0.0, 0.0), forward
+        )
         for backward in ("triton", "reference"):
             grads.append(bwd(weights, x, *saved, rank, 1e-6, True, backward))
     for grad in grads[1:]:

@@ -5,7 +5,7 @@ dtype of its PCA. Everything after the eigensolver reads the rank on the device:
 and programs past it return at once. Equation numbers are those of himo_kernels/pca/README.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor
 from himo_kernels.aot import Case
 from himo_kernels.covariance.triton import feature_moment, sample_moment
 from himo_kernels.covariance.triton.matmul import flat, matmul
-from himo_kernels.pca.triton.eigensolver import Solution, solve
+from himo_kernels.pca.triton.eigensolver import Rule, Solution, solve
 from himo_kernels.pca.triton.moment import (
     F64,
-    ZERO_VARIANCE,
     Options,
     finished,
     grad_moment,
@@ -46,14 +45,15 @@ __all__ = [
 
 def pca_fwd(
     x: Tensor,  # [*, N, D]
-    variance_threshold: float,
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of reference.floor_of
 ) -> tuple[Tensor, ...]:
     """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n].
 
     float64, rank int64. Rows of components at and past rank are zero.
     """
     batch, x = x.shape[:-2], flat(x)
-    mean, (eigenvalues, eigenvectors, rank, _) = _decompose(x, variance_threshold)
+    mean, (eigenvalues, eigenvectors, rank, _) = _decompose(x, variance_threshold, floor)
     present = _present(x, eigenvalues, rank)
     components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
     return _batched(batch, mean, eigenvalues, components, rank, eigenvectors)
@@ -155,11 +155,13 @@ def project_reconstruct_bwd(
 
 def pca_reconstruct_fwd(
     x: Tensor,  # [*, N, D]
-    variance_threshold: float,
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of reference.floor_of
 ) -> tuple[Tensor, ...]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     shape, x = x.shape, flat(x)
-    mean, (eigenvalues, eigenvectors, rank, complete) = _decompose(x, variance_threshold)
+    mean, solution = _decompose(x, variance_threshold, floor)
+    eigenvalues, eigenvectors, rank, complete = solution
     kept: Options = {"limit": rank}
     if _feature_side(x):
         left = matmul(x, eigenvectors, F64, mean=mean, a_mean="inner", limited="columns", **kept)
@@ -220,10 +222,12 @@ def _feature_side(x: Tensor) -> bool:
     return x.shape[-1] <= x.shape[-2]  # D <= N: the D x D side is the smaller one
 
 
-def _decompose(x: Tensor, variance_threshold: float) -> tuple[Tensor, Solution]:
+def _decompose(
+    x: Tensor, variance_threshold: Tensor, floor: Sequence[float]
+) -> tuple[Tensor, Solution]:
     mean = x.mean(-2, dtype=F64)
     moment = feature_moment(x, mean) if _feature_side(x) else sample_moment(x, mean)
-    return mean, solve(moment, variance_threshold, ZERO_VARIANCE)
+    return mean, solve(moment, Rule(variance_threshold, floor, mean, x.shape[-2]))
 
 
 def _components(
@@ -278,9 +282,13 @@ def aot_cases() -> Iterator[Case]:
     yield Case("pca, project_reconstruct bfloat16", partial(_launch_parts, (4, 128, 768)))
 
 
+def _any_rule(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    return x.new_empty((), dtype=F64), (1e-12, 0.0)
+
+
 def _launch_fused(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.empty(shape, dtype=dtype, device="meta")
-    grad, rank, mean, eigenvalues, eigenvectors = pca_reconstruct_fwd(x, 0.9)
+    grad, rank, mean, eigenvalues, eigenvectors = pca_reconstruct_fwd(x, *_any_rule(x))
     for differentiate_basis in (True, False):
         saved = (x, mean, eigenvalues, eigenvectors, rank)
         pca_reconstruct_bwd(grad, *saved, 1e-6, differentiate_basis)
@@ -288,7 +296,7 @@ def _launch_fused(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def _launch_parts(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    mean, eigenvalues, components, rank, eigenvectors = pca_fwd(x, 0.9)
+    mean, eigenvalues, components, rank, eigenvectors = pca_fwd(x, *_any_rule(x))
     grads = (mean, eigenvalues, components)
     pca_bwd(*grads, x, mean, eigenvalues, eigenvectors, rank, 1e-6)
     project_reconstruct_fwd(x, mean.float(), components.float(), rank)
@@ -298,7 +306,7 @@ def _launch_parts(shape: tuple[int, ...]) -> None:
 def _launch_moment(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.empty(shape, dtype=dtype, device="meta")
     mean, moment = x.new_empty(shape[1], dtype=F64), x.new_empty((shape[1],) * 2, dtype=F64)
-    decomposition = moment_decompose(moment, 0.9)
+    decomposition = moment_decompose(moment, mean, shape[0], *_any_rule(x))
     grad = moment_reconstruct(x, mean, *decomposition)
     projector = moment_grad_projector(grad, x, mean)
     for symmetric in (projector, None):

@@ -17,6 +17,7 @@ n <= 128, one problem a program or several, all in float64:
 Larger n: torch.linalg.eigh, which waits for the host once.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,33 +47,46 @@ class Solution(NamedTuple):
     complete: Tensor  # [P] bool: every direction is kept, and none is NaN
 
 
+class Rule(NamedTuple):
+    """How many directions to keep: README.md (2)."""
+
+    variance_threshold: Tensor  # [] float64
+    floor: Sequence[float]  # of reference.floor_of: bits, for it is one of few
+    mean: Tensor  # [P, D] float64
+    samples: int  # N
+
+    def arguments(self) -> tuple[object, ...]:
+        """Returns what a kernel is given: threshold, mean, N, D, and the bits of both floors."""
+        floor = (_triton.float64_bits(value) for value in self.floor)
+        mean = self.mean.contiguous()
+        return (self.variance_threshold, mean, self.samples, mean.shape[-1], *floor)
+
+
 def solve(
     moment: Tensor,  # [P, n, n] float64, positive semi-definite
-    variance_threshold: float,
-    zero_variance: float,
+    rule: Rule,
 ) -> Solution:
     """Returns the eigenpairs and the smallest ranks that reach the threshold.
 
-    The rank is n where the trace is at most zero_variance. Eigenpairs are NaN for a problem that
+    The rank is n where the trace is not above the floor. Eigenpairs are NaN for a problem that
     holds NaN or inf. Symmetric up to rounding is enough. n > 128 waits for the host once, in
     torch.linalg.eigh.
     """
     problems, size, _ = moment.shape
     if size <= LARGEST and moment.numel():
         block = max(16, triton.next_power_of_2(size))
-        return _finish(*_approximate(moment, block), variance_threshold, zero_variance, block)
+        return _finish(*_approximate(moment, block), rule, block)
     if moment.numel():
         eigenvalues, eigenvectors = _eigh_by_torch(moment)
     else:
         eigenvalues, eigenvectors = moment.new_empty((problems, size)), torch.empty_like(moment)
-    rank, complete = choose_rank(eigenvalues, variance_threshold, zero_variance)
+    rank, complete = choose_rank(eigenvalues, rule)
     return Solution(eigenvalues, eigenvectors, rank, complete)
 
 
 def choose_rank(
     eigenvalues: Tensor,  # [P, n], descending
-    variance_threshold: float,
-    zero_variance: float,
+    rule: Rule,
 ) -> tuple[Tensor, Tensor]:
     """Returns rank and complete of a Solution, both [P]."""
     problems, size = eigenvalues.shape
@@ -83,8 +97,7 @@ def choose_rank(
             eigenvalues,
             rank,
             complete,
-            _triton.float64_bits(variance_threshold),
-            _triton.float64_bits(zero_variance),
+            *rule.arguments(),
             size,
             BLOCK=triton.next_power_of_2(size),
             num_warps=4,
@@ -118,8 +131,7 @@ def _finish(
     pairs: Tensor,  # [P, 2, n, n], overwritten
     products: Tensor,  # [P, n, 2 n], overwritten
     scale: Tensor,  # [P]
-    variance_threshold: float,
-    zero_variance: float,
+    rule: Rule,
     block: int,
 ) -> Solution:
     problems, size = len(scale), pairs.shape[-1]
@@ -135,8 +147,7 @@ def _finish(
         scale,
         scale.new_empty((problems, size)),
         *solution,
-        _triton.float64_bits(variance_threshold),
-        _triton.float64_bits(zero_variance),
+        *rule.arguments(),
         size,
         TOLERANCE=CERTIFIED * size,
         SWEEPS=SWEEPS,
@@ -159,8 +170,12 @@ def _finish_kernel(
     sorted_vectors_ptr,  # V [P, n, n]
     rank_ptr,  # [P] int64
     complete_ptr,  # [P] bool
-    threshold_bits,
-    zero_variance_bits,
+    threshold_ptr,  # [] float64
+    mean_ptr,  # [P, D] float64
+    samples,  # N
+    features,  # D
+    relative_bits,
+    absolute_bits,
     n,
     TOLERANCE: tl.constexpr,
     SWEEPS: tl.constexpr,
@@ -193,8 +208,10 @@ def _finish_kernel(
     tl.debug_barrier()
     _sort(values_ptr, z_ptr, scale, sorted_values_ptr, sorted_vectors_ptr, n, LINES, BLOCK)
     tl.debug_barrier()
-    threshold, zero_variance = float64_of(threshold_bits), float64_of(zero_variance_bits)
-    rank, complete = _rank(sorted_values_ptr, threshold, zero_variance, n, BLOCK)
+    shift = _shift(mean_ptr + problem * features, samples, features, BLOCK)
+    relative, absolute = float64_of(relative_bits), float64_of(absolute_bits)
+    threshold = tl.load(threshold_ptr)
+    rank, complete = _rank(sorted_values_ptr, threshold, shift, relative, absolute, n, BLOCK)
     tl.store(rank_ptr + problem, rank)
     tl.store(complete_ptr + problem, complete)
 
@@ -257,7 +274,18 @@ def _sort(
 
 
 @triton.jit
-def _rank(values_ptr, threshold, zero_variance, n, BLOCK: tl.constexpr):
+def _shift(mean_ptr, samples, features, BLOCK: tl.constexpr):
+    # N mean^2, the part of sum(x^2) that centring takes away.
+    squares = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, features, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        mean = tl.load(mean_ptr + index, mask=index < features, other=0.0)
+        squares += mean * mean
+    return tl.cast(samples, tl.float64) * tl.sum(squares)
+
+
+@triton.jit
+def _rank(values_ptr, threshold, shift, relative, absolute, n, BLOCK: tl.constexpr):
     # Of eigenvalues [n], descending: the rank, and whether all directions are kept and finite.
     index = tl.arange(0, BLOCK)
     value = tl.load(values_ptr + index, mask=index < n, other=0.0)
@@ -265,7 +293,7 @@ def _rank(values_ptr, threshold, zero_variance, n, BLOCK: tl.constexpr):
     # The same sum: the last ratio is 1, so that a threshold of 1 is reached.
     trace = tl.sum(tl.where(index == n - 1, cumulative, 0.0))
     short = (cumulative / trace < threshold) & (index < n)
-    has_variance = trace > zero_variance  # false for NaN
+    has_variance = trace > relative * (trace + shift) + absolute  # false for NaN
     rank = tl.where(has_variance, 1 + tl.sum(short.to(tl.int64)), n)
     infinite = tl.sum(tl.where(tl.abs(value) < float("inf"), 0, 1))
     return rank, (rank == n) & (infinite == 0)
@@ -276,13 +304,20 @@ def _rank_kernel(
     values_ptr,  # [P, n]
     rank_ptr,  # [P] int64
     complete_ptr,  # [P] bool
-    threshold_bits,
-    zero_variance_bits,
+    threshold_ptr,  # [] float64
+    mean_ptr,  # [P, D] float64
+    samples,  # N
+    features,  # D
+    relative_bits,
+    absolute_bits,
     n,
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
-    threshold, zero_variance = float64_of(threshold_bits), float64_of(zero_variance_bits)
-    rank, complete = _rank(values_ptr + problem * n, threshold, zero_variance, n, BLOCK)
+    shift = _shift(mean_ptr + problem * features, samples, features, BLOCK)
+    relative, absolute = float64_of(relative_bits), float64_of(absolute_bits)
+    values_ptr += problem * n
+    threshold = tl.load(threshold_ptr)
+    rank, complete = _rank(values_ptr, threshold, shift, relative, absolute, n, BLOCK)
     tl.store(rank_ptr + problem, rank)
     tl.store(complete_ptr + problem, complete)

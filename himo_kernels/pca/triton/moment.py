@@ -3,26 +3,30 @@
 The parts of himo_kernels/pca/moment.py: signatures and results of reference.py.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from himo_kernels.covariance.triton.matmul import matmul
-from himo_kernels.pca.triton.eigensolver import solve
+from himo_kernels.pca.triton.eigensolver import Rule, solve
 from himo_kernels.pca.triton.weights import weigh_pairs
 
 F64 = torch.float64
 Options = dict[str, Any]  # of matmul
-ZERO_VARIANCE = 1e-8  # as in the reference, the released code's value
 
 
 def moment_decompose(
     moment: Tensor,  # [D, D] float64
-    variance_threshold: float,
+    mean: Tensor,  # [D] float64
+    samples: int,  # N
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D], eigenvectors [D, D], rank []."""
-    solution = solve(moment.unsqueeze(0), variance_threshold, ZERO_VARIANCE)
+    rule = Rule(variance_threshold, floor, mean.unsqueeze(0), samples)
+    solution = solve(moment.unsqueeze(0), rule)
     return solution.eigenvalues[0], solution.eigenvectors[0], solution.rank[0]
 
 

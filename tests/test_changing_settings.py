@@ -1,0 +1,34 @@
+"""A setting that is a Python number and changes from call to call is compiled once for all values.
+
+Two graphs, as of plain PyTorch: for the first value as a constant, and for any other. Values that
+are constants each reach torch.compile's limit at the ninth, and raise.
+"""
+
+import pytest
+import torch
+
+import himo_kernels as hk
+
+SCALES, SHARES = [10.0, 14.3, 50.5, 100.0], [0.3, 0.55, 0.7, 0.9]
+CALLS = {
+    "info_nce": (hk.info_nce, SCALES),
+    "pca_reconstruct": (lambda x, y, tau: hk.pca_reconstruct(x, tau)[0], SHARES),
+    "HiMoLoss": (hk.nn.HiMoLoss(), SCALES),
+    "bias": (lambda x, y, bias: hk.nn.HiMoLoss()(x, y, 10.0, bias), SCALES),
+    "pca": (lambda x, y, tau: hk.pca(x, tau).components, SHARES),
+}
+SLOW = ("HiMoLoss", "bias", "pca")
+
+
+@pytest.mark.parametrize(
+    "call", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else []) for c in CALLS]
+)
+def test_two_graphs_for_many_values(call, generator):
+    function, values = CALLS[call]
+    x, y = (torch.randn(6, 9, generator=generator) for _ in range(2))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for value in values:
+        torch.testing.assert_close(compiled(x, y, value), function(x, y, value))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
