@@ -34,6 +34,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _LEGACY_PROTOCOL = 1001
 _BLOCK = 1 << 20  # bytes read at a time
 _MAX_DEPTH = 64  # of modules in modules
+_MAX_NAME = 1000  # characters; names are joined from those of the modules
 _MAX_WRAPPERS = 8  # dictionaries around a state dict
 
 # Reads the values of a storage: a tensor [numel] of its dtype.
@@ -241,6 +242,10 @@ def _flatten(module: Object) -> dict[str, TensorRecord]:
             if isinstance(part := current.attributes.get(kind), dict)
         ]  # fmt: skip
         for name, value in (item for part in parts for item in part.items()):
+            if not isinstance(name, str):
+                continue
+            if len(prefix) + len(name) >= _MAX_NAME:
+                raise PickleError(f"the name of a tensor has {_MAX_NAME:,} characters or more")
             if isinstance(value, Object):
                 todo.append((f"{prefix}{name}.", value, depth + 1))
             elif isinstance(value, TensorRecord):

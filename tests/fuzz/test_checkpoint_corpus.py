@@ -193,6 +193,9 @@ PICKLES = {
     "wrappers in wrappers": b"\x80\x02" + (b"}" + text(b"model")) * 80_000 + b"N" + b"s" * 80_000
     + b".",
     "a wrapper that holds itself": b"\x80\x02}q\0" + text(b"model") + b"h\0s.",
+    "2,000 modules in one of a long name": b"\x80\x02c__torch__\nM\nq\0)\x81}"
+    + text(b"n" * 1_000_000) + b"h\0)\x81}("
+    + b"".join(text(b"%d" % i) + b"h\0)\x81" for i in range(2_000)) + b"ubsb.",
     "modules that share their modules": b"\x80\x02ca\nM\nq\0"
     + b"h\0)\x81}" + text(b"_modules") + b"}q\x01sb0"
     + b"h\0)\x81}" + text(b"_modules") + b"h\x01sb.",
