@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -83,8 +83,8 @@ def atomic_path(
 def remove_abandoned(directory: str | os.PathLike[str]) -> tuple[int, int]:
     """Removes the temporary files of writers that were killed; returns (files, bytes).
 
-    Only regular files under a name of `hidden_path` whose lock nobody holds: where the file system
-    has no locks, nothing is removed. No link is followed.
+    Only regular files and directories under a name of `hidden_path` whose lock nobody holds: where
+    the file system has no locks, nothing is removed. No link is followed.
     """
     files = size = 0
     with suppress(OSError):
@@ -93,16 +93,46 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> tuple[int, int]:
                 continue
             path = os.path.join(directory, name)
             with suppress(OSError):  # in use, no regular file, not ours, or gone meanwhile
-                descriptor = os.open(path, _WITHOUT_WAITING | os.O_RDWR)
+                descriptor = os.open(path, _WITHOUT_WAITING | os.O_RDONLY)
                 try:
                     status = os.fstat(descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if stat.S_ISREG(status.st_mode):
-                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         os.unlink(path)
                         files, size = files + 1, size + status.st_size
+                    elif stat.S_ISDIR(status.st_mode):
+                        inside = [file.lstat().st_size for file in Path(path).iterdir()]
+                        shutil.rmtree(path)
+                        files, size = files + len(inside), size + sum(inside)
                 finally:
                     os.close(descriptor)
     return files, size
+
+
+@contextmanager
+def hidden_directory(parent: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a new directory, locked while its writer lives and removed in the end if still there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def make(path: Path) -> int:
+        path.mkdir()
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    path, descriptor = _make_locked(Path(parent), make)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+
+
+def lock(descriptor: int) -> None:
+    """Tells `remove_abandoned` that a temporary file is in use, until the descriptor is closed."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -159,12 +189,16 @@ def free_bytes(directory: str | os.PathLike[str]) -> int:
 
 
 def _temporary_file(directory: Path) -> tuple[Path, int]:
-    """A new empty file, and the descriptor through which it is locked while its writer lives."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_RDWR
+    return _make_locked(directory, lambda path: os.open(path, flags, 0o666))
+
+
+def _make_locked(directory: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new path, and the descriptor through which it is locked while its writer lives."""
     while True:
         path = hidden_path(directory)
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_RDWR, 0o666)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = make(path)
+        lock(descriptor)
         if os.fstat(descriptor).st_nlink:
             return path, descriptor
         os.close(descriptor)  # taken for abandoned before it was locked

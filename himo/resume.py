@@ -46,7 +46,7 @@ def record(
     return {
         "settings": dataclasses.asdict(settings),
         "processes": processes,
-        "model": dataclasses.asdict(model),
+        "model": model.to_dict(),
         "train_data": _content(train),
         "val_data": _content(validation) if validation is not None else None,
     }

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from hashlib import sha256
 from io import BytesIO
@@ -41,7 +40,7 @@ from himo.checkpoint.places import (
 from himo.checkpoint.safetensors_files import write_safetensors
 from himo.clip_config import CLIPConfig
 from himo.errors import HimoError
-from himo.files import atomic_path, hidden_path
+from himo.files import atomic_path, hidden_directory
 from himo.tokenizer import END_OF_TEXT, read_symbols
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -162,20 +161,27 @@ def _write_directory(
     path = Path(os.path.realpath(target))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise HimoError(f"{target}: exists, expected a new or an empty directory")
-    temporary = hidden_path(path.parent)
     try:
-        temporary.mkdir()
+        with hidden_directory(path.parent) as temporary:
+            try:
+                _fill(temporary, texts, weights, tensors, metadata)
+            except HimoError as error:
+                raise HimoError(str(error).replace(str(temporary), target)) from error
+            temporary.rename(path)
     except OSError as error:
         raise HimoError(f"{target}: cannot be written: {error.strerror}") from error
-    try:
-        for name, text in texts.items():
-            with atomic_path(temporary / name) as file:
-                file.write_text(text, encoding="utf-8")
-        digest = sha256(next(iter(texts.values())).encode()).hexdigest()
-        metadata = {**metadata, CONFIG_FILE_DIGEST: digest}
-        write_safetensors(str(temporary / weights), tensors, metadata)
-        temporary.rename(path)
-    except HimoError as error:
-        raise HimoError(str(error).replace(str(temporary), target)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(
+    directory: Path,
+    texts: Mapping[str, str],
+    weights: str,
+    tensors: State,
+    metadata: dict[str, str],
+) -> None:
+    for name, text in texts.items():
+        with atomic_path(directory / name) as file:
+            file.write_text(text, encoding="utf-8")
+    digest = sha256(next(iter(texts.values())).encode()).hexdigest()
+    metadata = {**metadata, CONFIG_FILE_DIGEST: digest}
+    write_safetensors(str(directory / weights), tensors, metadata)

@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from himo.checkpoint.strict_json import require_no_duplicates
 from himo.errors import HimoError, quoted
-from himo.files import atomic_path, hidden_path
+from himo.files import atomic_path, hidden_directory, lock
 
 DIGEST = "himo_sha256"
 MAX_TENSORS = 20_000  # of one file, of any format: four times those of the largest training state
@@ -103,29 +103,32 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mappin
     if len(apart) > MAX_TENSORS:
         raise HimoError(f"{path}: {len(apart):,} tensors, expected at most {MAX_TENSORS:,}")
     needed = sum(tensor.nbytes for tensor in apart.values())
-    with atomic_path(path, needed=needed) as temporary:
-        _save(apart, temporary, {**metadata, DIGEST: _NO_DIGEST})
+    # The library's file takes the place of the temporary one, and so has a lock of its own.
+    with ExitStack() as locked, atomic_path(path, needed=needed) as temporary:
+        descriptor = _save(apart, temporary, {**metadata, DIGEST: _NO_DIGEST})
+        locked.callback(os.close, descriptor)
         return _store_digest(temporary, path)
 
 
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Replaces a file by one that the library writes, in the mode that it has.
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> int:
+    """Replaces a file by one that the library writes, in its mode; returns what locks it.
 
     In a directory beside it, because the library has a temporary file of its own, under a name by
     which nobody would know whose it is.
     """
-    folder = hidden_path(path.parent)
-    folder.mkdir()
-    try:
-        save_file(tensors, folder / path.name, metadata)
-        os.chmod(folder / path.name, stat.S_IMODE(path.stat().st_mode))
-        os.replace(folder / path.name, path)
-    except SafetensorError as error:
-        if found := _OS_ERROR.search(str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with hidden_directory(path.parent) as folder:
+        written = folder / path.name
+        try:
+            save_file(tensors, written, metadata)
+        except SafetensorError as error:
+            if found := _OS_ERROR.search(str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+            raise
+        descriptor = os.open(written, os.O_RDONLY | os.O_CLOEXEC)
+        lock(descriptor)
+        os.chmod(written, stat.S_IMODE(path.stat().st_mode))
+        os.replace(written, path)
+    return descriptor
 
 
 def _check_digest(file: BufferedReader, header: bytes, metadata: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from train_runs import ROOT, command, lines, photos, refused, train
 
 from himo.errors import HimoError
-from himo.files import atomic_path, hidden_path, remove_abandoned
+from himo.files import atomic_path, hidden_directory, hidden_path, remove_abandoned
 from himo.run_folder import owned
 from himo.training_state import saved_states
 
@@ -125,17 +125,19 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     hidden_path(folder).write_bytes(b"12345")
     hidden_path(folder).touch()
     hidden_path(folder).symlink_to(outside)
-    hidden_path(folder).mkdir()
+    (killed := hidden_path(folder)).mkdir()  # the directory of a safetensors file in the making
+    (killed / "library's own").write_bytes(b"123")
     os.mkfifo(hidden_path(folder))
     for name in (".himo-1.tmp", ".himo-0123456789abcdeF.tmp", "x.himo-0123456789abcdef.tmp"):
         (folder / name).touch()
     before = set(os.listdir(folder))
     with atomic_path(folder / "eval.json") as temporary:  # of an evaluation that runs meanwhile
-        assert remove_abandoned(folder) == (2, 5)
-        assert temporary.exists()
+        with hidden_directory(folder) as beside:
+            assert remove_abandoned(folder) == (3, 8)
+            assert temporary.exists() and beside.is_dir()
         temporary.write_text("whole")
     assert (folder / "eval.json").read_text() == "whole" and outside.read_text() == "kept"
-    assert len(before & set(os.listdir(folder))) == len(before) - 2
+    assert len(before & set(os.listdir(folder))) == len(before) - 3
     assert remove_abandoned(folder) == (0, 0)
     assert remove_abandoned(tmp_path / "nowhere") == (0, 0)
 
