@@ -169,6 +169,7 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     "say": (
         *("dataset_type", "image_root", "csv_separator", "csv_img_key", "csv_caption_key"),
         *("skip_missing_images", "follow_links", "max_bad_fraction", "val_frequency"),
+        *("activation", "vision_heads", "text_heads"),
         *("model", "grad_checkpointing", "compile", "exchange", "device", "threads"),
     ),
     # How fast, where to, and how often something is written.

@@ -37,6 +37,9 @@ OTHERS = {
     "workers": 0,
     "held_out": 3,
     "val_frequency": 2,
+    "activation": "gelu",
+    "vision_heads": 4,
+    "text_heads": 4,
     "model": "ViT-B-32",
     "pretrained": "start.pt",
     "loss": "clip",
@@ -77,7 +80,7 @@ PATH = Path("state-00000003.safetensors")
 
 def conditions(processes: int = 1, **given) -> dict:
     """As `resume.record` makes them, without data: as JSON has them back."""
-    settings = dataclasses.asdict(TrainConfig(**{"train_data": "a.csv", **given}))
+    settings = dataclasses.asdict(TrainConfig(**{"train_data": "a.csv", "pretrained": "clip.pt", **given}))
     model = dataclasses.asdict(CONFIGS["tiny"])
     record = {"settings": settings, "processes": processes, "model": model}
     return json.loads(json.dumps(record))
