@@ -37,12 +37,13 @@ BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 # torch's default, two jobs more than there are cores, runs small machines out of memory.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test test-all fuzz lint aot sanitize bench gpu demo clean in-place
+.PHONY: help setup test test-all classes fuzz lint aot sanitize bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
 	@echo "make test    set up where needed and run the tests, without the slow ones"
 	@echo "make test-all  every test: larger sizes, killed runs, corpora of bad input, each processor class"
+	@echo "make classes  the operators' tests as on processors with AVX2, or without"
 	@echo "make fuzz    the corpora of bad input alone"
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
 	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
@@ -94,6 +95,20 @@ test: $(READY)
 
 test-all: $(READY)
 	$(RUN_TESTS) $(PYTEST_FLAGS)
+	@$(MAKE) --no-print-directory classes
+
+# The operators' tests as on older processors: what ATEN, oneDNN and MKL are told to use at most.
+CLASSES := default:SSE41:SSE4_2 avx2:AVX2:AVX2
+CLASS_TESTS := tests/covariance/test_covariance.py tests/normalize/test_normalize.py tests/pca \
+  tests/info_nce tests/test_nn.py tests/himo/test_precision.py
+classes: $(READY)
+	@set -e; for class in $(CLASSES); do \
+	  aten=$${class%%:*}; rest=$${class#*:}; \
+	  echo "== as on a processor of class $$aten"; \
+	  ATEN_CPU_CAPABILITY=$$aten ONEDNN_MAX_CPU_ISA=$${rest%%:*} MKL_ENABLE_INSTRUCTIONS=$${rest#*:} \
+	    $(RUN_TESTS) -m "not slow and not gpu" -k "(cpu or precision) and not triton and not memory and not ctrl_c" \
+	    $(CLASS_TESTS); \
+	done
 
 fuzz: $(READY)
 	$(RUN_TESTS) $(PYTEST_FLAGS) tests/fuzz
