@@ -89,9 +89,11 @@ in-place:
 # Two files at a time, where the environment is ours and has pytest-xdist: most of the time is
 # Triton's interpreter, which uses one core. PYTEST_FLAGS="-n 0" is one after the other.
 PARALLEL := $(if $(strip $(VENV)),-n 2 --dist loadfile --no-loadscope-reorder)
+# Fewer random examples of each property, where hypothesis is there.
+SHORT = $(shell $(PY) -c "import hypothesis" 2>/dev/null && echo --hypothesis-profile=short)
 RUN_TESTS := $(IN_TREE) $(PY) -m pytest $(PARALLEL) --durations=10
 test: $(READY)
-	$(RUN_TESTS) -m "not slow" $(PYTEST_FLAGS)
+	$(RUN_TESTS) -m "not slow" $(SHORT) $(PYTEST_FLAGS)
 
 test-all: $(READY)
 	$(RUN_TESTS) $(PYTEST_FLAGS)
@@ -106,7 +108,7 @@ classes: $(READY)
 	  aten=$${class%%:*}; rest=$${class#*:}; \
 	  echo "== as on a processor of class $$aten"; \
 	  ATEN_CPU_CAPABILITY=$$aten ONEDNN_MAX_CPU_ISA=$${rest%%:*} MKL_ENABLE_INSTRUCTIONS=$${rest#*:} \
-	    $(RUN_TESTS) -m "not slow and not gpu" -k "(cpu or precision) and not triton and not memory and not ctrl_c" \
+	    $(RUN_TESTS) -m "not slow and not gpu" $(SHORT) -k "(cpu or precision) and not triton and not memory and not ctrl_c" \
 	    $(CLASS_TESTS); \
 	done
 

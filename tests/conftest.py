@@ -1,7 +1,9 @@
 """Fixtures of all tests: a seed that is printed, and uninitialised memory set to NaN."""
 
 import os
+import re
 import secrets
+from collections import Counter
 from collections.abc import Hashable, Iterator
 
 # Before torch is imported: threads that spin while they wait for each other make the suite several
@@ -18,6 +20,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # the property tests are skipped
+    pass
+else:  # `make test` chooses the short one
+    settings.register_profile("whole", max_examples=200)
+    settings.register_profile("short", max_examples=50)
+    settings.load_profile("whole")
+
 SEED_VARIABLE = "HIMO_TEST_SEED"
 # The same inputs for every change that is tested; "random" draws others.
 _given = os.environ.get(SEED_VARIABLE, "0")
@@ -28,6 +39,15 @@ _seed = secrets.randbelow(2**31) if _given == "random" else int(_given)
 
 def pytest_report_header() -> str:
     return f"random inputs: {SEED_VARIABLE}={_seed}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how many tests each reason skipped: one line a reason, where -rs has one a place."""
+    reports = terminalreporter.stats.get("skipped", [])
+    # (path, line, reason) of a skip; a reason may begin with "operator, backend: ".
+    reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports]
+    for reason, count in Counter(re.sub(r"^\w+, \w+: ", "", r) for r in reasons).most_common():
+        terminalreporter.write_line(f"skipped {count:5}: {reason}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -265,7 +265,7 @@ def test_the_loss_hands_its_backend_to_every_operator(generator: torch.Generator
 @each_operator
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [None, True], ids=["dynamic=None", "dynamic=True"])
-@pytest.mark.sample
+@pytest.mark.sample(9)
 def test_a_full_graph_equals_eager(run: Run, dynamic: bool | None) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)

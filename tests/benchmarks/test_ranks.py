@@ -31,6 +31,7 @@ def rows(folder: Path) -> list[table.Row]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_losses_agree_and_are_timed(rows):
     assert all(tuple(row) == table.COLUMNS for row in rows)
     assert all(row["status"] == "ok" for row in rows), [row["reason"] for row in rows]

@@ -9,7 +9,7 @@ from himo_kernels import testing as hkt
 hypothesis = pytest.importorskip("hypothesis", reason="property tests need hypothesis")
 st = hypothesis.strategies
 
-examples = hypothesis.settings(max_examples=200, deadline=None)
+examples = hypothesis.settings(deadline=None)
 backends = st.sampled_from(hkt.runnable_backends("covariance"))
 
 

@@ -28,6 +28,7 @@ def test_clip_loss_with_each_pair_of_its_flags(ranks):
 
 
 @pytest.mark.skipif(open_clip_loss() is None, reason="open_clip_torch is not installed")
+@pytest.mark.sample(1)
 def test_the_mean_over_ranks_is_counted_where_a_value_needs_it(ranks):
     for local_loss, number in ((True, 0), (False, 1)):
         word = f"open_clip, local_loss={local_loss}"

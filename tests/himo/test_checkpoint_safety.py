@@ -292,6 +292,7 @@ for count, before_rename in ((180, False), (20, True)):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "latest.safetensors"
     anywhere, before_the_rename = run_python("-c", _KILL, str(path)).splitlines()

@@ -62,6 +62,7 @@ def test_the_counted_peak_is_that_of_real_steps(steps):
     assert all(abs(error) < BOUND for error in errors.values()), errors
 
 
+@pytest.mark.slow
 def test_parts_are_what_they_are_called(steps):
     model = HiMoCLIP(CONFIGS["tiny"])
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -80,7 +80,9 @@ PATH = Path("state-00000003.safetensors")
 
 def conditions(processes: int = 1, **given) -> dict:
     """As `resume.record` makes them, without data: as JSON has them back."""
-    settings = dataclasses.asdict(TrainConfig(**{"train_data": "a.csv", "pretrained": "clip.pt", **given}))
+    settings = dataclasses.asdict(
+        TrainConfig(**{"train_data": "a.csv", "pretrained": "clip.pt", **given})
+    )
     model = dataclasses.asdict(CONFIGS["tiny"])
     record = {"settings": settings, "processes": processes, "model": model}
     return json.loads(json.dumps(record))

@@ -66,11 +66,13 @@ def test_a_run_leaves_what_its_readers_need(whole_run):
     assert not list(whole_run.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(pairs, whole_run, tmp_path):
     train(pairs, tmp_path, "--workers", "2")
     assert digests(tmp_path) == digests(whole_run)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(pairs, whole_run, tmp_path):
     process = subprocess.Popen(
         command(pairs, tmp_path, "--save-every-n-steps", "1"),
@@ -95,6 +97,7 @@ def test_a_killed_run_resumes_to_the_same_bits(pairs, whole_run, tmp_path):
     assert resumed == uninterrupted
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(pairs, whole_run, tmp_path):
     process = subprocess.Popen(
         command(pairs, tmp_path, "--workers", "1"),
@@ -116,6 +119,7 @@ def test_sigterm_saves_and_says_how_to_go_on(pairs, whole_run, tmp_path):
     assert digests(tmp_path) == digests(whole_run)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_state_names_the_good_one(pairs, tmp_path, capsys):
     train(pairs, tmp_path, "--save-every-n-steps", "1")
     newest = sorted(tmp_path.rglob("state-*"))[-1]
@@ -128,12 +132,14 @@ def test_a_damaged_newest_state_names_the_good_one(pairs, tmp_path, capsys):
     train(pairs, tmp_path, "--resume", good)
 
 
+@pytest.mark.slow
 def test_continuing_from_a_checkpoint_starts_from_its_weights(pairs, whole_run, tmp_path):
     start = whole_run / "run/checkpoints/epoch_2.safetensors"
     train(pairs, tmp_path, "--pretrained", str(start), "--lr", "0")
     assert digests(tmp_path)["weights"] == digests(whole_run)["weights"]
 
 
+@pytest.mark.slow
 def test_plain_clip_loss(pairs, tmp_path):
     train(pairs, tmp_path, "--loss", "clip")
     for row in lines(tmp_path):
@@ -254,6 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pairs, tmp_path):
     assert "step " in done.stderr and not list(tmp_path.rglob("epoch_*"))
 
 
+@pytest.mark.slow
 def test_skipped_steps_end_the_run_where_they_do_not_end(pairs, tmp_path):
     flags = ["--lr", "1e30", "--warmup", "0", "--epochs", "9", "--on-nonfinite", "skip"]
     done = train(pairs, tmp_path, *flags, status=2)

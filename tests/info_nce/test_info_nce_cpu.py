@@ -205,6 +205,7 @@ print("close")
 """
 
 
+@pytest.mark.slow
 def test_mkldnn_turned_off_by_another_thread_during_a_call() -> None:
     assert run_python("-c", TURNED_OFF) == "close"
 

@@ -23,7 +23,7 @@ hypothesis = pytest.importorskip(
 )
 st = hypothesis.strategies
 
-EXAMPLES = 200  # for each property and backend
+EXAMPLES = hypothesis.settings().max_examples  # for each property and backend
 EXACT = 1e-12
 SCALES = st.floats(-30, 100)  # an untrained model, a wrong sign, and CLIP's clamp
 
@@ -31,9 +31,7 @@ in_float64 = pytest.mark.parametrize("target", targets("info_nce", dtype=torch.f
 
 # No database: a failure prints the blob that reproduces it, and no file is left behind. Settings
 # such as deadline are for code whose time is its own; here threads and other tests share it.
-many_examples = hypothesis.settings(
-    max_examples=EXAMPLES, deadline=None, database=None, print_blob=True
-)
+many_examples = hypothesis.settings(deadline=None, database=None, print_blob=True)
 
 
 @st.composite

@@ -368,6 +368,7 @@ print(torch.backends.cpu.get_cpu_capability(), worst)
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.slow
 def test_narrower_instruction_sets(capability, generator):
     seed = str(generator.initial_seed())
     printed = run_python("-c", AGAINST_REFERENCE, seed, ATEN_CPU_CAPABILITY=capability).split()

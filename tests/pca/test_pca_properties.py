@@ -12,7 +12,7 @@ from himo_kernels import testing as hkt
 hypothesis = pytest.importorskip("hypothesis", reason="property tests need hypothesis")
 st = hypothesis.strategies
 
-examples = hypothesis.settings(max_examples=200, deadline=None)
+examples = hypothesis.settings(deadline=None)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 thresholds = st.sampled_from([0.3, 0.5, 0.85, 0.9, 0.99, 1.0])
 seeds = st.integers(0, 2**31 - 1)

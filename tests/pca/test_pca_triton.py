@@ -359,6 +359,7 @@ def test_nan_stays_in_its_problem(shape, generator):
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)], ids=["N<D", "N>D"])
+@pytest.mark.sample(1)
 def test_layouts_and_repeats(shape, generator):
     x = torch.randn(shape, generator=generator).to(DEVICE)
     weights = torch.randn(shape, generator=generator).to(DEVICE)
