@@ -16,7 +16,7 @@ from benchmarks import costs
 from benchmarks.baselines import eager, peers, released
 from benchmarks.cases import Case
 from himo_kernels import testing as hkt
-from himo_kernels._dispatch import BACKENDS, OPERATORS
+from himo_kernels.dispatch import BACKENDS, OPERATORS
 from himo_kernels.nn import PRESETS, HiMoLoss
 
 Inputs = dict[str, Tensor]

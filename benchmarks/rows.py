@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from himo_kernels._dispatch import BACKENDS
+from himo_kernels.dispatch import BACKENDS
 
 # What tells one measurement from another. A new one replaces all of its rows.
 CELL = ("backend", "B", "N", "D", "dtype", "config", "device", "threads")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from himo_kernels._dispatch import Backend
+from himo_kernels.dispatch import Backend
 
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 

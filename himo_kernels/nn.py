@@ -21,7 +21,7 @@ from himo_kernels._checks import (
     raise_type,
     raise_value,
 )
-from himo_kernels._dispatch import check_backend
+from himo_kernels.dispatch import check_backend
 from himo_kernels.distributed import loss as loss_over_ranks
 from himo_kernels.distributed import moments
 from himo_kernels.distributed.agreement import agree, check_rows

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import himo_kernels
 from himo_kernels import nn
-from himo_kernels._dispatch import BACKENDS
+from himo_kernels.dispatch import BACKENDS
 
 INF, NAN = float("inf"), float("nan")
 TOO_LARGE = 10**400  # an int that no float can hold

@@ -10,9 +10,9 @@ from fresh_process import run_python
 from torch import Tensor
 
 import himo_kernels
-from himo_kernels import _dispatch
-from himo_kernels._dispatch import BACKENDS, OPERATORS, Backend
+from himo_kernels import dispatch
 from himo_kernels.covariance import reference
+from himo_kernels.dispatch import BACKENDS, OPERATORS, Backend
 
 COVARIANCE = OPERATORS["covariance"]
 SMALL = "import torch, himo_kernels; x = torch.eye(3)\n"  # start of the scripts below
@@ -21,7 +21,7 @@ SMALL = "import torch, himo_kernels; x = torch.eye(3)\n"  # start of the scripts
 @pytest.fixture(autouse=True)
 def _no_default(monkeypatch: pytest.MonkeyPatch) -> None:
     # The suite may run under HIMO_KERNELS_BACKEND.
-    monkeypatch.setattr(_dispatch, "_default_backend", "auto")
+    monkeypatch.setattr(dispatch, "_default_backend", "auto")
 
 
 @pytest.fixture
@@ -262,16 +262,16 @@ def test_the_variable_is_read_once_at_import_and_is_auto_where_unset() -> None:
     script = (
         "import os; os.environ.pop('HIMO_KERNELS_BACKEND', None)\n"
         "import torch, himo_kernels; os.environ['HIMO_KERNELS_BACKEND'] = 'cuda'\n"
-        "print(himo_kernels._dispatch.default_backend(), himo_kernels.gram(torch.eye(3))[0].shape)"
+        "print(himo_kernels.dispatch.default_backend(), himo_kernels.gram(torch.eye(3))[0].shape)"
     )
     assert run_python("-c", script) == "auto torch.Size([3])"
 
 
 def test_the_variable_is_what_auto_stands_for() -> None:
     script = SMALL + (
-        "from himo_kernels import _dispatch, info\n"
-        "chosen = {o.resolve('auto', x) for o in _dispatch.OPERATORS.values()}\n"
-        "print(_dispatch.default_backend(), *chosen)\n"
+        "from himo_kernels import dispatch, info\n"
+        "chosen = {o.resolve('auto', x) for o in dispatch.OPERATORS.values()}\n"
+        "print(dispatch.default_backend(), *chosen)\n"
         "himo_kernels.nn.HiMoLoss()(x, x, 10.0)\n"
         "print(info.report())"
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from himo_kernels._checks import check_features, check_finite_values, check_flag, raise_type
-from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.covariance.op import COVARIANCE, GRAM, CentredMoment
 
 

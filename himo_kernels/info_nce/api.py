@@ -20,7 +20,8 @@ from himo_kernels._checks import (
     raise_type,
     raise_value,
 )
-from himo_kernels._dispatch import Operator, accumulation_dtype, as_tensor
+from himo_kernels._numerics import accumulation_dtype, as_tensor
+from himo_kernels.dispatch import Operator
 from himo_kernels.info_nce.op import (
     DUAL_INFO_NCE,
     DUAL_INFO_NCE_LOW_RANK,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._borrowed import full_float32
-from himo_kernels._dispatch import Backend, Operator
+from himo_kernels.dispatch import Backend, Operator
 from himo_kernels.info_nce import cpu, reference
+from himo_kernels.process_state import full_float32
 
 _TRITON = "himo_kernels.info_nce.triton"
 

@@ -19,7 +19,7 @@ from himo_kernels._checks import (
     raise_shape,
     raise_type,
 )
-from himo_kernels._dispatch import accumulation_dtype, as_tensor
+from himo_kernels._numerics import accumulation_dtype, as_tensor
 from himo_kernels.pca.op import (
     PCA_OP,
     PCA_RECONSTRUCT,

@@ -14,7 +14,7 @@ import himo_kernels
 from benchmarks import measure, memory, worker
 from benchmarks.cases import OPTIONS, Case
 from benchmarks.registry import OPERATIONS, Candidate, candidates
-from himo_kernels._dispatch import OPERATORS, Backend
+from himo_kernels.dispatch import OPERATORS, Backend
 
 SMALL = {"N": 24, "D": 8}
 needs_proc = pytest.mark.skipif(

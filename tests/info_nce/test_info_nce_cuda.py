@@ -18,7 +18,7 @@ from info_nce_cases import (
 from torch import Tensor
 
 from himo_kernels import dual_info_nce
-from himo_kernels._dispatch import OPERATORS
+from himo_kernels.dispatch import OPERATORS
 from himo_kernels.testing import power_law, relative_error, runnable_backends
 
 pytestmark = [

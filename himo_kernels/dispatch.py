@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from himo_kernels._borrowed import full_float32
 from himo_kernels._checks import raise_type, raise_value
+from himo_kernels.process_state import full_float32
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks them
 BACKEND_VARIABLE = "HIMO_KERNELS_BACKEND"
@@ -158,21 +158,6 @@ def _requested_backend(operator: str, requested: str) -> str:
     if check_backend(operator, requested) == "auto":
         return check_backend(operator, _default_backend, BACKEND_VARIABLE)
     return requested
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of sums over features of this dtype: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def as_tensor(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns number as a tensor []: what an operator takes of a setting that may change.
-
-    A compiler makes one graph for all values of a product, and one for each of torch.full's.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ones((), dtype=dtype, device=device) * number
-    return torch.full((), number, dtype=dtype, device=device)
 
 
 def refuse_double_backward(operator: str) -> None:
