@@ -7,6 +7,7 @@ a string, so that `torch.compile(fullgraph=True)` sees one operator whatever the
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Operator:
         put back, a quarter of the time of a call on a few rows.
         """
 
-        def run(*args: object, **optional: object) -> object:
+        def run(*args: object, **optional: object) -> Any:
             return self.run(direction, *args, multiplies=multiplies, **optional)
 
         kernel = f"{self.name}_{direction}"
@@ -84,17 +85,21 @@ class Operator:
 
     def run(
         self, direction: str, *args: object, multiplies: bool = True, **optional: object
-    ) -> object:
-        """Returns the outputs of a pass, as its kernel under torch.ops.himo_kernels does."""
+    ) -> Any:
+        """Returns the outputs of a pass; the last of args names the backend.
+
+        What its kernel under torch.ops.himo_kernels does, and the only way to run an operator that
+        is not public.
+        """
         body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         given = {name: value for name, value in optional.items() if value is not None}
         plain = full_float32(device) if multiplies else torch.autocast(device, enabled=False)
         with torch.no_grad(), plain:
-            outputs = body(*args[:-1], **given)
+            outputs: Any = body(*args[:-1], **given)
         if isinstance(outputs, Tensor):
             return outputs.contiguous()
-        return tuple(output.contiguous() for output in outputs)  # type: ignore[attr-defined]
+        return tuple(output.contiguous() for output in outputs)
 
     def why_not(self, backend: str, *tensors: Tensor) -> str | None:
         """Returns the reason why the named backend cannot take these tensors, or None."""
