@@ -23,7 +23,10 @@ def _status(operator: dispatch.Operator, backend: str, x: torch.Tensor) -> str:
     reason = operator.why_not(backend, x)
     if reason is not None:
         return f"no: {reason}"
-    return "yes" if operator.backends[backend].auto else "by name only: not yet run on hardware"
+    found = operator.backends[backend]
+    if found.auto:
+        return "yes"
+    return f"by name only: {found.gate}" if found.gate else "by name only"
 
 
 def _choice(operator: dispatch.Operator, x: torch.Tensor) -> str:
@@ -61,7 +64,7 @@ def report() -> str:
         lines += ["", f"operators on {name} (float32, 512 x 512)"]
         for operator in dispatch.OPERATORS.values():
             lines.append(f"  {operator.name}: auto takes {_choice(operator, x)}")
-            lines += [f"    {b:<10} {_status(operator, b, x)}" for b in dispatch.BACKENDS]
+            lines += [f"    {b:<10} {_status(operator, b, x)}" for b in dispatch.backend_names()]
     return "\n".join(lines)
 
 

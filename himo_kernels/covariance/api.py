@@ -26,7 +26,7 @@ def covariance(
         dtype: Dtype of the sums and of the result, float32 or float64; by default float32, and
             float64 for float64 input. A PCA wants float64 (HiDe loses half its digits otherwise).
         check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
 
     Returns:
         mean [*, D] and covariance [*, D, D], in dtype. First-order differentiable in x.

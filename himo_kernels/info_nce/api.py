@@ -67,7 +67,7 @@ def info_nce(
             environment variable HIMO_KERNELS_LOGITS_MIB as read at import, or 64. Only the `cpu`
             backend keeps any.
         check_finite: Raise on NaN or inf (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
 
     Returns:
         Loss [*], float32, or float64 for float64 features; logits and sums have that dtype too.
