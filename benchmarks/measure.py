@@ -21,7 +21,7 @@ from benchmarks.registry import (
     operation,
 )
 from himo_kernels import nn, pca_reconstruct
-from himo_kernels._borrowed import full_float32
+from himo_kernels.process_state import full_float32
 from himo_kernels.testing import oracle_info_nce, relative_error
 
 # The oracle holds N x N logits in float64: at most this many leading rows are checked, plus those

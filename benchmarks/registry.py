@@ -16,7 +16,7 @@ from benchmarks import costs
 from benchmarks.baselines import eager, peers, released
 from benchmarks.cases import Case
 from himo_kernels import testing as hkt
-from himo_kernels._dispatch import BACKENDS, OPERATORS
+from himo_kernels.dispatch import OPERATORS, backend_names
 from himo_kernels.nn import PRESETS, HiMoLoss
 
 Inputs = dict[str, Tensor]
@@ -115,7 +115,7 @@ def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
         parts = ("normalize", "pca_reconstruct", "dual_info_nce")
         features = inputs["text_features"]
         held = {name for part in parts for name in OPERATORS[part].backends}
-        names = [name for name in BACKENDS if name in held]
+        names = [name for name in backend_names() if name in held]
         reasons = {
             name: next(filter(None, (OPERATORS[p].why_not(name, features) for p in parts)), None)
             for name in names

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from himo_kernels._dispatch import BACKENDS
+from himo_kernels.dispatch import backend_names
 
 # What tells one measurement from another. A new one replaces all of its rows.
 CELL = ("backend", "B", "N", "D", "dtype", "config", "device", "threads")
@@ -56,7 +56,7 @@ COLUMNS = (
     "commit",
     "date",
 )
-LIBRARY = (*BACKENDS, "auto")  # what the column backend says of the library; others are baselines
+LIBRARY = (*backend_names(), "auto")  # in the column backend; the others are baselines
 CRASHED = "(cell)"  # in the place of a backend: the process ended, whichever it was measuring
 ROOT = Path(__file__).parents[1]
 

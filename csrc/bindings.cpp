@@ -34,7 +34,7 @@ constexpr bool kOpenMP = true;
 constexpr bool kOpenMP = false;
 #endif
 
-// What himo_kernels._extension compares with the running torch, and himo_kernels.info prints.
+// What himo_kernels.extension compares with the running torch, and himo_kernels.info prints.
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;

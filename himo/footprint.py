@@ -24,7 +24,7 @@ from himo.config import TrainConfig
 from himo.objective import Objective
 from himo.parallel import Ranks
 from himo.train import build_model, make_optimizer
-from himo_kernels._dispatch import OPERATORS
+from himo_kernels.dispatch import OPERATORS
 
 # What memory is for, in the order in which it is shown.
 PARAMETERS, GRADIENTS, STATE = "parameters", "gradients", "optimizer state"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from himo_kernels._dispatch import Backend
+from himo_kernels.dispatch import NOT_RUN, Backend
 
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 
@@ -80,10 +80,10 @@ def backend(
 ) -> Backend:
     """Returns the backend of an operator whose kernels are module.<operator>_<part>.
 
-    auto=False: not yet run on hardware.
+    auto=False: the kernels are not yet run on hardware.
     """
     kernels = {part: _deferred(module, f"{operator}_{part}") for part in parts}
-    return Backend(kernels, why_not, auto)
+    return Backend(kernels, why_not, auto, gate=None if auto else NOT_RUN)
 
 
 def float64_bits(value: float) -> int:

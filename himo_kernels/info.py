@@ -9,7 +9,7 @@ import platform
 import torch
 
 import himo_kernels
-from himo_kernels import _dispatch, _extension
+from himo_kernels import dispatch, extension
 
 
 def _version(package: str) -> str:
@@ -19,14 +19,17 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _status(operator: _dispatch.Operator, backend: str, x: torch.Tensor) -> str:
+def _status(operator: dispatch.Operator, backend: str, x: torch.Tensor) -> str:
     reason = operator.why_not(backend, x)
     if reason is not None:
         return f"no: {reason}"
-    return "yes" if operator.backends[backend].auto else "by name only: not yet run on hardware"
+    found = operator.backends[backend]
+    if found.auto:
+        return "yes"
+    return f"by name only: {found.gate}" if found.gate else "by name only"
 
 
-def _choice(operator: _dispatch.Operator, x: torch.Tensor) -> str:
+def _choice(operator: dispatch.Operator, x: torch.Tensor) -> str:
     # Through resolve, not preferred: HIMO_KERNELS_BACKEND may have named one.
     try:
         return operator.resolve("auto", x)
@@ -42,12 +45,12 @@ def report() -> str:
         f"python       {platform.python_version()} on {platform.platform()}",
         f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
         f"triton       {_version('triton')}",
-        f"extension    {_extension.why_not() or 'loaded'}",
+        f"extension    {extension.why_not() or 'loaded'}",
         f"cpu          {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads",
     ]
-    if _extension.why_not() is None:
-        own = _extension.load().solves_eigenproblem(512)
+    if extension.why_not() is None:
+        own = extension.load().solves_eigenproblem(512)
         why = "of this library, AVX-512" if own else "LAPACK's: ours needs AVX-512 of AMD"
         lines.append(f"eigensolver  {why}")
     for name in devices[1:]:
@@ -55,13 +58,13 @@ def report() -> str:
         capability = f"sm_{properties.major}{properties.minor}"
         memory_gib = properties.total_memory / 2**30
         lines.append(f"{name:<12} {properties.name}, {capability}, {memory_gib:.0f} GiB")
-    lines.append(f"{_dispatch.BACKEND_VARIABLE} = {_dispatch.default_backend()}")
+    lines.append(f"{dispatch.BACKEND_VARIABLE} = {dispatch.default_backend()}")
     for name in dict.fromkeys(device.split(":")[0] for device in devices):
         x = torch.empty(512, 512, device=name)  # "auto" leaves small ones to the reference at times
         lines += ["", f"operators on {name} (float32, 512 x 512)"]
-        for operator in _dispatch.OPERATORS.values():
+        for operator in dispatch.OPERATORS.values():
             lines.append(f"  {operator.name}: auto takes {_choice(operator, x)}")
-            lines += [f"    {b:<10} {_status(operator, b, x)}" for b in _dispatch.BACKENDS]
+            lines += [f"    {b:<10} {_status(operator, b, x)}" for b in dispatch.backend_names()]
     return "\n".join(lines)
 
 

@@ -3,35 +3,24 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from himo_kernels._batch import batch_of
 from himo_kernels._checks import (
-    check_features,
-    check_finite_values,
     check_flag,
     check_gap_eps,
     check_label_smoothing,
     check_number,
-    check_same_as,
-    check_shape,
     check_variance_floor,
     check_variance_threshold,
     raise_type,
     raise_value,
 )
-from himo_kernels._dispatch import check_backend
-from himo_kernels.distributed import loss as loss_over_ranks
-from himo_kernels.distributed import moments
-from himo_kernels.distributed.agreement import agree, check_rows
-from himo_kernels.distributed.wire import Rows, members_of
-from himo_kernels.info_nce import dual_info_nce
-from himo_kernels.info_nce.api import bias_and_flag, check_logit_scale, with_logit_bias
-from himo_kernels.normalize import normalize
+from himo_kernels.dispatch import check_backend
+from himo_kernels.distributed.loss import check_strategy
+from himo_kernels.info_nce.api import bias_and_flag, with_logit_bias
 from himo_kernels.pca import pca_reconstruct
-from himo_kernels.pca.api import reconstruct_above
-from himo_kernels.pca.reference import floor_of
 from himo_kernels.presets import PRESETS
 
 __all__ = ["PRESETS", "HiDe", "HiMoLoss", "Terms"]
@@ -188,7 +177,7 @@ class HiMoLoss(nn.Module):
             backend=backend,
         )
         self.group = group
-        loss_over_ranks.check_strategy("HiMoLoss", strategy)
+        check_strategy("HiMoLoss", strategy)
         self.strategy = strategy
         self.check_ranks = check_flag("HiMoLoss", "check_ranks", check_ranks)
 
@@ -243,6 +232,7 @@ class HiMoLoss(nn.Module):
             "contrastive_loss": with_logit_bias(terms.contrastive_loss, bias),
             "component_loss": self.component_weight * terms.component_loss,
         }
+        # HiMo-CLIP eq. (4)
         return parts if as_dict else parts["contrastive_loss"] + parts["component_loss"]
 
     def terms(
@@ -261,137 +251,20 @@ class HiMoLoss(nn.Module):
         logit_scale: Tensor | float,
         check_others: Callable[[], object],
     ) -> Terms:
-        rows = self._agree(image_features, text_features, logit_scale, check_others)
-        unit = self._unit if self.normalize_features else _as_it_is
-        texts = unit(text_features)
-        # Over ranks the texts of the PCA stay in float64: rounded first, a narrow gap at the cut
-        # would put the gradient more than 1e-6 from that of the joined batch.
-        wide_texts = texts if rows is None else unit(text_features.double())
-        component_features, rank = self._reconstruct(wide_texts, texts.dtype, rows)
+        batch = batch_of(self)
+        batch.check(image_features, text_features, logit_scale, check_others)
+        images, texts = image_features, text_features
+        if self.normalize_features:
+            images, texts = batch.normalize(images), batch.normalize(texts)
+        components, rank = batch.reconstruct(text_features, texts)  # HiMo-CLIP eq. (1)
         if self.normalize_components:
-            component_features = self._unit(component_features)
-        contrastive_loss, component_loss = self._losses(
-            unit(image_features), texts, component_features.to(texts.dtype), logit_scale, rows
-        )
+            components = batch.normalize(components)
+        # HiMo-CLIP eq. (2) and (3)
+        contrastive_loss, component_loss = batch.losses(images, texts, components, logit_scale)
         return Terms(contrastive_loss, component_loss, rank)
-
-    def _unit(self, features: Tensor) -> Tensor:
-        # Rows divided by their length. A rank without rows has nothing to divide.
-        if features.shape[-2] == 0:
-            return features
-        return normalize(features, backend=self.backend)
-
-    def _agree(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        check_others: Callable[[], object],
-    ) -> Rows | None:
-        # The rows of every rank, or None in one process. Raises for what is wrong on any rank;
-        # check_others for what the caller has of its own.
-        one_process = _in_one_process(self.group)
-        check_each = check_features if one_process else check_rows
-
-        def check() -> None:
-            for argument, value in (
-                ("image_features", image_features),
-                ("text_features", text_features),
-            ):
-                check_each("HiMoLoss", argument, value)
-                check_same_as("HiMoLoss", argument, value, "image_features", image_features)
-                check_shape("HiMoLoss", argument, value, image_features.shape)
-                if self.check_finite:
-                    check_finite_values("HiMoLoss", **{argument: value})
-                    if self.normalize_features:
-                        _check_directions(argument, value)
-            check_logit_scale("HiMoLoss", logit_scale, image_features)
-            check_others()
-            if not one_process:
-                loss_over_ranks.resolve_over_ranks(
-                    "HiMoLoss", self.backend, members.size, image_features
-                )
-
-        if one_process:
-            check()
-            return None
-        members = members_of(self.group, "HiMoLoss")
-        needs_grad = loss_over_ranks.grad_flags(image_features, text_features, logit_scale)
-        settings = (self.extra_repr(), self.hide.extra_repr(), self.backend, self.strategy)
-        return agree(
-            "HiMoLoss",
-            members,
-            image_features,
-            check,
-            settings=settings,
-            needs_grad=needs_grad,
-            check_ranks=self.check_ranks,
-        )
-
-    def _reconstruct(
-        self, text_features: Tensor, dtype: torch.dtype, rows: Rows | None
-    ) -> tuple[Tensor, Tensor]:
-        # dtype is that of the caller's features, whose rounding the floor is above.
-        if rows is None:
-            return self.hide(text_features)
-        hide = self.hide
-        floor = floor_of(dtype, hide.variance_floor)
-        settings = (hide.variance_threshold, hide.gap_eps, hide.differentiate_basis, self.backend)
-        if self.pca_scope == "global":
-            return moments.reconstruct(floor, text_features, rows, *settings)
-        if rows.own == 0:
-            return text_features, torch.zeros((), dtype=torch.int64, device=text_features.device)
-        return reconstruct_above(floor, text_features, *settings)
-
-    def _losses(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        component_features: Tensor,
-        logit_scale: Tensor | float,
-        rows: Rows | None,
-    ) -> tuple[Tensor, ...]:
-        if rows is None:
-            return dual_info_nce(
-                image_features,
-                text_features,
-                component_features,
-                logit_scale,
-                label_smoothing=self.label_smoothing,
-                differentiate_keys=self.gather_with_grad,
-                check_finite=self.check_finite,
-                backend=self.backend,
-            )
-        return loss_over_ranks.losses(
-            rows,
-            self.strategy,
-            image_features,
-            (text_features, component_features),
-            check_logit_scale("HiMoLoss", logit_scale, image_features),
-            label_smoothing=self.label_smoothing,
-            differentiate_keys=self.gather_with_grad,
-            backend=self.backend,
-        )
 
     def extra_repr(self) -> str:
         """Returns the settings shown by print(module)."""
         # The rest, tau among it, is shown by the submodule.
         names = ("preset", *(name for name in PRESETS[self.preset] if not hasattr(self.hide, name)))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _in_one_process(group: dist.ProcessGroup | None) -> bool:
-    if group is None and not (dist.is_available() and dist.is_initialized()):
-        return True
-    return dist.get_world_size(group) == 1
-
-
-def _check_directions(argument: str, features: Tensor) -> None:
-    zero = (features.detach() == 0).all(-1)
-    if zero.any():
-        row = [int(index) for index in zero.nonzero()[0]]
-        raise ValueError(f"HiMoLoss: expected {argument} without rows of zeros, got one at {row}")
-
-
-def _as_it_is(features: Tensor) -> Tensor:
-    return features

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from himo_kernels import _dispatch
+from himo_kernels import dispatch
 
 
 def power_law(
@@ -266,7 +266,7 @@ def runnable_backends(
     interpreted=False leaves out what only Triton's interpreter runs there: half a second for one
     small eigenproblem.
     """
-    table = _dispatch.OPERATORS[operator]
+    table = dispatch.OPERATORS[operator]
     x = torch.zeros(2, 2, device=device)
     names = [name for name in table.backends if table.why_not(name, x) is None]
     return [name for name in names if interpreted or x.is_cuda or name != "triton"]

@@ -10,18 +10,20 @@ from fresh_process import run_python
 from torch import Tensor
 
 import himo_kernels
-from himo_kernels import _dispatch
-from himo_kernels._dispatch import BACKENDS, OPERATORS, Backend
+from himo_kernels import dispatch, info
 from himo_kernels.covariance import reference
+from himo_kernels.dispatch import OPERATORS, Backend, backend_names
 
 COVARIANCE = OPERATORS["covariance"]
+BACKENDS = ("triton", "cpu", "reference")
+NEW = "numpy"  # a backend that no operator has: the tests put it at the head of a table
 SMALL = "import torch, himo_kernels; x = torch.eye(3)\n"  # start of the scripts below
 
 
 @pytest.fixture(autouse=True)
 def _no_default(monkeypatch: pytest.MonkeyPatch) -> None:
     # The suite may run under HIMO_KERNELS_BACKEND.
-    monkeypatch.setattr(_dispatch, "_default_backend", "auto")
+    monkeypatch.setattr(dispatch, "_default_backend", "auto")
 
 
 @pytest.fixture
@@ -45,7 +47,9 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             return reference.covariance_bwd(*arguments)
 
         backend = Backend({"fwd": fwd, "bwd": bwd}, **settings)
-        monkeypatch.setitem(COVARIANCE.backends, name, backend)
+        table = COVARIANCE.backends | {name: backend}
+        order = [other for other in (NEW, *BACKENDS) if other in table]
+        monkeypatch.setattr(COVARIANCE, "backends", {other: table[other] for other in order})
         return passes
 
     return register
@@ -101,10 +105,11 @@ def test_the_schema_ends_in_the_backend_and_changes_no_input(name: str, directio
 def test_auto_asks_the_backends_in_the_order_of_the_table(
     x: Tensor, register: Callable[..., list[str]]
 ) -> None:
-    assert BACKENDS == ("cuda", "triton", "cpu", "reference")
-    for name in reversed(BACKENDS[:-1]):
+    assert tuple(backend_names()) == BACKENDS
+    for name in ("cpu", "triton", NEW):
         register(name)
         assert COVARIANCE.preferred(x) == COVARIANCE.resolve("auto", x) == name
+    assert backend_names() == [NEW, *BACKENDS]
 
 
 @pytest.mark.usefixtures("only_reference")
@@ -117,14 +122,14 @@ def test_auto_passes_over_a_backend_that_cannot(
         asked.append(tensors)
         return None if tensors[0].shape[-1] > 3 else "needs more than 3 columns"
 
-    cuda, triton = (
-        register("cuda", why_not=lambda *tensors: "none"),
+    new, triton = (
+        register(NEW, why_not=lambda *tensors: "none"),
         register("triton", why_not=why_not),
     )
     _forward_and_backward(x, "auto")
-    assert (cuda, triton) == ([], [])
+    assert (new, triton) == ([], [])
     _forward_and_backward(torch.cat([x, x], -1), "auto")
-    assert (cuda, triton) == ([], ["fwd", "bwd"])
+    assert (new, triton) == ([], ["fwd", "bwd"])
     assert all(isinstance(tensor, Tensor) for tensors in asked for tensor in tensors)
 
 
@@ -162,7 +167,6 @@ def test_auto_with_nothing_left_lists_the_reasons(
         himo_kernels.covariance(x)
     assert str(caught.value) == (
         "covariance: backend 'auto' cannot take [5, 3] torch.float32 on cpu\n"
-        "  cuda: covariance has no cuda kernel\n"
         "  triton: can run by name\n"
         "  cpu: left out of this build\n"
         "  reference: covariance has no reference kernel"
@@ -181,13 +185,13 @@ def test_a_named_backend_is_the_one_that_runs(
 
 @pytest.mark.usefixtures("only_reference")
 def test_a_named_backend_never_falls_back(x: Tensor, register: Callable[..., list[str]]) -> None:
-    others = [register("cuda"), register("cpu")]
+    others = [register(NEW), register("cpu")]
     refused = register("triton", why_not=lambda *tensors: f"needs {len(tensors)} CUDA tensors")
     with pytest.raises(NotImplementedError) as caught:
         himo_kernels.covariance(x, backend="triton")
     assert str(caught.value) == (
         "covariance: backend 'triton' cannot take [5, 3] torch.float32 on cpu\n"
-        "  cuda: can run\n"
+        "  numpy: can run\n"
         "  triton: needs 1 CUDA tensors\n"
         "  cpu: can run\n"
         "  reference: can run"
@@ -223,7 +227,7 @@ def test_an_error_inside_a_backend_reaches_the_caller(
         raise LaunchError("out of registers")
 
     def install(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
-        monkeypatch.setitem(COVARIANCE.backends, "triton", Backend({"fwd": fwd, "bwd": bwd}))
+        monkeypatch.setattr(COVARIANCE, "backends", {"triton": Backend({"fwd": fwd, "bwd": bwd})})
 
     install(fails, fails)
     with pytest.raises(LaunchError, match=r"^out of registers$"):
@@ -261,17 +265,17 @@ def test_a_backend_need_not_return_contiguous_outputs_nor_turn_autocast_off(
 def test_the_variable_is_read_once_at_import_and_is_auto_where_unset() -> None:
     script = (
         "import os; os.environ.pop('HIMO_KERNELS_BACKEND', None)\n"
-        "import torch, himo_kernels; os.environ['HIMO_KERNELS_BACKEND'] = 'cuda'\n"
-        "print(himo_kernels._dispatch.default_backend(), himo_kernels.gram(torch.eye(3))[0].shape)"
+        "import torch, himo_kernels; os.environ['HIMO_KERNELS_BACKEND'] = 'triton'\n"
+        "print(himo_kernels.dispatch.default_backend(), himo_kernels.gram(torch.eye(3))[0].shape)"
     )
     assert run_python("-c", script) == "auto torch.Size([3])"
 
 
 def test_the_variable_is_what_auto_stands_for() -> None:
     script = SMALL + (
-        "from himo_kernels import _dispatch, info\n"
-        "chosen = {o.resolve('auto', x) for o in _dispatch.OPERATORS.values()}\n"
-        "print(_dispatch.default_backend(), *chosen)\n"
+        "from himo_kernels import dispatch, info\n"
+        "chosen = {o.resolve('auto', x) for o in dispatch.OPERATORS.values()}\n"
+        "print(dispatch.default_backend(), *chosen)\n"
         "himo_kernels.nn.HiMoLoss()(x, x, 10.0)\n"
         "print(info.report())"
     )
@@ -283,14 +287,16 @@ def test_the_variable_is_what_auto_stands_for() -> None:
 
 def test_a_backend_in_the_variable_that_an_operator_lacks_is_an_error() -> None:
     script = SMALL + (
+        "from himo_kernels.dispatch import OPERATORS\n"
+        "OPERATORS['gram'].backends['numpy'] = OPERATORS['gram'].backends['reference']\n"
         "print(himo_kernels.covariance(x, backend='reference')[0].shape)  # the argument wins\n"
         "try: himo_kernels.info_nce(x, x, 1.0)\n"
         "except NotImplementedError as error: print(error)"
     )
-    shape, first, *reasons = run_python("-c", script, HIMO_KERNELS_BACKEND="cuda").splitlines()
+    shape, first, *reasons = run_python("-c", script, HIMO_KERNELS_BACKEND="numpy").splitlines()
     assert shape == "torch.Size([3])"
-    assert first.startswith("info_nce: backend 'cuda' cannot take [3, 3] torch.float32 on cpu, ")
-    assert len(reasons) == len(BACKENDS)
+    assert first.startswith("info_nce: backend 'numpy' cannot take [3, 3] torch.float32 on cpu, ")
+    assert len(reasons) == len(BACKENDS) + 1
 
 
 def test_an_unknown_name_in_the_variable_is_an_error_at_the_first_call() -> None:
@@ -303,7 +309,7 @@ def test_an_unknown_name_in_the_variable_is_an_error_at_the_first_call() -> None
     text, report = run_python("-c", script, HIMO_KERNELS_BACKEND="tritn").split("\n", 1)
     assert text == (
         "pca: expected HIMO_KERNELS_BACKEND to be 'auto' or one of "
-        "['cuda', 'triton', 'cpu', 'reference'], got 'tritn'"
+        "['triton', 'cpu', 'reference'], got 'tritn'"
     )
     _assert_complete(report)
     assert f"  pca: auto takes nothing: {text}\n" in report
@@ -315,6 +321,26 @@ def test_info_lists_versions_and_every_operator_with_every_backend() -> None:
     x = torch.empty(512, 512)
     for name, operator in OPERATORS.items():
         assert f"  {name}: auto takes {operator.preferred(x)}\n" in report
+
+
+def test_info_says_of_a_gated_backend_what_it_waits_for(
+    register: Callable[..., list[str]],
+) -> None:
+    register(NEW, auto=False)
+    section = info.report().split("\n  covariance: ")[1]
+    assert re.search(r"(?m)^    numpy +by name only$", section)
+    if OPERATORS["covariance"].why_not("triton", torch.empty(512, 512)) is None:
+        assert re.search(r"(?m)^    triton +by name only: not yet run on hardware$", section)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_backend_without_a_source_is_an_unknown_name(name: str, x: Tensor) -> None:
+    with pytest.raises(ValueError) as caught:
+        OPERATORS[name].resolve("cuda", x)
+    assert str(caught.value) == (
+        f"{name}: expected backend to be 'auto' or one of ['triton', 'cpu', 'reference'], "
+        "got 'cuda'"
+    )
 
 
 def _assert_complete(report: str) -> None:

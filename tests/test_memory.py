@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import himo_kernels
-from himo_kernels._dispatch import OPERATORS
+from himo_kernels.dispatch import OPERATORS
 
 FAR = 2**31  # elements: the first offset that an int32 cannot hold
 SAMPLES, FEATURES = 4, 3

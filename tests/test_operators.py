@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import himo_kernels
 from himo_kernels import nn
-from himo_kernels._dispatch import OPERATORS
+from himo_kernels.dispatch import OPERATORS
 from himo_kernels.testing import power_law
 
 SIZES = {"6x4": (6, 4), "2x4x6": (2, 4, 6)}  # D < N; N < D with a batch dimension

@@ -103,9 +103,9 @@ def test_a_build_without_the_extension_succeeds_and_says_why(
 def test_without_the_extension_the_package_works_and_says_why(installed: Path) -> None:
     script = """if True:
         import torch, himo_kernels
-        from himo_kernels import _extension
+        from himo_kernels import extension
         print(himo_kernels.__file__)
-        print(_extension.why_not())
+        print(extension.why_not())
         x = torch.arange(12.0).view(4, 3)
         print(himo_kernels.covariance(x)[1].shape)
         try:
@@ -113,7 +113,7 @@ def test_without_the_extension_the_package_works_and_says_why(installed: Path) -
         except NotImplementedError as error:
             print(str(error).replace("\\n", " "))
         try:
-            _extension.load()
+            extension.load()
         except ImportError as error:
             print(type(error.__cause__).__name__)
     """
@@ -126,7 +126,7 @@ def test_without_the_extension_the_package_works_and_says_why(installed: Path) -
     assert cause == "ModuleNotFoundError"
 
 
-PRINT_REASON = "from himo_kernels import _extension; print(_extension.why_not())"
+PRINT_REASON = "from himo_kernels import extension; print(extension.why_not())"
 
 
 def test_the_switch_works_at_run_time_too(installed: Path) -> None:
@@ -161,11 +161,11 @@ def test_an_extension_of_another_torch_is_refused(
         this_minor = ".".join(torch.__version__.split(".")[:2])
         fake.build_info = lambda: {{"torch": "{built}".replace("this.minor", this_minor)}}
         sys.modules["himo_kernels._C"] = fake
-        from himo_kernels import _extension
+        from himo_kernels import extension
         print(torch.__version__)
-        print(_extension.why_not())
+        print(extension.why_not())
         try:
-            print(_extension.load() is fake)
+            print(extension.load() is fake)
         except ImportError as error:
             print(error)
     """

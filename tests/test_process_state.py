@@ -14,7 +14,7 @@ from test_operators import CALLS, Run, _forward_and_backward
 from torch import Tensor
 
 import himo_kernels
-from himo_kernels._borrowed import Borrowed, full_float32
+from himo_kernels.process_state import Borrowed, full_float32
 from himo_kernels.testing import power_law
 
 LEVELS = (("generic", "all"), ("mkldnn", "all"), ("mkldnn", "matmul"))

@@ -17,7 +17,7 @@ from himo.errors import HimoError
 from himo.files import free_bytes
 from himo.model import CLIPConfig, HiMoCLIP
 from himo.precision import resolve
-from himo_kernels import _extension
+from himo_kernels.extension import why_not as why_no_extension
 
 _DISTRIBUTION = "himo-kernels"
 _SHARED = Path("/dev/shm")
@@ -46,7 +46,7 @@ def packages() -> Iterator[Check]:
 
 def extension() -> Check:
     """Whether the compiled operators are there."""
-    reason = _extension.why_not()
+    reason = why_no_extension()
     if reason is None:
         return Check("extension", "ok", "loaded, operators on a CPU are compiled ones")
     rebuild = "pip install --no-build-isolation -e . with a C++ compiler builds it"

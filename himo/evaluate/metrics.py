@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from himo.errors import HimoError
-from himo_kernels._borrowed import full_float32
+from himo_kernels.process_state import full_float32
 
 # The paper does not say how a caption is cut into sentences. This rule is part of the metric:
 # results carry its digest, and another rule is another metric.

@@ -16,7 +16,7 @@ from himo.files import open_regular
 from himo.images import jpeg, png, small_formats, tiff
 from himo.images.grey import eight_bits
 from himo.images.limits import MAX_PIXELS, ImageError, Reader, Reason
-from himo_kernels._borrowed import Borrowed
+from himo_kernels.process_state import Borrowed
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 

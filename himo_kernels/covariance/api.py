@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from himo_kernels._checks import check_features, check_finite_values, check_flag, raise_type
-from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.covariance.op import COVARIANCE, GRAM, CentredMoment
 
 
@@ -26,7 +26,7 @@ def covariance(
         dtype: Dtype of the sums and of the result, float32 or float64; by default float32, and
             float64 for float64 input. A PCA wants float64 (HiDe loses half its digits otherwise).
         check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
 
     Returns:
         mean [*, D] and covariance [*, D, D], in dtype. First-order differentiable in x.

@@ -8,14 +8,14 @@ is wider than 48. The results are exactly symmetric.
 import torch
 from torch import Tensor
 
-from himo_kernels import _extension
+from himo_kernels import extension
 
 
 def why_not(x: Tensor, *_: Tensor) -> str | None:
     """Returns why this backend cannot take x, or None."""
     if x.device.type != "cpu":
         return f"needs CPU tensors, got {x.device.type}"
-    return _extension.why_not()
+    return extension.why_not()
 
 
 def suits_covariance(x: Tensor, *_: Tensor) -> bool:
@@ -39,7 +39,7 @@ def covariance_fwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Returns mean [*, D] and covariance [*, D, D], in dtype."""
-    return _extension.load().covariance_fwd(x, dtype)
+    return extension.load().covariance_fwd(x, dtype)
 
 
 def covariance_bwd(
@@ -49,7 +49,7 @@ def covariance_bwd(
     mean: Tensor,  # [*, D]
 ) -> Tensor:
     """Returns the gradient of x [*, N, D], computed in the dtype of mean."""
-    return _extension.load().covariance_bwd(grad_mean, grad_covariance, x, mean)
+    return extension.load().covariance_bwd(grad_mean, grad_covariance, x, mean)
 
 
 def gram_fwd(
@@ -57,7 +57,7 @@ def gram_fwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Returns mean [*, D] and gram [*, N, N], in dtype."""
-    return _extension.load().gram_fwd(x, dtype)
+    return extension.load().gram_fwd(x, dtype)
 
 
 def gram_bwd(
@@ -67,4 +67,4 @@ def gram_bwd(
     mean: Tensor,  # [*, D]
 ) -> Tensor:
     """Returns the gradient of x [*, N, D], computed in the dtype of mean."""
-    return _extension.load().gram_bwd(grad_mean, grad_gram, x, mean)
+    return extension.load().gram_bwd(grad_mean, grad_gram, x, mean)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.covariance import cpu, reference
+from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 
 _TRITON = "himo_kernels.covariance.triton"
 

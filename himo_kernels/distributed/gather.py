@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from himo_kernels._checks import check_flag, check_tensor, raise_shape
-from himo_kernels._dispatch import accumulation_dtype, refuse_double_backward
+from himo_kernels._numerics import accumulation_dtype
+from himo_kernels.dispatch import refuse_double_backward
 from himo_kernels.distributed.agreement import agree
 from himo_kernels.distributed.wire import Rows, members_of
 

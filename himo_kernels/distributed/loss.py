@@ -18,7 +18,8 @@ from himo_kernels._checks import (
     check_shape,
     raise_value,
 )
-from himo_kernels._dispatch import accumulation_dtype, check_backend, refuse_double_backward
+from himo_kernels._numerics import accumulation_dtype
+from himo_kernels.dispatch import check_backend, refuse_double_backward
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.exchange import STRATEGIES
 from himo_kernels.distributed.wire import Rows, members_of

@@ -17,8 +17,9 @@ from himo_kernels._checks import (
     check_variance_floor,
     check_variance_threshold,
 )
-from himo_kernels._dispatch import as_tensor, refuse_double_backward
+from himo_kernels._numerics import as_tensor
 from himo_kernels.covariance import covariance
+from himo_kernels.dispatch import refuse_double_backward
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.gather import AllGather
 from himo_kernels.distributed.wire import Rows, members_of

@@ -20,7 +20,8 @@ from himo_kernels._checks import (
     raise_type,
     raise_value,
 )
-from himo_kernels._dispatch import Operator, accumulation_dtype, as_tensor
+from himo_kernels._numerics import accumulation_dtype, as_tensor
+from himo_kernels.dispatch import Operator
 from himo_kernels.info_nce.op import (
     DUAL_INFO_NCE,
     DUAL_INFO_NCE_LOW_RANK,
@@ -66,7 +67,7 @@ def info_nce(
             environment variable HIMO_KERNELS_LOGITS_MIB as read at import, or 64. Only the `cpu`
             backend keeps any.
         check_finite: Raise on NaN or inf (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
 
     Returns:
         Loss [*], float32, or float64 for float64 features; logits and sums have that dtype too.

@@ -6,14 +6,11 @@ probabilities are formed relative to them, as in reference.py. No autograd, no s
 ranks (himo_kernels/distributed/loss.py) has its own.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._borrowed import full_float32
-from himo_kernels._dispatch import Backend, Operator
+from himo_kernels.dispatch import Backend, Operator
 from himo_kernels.info_nce import cpu, reference
 
 _TRITON = "himo_kernels.info_nce.triton"
@@ -50,7 +47,7 @@ def block_fwd(
             torch.full_like(column_positives, -torch.inf),
         )
     inputs = (image_features, keys, logit_scale, row_positives, column_positives, offset)
-    return _run("fwd", backend, *inputs)
+    return BLOCK.run("fwd", *inputs, backend)
 
 
 def block_bwd(
@@ -79,9 +76,8 @@ def block_bwd(
     if len(image_features) == 0 or len(keys) == 0:
         dtype = row_nll.dtype
         return torch.zeros_like(image_features, dtype=dtype), torch.zeros_like(keys, dtype=dtype)
-    return _run(
+    return BLOCK.run(
         "bwd",
-        backend,
         image_features,
         keys,
         logit_scale,
@@ -95,9 +91,5 @@ def block_bwd(
         label_smoothing,
         total,
         differentiate_keys,
+        backend,
     )
-
-
-def _run(direction: str, backend: str, image_features: Tensor, *arguments: Any) -> Any:
-    with torch.no_grad(), full_float32(image_features.device.type):
-        return BLOCK.backends[backend].kernels[direction](image_features, *arguments)

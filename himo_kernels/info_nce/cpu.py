@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from himo_kernels import _extension
-from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels import extension
+from himo_kernels._numerics import accumulation_dtype
 
 
 def why_not(image_features: Tensor, *_: Tensor) -> str | None:
     """Returns why this backend cannot take the features, or None."""
     if image_features.device.type != "cpu":
         return f"needs CPU tensors, got {image_features.device.type}"
-    return _extension.why_not()
+    return extension.why_not()
 
 
 def info_nce_fwd(
@@ -29,7 +29,7 @@ def info_nce_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
     (products,) = _each(products, 1)
-    return _extension.load().info_nce_fwd(
+    return extension.load().info_nce_fwd(
         image_features, text_features, logit_scale, label_smoothing, products
     )
 
@@ -64,7 +64,7 @@ def dual_info_nce_fwd(
     products: Tensor | None = None,  # [2, *, N, N], written
 ) -> tuple[Tensor, ...]:
     """Returns (loss, row nll, column nll) of the texts, then of the components."""
-    forward = _extension.load().info_nce_fwd
+    forward = extension.load().info_nce_fwd
     settings = (logit_scale, label_smoothing)
     text_products, component_products = _each(products, 2)
     return (
@@ -133,7 +133,7 @@ def dual_info_nce_low_rank_fwd(
     products: Tensor | None = None,  # [2, *, N, N], written
 ) -> tuple[Tensor, ...]:
     """Returns what dual_info_nce_fwd does of component_features = coefficients @ basis."""
-    forward = _extension.load().info_nce_fwd
+    forward = extension.load().info_nce_fwd
     settings = (logit_scale, label_smoothing)
     text_products, component_products = _each(products, 2)
     dtype = accumulation_dtype(image_features.dtype)
@@ -228,7 +228,7 @@ def info_nce_block_fwd(
     offset: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns log sum exp(S_ij - positive) of rows [M] and of columns [N], without pairs."""
-    return _extension.load().info_nce_block_fwd(
+    return extension.load().info_nce_block_fwd(
         image_features, keys, logit_scale, row_positives, column_positives, offset
     )
 
@@ -249,7 +249,7 @@ def info_nce_block_bwd(
     differentiate_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
-    return _extension.load().info_nce_block_bwd(
+    return extension.load().info_nce_block_bwd(
         image_features,
         keys,
         logit_scale,
@@ -351,7 +351,7 @@ def _gradients(
     # Of query, key and logit_scale, in the accumulation dtype. That of the query is added to
     # query_sum where it is given.
     needs_query, needs_key, _ = needs_grad
-    return _extension.load().info_nce_bwd(
+    return extension.load().info_nce_bwd(
         grad_loss,
         query,
         key,

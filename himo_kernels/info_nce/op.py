@@ -7,12 +7,8 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._dispatch import (
-    Backend,
-    Operator,
-    accumulation_dtype,
-    refuse_double_backward,
-)
+from himo_kernels._numerics import accumulation_dtype
+from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.info_nce import cpu, reference
 
 _TRITON = "himo_kernels.info_nce.triton"

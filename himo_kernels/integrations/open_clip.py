@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from himo_kernels import distributed
 from himo_kernels._checks import raise_value
-from himo_kernels._dispatch import check_backend
+from himo_kernels.dispatch import check_backend
 from himo_kernels.distributed.loss import check_strategy
 from himo_kernels.distributed.wire import members_of
 from himo_kernels.info_nce import info_nce

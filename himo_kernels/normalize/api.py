@@ -24,7 +24,7 @@ def normalize(
     Args:
         features: Rows [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
         check_finite: Raise on NaN or inf in features (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
 
     Returns:
         [*, N, D], contiguous. First-order differentiable in features.

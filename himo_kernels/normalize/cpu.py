@@ -6,21 +6,21 @@ operations.
 
 from torch import Tensor
 
-from himo_kernels import _extension
+from himo_kernels import extension
 
 
 def why_not(features: Tensor, *_: Tensor) -> str | None:
     """Returns why this backend cannot take the features, or None."""
     if features.device.type != "cpu":
         return f"needs CPU tensors, got {features.device.type}"
-    return _extension.why_not()
+    return extension.why_not()
 
 
 def normalize_fwd(
     features: Tensor,  # [*, N, D]
 ) -> Tensor:
     """Returns the rows divided by their length [*, N, D]."""
-    return _extension.load().normalize_fwd(features)
+    return extension.load().normalize_fwd(features)
 
 
 def normalize_bwd(
@@ -28,4 +28,4 @@ def normalize_bwd(
     features: Tensor,  # [*, N, D]
 ) -> Tensor:
     """Returns the gradient of the features [*, N, D]."""
-    return _extension.load().normalize_bwd(grad, features)
+    return extension.load().normalize_bwd(grad, features)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._dispatch import Backend, Operator, refuse_double_backward
+from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.normalize import cpu, reference
 
 _TRITON = "himo_kernels.normalize.triton"

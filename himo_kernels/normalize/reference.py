@@ -6,7 +6,7 @@ Equation numbers are those of README.md.
 import torch
 from torch import Tensor
 
-from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels._numerics import accumulation_dtype
 
 
 def normalize_fwd(

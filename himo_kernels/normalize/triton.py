@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels._numerics import accumulation_dtype
 from himo_kernels._triton_jit import raised, rounded
 from himo_kernels.aot import Case
 

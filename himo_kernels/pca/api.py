@@ -19,7 +19,7 @@ from himo_kernels._checks import (
     raise_shape,
     raise_type,
 )
-from himo_kernels._dispatch import accumulation_dtype, as_tensor
+from himo_kernels._numerics import accumulation_dtype, as_tensor
 from himo_kernels.pca.op import (
     PCA_OP,
     PCA_RECONSTRUCT,
@@ -79,7 +79,7 @@ def pca(
         gap_eps: Relative floor of the eigenvalue gap at the cut, in the backward; see
             pca_reconstruct.
         check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
 
     Raises:
         ValueError: wrong shape or value. TypeError: wrong type or dtype.
@@ -167,7 +167,7 @@ def pca_reconstruct(
         differentiate_basis: False treats the projector as a constant (an ablation: the part of the
             gradient that comes through the basis is missing).
         check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
 
     Returns:
         reconstruction [*, N, D] in x's dtype, and rank [*], int64, on the device.

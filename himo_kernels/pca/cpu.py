@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from himo_kernels import _extension
+from himo_kernels import extension
 
 LARGEST_SIDE = 32766  # the length of LAPACK's work array, 1 + 6 n + 2 n^2, is a 32-bit integer
 
@@ -19,7 +19,7 @@ def why_not(x: Tensor, *_: Tensor) -> str | None:
     """Returns why this backend cannot take x, or None."""
     if x.device.type != "cpu":
         return f"needs CPU tensors, got {x.device.type}"
-    return _extension.why_not()
+    return extension.why_not()
 
 
 def why_not_decompose(x: Tensor, *_: Tensor) -> str | None:
@@ -37,7 +37,7 @@ def pca_fwd(
     floor: Sequence[float],  # of reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n]."""
-    return _extension.load().pca_fwd(x, variance_threshold.item(), floor)
+    return extension.load().pca_fwd(x, variance_threshold.item(), floor)
 
 
 def pca_bwd(
@@ -53,7 +53,7 @@ def pca_bwd(
 ) -> Tensor:
     """Returns the gradient of x [*, N, D], README.md equations (8) to (10), in float64."""
     saved = (mean, eigenvalues, eigenvectors, rank)
-    return _extension.load().pca_bwd(
+    return extension.load().pca_bwd(
         grad_mean, grad_eigenvalues, grad_components, x, *saved, gap_eps
     )
 
@@ -65,7 +65,7 @@ def project_reconstruct_fwd(
     rank: Tensor,  # [*] int64
 ) -> Tensor:
     """Returns (x - mean) P^T P + mean, with P the first rank rows of components."""
-    return _extension.load().project_reconstruct_fwd(x, mean, components, rank)
+    return extension.load().project_reconstruct_fwd(x, mean, components, rank)
 
 
 def project_reconstruct_bwd(
@@ -76,7 +76,7 @@ def project_reconstruct_bwd(
     rank: Tensor,  # [*] int64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x [*, N, D], mean [*, D] and components [*, K, D]."""
-    return _extension.load().project_reconstruct_bwd(grad_reconstruction, x, mean, components, rank)
+    return extension.load().project_reconstruct_bwd(grad_reconstruction, x, mean, components, rank)
 
 
 def pca_reconstruct_fwd(
@@ -85,7 +85,7 @@ def pca_reconstruct_fwd(
     floor: Sequence[float],  # of reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
-    return _extension.load().pca_reconstruct_fwd(x, variance_threshold.item(), floor)
+    return extension.load().pca_reconstruct_fwd(x, variance_threshold.item(), floor)
 
 
 def pca_reconstruct_bwd(
@@ -100,7 +100,7 @@ def pca_reconstruct_bwd(
 ) -> Tensor:
     """Returns the gradient of x [*, N, D], README.md equations (4) to (7)."""
     saved = (mean, eigenvalues, eigenvectors, rank)
-    return _extension.load().pca_reconstruct_bwd(
+    return extension.load().pca_reconstruct_bwd(
         grad_reconstruction, x, *saved, gap_eps, differentiate_basis
     )
 
@@ -114,7 +114,7 @@ def moment_decompose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D], eigenvectors [D, D], rank []."""
     threshold = variance_threshold.item()
-    return _extension.load().pca_moment_decompose(moment, mean, samples, threshold, floor)
+    return extension.load().pca_moment_decompose(moment, mean, samples, threshold, floor)
 
 
 def moment_reconstruct(
@@ -125,7 +125,7 @@ def moment_reconstruct(
     rank: Tensor,  # [] int64
 ) -> Tensor:
     """Returns U' [M, D] in x's dtype; products in float64."""
-    return _extension.load().pca_moment_reconstruct(x, mean, eigenvalues, eigenvectors, rank)
+    return extension.load().pca_moment_reconstruct(x, mean, eigenvalues, eigenvectors, rank)
 
 
 def moment_grad_projector(
@@ -134,7 +134,7 @@ def moment_grad_projector(
     mean: Tensor,  # [D] float64
 ) -> Tensor:
     """Returns X^T G [D, D] float64."""
-    return _extension.load().pca_moment_grad_projector(grad, x, mean)
+    return extension.load().pca_moment_grad_projector(grad, x, mean)
 
 
 def moment_bwd(
@@ -150,6 +150,6 @@ def moment_bwd(
 ) -> Tensor:
     """Returns dX [M, D] in x's dtype; products in float64."""
     decomposition = (eigenvalues, eigenvectors, rank)
-    return _extension.load().pca_moment_bwd(
+    return extension.load().pca_moment_bwd(
         grad, grad_mean, x, mean, symmetric, *decomposition, gap_eps
     )

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._borrowed import full_float32
-from himo_kernels._dispatch import Backend, Operator
+from himo_kernels.dispatch import Backend, Operator
 from himo_kernels.pca import cpu, reference
 
 _PARTS = ("decompose", "reconstruct", "grad_projector", "bwd")
@@ -45,7 +44,8 @@ def decompose(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D] descending, eigenvectors [D, D] in columns, rank []: eq. (2)."""
-    return _run("decompose", backend, moment, mean, samples, variance_threshold, floor)
+    arguments = (moment, mean, samples, variance_threshold, floor)
+    return MOMENT.run("decompose", *arguments, backend)
 
 
 def reconstruct(
@@ -59,7 +59,7 @@ def reconstruct(
     """Returns U' [M, D] in x's dtype: eq. (3)."""
     if x.shape[0] == 0:
         return torch.empty_like(x)
-    return _run("reconstruct", backend, x, mean, eigenvalues, eigenvectors, rank)
+    return MOMENT.run("reconstruct", x, mean, eigenvalues, eigenvectors, rank, backend)
 
 
 def grad_projector(
@@ -71,7 +71,7 @@ def grad_projector(
     """Returns B = X^T G [D, D] float64 of these rows: eq. (4)."""
     if x.shape[0] == 0:
         return mean.new_zeros(x.shape[1], x.shape[1])
-    return _run("grad_projector", backend, grad, x, mean)
+    return MOMENT.run("grad_projector", grad, x, mean, backend)
 
 
 def bwd(
@@ -90,9 +90,5 @@ def bwd(
     if x.shape[0] == 0:
         return torch.empty_like(x)
     decomposition = (eigenvalues, eigenvectors, rank)
-    return _run("bwd", backend, grad, grad_mean, x, mean, symmetric, *decomposition, gap_eps)
-
-
-def _run(part: str, backend: str, first: Tensor, *arguments: Any) -> Any:
-    with torch.no_grad(), full_float32(first.device.type):
-        return MOMENT.backends[backend].kernels[part](first, *arguments)
+    arguments = (grad, grad_mean, x, mean, symmetric, *decomposition, gap_eps)
+    return MOMENT.run("bwd", *arguments, backend)

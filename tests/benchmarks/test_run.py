@@ -10,7 +10,7 @@ from fresh_process import run_python
 
 from benchmarks import rows as table
 from benchmarks.cases import MODES, OPTIONS, full_run
-from himo_kernels._dispatch import OPERATORS
+from himo_kernels.dispatch import OPERATORS
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from himo_kernels._dispatch import accumulation_dtype
+from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.info_nce.block import block_bwd, block_fwd
 from himo_kernels.testing import power_law
 

@@ -10,7 +10,8 @@ from backend_devices import devices_of
 from torch import Tensor
 
 import himo_kernels
-from himo_kernels._dispatch import OPERATORS, accumulation_dtype
+from himo_kernels._numerics import accumulation_dtype
+from himo_kernels.dispatch import OPERATORS
 from himo_kernels.testing import assert_within_budget, oracle_info_nce, power_law
 
 NAMES = ("info_nce", "dual_info_nce", "dual_info_nce_low_rank")

@@ -25,7 +25,7 @@ from info_nce_cases import (
 )
 from torch import Tensor
 
-from himo_kernels._dispatch import OPERATORS
+from himo_kernels.dispatch import OPERATORS
 from himo_kernels.info_nce.op import KEEPING
 from himo_kernels.testing import relative_error
 

@@ -17,11 +17,11 @@ from info_nce_cases import (
     make_inputs,
 )
 
-from himo_kernels import _extension
+from himo_kernels import extension
 from himo_kernels.testing import relative_error
 
 needs_extension = pytest.mark.skipif(
-    _extension.why_not() is not None, reason=_extension.why_not() or ""
+    extension.why_not() is not None, reason=extension.why_not() or ""
 )
 pytestmark = needs_extension
 

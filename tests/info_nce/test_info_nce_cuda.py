@@ -18,7 +18,7 @@ from info_nce_cases import (
 from torch import Tensor
 
 from himo_kernels import dual_info_nce
-from himo_kernels._dispatch import OPERATORS
+from himo_kernels.dispatch import OPERATORS
 from himo_kernels.testing import power_law, relative_error, runnable_backends
 
 pytestmark = [
@@ -157,9 +157,7 @@ def test_runs_are_bitwise_equal(target, dtype, samples, generator):
 
 # dS has a budget of 256 MiB, and the rest is linear in N.
 @pytest.mark.parametrize("samples", [16384, 32768 + 37])
-@pytest.mark.parametrize(
-    "backend", [b for b in ("triton", "cuda") if b in OPERATORS[NAMES[1]].backends]
-)
+@pytest.mark.parametrize("backend", ["triton"])
 def test_peak_memory_of_the_dual_loss(samples, backend, generator):
     if torch.cuda.mem_get_info()[0] < 4 * 2**30:
         pytest.skip("needs 4 GiB of free GPU memory")

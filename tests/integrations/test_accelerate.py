@@ -18,7 +18,7 @@ from upstream import (
 )
 
 import himo_kernels
-from himo_kernels._dispatch import OPERATORS
+from himo_kernels.dispatch import OPERATORS
 
 upstream = open_clip_loss()
 needs_open_clip = pytest.mark.skipif(

@@ -10,11 +10,11 @@ import torch
 from fresh_process import run_python
 from torch import Tensor
 
-from himo_kernels import _extension, pca_reconstruct, project_reconstruct
+from himo_kernels import extension, pca_reconstruct, project_reconstruct
 from himo_kernels import pca as run_pca
 from himo_kernels import testing as hkt
 
-pytestmark = pytest.mark.skipif(_extension.why_not() is not None, reason=str(_extension.why_not()))
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
 
 def values_and_gradient(x: Tensor, backend: str, threshold: float = 0.9, **options) -> list[Tensor]:
@@ -166,7 +166,7 @@ def test_a_direct_call_reads_no_memory_that_is_not_there(arguments, message):
         "rank": torch.tensor(2),
     }
     with pytest.raises((ValueError, TypeError)) as caught:
-        _extension.load().pca_reconstruct_bwd(
+        extension.load().pca_reconstruct_bwd(
             **{**valid, **arguments}, gap_eps=1e-6, differentiate_basis=True
         )
     assert message in str(caught.value)

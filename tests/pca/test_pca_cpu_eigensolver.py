@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from himo_kernels import _extension
+from himo_kernels import extension
 
 SMALLEST = 16  # side: LAPACK solves smaller problems everywhere
 
 
 def why_not() -> str | None:
-    if _extension.why_not() is not None:
-        return _extension.why_not()
-    if _extension.load().solves_eigenproblem(SMALLEST):
+    if extension.why_not() is not None:
+        return extension.why_not()
+    if extension.load().solves_eigenproblem(SMALLEST):
         return None
     return "the eigensolver needs AVX-512 of AMD: on this processor LAPACK solves"
 
@@ -28,7 +28,7 @@ EPS = torch.finfo(torch.float64).eps
 
 def solve(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [2 n, n] -> [n, n], [n], [n, n]
     """Returns A, its eigenvalues and its eigenvectors in columns."""
-    _, eigenvalues, _, _, eigenvectors = _extension.load().pca_fwd(x, 0.9, (0, 0))
+    _, eigenvalues, _, _, eigenvectors = extension.load().pca_fwd(x, 0.9, (0, 0))
     return x.mT @ x, eigenvalues, eigenvectors
 
 
@@ -120,7 +120,7 @@ def test_hard_matrices(name, n, generator):
 
 
 def test_the_smallest_problem_is_not_left_to_lapack():
-    solves = _extension.load().solves_eigenproblem
+    solves = extension.load().solves_eigenproblem
     assert solves(SMALLEST) and not solves(SMALLEST - 1)
 
 
@@ -147,6 +147,6 @@ def test_the_bits_are_the_same_from_run_to_run(n, threads, generator):
 
 def test_a_batch_is_solved_on_one_thread_each(generator):
     x = torch.stack([gaussian(150, generator) for _ in range(4)])
-    eigenvalues, eigenvectors = (_extension.load().pca_fwd(x, 0.9, (0, 0))[i] for i in (1, 4))
+    eigenvalues, eigenvectors = (extension.load().pca_fwd(x, 0.9, (0, 0))[i] for i in (1, 4))
     rebuilt = (eigenvectors * eigenvalues.unsqueeze(-2)) @ eigenvectors.mT
     torch.testing.assert_close(rebuilt, x.mT @ x, rtol=0, atol=1e-9)

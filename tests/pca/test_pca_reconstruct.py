@@ -9,7 +9,7 @@ from fresh_process import run_python
 from torch import Tensor
 
 from benchmarks.baselines.released import cumulative_ratio_pca
-from himo_kernels import _extension, pca_reconstruct, project_reconstruct
+from himo_kernels import extension, pca_reconstruct, project_reconstruct
 from himo_kernels import pca as run_pca
 from himo_kernels import testing as hkt
 
@@ -587,7 +587,7 @@ def test_tf32_changes_no_bit_on_cuda(generator):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ["triton"])
 def test_no_host_sync_on_cuda(backend, generator):
     x = hkt.power_law(128, 768, device="cuda", generator=generator).requires_grad_()
     try:
@@ -621,6 +621,6 @@ def test_cpu_workers_need_little_stack() -> None:
 def test_cpu_entry_points_read_negated_views() -> None:
     x, mean, components = hkt.power_law(9, 4), torch.ones(4), torch.eye(4)[:2]
     negated = [torch._neg_view(-tensor) for tensor in (mean, components)]
-    entry = _extension.load().project_reconstruct_fwd
+    entry = extension.load().project_reconstruct_fwd
     rank = torch.tensor(2)
     assert torch.equal(entry(x, *negated, rank), entry(x, mean, components, rank))

@@ -7,17 +7,20 @@ a string, so that `torch.compile(fullgraph=True)` sees one operator whatever the
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from himo_kernels._borrowed import full_float32
 from himo_kernels._checks import raise_type, raise_value
+from himo_kernels.process_state import full_float32
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" asks them
 BACKEND_VARIABLE = "HIMO_KERNELS_BACKEND"
 
-OPERATORS: dict[str, "Operator"] = {}  # by name, for himo_kernels.info and the tests
+OPERATORS: dict[str, "Operator"] = {}  # the public ones, by name
+_ALL: list["Operator"] = []  # the names of backends are those in their tables
+
+NOT_RUN = "not yet run on hardware"  # the gate of code that only other machines could run
 
 _LIBRARY = torch.library.Library("himo_kernels", "DEF")
 
@@ -28,15 +31,16 @@ class Backend:
 
     kernels maps the operator's pass, "fwd" or "bwd", to a function of the schema's arguments
     without the trailing backend name. why_not(*tensors) returns the reason why the backend cannot
-    take these tensors, or None. A backend with auto=False runs only when named: it is not yet run
-    on the hardware that it is for. Where auto is a function of the tensors, "auto" takes the
-    backend for those it returns True for, by shape, dtype and device: the others run faster on the
-    backends after it.
+    take these tensors, or None. A backend with auto=False runs only when named; gate says what it
+    waits for, where it waits. Where auto is a function of the tensors, "auto" takes the backend
+    for those it returns True for, by shape, dtype and device: the others run faster on the backends
+    after it.
     """
 
     kernels: Mapping[str, Callable[..., object]]
     why_not: Callable[..., str | None] = lambda *tensors: None
     auto: bool | Callable[..., bool] = True
+    gate: str | None = None
 
     def suits(self, *tensors: Tensor) -> bool:
         """Returns whether "auto" may take this backend for these tensors, if it can run."""
@@ -46,12 +50,14 @@ class Backend:
 class Operator:
     """An operator: its kernels' schemas, and a table of the backends that implement them.
 
-    One that is not public is a part of others, without a schema of its own.
+    "auto" asks the backends in the order of the table; a name in any operator's table is known to
+    all. An operator that is not public is a part of others, without a schema of its own.
     """
 
     def __init__(self, name: str, backends: Mapping[str, Backend], *, public: bool = True) -> None:
         self.name = name
         self.backends = dict(backends)
+        _ALL.append(self)
         if public:
             OPERATORS[name] = self
 
@@ -73,7 +79,7 @@ class Operator:
         put back, a quarter of the time of a call on a few rows.
         """
 
-        def run(*args: object, **optional: object) -> object:
+        def run(*args: object, **optional: object) -> Any:
             return self.run(direction, *args, multiplies=multiplies, **optional)
 
         kernel = f"{self.name}_{direction}"
@@ -84,17 +90,21 @@ class Operator:
 
     def run(
         self, direction: str, *args: object, multiplies: bool = True, **optional: object
-    ) -> object:
-        """Returns the outputs of a pass, as its kernel under torch.ops.himo_kernels does."""
+    ) -> Any:
+        """Returns the outputs of a pass; the last of args names the backend.
+
+        What its kernel under torch.ops.himo_kernels does, and the only way to run an operator that
+        is not public.
+        """
         body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         given = {name: value for name, value in optional.items() if value is not None}
         plain = full_float32(device) if multiplies else torch.autocast(device, enabled=False)
         with torch.no_grad(), plain:
-            outputs = body(*args[:-1], **given)
+            outputs: Any = body(*args[:-1], **given)
         if isinstance(outputs, Tensor):
             return outputs.contiguous()
-        return tuple(output.contiguous() for output in outputs)  # type: ignore[attr-defined]
+        return tuple(output.contiguous() for output in outputs)
 
     def why_not(self, backend: str, *tensors: Tensor) -> str | None:
         """Returns the reason why the named backend cannot take these tensors, or None."""
@@ -120,10 +130,9 @@ class Operator:
 
     def preferred(self, *tensors: Tensor) -> str | None:
         """Returns the first proven backend that can take these tensors: the choice of "auto"."""
-        for name in BACKENDS:
-            if name in self.backends and self.backends[name].suits(*tensors):
-                if self.why_not(name, *tensors) is None:
-                    return name
+        for name, backend in self.backends.items():
+            if backend.suits(*tensors) and backend.why_not(*tensors) is None:
+                return name
         return None
 
     def _refusal(self, requested: str, *tensors: Tensor) -> str:
@@ -132,8 +141,21 @@ class Operator:
             return self.why_not(name, *tensors) or f"can run{by_name}"
 
         got = ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in tensors)
-        reasons = (f"  {name}: {state(name)}" for name in BACKENDS)
+        reasons = (f"  {name}: {state(name)}" for name in backend_names())
         return "\n".join([f"{self.name}: backend {requested!r} cannot take {got}", *reasons])
+
+
+def backend_names() -> list[str]:
+    """Returns the backends of all operators, in an order that agrees with every table."""
+    names: list[str] = []
+    for operator in _ALL:
+        place = len(names)
+        for name in reversed(operator.backends):  # a new name goes before the one after it
+            if name in names:
+                place = names.index(name)
+            else:
+                names.insert(place, name)
+    return names
 
 
 # Read once: a compiled graph must not depend on a variable that changes under it.
@@ -149,8 +171,8 @@ def check_backend(operator: str, backend: object, argument: str = "backend") -> 
     """Returns the name of a backend, or "auto"; an error that names the argument otherwise."""
     if not isinstance(backend, str):
         raise_type(operator, argument, "to be a string", type(backend).__name__)
-    if backend != "auto" and backend not in BACKENDS:
-        raise_value(operator, argument, f"to be 'auto' or one of {list(BACKENDS)}", backend)
+    if backend != "auto" and not any(backend in table.backends for table in _ALL):
+        raise_value(operator, argument, f"to be 'auto' or one of {backend_names()}", backend)
     return backend
 
 
@@ -158,21 +180,6 @@ def _requested_backend(operator: str, requested: str) -> str:
     if check_backend(operator, requested) == "auto":
         return check_backend(operator, _default_backend, BACKEND_VARIABLE)
     return requested
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of sums over features of this dtype: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def as_tensor(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns number as a tensor []: what an operator takes of a setting that may change.
-
-    A compiler makes one graph for all values of a product, and one for each of torch.full's.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ones((), dtype=dtype, device=device) * number
-    return torch.full((), number, dtype=dtype, device=device)
 
 
 def refuse_double_backward(operator: str) -> None:

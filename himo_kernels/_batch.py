@@ -1,0 +1,195 @@
+"""The batch of a HiMoLoss: the rows of one process, or those of all ranks joined.
+
+Both have the same four methods, so that the loss reads the same over one process and over many.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from himo_kernels._checks import (
+    check_features,
+    check_finite_values,
+    check_same_as,
+    check_shape,
+)
+from himo_kernels.distributed import loss as loss_over_ranks
+from himo_kernels.distributed import moments
+from himo_kernels.distributed.agreement import agree, check_rows
+from himo_kernels.distributed.wire import Rows, members_of
+from himo_kernels.info_nce import dual_info_nce
+from himo_kernels.info_nce.api import check_logit_scale
+from himo_kernels.normalize import normalize
+from himo_kernels.pca.api import reconstruct_above
+from himo_kernels.pca.reference import floor_of
+
+if TYPE_CHECKING:
+    from himo_kernels.nn import HiMoLoss
+
+
+def batch_of(loss: "HiMoLoss") -> "LocalBatch | JoinedBatch":
+    """Returns the batch that a call of this loss is of: local where its group is one process."""
+    group = loss.group
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return LocalBatch(loss)
+    return LocalBatch(loss) if dist.get_world_size(group) == 1 else JoinedBatch(loss)
+
+
+class LocalBatch:
+    """The rows of one process."""
+
+    def __init__(self, loss: "HiMoLoss") -> None:
+        self.loss = loss
+
+    def check(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+        check_others: Callable[[], object],
+    ) -> None:
+        """Raises where an argument is wrong; check_others, for what the caller has of its own."""
+        _check_arguments(self.loss, check_features, image_features, text_features, logit_scale)
+        check_others()
+
+    def normalize(self, features: Tensor) -> Tensor:  # [N, D] -> [N, D]
+        """Returns rows of length 1."""
+        return normalize(features, backend=self.loss.backend)
+
+    def reconstruct(self, text_features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the component features [N, D] and the rank []: eq. (1).
+
+        texts are the text_features, normalised where the loss does that.
+        """
+        return self.loss.hide(texts)
+
+    def losses(
+        self,
+        images: Tensor,  # [N, D]
+        texts: Tensor,  # [N, D]
+        components: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+    ) -> tuple[Tensor, ...]:
+        """Returns the contrastive and the component loss: eq. (2) and (3)."""
+        return dual_info_nce(
+            images,
+            texts,
+            components,
+            logit_scale,
+            label_smoothing=self.loss.label_smoothing,
+            differentiate_keys=self.loss.gather_with_grad,
+            check_finite=self.loss.check_finite,
+            backend=self.loss.backend,
+        )
+
+
+class JoinedBatch:
+    """The rows of all ranks of a group, of which this process has its own [M, D], maybe none.
+
+    check comes first: the rest needs the row counts that the ranks tell each other there.
+    """
+
+    rows: Rows
+
+    def __init__(self, loss: "HiMoLoss") -> None:
+        self.loss = loss
+
+    def check(
+        self,
+        image_features: Tensor,  # [M, D]
+        text_features: Tensor,  # [M, D]
+        logit_scale: Tensor | float,
+        check_others: Callable[[], object],
+    ) -> None:
+        """Raises, on every rank, where an argument of any rank is wrong or the ranks differ."""
+        loss = self.loss
+        members = members_of(loss.group, "HiMoLoss")
+
+        def check() -> None:
+            _check_arguments(loss, check_rows, image_features, text_features, logit_scale)
+            check_others()
+            loss_over_ranks.resolve_over_ranks(
+                "HiMoLoss", loss.backend, members.size, image_features
+            )
+
+        self.rows = agree(
+            "HiMoLoss",
+            members,
+            image_features,
+            check,
+            settings=(loss.extra_repr(), loss.hide.extra_repr(), loss.backend, loss.strategy),
+            needs_grad=loss_over_ranks.grad_flags(image_features, text_features, logit_scale),
+            check_ranks=loss.check_ranks,
+        )
+
+    def normalize(self, features: Tensor) -> Tensor:  # [M, D] -> [M, D]
+        """Returns rows of length 1. A rank without rows has nothing to divide."""
+        if self.rows.own == 0:
+            return features
+        return normalize(features, backend=self.loss.backend)
+
+    def reconstruct(self, text_features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the component features [M, D] of own rows, float64, and the rank []: eq. (1).
+
+        The texts of the PCA stay in float64: rounded first, a narrow gap at the cut would put the
+        gradient more than 1e-6 from that of the joined batch.
+        """
+        loss, hide = self.loss, self.loss.hide
+        wide = text_features.double()
+        if loss.normalize_features:
+            wide = self.normalize(wide)
+        # The floor is above the rounding of the caller's features.
+        floor = floor_of(texts.dtype, hide.variance_floor)
+        settings = (hide.variance_threshold, hide.gap_eps, hide.differentiate_basis, loss.backend)
+        if loss.pca_scope == "global":
+            return moments.reconstruct(floor, wide, self.rows, *settings)
+        if self.rows.own == 0:
+            return wide, torch.zeros((), dtype=torch.int64, device=wide.device)
+        return reconstruct_above(floor, wide, *settings)
+
+    def losses(
+        self,
+        images: Tensor,  # [M, D]
+        texts: Tensor,  # [M, D]
+        components: Tensor,  # [M, D] float64
+        logit_scale: Tensor | float,
+    ) -> tuple[Tensor, ...]:
+        """Returns this rank's shares of the contrastive and the component loss: eq. (2) and (3)."""
+        return loss_over_ranks.losses(
+            self.rows,
+            self.loss.strategy,
+            images,
+            (texts, components.to(texts.dtype)),
+            check_logit_scale("HiMoLoss", logit_scale, images),
+            label_smoothing=self.loss.label_smoothing,
+            differentiate_keys=self.loss.gather_with_grad,
+            backend=self.loss.backend,
+        )
+
+
+def _check_arguments(
+    loss: "HiMoLoss",
+    check_each: Callable[[str, str, Tensor], None],
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+) -> None:
+    for argument, value in (("image_features", image_features), ("text_features", text_features)):
+        check_each("HiMoLoss", argument, value)
+        check_same_as("HiMoLoss", argument, value, "image_features", image_features)
+        check_shape("HiMoLoss", argument, value, image_features.shape)
+        if loss.check_finite:
+            check_finite_values("HiMoLoss", **{argument: value})
+            if loss.normalize_features:
+                _check_directions(argument, value)
+    check_logit_scale("HiMoLoss", logit_scale, image_features)
+
+
+def _check_directions(argument: str, features: Tensor) -> None:
+    zero = (features.detach() == 0).all(-1)
+    if zero.any():
+        row = [int(index) for index in zero.nonzero()[0]]
+        raise ValueError(f"HiMoLoss: expected {argument} without rows of zeros, got one at {row}")
