@@ -20,8 +20,8 @@ import himo_kernels
 from himo.config import TrainConfig
 from himo.errors import HimoError, printable
 from himo.files import atomic_path, open_regular, remove_abandoned
-from himo.metrics import Metrics
 from himo.resume import Change, unchecked
+from himo.training_log import TrainingLog
 from himo.training_state import State, find_state, saved_states, set_aside
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
@@ -187,7 +187,9 @@ def start(settings: TrainConfig, state: State | None, changes: Sequence[Change])
         _write_config(settings, step)
     except OSError as error:
         raise HimoError(f"{directory}: cannot be written: {error.strerror}") from error
-    unreadable = Metrics(directory / METRICS).resumed(step, {c.name: c.values() for c in changes})
+    unreadable = TrainingLog(directory / METRICS).resumed(
+        step, {c.name: c.values() for c in changes}
+    )
     if unreadable:
         _note(f"{directory / METRICS}: {unreadable} unreadable lines are left out")
 

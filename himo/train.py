@@ -30,12 +30,12 @@ from himo.data import (
 )
 from himo.device import usable_device
 from himo.errors import HimoError
-from himo.metrics import Metrics
 from himo.model import HiMoCLIP, longest_text, named_config
 from himo.objective import Objective
 from himo.parallel import Ranks
 from himo.precision import resolve
 from himo.tokenizer import tokenize
+from himo.training_log import TrainingLog
 from himo.transforms import Preprocess
 from himo.validation import Validation
 
@@ -144,7 +144,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
         if 0 < step < total_steps:
             rate = learning_rate(step, total_steps, settings)
             print(f"{directory}: goes on after step {step}, at a learning rate of {rate:.3g}")
-    metrics = Metrics(directory / run_folder.METRICS, pairs_per_step, ranks)
+    metrics = TrainingLog(directory / run_folder.METRICS, pairs_per_step, ranks)
 
     def save(final: bool) -> None:
         bad = [state["reasons"] for state in ranks.gather(loader.bad.state_dict())]

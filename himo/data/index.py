@@ -27,6 +27,7 @@ import numpy
 from PIL import Image
 from tqdm import tqdm
 
+from himo.data.index_report import IndexReport
 from himo.data.paths import ImageRoot, MissingImage
 from himo.data.records import (
     MAX_CAPTION,
@@ -38,7 +39,6 @@ from himo.data.records import (
     Source,
     make_record,
 )
-from himo.data.report import IndexReport
 from himo.errors import HimoError, printable
 from himo.files import atomic_path, regular_descriptor
 from himo.transforms import ImageError, Reason, open_image

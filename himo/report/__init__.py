@@ -15,8 +15,8 @@ import torch
 from himo.errors import HimoError
 from himo.files import atomic_path
 from himo.printing import csv_cell
-from himo.report.data import COLUMNS, Run, read_runs
 from himo.report.page import report_page
+from himo.report.runs import COLUMNS, Run, read_runs
 from himo_kernels import __version__
 
 

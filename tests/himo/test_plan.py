@@ -11,7 +11,8 @@ from fresh_process import run_python
 
 import himo
 from himo.cli import main
-from himo.footprint import (
+from himo.model import CONFIGS, HiMoCLIP
+from himo.tools.footprint import (
     BUCKETS,
     EXCHANGE,
     GRADIENTS,
@@ -24,8 +25,7 @@ from himo.footprint import (
     Memory,
     Rehearsal,
 )
-from himo.model import CONFIGS, HiMoCLIP
-from himo.plan import largest_batch
+from himo.tools.plan import largest_batch
 
 # Of the measured peak. Missing are what an operation of the CPU takes inside, as with bfloat16, the
 # outputs of the step before, and the states of random generators, which a GPU has on the host.
@@ -186,7 +186,7 @@ class Formula:
     ids=["one flag", "smaller batches", "together"],
 )
 def test_what_would_fit(capsys, monkeypatch, mib, found):
-    monkeypatch.setattr("himo.plan.Rehearsal", Formula)
+    monkeypatch.setattr("himo.tools.plan.Rehearsal", Formula)
     plan = planned(capsys, "--gpu-mem", str(mib / 1024), "--ranks", "2", status=1)
     assert {other["flags"]: other["fits"] for other in plan["alternatives"]} == found
     assert all(o["fits"] == (o["total"] <= mib * 2**20) for o in plan["alternatives"])
@@ -194,7 +194,7 @@ def test_what_would_fit(capsys, monkeypatch, mib, found):
 
 
 def test_the_largest_batch_that_is_counted_is_not_said_to_be_the_largest(capsys, monkeypatch):
-    monkeypatch.setattr("himo.plan.Rehearsal", Formula)
+    monkeypatch.setattr("himo.tools.plan.Rehearsal", Formula)
     for gib, more in (("0.05", False), ("10", True)):
         many = ["--ranks", "4096", "--accum-freq", "4", "--batch-size", "2"]
         assert main(["plan", "--gpu-mem", gib, "--model", "dot", *many]) == 0
@@ -210,14 +210,14 @@ def test_a_bar_is_there_before_the_first_step(capsys, monkeypatch):
             return super().step(**changes)
 
     shown: list[str] = []
-    monkeypatch.setattr("himo.plan.Rehearsal", Slow)
+    monkeypatch.setattr("himo.tools.plan.Rehearsal", Slow)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["plan", "--gpu-mem", "1", *FLAGS]) == 0
     assert "counting: 0step" in shown[0]
 
 
 def test_where_nothing_fits_it_says_so(capsys, monkeypatch):
-    monkeypatch.setattr("himo.plan.Rehearsal", Formula)
+    monkeypatch.setattr("himo.tools.plan.Rehearsal", Formula)
     assert main(["plan", "--gpu-mem", "0.0001", *FLAGS]) == 1
     text = capsys.readouterr().out
     assert "no --batch-size fits" in text and "no flag is enough" in text

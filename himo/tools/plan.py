@@ -12,7 +12,17 @@ from tqdm import tqdm
 from himo import config
 from himo.config import TrainConfig
 from himo.errors import HimoError
-from himo.footprint import BACKWARD, EXCHANGE, IMAGE, KINDS, LOSS, TEXT, UPDATE, Memory, Rehearsal
+from himo.tools.footprint import (
+    BACKWARD,
+    EXCHANGE,
+    IMAGE,
+    KINDS,
+    LOSS,
+    TEXT,
+    UPDATE,
+    Memory,
+    Rehearsal,
+)
 
 # The flags of `himo train` that decide how much memory a step takes.
 _FLAGS = (

@@ -14,11 +14,11 @@ from himo import config
 from himo.config import TrainConfig
 from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, make_loader, worker_deaths
 from himo.errors import HimoError
-from himo.metrics import per_second
 from himo.model import named_config
 from himo.parallel import Ranks
 from himo.tokenizer import tokenize
 from himo.train import open_data
+from himo.training_log import per_second
 from himo.transforms import ImageError, Preprocess
 
 # The flags of `himo train` that decide how its data are read.

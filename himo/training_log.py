@@ -24,7 +24,7 @@ _LONGEST = 1 << 20  # bytes of a line; one with a spectrum takes 3,000
 _SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run: it will not come back
 
 
-class Metrics:
+class TrainingLog:
     """Writes a line each log_every_n_steps, of means since the last one.
 
     Values stay on the device until a line is written: the loop does not wait for them. Losses are

@@ -9,10 +9,10 @@ from torch import nn
 
 from himo.config import TrainConfig
 from himo.device import usable_device
-from himo.doctor.check import Check
 from himo.errors import HimoError
 from himo.objective import Objective
 from himo.precision import resolve
+from himo.tools.doctor.check import Check
 from himo.train import build_model
 
 _PAIRS = 8

@@ -11,9 +11,9 @@ from typing import Any
 
 from himo.errors import HimoError
 from himo.files import open_regular
-from himo.metrics import read_lines
 from himo.report.misses import Miss
 from himo.report.misses import read as read_misses
+from himo.training_log import read_lines
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
 
 # The columns of metrics.jsonl that are drawn; `step` is one of its own.

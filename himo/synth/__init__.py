@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from himo.errors import HimoError
 from himo.files import atomic_path
-from himo.scenes import Scene, caption, draw_scene, render
+from himo.synth.scenes import Scene, caption, draw_scene, render
 
 _SPLITS = ("test", "train")  # test first: for a seed it is the same whatever the size of train
 _RESOLUTIONS = (16, 1024)
