@@ -77,5 +77,5 @@ if __name__ == "__main__":
         settings = dataclasses.replace(SETTINGS, **changes)
         memory = Rehearsal(settings).step()
         found[name] = {"measured": measured(settings), "parts": memory.parts}
-        found[name]["moment"] = memory.moment
+        found[name]["phase"] = memory.phase
     json.dump(found, sys.stdout)

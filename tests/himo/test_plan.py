@@ -67,13 +67,13 @@ def test_parts_are_what_they_are_called(steps):
     model = HiMoCLIP(CONFIGS["tiny"])
     trained = [p for p in model.parameters() if p.requires_grad]
     few = steps["tiny, few pairs"]
-    assert few["moment"] == UPDATE
+    assert few["phase"] == UPDATE
     assert few["parts"][PARAMETERS] == sum(p.nbytes for p in model.parameters())
     assert few["parts"][GRADIENTS] == sum(p.nbytes for p in trained)
     # Of AdamW: two moments, and its count of steps.
     assert few["parts"][STATE] == sum(2 * p.nbytes + 4 for p in trained)
     large = steps["large loss"]
-    assert large["moment"] == LOSS
+    assert large["phase"] == LOSS
     # Logits of 1024 pairs are 4 MiB; two losses hold several of them.
     assert 8 * 2**20 < large["parts"][LOSS] < 40 * 2**20
     assert IMAGE not in few["parts"] and TEXT in large["parts"]
@@ -84,7 +84,7 @@ def test_many_ranks_have_buckets_and_exchange():
     gathered, ring = many.step(), many.step(exchange="ring")
     trained = sum(p.nbytes for p in HiMoCLIP(measured_step.DOT).parameters() if p.requires_grad)
     for memory in (gathered, ring):
-        assert memory.moment in (LOSS, EXCHANGE)
+        assert memory.phase in (LOSS, EXCHANGE)
         assert memory.parts[BUCKETS] == trained and memory.parts[EXCHANGE] > 0
     # 4096 joined pairs, texts and components of 16 float32: the ring never has all of them.
     assert gathered.total - ring.total > 4096 * 2 * 16 * 4

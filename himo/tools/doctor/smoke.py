@@ -12,8 +12,8 @@ from himo.device import usable_device
 from himo.errors import HimoError
 from himo.objective import Objective
 from himo.precision import resolve
+from himo.run import build_model
 from himo.tools.doctor.check import Check
-from himo.train import build_model
 
 _PAIRS = 8
 _NAME = "training step"
