@@ -1,5 +1,7 @@
 """The one exception of himo that a user is meant to read, and text fit for a terminal."""
 
+import sys
+
 
 class HimoError(ValueError):
     """A mistake of the user or a bad file, as one line that is ready to print.
@@ -15,6 +17,11 @@ class HimoError(ValueError):
 def printable(text: str) -> str:
     """One line: a name or a key read from a file may hold line breaks or terminal escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def note(message: str) -> None:
+    """Says on the standard error what a user should know and nobody has to mend."""
+    print(f"himo: note: {printable(message)}", file=sys.stderr)
 
 
 MAX_QUOTED = 80  # characters of a value from outside that a message holds
@@ -37,6 +44,6 @@ def quoted(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def shortened(name: str) -> str:
-    """A name as it is, cut after 80 characters: for lists of names, which need no quotes."""
-    return name if len(name) <= MAX_QUOTED else name[: MAX_QUOTED - 3] + "..."
+def shortened(text: str, limit: int = MAX_QUOTED) -> str:
+    """A text as it is, cut to so many characters: for names and causes, which need no quotes."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,7 +1,6 @@
 """A training run, set up: its data, model, optimizer and folder, from the start or a checkpoint."""
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from himo.data import (
     open_dataset,
 )
 from himo.device import usable_device
-from himo.errors import HimoError
+from himo.errors import HimoError, note
 from himo.model import CLIPConfig, HiMoCLIP, named_config
 from himo.objective import Objective
 from himo.optimizer import MAX_LOG_SCALE, learning_rate, make_optimizer
@@ -133,7 +132,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> Run:
     precision, said = resolve(settings.precision, device, ranks)
     settings = dataclasses.replace(settings, precision=precision)
     if said and ranks.main:
-        _note(said)
+        note(said)
     with ranks.main_first():  # which writes the index that the others read
         index, held_out = open_data(settings, ranks)
     model = build_model(settings, device)
@@ -201,7 +200,7 @@ def _begin(run: Run) -> int:
 def _announce(run: Run, pairs: int, pairs_per_step: int) -> None:
     settings, total = run.settings, run.total_steps
     if settings.warmup >= total:
-        _note(
+        note(
             f"--warmup {settings.warmup} takes longer than the {total} steps of this run, whose "
             f"learning rate stays below --lr {settings.lr:g}"
         )
@@ -215,10 +214,6 @@ def _announce(run: Run, pairs: int, pairs_per_step: int) -> None:
     if 0 < run.step < total:
         rate = learning_rate(run.step, total, settings)
         print(f"{settings.folder}: goes on after step {run.step}, at a learning rate of {rate:.3g}")
-
-
-def _note(message: str) -> None:
-    print(f"himo: note: {message}", file=sys.stderr)
 
 
 def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import himo_kernels
 from himo.errors import HimoError
-from himo.files import atomic_path, open_regular
+from himo.files import atomic_path, json_value, open_regular
 from himo.parallel import Ranks
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
 from himo_kernels import distributed
@@ -168,8 +168,8 @@ def read_lines(file: BinaryIO) -> Iterator[dict[str, Any] | None]:
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        line = json_value(text)
+    except ValueError:
         return None
     step = line.get("step") if isinstance(line, dict) else None
     if isinstance(step, bool) or not isinstance(step, int | float):

@@ -15,7 +15,8 @@ from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.errors import HimoError, printable
 from himo.evaluate.encode import Encoder
 from himo.evaluate.metrics import caption_segments
-from himo.report import html_path, versions, write_text
+from himo.files import write_text
+from himo.report import html_path, versions
 from himo.report.charts import text
 from himo.report.growth import CHOICE, Example, card, falls, pearson
 from himo.report.page import document, footer, legend
