@@ -33,7 +33,7 @@ from himo.validation import Validation
 
 
 @dataclasses.dataclass
-class Run:
+class TrainingRun:
     """What the loop works on; the same on every rank but for the validation, which is rank 0's.
 
     Attributes:
@@ -119,7 +119,7 @@ class Run:
         return {row: reason for state in states for row, reason in state["reasons"].items()}
 
 
-def open_run(settings: TrainConfig, ranks: Ranks) -> Run:
+def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     """Sets up a run that begins, or goes on from its checkpoint, and says what it is.
 
     Raises:
@@ -150,7 +150,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> Run:
         val_data = held_out if settings.val_data is not None else None
         record = resume.record(settings, ranks.size, model.config, index, val_data)
     pairs_per_step = sampler.batch_size * ranks.size
-    run = Run(
+    run = TrainingRun(
         settings,
         ranks,
         device,
@@ -175,7 +175,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> Run:
     return run
 
 
-def _begin(run: Run) -> int:
+def _begin(run: TrainingRun) -> int:
     # Takes up the run where its checkpoint left it; returns the steps already done.
     settings, sampler = run.settings, run.sampler
     state, changes = run_folder.saved_state(settings), []
@@ -197,7 +197,7 @@ def _begin(run: Run) -> int:
     return 0 if state is None else state.step
 
 
-def _announce(run: Run, pairs: int, pairs_per_step: int) -> None:
+def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
     settings, total = run.settings, run.total_steps
     if settings.warmup >= total:
         note(

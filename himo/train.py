@@ -20,7 +20,7 @@ from himo.model import longest_text
 from himo.objective import Objective
 from himo.optimizer import MAX_LOG_SCALE, clamp_temperature, learning_rate, make_optimizer
 from himo.parallel import Ranks
-from himo.run import Run, build_model, open_run
+from himo.run import TrainingRun, build_model, open_run
 
 # What a trainer of one's own is made of can be imported from here.
 __all__ = [
@@ -72,7 +72,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     return True
 
 
-def _take_steps(run: Run) -> bool:
+def _take_steps(run: TrainingRun) -> bool:
     """Takes the steps that are left, logs and saves; returns False if a signal stopped it."""
     settings, log = run.settings, run.log
     run.objective.train()
@@ -115,7 +115,7 @@ def _take_steps(run: Run) -> bool:
     return True
 
 
-def _step(run: Run, batch: Sample, lr: float) -> tuple[dict[str, Any], Tensor, bool]:
+def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], Tensor, bool]:
     """One step of the optimizer: (outputs of the objective, norm of the gradient, is finite).
 
     With --on-nonfinite skip, a gradient that is not finite changes no weight; otherwise the third
@@ -141,7 +141,7 @@ def _step(run: Run, batch: Sample, lr: float) -> tuple[dict[str, Any], Tensor, b
     return outputs, grad_norm, is_finite
 
 
-def _validated(run: Run) -> dict[str, float]:
+def _validated(run: TrainingRun) -> dict[str, float]:
     """The recalls on the held-out pairs where they are due after this step; else nothing."""
     every = run.steps_per_epoch * run.settings.val_frequency
     is_due = _is_multiple(run.step, every) or run.step == run.total_steps
@@ -151,7 +151,7 @@ def _validated(run: Run) -> dict[str, float]:
     return run.validation.measure(run.model)
 
 
-def _is_logged(run: Run) -> bool:
+def _is_logged(run: TrainingRun) -> bool:
     every = run.settings.log_every_n_steps
     return _is_multiple(run.step, every) or run.step in (1, run.total_steps)
 
@@ -160,7 +160,7 @@ def _is_multiple(number: int, every: int) -> bool:
     return every > 0 and number % every == 0  # 0 is never
 
 
-def _progress(run: Run) -> "tqdm[Any]":
+def _progress(run: TrainingRun) -> "tqdm[Any]":
     # In a log file every drawing stays: there the bar is drawn twice a minute.
     every_s = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
