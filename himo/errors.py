@@ -1,4 +1,4 @@
-"""The one exception of himo that a user is meant to read, and text fit for a terminal."""
+"""What a user is meant to read: the one exception of himo, notes, and text fit for a terminal."""
 
 import sys
 
@@ -17,11 +17,6 @@ class HimoError(ValueError):
 def printable(text: str) -> str:
     """One line: a name or a key read from a file may hold line breaks or terminal escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def note(message: str) -> None:
-    """Says on the standard error what a user should know and nobody has to mend."""
-    print(f"himo: note: {printable(message)}", file=sys.stderr)
 
 
 MAX_QUOTED = 80  # characters of a value from outside that a message holds
@@ -47,3 +42,8 @@ def quoted(value: object) -> str:
 def shortened(text: str, limit: int = MAX_QUOTED) -> str:
     """A text as it is, cut to so many characters: for names and causes, which need no quotes."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def note(message: str) -> None:
+    """Says on the standard error what a user should know and nobody has to mend."""
+    print(f"himo: note: {printable(message)}", file=sys.stderr)
