@@ -1,4 +1,6 @@
-"""The one exception of himo that a user is meant to read, and text fit for a terminal."""
+"""What a user is meant to read: the one exception of himo, notes, and text fit for a terminal."""
+
+import sys
 
 
 class HimoError(ValueError):
@@ -37,6 +39,11 @@ def quoted(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def shortened(name: str) -> str:
-    """A name as it is, cut after 80 characters: for lists of names, which need no quotes."""
-    return name if len(name) <= MAX_QUOTED else name[: MAX_QUOTED - 3] + "..."
+def shortened(text: str, limit: int = MAX_QUOTED) -> str:
+    """A text as it is, cut to so many characters: for names and causes, which need no quotes."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def note(message: str) -> None:
+    """Says on the standard error what a user should know and nobody has to mend."""
+    print(f"himo: note: {printable(message)}", file=sys.stderr)

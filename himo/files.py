@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from himo.errors import HimoError
 
@@ -54,7 +56,7 @@ def atomic_path(
             raise OSError("is a directory")
         temporary, descriptor = _temporary_file(target.parent)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise HimoError(f"{path}: cannot be written: {_reason(error)}") from error
+        raise HimoError(f"{path}: cannot be written: {os_reason(error)}") from error
     try:
         if needed is not None and needed > free_bytes(target.parent):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -71,13 +73,38 @@ def atomic_path(
         wanted = f"{needed:,} bytes" if needed is not None else f"more than {size:,} bytes"
         free = f"{free_bytes(target.parent):,} bytes free"
         raise HimoError(
-            f"{path}: not written, {_reason(cause)}: needs {wanted}, {free}; "
+            f"{path}: not written, {os_reason(cause)}: needs {wanted}, {free}; "
             "any earlier file is unchanged"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
         os.close(descriptor)
     _flush(target.parent)  # the rename itself
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file in UTF-8, whole or not at all; HimoError as `atomic_path`."""
+    data = text.encode("utf-8", errors="replace")  # a lone surrogate of JSON has no bytes
+    with atomic_path(path, needed=len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def json_value(data: bytes) -> Any:
+    """The value of a JSON text in UTF-8, with a byte order mark or without.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def os_reason(error: BaseException) -> str:
+    """Why a file could not be opened, read or written, as the end of a message."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text[:1].lower() + text[1:]
 
 
 def remove_abandoned(directory: str | os.PathLike[str]) -> tuple[int, int]:
@@ -159,7 +186,7 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
         except OSError as error:  # a failing disk, or a file of /proc that is regular in name
             if error.errno is None:  # not the system's: a decoder's word for what it read
                 raise
-            raise HimoError(f"{path}: cannot be read: {_reason(error)}") from error
+            raise HimoError(f"{path}: cannot be read: {os_reason(error)}") from error
 
 
 def regular_descriptor(path: str | os.PathLike[str], *, follow_links: bool = True) -> int:
@@ -174,7 +201,7 @@ def regular_descriptor(path: str | os.PathLike[str], *, follow_links: bool = Tru
             os.close(descriptor)
             raise OSError("not a regular file")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise HimoError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise HimoError(f"{path}: cannot be read: {os_reason(error)}") from error
     return descriptor
 
 
@@ -211,11 +238,6 @@ def _regular(path: str | os.PathLike[str], follow_links: bool = True) -> os.stat
     if not stat.S_ISREG(status.st_mode):
         raise OSError("not a regular file")
     return status
-
-
-def _reason(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text[:1].lower() + text[1:]
 
 
 def _no_space(error: BaseException | None) -> OSError | None:

@@ -9,14 +9,13 @@ from typing import Any
 
 from himo.config import AT_RESUME, TrainConfig
 from himo.data import SampleIndex
-from himo.errors import HimoError
+from himo.errors import HimoError, shortened
 from himo.files import open_regular
 from himo.model import CLIPConfig
 from himo_kernels.nn import PRESETS
 
 _PICTURES = 64  # of a data set, spread evenly: those that are compared
 _HEAD = 1 << 20  # bytes of a picture that are compared, beside its size
-_SHOWN = 80  # characters of a value in a message
 # The switch of the loss that each flag without a value leaves to the preset.
 _SWITCHES = {
     "tau": "variance_threshold",
@@ -204,5 +203,4 @@ def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return shortened(str(value))

@@ -18,10 +18,10 @@ import torch
 
 import himo_kernels
 from himo.config import TrainConfig
-from himo.errors import HimoError, printable
-from himo.files import atomic_path, open_regular, remove_abandoned
-from himo.metrics import Metrics
+from himo.errors import HimoError, note
+from himo.files import json_value, open_regular, remove_abandoned, write_text
 from himo.resume import Change, unchecked
+from himo.training_log import TrainingLog
 from himo.training_state import State, find_state, saved_states, set_aside
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
@@ -62,7 +62,7 @@ def owned(directory: Path, wait_s: float | None = None) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise HimoError(f"{directory}: cannot be written: {error.strerror}") from error
-            _note(
+            note(
                 f"{directory}: its file system has no locks ({error.strerror}): a second run of "
                 "this name would not be noticed"
             )
@@ -175,21 +175,23 @@ def start(settings: TrainConfig, state: State | None, changes: Sequence[Change])
     if state is not None:
         missing = unchecked(state.record)
         if missing:
-            _note(f"{state.path}: of an older himo: cannot tell whether {missing} are the same")
+            note(f"{state.path}: of an older himo: cannot tell whether {missing} are the same")
         if changes:
-            _note(f"{directory}: goes on with changes: {'; '.join(c.note() for c in changes)}")
+            note(f"{directory}: goes on with changes: {'; '.join(c.note() for c in changes)}")
     elif settings.resume:
         print(f"{checkpoints}: no checkpoint yet, starting from the beginning")
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         for path in set_aside(checkpoints, step):
-            _note(f"{path.name}: of a step past {step}, from where the run goes on another way")
+            note(f"{path.name}: of a step past {step}, from where the run goes on another way")
         _write_config(settings, step)
     except OSError as error:
         raise HimoError(f"{directory}: cannot be written: {error.strerror}") from error
-    unreadable = Metrics(directory / METRICS).resumed(step, {c.name: c.values() for c in changes})
+    unreadable = TrainingLog(directory / METRICS).resumed(
+        step, {c.name: c.values() for c in changes}
+    )
     if unreadable:
-        _note(f"{directory / METRICS}: {unreadable} unreadable lines are left out")
+        note(f"{directory / METRICS}: {unreadable} unreadable lines are left out")
 
 
 def _write_config(settings: TrainConfig, step: int) -> None:
@@ -206,8 +208,7 @@ def _write_config(settings: TrainConfig, step: int) -> None:
     starts = earlier if isinstance(earlier, list) else []
     this = {"step": step, "command": sys.argv, "versions": versions, "changes": changes}
     content = {**values, "versions": versions, "command": sys.argv, "starts": [*starts, this]}
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -216,17 +217,13 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         with open_regular(path) as file:
-            content = json.loads(file.read(_LARGEST).decode("utf-8-sig"))
+            content = json_value(file.read(_LARGEST))
         if isinstance(content, dict):
             return content
         reason = f"expected an object, got {type(content).__name__}"
-    except (ValueError, RecursionError) as error:  # HimoError is one
+    except ValueError as error:  # HimoError is one
         reason = str(error).removeprefix(f"{path}: ")[:_SHOWN]
     kept = path.with_name(f"{path.name}.damaged")
     path.rename(kept)
-    _note(f"{path}: cannot be read ({reason}), kept as {kept.name}")
+    note(f"{path}: cannot be read ({reason}), kept as {kept.name}")
     return {}
-
-
-def _note(message: str) -> None:
-    print(f"himo: note: {printable(message)}", file=sys.stderr)

@@ -4,6 +4,7 @@ import ast
 import json
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,21 @@ def test_a_file_imports_torch_alone_and_never_the_package_above(path: Path) -> N
         allowed.add("triton")
     if path.relative_to(PACKAGE).parts[0] != "integrations":  # those import what they extend
         assert packages - sys.stdlib_module_names <= allowed
+
+
+@pytest.mark.parametrize("package", ["himo_kernels", "himo"])
+def test_no_circle_of_imports(package: str) -> None:
+    root = PACKAGE.parent
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (root / package).rglob("*.py")
+    }
+    # Imports within functions count. Not of a module's own packages, which are loaded before it.
+    graph = {
+        name: {x for x in _imports(path) if x in files and not f"{name}.".startswith(f"{x}.")}
+        for name, path in files.items()
+    }
+    assert len(list(TopologicalSorter(graph).static_order())) == len(files)  # or a CycleError
 
 
 @each_file

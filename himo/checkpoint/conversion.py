@@ -40,7 +40,7 @@ from himo.checkpoint.places import (
 from himo.checkpoint.safetensors_files import write_safetensors
 from himo.clip_config import CLIPConfig
 from himo.errors import HimoError
-from himo.files import atomic_path, hidden_directory
+from himo.files import atomic_path, hidden_directory, write_text
 from himo.tokenizer import END_OF_TEXT, read_symbols
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -180,8 +180,7 @@ def _fill(
     metadata: dict[str, str],
 ) -> None:
     for name, text in texts.items():
-        with atomic_path(directory / name) as file:
-            file.write_text(text, encoding="utf-8")
+        write_text(directory / name, text)
     digest = sha256(next(iter(texts.values())).encode()).hexdigest()
     metadata = {**metadata, CONFIG_FILE_DIGEST: digest}
     write_safetensors(str(directory / weights), tensors, metadata)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from himo.checkpoint.strict_json import require_no_duplicates
-from himo.errors import HimoError, quoted
+from himo.errors import HimoError, quoted, shortened
 from himo.files import atomic_path, hidden_directory, lock
 
 DIGEST = "himo_sha256"
@@ -199,4 +199,4 @@ def _find_digest(header: bytes) -> slice:
 def _cause(error: Exception) -> str:
     """What is wrong, in a line that is not long, though the library may quote a name in it."""
     text = str(error).partition("\n")[0].removeprefix("Error while deserializing header: ")
-    return text if len(text) <= _MAX_CAUSE else text[: _MAX_CAUSE - 3] + "..."
+    return shortened(text, _MAX_CAUSE)

@@ -2,8 +2,8 @@
 
 from himo.data.dataset import BadSamples, CaptionedImages, Sample
 from himo.data.index import SampleIndex
+from himo.data.index_report import IndexReport
 from himo.data.loader import BatchLoader, make_loader, worker_deaths
-from himo.data.report import IndexReport
 from himo.data.sampler import EpochSampler
 from himo.data.sources import DATASET_TYPES, open_dataset
 

@@ -18,7 +18,7 @@ from himo.data.records import (
     quote,
 )
 from himo.errors import HimoError
-from himo.files import open_regular
+from himo.files import open_regular, os_reason
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -147,8 +147,7 @@ class Folder(Source):
         """The paths of all files, relative to the folder; counts the folders not gone into."""
 
         def failed(error: OSError) -> None:
-            reason = (error.strerror or "").lower()
-            raise HimoError(f"{error.filename}: cannot be listed: {reason}") from error
+            raise HimoError(f"{error.filename}: cannot be listed: {os_reason(error)}") from error
 
         for directory, folders, names in os.walk(self.path, onerror=failed):
             folders[:] = [name for name in folders if not name.startswith(".")]

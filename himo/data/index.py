@@ -27,6 +27,7 @@ import numpy
 from PIL import Image
 from tqdm import tqdm
 
+from himo.data.index_report import IndexReport
 from himo.data.paths import ImageRoot, MissingImage
 from himo.data.records import (
     MAX_CAPTION,
@@ -38,9 +39,8 @@ from himo.data.records import (
     Source,
     make_record,
 )
-from himo.data.report import IndexReport
 from himo.errors import HimoError, printable
-from himo.files import atomic_path, regular_descriptor
+from himo.files import atomic_path, os_reason, regular_descriptor
 from himo.transforms import ImageError, Reason, open_image
 
 _MAGIC, _END_MAGIC = b"HIMOIDX2", b"IDX1"
@@ -338,7 +338,7 @@ class SampleIndex(Sequence[Record]):
             # Not a mapping: a shard that is cut off meanwhile would then kill the process.
             data = os.pread(self._descriptors[record.shard], record.size, record.offset)
         except OSError as error:
-            raise ImageError(f"{shard}: {(error.strerror or '').lower()}", "missing") from error
+            raise ImageError(f"{shard}: {os_reason(error)}", "missing") from error
         if len(data) < record.size:
             raise ImageError(f"{shard}: {record.image} is cut off", "truncated")
         return data

@@ -1,6 +1,5 @@
 """JSON lines: one object with an image path and a caption on each line."""
 
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +8,10 @@ from himo.data.records import (
     DECODER,
     MAX_RECORD,
     BadRecord,
+    KeyedSource,
     Progress,
     Record,
     RecordError,
-    Source,
     json_error,
     lines,
     record_of_mapping,
@@ -23,7 +22,7 @@ from himo.files import open_regular
 _SPACE = re.compile("[ \t\n\r\ufeff]*")
 
 
-class JsonLines(Source):
+class JsonLines(KeyedSource):
     """Objects such as `{"image": "a.jpg", "caption": "A red door."}`, one on each line.
 
     The image key is `filepath`, `image` or `img_path` and the caption key `title` or `caption`,
@@ -32,18 +31,6 @@ class JsonLines(Source):
     """
 
     kind = "jsonl"
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        image_key: str | None = None,
-        caption_key: str | None = None,
-    ) -> None:
-        super().__init__(path)
-        self.image_key, self.caption_key = image_key, caption_key
-
-    def options(self) -> dict[str, Any]:
-        return {"image_key": self.image_key, "caption_key": self.caption_key}
 
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
         with open_regular(self.path) as file:

@@ -11,6 +11,7 @@ import stat
 
 from himo.data.records import RecordError, quote
 from himo.errors import HimoError
+from himo.files import os_reason
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # a URL, or the drive of a Windows path
@@ -104,7 +105,7 @@ class ImageRoot:
         except (FileNotFoundError, NotADirectoryError):
             raise MissingImage("missing", f"image {quote(path)} does not exist") from None
         except OSError as error:
-            message = f"image {quote(path)}: {(error.strerror or str(error)).lower()}"
+            message = f"image {quote(path)}: {os_reason(error)}"
             raise RecordError("not_a_file", message) from error
         except ValueError as error:  # lone surrogates, which no name of a file can hold
             raise RecordError("encoding", f"image path {quote(path)}: {error}") from error

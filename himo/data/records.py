@@ -16,6 +16,7 @@ from io import BufferedReader
 from typing import Any, ClassVar
 
 from himo.errors import HimoError
+from himo.files import os_reason
 from himo.tokenizer import MAX_CLEANED, TextError, default_tokenizer
 
 # Longest record of a text file, in characters. ShareGPT4V's are about 1,100 and the longest known
@@ -119,13 +120,28 @@ class Source(ABC):
         """Yields every record in order; HimoError if the file as a whole is not of its format."""
 
 
+class KeyedSource(Source):
+    """A file of objects, whose image and caption are under the keys given, or the usual ones."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        image_key: str | None = None,
+        caption_key: str | None = None,
+    ) -> None:
+        super().__init__(path)
+        self.image_key, self.caption_key = image_key, caption_key
+
+    def options(self) -> dict[str, Any]:
+        return {"image_key": self.image_key, "caption_key": self.caption_key}
+
+
 def regular_file(path: str) -> os.stat_result:
     """The status of a regular file; HimoError where there is none."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise HimoError(f"{path}: cannot be read: {reason.lower()}") from error
+        raise HimoError(f"{path}: cannot be read: {os_reason(error)}") from error
     if not stat.S_ISREG(status.st_mode):
         raise HimoError(f"{path}: expected a regular file")
     return status
@@ -136,7 +152,7 @@ def list_directory(path: str) -> list[str]:
     try:
         return os.listdir(path)
     except OSError as error:
-        raise HimoError(f"{path}: cannot be listed: {(error.strerror or '').lower()}") from error
+        raise HimoError(f"{path}: cannot be listed: {os_reason(error)}") from error
 
 
 def quote(text: object, limit: int = 80) -> str:

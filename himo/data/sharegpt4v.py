@@ -4,7 +4,6 @@ The full file is 1.39 GB and takes 2.6 GB once decoded; here one record is decod
 """
 
 import codecs
-import os
 import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -13,10 +12,10 @@ from himo.data.records import (
     DECODER,
     MAX_RECORD,
     BadRecord,
+    KeyedSource,
     Progress,
     Record,
     RecordError,
-    Source,
     check_start,
     json_error,
     quote,
@@ -33,7 +32,7 @@ _NEXT_OBJECT = re.compile(rf",\s*{_FIRST_KEY.pattern}")
 _SCALAR_END = re.compile(r"[,\]\s]")
 
 
-class ShareGPT4V(Source):
+class ShareGPT4V(KeyedSource):
     """Records `{"image": path, "conversations": [{...}, {"from": "gpt", "value": caption}]}`.
 
     The caption is what the first turn of the assistant says, with line breaks as spaces: in
@@ -50,18 +49,6 @@ class ShareGPT4V(Source):
     """
 
     kind = "sharegpt4v"
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        image_key: str | None = None,
-        caption_key: str | None = None,
-    ) -> None:
-        super().__init__(path)
-        self.image_key, self.caption_key = image_key, caption_key
-
-    def options(self) -> dict[str, Any]:
-        return {"image_key": self.image_key, "caption_key": self.caption_key}
 
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
         with open_regular(self.path) as file:

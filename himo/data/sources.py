@@ -15,7 +15,7 @@ from himo.data.sharegpt4v import ShareGPT4V
 from himo.data.table import Table
 from himo.data.webdataset import WebDataset, is_shard
 from himo.errors import HimoError
-from himo.files import open_regular
+from himo.files import open_regular, os_reason
 
 # By --dataset-type: the class, and the options that mean something to it.
 _KEYS = ("image_key", "caption_key")
@@ -168,8 +168,7 @@ def _cache_directory(path: str, given: str | os.PathLike[str] | None) -> str:
     try:
         os.makedirs(directory, exist_ok=True)
     except (OSError, ValueError, RecursionError) as error:  # a NUL in the path, or a deep one
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        message = f"cache directory {directory}: cannot be made: {reason.lower()}"
+        message = f"cache directory {directory}: cannot be made: {os_reason(error)}"
         raise HimoError(message) from error
     return directory
 

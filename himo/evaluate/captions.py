@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from himo.data import SampleIndex, open_dataset
-from himo.evaluate.encode import Coverage, Encoder
+from himo.evaluate.encode import Coverage, Encoder, TextScores
 from himo.evaluate.himo_k import K_RULE, himo_at, himo_k
 from himo.evaluate.metrics import (
     MAX_SEGMENTS,
@@ -108,28 +108,14 @@ def evaluate_captions(
     captions = captions.without(failed, set())
     image_features = image_features[kept]
 
-    prefixes = [sentence_prefixes(caption_segments(caption)) for caption in captions.captions]
-    lengths = [len(texts) for texts in prefixes]
-    count = len(captions.captions)
-    owner = torch.arange(count).repeat_interleave(torch.tensor(lengths))  # the caption of a prefix
-    scored = encoder.score_texts(
-        captions.captions + [text for texts in prefixes for text in texts],
-        torch.arange(count, count + len(owner)),
-        torch.tensor(captions.caption_images)[owner],
-        image_features,
-        count,
-    )
-    is_bad = scored.not_finite[:count].clone()
-    is_bad[owner[scored.not_finite[count:]]] = True
-    bad = is_bad.nonzero()[:, 0].tolist()
+    series, scored, bad = _score_prefixes(encoder, captions, image_features)
     for caption in bad:
         where = index.describe(captions.caption_rows[caption])
         coverage.leave_out("not_finite", f"{where}: features of its caption are not finite")
     coverage.check(source)
-    series = list(scored.scores.split(lengths))
     text_features = scored.features
     if bad:
-        left = sorted(set(range(count)) - set(bad))
+        left = sorted(set(range(len(captions.captions))) - set(bad))
         images = sorted({captions.caption_images[caption] for caption in left})
         image_features, text_features = image_features[images], text_features[left]
         series = [series[caption] for caption in left]
@@ -145,26 +131,7 @@ def evaluate_captions(
     at_k = himo_k(series)
     histogram = {"K": at_k.pop("K"), "rho": at_k.pop("rho")}
     sections = {
-        "protocol": {
-            "dataset": os.fspath(source),
-            "dataset_type": index.report.kind,
-            "dataset_sha256": index.report.sha256,
-            "images": len(captions.image_rows),
-            "captions": len(captions.captions),
-            "texts": ways["texts"],
-            "pairs": ways["pairs"],
-            "shared_captions": captions.shared(texts),
-            "positives": captions.positives(),
-            "ties": "pessimistic",
-            "precision": "float32",
-            "sentence_rule": SENTENCE_RULE,
-            "sentence_rule_sha256": SENTENCE_RULE_SHA256,
-            "k_rule": K_RULE,
-            "texts_cut": scored.cut,
-            "captions_segmented": sum(
-                len(split_sentences(caption)) > MAX_SEGMENTS for caption in captions.captions
-            ),
-        },
+        "protocol": _protocol(index, captions, texts, ways, scored.cut),
         "retrieval": {
             name: ways[name] for name in ("image_to_text", "text_to_image", "chance_R@1", "ties")
         },
@@ -174,3 +141,53 @@ def evaluate_captions(
         "ranks": ways["ranks"],
     }
     return CaptionScores(index, captions, series, coverage, image_features, text_features, sections)
+
+
+def _score_prefixes(
+    encoder: Encoder, captions: CaptionedSet, image_features: Tensor
+) -> tuple[list[Tensor], TextScores, list[int]]:
+    """(scores of each caption's prefixes, features of the captions, captions not finite)."""
+    prefixes = [sentence_prefixes(caption_segments(caption)) for caption in captions.captions]
+    lengths = [len(texts) for texts in prefixes]
+    count = len(captions.captions)
+    owner = torch.arange(count).repeat_interleave(torch.tensor(lengths))  # the caption of a prefix
+    scored = encoder.score_texts(
+        captions.captions + [text for texts in prefixes for text in texts],
+        torch.arange(count, count + len(owner)),
+        torch.tensor(captions.caption_images)[owner],
+        image_features,
+        count,
+    )
+    is_bad = scored.not_finite[:count].clone()
+    is_bad[owner[scored.not_finite[count:]]] = True
+    return list(scored.scores.split(lengths)), scored, is_bad.nonzero()[:, 0].tolist()
+
+
+def _protocol(
+    index: SampleIndex,
+    captions: CaptionedSet,
+    texts: list[int],
+    ways: dict[str, Any],
+    texts_cut: int,
+) -> dict[str, Any]:
+    """What was measured and by which rules: the first section of eval.json."""
+    return {
+        "dataset": os.fspath(index.report.source),
+        "dataset_type": index.report.kind,
+        "dataset_sha256": index.report.sha256,
+        "images": len(captions.image_rows),
+        "captions": len(captions.captions),
+        "texts": ways["texts"],
+        "pairs": ways["pairs"],
+        "shared_captions": captions.shared(texts),
+        "positives": captions.positives(),
+        "ties": "pessimistic",
+        "precision": "float32",
+        "sentence_rule": SENTENCE_RULE,
+        "sentence_rule_sha256": SENTENCE_RULE_SHA256,
+        "k_rule": K_RULE,
+        "texts_cut": texts_cut,
+        "captions_segmented": sum(
+            len(split_sentences(caption)) > MAX_SEGMENTS for caption in captions.captions
+        ),
+    }

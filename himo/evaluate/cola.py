@@ -1,6 +1,5 @@
 """COLA (arXiv 2305.03689), multi-object matching: does each of two captions find its image?"""
 
-import json
 import os
 import posixpath
 from typing import Any
@@ -12,7 +11,7 @@ from himo.data.paths import ImageRoot
 from himo.data.records import RecordError, check_caption, check_encodable, quote
 from himo.errors import HimoError
 from himo.evaluate.encode import Coverage, Encoder, ImageFiles
-from himo.files import open_regular
+from himo.files import json_value, open_regular
 
 _MAX_FILE = 64 << 20  # bytes; the published file has 210 groups in 60 kB
 
@@ -97,8 +96,8 @@ def _read(path: str | os.PathLike[str], allow_missing: bool) -> tuple[list[_Grou
     try:
         if len(data) > _MAX_FILE:
             raise ValueError(f"longer than {_MAX_FILE:,} bytes")
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        values = json_value(data)
+    except ValueError as error:
         raise HimoError(f"{path}: expected a JSON list: {error}") from error
     if not isinstance(values, list) or not values:
         raise HimoError(f"{path}: expected a list of groups, got {quote(values)}")

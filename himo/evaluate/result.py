@@ -16,7 +16,7 @@ from himo.evaluate.encode import Images
 from himo.evaluate.himo_k import PrefixScores, himo_k
 from himo.evaluate.metrics import MAX_SEGMENTS, caption_segments
 from himo.evaluate.retrieval import RECALLS
-from himo.files import atomic_path
+from himo.files import write_text
 from himo.transforms import open_image
 
 _CURVES = 6  # images whose growth of similarity is in the result
@@ -129,8 +129,7 @@ def write_result(path: str | os.PathLike[str], result: dict[str, Any]) -> None:
         HimoError: as `himo.files.atomic_path`.
     """
     sections = [f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in result.items()]
-    with atomic_path(path) as temporary:
-        temporary.write_text("{\n" + ",\n".join(sections) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(sections) + "\n}\n")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from himo.errors import HimoError
-from himo.files import atomic_path
+from himo.files import write_text
 from himo.printing import csv_cell
-from himo.report.data import COLUMNS, Run, read_runs
 from himo.report.page import report_page
+from himo.report.runs import COLUMNS, Run, read_runs
 from himo_kernels import __version__
 
 
@@ -76,13 +76,6 @@ def html_path(out: str | Path) -> Path:
     if page.suffix != ".html":
         raise HimoError(f"--out {out}: expected a name that ends in .html")
     return page
-
-
-def write_text(path: Path, content: str) -> None:
-    """Writes a file in UTF-8, whole or not at all."""
-    data = content.encode("utf-8", errors="replace")  # a lone surrogate of JSON has no bytes
-    with atomic_path(path, needed=len(data)) as temporary:
-        temporary.write_bytes(data)
 
 
 def versions() -> str:

@@ -13,7 +13,7 @@ from himo.report.charts import (
     swatch,
     text,
 )
-from himo.report.data import Run, as_number, lookup, plural
+from himo.report.runs import Run, as_number, lookup, plural
 from himo.report.scales import finite_only, fit, fixed, is_finite, number
 
 RECALLS = ("R@1", "R@5", "R@10")

@@ -15,11 +15,12 @@ from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.errors import HimoError, printable
 from himo.evaluate.encode import Encoder
 from himo.evaluate.metrics import caption_segments
-from himo.report import html_path, versions, write_text
+from himo.files import write_text
+from himo.report import html_path, versions
 from himo.report.charts import text
-from himo.report.data import distinct_names, plural
 from himo.report.growth import CHOICE, Example, card, falls, pearson
 from himo.report.page import document, footer, legend
+from himo.report.runs import distinct_names, plural
 from himo.report.scales import number
 from himo.transforms import open_image
 

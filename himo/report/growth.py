@@ -18,7 +18,7 @@ from himo.report.charts import (
     text,
     triangles,
 )
-from himo.report.data import Curve, Run
+from himo.report.runs import Curve, Run
 from himo.report.scales import Scale, finite_only, fit, number
 
 # The two ways to look at the curves, chosen by two radio buttons and the style alone.

@@ -14,7 +14,7 @@ from himo.report.charts import (
     swatch,
     table_html,
 )
-from himo.report.data import Run, as_numbers, lookup, plural
+from himo.report.runs import Run, as_numbers, lookup, plural
 from himo.report.scales import Scale, finite_only, fit, fixed, is_finite, number
 
 HIMO = ("HiMo@2", "HiMo@3", "HiMo@K")

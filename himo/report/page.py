@@ -8,8 +8,8 @@ from typing import Any
 
 from himo.report import evaluation, misses, monotonicity, training
 from himo.report.charts import colour_class, swatch, text
-from himo.report.data import Run, differing, lookup, plural
 from himo.report.growth import CHOICE, card, examples
+from himo.report.runs import Run, differing, lookup, plural
 from himo.report.style import sheet
 
 _EXAMPLES = 8  # images of the growth curves

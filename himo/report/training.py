@@ -15,8 +15,8 @@ from himo.report.charts import (
     rule,
     series_class,
 )
-from himo.report.data import Run, Spectrum, as_number
 from himo.report.evaluation import DIRECTIONS
+from himo.report.runs import Run, Spectrum, as_number
 from himo.report.scales import (
     Scale,
     finite_only,

@@ -172,7 +172,7 @@ def test_a_fault_of_himo_prints_a_traceback_of_text_alone(
     def run(arguments: object) -> int:
         raise RuntimeError("\r\x1b[31m\x9b\u202ename\nits second line")
 
-    monkeypatch.setattr("himo.plan.run", run)
+    monkeypatch.setattr("himo.tools.plan.run", run)
     assert main(["plan", "--gpu-mem", "1"]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("Traceback ") and not unprintable(printed)

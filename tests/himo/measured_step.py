@@ -1,4 +1,4 @@
-"""Bytes of real training steps on this CPU, beside those that himo.footprint counts; JSON.
+"""Bytes of real training steps on this CPU, beside those that himo.tools.footprint counts; JSON.
 
 Run in a process of its own. torch's profiler sees every allocation of torch's CPU allocator, inside
 an operation too; the highest sum of those alive is the peak. Two steps: the second one has the
@@ -13,9 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from himo.config import TrainConfig
-from himo.footprint import Rehearsal
 from himo.model import CONFIGS, CLIPConfig
 from himo.objective import Objective
+from himo.tools.footprint import Rehearsal
 from himo.train import build_model, make_optimizer
 
 # Towers so small that the loss of a large batch takes most of the memory.
@@ -77,5 +77,5 @@ if __name__ == "__main__":
         settings = dataclasses.replace(SETTINGS, **changes)
         memory = Rehearsal(settings).step()
         found[name] = {"measured": measured(settings), "parts": memory.parts}
-        found[name]["moment"] = memory.moment
+        found[name]["phase"] = memory.phase
     json.dump(found, sys.stdout)

@@ -56,7 +56,7 @@ def test_batches_that_were_ready_are_not_counted(capsys, pairs):
 
 
 def test_the_bar_foretells_no_end_that_the_seconds_decide(capsys, monkeypatch, pairs):
-    monkeypatch.setattr("himo.bench._PROGRESS_DELAY_S", 0.0)
+    monkeypatch.setattr("himo.tools.bench._PROGRESS_DELAY_S", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(flags(pairs)) == 0
     shown = capsys.readouterr().err
@@ -65,7 +65,7 @@ def test_the_bar_foretells_no_end_that_the_seconds_decide(capsys, monkeypatch, p
 
 def test_clock_that_stands_still_leaves_out_the_rate(capsys, monkeypatch, pairs):
     monkeypatch.setattr("time.perf_counter", lambda: 5.0)
-    monkeypatch.setattr("himo.bench._MAX_BATCHES", 20)  # what ends the loader then
+    monkeypatch.setattr("himo.tools.bench._MAX_BATCHES", 20)  # what ends the loader then
     assert main(flags(pairs)) == 0
     text = capsys.readouterr().out
     assert re.search(r"^decode +0\.00 +- +12$", text, re.MULTILINE)

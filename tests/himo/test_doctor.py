@@ -13,9 +13,9 @@ from captioned_files import write_csv, write_images
 
 import himo
 from himo.cli import main
-from himo.doctor import smoke, system
-from himo.doctor.check import Check
 from himo.model import CONFIGS, HiMoCLIP
+from himo.tools.doctor import smoke, system
+from himo.tools.doctor.check import Check
 
 FLAGS = ["--model", "tiny", "--batch-size", "4", "--workers", "1", "--threads", "1"]
 

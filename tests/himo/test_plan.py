@@ -11,7 +11,8 @@ from fresh_process import run_python
 
 import himo
 from himo.cli import main
-from himo.footprint import (
+from himo.model import CONFIGS, HiMoCLIP
+from himo.tools.footprint import (
     BUCKETS,
     EXCHANGE,
     GRADIENTS,
@@ -24,8 +25,7 @@ from himo.footprint import (
     Memory,
     Rehearsal,
 )
-from himo.model import CONFIGS, HiMoCLIP
-from himo.plan import largest_batch
+from himo.tools.plan import largest_batch
 
 # Of the measured peak. Missing are what an operation of the CPU takes inside, as with bfloat16, the
 # outputs of the step before, and the states of random generators, which a GPU has on the host.
@@ -67,13 +67,13 @@ def test_parts_are_what_they_are_called(steps):
     model = HiMoCLIP(CONFIGS["tiny"])
     trained = [p for p in model.parameters() if p.requires_grad]
     few = steps["tiny, few pairs"]
-    assert few["moment"] == UPDATE
+    assert few["phase"] == UPDATE
     assert few["parts"][PARAMETERS] == sum(p.nbytes for p in model.parameters())
     assert few["parts"][GRADIENTS] == sum(p.nbytes for p in trained)
     # Of AdamW: two moments, and its count of steps.
     assert few["parts"][STATE] == sum(2 * p.nbytes + 4 for p in trained)
     large = steps["large loss"]
-    assert large["moment"] == LOSS
+    assert large["phase"] == LOSS
     # Logits of 1024 pairs are 4 MiB; two losses hold several of them.
     assert 8 * 2**20 < large["parts"][LOSS] < 40 * 2**20
     assert IMAGE not in few["parts"] and TEXT in large["parts"]
@@ -84,7 +84,7 @@ def test_many_ranks_have_buckets_and_exchange():
     gathered, ring = many.step(), many.step(exchange="ring")
     trained = sum(p.nbytes for p in HiMoCLIP(measured_step.DOT).parameters() if p.requires_grad)
     for memory in (gathered, ring):
-        assert memory.moment in (LOSS, EXCHANGE)
+        assert memory.phase in (LOSS, EXCHANGE)
         assert memory.parts[BUCKETS] == trained and memory.parts[EXCHANGE] > 0
     # 4096 joined pairs, texts and components of 16 float32: the ring never has all of them.
     assert gathered.total - ring.total > 4096 * 2 * 16 * 4
@@ -186,7 +186,7 @@ class Formula:
     ids=["one flag", "smaller batches", "together"],
 )
 def test_what_would_fit(capsys, monkeypatch, mib, found):
-    monkeypatch.setattr("himo.plan.Rehearsal", Formula)
+    monkeypatch.setattr("himo.tools.plan.Rehearsal", Formula)
     plan = planned(capsys, "--gpu-mem", str(mib / 1024), "--ranks", "2", status=1)
     assert {other["flags"]: other["fits"] for other in plan["alternatives"]} == found
     assert all(o["fits"] == (o["total"] <= mib * 2**20) for o in plan["alternatives"])
@@ -194,7 +194,7 @@ def test_what_would_fit(capsys, monkeypatch, mib, found):
 
 
 def test_the_largest_batch_that_is_counted_is_not_said_to_be_the_largest(capsys, monkeypatch):
-    monkeypatch.setattr("himo.plan.Rehearsal", Formula)
+    monkeypatch.setattr("himo.tools.plan.Rehearsal", Formula)
     for gib, more in (("0.05", False), ("10", True)):
         many = ["--ranks", "4096", "--accum-freq", "4", "--batch-size", "2"]
         assert main(["plan", "--gpu-mem", gib, "--model", "dot", *many]) == 0
@@ -210,14 +210,14 @@ def test_a_bar_is_there_before_the_first_step(capsys, monkeypatch):
             return super().step(**changes)
 
     shown: list[str] = []
-    monkeypatch.setattr("himo.plan.Rehearsal", Slow)
+    monkeypatch.setattr("himo.tools.plan.Rehearsal", Slow)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["plan", "--gpu-mem", "1", *FLAGS]) == 0
     assert "counting: 0step" in shown[0]
 
 
 def test_where_nothing_fits_it_says_so(capsys, monkeypatch):
-    monkeypatch.setattr("himo.plan.Rehearsal", Formula)
+    monkeypatch.setattr("himo.tools.plan.Rehearsal", Formula)
     assert main(["plan", "--gpu-mem", "0.0001", *FLAGS]) == 1
     text = capsys.readouterr().out
     assert "no --batch-size fits" in text and "no flag is enough" in text

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from himo import precision
 from himo.config import TrainConfig
 from himo.objective import Objective
+from himo.parallel import Ranks
 from himo.train import build_model
 
 CPU = torch.device("cpu")
@@ -37,6 +38,7 @@ def test_the_faster_dtype_is_chosen(monkeypatch):
         monkeypatch.setattr(precision, "is_faster_than_float32", lambda *_, f=faster: f)
         for asked in ("auto", "amp_bf16"):
             assert precision.resolve(asked, CPU)[0] == expected
+            assert precision.resolve(asked, CPU, Ranks())[0] == expected  # as a run asks
         assert precision.resolve("fp32", CPU) == ("fp32", "")
     assert precision.resolve("auto", CPU)[1].startswith("precision fp32: bfloat16 products")
 

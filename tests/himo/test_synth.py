@@ -23,7 +23,8 @@ import himo
 from himo import synth
 from himo.data import open_dataset
 from himo.errors import HimoError
-from himo.scenes import (
+from himo.synth import synthesize
+from himo.synth.scenes import (
     BACKGROUNDS,
     COLOURS,
     PATTERNS,
@@ -36,7 +37,6 @@ from himo.scenes import (
     draw_scene,
     render,
 )
-from himo.synth import synthesize
 
 
 def _files(folder: Path) -> dict[str, bytes]:

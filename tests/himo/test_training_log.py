@@ -1,4 +1,4 @@
-"""himo.metrics: the lines of metrics.jsonl."""
+"""himo.training_log: the lines of metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from himo.metrics import Metrics, per_second
+from himo.training_log import TrainingLog, per_second
 
 
 def test_rate_is_none_where_no_time_has_passed() -> None:
@@ -19,7 +19,7 @@ def test_rate_is_none_where_no_time_has_passed() -> None:
 def test_line_has_a_rate_where_time_has_passed(
     step_s: float, expected: float | None, tmp_path: Path
 ) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl", pairs_per_step=8)
+    metrics = TrainingLog(tmp_path / "metrics.jsonl", pairs_per_step=8)
     loss = torch.tensor(2.0)
     metrics.add_time(0.0, step_s)
     metrics.add(loss, torch.tensor(1.0))

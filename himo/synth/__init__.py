@@ -22,8 +22,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from himo.errors import HimoError
-from himo.files import atomic_path
-from himo.scenes import Scene, caption, draw_scene, render
+from himo.files import os_reason, write_text
+from himo.synth.scenes import Scene, caption, draw_scene, render
 
 _SPLITS = ("test", "train")  # test first: for a seed it is the same whatever the size of train
 _RESOLUTIONS = (16, 1024)
@@ -90,9 +90,8 @@ def synthesize(
             jobs.append(job._replace(path=str(folder / job.path)))
     _render_all(jobs, resolution, min(workers, len(jobs)), progress)
     for split in _SPLITS:
-        with atomic_path(folder / f"{split}.json") as temporary:
-            lines = ",\n".join(map(json.dumps, records[split]))
-            temporary.write_text(f"[\n{lines}\n]\n" if lines else "[]\n", encoding="utf-8")
+        lines = ",\n".join(map(json.dumps, records[split]))
+        write_text(folder / f"{split}.json", f"[\n{lines}\n]\n" if lines else "[]\n")
 
 
 def _prepare(folder: Path, overwrite: bool) -> None:
@@ -109,7 +108,7 @@ def _prepare(folder: Path, overwrite: bool) -> None:
         for split in _SPLITS:
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HimoError(f"{folder}: cannot be written: {_reason(error)}") from error
+        raise HimoError(f"{folder}: cannot be written: {os_reason(error)}") from error
 
 
 def _images(folder: Path) -> Iterator[Path]:
@@ -221,11 +220,7 @@ def _render(job: _Job, resolution: int) -> None:
     try:
         image.save(job.path, "PNG")
     except OSError as error:
-        raise HimoError(f"{job.path}: cannot be written: {_reason(error)}") from error
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+        raise HimoError(f"{job.path}: cannot be written: {os_reason(error)}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,14 +12,13 @@ from tqdm import tqdm
 
 from himo import config
 from himo.config import TrainConfig
-from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, make_loader, worker_deaths
+from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, worker_deaths
 from himo.errors import HimoError
-from himo.metrics import per_second
 from himo.model import named_config
 from himo.parallel import Ranks
-from himo.tokenizer import tokenize
-from himo.train import open_data
-from himo.transforms import ImageError, Preprocess
+from himo.run import open_data, training_loader, training_pairs
+from himo.training_log import per_second
+from himo.transforms import ImageError
 
 # The flags of `himo train` that decide how its data are read.
 _FLAGS = (
@@ -62,10 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     index, _ = open_data(settings, Ranks())
-    preprocess = Preprocess.of(named_config(settings.model), settings.image_mode)
-    dataset = CaptionedImages(
-        index, preprocess, tokenize, seed=settings.seed, short_captions=settings.short_captions
-    )
+    dataset = training_pairs(settings, index, named_config(settings.model))
     sampler = EpochSampler(len(dataset), settings.batch_size, seed=settings.seed)
     steps = by_step(dataset, sampler.order().tolist(), args.seconds)
     with worker_deaths():
@@ -125,13 +121,7 @@ def loader(
     Batches that were ready when the first one came would flatter the rate: as many as the workers
     hold, two each, are not counted.
     """
-    batches = make_loader(
-        dataset,
-        sampler,
-        workers=settings.workers,
-        seed=settings.seed,
-        max_bad_fraction=settings.max_bad_fraction,
-    )
+    batches = training_loader(settings, dataset, sampler, pin_memory=False)
     ready, samples = 1 + 2 * settings.workers, 0
     asked = time.perf_counter()
     arrivals = []

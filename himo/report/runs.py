@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from himo.errors import HimoError
-from himo.files import open_regular
-from himo.metrics import read_lines
+from himo.files import json_value, open_regular
 from himo.report.misses import Miss
 from himo.report.misses import read as read_misses
+from himo.training_log import read_lines
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
 
 # The columns of metrics.jsonl that are drawn; `step` is one of its own.
@@ -190,21 +190,13 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _parse(data: bytes) -> Any:
-    """JSON out of bytes; ValueError is the only error."""
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
 def _read_object(run: Run, name: str, consequence: str) -> dict[str, Any] | None:
     path = run.path / name
     if not path.exists():
         run.notes.append(f"{name} is missing: {consequence}.")
         return None
     try:
-        value = _parse(_read_bytes(path))
+        value = json_value(_read_bytes(path))
     except ValueError as error:  # HimoError is one
         run.notes.append(f"{name} cannot be read ({error}): {consequence}.")
         return None

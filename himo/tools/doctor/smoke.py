@@ -9,11 +9,11 @@ from torch import nn
 
 from himo.config import TrainConfig
 from himo.device import usable_device
-from himo.doctor.check import Check
 from himo.errors import HimoError
 from himo.objective import Objective
 from himo.precision import resolve
-from himo.train import build_model
+from himo.run import build_model
+from himo.tools.doctor.check import Check
 
 _PAIRS = 8
 _NAME = "training step"

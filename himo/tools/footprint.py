@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from himo.config import TrainConfig
 from himo.objective import Objective
+from himo.optimizer import make_optimizer
 from himo.parallel import Ranks
-from himo.train import build_model, make_optimizer
+from himo.run import build_model
 from himo_kernels.dispatch import OPERATORS
 
 # What memory is for, in the order in which it is shown.
@@ -42,7 +43,7 @@ class Memory:
     """Bytes alive at the peak of a step, by what they are for, and what the step then did."""
 
     parts: dict[str, int]
-    moment: str
+    phase: str
 
     @property
     def total(self) -> int:
@@ -164,7 +165,7 @@ class Rehearsal:
         ranks: processes of the run.
 
     Raises:
-        HimoError: as `himo.train.build_model`.
+        HimoError: as `himo.run.build_model`.
     """
 
     def __init__(self, settings: TrainConfig, ranks: int = 1) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 from himo import config
 from himo.config import TrainConfig
-from himo.doctor import inputs, smoke, system
-from himo.doctor.check import Check
 from himo.errors import printable
 from himo.model import named_config
+from himo.tools.doctor import inputs, smoke, system
+from himo.tools.doctor.check import Check
 from himo_kernels import info
 
 

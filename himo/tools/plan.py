@@ -12,7 +12,17 @@ from tqdm import tqdm
 from himo import config
 from himo.config import TrainConfig
 from himo.errors import HimoError
-from himo.footprint import BACKWARD, EXCHANGE, IMAGE, KINDS, LOSS, TEXT, UPDATE, Memory, Rehearsal
+from himo.tools.footprint import (
+    BACKWARD,
+    EXCHANGE,
+    IMAGE,
+    KINDS,
+    LOSS,
+    TEXT,
+    UPDATE,
+    Memory,
+    Rehearsal,
+)
 
 # The flags of `himo train` that decide how much memory a step takes.
 _FLAGS = (
@@ -26,7 +36,7 @@ _GIB = 1 << 30
 _MAX_GIB = 100_000  # what the table has room for
 _WIDTH = 79  # columns
 _BAR = 40  # characters for the memory given, or the total where that is more
-_MOMENTS = {
+_PHASES = {
     IMAGE: "in the forward pass of the image tower",
     TEXT: "in the forward pass of the text tower",
     LOSS: "in the loss",
@@ -219,7 +229,7 @@ def table(plan: Plan) -> str:
         + (", recomputed activations" if settings.grad_checkpointing else ""),
         f"{settings.batch_size} pairs{accumulated}{of_many}",
         "",
-        f"GiB of one process at its peak, {_MOMENTS.get(memory.moment, memory.moment)}",
+        f"GiB of one process at its peak, {_PHASES.get(memory.phase, memory.phase)}",
     ]
     for kind in KINDS:
         size = memory.parts.get(kind, 0)
@@ -258,7 +268,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu_mem": plan.limit,
         "fits": plan.fits,
         "total": plan.memory.total,
-        "peak": _MOMENTS.get(plan.memory.moment, plan.memory.moment),
+        "peak": _PHASES.get(plan.memory.phase, plan.memory.phase),
         "parts": {kind: plan.memory.parts.get(kind, 0) for kind in KINDS},
         "largest_batch_size": plan.largest_batch,
         "alternatives": [

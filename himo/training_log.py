@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import himo_kernels
 from himo.errors import HimoError
-from himo.files import atomic_path, open_regular
+from himo.files import atomic_path, json_value, open_regular
 from himo.parallel import Ranks
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
 from himo_kernels import distributed
@@ -24,7 +24,7 @@ _LONGEST = 1 << 20  # bytes of a line; one with a spectrum takes 3,000
 _SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run: it will not come back
 
 
-class Metrics:
+class TrainingLog:
     """Writes a line each log_every_n_steps, of means since the last one.
 
     Values stay on the device until a line is written: the loop does not wait for them. Losses are
@@ -168,8 +168,8 @@ def read_lines(file: BinaryIO) -> Iterator[dict[str, Any] | None]:
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        line = json_value(text)
+    except ValueError:
         return None
     step = line.get("step") if isinstance(line, dict) else None
     if isinstance(step, bool) or not isinstance(step, int | float):

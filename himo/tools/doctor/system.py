@@ -12,11 +12,11 @@ import torch
 
 from himo.config import TrainConfig
 from himo.device import usable_device
-from himo.doctor.check import Check, size
 from himo.errors import HimoError
 from himo.files import free_bytes
 from himo.model import CLIPConfig, HiMoCLIP
 from himo.precision import resolve
+from himo.tools.doctor.check import Check, size
 from himo_kernels.extension import why_not as why_no_extension
 
 _DISTRIBUTION = "himo-kernels"

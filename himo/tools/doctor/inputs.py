@@ -12,10 +12,10 @@ from tqdm import tqdm
 from himo import checkpoint as checkpoints
 from himo.config import TrainConfig
 from himo.data import CaptionedImages, SampleIndex, open_dataset
-from himo.doctor.check import Check
 from himo.errors import HimoError
 from himo.model import CONTEXT_LENGTH, CLIPConfig
 from himo.tokenizer import TextError, default_tokenizer
+from himo.tools.doctor.check import Check
 from himo.transforms import ImageError, Preprocess
 
 _IMAGES, _CAPTIONS = 100, 2000  # read, spread over the data set

@@ -1,0 +1,313 @@
+"""A training run, set up: its data, model, optimizer and folder, from the start or a checkpoint."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from himo import checkpoint, resume, run_folder, training_state
+from himo.config import TrainConfig
+from himo.data import (
+    BatchLoader,
+    CaptionedImages,
+    EpochSampler,
+    Sample,
+    SampleIndex,
+    make_loader,
+    open_dataset,
+)
+from himo.device import usable_device
+from himo.errors import HimoError, note
+from himo.model import CLIPConfig, HiMoCLIP, named_config
+from himo.objective import Objective
+from himo.optimizer import MAX_LOG_SCALE, learning_rate, make_optimizer
+from himo.parallel import Ranks
+from himo.precision import resolve
+from himo.tokenizer import tokenize
+from himo.training_log import TrainingLog
+from himo.transforms import Preprocess
+from himo.validation import Validation
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """What the loop works on; the same on every rank but for the validation, which is rank 0's.
+
+    Attributes:
+        settings: with the precision that the device computes in.
+        sampler: where the run is in its data.
+        record: what decides the run, of `resume.record`; on rank 0.
+        step: steps done.
+        steps_per_epoch: of a whole epoch.
+        total_steps: of the run at its end.
+    """
+
+    settings: TrainConfig
+    ranks: Ranks
+    device: torch.device
+    model: HiMoCLIP
+    objective: Objective
+    optimizer: torch.optim.AdamW
+    sampler: EpochSampler
+    loader: BatchLoader
+    validation: Validation | None
+    log: TrainingLog
+    record: dict[str, Any]
+    step: int
+    steps_per_epoch: int
+    total_steps: int
+
+    def batches(self) -> Iterator[Sample]:
+        """The batches of the epoch from where the sampler is, equally many on every rank."""
+        # What is left at an epoch's end may give some ranks none: those take part in the step with
+        # no rows.
+        steps, number = self.sampler.global_batches(), 0
+        for number, batch in enumerate(self.loader, 1):  # noqa: B007
+            yield batch
+        for _ in range(steps - number):
+            size = self.model.visual.input_resolution
+            none = torch.zeros(0, dtype=torch.int64)
+            image = torch.zeros(0, 3, size, size, dtype=torch.uint8)
+            tokens = torch.zeros(0, self.model.context_length, dtype=torch.int64)
+            yield Sample(image, tokens, none, none)
+
+    def save(self, *, ends_epoch: bool = False) -> None:
+        """Writes the training state, and at an epoch's end the model alone; drops older states.
+
+        Every rank calls it.
+
+        Raises:
+            HimoError: a loss or gradient since the last line of the log is not finite; or the
+                files cannot be written.
+        """
+        self.log.check_finite(self.step)
+        reasons = self._bad_samples()
+        if not self.ranks.main:
+            return
+        checkpoints = self.settings.folder / run_folder.CHECKPOINTS
+        if ends_epoch:
+            name = f"epoch_{self.sampler.epoch + 1}.safetensors"
+            training = {"step": self.step, **dataclasses.asdict(self.settings)}
+            checkpoint.save(self.model, checkpoints / name, metadata={"training": training})
+        loop = {
+            "sampler": self.sampler.state_dict(),
+            "bad_samples": {"reasons": reasons},
+            **self.record,
+        }
+        training_state.save_state(checkpoints, self.step, self.model, self.optimizer, loop)
+        keep = self.settings.keep_checkpoints
+        for old in training_state.saved_states(checkpoints)[:-keep] if keep else []:
+            old.unlink()
+
+    def report_end(self) -> None:
+        """Says which samples could not be read and where the model is; every rank calls it."""
+        self.loader.bad.load_state_dict({"reasons": self._bad_samples()})
+        if not self.ranks.main:
+            return
+        if self.loader.bad.reasons:
+            print(self.loader.bad.summary())
+        folder = self.settings.folder
+        name = f"epoch_{self.settings.epochs}.safetensors"
+        print(f"{folder}: done, {folder / run_folder.CHECKPOINTS / name}")
+
+    def _bad_samples(self) -> dict[int, str]:
+        # Of all ranks.
+        states = self.ranks.gather(self.loader.bad.state_dict())
+        return {row: reason for state in states for row, reason in state["reasons"].items()}
+
+
+def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
+    """Sets up a run that begins, or goes on from its checkpoint, and says what it is.
+
+    Raises:
+        HimoError: bad data or settings, or a checkpoint that is damaged or of another run.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    device = usable_device(ranks.device(settings.device))
+    precision, said = resolve(settings.precision, device, ranks)
+    settings = dataclasses.replace(settings, precision=precision)
+    if said and ranks.main:
+        note(said)
+    with ranks.main_first():  # which writes the index that the others read
+        index, held_out = open_data(settings, ranks)
+    model = build_model(settings, device)
+    pairs = training_pairs(settings, index, model.config)
+    sampler = EpochSampler(
+        len(pairs),
+        settings.batch_size * settings.accum_freq,
+        seed=settings.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        drop_last=not settings.keep_last_batch,
+    )
+    record = {}
+    if ranks.main:
+        val_data = held_out if settings.val_data is not None else None
+        record = resume.record(settings, ranks.size, model.config, index, val_data)
+    pairs_per_step = sampler.batch_size * ranks.size
+    run = TrainingRun(
+        settings,
+        ranks,
+        device,
+        model,
+        Objective(model, settings, ranks),
+        make_optimizer(model, settings),
+        sampler,
+        training_loader(settings, pairs, sampler, pin_memory=device.type == "cuda"),
+        _validation(settings, held_out, pairs.preprocess) if ranks.main else None,
+        TrainingLog(settings.folder / run_folder.METRICS, pairs_per_step, ranks),
+        record,
+        step=0,
+        steps_per_epoch=sampler.global_batches(),
+        total_steps=0,
+    )
+    run.step = _begin(run)
+    # From here on: a run that goes on with more epochs than it began with has other steps behind.
+    epochs_left = settings.epochs - sampler.epoch - 1
+    run.total_steps = run.step + sampler.global_batches() + run.steps_per_epoch * epochs_left
+    if ranks.main:
+        _announce(run, len(pairs), pairs_per_step)
+    return run
+
+
+def _begin(run: TrainingRun) -> int:
+    # Takes up the run where its checkpoint left it; returns the steps already done.
+    settings, sampler = run.settings, run.sampler
+    state, changes = run_folder.saved_state(settings), []
+    if state is not None:
+        with training_state.refuse_damage(state):
+            if run.ranks.main:
+                changes = resume.check(state.record, run.record, settings.allowed, state.path)
+            sampler.load_state_dict(state.record["sampler"])
+            run.loader.bad.load_state_dict(state.record["bad_samples"])
+            training_state.restore(state, run.model, run.optimizer, run.device)
+        if sampler.epoch >= settings.epochs:
+            done = sampler.epoch + 1
+            raise HimoError(
+                f"--epochs: expected at least {done}, begun before, got {settings.epochs}"
+            )
+    run.ranks.barrier()  # every rank has seen what was there before
+    if run.ranks.main:
+        run_folder.start(settings, state, changes)
+    return 0 if state is None else state.step
+
+
+def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
+    settings, total = run.settings, run.total_steps
+    if settings.warmup >= total:
+        note(
+            f"--warmup {settings.warmup} takes longer than the {total} steps of this run, whose "
+            f"learning rate stays below --lr {settings.lr:g}"
+        )
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    print(
+        f"{settings.folder}: {pairs} pairs, {total} steps of {pairs_per_step}, "
+        f"{settings.loss} loss, {parameters:.1f} M parameters on {run.device}"
+        + (f", {run.ranks.size} processes" if run.ranks.size > 1 else "")
+        + (f", {run.validation.description()}" if run.validation is not None else "")
+    )
+    if 0 < run.step < total:
+        rate = learning_rate(run.step, total, settings)
+        print(f"{settings.folder}: goes on after step {run.step}, at a learning rate of {rate:.3g}")
+
+
+def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
+    """The pairs to train on, and those to validate on; says what was left out."""
+
+    def opened(source: str) -> SampleIndex:
+        index = open_dataset(
+            source,
+            settings.dataset_type,
+            image_root=settings.image_root,
+            image_key=settings.csv_img_key,
+            caption_key=settings.csv_caption_key,
+            separator=settings.csv_separator,
+            skip_missing_images=settings.skip_missing_images,
+            follow_links=settings.follow_links,
+            max_bad_fraction=settings.max_bad_fraction,
+        )
+        if ranks.main:
+            print(index.report.summary())
+        return index
+
+    index = opened(settings.train_data)
+    held_out = opened(settings.val_data) if settings.val_data is not None else None
+    first, count = settings.held_out, settings.train_num_samples
+    if first:
+        if first >= len(index):
+            raise HimoError(f"--held-out: expected fewer than {len(index)} pairs, got {first}")
+        held_out = index[:first]
+    if count is not None and first + count > len(index):
+        raise HimoError(
+            f"--train-num-samples: expected at most {len(index) - first} pairs, got {count}"
+        )
+    if first or count is not None:
+        index = index[first:] if count is None else index[first : first + count]
+    return index, held_out
+
+
+def training_pairs(
+    settings: TrainConfig, index: SampleIndex, config: CLIPConfig
+) -> CaptionedImages:
+    """The pairs as a model of that configuration is trained on them."""
+    return CaptionedImages(
+        index,
+        Preprocess.of(config, settings.image_mode),
+        partial(tokenize, context_length=config.context_length),
+        seed=settings.seed,
+        short_captions=settings.short_captions,
+    )
+
+
+def training_loader(
+    settings: TrainConfig, pairs: CaptionedImages, sampler: EpochSampler, *, pin_memory: bool
+) -> BatchLoader:
+    """The batches of the pairs in the order of the sampler."""
+    return make_loader(
+        pairs,
+        sampler,
+        workers=settings.workers,
+        seed=settings.seed,
+        max_bad_fraction=settings.max_bad_fraction,
+        pin_memory=pin_memory,
+    )
+
+
+def _validation(
+    settings: TrainConfig, held_out: SampleIndex | None, preprocess: Preprocess
+) -> Validation | None:
+    if held_out is None:
+        return None
+    return Validation(
+        held_out,
+        preprocess,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
+
+
+def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
+    """The model that a run starts from; HimoError for an unknown name or a bad checkpoint."""
+    if settings.pretrained is not None:
+        given = {name: getattr(settings, name) for name in checkpoint.CHOICES}
+        model, _ = checkpoint.load(settings.pretrained, device="cpu", stretch=True, **given)
+    else:
+        model = HiMoCLIP(named_config(settings.model))
+    if settings.preset == "official" and settings.loss == "himo":
+        nn.init.constant_(model.logit_scale, MAX_LOG_SCALE)
+    if settings.lock_image:
+        model.lock_image_tower()
+    if settings.lock_text:
+        model.lock_text_tower()
+    model.set_grad_checkpointing(settings.grad_checkpointing)
+    model.to(device)
+    if settings.compile:  # in place: the names of the parameters stay
+        model.visual.compile()
+        model.transformer.compile(dynamic=True)  # the longest caption of a batch varies
+    return model
