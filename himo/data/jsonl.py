@@ -21,6 +21,8 @@ from himo.files import open_regular
 
 # Between objects. Files that were joined have a byte order mark, or no line break, in between.
 _SPACE = re.compile("[ \t\n\r\ufeff]*")
+# Where an object ends and another begins. In JSON only a string can hold the like.
+_NEXT_OBJECT = re.compile('}[ \t\ufeff]*(?={[ \t]*")')
 
 
 class JsonLines(Source):
@@ -58,7 +60,7 @@ class JsonLines(Source):
 
 
 def _values(line: str | None) -> Iterator[Any]:
-    """The JSON values on a line; a RecordError for what is none, after which nothing is read."""
+    """The JSON values on a line; a RecordError for what is none, up to the next object if any."""
     if line is None:
         yield RecordError("too_long", f"line is longer than {MAX_RECORD:,} bytes")
         return
@@ -68,6 +70,8 @@ def _values(line: str | None) -> Iterator[Any]:
             value, position = DECODER.raw_decode(line, position)
         except (ValueError, RecursionError) as error:
             yield json_error(error)
-            return
+            following = _NEXT_OBJECT.search(line, position)
+            position = following.end() if following else len(line)
+            continue
         yield value
         position = _SPACE.match(line, position).end()  # type: ignore[union-attr]
