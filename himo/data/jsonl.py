@@ -22,7 +22,7 @@ from himo.files import open_regular
 # Between objects. Files that were joined have a byte order mark, or no line break, in between.
 _SPACE = re.compile("[ \t\n\r\ufeff]*")
 # Where an object ends and another begins. In JSON only a string can hold the like.
-_NEXT_OBJECT = re.compile('}[ \t\ufeff]*(?={[ \t]*")')
+_NEXT_OBJECT = re.compile('(?<=})[ \t\ufeff]*(?={[ \t]*")')
 
 
 class JsonLines(Source):
@@ -60,7 +60,7 @@ class JsonLines(Source):
 
 
 def _values(line: str | None) -> Iterator[Any]:
-    """The JSON values on a line; a RecordError for what is none, up to the next object if any."""
+    """The JSON values on a line; a RecordError for what is none, to the next object."""
     if line is None:
         yield RecordError("too_long", f"line is longer than {MAX_RECORD:,} bytes")
         return
@@ -70,8 +70,9 @@ def _values(line: str | None) -> Iterator[Any]:
             value, position = DECODER.raw_decode(line, position)
         except (ValueError, RecursionError) as error:
             yield json_error(error)
-            following = _NEXT_OBJECT.search(line, position)
-            position = following.end() if following else len(line)
-            continue
+            # Each by itself, for what the decoder raises has read all of its text before.
+            for following in _NEXT_OBJECT.split(line[position:])[1:]:
+                yield from _values(following)
+            return
         yield value
         position = _SPACE.match(line, position).end()  # type: ignore[union-attr]
