@@ -20,6 +20,8 @@ from himo.files import open_regular
 
 # Between objects. Files that were joined have a byte order mark, or no line break, in between.
 _SPACE = re.compile("[ \t\n\r\ufeff]*")
+# Where an object ends and another begins. In JSON only a string can hold the like.
+_NEXT_OBJECT = re.compile('(?<=})[ \t\ufeff]*(?={[ \t]*")')
 
 
 class JsonLines(KeyedSource):
@@ -45,7 +47,7 @@ class JsonLines(KeyedSource):
 
 
 def _values(line: str | None) -> Iterator[Any]:
-    """The JSON values on a line; a RecordError for what is none, after which nothing is read."""
+    """The JSON values on a line; a RecordError for what is none, to the next object."""
     if line is None:
         yield RecordError("too_long", f"line is longer than {MAX_RECORD:,} bytes")
         return
@@ -55,6 +57,9 @@ def _values(line: str | None) -> Iterator[Any]:
             value, position = DECODER.raw_decode(line, position)
         except (ValueError, RecursionError) as error:
             yield json_error(error)
+            # Each by itself, for what the decoder raises has read all of its text before.
+            for following in _NEXT_OBJECT.split(line[position:])[1:]:
+                yield from _values(following)
             return
         yield value
         position = _SPACE.match(line, position).end()  # type: ignore[union-attr]

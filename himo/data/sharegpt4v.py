@@ -30,6 +30,7 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOT
 _FIRST_KEY = re.compile(r'{\s*("[^"\\\n]{0,100}")\s*:')
 _NEXT_OBJECT = re.compile(rf",\s*{_FIRST_KEY.pattern}")
 _SCALAR_END = re.compile(r"[,\]\s]")
+_MAX_KEYS = 100  # that records begin with
 
 
 class ShareGPT4V(KeyedSource):
@@ -100,6 +101,7 @@ class _Text:
         self.window = self.decoder.decode(start[check_start(path, start) :])
         self.position = 0  # in the window
         self.line = 1  # of the position
+        self._first_keys: set[str] = set()  # of good records
 
     def error(self, message: str) -> HimoError:
         return HimoError(f"{self.path}:{self.line}: {message}")
@@ -140,6 +142,10 @@ class _Text:
                 value, end = DECODER.raw_decode(self.window, self.position)
             except (ValueError, RecursionError) as error:
                 value, end = json_error(error), self._end()
+            else:
+                opening = _FIRST_KEY.match(self.window, self.position)
+                if opening is not None and len(self._first_keys) < _MAX_KEYS:
+                    self._first_keys.add(opening[1])
             # A number at the end of the window may go on after it.
             if 0 <= end < len(self.window) or (self.ended and end > 0):
                 if end - self.position > MAX_RECORD:
@@ -156,7 +162,8 @@ class _Text:
         """Where the broken element at the position ends; -1 if not in sight.
 
         It ends by its brackets and quotes. A stray quote puts these out of step, and they would
-        take good records along: it ends before the next object that begins with the same key.
+        take good records along: it ends before the next object that begins with the same key, or
+        with one that a good record began with.
         """
         opening = _FIRST_KEY.match(self.window, self.position)
         if opening is None:
@@ -167,7 +174,7 @@ class _Text:
             limit = min(start + reach, len(self.window))
             end = self._closing_bracket(limit)
             for match in _NEXT_OBJECT.finditer(self.window, start, end if end >= 0 else limit):
-                if match[1] == opening[1]:
+                if match[1] == opening[1] or match[1] in self._first_keys:
                     return match.start()
             if end >= 0 or limit == len(self.window):
                 return end

@@ -27,7 +27,8 @@ from himo.files import open_regular
 
 _SEPARATORS = ("\t", ",", ";")
 _QUOTED = re.compile(r'([^"]*+(?:""[^"]*+)*+)("?)')  # up to the quote that closes it, if there
-_DIGITS = re.compile(r"\d+")
+# Numbers, and the hexadecimal ones of a digest or a UUID.
+_NUMBER = re.compile(r"[0-9a-fA-F]{4,}|\d+")
 # Lines over which one row goes on at most: each is read again where the quote was a stray one. In
 # a file of stray quotes that look like no row, rows go on no more after so many lines read again.
 _MAX_LINES = 500
@@ -226,7 +227,7 @@ class _Rows:
 
 def _shape(path: str) -> str:
     """What the image paths of a data set have in common: the suffix, or else all but numbers."""
-    return os.path.splitext(path)[1].lower() or _DIGITS.sub("0", path)
+    return os.path.splitext(path)[1].lower() or _NUMBER.sub("0", path)
 
 
 def _fields(line: str, separator: str, width: int, below: Iterator[str]) -> list[str]:

@@ -21,13 +21,14 @@ from himo.images.limits import SLOW, USUAL_BITS, ImageError, Reader
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PLANES = 256, 257, 258, 259, 277, 284
 _STRIP_OFFSETS, _STRIP_BYTES, _STRIP_ROWS = 273, 279, 278
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
+_PHOTOMETRIC, _FORMAT = 262, 339
 _SEGMENTS = {_STRIP_OFFSETS, _STRIP_BYTES, _STRIP_ROWS, _TILE_OFFSETS, _TILE_BYTES}
-# Also photometric interpretation, fill order, orientation, two kinds of fax, predictor, and the
+# Also fill order, orientation, two kinds of fax, predictor, and the
 # position of the colours of YCbCr.
 _OF_ONE_VALUE = {_WIDTH, _LENGTH, _COMPRESSION, _SAMPLES, _PLANES, _TILE_WIDTH, _TILE_LENGTH}
-_OF_ONE_VALUE |= {262, 266, 274, 292, 293, 317, 531}
-# Bits, colour map, extra samples, sample format, JPEG tables, and more about YCbCr.
-_OF_VALUES = {_BITS, 320, 338, 339, 347, 529, 530, 532}
+_OF_ONE_VALUE |= {_PHOTOMETRIC, 266, 274, 292, 293, 317, 531}
+# Also colour map, extra samples, JPEG tables, and more about YCbCr.
+_OF_VALUES = {_BITS, _FORMAT, 320, 338, 347, 529, 530, 532}
 
 _NONE, _JPEG, _LZMA = 1, 7, 34925
 # Also three kinds of fax, LZW, two of deflate, PackBits and Zstandard.
@@ -36,6 +37,7 @@ _COMPRESSIONS = {_NONE, _JPEG, _LZMA, 2, 3, 4, 5, 8, 32946, 32773, 50000}
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 _INTEGERS = {1: "B", 3: "H", 4: "I"}  # by type, for struct
 _LONG = 4
+_UNSIGNED = 1  # of the sample formats
 _MAX_SEGMENTS = 20_000
 
 
@@ -66,6 +68,8 @@ def read(reader: Reader) -> TiffImagePlugin.TiffImageFile:
         raise ImageError(f"{width} x {length} pixels in parts of {columns} x {rows}")
     planes = samples if directory.number(_PLANES, 1) == 2 else 1
     across, down = math.ceil(width / columns), math.ceil(length / rows)
+    if bits > 8:
+        _check_deep(directory, bits, compression, planes)
     count = planes * across * down
     if count > _MAX_SEGMENTS:
         raise ImageError(f"{count:,} strips or tiles, more than {_MAX_SEGMENTS:,}", "too_large")
@@ -87,9 +91,27 @@ def read(reader: Reader) -> TiffImagePlugin.TiffImageFile:
 
     tags = {tag: directory.data(tag, 1) for tag in _OF_ONE_VALUE & directory.entries.keys()}
     tags |= {tag: directory.data(tag) for tag in _OF_VALUES & directory.entries.keys()}
+    if planes == 1:  # Pillow takes one plane by itself for something else
+        tags.pop(_PLANES, None)
     if not tiled:
         tags[_STRIP_ROWS] = (_LONG, struct.pack(f"{directory.order}I", rows))
     return TiffImagePlugin.TiffImageFile(_file(directory.order, tags, tiled, segments))
+
+
+def _check_deep(directory: "_Directory", bits: int, compression: int, planes: int) -> None:
+    """Refuses values of more than 8 bits that Pillow reads as another picture, without a word."""
+    kind = directory.number(_FORMAT, _UNSIGNED)
+    problem = None
+    if directory.number(_PHOTOMETRIC, 1) == 0:
+        problem = "with white at 0"
+    elif planes > 1:
+        problem = "with a plane for each channel"
+    elif bits == 32 and kind == _UNSIGNED:  # from 2 ** 31 on they come out negative
+        problem = "without a sign"
+    elif directory.order == ">" and compression != _NONE and kind != _UNSIGNED:
+        problem = "signed or floats, big-endian and compressed"
+    if problem is not None:
+        raise ImageError(f"values of {bits} bits {problem} are not read", "unknown_format")
 
 
 class _Directory:

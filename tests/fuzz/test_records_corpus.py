@@ -97,7 +97,8 @@ def _rows(name: str, text: str, good: list[str], bad: dict[str, int]) -> None:
         path = folder / "a.csv"
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
         (folder / "1").write_bytes(PICTURE)
-        (folder / "22").write_bytes(PICTURE)
+        for digits in ("22", "ab3f", "99ce", "feed", "dead"):
+            (folder / digits).write_bytes(PICTURE)
         return Account(path, good, bad)
 
     entry(f"csv, {name}")(write)
@@ -125,6 +126,12 @@ _rows(
     "images without a suffix",
     'filepath,title\n1,zero\n1,"one\n22,two\n1,three"\n1,"four\nand, five"\n',
     ["zero", "two", 'three"', "four and, five"],
+    {"syntax": 1},
+)
+_rows(
+    "images named by digests",
+    'filepath,title\nab3f,"one\n99ce,two\nfeed,three"\ndead,four\n',
+    ["two", 'three"', "four"],
     {"syntax": 1},
 )
 _rows(
@@ -215,6 +222,21 @@ _json(
     {"syntax": 2},
 )
 _json(
+    "a stray quote before other orders of the keys",
+    "["
+    + ",\n".join(
+        [
+            '{"caption": "a", "image": "a.jpg"}',
+            _record('say "b"'),
+            '{"caption": "c", "image": "a.jpg"}',
+            _record("d"),
+        ]
+    )
+    + "]",
+    ["a", "c", "d"],
+    {"syntax": 1},
+)
+_json(
     "quotes left out",
     "["
     + ",\n".join(_record(f"c{n}").replace("a.jpg" + '"' * (n in (2, 5)), "a.jpg") for n in range(9))
@@ -236,6 +258,20 @@ _json(
 )
 _json(
     "no line break between files", _record("a") + "\ufeff" + _record("b"), ["a", "b"], {}, "jsonl"
+)
+_json(
+    "broken objects between others on one line",
+    _record("a") + _record('say "b"') + _record("c") + " " + _record("d") + '{"image": x}\n',
+    ["a", "c", "d"],
+    {"syntax": 2},
+    "jsonl",
+)
+_json(
+    "many broken objects on one line",
+    '{"image": "a}{"' * 60_000 + "\n" + _record("a"),
+    ["a"],
+    {"syntax": 60_001},
+    "jsonl",
 )
 _json(
     "line ends of old Macs",

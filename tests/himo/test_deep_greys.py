@@ -25,20 +25,39 @@ def ramp(white: float, type_: str) -> np.ndarray:
     return np.tile(np.linspace(0, white, WIDTH).astype(type_), (2, 1))
 
 
-def big_endian(values: np.ndarray, bits: int, kind: int = 1) -> bytes:
-    """A TIFF as other programs write it: big-endian, raw, its directory behind the pixels."""
+def tiff(values: np.ndarray, bits: int, kind: int = 1, order: str = ">", **more: int) -> bytes:
+    """A TIFF of one strip as other programs write it, its directory behind the pixels.
+
+    more: compression (1 or 8), photometric interpretation, samples and planes.
+    """
     height, width = values.shape
-    pixels = values.astype(values.dtype.newbyteorder(">")).tobytes()
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8)]
-    tags += [(277, 1), (278, height), (279, len(pixels)), (339, kind)]
-    entries = b"".join(
-        struct.pack(">HHIHH", tag, 3, 1, value, 0)
-        if tag in (258, 259, 262, 277, 339)
-        else struct.pack(">HHII", tag, 4, 1, value)
-        for tag, value in tags
+    samples = more.get("samples", 1)
+    channels = np.repeat(values[..., None], samples, -1)
+    if more.get("planes") == 2:
+        channels = channels.transpose(2, 0, 1)
+    pixels = channels.astype(values.dtype.newbyteorder(order)).tobytes()
+    if more.get("compression") == 8:
+        pixels = zlib.compress(pixels)
+    counts = [len(pixels) // samples] * samples if more.get("planes") == 2 else [len(pixels)]
+    tags = {256: [width], 257: [height], 258: [bits] * samples, 259: [more.get("compression", 1)]}
+    tags |= {
+        262: [more.get("photometric", 1)],
+        273: [8 + n * counts[0] for n in range(len(counts))],
+    }
+    tags |= {277: [samples], 278: [height], 279: counts, 284: [more.get("planes", 1)]}
+    tags[339] = [kind] * samples
+    values_at = 8 + len(pixels)
+    entries, behind = b"", b""
+    for tag, numbers in tags.items():
+        data = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        entries += struct.pack(f"{order}HHI", tag, 4, len(numbers))
+        entries += data if len(data) == 4 else struct.pack(f"{order}I", values_at + len(behind))
+        behind += data if len(data) > 4 else b""
+    start = struct.pack(
+        f"{order}2sHI", b"MM" if order == ">" else b"II", 42, values_at + len(behind)
     )
-    directory = struct.pack(">H", len(tags)) + entries + bytes(4)
-    return struct.pack(">2sHI", b"MM", 42, 8 + len(pixels)) + pixels + directory
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    return start + pixels + behind + directory
 
 
 def pgm(values: np.ndarray, white: int) -> bytes:
@@ -54,9 +73,9 @@ FULL_RANGE = {
     "pgm-1000": pgm(ramp(1000, "u2"), 1000),
     "tiff-16": encoded(Image.fromarray(ramp(65_535, "u2")), "TIFF"),
     "tiff-16-lzw": encoded(Image.fromarray(ramp(65_535, "u2")), "TIFF", compression="tiff_lzw"),
-    "tiff-16-big-endian": big_endian(ramp(65_535, "u2"), 16),
-    "tiff-signed-16": big_endian(ramp(16_383, "i2"), 16, 2),
-    "tiff-negative-16": big_endian(ramp(60_000, "i4").__sub__(30_000).astype("i2"), 16, 2),
+    "tiff-16-big-endian": tiff(ramp(65_535, "u2"), 16),
+    "tiff-signed-16": tiff(ramp(16_383, "i2"), 16, 2),
+    "tiff-negative-16": tiff(ramp(60_000, "i4").__sub__(30_000).astype("i2"), 16, 2),
     "tiff-32": encoded(Image.fromarray(ramp(65_535, "i4")), "TIFF"),
     "tiff-32-large": encoded(Image.fromarray(ramp(2_000_000_000, "i4")), "TIFF"),
     "tiff-float": encoded(Image.fromarray(ramp(1, "f4")), "TIFF"),
@@ -64,7 +83,10 @@ FULL_RANGE = {
     "tiff-float-deflate": encoded(
         Image.fromarray(ramp(1, "f4")), "TIFF", compression="tiff_adobe_deflate"
     ),
-    "tiff-float-big-endian": big_endian(ramp(1, "f4"), 32, 3),
+    "tiff-float-big-endian": tiff(ramp(1, "f4"), 32, 3),
+    "tiff-one-plane": tiff(ramp(1, "f4"), 32, 3, planes=2),
+    "tiff-16-big-endian-deflate": tiff(ramp(65_535, "u2"), 16, compression=8),
+    "tiff-signed-16-deflate": tiff(ramp(16_383, "i2"), 16, 2, "<", compression=8),
     "tiff-float-negative": encoded(Image.fromarray(ramp(2, "f4") - 1), "TIFF"),
     "tiff-float-huge": encoded(Image.fromarray(ramp(3e38, "f4")), "TIFF"),
 }
@@ -129,6 +151,27 @@ def test_picture_that_would_become_one_grey_is_refused(values: np.ndarray, messa
     assert caught.value.reason in ("unknown_format", "corrupt")
     with pytest.raises(ImageError, match=message):
         Preprocess(4)(Image.fromarray(values))
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (tiff(ramp(65_535, "u2"), 16, order="<", photometric=0), "white at 0"),
+        (tiff(ramp(65_535, "u2"), 16, order="<", photometric=0, compression=8), "white at 0"),
+        (tiff(ramp(1, "f4"), 32, 3, photometric=0), "white at 0"),
+        (tiff(ramp(65_535, "u2"), 16, samples=3, photometric=2, planes=2), "a plane for each"),
+        (tiff(ramp(2**32 - 1, "u4"), 32, order="<"), "without a sign"),
+        (tiff(ramp(60_000, "i4").__sub__(30_000).astype("i2"), 16, 2, compression=8), "compressed"),
+        (tiff(ramp(65_535, "i4"), 32, 2, compression=8), "compressed"),
+        (tiff(ramp(1, "f4"), 32, 3, compression=8), "compressed"),
+    ],
+)
+def test_layouts_that_pillow_takes_for_another_picture_are_refused(
+    data: bytes, problem: str
+) -> None:
+    with pytest.raises(ImageError, match=problem) as caught:
+        open_image(data)
+    assert caught.value.reason == "unknown_format"
 
 
 def test_other_modes_are_returned_as_they_are() -> None:
