@@ -33,7 +33,7 @@ CHECKED_ROWS = {"cpu": 2048, "cuda": 8192}
 BASELINE_ERROR = 5e-2
 
 WARM_UP = 10  # calls before a GPU is timed, fewer of long ones; a CPU has had one
-REPEATS = {"cpu": (3, 30), "cuda": (5, 50)}  # fewest and most turns, or calls on a GPU
+REPEATS = {"cpu": (3, 30), "cuda": (5, 50)}  # fewest and most rounds, or calls on a GPU
 LONG_MS = 10.0  # a call on a CPU that loads the caches itself
 GRAPH_BELOW_MS = 0.1  # launch gaps dominate below: a replayed CUDA graph shows the kernels
 HOT_BELOW_MS = 5.0  # a longer call has evicted the L2 itself: hot and cold are the same
@@ -265,14 +265,16 @@ def time_together(
         return {name: _time_cuda(run, seconds) for name, run in steps.items()}
     fewest, most = REPEATS["cpu"]
     times: dict[str, list[float]] = {name: [] for name in steps}
-    start, turn = time.perf_counter(), 0
+    start, rounds = time.perf_counter(), 0
     gc.collect()
     gc.disable()
     try:
-        while turn < fewest or (turn < most and time.perf_counter() - start < seconds * len(steps)):
+        while rounds < fewest or (
+            rounds < most and time.perf_counter() - start < seconds * len(steps)
+        ):
             for name, run in steps.items():
                 times[name].extend(_burst(run))
-            turn += 1
+            rounds += 1
     finally:
         gc.enable()
     return {name: [Sample(sorted(values))] for name, values in times.items()}

@@ -37,7 +37,7 @@ FEATURES = 768
 # The semantics of a row. Global: PCA of the joined batch, exact gradients. Local: PCA of a rank's
 # rows, constant keys, label smoothing 0.1, as released.
 CONFIGS = ("global", "local")
-FEWEST, MOST = 5, 40  # turns
+FEWEST, MOST = 5, 40  # rounds
 AGREE = 1e-3  # relative, of losses and gradients that are the same but for the order of sums
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,11 +106,11 @@ def _cell(config: str, n: int, options: argparse.Namespace) -> dict[str, dict]:
         error = max(relative_error(a, b) for a, b in zip(found, exact, strict=True))
         results[name] = {"error": error, "times_ms": []}
     end = time.monotonic() + options.seconds * len(losses)
-    for turn in range(MOST):
+    for rounds in range(1, MOST + 1):
         for name, loss in losses.items():
             results[name]["times_ms"].append(_slowest_ms(lambda loss=loss: step(loss), device))
         # One rank decides for all: clocks differ.
-        stop = torch.tensor(float(turn + 1 >= FEWEST and time.monotonic() > end), device=device)
+        stop = torch.tensor(float(rounds >= FEWEST and time.monotonic() > end), device=device)
         dist.broadcast(stop, 0)
         if stop:
             break

@@ -54,7 +54,7 @@ class HiDe(nn.Module):
         self.backend = check_backend("HiDe", backend)
 
     def forward(self, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the component features [*, N, D] and the kept rank [*] (int64, on the device)."""
+        """Returns the component features [*, N, D] and the rank [*] (int64, on the device)."""
         return pca_reconstruct(
             text_features,
             self.variance_threshold,
@@ -241,7 +241,7 @@ class HiMoLoss(nn.Module):
         text_features: Tensor,  # [N, D]
         logit_scale: Tensor | float,  # []
     ) -> Terms:
-        """Returns both losses, before the weight, and the kept rank: what a log shows."""
+        """Returns both losses, before the weight, and the rank: what a log shows."""
         return self._terms(image_features, text_features, logit_scale, lambda: None)
 
     def _terms(

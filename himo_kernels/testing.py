@@ -272,10 +272,10 @@ def runnable_backends(
     return [name for name in names if interpreted or x.is_cuda or name != "triton"]
 
 
-def relative_error(actual: Tensor, exact: Tensor, unit: float = 0.0) -> float:
-    """||actual - exact|| / max(||exact||, unit) in float64; the absolute norm where that is 0."""
+def relative_error(actual: Tensor, exact: Tensor, least_norm: float = 0.0) -> float:
+    """||actual - exact|| / max(||exact||, least_norm) in float64; the numerator where that is 0."""
     exact = exact.detach().double()
-    norm = exact.norm().clamp(min=unit)
+    norm = exact.norm().clamp(min=least_norm)
     difference = (actual.detach().double() - exact).norm()
     return float(difference / norm if norm > 0 else difference)
 
@@ -288,16 +288,16 @@ def assert_within_budget(
     *,
     terms: int,
     constant: float = 1.0,
-    unit: float = 0.0,
+    least_norm: float = 0.0,
 ) -> None:
     """Asserts err(actual) <= err(eager) + constant * eps * sqrt(terms), errors against exact.
 
     The error budget of every backend: eager is the plain PyTorch formula in the dtype of actual,
-    exact the same in float64 on the same inputs, terms the length of the longest sum, and unit the
-    size of what is added up, where that may cancel.
+    exact the same in float64 on the same inputs, terms the length of the longest sum, and
+    least_norm the size of what is added up, where that may cancel.
     """
     eps = torch.finfo(actual.dtype).eps
-    actual_error, eager_error = (relative_error(x, exact, unit) for x in (actual, eager))
+    actual_error, eager_error = (relative_error(x, exact, least_norm) for x in (actual, eager))
     budget = eager_error + constant * eps * terms**0.5
     if not actual_error <= budget:
         raise AssertionError(

@@ -213,14 +213,14 @@ def assert_result_within_budget(
     target: Target,
     inputs: Inputs,
     autocast: bool = False,
-    units: Mapping[str, float] | None = None,
+    least_norms: Mapping[str, float] | None = None,
     **options: object,
 ) -> None:
     """Asserts losses and gradients within the error budget of eager PyTorch in the same dtype.
 
-    units: the sizes of the terms of gradients, where they may cancel. No slack is left for logits
-    below float32: what is added to the eager error is in units of float32's eps, also for 16-bit
-    inputs, whose gradients are rounded once at the end.
+    least_norms: the sizes of the terms of gradients, where they may cancel. No slack is left for
+    logits below float32: what is added to the eager error is in units of float32's eps, also for
+    16-bit inputs, whose gradients are rounded once at the end.
     """
     dtype = inputs["image_features"].dtype
     low_precision = torch.bfloat16 if dtype.itemsize > 2 else dtype
@@ -248,7 +248,7 @@ def assert_result_within_budget(
             truth,
             terms=terms,
             constant=condition * eps_ratio,
-            unit=(units or {}).get(name, 0.0),
+            least_norm=(least_norms or {}).get(name, 0.0),
         )
 
 

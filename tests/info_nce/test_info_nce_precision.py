@@ -163,8 +163,8 @@ def test_exact_label_codes_within_the_budget(
             "logit_scale": torch.tensor(scale, device=target.device),
         }
         size = scale / len(text) ** 0.5  # of the terms s P_ij u_j / N of all rows
-        units = {"image_features": size, "text_features": size, "logit_scale": 1.0}
-        assert_result_within_budget(target, inputs, units=units)
+        least_norms = {"image_features": size, "text_features": size, "logit_scale": 1.0}
+        assert_result_within_budget(target, inputs, least_norms=least_norms)
 
 
 @targets_by_dtype("info_nce")
