@@ -1,9 +1,9 @@
 """Image-text retrieval on a captioned set: R@1, R@5 and R@10 both ways.
 
-Each image and each text is there once. Records with the same path are one image, and captions that
-the tokenizer reads as the same text are one text, so every caption of an image is right for it, and
-every image of a text, however many records say so. Where all captions differ this is the
-retrieval of the literature. Different images or texts that score the same are ties, which count
+Each image and each text is there once. Records with the same path are one image, and captions with
+the same tokens, before any cut to the context, are one text. So every caption of an image is right
+for it, and every image of a text, however many records say so. Where all captions differ this is
+the retrieval of the literature. Different images or texts that score the same are ties, which count
 against the model and are counted.
 """
 
@@ -21,7 +21,7 @@ from himo.data.records import RecordError, check_encodable
 from himo.errors import HimoError
 from himo.evaluate.encode import Coverage
 from himo.evaluate.metrics import ranks_and_ties, recall
-from himo.tokenizer import split_text
+from himo.tokenizer import default_tokenizer
 
 RECALLS = (1, 5, 10)
 
@@ -60,10 +60,9 @@ class CaptionedSet:
 
     def texts(self) -> list[int]:
         """The number of the text of each caption, from 0 on in the order of first occurrence."""
-        numbers: dict[str, int] = {}
+        encode, numbers = default_tokenizer().encode, dict[tuple[int, ...], int]()
         return [
-            numbers.setdefault(" ".join(split_text(caption)), len(numbers))
-            for caption in self.captions
+            numbers.setdefault(tuple(encode(caption)), len(numbers)) for caption in self.captions
         ]
 
     def shared(self, texts: Sequence[int]) -> int:
