@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 
 # Before torch is imported: threads that spin while they wait for each other make the suite several
 # times slower wherever anything else uses the processor.
@@ -55,10 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks slow what `make test` leaves out of the tests marked `sample`."""
     sets: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("sample"):
+        if hasattr(item, "callspec") and item.get_closest_marker("sample"):
             sets.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for found in sets.values():
-        can_run = [item for item in found if not _is_skipped(item)]
+        can_run = [item for item in found if not _is_left_out(item)]
         sample = found[0].get_closest_marker("sample")
         chosen = _spread(can_run, *sample.args) if sample.args else _each_value_once(can_run)
         for item in can_run:
@@ -66,9 +66,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
-def _is_skipped(item: pytest.Function) -> bool:
-    conditions = [mark.args[0] for mark in item.iter_markers("skipif")]
-    return item.get_closest_marker("skip") is not None or any(conditions)
+def _is_left_out(item: pytest.Function) -> bool:
+    marks = list(item.iter_markers("skipif"))
+    conditions = [value for mark in marks for value in (*mark.args, mark.kwargs.get("condition"))]
+    named = [item.get_closest_marker(name) for name in ("skip", "slow")]
+    return any(conditions) or any(named)
 
 
 def _spread(items: list[pytest.Function], count: int) -> list[pytest.Function]:
@@ -78,11 +80,9 @@ def _spread(items: list[pytest.Function], count: int) -> list[pytest.Function]:
 def _each_value_once(items: list[pytest.Function]) -> list[pytest.Function]:
     """Few of the items, among them every value of every parameter."""
 
-    def values(item: pytest.Function) -> set[tuple[str, object]]:
-        return {
-            (name, value if isinstance(value, Hashable) else item.callspec.indices[name])
-            for name, value in item.callspec.params.items()
-        }
+    def values(item: pytest.Function) -> set[tuple[str, str]]:
+        # As they are written: some have no hash, and 1, 1.0 and True are equal.
+        return {(name, repr(value)) for name, value in item.callspec.params.items()}
 
     of_item = {item: values(item) for item in items}
     left = set().union(*of_item.values())
