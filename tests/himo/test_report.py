@@ -16,7 +16,8 @@ import report_runs
 from himo import report
 from himo.cli import main
 from himo.errors import HimoError
-from himo.report import data, evaluation, growth, style, training
+from himo.report import evaluation, growth, style, training
+from himo.report import runs as reading
 
 HOSTILE = (
     "</title></style><script>alert(1)</script><img src=http://192.0.2.1/x onerror=a()>\"'&\x07"
@@ -129,7 +130,7 @@ def test_numbers_beside_the_page_are_those_of_the_runs(runs: list[Path], tmp_pat
     ]
     assert len(rows) == len(written)
     for row, line in zip(rows, written, strict=True):
-        for name in ("step", *data.COLUMNS):
+        for name in ("step", *reading.COLUMNS):
             value = line.get(name)
             assert row[name] == "" if value is None else float(row[name]) == value
     result = json.loads((tmp_path / "r.json").read_text())
@@ -307,7 +308,7 @@ def test_lines_logged_again_after_a_resume_replace_the_earlier(tmp_path: Path) -
     lines = [{"step": s, "loss": float(s)} for s in (10, 20, 30)]
     lines += [{"step": s, "loss": -float(s)} for s in (20, 30, 40)]
     run = bare_run(tmp_path / "run", metrics="".join(json.dumps(x) + "\n" for x in lines))
-    read = data.read_run(run)
+    read = reading.read_run(run)
     assert read.step == [10, 20, 30, 40]
     assert read.column("loss") == [10.0, -20.0, -30.0, -40.0]
     assert any("2 lines logged again" in note for note in read.notes)
@@ -315,7 +316,7 @@ def test_lines_logged_again_after_a_resume_replace_the_earlier(tmp_path: Path) -
 
 def test_runs_are_named_apart(tmp_path: Path) -> None:
     paths = [bare_run(tmp_path / parent / "run", config="{}") for parent in "ab"]
-    assert [run.label for run in data.read_runs(paths)] == ["a/run", "b/run"]
+    assert [run.label for run in reading.read_runs(paths)] == ["a/run", "b/run"]
 
 
 def test_runs_evaluated_differently_are_not_compared(runs: list[Path], tmp_path: Path) -> None:
@@ -378,24 +379,24 @@ def test_further_measures_and_what_they_left_out(tmp_path: Path) -> None:
 
 
 def test_settings_that_differ_are_marked(runs: list[Path]) -> None:
-    read = data.read_runs(runs)
-    assert data.differing(read)[0] == ["loss", "name", "command"]
+    read = reading.read_runs(runs)
+    assert reading.differing(read)[0] == ["loss", "name", "command"]
     read[1].config = {**(read[1].config or {}), "wd": 0.010, "seed": False, "extra": None}
-    different, same = data.differing(read)
+    different, same = reading.differing(read)
     assert different == ["loss", "seed", "name", "command", "extra"]
     assert "wd" in same and "tau" in same
 
 
 def test_rank_and_tau(runs: list[Path]) -> None:
-    himo, clip = data.read_runs(runs)
-    spectrum = data.Spectrum(1, None, (0.5, 0.3, 0.15, 0.05))
+    himo, clip = reading.read_runs(runs)
+    spectrum = reading.Spectrum(1, None, (0.5, 0.3, 0.15, 0.05))
     assert spectrum.cumulative() == pytest.approx([0.5, 0.8, 0.95, 1.0])
     assert training.chosen_rank(himo, spectrum) == 3  # tau 0.9 of the paper's preset
     assert training.chosen_rank(clip, spectrum) is None
-    assert training.chosen_rank(himo, data.Spectrum(1, 2, spectrum.ratios)) == 2
+    assert training.chosen_rank(himo, reading.Spectrum(1, 2, spectrum.ratios)) == 2
     assert himo.config is not None
     himo.config["preset"] = "official"
-    assert training.chosen_rank(himo, data.Spectrum(1, None, (0.86, 0.14))) == 1  # tau 0.85
+    assert training.chosen_rank(himo, reading.Spectrum(1, None, (0.86, 0.14))) == 1  # tau 0.85
     himo.config["tau"] = 0.5
     assert training.chosen_rank(himo, spectrum) == 1
 
@@ -411,7 +412,7 @@ def test_violations_and_normalisation() -> None:
 
 
 def test_curves_of_runs_are_joined_by_image_and_segments(runs: list[Path]) -> None:
-    read = data.read_runs(runs)
+    read = reading.read_runs(runs)
     shown = growth.examples(read, 8)
     assert [example.image for example in shown] == [curve.image for curve in read[0].curves]
     assert all(len(example.scores) == 2 for example in shown)
@@ -447,7 +448,7 @@ def test_contrast(colours: dict[str, str]) -> None:
 
 
 def test_headline_names_the_best_value_only(runs: list[Path]) -> None:
-    read = data.read_runs(runs)
+    read = reading.read_runs(runs)
     tiles = evaluation.tiles(read)
     shown: list[Any] = re.findall(r"<dd( class=best)?>([\d.,]+)<small>", tiles)
     assert shown[0] == (" class=best", "62.2") and shown[1] == ("", "61.2")
