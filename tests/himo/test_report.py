@@ -416,7 +416,7 @@ def test_curves_of_runs_are_joined_by_image_and_segments(runs: list[Path]) -> No
     shown = growth.examples(read, 8)
     assert [example.image for example in shown] == [curve.image for curve in read[0].curves]
     assert all(len(example.scores) == 2 for example in shown)
-    read[1].curves[0] = data.Curve(read[1].curves[0].image, None, ("other",), (0.1,))
+    read[1].curves[0] = reading.Curve(read[1].curves[0].image, None, ("other",), (0.1,))
     assert [len(example.scores) for example in growth.examples(read, 8)] == [2] * 5 + [1] * 2
 
 
