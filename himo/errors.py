@@ -20,23 +20,22 @@ def printable(text: str) -> str:
 
 
 MAX_QUOTED = 80  # characters of a value from outside that a message holds
+_MAX_VALUES = 4  # of a list or an object in it
 
 
 def quoted(value: object) -> str:
     """A value that a file or a user gave, for a message: at most 80 characters, in bounded time.
 
-    Text, bytes and numbers as Python writes them, cut where they are longer. Of anything else only
-    the type, for a tuple of a few bytes in a file may hold itself twice, a hundred times over.
+    Text, bytes and numbers as Python writes them, cut where they are longer; a list or an object of
+    up to 4 such values. Of anything else only the type, for a tuple of a few bytes in a file may
+    hold itself twice, a hundred times over.
     """
-    if isinstance(value, str | bytes):
-        start = repr(value[:MAX_QUOTED])
-        whole = len(value) <= MAX_QUOTED and len(start) <= MAX_QUOTED
-        return start if whole else start[: MAX_QUOTED - 3] + "..."
-    if isinstance(value, bool | float | None):
-        return repr(value)
-    if isinstance(value, int):
-        return str(value) if abs(value) < 1 << 256 else f"an integer of {value.bit_length()} bits"
-    return f"a {type(value).__name__}"
+    if isinstance(value, list | tuple) and len(value) <= _MAX_VALUES:
+        return shortened(f"[{', '.join(map(_quoted_alone, value))}]")
+    if isinstance(value, dict) and len(value) <= _MAX_VALUES:
+        items = (f"{_quoted_alone(key)}: {_quoted_alone(item)}" for key, item in value.items())
+        return shortened(f"{{{', '.join(items)}}}")
+    return _quoted_alone(value)
 
 
 def shortened(text: str, limit: int = MAX_QUOTED) -> str:
@@ -47,3 +46,15 @@ def shortened(text: str, limit: int = MAX_QUOTED) -> str:
 def note(message: str) -> None:
     """Says on the standard error what a user should know and nobody has to mend."""
     print(f"himo: note: {printable(message)}", file=sys.stderr)
+
+
+def _quoted_alone(value: object) -> str:
+    if isinstance(value, str | bytes):
+        start = repr(value[:MAX_QUOTED])
+        whole = len(value) <= MAX_QUOTED and len(start) <= MAX_QUOTED
+        return start if whole else start[: MAX_QUOTED - 3] + "..."
+    if isinstance(value, bool | float | None):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 1 << 256 else f"an integer of {value.bit_length()} bits"
+    return f"a {type(value).__name__}"

@@ -18,7 +18,7 @@ import torch
 
 import himo_kernels
 from himo.config import TrainConfig
-from himo.errors import HimoError, note
+from himo.errors import MAX_QUOTED, HimoError, note, shortened
 from himo.files import json_value, open_regular, remove_abandoned, write_text
 from himo.resume import Change, unchecked
 from himo.training_log import TrainingLog
@@ -29,7 +29,6 @@ _LOCK = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _LARGEST = 64 << 20  # bytes of a config.json: a start takes 1,000
 _WAIT_S, _RESTART_WAIT_S, _POLL_S = 2.0, 60.0, 0.05  # for an owner that is being killed
-_SHOWN = 80  # characters of an owner's or a parser's words
 
 
 @contextmanager
@@ -90,7 +89,7 @@ def _lock(directory: Path, wait_s: float) -> int:
                 owner = f"process {os.getpid()} on {socket.gethostname()}"
                 os.write(descriptor, owner.encode())
                 return descriptor
-            owner = os.pread(descriptor, _SHOWN, 0).decode(errors="replace")
+            owner = os.pread(descriptor, MAX_QUOTED, 0).decode(errors="replace")
         except OSError:
             os.close(descriptor)
             raise
@@ -222,7 +221,7 @@ def _read(path: Path) -> dict[str, Any]:
             return content
         reason = f"expected an object, got {type(content).__name__}"
     except ValueError as error:  # HimoError is one
-        reason = str(error).removeprefix(f"{path}: ")[:_SHOWN]
+        reason = shortened(str(error).removeprefix(f"{path}: "))
     kept = path.with_name(f"{path.name}.damaged")
     path.rename(kept)
     note(f"{path}: cannot be read ({reason}), kept as {kept.name}")

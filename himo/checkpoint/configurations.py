@@ -26,7 +26,6 @@ Stated = dict[str, Any]  # fields of CLIPConfig
 
 _HF_PROCESSOR = {"processor_class", "image_processor", "tokenizer"}
 _HF_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-_MAX_SHOWN = 4  # values of a list or an object in a message
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}  # as Hugging Face numbers them
 
 
@@ -135,8 +134,8 @@ def of_image_processor(config: Mapping[str, Any], path: str) -> Stated:
     cropped = config.get("do_center_crop", True)
     if side is None or (cropped and _side(crop, "height", "width") != side):
         raise HimoError(
-            f"{path}: expected size and crop_size to be one side, got {_shown(size)} and "
-            f"{_shown(crop)}"
+            f"{path}: expected size and crop_size to be one side, got {quoted(size)} and "
+            f"{quoted(crop)}"
         )
     if not cropped and not squash:
         raise HimoError(f"{path}: expected do_center_crop to be True, got {quoted(cropped)}")
@@ -283,14 +282,14 @@ def _stated(part: Mapping[str, Any], name: str, fields: Fields, path: str) -> St
             continue
         if known is None:
             raise HimoError(
-                f"{path}: {place} is {_shown(value)}, which himo does not know: it may change "
+                f"{path}: {place} is {quoted(value)}, which himo does not know: it may change "
                 "every feature"
             )
         if isinstance(known, str):
             stated[known] = _one_side(value) if known == "image_resolution" else value
         elif value not in known:
-            expected = " or ".join(str(choice) for choice in known)
-            raise HimoError(f"{path}: expected {place} to be {expected}, got {_shown(value)}")
+            expected = " or ".join(str(choice) if choice != "" else "absent" for choice in known)
+            raise HimoError(f"{path}: expected {place} to be {expected}, got {quoted(value)}")
     for field in ("image_mean", "image_std"):
         if type(stated.get(field)) in (int, float):  # one number for R, G and B
             stated[field] = [stated[field]] * 3
@@ -301,8 +300,8 @@ def _require_same(stated: Stated, before: Stated, path: str, other: str) -> None
     for field in stated.keys() & before.keys():
         if _plain(stated[field]) != _plain(before[field]):
             raise HimoError(
-                f"{path}: {field} is {_shown(stated[field])}, but "
-                f"{_shown(before[field])} in {other}"
+                f"{path}: {field} is {quoted(stated[field])}, but "
+                f"{quoted(before[field])} in {other}"
             )
 
 
@@ -316,15 +315,6 @@ def _side(size: Any, *names: str) -> Any:
         return size
     same = size.keys() == {*names} and all(side == size[names[0]] for side in size.values())
     return size[names[0]] if same else None
-
-
-def _shown(value: Any) -> str:
-    """A value of a configuration for a message: a list or an object of a few values in full."""
-    if isinstance(value, dict) and len(value) <= _MAX_SHOWN:
-        return ", ".join(f"{shortened(key)} {quoted(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple) and len(value) <= _MAX_SHOWN:
-        return f"[{', '.join(map(quoted, value))}]"
-    return quoted(value)
 
 
 def _one_side(value: Any) -> Any:

@@ -24,6 +24,8 @@ OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 CONFIG_FILE_DIGEST = "himo_config_file_sha256"  # in the weights' metadata, of the configuration
 PREPROCESSOR_FILE, TOKENIZER_FILE = "preprocessor_config.json", "tokenizer_config.json"
 MERGES_FILE = "merges.txt"
+_WHOLE_TOKENIZER = "tokenizer.json"  # of newer versions, with the merges in it
+_MAX_TOKENIZER = 4 << 20  # bytes of one; CLIP's takes 3.6 million
 _PROCESSOR_FILE = "processor_config.json"  # of newer versions, with the image processor in it
 
 # Weights in a directory, in the order in which they are looked for.
@@ -108,23 +110,32 @@ def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated
         return {}
     if layout == "hf":
         read(TOKENIZER_FILE, configurations.require_clip_tokenizer)
-        _require_clip_merges(os.path.join(directory, MERGES_FILE))
+        _require_clip_merges(directory)
         for file in (PREPROCESSOR_FILE, _PROCESSOR_FILE):
             images = read(file, configurations.of_image_processor) or {}
             stated = configurations.merged(stated, images, f"{name}: {file}", config_file)
     return stated
 
 
-def _require_clip_merges(path: str) -> None:
+def _require_clip_merges(directory: str) -> None:
     """Raises HimoError where there are merges of a tokenizer, and they are not CLIP's."""
-    if not os.path.exists(path):
-        return
-    with open_regular(path) as file:
-        lines = file.read(MAX_JSON).splitlines()
-    if lines and lines[0].startswith(b"#version"):
-        lines = lines[1:]
-    if lines != [merge.encode() for merge in read_symbols()[2]]:
-        raise HimoError(f"{path}: expected the merges of CLIP's tokenizer: himo has no other")
+    wrong = "expected the merges of CLIP's tokenizer: himo has no other"
+    path = os.path.join(directory, MERGES_FILE)
+    if os.path.exists(path):
+        with open_regular(path) as file:
+            lines = file.read(MAX_JSON).splitlines()
+        if lines and lines[0].startswith(b"#version"):
+            lines = lines[1:]
+        if lines != [merge.encode() for merge in read_symbols()[2]]:
+            raise HimoError(f"{path}: {wrong}")
+    path = os.path.join(directory, _WHOLE_TOKENIZER)
+    if os.path.exists(path):
+        model = read_json(path, _MAX_TOKENIZER)[0].get("model")
+        merges = model.get("merges") if isinstance(model, dict) else None
+        # Each as one text, or in newer files as two.
+        ours = read_symbols()[2]
+        if merges not in (ours, [merge.split(" ") for merge in ours]):
+            raise HimoError(f"{path}: {wrong}")
 
 
 def _read_file(name: str) -> Found:

@@ -8,18 +8,22 @@ from typing import Any
 from himo.errors import HimoError, quoted
 from himo.files import open_regular
 
+MAX_VALUES = 1 << 19  # the tokenizer of CLIP takes 250,000
 MAX_JSON = 1 << 20  # bytes of one object; an index of 5,000 tensors takes half of it
 
 
-def strict_json(text: bytes) -> dict[str, Any]:
-    """The JSON object of a UTF-8 text of at most MAX_JSON bytes.
+def strict_json(text: bytes, most: int = MAX_JSON) -> dict[str, Any]:
+    """The JSON object of a UTF-8 text of at most so many bytes.
 
     Raises:
         ValueError: it is longer, no object, has a key twice, or a number that JSON does not know
             (NaN).
     """
-    if len(text) > MAX_JSON:
-        raise ValueError(f"more than {MAX_JSON:,} bytes of JSON")
+    if len(text) > most:
+        raise ValueError(f"more than {most:,} bytes of JSON")
+    # Each value is a Python object, of up to a hundred times its bytes.
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES:,} values in JSON")
     return _object(text, _no_duplicates)
 
 
@@ -33,16 +37,16 @@ def require_no_duplicates(text: bytes) -> None:
     _object(text, forget)
 
 
-def read_json(path: str) -> tuple[dict[str, Any], bytes]:
-    """(JSON object, bytes) of a small file.
+def read_json(path: str, most: int = MAX_JSON) -> tuple[dict[str, Any], bytes]:
+    """(JSON object, bytes) of a file of at most so many bytes.
 
     Raises:
         HimoError: the file is missing, too large, or its JSON is not as `strict_json` wants it.
     """
     with open_regular(path) as file:
-        content = file.read(MAX_JSON + 1)
+        content = file.read(most + 1)
     try:
-        return strict_json(content), content
+        return strict_json(content, most), content
     except ValueError as error:
         raise HimoError(f"{path}: not the JSON expected: {error}") from error
 

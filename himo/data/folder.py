@@ -15,9 +15,8 @@ from himo.data.records import (
     Source,
     decode_file,
     make_record,
-    quote,
 )
-from himo.errors import HimoError
+from himo.errors import HimoError, quoted
 from himo.files import open_regular, os_reason
 
 IMAGE_SUFFIXES = frozenset(
@@ -134,9 +133,9 @@ class Folder(Source):
         for stem in sorted(images.keys() & texts.keys()):
             for several, one in ((images[stem], texts[stem]), (texts[stem], images[stem])):
                 if len(several) > 1:
-                    both = " and ".join(map(quote, sorted(several)[:2]))
+                    both = " and ".join(map(quoted, sorted(several)[:2]))
                     what = "caption" if several is images[stem] else "image"
-                    raise HimoError(f"{self.path}: {both} share the {what} {quote(one[0])}")
+                    raise HimoError(f"{self.path}: {both} share the {what} {quoted(one[0])}")
         found = [(images[stem][0], texts[stem][0]) for stem in images.keys() & texts.keys()]
         found += [(path, "") for stem in images.keys() - texts.keys() for path in images[stem]]
         found += [("", path) for stem in texts.keys() - images.keys() for path in texts[stem]]

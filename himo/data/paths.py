@@ -9,8 +9,8 @@ import os
 import re
 import stat
 
-from himo.data.records import RecordError, quote
-from himo.errors import HimoError
+from himo.data.records import RecordError
+from himo.errors import HimoError, quoted
 from himo.files import os_reason
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -45,7 +45,7 @@ def check_form(path: str) -> None:
     ):
         problem = "is too long for a file name"
     if problem is not None:
-        raise RecordError("path", f"image path {quote(path)} {problem}")
+        raise RecordError("path", f"image path {quoted(path)} {problem}")
 
 
 class ImageRoot:
@@ -86,7 +86,7 @@ class ImageRoot:
         directory, name = os.path.split(path)  # perhaps below a link to the root
         real = os.path.realpath(directory)
         if not self._below(real):
-            message = f"image path {quote(path)} is absolute and not below {self.root}"
+            message = f"image path {quoted(path)} is absolute and not below {self.root}"
             raise RecordError("path", message)
         return os.path.relpath(os.path.join(real, name), self.root)
 
@@ -103,12 +103,12 @@ class ImageRoot:
         try:
             return self._regular(path)
         except (FileNotFoundError, NotADirectoryError):
-            raise MissingImage("missing", f"image {quote(path)} does not exist") from None
+            raise MissingImage("missing", f"image {quoted(path)} does not exist") from None
         except OSError as error:
-            message = f"image {quote(path)}: {os_reason(error)}"
+            message = f"image {quoted(path)}: {os_reason(error)}"
             raise RecordError("not_a_file", message) from error
         except ValueError as error:  # lone surrogates, which no name of a file can hold
-            raise RecordError("encoding", f"image path {quote(path)}: {error}") from error
+            raise RecordError("encoding", f"image path {quoted(path)}: {error}") from error
 
     def _regular(self, path: str) -> str:
         directory, name = os.path.split(self.relative(path))
@@ -123,7 +123,7 @@ class ImageRoot:
                 raise self._outside(path)
             mode = os.lstat(full).st_mode
         if not stat.S_ISREG(mode):
-            raise RecordError("not_a_file", f"image {quote(path)} is not a regular file")
+            raise RecordError("not_a_file", f"image {quoted(path)} is not a regular file")
         return full
 
     def _directory(self, directory: str) -> str | None:
@@ -142,4 +142,4 @@ class ImageRoot:
         return os.path.commonpath([self.root, full]) == self.root
 
     def _outside(self, path: str) -> RecordError:
-        return RecordError("outside", f"image {quote(path)} is a link that leaves {self.root}")
+        return RecordError("outside", f"image {quoted(path)} is a link that leaves {self.root}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, ClassVar
 
-from himo.errors import HimoError
+from himo.errors import HimoError, quoted
 from himo.files import os_reason
 from himo.tokenizer import MAX_CLEANED, TextError, default_tokenizer
 
@@ -155,17 +155,6 @@ def list_directory(path: str) -> list[str]:
         raise HimoError(f"{path}: cannot be listed: {os_reason(error)}") from error
 
 
-def quote(text: object, limit: int = 80) -> str:
-    """`text` for a message: quoted, escaped and cut to about `limit` characters."""
-    if isinstance(text, str) and len(text) > limit:
-        return f"{text[:limit]!r}... ({len(text):,} characters)"
-    try:
-        shown = repr(text)
-    except (ValueError, RecursionError):  # too many digits, or nested about as deep as is decoded
-        return f"a {type(text).__name__}"
-    return shown if len(shown) <= limit else f"{shown[:limit]}..."
-
-
 @dataclass(frozen=True, slots=True)
 class _Twice:
     """The value of a key that an object gives twice: which one was meant is not known."""
@@ -204,16 +193,16 @@ def json_error(error: Exception) -> RecordError:
 def check_text(text: Any, what: str) -> str:
     """`text` as one stripped line; RecordError unless it is text that UTF-8 can hold."""
     if isinstance(text, _Twice):
-        raise RecordError("syntax", f"key {quote(text.key)} is given twice")
+        raise RecordError("syntax", f"key {quoted(text.key)} is given twice")
     if not isinstance(text, str):
-        raise RecordError("type", f"{what} is {quote(text)}, expected text")
+        raise RecordError("type", f"{what} is {quoted(text)}, expected text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         # Bytes that are not UTF-8 arrive as lone surrogates too: see `decode`.
-        raise RecordError("encoding", f"{what} {quote(text)} is not valid UTF-8") from error
+        raise RecordError("encoding", f"{what} {quoted(text)} is not valid UTF-8") from error
     if "\0" in text:
-        raise RecordError("encoding", f"{what} {quote(text)} holds a NUL character")
+        raise RecordError("encoding", f"{what} {quoted(text)} holds a NUL character")
     return text.replace("\n", " ").strip()
 
 
@@ -251,7 +240,7 @@ def pick(fields: Any, key: str | None, defaults: tuple[str, ...], what: str) -> 
     if found:
         return found[0]
     wanted = " or ".join(map(repr, [key] if key is not None else defaults))
-    there = ", ".join(quote(name, 40) for name in list(fields)[:10]) or "nothing"
+    there = ", ".join(quoted(name) for name in list(fields)[:10]) or "nothing"
     raise RecordError("missing_key", f"no {what} {wanted}; there is {there}")
 
 
@@ -271,7 +260,7 @@ def caption_of_mapping(value: Any, caption_key: str | None) -> Any:
     without a conversation, the value of the first of CAPTION_KEYS.
     """
     if not isinstance(value, dict):
-        raise RecordError("type", f"record is {quote(value)}, expected an object")
+        raise RecordError("type", f"record is {quoted(value)}, expected an object")
     conversation = next((key for key in CONVERSATION_KEYS if key in value), None)
     if caption_key is None and conversation is not None:
         return _assistant_words(value[conversation])
@@ -289,7 +278,7 @@ def _assistant_words(turns: Any) -> Any:
                 words = " ".join(part for part in parts if isinstance(part, str))
             return words
     expected = "expected a turn from gpt or assistant"
-    raise RecordError("type", f"conversations are {quote(turns, 40)}, {expected}")
+    raise RecordError("type", f"conversations are {quoted(turns)}, {expected}")
 
 
 def decode(data: bytes) -> str:

@@ -18,10 +18,9 @@ from himo.data.records import (
     RecordError,
     check_start,
     json_error,
-    quote,
     record_of_mapping,
 )
-from himo.errors import HimoError
+from himo.errors import HimoError, quoted
 from himo.files import open_regular
 
 _CHUNK = 1 << 18  # bytes read at a time
@@ -70,7 +69,7 @@ def _elements(path: str, file: BinaryIO, progress: Progress) -> Iterator[tuple[i
     """
     text = _Text(path, file, progress)
     if text.skip_space() != "[":
-        raise text.error(f"expected a JSON list of records, got {quote(text.peek(20))}")
+        raise text.error(f"expected a JSON list of records, got {quoted(text.peek(20))}")
     text.move(text.position + 1)
     more = text.skip_space() != "]"
     if not more:
@@ -80,13 +79,13 @@ def _elements(path: str, file: BinaryIO, progress: Progress) -> Iterator[tuple[i
         yield line, text.element()
         separator = text.skip_space()
         if separator not in {",", "]"}:
-            came = quote(text.peek(20)) if separator else "the end of the file"
+            came = quoted(text.peek(20)) if separator else "the end of the file"
             raise text.error(f"expected , or ] after a record, got {came}")
         text.move(text.position + 1)
         more = separator == ","
         text.skip_space()
     if text.skip_space():
-        raise text.error(f"expected nothing after the list, got {quote(text.peek(20))}")
+        raise text.error(f"expected nothing after the list, got {quoted(text.peek(20))}")
 
 
 class _Text:

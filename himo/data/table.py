@@ -20,9 +20,8 @@ from himo.data.records import (
     lines,
     make_record,
     pick,
-    quote,
 )
-from himo.errors import HimoError
+from himo.errors import HimoError, quoted
 from himo.files import open_regular
 
 _SEPARATORS = ("\t", ",", ";")
@@ -84,7 +83,7 @@ class Table(Source):
             caption = pick(header, self.caption_key, CAPTION_KEYS, "column")
             for column in (image, caption):
                 if header.count(column) > 1:
-                    raise HimoError(f"{self.path}:1: two columns are named {quote(column)}")
+                    raise HimoError(f"{self.path}:1: two columns are named {quoted(column)}")
             columns = [header.index(image), header.index(caption)]
             if SHORT_CAPTION_KEY in header:
                 columns.append(header.index(SHORT_CAPTION_KEY))
@@ -175,7 +174,7 @@ class _Rows:
         if len(row) != self.width:
             last = number + len(taken)
             over = f"over lines {number} to {last}: is a quote not closed? " if taken else ""
-            message = f"{len(row)} fields, the header has {self.width}: {over}{quote(row[0])}"
+            message = f"{len(row)} fields, the header has {self.width}: {over}{quoted(row[0])}"
             raise RecordError("fields", message)
         return row
 
@@ -252,7 +251,7 @@ def _fields(line: str, separator: str, width: int, below: Iterator[str]) -> list
                 parts.append(match[1])
                 line = next(below, "") if len(fields) < width else ""
                 if not line:
-                    raise RecordError("syntax", f"a quote is not closed: {quote(''.join(parts))}")
+                    raise RecordError("syntax", f"a quote is not closed: {quoted(''.join(parts))}")
                 match = _QUOTED.match(line)
             assert match is not None  # it matches any text
             parts.append(match[1])
@@ -266,7 +265,7 @@ def _fields(line: str, separator: str, width: int, below: Iterator[str]) -> list
         if line.startswith(separator, position):
             position += 1
         elif line[position:].strip("\r\n"):
-            message = f"{quote(separator)} expected after a closing quote, got "
-            raise RecordError("syntax", message + quote(line[position:], 20))
+            message = f"{quoted(separator)} expected after a closing quote, got "
+            raise RecordError("syntax", message + quoted(line[position:]))
         else:
             return fields

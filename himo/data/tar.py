@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from himo.data.records import RecordError, check_uncompressed, decode, quote
-from himo.errors import HimoError
+from himo.data.records import RecordError, check_uncompressed, decode
+from himo.errors import HimoError, quoted
 
 _OCTAL = re.compile(rb"[0-7]{1,8}")
 _BLOCK = 512
@@ -124,7 +124,7 @@ def _number(field: bytes) -> int:
     else:
         value = int(field.strip(b" \0") or b"0", 8)
     if not 0 <= value < 1 << 62:
-        raise ValueError(f"number {quote(field)} is out of range")
+        raise ValueError(f"number {quoted(field)} is out of range")
     return value
 
 

@@ -26,11 +26,10 @@ from himo.data.records import (
     json_error,
     list_directory,
     make_record,
-    quote,
     regular_file,
 )
 from himo.data.tar import Member, members
-from himo.errors import HimoError
+from himo.errors import HimoError, quoted
 from himo.files import open_regular
 
 # As webdataset has it: the key ends at the first dot of the base name. A name without a key (a
@@ -119,7 +118,7 @@ class WebDataset(Source):
             else:
                 yield BadRecord(
                     "missing_key",
-                    f"{self._shards[sample.shard]}: {quote(sample.place[1])} has {sample.others} "
+                    f"{self._shards[sample.shard]}: {quoted(sample.place[1])} has {sample.others} "
                     "files, but no image and no .txt or .json",
                 )
             return
@@ -140,7 +139,7 @@ class WebDataset(Source):
         name = next(iter([*part.images.values(), *part.captions.values()])).name
         try:
             if not part.images:
-                raise RecordError("missing_key", f"{quote(name)} has no image beside it")
+                raise RecordError("missing_key", f"{quoted(name)} has no image beside it")
             image = part.image()
             if image.size > MAX_IMAGE:
                 raise RecordError("too_long", f"image is longer than {MAX_IMAGE:,} bytes")
@@ -149,7 +148,7 @@ class WebDataset(Source):
             place = (sample.shard, image.offset, image.size)
             return Record(0, record.image, record.caption, "", *place)
         except RecordError as error:
-            return error.at(f"{self._shards[sample.shard]}: {quote(name)}")
+            return error.at(f"{self._shards[sample.shard]}: {quoted(name)}")
 
     def _caption(self, descriptor: int, part: "_Part") -> Any:
         order = ("json", "txt") if self.caption_key is not None else ("txt", "json")
@@ -171,7 +170,7 @@ class WebDataset(Source):
 
 def _readable(member: Member) -> Member:
     if not member.is_file:
-        raise RecordError("not_a_file", f"{quote(member.name)} is a link in the archive")
+        raise RecordError("not_a_file", f"{quoted(member.name)} is a link in the archive")
     return member
 
 

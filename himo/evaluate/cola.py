@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import torch
 
 from himo.data.paths import ImageRoot
-from himo.data.records import RecordError, check_caption, check_encodable, quote
-from himo.errors import HimoError
+from himo.data.records import RecordError, check_caption, check_encodable
+from himo.errors import HimoError, quoted
 from himo.evaluate.encode import Coverage, Encoder, ImageFiles
 from himo.files import json_value, open_regular
 
@@ -100,7 +100,7 @@ def _read(path: str | os.PathLike[str], allow_missing: bool) -> tuple[list[_Grou
     except ValueError as error:
         raise HimoError(f"{path}: expected a JSON list: {error}") from error
     if not isinstance(values, list) or not values:
-        raise HimoError(f"{path}: expected a list of groups, got {quote(values)}")
+        raise HimoError(f"{path}: expected a list of groups, got {quoted(values)}")
     coverage = Coverage(len(values), allow_missing)
     groups: list[_Group] = []
     for number, value in enumerate(values, start=1):
@@ -116,14 +116,14 @@ def _read(path: str | os.PathLike[str], allow_missing: bool) -> tuple[list[_Grou
 def _group(place: str, value: Any) -> _Group:
     if not isinstance(value, list) or len(value) != 4:
         raise RecordError(
-            "caption_count", f"expected [url, caption, url, caption], got {quote(value)}"
+            "caption_count", f"expected [url, caption, url, caption], got {quoted(value)}"
         )
     texts = [check_caption(text, f"entry {number}") for number, text in enumerate(value, start=1)]
     try:
         names = [posixpath.basename(urlsplit(url).path) for url in texts[::2]]
     except ValueError as error:
-        raise RecordError("type", f"{quote(texts[0])} is not a URL: {error}") from error
+        raise RecordError("type", f"{quoted(texts[0])} is not a URL: {error}") from error
     if not all([*names, texts[1], texts[3]]):
-        raise RecordError("empty", f"an image or a caption is empty in {quote(value)}")
+        raise RecordError("empty", f"an image or a caption is empty in {quoted(value)}")
     check_encodable(texts[1::2])
     return place, (names[0], names[1]), (texts[1], texts[3])

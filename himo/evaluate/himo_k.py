@@ -17,8 +17,8 @@ from himo.data.records import (
     check_text,
     json_error,
     lines,
-    quote,
 )
+from himo.errors import quoted
 from himo.evaluate.encode import Coverage, Encoder, ImageFiles
 from himo.evaluate.metrics import (
     MAX_SEGMENTS,
@@ -195,11 +195,11 @@ def _prefixed_image(place: str, line: str | None) -> PrefixedImage:
     except (ValueError, RecursionError) as error:
         raise json_error(error) from error
     if not isinstance(value, dict) or not {"img_path", "caption"} <= value.keys():
-        raise RecordError("type", f"{quote(value)} has no img_path and caption")
+        raise RecordError("type", f"{quoted(value)} has no img_path and caption")
     texts = value["caption"]
     if not isinstance(texts, list) or not 2 <= len(texts) <= MAX_SEGMENTS:
         expected = f"expected a list of 2 to {MAX_SEGMENTS} texts"
-        raise RecordError("caption_count", f"caption is {quote(texts)}, {expected}")
+        raise RecordError("caption_count", f"caption is {quoted(texts)}, {expected}")
     prefixes = [check_caption(text, f"caption {number}") for number, text in enumerate(texts, 1)]
     image = check_text(value["img_path"], "img_path")
     if not image or not all(prefixes):

@@ -12,7 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from himo import checkpoint
-from himo.checkpoint.configurations import hf_config, hf_preprocessor_config, open_clip_config
+from himo.checkpoint.configurations import (
+    hf_config,
+    hf_preprocessor_config,
+    of_open_clip,
+    open_clip_config,
+)
 from himo.checkpoint.layouts import from_himo
 from himo.cli import main
 from himo.clip_config import MEAN, STD, CLIPConfig
@@ -20,7 +25,7 @@ from himo.config import TrainConfig
 from himo.errors import HimoError
 from himo.model import HiMoCLIP
 from himo.objective import Towers
-from himo.tokenizer import tokenize
+from himo.tokenizer import read_symbols, tokenize
 from himo.train import build_model
 from himo.transforms import Preprocess
 
@@ -299,6 +304,17 @@ def test_a_field_of_hugging_face_is_refused_by_its_name(
     (path / "tokenizer_config.json").unlink()
     (path / "merges.txt").write_text("#version: 0.2\na b\n")
     assert "merges.txt: expected the merges of CLIP's tokenizer" in refusal(path)
+    (path / "merges.txt").unlink()
+    _, ids, merges = read_symbols()
+    whole = path / "tokenizer.json"
+    for of_clip in (merges, [merge.split(" ") for merge in merges]):
+        whole.write_text(json.dumps({"model": {"type": "BPE", "vocab": ids, "merges": of_clip}}))
+        checkpoint.load(path)
+    for model in ({"type": "BPE", "merges": merges[1:]}, {"type": "WordLevel"}, None, [merges]):
+        whole.write_text(json.dumps({"model": model}))
+        assert "tokenizer.json: expected the merges of CLIP's tokenizer" in refusal(path)
+    whole.write_text(json.dumps({"model": {"merges": [[]] * (1 << 19)}}))
+    assert "tokenizer.json: not the JSON expected: more than 524,288 values" in refusal(path)
 
 
 def test_what_old_and_new_versions_of_transformers_wrote_is_read(
@@ -482,3 +498,17 @@ def test_a_model_is_trained_on_the_images_that_it_states(generator: torch.Genera
         features, _, _ = towers(images, text, 20)
         expected = model.encode_image((images / 255 - centre) / spread)
     torch.testing.assert_close(features, expected)
+
+
+def test_a_published_model_of_other_towers_is_refused_by_the_field() -> None:
+    towers = {
+        "timm_model_name": ("vision_cfg", "convnext_base"),
+        "hf_model_name": ("text_cfg", "roberta-base"),
+        "hf_tokenizer_name": ("text_cfg", "facebook/xlm-v-base"),
+    }
+    for field, (part, value) in towers.items():
+        config = open_clip_config(CLIP)
+        config["model_cfg"][part][field] = value
+        with pytest.raises(HimoError) as error:
+            of_open_clip(config, "config")
+        assert str(error.value) == f"config: expected {part}.{field} to be absent, got '{value}'"
