@@ -31,6 +31,7 @@ from himo_kernels.testing import confident_positives, equal_rows, power_law, rel
 if _triton.MISSING:
     pytest.skip(_triton.MISSING, allow_module_level=True)
 
+from himo_kernels.info_nce.compose import Settings, Statistics
 from himo_kernels.info_nce.triton import epilogues, tiles, tune
 from himo_kernels.info_nce.triton import gradients as pass_2
 from himo_kernels.info_nce.triton import kernels as of_logits
@@ -211,7 +212,8 @@ class TestChunks:
                 forward = sum(sizes)
                 sizes.clear()
                 needs = pass_2.Needs(left=True, right=True, scale=True)
-                pass_2.gradients(branch, empty(1, device="meta"), *nlls, 0.0, True, needs)
+                statistics = Statistics(*nlls, empty(1, device="meta"))
+                pass_2.gradients(branch, statistics, Settings(label_smoothing=0.0), needs)
             # The README's formulas: partials of at most 128 blocks of rows, some splits and
             # folded launches; dS within its budget, dX in float32, dY as it is and in float32, and
             # the chunks of dX's product, which take turns but are counted one by one.

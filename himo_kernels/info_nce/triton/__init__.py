@@ -6,16 +6,16 @@ bounds, statistics.py and gradients.py the two passes, operators.py the three op
 block of the logits of a larger batch.
 """
 
+from himo_kernels.info_nce.compose import passes
 from himo_kernels.info_nce.triton.block import info_nce_block_bwd, info_nce_block_fwd
 from himo_kernels.info_nce.triton.cases import aot_cases
-from himo_kernels.info_nce.triton.operators import (
-    dual_info_nce_bwd,
-    dual_info_nce_fwd,
-    dual_info_nce_low_rank_bwd,
-    dual_info_nce_low_rank_fwd,
-    info_nce_bwd,
-    info_nce_fwd,
-)
+from himo_kernels.info_nce.triton.operators import bwd, fwd
+
+info_nce_fwd, info_nce_bwd = passes("info_nce", fwd, bwd).values()
+dual_info_nce_fwd, dual_info_nce_bwd = passes("dual_info_nce", fwd, bwd).values()
+dual_info_nce_low_rank_fwd, dual_info_nce_low_rank_bwd = passes(
+    "dual_info_nce_low_rank", fwd, bwd
+).values()
 
 __all__ = [
     "aot_cases",

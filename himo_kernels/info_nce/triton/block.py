@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from himo_kernels.info_nce.compose import Settings
 from himo_kernels.info_nce.triton.branch import features_branch
 from himo_kernels.info_nce.triton.gradients import Direction, block_gradients
 from himo_kernels.info_nce.triton.statistics import log_odds
@@ -45,9 +46,8 @@ def info_nce_block_bwd(
         _direction(row_positives, row_nll, row_weight / unit),
         _direction(column_positives, column_nll, column_weight / unit),
         unit,
-        label_smoothing,
+        Settings(label_smoothing, differentiate_keys),
         total,
-        differentiate_keys,
     )
     features = image_features.shape[1]
     return grad_images[0, :, :features], grad_keys[0, :, :features]

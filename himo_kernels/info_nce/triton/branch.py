@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from himo_kernels.info_nce.compose import Factors
 from himo_kernels.info_nce.triton.products import bounded_product
 from himo_kernels.info_nce.triton.tiles import Tile, precision_for, tile_for
 
@@ -75,7 +76,7 @@ _TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 
 
 @dataclass(frozen=True)
-class Factors:
+class KeptFactors:
     """V, C and B of component_features = C B, all with zeros past the rank."""
 
     image: Tensor  # [B, N, W of D]
@@ -86,15 +87,13 @@ class Factors:
 
 def kept_factors(
     image: Tensor,  # [*, N, D]
-    coefficients: Tensor,  # [*, N, K]
-    basis: Tensor,  # [*, K, D]
-    rank: Tensor,  # [*] int64
-) -> Factors:
+    factors: Factors,
+) -> KeptFactors:
     """Returns the factors with what is past the rank set to zero: nobody need have filled it."""
-    coefficients, basis = padded(coefficients), padded(basis, rows=True)
-    rank = rank.reshape(-1).clamp(0, coefficients.shape[-1])
+    coefficients, basis = padded(factors.coefficients), padded(factors.basis, rows=True)
+    rank = factors.rank.reshape(-1).clamp(0, coefficients.shape[-1])
     kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank[:, None]  # [B, W]
-    return Factors(
+    return KeptFactors(
         padded(image),
         torch.where(kept[:, None, :], coefficients, 0.0),
         torch.where(kept[:, :, None], basis, 0.0),
@@ -102,7 +101,7 @@ def kept_factors(
     )
 
 
-def factors_branch(factors: Factors, scale: Tensor) -> Branch:
+def factors_branch(factors: KeptFactors, scale: Tensor) -> Branch:
     """Returns the loss of images against coefficients @ basis, inside the K columns of a factor.
 
     V (C B)^T = (V B^T) C^T, whose inner dimension is the rank. V B^T in 16 bits would cost the

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from himo_kernels.aot import Case
-from himo_kernels.info_nce.triton import block, operators
+from himo_kernels.info_nce.compose import passes
+from himo_kernels.info_nce.triton import block
+from himo_kernels.info_nce.triton.operators import bwd, fwd
 
 
 def aot_cases() -> Iterable[Case]:
@@ -32,19 +34,21 @@ def aot_cases() -> Iterable[Case]:
 def _info_nce(samples: int, dtype: torch.dtype, differentiate_keys: bool = True) -> None:
     features, scale = _meta(samples, 768, dtype=dtype), _meta()
     inputs = (features, features, scale)
-    loss, *nlls = operators.info_nce_fwd(*inputs, 0.0)
+    both = passes("info_nce", fwd, bwd)
+    loss, *nlls = both["fwd"](*inputs, 0.0)
     arguments: tuple[Any, ...] = (loss, *inputs, *nlls, 0.0, differentiate_keys, [True] * 3)
-    operators.info_nce_bwd(*arguments)
+    both["bwd"](*arguments)
 
 
 def _low_rank(samples: int, dtype: torch.dtype) -> None:
     features, scale = _meta(samples, 768, dtype=dtype), _meta()
     coefficients, basis = _meta(samples, 257, dtype=dtype), _meta(257, 768, dtype=dtype)
     inputs = (features, features, coefficients, basis, _meta(dtype=torch.int64), scale)
-    outputs = operators.dual_info_nce_low_rank_fwd(*inputs, 0.0)
+    both = passes("dual_info_nce_low_rank", fwd, bwd)
+    outputs = both["fwd"](*inputs, 0.0)
     nlls = [output for index, output in enumerate(outputs) if index % 3]
     arguments: tuple[Any, ...] = (*outputs[::3], *inputs, *nlls, 0.0, True, [True] * 5)
-    operators.dual_info_nce_low_rank_bwd(*arguments)
+    both["bwd"](*arguments)
 
 
 def _block(

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from himo_kernels.info_nce.compose import Settings, Statistics
 from himo_kernels.info_nce.triton import epilogues, kernels
 from himo_kernels.info_nce.triton.branch import Branch
 from himo_kernels.info_nce.triton.products import bounded_product
@@ -60,11 +61,8 @@ class Direction:
 
 def gradients(
     branch: Branch,
-    grad_loss: Tensor,  # [*]
-    row_nll: Tensor,  # [*, N]
-    column_nll: Tensor,  # [*, N]
-    label_smoothing: float,
-    differentiate_keys: bool,
+    statistics: Statistics,
+    settings: Settings,
     needs: Needs,
     *,
     add_to: Gradients = Gradients(),
@@ -79,7 +77,8 @@ def gradients(
     shape, samples = branch.right.shape, branch.columns
     positives = _positives(branch)
     rows, columns = (
-        Direction(positives, nll.reshape(-1, samples).contiguous()) for nll in (row_nll, column_nll)
+        Direction(positives, nll.reshape(-1, samples).contiguous())
+        for nll in (statistics.row_nll, statistics.column_nll)
     )
     scale_partials = None
     if needs.scale:
@@ -88,15 +87,16 @@ def gradients(
         branch,
         rows,
         columns,
-        label_smoothing,
-        differentiate_keys,
+        settings,
         total=samples,
-        unit=grad_loss.reshape(-1).float().contiguous(),
+        unit=statistics.grad_loss.reshape(-1).float().contiguous(),
         divisor=2 * samples,
         scale=branch.scale,
         scale_partials=scale_partials,
     )
-    one_left = needs.left_keys and differentiate_keys  # left and left_keys are one gradient
+    one_left = (
+        needs.left_keys and settings.differentiate_keys
+    )  # left and left_keys are one gradient
     left = left_keys = right = None
     if needs.left or one_left:
         in_place = add_to.left is not None and left_dtype == torch.float32
@@ -117,14 +117,11 @@ def block_gradients(
     rows: Direction,
     columns: Direction,
     unit: Tensor,  # [1]: what the weights of both are in units of
-    label_smoothing: float,
+    settings: Settings,
     total: int,  # samples of the batch
-    differentiate_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients [1, M, W] of X and [1, N, W] of Y, float32, without the factor s."""
-    pass_2 = _Pass2(
-        branch, rows, columns, label_smoothing, differentiate_keys, total=total, unit=unit
-    )
+    pass_2 = _Pass2(branch, rows, columns, settings, total=total, unit=unit)
     left, right = branch.new_empty(*branch.left.shape[1:]), branch.new_empty(*branch.right.shape)
     pass_2.write(left, None, right, None)
     return left, right
@@ -137,8 +134,7 @@ class _Pass2:
     branch: Branch
     rows: Direction
     columns: Direction
-    label_smoothing: float
-    differentiate_keys: bool
+    settings: Settings
     total: int  # samples of the batch
     unit: Tensor  # [B] float32: what all is multiplied by, ...
     divisor: int = 1  # ... and divided by
@@ -163,7 +159,7 @@ class _Pass2:
     ) -> None:
         """Writes the gradients that are given."""
         branch = self.branch
-        parts = 1 if self.differentiate_keys else 2
+        parts = 1 if self.settings.differentiate_keys else 2
         if left is left_keys is right is None:
             parts = 0
         products = None
@@ -220,7 +216,7 @@ class _Pass2:
                 first_block,
                 blocks,
                 row_blocks,
-                SMOOTHING=self.label_smoothing,
+                SMOOTHING=self.settings.label_smoothing,
                 GAIN=self.gain,
                 GROUP=8,
                 **branch.constants(),
@@ -252,8 +248,8 @@ class _Pass2:
             add,
             own.nll,
             own.weight,
-            pair.nll if self.differentiate_keys else None,
-            pair.weight if self.differentiate_keys else None,
+            pair.nll if self.settings.differentiate_keys else None,
+            pair.weight if self.settings.differentiate_keys else None,
             self.unit,
             self.divisor,
             self.scale,
@@ -266,7 +262,7 @@ class _Pass2:
             rows.start,
             product.shape[1],
             TERMS=factors.shape[0],
-            SMOOTHING=self.label_smoothing,
+            SMOOTHING=self.settings.label_smoothing,
             GAIN=self.gain,
             **_GRADIENT,
         )
