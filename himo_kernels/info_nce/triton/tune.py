@@ -18,9 +18,9 @@ from torch import Tensor
 from himo_kernels import _triton
 from himo_kernels.info_nce.compose import Settings, Statistics
 from himo_kernels.info_nce.triton import tiles
-from himo_kernels.info_nce.triton.branch import features_branch
 from himo_kernels.info_nce.triton.gradients import Needs, gradients
-from himo_kernels.info_nce.triton.statistics import losses
+from himo_kernels.info_nce.triton.logits import features_branch
+from himo_kernels.info_nce.triton.losses import losses
 from himo_kernels.info_nce.triton.tiles import Tile
 from himo_kernels.testing import power_law
 
