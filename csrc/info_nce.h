@@ -1,5 +1,5 @@
 // Entry points of InfoNCE on the CPU: argument checks and allocation. One loss at a time; the dual
-// forms are two calls (himo_kernels/info_nce/cpu.py).
+// forms are two calls (himo_kernels/info_nce/compose.py).
 #pragma once
 
 #include <ATen/core/Tensor.h>

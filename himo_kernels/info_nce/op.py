@@ -9,58 +9,25 @@ from torch import Tensor
 from himo_kernels import _triton
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
-from himo_kernels.info_nce import cpu, reference
+from himo_kernels.info_nce import compose, cpu, reference
 
 _TRITON = "himo_kernels.info_nce.triton"
 
-INFO_NCE = Operator(
-    "info_nce",
-    {
-        "triton": _triton.backend(_TRITON, "info_nce", _triton.why_not),
-        "cpu": Backend({"fwd": cpu.info_nce_fwd, "bwd": cpu.info_nce_bwd}, cpu.why_not),
-        "reference": Backend({"fwd": reference.info_nce_fwd, "bwd": reference.info_nce_bwd}),
-    },
-)
-DUAL_INFO_NCE = Operator(
-    "dual_info_nce",
-    {
-        "triton": _triton.backend(_TRITON, "dual_info_nce", _triton.why_not),
-        "cpu": Backend({"fwd": cpu.dual_info_nce_fwd, "bwd": cpu.dual_info_nce_bwd}, cpu.why_not),
-        "reference": Backend(
-            {"fwd": reference.dual_info_nce_fwd, "bwd": reference.dual_info_nce_bwd}
-        ),
-    },
-)
-DUAL_INFO_NCE_LOW_RANK = Operator(
-    "dual_info_nce_low_rank",
-    {
-        "triton": _triton.backend(_TRITON, "dual_info_nce_low_rank", _triton.why_not),
-        "cpu": Backend(
-            {"fwd": cpu.dual_info_nce_low_rank_fwd, "bwd": cpu.dual_info_nce_low_rank_bwd},
-            cpu.why_not,
-        ),
-        "reference": Backend(
-            {
-                "fwd": reference.dual_info_nce_low_rank_fwd,
-                "bwd": reference.dual_info_nce_low_rank_bwd,
-            }
-        ),
-    },
-)
 
-# The inputs of each operator, in order. rank alone is not differentiable.
-_INPUTS = {
-    "info_nce": ("image_features", "text_features", "logit_scale"),
-    "dual_info_nce": ("image_features", "text_features", "component_features", "logit_scale"),
-    "dual_info_nce_low_rank": (
-        "image_features",
-        "text_features",
-        "coefficients",
-        "basis",
-        "rank",
-        "logit_scale",
-    ),
-}
+def _operator(name: str) -> Operator:
+    return Operator(
+        name,
+        {
+            "triton": _triton.backend(_TRITON, name, _triton.why_not),
+            "cpu": Backend(compose.passes(name, cpu.fwd, cpu.bwd), cpu.why_not),
+            "reference": Backend(compose.passes(name, reference.fwd, reference.bwd)),
+        },
+    )
+
+
+INFO_NCE = _operator("info_nce")
+DUAL_INFO_NCE = _operator("dual_info_nce")
+DUAL_INFO_NCE_LOW_RANK = _operator("dual_info_nce_low_rank")
 
 
 def _define(operator: Operator) -> tuple[Any, Any]:
@@ -68,8 +35,8 @@ def _define(operator: Operator) -> tuple[Any, Any]:
     # Backward: (grad of each loss, inputs, nlls, ...) -> one gradient for each input but rank.
     # products [losses, *, N, N], logits before the scale: written forward and read backward, by the
     # backends that keep them.
-    inputs = _INPUTS[operator.name]
-    losses = 1 if operator is INFO_NCE else 2
+    inputs = compose.input_names(operator.name)
+    losses = len(compose.LOSSES[operator.name])
     differentiable = [index for index, name in enumerate(inputs) if name != "rank"]
 
     def fwd_fake(
@@ -122,7 +89,7 @@ KEEPING = ("cpu",)
 
 def _room_for_products(operator: str, image_features: Tensor, budget: float) -> Tensor | None:
     *batch, samples, _ = image_features.shape
-    shape = (1 if operator == INFO_NCE.name else 2, *batch, samples, samples)
+    shape = (len(compose.LOSSES[operator]), *batch, samples, samples)
     dtype = accumulation_dtype(image_features.dtype)
     if math.prod(shape) * dtype.itemsize > budget:
         return None
@@ -163,7 +130,7 @@ class ContrastiveLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_losses: Tensor) -> Any:
         refuse_double_backward(ctx.operator)
         _, bwd = _KERNELS[ctx.operator]
-        names = _INPUTS[ctx.operator]
+        names = compose.input_names(ctx.operator)
         settings = 5  # arguments of forward before the inputs
         needs_grad = dict(zip(names, ctx.needs_input_grad[settings:], strict=True))
         needs_grad.pop("rank", None)

@@ -1,4 +1,4 @@
-"""The specification of info_nce, its dual forms and its blocks: plain PyTorch, any float dtype.
+"""The specification of a loss of info_nce and of its blocks: plain PyTorch, any float dtype.
 
 S = s V U^T [*, N, N]. Every probability is formed relative to the positive, S_ij - S_ii, and what
 is kept of a row is nll_i = -log P_ii = log(1 + sum_{j != i} exp(S_ij - S_ii)). A confident
@@ -11,188 +11,48 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from himo_kernels._numerics import accumulation_dtype
+from himo_kernels.info_nce.compose import Factors, Gradients, Loss, Needs, Statistics
+
 # Logits of a block that exist at once, as long as its features are not larger: 16 MiB in float32.
 _BLOCK_LOGITS = 1 << 22
 
 
-def info_nce_fwd(
-    image_features: Tensor,  # [*, N, D]
-    text_features: Tensor,  # [*, N, D]
-    logit_scale: Tensor,  # []
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def fwd(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
-    image, text, scale = _raise(image_features, text_features, logit_scale)
-    logits = scale * (image @ text.mT)  # [*, N, N]
+    image, keys, scale = _operands(loss)
+    logits = scale * (image @ keys.mT)  # [*, N, N]
     positives = logits.diagonal(dim1=-2, dim2=-1)  # [*, N]
     row_nll = _nll(logits, positives)
     column_nll = _nll(logits.mT, positives)
     # HiMo-CLIP eq. (2); both directions share the smoothing term, the mean of all logits.
-    smoothing = label_smoothing * (positives.mean(-1) - logits.mean((-2, -1)))
+    smoothing = loss.settings.label_smoothing * (positives.mean(-1) - logits.mean((-2, -1)))
     return (row_nll + column_nll).mean(-1) / 2 + smoothing, row_nll, column_nll
 
 
-def info_nce_bwd(
-    grad_loss: Tensor,  # [*]
-    image_features: Tensor,  # [*, N, D]
-    text_features: Tensor,  # [*, N, D]
-    logit_scale: Tensor,  # []
-    row_nll: Tensor,  # [*, N]
-    column_nll: Tensor,  # [*, N]
-    label_smoothing: float,
-    differentiate_keys: bool,
-    needs_grad: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of image_features, text_features and logit_scale; empty if unneeded."""
-    image, text, scale = _raise(image_features, text_features, logit_scale)
-    products = image @ text.mT
+def bwd(loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients) -> Gradients:
+    """Returns all gradients in the dtype of the logits, needed or not."""
+    label_smoothing, differentiate_keys = loss.settings
+    image, keys, scale = _operands(loss)
+    products = image @ keys.mT
     logits = scale * products
     positives = logits.diagonal(dim1=-2, dim2=-1)
-    weight = (grad_loss / (2 * logits.shape[-1]))[..., None, None]
-    grad_rows = weight * _grad_logits(logits, positives, row_nll, label_smoothing)
-    grad_columns = weight * _grad_logits(logits.mT, positives, column_nll, label_smoothing).mT
+    weight = (statistics.grad_loss / (2 * logits.shape[-1]))[..., None, None]
+    grad_rows = weight * _grad_logits(logits, positives, statistics.row_nll, label_smoothing)
+    grad_columns = _grad_logits(logits.mT, positives, statistics.column_nll, label_smoothing)
+    grad_columns = weight * grad_columns.mT
     grad_logits = grad_rows + grad_columns
-    grad_images = scale * (grad_logits if differentiate_keys else grad_rows) @ text
-    grad_texts = scale * (grad_logits if differentiate_keys else grad_columns).mT @ image
+    grad_images = scale * (grad_logits if differentiate_keys else grad_rows) @ keys
+    grad_keys = scale * (grad_logits if differentiate_keys else grad_columns).mT @ image
     grad_scale = (grad_logits * products).sum()
-    grads = (
-        grad_images.to(image_features.dtype),
-        grad_texts.to(text_features.dtype),
-        grad_scale.to(logit_scale.dtype),
-    )
-    return tuple(  # type: ignore[return-value]
-        grad if needed else grad.new_empty(0)
-        for grad, needed in zip(grads, needs_grad, strict=True)
-    )
-
-
-def dual_info_nce_fwd(
-    image_features: Tensor,  # [*, N, D]
-    text_features: Tensor,  # [*, N, D]
-    component_features: Tensor,  # [*, N, D]
-    logit_scale: Tensor,  # []
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (loss, row nll, column nll) of the texts, then of the components: eq. (2), (3)."""
-    return (
-        *info_nce_fwd(image_features, text_features, logit_scale, label_smoothing),
-        *info_nce_fwd(image_features, component_features, logit_scale, label_smoothing),
-    )
-
-
-def dual_info_nce_bwd(
-    grad_global_loss: Tensor,  # [*]
-    grad_component_loss: Tensor,  # [*]
-    image_features: Tensor,  # [*, N, D]
-    text_features: Tensor,  # [*, N, D]
-    component_features: Tensor,  # [*, N, D]
-    logit_scale: Tensor,  # []
-    row_nll: Tensor,  # [*, N]
-    column_nll: Tensor,  # [*, N]
-    component_row_nll: Tensor,  # [*, N]
-    component_column_nll: Tensor,  # [*, N]
-    label_smoothing: float,
-    differentiate_keys: bool,
-    needs_grad: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of images, texts, components and logit_scale; empty if unneeded."""
-    needs_image, needs_text, needs_component, needs_scale = needs_grad
-    image, text, scale = _raise(image_features, text_features, logit_scale)
-    grad_image, grad_text, grad_scale = info_nce_bwd(
-        grad_global_loss,
-        image,
-        text,
-        scale,
-        row_nll,
-        column_nll,
-        label_smoothing,
-        differentiate_keys,
-        [needs_image, needs_text, needs_scale],
-    )
-    grad_component_image, grad_component, grad_component_scale = info_nce_bwd(
-        grad_component_loss,
-        image,
-        component_features.to(image.dtype),
-        scale,
-        component_row_nll,
-        component_column_nll,
-        label_smoothing,
-        differentiate_keys,
-        [needs_image, needs_component, needs_scale],
-    )
-    return (
-        (grad_image + grad_component_image).to(image_features.dtype),  # one rounding for the sum
-        grad_text.to(text_features.dtype),
-        grad_component.to(component_features.dtype),
-        (grad_scale + grad_component_scale).to(logit_scale.dtype),
-    )
-
-
-def dual_info_nce_low_rank_fwd(
-    image_features: Tensor,  # [*, N, D]
-    text_features: Tensor,  # [*, N, D]
-    coefficients: Tensor,  # [*, N, K]
-    basis: Tensor,  # [*, K, D]
-    rank: Tensor,  # [*] int64
-    logit_scale: Tensor,  # []
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns what dual_info_nce_fwd does of component_features = coefficients @ basis."""
-    image, text, scale = _raise(image_features, text_features, logit_scale)
-    kept_coefficients, kept_basis = _first_factors(coefficients, basis, rank, image.dtype)
-    component = kept_coefficients @ kept_basis
-    return dual_info_nce_fwd(image, text, component, scale, label_smoothing)
-
-
-def dual_info_nce_low_rank_bwd(
-    grad_global_loss: Tensor,  # [*]
-    grad_component_loss: Tensor,  # [*]
-    image_features: Tensor,  # [*, N, D]
-    text_features: Tensor,  # [*, N, D]
-    coefficients: Tensor,  # [*, N, K]
-    basis: Tensor,  # [*, K, D]
-    rank: Tensor,  # [*] int64
-    logit_scale: Tensor,  # []
-    row_nll: Tensor,  # [*, N]
-    column_nll: Tensor,  # [*, N]
-    component_row_nll: Tensor,  # [*, N]
-    component_column_nll: Tensor,  # [*, N]
-    label_smoothing: float,
-    differentiate_keys: bool,
-    needs_grad: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of images, texts, coefficients, basis and logit_scale."""
-    needs_image, needs_text, needs_coefficients, needs_basis, needs_scale = needs_grad
-    image, text, scale = _raise(image_features, text_features, logit_scale)
-    kept_coefficients, kept_basis = _first_factors(coefficients, basis, rank, image.dtype)
-    grad_image, grad_text, grad_component, grad_scale = dual_info_nce_bwd(
-        grad_global_loss,
-        grad_component_loss,
-        image,
-        text,
-        kept_coefficients @ kept_basis,
-        scale,
-        row_nll,
-        column_nll,
-        component_row_nll,
-        component_column_nll,
-        label_smoothing,
-        differentiate_keys,
-        [needs_image, needs_text, needs_coefficients or needs_basis, needs_scale],
-    )
-    grad_coefficients = coefficients.new_empty(0)
-    if needs_coefficients:
-        grad_coefficients = grad_component @ kept_basis.mT
-    grad_basis = basis.new_empty(0)
-    if needs_basis:
-        grad_basis = kept_coefficients.mT @ grad_component
-    return (
-        grad_image.to(image_features.dtype),
-        grad_text.to(text_features.dtype),
-        grad_coefficients.to(coefficients.dtype),
-        grad_basis.to(basis.dtype),
-        grad_scale.to(logit_scale.dtype),
-    )
+    if add_to.images is not None:
+        grad_images = add_to.images + grad_images
+    if add_to.scale is not None:
+        grad_scale = add_to.scale + grad_scale
+    if not isinstance(loss.keys, Factors):
+        return Gradients(grad_images, grad_scale, (grad_keys,))
+    coefficients, basis = _first_factors(loss.keys, image.dtype)
+    return Gradients(grad_images, grad_scale, (grad_keys @ basis.mT, coefficients.mT @ grad_keys))
 
 
 def info_nce_block_fwd(
@@ -207,7 +67,7 @@ def info_nce_block_fwd(
 
     Row i and column i + offset are a pair, where there is such a column.
     """
-    images, keys, scale = _raise(image_features, keys, logit_scale)
+    images, keys, scale = _raised(image_features, keys, logit_scale)
     rows = torch.empty_like(row_positives)
     columns = torch.full_like(column_positives, -torch.inf)
     for part in _parts(images, keys):
@@ -234,7 +94,7 @@ def info_nce_block_bwd(
     differentiate_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
-    images, keys, scale = _raise(image_features, keys, logit_scale)
+    images, keys, scale = _raised(image_features, keys, logit_scale)
     grad_images, grad_keys = torch.empty_like(images), torch.zeros_like(keys)
     share = label_smoothing / total
     for part in _parts(images, keys):
@@ -271,12 +131,19 @@ def _pairs(logits: Tensor, offset: int) -> Tensor:
     return logits[first : max(first, last)].diagonal(offset + first)
 
 
-def _raise(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    # V, U and s, raised.
+    image, keys = loss.image_features, loss.keys
+    if isinstance(keys, Factors):
+        coefficients, basis = _first_factors(keys, accumulation_dtype(image.dtype))
+        keys = coefficients @ basis
+    return _raised(image, keys, loss.logit_scale)
+
+
+def _raised(image: Tensor, keys: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Logits and all sums in float32, in float64 for float64 features.
-    dtype = torch.float64 if image_features.dtype == torch.float64 else torch.float32
-    return image_features.to(dtype), text_features.to(dtype), logit_scale.to(dtype)
+    dtype = accumulation_dtype(image.dtype)
+    return image.to(dtype), keys.to(dtype), scale.to(dtype)
 
 
 def _nll(logits: Tensor, positives: Tensor) -> Tensor:
@@ -293,14 +160,10 @@ def _grad_logits(logits: Tensor, positives: Tensor, nll: Tensor, label_smoothing
     return grad - label_smoothing / logits.shape[-1]
 
 
-def _first_factors(
-    coefficients: Tensor,  # [*, N, K]
-    basis: Tensor,  # [*, K, D]
-    rank: Tensor,  # [*]
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _first_factors(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # Both with zeros at and past the rank: 0 * NaN of memory that nobody filled would be NaN. The
     # gradients there, products with these zeros, are zero as well.
+    coefficients, basis, rank = factors
     kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank.unsqueeze(-1)  # [*, K]
     return (
         torch.where(kept.unsqueeze(-2), coefficients, 0.0).to(dtype),

@@ -12,9 +12,8 @@ from himo_kernels.info_nce.block import BLOCK, block_fwd
 if _triton.MISSING:
     pytest.skip(_triton.MISSING, allow_module_level=True)
 
-from himo_kernels.info_nce.triton import gradients as pass_2
-from himo_kernels.info_nce.triton import statistics as pass_1
-from himo_kernels.info_nce.triton import tiles
+from himo_kernels.info_nce.triton import grad_logits, tiles
+from himo_kernels.info_nce.triton import losses as pass_1
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -40,7 +39,7 @@ def test_more_launches_give_the_same(differentiate_keys, generator, monkeypatch)
     cuts = {"rows": (0, 40, 45), "keys": (0, 7, 45)}  # in one block of rows, and in three
     whole = joined(batch, differentiate_keys, **cuts)
     monkeypatch.setattr(pass_1, "ROW_BLOCKS_AT_ONCE", 1)
-    monkeypatch.setattr(pass_2, "WORKSPACE_BYTES", 0)  # one block of rows at a time
+    monkeypatch.setattr(grad_logits, "WORKSPACE_BYTES", 0)  # one block of rows at a time
     for value, other in zip(joined(batch, differentiate_keys, **cuts), whole, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
 

@@ -31,11 +31,11 @@ from himo_kernels.testing import confident_positives, equal_rows, power_law, rel
 if _triton.MISSING:
     pytest.skip(_triton.MISSING, allow_module_level=True)
 
-from himo_kernels.info_nce.triton import epilogues, tiles, tune
+from himo_kernels.info_nce.compose import Settings, Statistics
+from himo_kernels.info_nce.triton import grad_logits, tiles, tune
 from himo_kernels.info_nce.triton import gradients as pass_2
-from himo_kernels.info_nce.triton import kernels as of_logits
-from himo_kernels.info_nce.triton import statistics as pass_1
-from himo_kernels.info_nce.triton.branch import features_branch
+from himo_kernels.info_nce.triton import losses as pass_1
+from himo_kernels.info_nce.triton.logits import features_branch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.bfloat16, torch.float16)
@@ -107,7 +107,7 @@ class TestAgainstEager:
     ) -> None:
         # From 128 samples on dS has the features' dtype. What that adds is below the rounding of
         # the gradients themselves, whose mean square is a twelfth of eps^2 or less.
-        monkeypatch.setattr(pass_2, "ROUNDED_FROM", 1)
+        monkeypatch.setattr(grad_logits, "ROUNDED_FROM", 1)
         inputs = inputs_of(operator, 40, 35, inner=20, dtype=dtype, generator=generator)
         options = {"differentiate_keys": differentiate_keys}
         assert_result_within_budget(target(operator), inputs, **options)
@@ -166,7 +166,7 @@ class TestChunks:
         options = {"label_smoothing": 0.1, "differentiate_keys": differentiate_keys}
         whole = losses_and_gradients(target(operator), inputs, **options)
         monkeypatch.setattr(pass_1, "ROW_BLOCKS_AT_ONCE", 2)
-        monkeypatch.setattr(pass_2, "WORKSPACE_BYTES", 0)  # one block of rows at a time
+        monkeypatch.setattr(grad_logits, "WORKSPACE_BYTES", 0)  # one block of rows at a time
         chunked = losses_and_gradients(target(operator), inputs, **options)
         for loss, other in zip(whole[0], chunked[0], strict=True):
             torch.testing.assert_close(other, loss, rtol=1e-6, atol=0)
@@ -178,10 +178,9 @@ class TestChunks:
     ) -> None:
         # On meta tensors as for an H200; kernels and products are not run.
         modules = {
-            of_logits: ("statistics_kernel", "positives_kernel", "grad_logits_kernel"),
-            epilogues: (
-                *("fold_kernel", "nll_kernel", "gradient_kernel", "scale_gradient_kernel"),
-            ),
+            pass_1: ("statistics_kernel", "fold_kernel", "nll_kernel"),
+            grad_logits: ("positives_kernel", "grad_logits_kernel"),
+            pass_2: ("gradient_kernel", "scale_gradient_kernel"),
         }
 
         class Ignored:
@@ -211,14 +210,18 @@ class TestChunks:
                 forward = sum(sizes)
                 sizes.clear()
                 needs = pass_2.Needs(left=True, right=True, scale=True)
-                pass_2.gradients(branch, empty(1, device="meta"), *nlls, 0.0, True, needs)
+                statistics = Statistics(*nlls, empty(1, device="meta"))
+                pass_2.gradients(branch, statistics, Settings(label_smoothing=0.0), needs)
             # The README's formulas: partials of at most 128 blocks of rows, some splits and
             # folded launches; dS within its budget, dX in float32, dY as it is and in float32, and
             # the chunks of dX's product, which take turns but are counted one by one.
             assert forward <= 8 * samples * (128 + 256 + samples // 16384 + 1) + 64 * samples
             scale_partials = 4 * (samples // 128 + 1) ** 2
             gradients = (4 + 2 + 4 + 4) * samples * features
-            assert sum(sizes) <= pass_2.WORKSPACE_BYTES + gradients + scale_partials + 64 * samples
+            assert (
+                sum(sizes)
+                <= grad_logits.WORKSPACE_BYTES + gradients + scale_partials + 64 * samples
+            )
 
 
 class TestRank:

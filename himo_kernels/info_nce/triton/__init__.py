@@ -1,21 +1,32 @@
-"""The `triton` backend of info_nce and its dual forms. Not yet run on hardware.
+"""The `triton` backend of info_nce, its dual forms and its blocks. Not yet run on hardware.
 
-tiles.py holds the tile sizes, branch.py one loss as the kernels take it, kernels.py what runs over
-the logits, epilogues.py what comes after them, products.py the products that a rank on the device
-bounds, statistics.py and gradients.py the two passes, operators.py the three operators, block.py a
-block of the logits of a larger batch.
+logits.py holds one loss as the kernels take it, losses.py pass 1, grad_logits.py and gradients.py
+pass 2, low_rank.py the factors and their products, tiles.py the tile sizes; kernels follow their
+launchers.
 """
 
-from himo_kernels.info_nce.triton.block import info_nce_block_bwd, info_nce_block_fwd
-from himo_kernels.info_nce.triton.cases import aot_cases
-from himo_kernels.info_nce.triton.operators import (
-    dual_info_nce_bwd,
-    dual_info_nce_fwd,
-    dual_info_nce_low_rank_bwd,
-    dual_info_nce_low_rank_fwd,
-    info_nce_bwd,
-    info_nce_fwd,
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo_kernels.aot import Case
+from himo_kernels.info_nce.compose import (
+    Factors,
+    Gradients,
+    Loss,
+    Needs,
+    Settings,
+    Statistics,
+    passes,
 )
+from himo_kernels.info_nce.triton import gradients as pass_2
+from himo_kernels.info_nce.triton import losses as pass_1
+from himo_kernels.info_nce.triton.grad_logits import Direction
+from himo_kernels.info_nce.triton.logits import features_branch
+from himo_kernels.info_nce.triton.low_rank import bounded_product, factors_branch, kept_factors
 
 __all__ = [
     "aot_cases",
@@ -28,3 +39,182 @@ __all__ = [
     "info_nce_bwd",
     "info_nce_fwd",
 ]
+
+
+def fwd(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
+    image, keys = loss.image_features, loss.keys
+    if isinstance(keys, Factors):
+        branch = factors_branch(kept_factors(image, keys), loss.logit_scale)
+    else:
+        branch = features_branch(image, keys, loss.logit_scale)
+    value, row_nll, column_nll = pass_1.losses(branch, loss.settings.label_smoothing)
+    *batch, samples, _ = image.shape
+    nll_shape = (*batch, samples)
+    return value.reshape(batch), row_nll.reshape(nll_shape), column_nll.reshape(nll_shape)
+
+
+def bwd(loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients) -> Gradients:
+    """Returns the gradients; that of images is padded [B, N, W] and float32 before the last."""
+    image, keys = loss.image_features, loss.keys
+    if isinstance(keys, Factors):
+        return _low_rank_bwd(loss, keys, statistics, needs, add_to)
+    grads = pass_2.gradients(
+        features_branch(image, keys, loss.logit_scale),
+        statistics,
+        loss.settings,
+        pass_2.Needs(left=needs.images, right=needs.keys[0], scale=needs.scale),
+        add_to=pass_2.Gradients(left=add_to.images, scale=add_to.scale),
+        left_dtype=image.dtype if needs.last else torch.float32,
+    )
+    images = _unpadded(grads.left, image) if needs.last else grads.left
+    return Gradients(images, grads.scale, (_unpadded(grads.right, keys),))
+
+
+def _low_rank_bwd(
+    loss: Loss, keys: Factors, statistics: Statistics, needs: Needs, add_to: Gradients
+) -> Gradients:
+    factors = kept_factors(loss.image_features, keys)
+    needs_coefficients, needs_basis = needs.keys
+    grads = pass_2.gradients(
+        factors_branch(factors, loss.logit_scale),
+        statistics,
+        loss.settings,
+        pass_2.Needs(
+            left=needs.images,
+            left_keys=needs_basis,
+            right=needs_coefficients,
+            scale=needs.scale,
+        ),
+        add_to=pass_2.Gradients(scale=add_to.scale),
+    )
+    # X = V B^T: dV = dX B and dB = dX^T V. B belongs to the texts, so what it gets where keys are
+    # constants is the part of dX in which the texts are queries: that of the columns.
+    images = add_to.images
+    if grads.left is not None:
+        if images is None:
+            images = torch.zeros_like(factors.image, dtype=torch.float32)
+        bounded_product(grads.left, factors.basis, factors.rank, "inner", images, accumulate=True)
+    basis = None
+    if grads.left_keys is not None:
+        basis = torch.empty_like(factors.basis, dtype=torch.float32)
+        bounded_product(grads.left_keys.mT, factors.image, factors.rank, "rows", basis)
+    return Gradients(
+        _unpadded(images, loss.image_features) if needs.last else images,
+        grads.scale,
+        (_unpadded(grads.right, keys.coefficients), _unpadded(basis, keys.basis)),
+    )
+
+
+def _unpadded(grad: Tensor | None, value: Tensor) -> Tensor | None:
+    # The gradient [B, N, W] in the shape of value.
+    if grad is None:
+        return None
+    return grad[:, : value.shape[-2], : value.shape[-1]].reshape(value.shape)
+
+
+info_nce_fwd, info_nce_bwd = passes("info_nce", fwd, bwd).values()
+dual_info_nce_fwd, dual_info_nce_bwd = passes("dual_info_nce", fwd, bwd).values()
+dual_info_nce_low_rank_fwd, dual_info_nce_low_rank_bwd = passes(
+    "dual_info_nce_low_rank", fwd, bwd
+).values()
+
+
+def info_nce_block_fwd(
+    image_features: Tensor,  # [M, D]
+    keys: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    row_positives: Tensor,  # [M] float32
+    column_positives: Tensor,  # [N] float32
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns log sum exp(S_ij - positive) of rows [M] and of columns [N], without pairs."""
+    branch = features_branch(image_features, keys, logit_scale, offset)
+    return pass_1.log_odds(branch, row_positives, column_positives)
+
+
+def info_nce_block_bwd(
+    image_features: Tensor,  # [M, D]
+    keys: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    row_positives: Tensor,  # [M] float32, as all of these
+    row_nll: Tensor,  # [M]
+    row_weight: Tensor,  # [M]
+    column_positives: Tensor,  # [N]
+    column_nll: Tensor,  # [N]
+    column_weight: Tensor,  # [N]
+    offset: int,
+    label_smoothing: float,
+    total: int,
+    differentiate_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
+    # In units of the largest weight: those of a mean over N are too small for float16.
+    unit = torch.cat([row_weight, column_weight]).abs().amax(0, keepdim=True)
+    unit = unit.clamp_min(torch.finfo(unit.dtype).tiny)  # [1]
+    grad_images, grad_keys = pass_2.block_gradients(
+        features_branch(image_features, keys, logit_scale, offset),
+        _direction(row_positives, row_nll, row_weight / unit),
+        _direction(column_positives, column_nll, column_weight / unit),
+        unit,
+        Settings(label_smoothing, differentiate_keys),
+        total,
+    )
+    features = image_features.shape[1]
+    return grad_images[0, :, :features], grad_keys[0, :, :features]
+
+
+def _direction(*vectors: Tensor) -> Direction:  # [n] each
+    return Direction(*(vector.unsqueeze(0).contiguous() for vector in vectors))
+
+
+def aot_cases() -> Iterator[Case]:
+    """The launches that himo_kernels.aot compiles: both tiles, every dtype and kind of branch."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for samples in (8192, 128):
+            label = f"info_nce {str(dtype)[6:]}, N={samples}"
+            yield Case(label, partial(_info_nce, samples, dtype))
+            yield Case(f"{label}, low rank", partial(_low_rank, samples, dtype))
+        # Of two ranks; the rows of the smaller are no multiple of 16, and so is where they begin.
+        for rows, keys, offset in ((4096, 8192, 4096), (120, 257, 137)):
+            label = f"info_nce_block {str(dtype)[6:]}, {rows}x{keys}"
+            run = partial(_block, rows, keys, offset, dtype)
+            yield Case(label, run, ragged=rows % 16 > 0)
+    label = "info_nce bfloat16, N=8192, constant keys"
+    yield Case(label, partial(_info_nce, 8192, torch.bfloat16, differentiate_keys=False))
+    run = partial(_block, 4096, 8192, 4096, torch.bfloat16, differentiate_keys=False)
+    yield Case("info_nce_block bfloat16, 4096x8192, constant keys", run)
+
+
+def _info_nce(samples: int, dtype: torch.dtype, differentiate_keys: bool = True) -> None:
+    features, scale = _meta(samples, 768, dtype=dtype), _meta()
+    inputs = (features, features, scale)
+    loss, *nlls = info_nce_fwd(*inputs, 0.0)
+    arguments: tuple[Any, ...] = (loss, *inputs, *nlls, 0.0, differentiate_keys, [True] * 3)
+    info_nce_bwd(*arguments)
+
+
+def _low_rank(samples: int, dtype: torch.dtype) -> None:
+    features, scale = _meta(samples, 768, dtype=dtype), _meta()
+    coefficients, basis = _meta(samples, 257, dtype=dtype), _meta(257, 768, dtype=dtype)
+    inputs = (features, features, coefficients, basis, _meta(dtype=torch.int64), scale)
+    outputs = dual_info_nce_low_rank_fwd(*inputs, 0.0)
+    nlls = [output for index, output in enumerate(outputs) if index % 3]
+    arguments: tuple[Any, ...] = (*outputs[::3], *inputs, *nlls, 0.0, True, [True] * 5)
+    dual_info_nce_low_rank_bwd(*arguments)
+
+
+def _block(
+    rows: int, keys: int, offset: int, dtype: torch.dtype, differentiate_keys: bool = True
+) -> None:
+    features = _meta(rows, 768, dtype=dtype), _meta(keys, 768, dtype=dtype)
+    of_rows, of_keys = _meta(rows), _meta(keys)
+    info_nce_block_fwd(*features, _meta(), of_rows, of_keys, offset)
+    directions = (of_rows,) * 3 + (of_keys,) * 3
+    settings = (offset, 0.1, keys, differentiate_keys)
+    arguments: tuple[Any, ...] = (*features, _meta(), *directions, *settings)
+    info_nce_block_bwd(*arguments)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,26 +1,26 @@
-"""Pass 2: the logits again, dS of them in a bounded workspace, and the products with it.
+"""Pass 2, from dS to the gradients: its products, and the epilogues that add the pairs to them.
 
 Nothing here reads a value on the host: shapes alone decide, so a CUDA graph can hold all of it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from himo_kernels.info_nce.triton import epilogues, kernels
-from himo_kernels.info_nce.triton.branch import Branch
-from himo_kernels.info_nce.triton.products import bounded_product
+from himo_kernels._triton_jit import rounded
+from himo_kernels.info_nce.compose import Settings, Statistics
+from himo_kernels.info_nce.triton.grad_logits import (
+    Direction,
+    GradLogits,
+    grad_positive,
+    positives_of,
+)
+from himo_kernels.info_nce.triton.logits import Branch
+from himo_kernels.info_nce.triton.low_rank import bounded_product
 from himo_kernels.info_nce.triton.tiles import FUSED
-
-# dS of as many rows as fit. Large enough that the products with it are of some thousand rows at
-# N = 32768, where they run at the rate of large ones.
-WORKSPACE_BYTES = 256 * 2**20
-# Samples from which dS of 16-bit features has 16 bits, for the tensor cores. Below, its products
-# cost nothing beside the launches, and the gradients are rounded once, to the features' dtype.
-ROUNDED_FROM = 128
 
 _GRADIENT = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "num_warps": 4, **FUSED}
 _SCALE = {"BLOCK": 4096, "num_warps": 8, **FUSED}
@@ -46,25 +46,10 @@ class Gradients:
     scale: Tensor | None = None  # [] float32
 
 
-@dataclass(frozen=True)
-class Direction:
-    """The softmax of the rows, or of the columns; all float32 and contiguous."""
-
-    positives: Tensor  # [B, n]: S of the pair of each
-    nll: Tensor  # [B, n]
-    weight: Tensor | None = None  # [B, n]: gradient of each nll; None: 1
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.positives, self.nll, self.weight
-
-
 def gradients(
     branch: Branch,
-    grad_loss: Tensor,  # [*]
-    row_nll: Tensor,  # [*, N]
-    column_nll: Tensor,  # [*, N]
-    label_smoothing: float,
-    differentiate_keys: bool,
+    statistics: Statistics,
+    settings: Settings,
     needs: Needs,
     *,
     add_to: Gradients = Gradients(),
@@ -77,26 +62,22 @@ def gradients(
     if needs == Needs():
         return Gradients()
     shape, samples = branch.right.shape, branch.columns
-    positives = _positives(branch)
+    positives = positives_of(branch)
     rows, columns = (
-        Direction(positives, nll.reshape(-1, samples).contiguous()) for nll in (row_nll, column_nll)
+        Direction(positives, nll.reshape(-1, samples).contiguous())
+        for nll in (statistics.row_nll, statistics.column_nll)
     )
     scale_partials = None
     if needs.scale:
         scale_partials = branch.new_empty(branch.problems, branch.row_blocks, branch.column_tiles)
     pass_2 = _Pass2(
-        branch,
-        rows,
-        columns,
-        label_smoothing,
-        differentiate_keys,
-        total=samples,
-        unit=grad_loss.reshape(-1).float().contiguous(),
+        GradLogits(branch, rows, columns, settings, samples, scale_partials),
+        unit=statistics.grad_loss.reshape(-1).float().contiguous(),
         divisor=2 * samples,
         scale=branch.scale,
-        scale_partials=scale_partials,
     )
-    one_left = needs.left_keys and differentiate_keys  # left and left_keys are one gradient
+    # Of keys that are differentiated, left and left_keys are one gradient.
+    one_left = needs.left_keys and settings.differentiate_keys
     left = left_keys = right = None
     if needs.left or one_left:
         in_place = add_to.left is not None and left_dtype == torch.float32
@@ -117,14 +98,11 @@ def block_gradients(
     rows: Direction,
     columns: Direction,
     unit: Tensor,  # [1]: what the weights of both are in units of
-    label_smoothing: float,
+    settings: Settings,
     total: int,  # samples of the batch
-    differentiate_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients [1, M, W] of X and [1, N, W] of Y, float32, without the factor s."""
-    pass_2 = _Pass2(
-        branch, rows, columns, label_smoothing, differentiate_keys, total=total, unit=unit
-    )
+    pass_2 = _Pass2(GradLogits(branch, rows, columns, settings, total), unit)
     left, right = branch.new_empty(*branch.left.shape[1:]), branch.new_empty(*branch.right.shape)
     pass_2.write(left, None, right, None)
     return left, right
@@ -132,27 +110,12 @@ def block_gradients(
 
 @dataclass(frozen=True)
 class _Pass2:
-    """2 N dS of one loss, or of a block of one, and the products with it."""
+    """The products with 2 N dS of one loss, or of a block of one."""
 
-    branch: Branch
-    rows: Direction
-    columns: Direction
-    label_smoothing: float
-    differentiate_keys: bool
-    total: int  # samples of the batch
+    grad_logits: GradLogits
     unit: Tensor  # [B] float32: what all is multiplied by, ...
     divisor: int = 1  # ... and divided by
     scale: Tensor | None = None  # s, where the gradients of X and Y are to have it
-    scale_partials: Tensor | None = None  # [B, row blocks, column tiles], of a whole batch
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.branch.right.dtype if self.total >= ROUNDED_FROM else torch.float32
-
-    @property
-    def gain(self) -> float:
-        # float16 has no digits left for a probability of 1e-5, float32 and bfloat16 have.
-        return 1024.0 if self.dtype == torch.float16 else 1.0
 
     def write(
         self,
@@ -162,8 +125,9 @@ class _Pass2:
         add_to_left: Tensor | None,  # [B, M, W]
     ) -> None:
         """Writes the gradients that are given."""
-        branch = self.branch
-        parts = 1 if self.differentiate_keys else 2
+        branch = self.grad_logits.branch
+        rows, columns = self.grad_logits.rows, self.grad_logits.columns
+        parts = 1 if self.grad_logits.settings.differentiate_keys else 2
         if left is left_keys is right is None:
             parts = 0
         products = None
@@ -171,12 +135,12 @@ class _Pass2:
             in_place = right.dtype == torch.float32
             products = right if in_place else branch.new_empty(*right.shape)
         x = branch.left[0]  # the first term, X rounded to its dtype, beside dS of 16 bits
-        if self.dtype == torch.float32 and branch.left.shape[0] > 1:
+        if self.grad_logits.dtype == torch.float32 and branch.left.shape[0] > 1:
             x = branch.left.sum(0, dtype=torch.float32)
-        for chunk, grad_rows, grad_columns in self.chunks(parts):
+        for chunk, grad_rows, grad_columns in self.grad_logits.chunks(parts):
             for grad, to, own, pair, add in (
-                (grad_rows, left, self.rows, self.columns, add_to_left),
-                (grad_columns, left_keys, self.columns, self.rows, None),
+                (grad_rows, left, rows, columns, add_to_left),
+                (grad_columns, left_keys, columns, rows, None),
             ):
                 if to is not None:
                     product = branch.new_empty(*grad.shape[:2], to.shape[-1])
@@ -187,49 +151,8 @@ class _Pass2:
                 _multiply(branch, grad_columns.mT, x[:, chunk], products, chunk.start > 0)
         if right is not None and products is not None:
             whole = slice(0, branch.columns)
-            of_columns = (self.columns, self.rows, -branch.pair_offset)
+            of_columns = (columns, rows, -branch.pair_offset)
             self._finish(right, products, branch.left, *of_columns, whole, None)
-
-    def chunks(self, parts: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields rows, and 2 N dS of them [B, rows, N], of the rows' and the columns' softmax.
-
-        Times the gain, with zeros at the pairs. With one part both are one tensor, their sum; with
-        none nothing is yielded, and only the gradient of s is made.
-        """
-        branch, tile, dtype = self.branch, self.branch.tile, self.dtype
-        problems, columns, row_blocks = branch.problems, branch.columns, branch.row_blocks
-        pitch = 64 * triton.cdiv(columns, 64)  # rows begin at whole cache lines
-        block_bytes = parts * problems * tile.rows * pitch * dtype.itemsize
-        fitting = WORKSPACE_BYTES // block_bytes if block_bytes else row_blocks
-        at_once = max(1, min(row_blocks, fitting))
-        shape = (parts, problems, at_once * tile.rows, pitch)
-        workspace = torch.empty(shape, dtype=dtype, device=branch.right.device)
-        for first_block in range(0, row_blocks, at_once):
-            blocks = min(at_once, row_blocks - first_block)
-            kernels.grad_logits_kernel[(problems * blocks * branch.column_tiles,)](
-                *branch.operands(),
-                *self.rows.operands(),
-                *self.columns.operands(),
-                workspace[0] if parts else None,
-                workspace[1] if parts == 2 else None,
-                self.scale_partials,
-                *branch.sizes(),
-                self.total,
-                pitch,
-                at_once * tile.rows,
-                first_block,
-                blocks,
-                row_blocks,
-                SMOOTHING=self.label_smoothing,
-                GAIN=self.gain,
-                GROUP=8,
-                **branch.constants(),
-            )
-            if parts:
-                first, last = first_block * tile.rows, (first_block + blocks) * tile.rows
-                last = min(last, branch.rows)
-                chunk = workspace[:, :, : last - first, :columns]
-                yield slice(first, last), chunk[0], chunk[-1]
 
     def _finish(
         self,
@@ -245,47 +168,31 @@ class _Pass2:
         problems, count, width = out.shape
         tiles = triton.cdiv(product.shape[1], _GRADIENT["BLOCK_ROWS"])
         tiles *= triton.cdiv(width, _GRADIENT["BLOCK_COLUMNS"])
-        epilogues.gradient_kernel[(problems * tiles,)](
+        gradient_kernel[(problems * tiles,)](
             out,
             product,
             factors,
             add,
             own.nll,
             own.weight,
-            pair.nll if self.differentiate_keys else None,
-            pair.weight if self.differentiate_keys else None,
+            pair.nll if self.grad_logits.settings.differentiate_keys else None,
+            pair.weight if self.grad_logits.settings.differentiate_keys else None,
             self.unit,
             self.divisor,
             self.scale,
             count,
             factors.shape[2],
             pair_offset,
-            self.total,
+            self.grad_logits.total,
             width,
             factors.stride(0),
             rows.start,
             product.shape[1],
             TERMS=factors.shape[0],
-            SMOOTHING=self.label_smoothing,
-            GAIN=self.gain,
+            SMOOTHING=self.grad_logits.settings.label_smoothing,
+            GAIN=self.grad_logits.gain,
             **_GRADIENT,
         )
-
-
-def _positives(branch: Branch) -> Tensor:
-    # S_ii [B, N] of a whole batch.
-    samples, _, _, width, term_stride = branch.sizes()
-    positives = branch.new_empty(branch.problems, samples)
-    kernels.positives_kernel[(branch.problems * branch.row_blocks,)](
-        *branch.operands(),
-        positives,
-        samples,
-        width,
-        term_stride,
-        branch.row_blocks,
-        **branch.constants(),
-    )
-    return positives
 
 
 def _scale_gradient(
@@ -296,7 +203,7 @@ def _scale_gradient(
 ) -> Tensor:
     # The gradient of s [], added to add_to.
     out = partials.new_empty(()) if add_to is None else add_to
-    epilogues.scale_gradient_kernel[(1,)](
+    scale_gradient_kernel[(1,)](
         out,
         partials,
         unit,
@@ -324,3 +231,95 @@ def _multiply(
         torch.baddbmm(out, x, y, out_dtype=torch.float32, beta=beta, out=out)
     else:
         torch.baddbmm(out, x.float(), y.float(), beta=int(accumulate), out=out)
+
+
+@triton.jit
+def gradient_kernel(
+    out_ptr,  # [B, M, W]: `rows` rows of it are written
+    product_ptr,  # [B, rows, W] float32: Y times GAIN times 2 N dS without the pairs
+    factors_ptr,  # [TERMS, B, N, W]: Y, the sum of its terms
+    add_ptr,  # [B, M, W] float32, or None
+    nll_ptr,  # [B, M] float32, of the rows of out
+    weight_ptr,  # [B, M] float32, or None
+    pair_nll_ptr,  # [B, N] float32, of the rows of Y, or None: dS is of one softmax
+    pair_weight_ptr,  # [B, N] float32, or None
+    unit_ptr,  # [B] float32: what all is multiplied by, ...
+    divisor,  # ... and divided by
+    scale_ptr,  # [], or None: 1
+    count,  # M
+    pair_count,  # N
+    pair_offset,  # row i of out and row i + pair_offset of Y are a pair
+    total,  # samples of the batch
+    width,
+    term_stride,
+    first_row,
+    rows,
+    TERMS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    GAIN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """s dS Y + add, eq. (7), from the product that leaves out the positives.
+
+    They are added in float32: the largest entries of dS, and their rounding to 16 bits would be
+    most of the error.
+    """
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+    column_blocks = tl.cdiv(width, BLOCK_COLUMNS)
+    row_block = tl.program_id(0) % row_blocks
+    column_block = (tl.program_id(0) // row_blocks) % column_blocks
+    problem = (tl.program_id(0) // (row_blocks * column_blocks)).to(tl.int64)
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask, column_mask = row < rows, (column < width)[None, :]
+    at_row = problem * count + first_row + row
+    at = at_row[:, None] * width + column[None, :]
+    mask = row_mask[:, None] & column_mask
+
+    pair = first_row + row + pair_offset
+    paired = row_mask & (pair >= 0) & (pair < pair_count)
+    at_pair = problem * pair_count + pair
+    positive = grad_positive(nll_ptr, weight_ptr, at_row, row_mask, total, SMOOTHING)
+    if pair_nll_ptr is not None:
+        positive += grad_positive(pair_nll_ptr, pair_weight_ptr, at_pair, paired, total, SMOOTHING)
+    factors_ptr += at_pair[:, None] * width + column[None, :]
+    factors = tl.load(factors_ptr, mask=paired[:, None] & column_mask, other=0.0).to(tl.float32)
+    for term in tl.static_range(1, TERMS):
+        term_ptr = factors_ptr + term * tl.cast(term_stride, tl.int64)
+        factors += tl.load(term_ptr, mask=paired[:, None] & column_mask, other=0.0).to(tl.float32)
+
+    at_product = (problem * rows + row)[:, None] * width + column[None, :]
+    gradient = tl.load(product_ptr + at_product, mask=mask, other=0.0) * (1.0 / GAIN)
+    gradient += positive[:, None] * factors
+    weight = tl.load(unit_ptr + problem) / divisor
+    if scale_ptr is not None:
+        weight *= tl.load(scale_ptr).to(tl.float32)
+    gradient *= weight
+    if add_ptr is not None:
+        gradient += tl.load(add_ptr + at, mask=mask, other=0.0)
+    tl.store(out_ptr + at, rounded(gradient, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_gradient_kernel(
+    grad_scale_ptr,  # [] float32
+    partials_ptr,  # [B, parts] float32: of the sum of 2 N dS_ij (x_i . y_j)
+    unit_ptr,  # [B] float32: what all is multiplied by, ...
+    divisor,  # ... and divided by
+    parts,
+    count,  # B parts
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ds, eq. (7), added to grad_scale or written to it. One program: there are (N / 128)^2."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        entries = start + tl.arange(0, BLOCK)
+        valid = entries < count
+        weight = tl.load(unit_ptr + entries // parts, mask=valid, other=0.0) / divisor
+        sums += weight * tl.load(partials_ptr + entries, mask=valid, other=0.0)
+    gradient = tl.sum(sums)
+    if ACCUMULATE:
+        gradient += tl.load(grad_scale_ptr)
+    tl.store(grad_scale_ptr, gradient)

@@ -7,19 +7,20 @@ Prints one row a tile, fastest first: what the table should hold for this archit
 
 import argparse
 import re
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from himo_kernels import _triton
+from himo_kernels.info_nce.compose import Settings, Statistics
 from himo_kernels.info_nce.triton import tiles
-from himo_kernels.info_nce.triton.branch import features_branch
 from himo_kernels.info_nce.triton.gradients import Needs, gradients
-from himo_kernels.info_nce.triton.statistics import losses
+from himo_kernels.info_nce.triton.logits import features_branch
+from himo_kernels.info_nce.triton.losses import losses
 from himo_kernels.info_nce.triton.tiles import Tile
 from himo_kernels.testing import power_law
 
@@ -54,7 +55,7 @@ def time_ms(step: Callable[[], object], device: torch.device, repeats: int) -> f
             torch.cuda.synchronize(device)
         if repeat >= 2:
             times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return median(times)
 
 
 def forward_and_backward(image: Tensor, text: Tensor, scale: Tensor) -> None:
@@ -62,7 +63,8 @@ def forward_and_backward(image: Tensor, text: Tensor, scale: Tensor) -> None:
     branch = features_branch(image, text, scale)
     loss, row_nll, column_nll = losses(branch, 0.0)
     needs = Needs(left=True, right=True, scale=True)
-    gradients(branch, torch.ones_like(loss), row_nll, column_nll, 0.0, True, needs)
+    statistics = Statistics(row_nll, column_nll, torch.ones_like(loss))
+    gradients(branch, statistics, Settings(label_smoothing=0.0), needs)
 
 
 def main() -> None:

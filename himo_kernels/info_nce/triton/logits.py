@@ -1,13 +1,21 @@
-"""One loss as the kernels take it: S = s X Y^T, from features or from low-rank factors."""
+"""One loss as the kernels take it, S = s X Y^T, and the product of a tile of it.
+
+X [TERMS, B, M, W] is the sum of its terms: one for features, more for a product that 16 bits cannot
+hold. X and Y are contiguous and W is a multiple of 16, so that loads are whole vectors. `rank`
+bounds the inner dimension on the device, and both are zero past it. Row i and column
+i + pair_offset are a pair, where there is such a column: of a whole batch M = N and the offset is
+0. Offsets of problems and of blocks are int64, inside a block int32.
+"""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from himo_kernels.info_nce.triton.products import bounded_product
+from himo_kernels._triton_jit import dot
 from himo_kernels.info_nce.triton.tiles import Tile, precision_for, tile_for
 
 
@@ -70,50 +78,6 @@ def features_branch(image: Tensor, text: Tensor, scale: Tensor, pair_offset: int
     return Branch(padded(image).unsqueeze(0), padded(text), scale, pair_offset=pair_offset)
 
 
-# What the sum of X's terms holds of a float32 number: 24 bits, 22 bits, all.
-_TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
-
-
-@dataclass(frozen=True)
-class Factors:
-    """V, C and B of component_features = C B, all with zeros past the rank."""
-
-    image: Tensor  # [B, N, W of D]
-    coefficients: Tensor  # [B, N, W]
-    basis: Tensor  # [B, W, W of D]
-    rank: Tensor  # [B] int64, at least 0 and at most W
-
-
-def kept_factors(
-    image: Tensor,  # [*, N, D]
-    coefficients: Tensor,  # [*, N, K]
-    basis: Tensor,  # [*, K, D]
-    rank: Tensor,  # [*] int64
-) -> Factors:
-    """Returns the factors with what is past the rank set to zero: nobody need have filled it."""
-    coefficients, basis = padded(coefficients), padded(basis, rows=True)
-    rank = rank.reshape(-1).clamp(0, coefficients.shape[-1])
-    kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank[:, None]  # [B, W]
-    return Factors(
-        padded(image),
-        torch.where(kept[:, None, :], coefficients, 0.0),
-        torch.where(kept[:, :, None], basis, 0.0),
-        rank,
-    )
-
-
-def factors_branch(factors: Factors, scale: Tensor) -> Branch:
-    """Returns the loss of images against coefficients @ basis, inside the K columns of a factor.
-
-    V (C B)^T = (V B^T) C^T, whose inner dimension is the rank. V B^T in 16 bits would cost the
-    logits their digits, so it is kept in terms of 16 bits. In float16 it must stay below 65504.
-    """
-    dtype, shape = factors.image.dtype, factors.coefficients.shape
-    left = torch.empty((_TERMS[dtype], *shape), dtype=dtype, device=factors.image.device)
-    bounded_product(factors.image, factors.basis.mT, factors.rank, "columns", left)
-    return Branch(left, factors.coefficients, scale, factors.rank)
-
-
 def padded(x: Tensor, rows: bool = False) -> Tensor:
     """Returns [*, N, D] as [B, N, W], contiguous, W the next multiple of 16; N too if rows.
 
@@ -124,3 +88,54 @@ def padded(x: Tensor, rows: bool = False) -> Tensor:
     if columns_missing or rows_missing:
         x = F.pad(x, (0, columns_missing, 0, rows_missing))
     return x.contiguous()
+
+
+@triton.jit
+def tile_products(
+    left_ptr,  # [TERMS, M, W] of one problem
+    right_ptr,  # [N, W] of one problem
+    first_row,
+    first_column,
+    row_count,  # M
+    column_count,  # N
+    width,
+    inner,  # columns of W that count
+    term_stride,
+    TERMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """X Y^T [BLOCK_ROWS, BLOCK_COLUMNS] in float32; zeros past M and N."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    depth = tl.arange(0, BLOCK_INNER)
+    left_ptr += first_row.to(tl.int64) * width
+    right_ptr += first_column.to(tl.int64) * width
+    left = left_ptr + rows[:, None] * width + depth[None, :]
+    right = right_ptr + columns[None, :] * width + depth[:, None]
+    row_mask = (first_row + rows < row_count)[:, None]
+    column_mask = (first_column + columns < column_count)[None, :]
+    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, inner, BLOCK_INNER):
+        kept = start + depth < inner
+        y = tl.load(right + start, mask=kept[:, None] & column_mask, other=0.0)
+        for term in tl.static_range(TERMS):
+            x_ptr = left + term * tl.cast(term_stride, tl.int64) + start
+            x = tl.load(x_ptr, mask=kept[None, :] & row_mask, other=0.0)
+            accumulator = dot(x, y, accumulator, PRECISION)
+    return accumulator
+
+
+@triton.jit
+def up_to_rank(rank_ptr, problem, width):
+    """rank rounded up to whole vectors of 16, or the width where there is none.
+
+    What lies between is zero, and masks of whole vectors keep loads whole.
+    """
+    if rank_ptr is None:
+        inner = width
+    else:
+        inner = (tl.cdiv(tl.load(rank_ptr + problem), 16) * 16).to(tl.int32)
+    return inner

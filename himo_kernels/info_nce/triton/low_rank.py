@@ -1,9 +1,11 @@
-"""Matrix products that a rank on the device bounds: those of the low-rank component branch.
+"""The low-rank branch: its factors, and the matrix products that a rank on the device bounds.
 
 torch.bmm reads every column of its operands whatever the rank is; here a block past the rank costs
 one store of zeros, and an inner loop ends at the rank. All other products are torch's. The bounded
 dimension is a multiple of 16, and what bounds it zero past the rank.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,8 +13,85 @@ import triton.language as tl
 from torch import Tensor
 
 from himo_kernels._triton_jit import dot, rounded
-from himo_kernels.info_nce.triton.kernels import up_to_rank
+from himo_kernels.info_nce.compose import Factors
+from himo_kernels.info_nce.triton.logits import Branch, padded, up_to_rank
 from himo_kernels.info_nce.triton.tiles import Tile, precision_for, product_tile_for
+
+# What the sum of X's terms holds of a float32 number: 24 bits, 22 bits, all.
+_TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
+
+
+@dataclass(frozen=True)
+class KeptFactors:
+    """V, C and B of component_features = C B, all with zeros past the rank."""
+
+    image: Tensor  # [B, N, W of D]
+    coefficients: Tensor  # [B, N, W]
+    basis: Tensor  # [B, W, W of D]
+    rank: Tensor  # [B] int64, at least 0 and at most W
+
+
+def kept_factors(
+    image: Tensor,  # [*, N, D]
+    factors: Factors,
+) -> KeptFactors:
+    """Returns the factors with what is past the rank set to zero: nobody need have filled it."""
+    coefficients, basis = padded(factors.coefficients), padded(factors.basis, rows=True)
+    rank = factors.rank.reshape(-1).clamp(0, coefficients.shape[-1])
+    kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank[:, None]  # [B, W]
+    return KeptFactors(
+        padded(image),
+        torch.where(kept[:, None, :], coefficients, 0.0),
+        torch.where(kept[:, :, None], basis, 0.0),
+        rank,
+    )
+
+
+def factors_branch(factors: KeptFactors, scale: Tensor) -> Branch:
+    """Returns the loss of images against coefficients @ basis, inside the K columns of a factor.
+
+    V (C B)^T = (V B^T) C^T, whose inner dimension is the rank. V B^T in 16 bits would cost the
+    logits their digits, so it is kept in terms of 16 bits. In float16 it must stay below 65504.
+    """
+    dtype, shape = factors.image.dtype, factors.coefficients.shape
+    left = torch.empty((_TERMS[dtype], *shape), dtype=dtype, device=factors.image.device)
+    bounded_product(factors.image, factors.basis.mT, factors.rank, "columns", left)
+    return Branch(left, factors.coefficients, scale, factors.rank)
+
+
+def bounded_product(
+    x: Tensor,  # [B, M, K]
+    y: Tensor,  # [B, K, L], of the dtype of x, or narrower where x is float32
+    rank: Tensor,  # [B] int64, at least 0 and at most the bounded dimension
+    bound: str,  # "rows", "columns" or "inner"
+    out: Tensor,  # [B, M, L], or [TERMS, B, M, L] for a product in parts; last dimension contiguous
+    *,
+    accumulate: bool = False,
+) -> None:
+    """Writes x @ y to out, or adds it, where the rank of each problem bounds M, L or K."""
+    parts = out if out.dim() == 4 else out.unsqueeze(0)
+    terms, problems, rows, columns = parts.shape
+    tile: Tile = product_tile_for(x)
+    grid = (problems * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    # float32 beside 16-bit features: three TF32 products keep 22 bits, at tensor core speed.
+    mixed = x.dtype == torch.float32 and y.dtype != torch.float32
+    bounded_product_kernel[grid](
+        x,
+        y,
+        parts,
+        rank,
+        rows,
+        columns,
+        x.shape[-1],
+        *x.stride(),
+        *y.stride(),
+        *parts.stride()[:3],
+        BOUND=bound,
+        TERMS=terms,
+        ACCUMULATE=accumulate,
+        PRECISION="tf32x3" if mixed else precision_for(x.dtype),
+        **tile.constants(),
+    )
 
 
 @triton.jit
@@ -90,38 +169,3 @@ def bounded_product_kernel(
         part = rounded(accumulator, out_ptr.dtype.element_ty)
         tl.store(out_ptr + term * tl.cast(out_term_stride, tl.int64) + out_at, part, mask=inside)
         accumulator -= part.to(tl.float32)
-
-
-def bounded_product(
-    x: Tensor,  # [B, M, K]
-    y: Tensor,  # [B, K, L], of the dtype of x, or narrower where x is float32
-    rank: Tensor,  # [B] int64, at least 0 and at most the bounded dimension
-    bound: str,  # "rows", "columns" or "inner"
-    out: Tensor,  # [B, M, L], or [TERMS, B, M, L] for a product in parts; last dimension contiguous
-    *,
-    accumulate: bool = False,
-) -> None:
-    """Writes x @ y to out, or adds it, where the rank of each problem bounds M, L or K."""
-    parts = out if out.dim() == 4 else out.unsqueeze(0)
-    terms, problems, rows, columns = parts.shape
-    tile: Tile = product_tile_for(x)
-    grid = (problems * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-    # float32 beside 16-bit features: three TF32 products keep 22 bits, at tensor core speed.
-    mixed = x.dtype == torch.float32 and y.dtype != torch.float32
-    bounded_product_kernel[grid](
-        x,
-        y,
-        parts,
-        rank,
-        rows,
-        columns,
-        x.shape[-1],
-        *x.stride(),
-        *y.stride(),
-        *parts.stride()[:3],
-        BOUND=bound,
-        TERMS=terms,
-        ACCUMULATE=accumulate,
-        PRECISION="tf32x3" if mixed else precision_for(x.dtype),
-        **tile.constants(),
-    )

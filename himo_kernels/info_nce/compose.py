@@ -1,0 +1,157 @@
+"""The three operators from one loss: a backend gives `fwd` and `bwd` of a Loss, no more.
+
+Each operator is a list of losses that share the images and the logit scale (LOSSES). Their
+gradients of both are handed from one loss to the next, which adds its own: one rounding for the
+sum, and room for one gradient.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+# The keys of each loss of an operator, in the order of its schema.
+LOSSES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "info_nce": (("text_features",),),
+    "dual_info_nce": (("text_features",), ("component_features",)),
+    "dual_info_nce_low_rank": (("text_features",), ("coefficients", "basis", "rank")),
+}
+
+
+class Factors(NamedTuple):
+    """Keys U = C B of which the first `rank` columns of C and rows of B count."""
+
+    coefficients: Tensor  # C [*, N, K]
+    basis: Tensor  # B [*, K, D]
+    rank: Tensor  # [*] int64; above K: all, below 1: none
+
+
+class Settings(NamedTuple):
+    """What the losses of a call share beside tensors."""
+
+    label_smoothing: float
+    differentiate_keys: bool = True  # the forward does not read it
+
+
+class Loss(NamedTuple):
+    """One InfoNCE: logits S = s V U^T."""
+
+    image_features: Tensor  # V [*, N, D]
+    keys: Tensor | Factors  # U [*, N, D]
+    logit_scale: Tensor  # s []
+    settings: Settings
+    products: Tensor | None = None  # V U^T [*, N, N], written forward and read backward
+
+
+class Statistics(NamedTuple):
+    """What is saved of a loss, and the gradient that comes back to it."""
+
+    row_nll: Tensor  # [*, N]
+    column_nll: Tensor  # [*, N]
+    grad_loss: Tensor  # [*]
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward makes."""
+
+    images: bool
+    keys: tuple[bool, ...]  # one, or those of coefficients and basis
+    scale: bool
+    # Whether no loss adds to those of images and scale after this one. Before, they have any
+    # layout that suits the backend; at last, the shape of their inputs.
+    last: bool = True
+
+
+class Gradients(NamedTuple):
+    """Gradients in any dtype: they are rounded to their inputs' here. What is unneeded is unread.
+
+    Those of images and scale include what the losses before left in add_to.
+    """
+
+    images: Tensor | None = None  # [*, N, D]
+    scale: Tensor | None = None  # []
+    keys: tuple[Tensor | None, ...] = ()  # one, or those of coefficients and basis
+
+
+class Forward(Protocol):
+    """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
+
+    def __call__(self, loss: Loss) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Backward(Protocol):
+    """Returns the gradients of a loss, added to those of the losses before."""
+
+    def __call__(
+        self, loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients
+    ) -> Gradients: ...
+
+
+def input_names(operator: str) -> tuple[str, ...]:
+    """Returns the inputs of an operator in the order of its schema. rank has no gradient."""
+    return "image_features", *itertools.chain(*LOSSES[operator]), "logit_scale"
+
+
+def passes(operator: str, fwd: Forward, bwd: Backward) -> dict[str, Callable[..., Any]]:
+    """Returns the passes of an operator, with its schemas' arguments, from those of one loss."""
+    return {"fwd": partial(_fwd, operator, fwd), "bwd": partial(_bwd, operator, bwd)}
+
+
+def _fwd(
+    operator: str, fwd: Forward, *arguments: Any, products: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    # (loss, row nll, column nll) of each loss.
+    *inputs, label_smoothing = arguments
+    named = dict(zip(input_names(operator), inputs, strict=True))
+    losses = _losses(operator, named, Settings(label_smoothing), products)
+    return tuple(itertools.chain.from_iterable(map(fwd, losses)))
+
+
+def _bwd(
+    operator: str, bwd: Backward, *arguments: Any, products: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    # One gradient for each input but rank, in its dtype; empty where it is not needed.
+    *tensors, label_smoothing, differentiate_keys, needs_grad = arguments
+    names, count = input_names(operator), len(LOSSES[operator])
+    grad_losses, tensors = tensors[:count], tensors[count:]
+    inputs = dict(zip(names, tensors, strict=False))
+    nlls = tensors[len(names) :]
+    pairs = zip(nlls[::2], nlls[1::2], strict=True)
+    needed = dict(zip((name for name in names if name != "rank"), needs_grad, strict=True))
+    gradients: dict[str, Tensor | None] = {}
+    shared = Gradients()
+    losses = _losses(operator, inputs, Settings(label_smoothing, differentiate_keys), products)
+    for index, (loss, grad_loss, nll) in enumerate(zip(losses, grad_losses, pairs, strict=True)):
+        keys = [name for name in LOSSES[operator][index] if name in needed]
+        needs = Needs(
+            needed["image_features"],
+            tuple(needed[name] for name in keys),
+            needed["logit_scale"],
+            last=index == count - 1,
+        )
+        shared = bwd(loss, Statistics(*nll, grad_loss), needs, shared)
+        gradients.update(zip(keys, shared.keys, strict=False))
+    gradients |= {"image_features": shared.images, "logit_scale": shared.scale}
+    return tuple(
+        _in_dtype(inputs[name], gradients[name] if need else None) for name, need in needed.items()
+    )
+
+
+def _losses(
+    operator: str, inputs: dict[str, Tensor], settings: Settings, products: Tensor | None
+) -> Iterator[Loss]:
+    for index, names in enumerate(LOSSES[operator]):
+        keys = [inputs[name] for name in names]
+        yield Loss(
+            inputs["image_features"],
+            keys[0] if len(keys) == 1 else Factors(*keys),
+            inputs["logit_scale"],
+            settings,
+            None if products is None else products[index],
+        )
+
+
+def _in_dtype(value: Tensor, grad: Tensor | None) -> Tensor:
+    return value.new_empty(0) if grad is None else grad.to(value.dtype)

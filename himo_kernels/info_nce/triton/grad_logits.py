@@ -1,0 +1,294 @@
+"""Pass 2: the logits again, and dS of them, a chunk of rows at a time in a bounded workspace.
+
+Nothing here reads a value on the host: shapes alone decide, so a CUDA graph can hold all of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from himo_kernels._triton_jit import rounded
+from himo_kernels.info_nce.compose import Settings
+from himo_kernels.info_nce.triton.logits import Branch, tile_products, up_to_rank
+
+# dS of as many rows as fit. Large enough that the products with it are of some thousand rows at
+# N = 32768, where they run at the rate of large ones.
+WORKSPACE_BYTES = 256 * 2**20
+# Samples from which dS of 16-bit features has 16 bits, for the tensor cores. Below, its products
+# cost nothing beside the launches, and the gradients are rounded once, to the features' dtype.
+ROUNDED_FROM = 128
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The softmax of the rows, or of the columns; all float32 and contiguous."""
+
+    positives: Tensor  # [B, n]: S of the pair of each
+    nll: Tensor  # [B, n]
+    weight: Tensor | None = None  # [B, n]: gradient of each nll; None: 1
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.positives, self.nll, self.weight
+
+
+@dataclass(frozen=True)
+class GradLogits:
+    """2 N dS of one loss, or of a block of one."""
+
+    branch: Branch
+    rows: Direction
+    columns: Direction
+    settings: Settings
+    total: int  # samples of the batch
+    scale_partials: Tensor | None = None  # [B, row blocks, column tiles], of a whole batch
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.branch.right.dtype if self.total >= ROUNDED_FROM else torch.float32
+
+    @property
+    def gain(self) -> float:
+        # float16 has no digits left for a probability of 1e-5, float32 and bfloat16 have.
+        return 1024.0 if self.dtype == torch.float16 else 1.0
+
+    def chunks(self, parts: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields rows, and 2 N dS of them [B, rows, N], of the rows' and the columns' softmax.
+
+        Times the gain, with zeros at the pairs. With one part both are one tensor, their sum; with
+        none nothing is yielded, and only the gradient of s is made.
+        """
+        branch, tile, dtype = self.branch, self.branch.tile, self.dtype
+        problems, columns, row_blocks = branch.problems, branch.columns, branch.row_blocks
+        pitch = 64 * triton.cdiv(columns, 64)  # rows begin at whole cache lines
+        block_bytes = parts * problems * tile.rows * pitch * dtype.itemsize
+        fitting = WORKSPACE_BYTES // block_bytes if block_bytes else row_blocks
+        at_once = max(1, min(row_blocks, fitting))
+        shape = (parts, problems, at_once * tile.rows, pitch)
+        workspace = torch.empty(shape, dtype=dtype, device=branch.right.device)
+        for first_block in range(0, row_blocks, at_once):
+            blocks = min(at_once, row_blocks - first_block)
+            grad_logits_kernel[(problems * blocks * branch.column_tiles,)](
+                *branch.operands(),
+                *self.rows.operands(),
+                *self.columns.operands(),
+                workspace[0] if parts else None,
+                workspace[1] if parts == 2 else None,
+                self.scale_partials,
+                *branch.sizes(),
+                self.total,
+                pitch,
+                at_once * tile.rows,
+                first_block,
+                blocks,
+                row_blocks,
+                SMOOTHING=self.settings.label_smoothing,
+                GAIN=self.gain,
+                GROUP=8,
+                **branch.constants(),
+            )
+            if parts:
+                first, last = first_block * tile.rows, (first_block + blocks) * tile.rows
+                last = min(last, branch.rows)
+                chunk = workspace[:, :, : last - first, :columns]
+                yield slice(first, last), chunk[0], chunk[-1]
+
+
+def positives_of(branch: Branch) -> Tensor:
+    """Returns S_ii [B, N] of a whole batch."""
+    samples, _, _, width, term_stride = branch.sizes()
+    positives = branch.new_empty(branch.problems, samples)
+    positives_kernel[(branch.problems * branch.row_blocks,)](
+        *branch.operands(),
+        positives,
+        samples,
+        width,
+        term_stride,
+        branch.row_blocks,
+        **branch.constants(),
+    )
+    return positives
+
+
+@triton.jit
+def grad_logits_kernel(
+    left_ptr,  # [TERMS, B, M, W]
+    right_ptr,  # [B, N, W]
+    rank_ptr,  # [B] int64, or None
+    scale_ptr,  # []
+    row_positives_ptr,  # [B, M] float32
+    row_nll_ptr,  # [B, M] float32
+    row_weight_ptr,  # [B, M] float32, or None: 1
+    column_positives_ptr,  # [B, N] float32
+    column_nll_ptr,  # [B, N] float32
+    column_weight_ptr,  # [B, N] float32, or None: 1
+    grad_rows_ptr,  # [B, chunk, pitch], or None: (P - eps / total) GAIN of rows, 0 at pairs, ...
+    grad_columns_ptr,  # [B, chunk, pitch], or None: ... and of C; None: their sum in grad_rows
+    scale_partials_ptr,  # [B, row blocks, column tiles] float32, of a whole batch, or None
+    row_count,  # M
+    column_count,  # N
+    pair_offset,
+    width,
+    term_stride,
+    total,  # samples of the batch
+    pitch,
+    chunk_rows,
+    first_block,  # of this launch
+    row_blocks,  # of this launch
+    all_row_blocks,
+    TERMS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    GAIN: tl.constexpr,
+    GROUP: tl.constexpr,  # blocks of rows that are walked column by column, for L2
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Pass 2: S again, a tile of 2 N dS into a workspace, and its part of ds."""
+    tiles = tl.cdiv(column_count, BLOCK_COLUMNS)
+    problem = (tl.program_id(0) // (row_blocks * tiles)).to(tl.int64)
+    program = tl.program_id(0) % (row_blocks * tiles)
+    group = program // (GROUP * tiles)
+    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
+    block = group * GROUP + (program % (GROUP * tiles)) % group_rows
+    tile = (program % (GROUP * tiles)) // group_rows
+
+    first_row = (first_block + block) * BLOCK_ROWS
+    first_column = tile * BLOCK_COLUMNS
+    products = tile_products(
+        left_ptr + problem * row_count * width,
+        right_ptr + problem * column_count * width,
+        first_row,
+        first_column,
+        row_count,
+        column_count,
+        width,
+        up_to_rank(rank_ptr, problem, width),
+        term_stride,
+        TERMS,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_INNER,
+        PRECISION,
+    )
+    logits = tl.load(scale_ptr).to(tl.float32) * products
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    row_mask, column_mask = rows < row_count, columns < column_count
+    at_rows, at_columns = problem * row_count + rows, problem * column_count + columns
+
+    positives = tl.load(row_positives_ptr + at_rows, mask=row_mask, other=0.0)
+    nll = tl.load(row_nll_ptr + at_rows, mask=row_mask, other=0.0)
+    grad_rows = tl.exp((logits - positives[:, None]) - nll[:, None]) - SMOOTHING / total
+    positives = tl.load(column_positives_ptr + at_columns, mask=column_mask, other=0.0)
+    nll = tl.load(column_nll_ptr + at_columns, mask=column_mask, other=0.0)
+    grad_columns = tl.exp((logits - positives[None, :]) - nll[None, :]) - SMOOTHING / total
+    if row_weight_ptr is not None:
+        grad_rows *= tl.load(row_weight_ptr + at_rows, mask=row_mask, other=0.0)[:, None]
+    if column_weight_ptr is not None:
+        weight = tl.load(column_weight_ptr + at_columns, mask=column_mask, other=0.0)
+        grad_columns *= weight[None, :]
+    pairs = rows[:, None] + pair_offset == columns[None, :]
+    negatives = row_mask[:, None] & column_mask[None, :] & ~pairs
+    grad_rows = tl.where(negatives, grad_rows, 0.0)
+    grad_columns = tl.where(negatives, grad_columns, 0.0)
+
+    if scale_partials_ptr is not None:
+        part = tl.sum((grad_rows + grad_columns) * products)
+        if first_row // BLOCK_COLUMNS == tile:  # a whole batch: BLOCK_ROWS divides BLOCK_COLUMNS
+            diagonal = grad_positive(row_nll_ptr, None, at_rows, row_mask, total, SMOOTHING)
+            diagonal += grad_positive(column_nll_ptr, None, at_rows, row_mask, total, SMOOTHING)
+            part += tl.sum(diagonal * tl.sum(tl.where(pairs, products, 0.0), 1))
+        at = (problem * all_row_blocks + first_block + block) * tiles + tile
+        tl.store(scale_partials_ptr + at, part)
+    if grad_rows_ptr is not None:
+        inside = row_mask[:, None] & column_mask[None, :]
+        start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
+        at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        dtype = grad_rows_ptr.dtype.element_ty
+        if grad_columns_ptr is None:
+            grad = (grad_rows + grad_columns) * GAIN
+            tl.store(grad_rows_ptr + start + at, rounded(grad, dtype), mask=inside)
+        else:
+            tl.store(grad_rows_ptr + start + at, rounded(grad_rows * GAIN, dtype), mask=inside)
+            tl.store(
+                grad_columns_ptr + start + at, rounded(grad_columns * GAIN, dtype), mask=inside
+            )
+
+
+@triton.jit
+def positives_kernel(
+    left_ptr,  # [TERMS, B, N, W]
+    right_ptr,  # [B, N, W]
+    rank_ptr,  # [B] int64, or None
+    scale_ptr,  # []
+    positives_ptr,  # [B, N] float32
+    samples,
+    width,
+    term_stride,
+    row_blocks,
+    TERMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """S_ii of a whole batch by the tiles that hold them, not by N dot products.
+
+    The same bits as S_ij of equal rows in pass 2, whose gradient is then zero to the last bit.
+    """
+    first_row = (tl.program_id(0) % row_blocks) * BLOCK_ROWS
+    problem = (tl.program_id(0) // row_blocks).to(tl.int64)
+    first_column = first_row // BLOCK_COLUMNS * BLOCK_COLUMNS
+    products = tile_products(
+        left_ptr + problem * samples * width,
+        right_ptr + problem * samples * width,
+        first_row,
+        first_column,
+        samples,
+        samples,
+        width,
+        up_to_rank(rank_ptr, problem, width),
+        term_stride,
+        TERMS,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_INNER,
+        PRECISION,
+    )
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    logits = tl.load(scale_ptr).to(tl.float32) * products
+    positives = tl.sum(tl.where(rows[:, None] == columns[None, :], logits, 0.0), 1)
+    tl.store(positives_ptr + problem * samples + rows, positives, mask=rows < samples)
+
+
+@triton.jit
+def grad_positive(
+    nll_ptr,  # float32
+    weight_ptr,  # float32, or None: 1
+    at,  # [BLOCK]
+    mask,  # [BLOCK]
+    total,  # samples of the batch
+    SMOOTHING: tl.constexpr,
+):
+    """2 N dS of the positives of one direction, eq. (6): w (P_ii - (1 - eps) - eps / N)."""
+    # P_ii - 1 = expm1(-nll): one less a probability near one would lose the digits.
+    nll = tl.load(nll_ptr + at, mask=mask, other=0.0)
+    gradient = _expm1(-nll) + (SMOOTHING - SMOOTHING / total)
+    if weight_ptr is not None:
+        gradient *= tl.load(weight_ptr + at, mask=mask, other=0.0)
+    return gradient
+
+
+@triton.jit
+def _expm1(x):
+    # exp(x) - 1 for x <= 0, all digits: near 0 by its series, to x^11.
+    series = 1 + x * (1.0 / 11)
+    for index in tl.static_range(10, 1, -1):
+        series = 1 + x * (1.0 / index) * series
+    return tl.where(x > -1, x * series, tl.exp(x) - 1)
