@@ -1,19 +1,27 @@
 """Line charts over a logarithmic axis as SVG files that stand alone, light and dark.
 
-The charts of himo.report live in a page and take its style; a file that a README shows as an image
-has to bring its own. Scales and colours are theirs.
+A chart of himo_charts in a frame: a file that a README shows as an image has no page around it, so
+it brings the style, its title and the names of its curves.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import pairwise
 
-from himo.report.scales import Scale, fit, number
-from himo.report.style import COLOURS, DARK, LIGHT
+from himo_charts.scales import Scale, fit, number
+from himo_charts.svg import Line as Curve
+from himo_charts.svg import dots, label, line_chart, series_class, style, text
 
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 190, 56, 46  # margins; names stand at the right
+AREA = HEIGHT - TOP - BOTTOM  # pixels between the axis and the highest value
+
+_STYLE = """
+text { font-family: sans-serif; }
+text.title { font-size: 15px; font-weight: 600; }
+.page { fill: var(--page); }
+.run0.solid { stroke-width: 3; }
+"""
 
 
 @dataclass(frozen=True)
@@ -28,58 +36,52 @@ class Line:
 def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> str:
     """The chart of positive values over sizes, both logarithmic where they span decades."""
     x = Scale(sizes[0], sizes[-1], log=True)
-    values = [value for line in lines for _, value in line.points]
-    y = fit(values, log=True) or Scale(0, 1)
-
-    def across(size: int) -> float:
-        return LEFT + x.at(size) * (WIDTH - LEFT - RIGHT)
-
-    def down(value: float) -> float:
-        return HEIGHT - BOTTOM - y.at(value) * (HEIGHT - TOP - BOTTOM)
-
-    ticks = y.ticks()
-    parts = [
-        f'<text class="title" x="{LEFT}" y="22">{escape(title)}</text>',
-        f'<text class="quiet" x="{LEFT}" y="42">{escape(unit)}</text>',
-        f'<text class="quiet" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">N</text>',
-    ]
-    for tick in ticks:
-        parts.append(
-            f'<path class="grid" d="M{LEFT} {down(tick):.1f}H{WIDTH - RIGHT}"/>'
-            f'<text class="quiet" x="{LEFT - 8}" y="{down(tick) + 4:.1f}" text-anchor="end">'
-            f"{tick:,.10g}</text>"
-        )
-    for size in sizes:
-        parts.append(
-            f'<text class="quiet" x="{across(size):.1f}" y="{HEIGHT - BOTTOM + 20}" '
-            f'text-anchor="middle">{size:,}</text>'
-        )
-    places = _apart([down(line.points[-1][1]) if line.points else TOP for line in lines])
-    for index, (line, place) in enumerate(zip(lines, places, strict=True)):
-        path = "L".join(f"{across(n):.1f} {down(value):.1f}" for n, value in line.points)
-        dots = "".join(
-            f'<circle cx="{across(n):.1f}" cy="{down(value):.1f}" r="3.5">'
-            f"<title>{escape(line.name)}, N = {n:,}: {number(value)} {escape(unit)}</title>"
-            "</circle>"
-            for n, value in line.points
-        )
-        # OOM stands above the size at which there is no value, each line on a row of its own.
-        marks = "".join(
-            f'<text class="oom" x="{across(n):.1f}" y="{TOP + 4 + 15 * index}" '
-            f'text-anchor="{"end" if n == sizes[-1] else "middle"}">OOM</text>'
-            for n in line.out_of_memory
-        )
-        width = 3 if index == 0 else 1.5
-        parts.append(
-            f'<g class="s{index % COLOURS}"><path d="M{path}" stroke-width="{width}"/>{dots}{marks}'
-            f'<text class="name" x="{WIDTH - RIGHT + 14}" y="{place + 4:.1f}">'
-            f"{escape(line.name)}</text></g>"
-        )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
-        f"<title>{escape(title)}</title><style>{_style()}</style>"
-        f'<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>{"".join(parts)}</svg>\n'
+    y = fit((value for line in lines for _, value in line.points), log=True) or Scale(0, 1)
+    heights = [AREA * (1 - y.at(line.points[-1][1])) if line.points else 0.0 for line in lines]
+    marks = "".join(
+        _marks(run, line, unit, x, y, 1 - height / AREA)
+        for run, (line, height) in enumerate(zip(lines, _apart(heights), strict=True))
     )
+    chart = line_chart(
+        "chart",
+        title,
+        unit,
+        x,
+        y,
+        [
+            Curve(run, [n for n, _ in line.points], [value for _, value in line.points])
+            for run, line in enumerate(lines)
+        ],
+        x_label="N",
+        over=marks,
+        x_ticks=sizes,
+        names=lambda ticks: [f"{tick:,.10g}" for tick in ticks],
+        height="100%",
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">'
+        f"<style>{style()}{_STYLE}</style>"
+        f'<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>'
+        f'<text class="title" x="{LEFT}" y="22">{text(title)}</text>'
+        f'<text class="tick" x="{LEFT}" y="42">{text(unit)}</text>'
+        f'<svg x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{AREA}">{chart}</svg>'
+        "</svg>\n"
+    )
+
+
+def _marks(run: int, line: Line, unit: str, x: Scale, y: Scale, height: float) -> str:
+    """The dots of a line, its name at a share of the height, and OOM where it has no value."""
+    told = [
+        (x.at(n), y.at(value), f"{line.name}, N = {n:,}: {number(value)} {unit}")
+        for n, value in line.points
+    ]
+    # OOM stands above the size at which there is no value, each line on a row of its own.
+    oom = "".join(
+        label(x.at(n), 1, "OOM", "run", dy=4 + 15 * run, anchor="end" if x.at(n) == 1 else "middle")
+        for n in line.out_of_memory
+    )
+    name = label(1, height, line.name, "run", dx=14, dy=4, anchor="start")
+    return f'{dots(run, told, 3.5)}<g class="{series_class(run)}">{oom}{name}</g>'
 
 
 def _apart(places: Sequence[float], least: float = 15) -> list[float]:
@@ -88,23 +90,5 @@ def _apart(places: Sequence[float], least: float = 15) -> list[float]:
     order = sorted(range(len(places)), key=places.__getitem__)
     for before, after in pairwise(order):
         moved[after] = max(moved[after], moved[before] + least)
-    excess = max([0.0, *(place - (HEIGHT - BOTTOM) for place in moved)])
+    excess = max([0.0, *(place - AREA for place in moved)])
     return [place - excess for place in moved]
-
-
-def _style() -> str:
-    def colours(theme: dict[str, str]) -> str:
-        lines = "".join(f".s{i}{{color:{theme[f'c{i}']}}}" for i in range(COLOURS))
-        return (
-            f".page{{fill:{theme['page']}}}text{{fill:{theme['text']}}}"
-            f".quiet{{fill:{theme['quiet']}}}.grid{{stroke:{theme['grid']}}}{lines}"
-        )
-
-    return (
-        "text{font:12px sans-serif}.title{font-size:15px;font-weight:600}"
-        "path{fill:none;stroke:currentColor}circle,.name,.oom{fill:currentColor}"
-        f".name,.oom{{font-weight:600}}{colours(LIGHT)}"
-        f"@media(prefers-color-scheme:dark){{{colours(DARK)}}}"
-        # After the colours of text, which would win otherwise.
-        "g .name,g .oom{fill:currentColor}"
-    )

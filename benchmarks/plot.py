@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import charts
 from benchmarks import rows as table
 from benchmarks.cases import OPTIONS, Case
 from benchmarks.rows import LIBRARY, BenchmarkError, Row
@@ -193,8 +194,6 @@ def update(text: str, contents: dict[str, str]) -> str:
 
 def draw(rows: list[Row]) -> dict[str, str]:
     """{file name: SVG}: time and extra memory over N, for each operator and dtype with 3 sizes."""
-    from benchmarks import charts  # with himo's scales, which tables do without
-
     found: dict[str, str] = {}
     for op in LABELS:
         for dtype in ("float32", "bfloat16"):

@@ -3,6 +3,9 @@
 A process that is killed, stopped or raises must not leave the others waiting in a collective. Each
 writes a sign of life to torchrun's store every second and watches its neighbour's; what raises
 leaves its reason there. Whoever finds a reason, or silence, prints it and ends.
+
+By hand because torchrun acts on an exit alone: by itself it leaves a stopped rank for 83 s, its
+`@record` tells no other rank the reason, and the run ends 19 s after a kill, 23 s after a raise.
 """
 
 import gc

@@ -4,6 +4,7 @@ A text is cleaned (ftfy, HTML entities, runs of white space), lowered, cut into 
 expression, and each word is merged from its UTF-8 bytes by the ranked merges of the vocabulary
 (`himo/vocabulary/README.md` has its source and the layout of the ids). What costs time is done
 once: printable ASCII needs no cleaning, and the ids of every chunk between two spaces are kept.
+By hand because the libraries for it bring a download of the vocabulary, a compiled core or both.
 """
 
 import functools

@@ -184,6 +184,18 @@ def test_an_op_imports_torch_and_this_package_alone(path: Path) -> None:
     assert not any(name.endswith(".api") for name in _imports(path))
 
 
+def test_the_charts_import_the_standard_library_alone() -> None:
+    # Benchmarks draw where neither himo nor what it needs is installed.
+    for path in PACKAGE.with_name("himo_charts").glob("*.py"):
+        packages = {name.split(".")[0] for name in _imports(path)}
+        assert packages - sys.stdlib_module_names <= {"himo_charts"}, path
+
+
+def test_the_benchmarks_import_nothing_of_the_trainer() -> None:
+    for path in PACKAGE.with_name("benchmarks").rglob("*.py"):
+        assert "himo" not in {name.split(".")[0] for name in _imports(path)}, path
+
+
 @each_file
 def test_a_file_imports_torch_alone_and_never_the_package_above(path: Path) -> None:
     names = list(_imports(path))
@@ -197,7 +209,7 @@ def test_a_file_imports_torch_alone_and_never_the_package_above(path: Path) -> N
         assert packages - sys.stdlib_module_names <= allowed
 
 
-@pytest.mark.parametrize("package", ["himo_kernels", "himo"])
+@pytest.mark.parametrize("package", ["himo_kernels", "himo_charts", "himo"])
 def test_no_circle_of_imports(package: str) -> None:
     root = PACKAGE.parent
     files = {

@@ -15,7 +15,9 @@ import setuptools
 from himo_kernels._version import __version__
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = [name for name in ("himo_kernels", "himo", "csrc") if (ROOT / name).is_dir()]
+FOLDERS = [
+    name for name in ("himo_kernels", "himo_charts", "himo", "csrc") if (ROOT / name).is_dir()
+]
 FILES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"]
 SWITCH = "HIMO_KERNELS_NO_EXTENSION"
 REBUILD = "pip install --no-build-isolation -e ."
@@ -127,6 +129,25 @@ def test_without_the_extension_the_package_works_and_says_why(installed: Path) -
 
 
 PRINT_REASON = "from himo_kernels import extension; print(extension.why_not())"
+
+
+def test_a_report_is_written_by_the_installed_package(installed: Path) -> None:
+    # Its templates and style sheets are files beside the code.
+    script = """if True:
+        import json, pathlib
+        from himo.report import write_report
+        import himo_charts
+        print(himo_charts.__file__)
+        run = pathlib.Path("run")
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"loss": "<b>himo</b>"}))
+        page = write_report([run], "report.html").read_text()
+        shown = ("<code>loss</code></th><td>&lt;b&gt;himo", "--page:", ".tiles {")
+        print(all(part in page for part in shown))
+    """
+    place, shown = python(script, installed).splitlines()
+    assert Path(place).is_relative_to(installed)
+    assert shown == "True"
 
 
 def test_the_switch_works_at_run_time_too(installed: Path) -> None:

@@ -4,7 +4,7 @@ A pickle is a program for a machine that can call any function. This is a machin
 a global becomes its name, and the few names that a checkpoint of tensors is made of become
 records of what they describe. What any other name would build becomes an `Object`, which is left
 alone: a training script keeps its settings and its numbers beside the tensors. Hence neither
-`pickle` nor `torch.load` is needed, nor trusted.
+`pickle` nor `torch.load` is needed, nor trusted: that is why it is written by hand.
 
 What a few bytes can describe may be large beyond measure, a tuple that holds itself twice a hundred
 times over. So nothing here is hashed, compared or shown but text and small numbers.

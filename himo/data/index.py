@@ -1,7 +1,8 @@
 """The sample index: a data set's records in one file, built once and read row by row.
 
 Reading 1.25 million records anew takes seconds and gigabytes in every process; the index opens in
-milliseconds, and all processes share the system's copy of its pages.
+milliseconds, and all processes share the system's copy of its pages. By hand because a library's
+format brings a large dependency, and trusts the file more than this does.
 
 The file lies beside the data, where anyone may have put or changed it. So it is trusted no more
 than the data: no link is followed to it, it says nothing about where files lie, and whatever is

@@ -1,6 +1,6 @@
 """Tar archives: where the data of each member lies.
 
-The headers are parsed here because that takes a few microseconds a member, and because what a
+By hand, not with tarfile, because that takes a few microseconds a member, and because what a
 damaged or hostile header can raise is then known: HimoError alone.
 """
 

@@ -2,19 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from himo.report.charts import (
-    Table,
-    bar_chart,
-    empty_figure,
-    figure,
-    swatch,
-    text,
-)
+from himo.report.figures import Figure, Table
 from himo.report.runs import Run, as_number, lookup, plural
-from himo.report.scales import finite_only, fit, fixed, is_finite, number
+from himo_charts.scales import finite_only, fit, fixed, is_finite, number
+from himo_charts.svg import bar_chart
 
 RECALLS = ("R@1", "R@5", "R@10")
 DIRECTIONS = (("image_to_text", "Image to text"), ("text_to_image", "Text to image"))
@@ -27,8 +22,43 @@ _COVERAGES = (
 _PROTOCOL = ("images", "captions", "positives", "sentence_rule_sha256", "k_rule")
 
 
-def tiles(runs: Sequence[Run]) -> str:
-    """The main numbers, large: one tile a number, one line a run."""
+@dataclass(frozen=True)
+class Cell:
+    """One number, and whether it is the best of several runs'."""
+
+    shown: str
+    best: bool = False
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A main number of all runs: a cell for each."""
+
+    title: str
+    meaning: str
+    values: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Recalls both ways as charts, and the rows of their table: a row for each run."""
+
+    figures: Sequence[Figure]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """R@1 of each run as (name, percent), for a sentence."""
+
+    found: Sequence[tuple[str, str]]
+    among: str
+    chance: str
+
+
+def tiles(runs: Sequence[Run]) -> list[Tile]:
+    """The main numbers, those that a run has."""
     wanted: list[tuple[str, str, str, int, Callable[[Run], float | None], bool]] = [
         (
             "R@1, image to text", "the right caption first", "%", 1,
@@ -55,21 +85,18 @@ def tiles(runs: Sequence[Run]) -> str:
             lambda run: median(finite_only(run.column("samples_per_s")) or [math.nan]), False,
         ),
     ]  # fmt: skip
-    parts = []
+    shown = []
     for title, meaning, unit, decimals, get, rank in wanted:
         values = [get(run) for run in runs]
         if not finite_only(values):
             continue
-        top = _best(values)
-        rows = "".join(
-            f"<div><dt>{swatch(index)}"
-            f'<span class="sr">{text(run.label)}</span></dt>'
-            f"<dd{' class=best' if rank and value is not None and value == top else ''}>"
-            f"{fixed(value, decimals)}<small>{unit if is_finite(value) else ''}</small></dd></div>"
-            for index, (run, value) in enumerate(zip(runs, values, strict=True))
-        )
-        parts.append(f'<div class="tile"><h3>{title}</h3><p>{meaning}</p><dl>{rows}</dl></div>')
-    return f'<div class="tiles">{"".join(parts)}</div>' if parts else ""
+        top = _best(values) if rank else None
+        cells = [
+            Cell(fixed(v, decimals), v is not None and v == top, unit if is_finite(v) else "")
+            for v in values
+        ]
+        shown.append(Tile(title, meaning, cells))
+    return shown
 
 
 def comparability(runs: Sequence[Run]) -> list[str]:
@@ -141,50 +168,34 @@ def _left_out(label: str, coverage: Any) -> list[str]:
     return [f"{label}: evaluated on {number(used)} of {number(total)} samples{because}."]
 
 
-def retrieval(runs: Sequence[Run]) -> str:
-    """Bars for both directions and the table."""
-    evaluated = [run for run in runs if lookup(run.evaluation, "retrieval") is not None]
-    if not evaluated:
-        return "<p class=note>No run has retrieval results.</p>"
-    charts = "".join(_recall_chart(runs, key, title) for key, title in DIRECTIONS)
-    head = '<th scope="col"></th>' + "".join(
-        f'<th scope="col">{name}</th>' for _ in DIRECTIONS for name in RECALLS
-    )
+def retrieval(runs: Sequence[Run]) -> Retrieval | None:
+    """Recalls both ways; None where no run has any."""
+    if all(lookup(run.evaluation, "retrieval") is None for run in runs):
+        return None
     columns = [(key, name) for key, _ in DIRECTIONS for name in RECALLS]
     values = [[run.result("retrieval", key, name) for key, name in columns] for run in runs]
     best = [_best(column) for column in zip(*values, strict=True)]
-    body = ""
-    for index, run in enumerate(runs):
-        cells = "".join(
-            f"<td{' class=best' if v is not None and v == top else ''}>{fixed(v, 2)}</td>"
-            for v, top in zip(values[index], best, strict=True)
-        )
+    rows = []
+    for run, of_run in zip(runs, values, strict=True):
         chance = run.result("retrieval", "chance_R@1")
-        first = values[index][0]
-        times = first / chance if first is not None and chance else None
-        body += (
-            f'<tr><th scope="row">{swatch(index)}{text(run.label)}</th>{cells}'
-            f"<td>{fixed(chance, 2)}</td><td>{'–' if times is None else _times(times)}</td>"
-            f"<td>{_count(run, 'images')}</td><td>{_count(run, 'captions')}</td></tr>"
-        )
-    table = (
-        '<div class="scroll" tabindex="0"><table class="numbers main"><thead><tr><td></td>'
-        '<th class="group" scope="colgroup" colspan="3">image to text, %</th>'
-        '<th class="group" scope="colgroup" colspan="3">text to image, %</th><td colspan="4"></td>'
-        f'</tr><tr>{head}<th scope="col">chance R@1</th><th scope="col">R@1 / chance</th>'
-        '<th scope="col">images</th><th scope="col">captions</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-    return f'<div class="charts two">{charts}</div>{table}'
+        times = of_run[0] / chance if of_run[0] is not None and chance else None
+        cells = [
+            Cell(fixed(v, 2), v is not None and v == top)
+            for v, top in zip(of_run, best, strict=True)
+        ]
+        more = [fixed(chance, 2), "–" if times is None else f"{number(times, 3)}×"]
+        more += [number(run.result("protocol", name)) for name in ("images", "captions")]
+        rows.append([*cells, *map(Cell, more)])
+    return Retrieval([_recall_chart(runs, key, title) for key, title in DIRECTIONS], rows)
 
 
-def _recall_chart(runs: Sequence[Run], key: str, title: str) -> str:
+def _recall_chart(runs: Sequence[Run], key: str, title: str) -> Figure:
     bars = [[run.result("retrieval", key, name) for name in RECALLS] for run in runs]
     # Both directions on the same axis.
     every = (run.result("retrieval", k, n) for run in runs for k, _ in DIRECTIONS for n in RECALLS)
     y = fit(every, zero=True, margin=0.08)
     if y is None or not finite_only(value for values in bars for value in values):
-        return empty_figure(title, "%", f"No run has results for {key}.")
+        return Figure(title, "%", missing=f"No run has results for {key}.")
     chances = finite_only(run.result("retrieval", "chance_R@1") for run in runs)
     chance = chances[0] if chances and len(set(chances)) == 1 else None
     # k guesses find the one right answer k times as often; one of several, less.
@@ -193,7 +204,7 @@ def _recall_chart(runs: Sequence[Run], key: str, title: str) -> str:
         min(100.0, chance * k) if chance is not None and (alone or k == 1) else None
         for k in (1, 5, 10)
     ]
-    svg = bar_chart(
+    chart = bar_chart(
         key.replace("_", "-"),
         f"Recall, {title.lower()}",
         "; ".join(
@@ -214,7 +225,7 @@ def _recall_chart(runs: Sequence[Run], key: str, title: str) -> str:
         ],
     )
     caption = f"Dashed: guessing; its R@1 is {fixed(chance, 2)} %." if chance is not None else ""
-    return figure(title, "% of queries", svg, table, caption=caption)
+    return Figure(title, "% of queries", chart, table, caption=caption)
 
 
 def _one_answer(run: Run, key: str) -> bool:
@@ -225,25 +236,23 @@ def _one_answer(run: Run, key: str) -> bool:
     return pairs == (run.result("protocol", "images") if key == "image_to_text" else _texts(run))
 
 
-def lead(runs: Sequence[Run]) -> str:
-    """One sentence for people: what was measured on which data, and what came out."""
+def outcome(runs: Sequence[Run]) -> Outcome | None:
+    """What came out, for people; None where the runs cannot be compared in one sentence."""
     evaluated = [run for run in runs if run.result("retrieval", "image_to_text", "R@1") is not None]
     if not evaluated or len(evaluated) > 4 or comparability(evaluated):
-        return ""
+        return None
     texts = _texts(evaluated[0])
-    among = ""
-    if texts is not None and math.isfinite(texts):
-        among = f", among {plural(int(texts), 'caption')}"
-    found = _joined(
-        [
-            f"<b>{text(run.label)}</b> ranks its caption first in "
-            f"{fixed(run.result('retrieval', 'image_to_text', 'R@1'), 1)} % of cases"
-            for run in evaluated
-        ]
-    )
     chance = evaluated[0].result("retrieval", "chance_R@1")
-    guess = f" Guessing would in {fixed(chance, 2)} %." if is_finite(chance) else ""
-    return f"Shown an image, {found}{among}.{guess}"
+    return Outcome(
+        [
+            (run.label, fixed(run.result("retrieval", "image_to_text", "R@1"), 1))
+            for run in evaluated
+        ],
+        f", among {plural(int(texts), 'caption')}"
+        if texts is not None and math.isfinite(texts)
+        else "",
+        fixed(chance, 2) if is_finite(chance) else "",
+    )
 
 
 def _best(values: Sequence[float | None]) -> float | None:
@@ -252,17 +261,5 @@ def _best(values: Sequence[float | None]) -> float | None:
     return max(finite) if len(finite) > 1 else None
 
 
-def _joined(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def _dataset_sha256(run: Run) -> bool:
     return lookup(run.evaluation, "protocol", "dataset_sha256") is not None
-
-
-def _count(run: Run, name: str) -> str:
-    return number(run.result("protocol", name))
-
-
-def _times(value: float) -> str:
-    return f"{number(value, 3)}×"

@@ -17,12 +17,11 @@ from himo.evaluate.encode import Encoder
 from himo.evaluate.metrics import caption_segments
 from himo.files import write_text
 from himo.report import html_path, versions
-from himo.report.charts import text
-from himo.report.growth import CHOICE, Example, card, falls, pearson
-from himo.report.page import document, footer, legend
+from himo.report.growth import Example, card, falls, pearson
+from himo.report.rendering import render
 from himo.report.runs import distinct_names, plural
-from himo.report.scales import number
 from himo.transforms import open_image
+from himo_charts.scales import number
 
 _PICTURE = 640  # pixels of the longer side of the image on the page
 
@@ -121,25 +120,18 @@ def explain_page(
     example: Example, names: Sequence[str], checkpoints: Sequence[str], now: datetime
 ) -> str:
     """The page of one image; `names` are those of the models on the page."""
-    count = len(example.segments)
-    fallen = [len(falls(scores)) for _, scores in example.scores]
-    said = " ".join(
-        f"For <b>{text(name)}</b> the similarity "
-        + (
-            f"rises with each of the {count - 1} segments added."
-            if number_of == 0
-            else f"does not rise at {number_of} of the {count - 1} segments added."
-        )
-        for name, number_of in zip(names, fallen, strict=True)
+    return render(
+        "explain.html",
+        noun="explain",
+        title=f"{example.image}: similarity",
+        names=names,
+        steps=len(example.segments) - 1,
+        fallen=[len(falls(scores)) for _, scores in example.scores],
+        shown=card("growth", example, names),
+        checkpoints=[f"Checkpoint: {checkpoint}" for checkpoint in checkpoints],
+        versions=versions(),
+        now=now,
     )
-    body = (
-        "<header><p class=over>HiMo-CLIP, one image</p>"
-        f"<h1>Does similarity grow with detail?</h1><p class=lead>{said}</p></header>"
-        f"{legend(names)}<main><section>{CHOICE}"
-        f"{card('growth', example, names, big=True)}</section></main>"
-        + footer([f"Checkpoint: {checkpoint}" for checkpoint in checkpoints], versions(), now)
-    )
-    return document(f"{example.image}: similarity", body, len(names), "explain")
 
 
 def table(segments: Sequence[str], names: Sequence[str], scores: Sequence[Sequence[float]]) -> str:

@@ -7,26 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from himo.evaluate.metrics import growth_correlation
-from himo.report.charts import (
-    Line,
-    Table,
-    details,
-    dots,
-    line_chart,
-    path,
-    series_class,
-    text,
-    triangles,
-)
+from himo.report.figures import Table
 from himo.report.runs import Curve, Run
-from himo.report.scales import Scale, finite_only, fit, number
-
-# The two ways to look at the curves, chosen by two radio buttons and the style alone.
-CHOICE = (
-    '<fieldset class="choice"><label><input type="radio" name="scores" id="scores-normalised" '
-    "checked>Each curve from its own lowest to its highest score</label><label><input "
-    'type="radio" name="scores" id="scores-raw">Cosine similarity</label></fieldset>'
-)
+from himo_charts.scales import Scale, finite_only, fit, number
+from himo_charts.svg import Line, Svg, dots, line_chart, path, triangles
 
 
 @dataclass(frozen=True)
@@ -37,6 +21,36 @@ class Example:
     thumbnail: str | None
     segments: tuple[str, ...]
     scores: tuple[tuple[int, tuple[float, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a caption; `shade` is the opacity of its ground."""
+
+    words: str
+    shade: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the score of a run falls at each k from 2, and that in words."""
+
+    run: int
+    name: str
+    order: Sequence[tuple[int, bool]]
+    words: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a page shows of an example; `views` are (class, chart), without one None."""
+
+    image: str
+    thumbnail: str | None
+    segments: Sequence[Segment]
+    views: Sequence[tuple[str, Svg | None]]
+    verdicts: Sequence[Verdict]
+    table: Table
 
 
 def examples(runs: Sequence[Run], at_most: int) -> list[Example]:
@@ -83,30 +97,19 @@ def normalised(scores: Sequence[float]) -> list[float]:
     return [(s - low) / (high - low) if math.isfinite(s) else math.nan for s in scores]
 
 
-def card(ident: str, example: Example, names: Sequence[str], *, big: bool = False) -> str:
-    """One example as HTML: the image, the caption with its segments, the curves, the numbers.
+def card(ident: str, example: Example, names: Sequence[str]) -> Card:
+    """One example: the image, the caption with its segments, the curves, the numbers.
 
     Args:
         ident: unique on the page.
         names: of the runs.
-        big: shows the image large, above the caption.
     """
-    if example.thumbnail:
-        picture = f'<img src="{example.thumbnail}" alt="{text(example.image)}">'
-    else:
-        picture = '<div class="noimage">no thumbnail</div>'
     count = len(example.segments)
     # One hue that deepens with k: the tick marks of the chart count the same segments.
-    words = " ".join(
-        f'<span class="segment" style="--a:{0.07 + 0.2 * k / max(1, count - 1):.3f}">'
-        f"<b>{k + 1}</b>{text(segment.strip())}</span>"
+    segments = [
+        Segment(segment.strip(), f"{0.07 + 0.2 * k / max(1, count - 1):.3f}")
         for k, segment in enumerate(example.segments)
-    )
-    views = _view(ident, example, names, raw=False) + _view(ident, example, names, raw=True)
-    verdicts = "".join(
-        f'<li class="run{run}">{_verdict(run, scores, names)}</li>'
-        for run, scores in example.scores
-    )
+    ]
     table = Table(
         ["k", *(names[run] for run, _ in example.scores)],
         [
@@ -121,15 +124,20 @@ def card(ident: str, example: Example, names: Sequence[str], *, big: bool = Fals
         ],
         "Cosine similarity of the image and the first k segments; ▼ where it does not rise.",
     )
-    return (
-        f'<article class="growth{" big" if big else ""}"><div class="scene">{picture}'
-        f'<div class="words"><p class="path">{text(example.image)}</p>'
-        f'<p class="caption">{words}</p></div></div><div class="plot">{views}</div>'
-        f'<ul class="strip">{verdicts}</ul>{details(table)}</article>'
+    return Card(
+        example.image,
+        example.thumbnail,
+        segments,
+        [
+            ("raw" if raw else "normalised", _view(ident, example, names, raw=raw))
+            for raw in (False, True)
+        ],
+        [_verdict(run, scores, names[run]) for run, scores in example.scores],
+        table,
     )
 
 
-def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> str:
+def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> Svg | None:
     """The curves over k, as cosines or each between its own lowest and highest score."""
     count = len(example.segments)
     css = "raw" if raw else "normalised"
@@ -139,7 +147,7 @@ def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> s
     ]
     y = fit(value for _, _, values in curves for value in values)
     if y is None:
-        return f'<p class="{css} note">The scores are not numbers.</p>'
+        return None
     if not raw:
         y = Scale(-0.08, 1.08)
     x = Scale(0.75, count + 0.25)
@@ -163,7 +171,7 @@ def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> s
         for run, scores, values in curves
         for k in falls(scores)
     )
-    svg = line_chart(
+    return line_chart(
         f"{ident}-{css}",
         f"{what} of {example.image} as its caption grows",
         "; ".join(
@@ -178,22 +186,13 @@ def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> s
         under=halo,
         x_ticks=list(places)[:: math.ceil(count / 12)],
     )
-    return f'<div class="{css}">{svg}</div>'
 
 
-def _verdict(run: int, scores: Sequence[float], names: Sequence[str]) -> str:
-    """s_1 < s_2 < ... in signs, and in words."""
+def _verdict(run: int, scores: Sequence[float], name: str) -> Verdict:
     fallen = falls(scores)
-    signs = "1" + "".join(
-        f"<i class=fall>≥</i>{k}" if k in fallen else f"<i>&lt;</i>{k}"
-        for k in range(2, len(scores) + 1)
-    )
-    if not fallen:
-        words = "rises with every segment"
-    else:
+    words = "rises with every segment"
+    if fallen:
         words = f"does not rise at {', '.join(str(k) for k in fallen)}"
-    rho = f", ρ = {number(pearson(scores), 3)}" if len(scores) > 3 else ""
-    return (
-        f'<span class="{series_class(run)}"><span class="swatch"></span>{text(names[run])}</span>'
-        f'<span class="order" aria-hidden="true">{signs}</span><span>{words}{rho}</span>'
-    )
+    if len(scores) > 3:
+        words += f", ρ = {number(pearson(scores), 3)}"
+    return Verdict(run, name, [(k, k in fallen) for k in range(2, len(scores) + 1)], words)

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from himo.report.charts import series_class, swatch, text
-
 _SHOWN = 6  # of all runs together, and at least 2 of each
 
 
@@ -19,33 +17,10 @@ class Miss:
     first: tuple[str, str | None]
 
 
-def section(misses: Sequence[Sequence[Miss]], names: Sequence[str]) -> str:
-    """Cards of the misses of each run; nothing where there are none."""
+def shown(misses: Sequence[Sequence[Miss]]) -> list[tuple[int, Miss]]:
+    """The first misses of each run, as (run, miss)."""
     each = max(2, _SHOWN // max(1, len(misses)))
-    cards = "".join(
-        _card(run, miss, names) for run, of_run in enumerate(misses) for miss in of_run[:each]
-    )
-    return cards and f'<div class="misses">{cards}</div>'
-
-
-def _card(run: int, miss: Miss, names: Sequence[str]) -> str:
-    whose = f"<p>{swatch(run)}{text(names[run])}</p>" if len(names) > 1 else ""
-    return (
-        f'<article class="miss {series_class(run)}">{whose}'
-        f"{_picture(miss.image, f'its image, rank {miss.rank:,}')}"
-        f"{_picture(miss.first, 'nearest other image')}"
-        f'<p class="said">{text(miss.caption)}</p></article>'
-    )
-
-
-def _picture(image: tuple[str, str | None], caption: str) -> str:
-    name, thumbnail = image
-    shown = (
-        f'<img src="{thumbnail}" alt="{text(name)}">'
-        if thumbnail
-        else '<div class="noimage">no thumbnail</div>'
-    )
-    return f"<div>{shown}<small>{text(caption)}</small></div>"
+    return [(run, miss) for run, of_run in enumerate(misses) for miss in of_run[:each]]
 
 
 def read(entries: Any, is_thumbnail: Callable[[Any], bool]) -> tuple[list[Miss], int]:

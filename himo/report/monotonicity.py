@@ -2,40 +2,41 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from himo.report.charts import (
-    Line,
-    Table,
-    bar_chart,
-    dots,
-    empty_figure,
-    figure,
-    line_chart,
-    swatch,
-    table_html,
-)
+from himo.report.figures import Figure, Table
 from himo.report.runs import Run, as_numbers, lookup, plural
-from himo.report.scales import Scale, finite_only, fit, fixed, is_finite, number
+from himo_charts.scales import Scale, finite_only, fit, fixed, is_finite, number
+from himo_charts.svg import Line, bar_chart, dots, line_chart
 
 HIMO = ("HiMo@2", "HiMo@3", "HiMo@K")
 # Share of random orders of K scores that rise throughout, in percent: 100 / K!
 _RANDOM_ORDER = {"HiMo@2": 50.0, "HiMo@3": 100 / 6}
 
 
-def himo(runs: Sequence[Run]) -> str:
-    """HiMo@2 and @3 as bars, HiMo@K beside them and by K, and the table with what was left out."""
+@dataclass(frozen=True)
+class Monotonicity:
+    """HiMo@2 and @3 as bars, HiMo@K likewise and by K, and a table with what was left out."""
+
+    figures: Sequence[Figure]
+    table: Table
+
+
+def himo(runs: Sequence[Run]) -> Monotonicity | None:
+    """What the runs have of HiMo@K; None where that is nothing."""
     found = list(dict.fromkeys(name for run in runs for name in _measures(run)))
     found.sort(key=lambda name: HIMO.index(name) if name in HIMO else len(HIMO))
     if not found:
-        return "<p class=note>No run has HiMo@K results.</p>"
+        return None
     shares = [name for name in found if name in _RANDOM_ORDER]
     means = [name for name in found if name not in (*_RANDOM_ORDER, "COLA")]
-    charts = ""
+    charts = []
     if shares:
-        charts += _himo_chart(runs, shares, "Similarity always rises", "% of captions", 1)
+        charts.append(_himo_chart(runs, shares, "Similarity always rises", "% of captions", 1))
     if means:
-        charts += _himo_chart(runs, means, "Similarity and length", "correlation ρ", 2)
-    charts += _rho_by_k(runs)
+        charts.append(_himo_chart(runs, means, "Similarity and length", "correlation ρ", 2))
+    if by_length := _rho_by_k(runs):
+        charts.append(by_length)
     rows = []
     for run in runs:
         cells = []
@@ -55,11 +56,10 @@ def himo(runs: Sequence[Run]) -> str:
         if isinstance(rule := lookup(run.evaluation, "protocol", "sentence_rule"), str)
     }
     note = f"Sentences are split at {' or '.join(sorted(rules))}" if rules else ""
-    table = table_html(Table(head, rows, note), "main", [swatch(i) for i in range(len(runs))])
-    return f'<div class="charts">{charts}</div>{table}'
+    return Monotonicity(charts, Table(head, rows, note))
 
 
-def _rho_by_k(runs: Sequence[Run]) -> str:
+def _rho_by_k(runs: Sequence[Run]) -> Figure | None:
     """The mean correlation of the captions of each length, from the histogram of eval.json."""
     means: list[dict[int, tuple[float, int]]] = []
     for run in runs:
@@ -73,7 +73,7 @@ def _rho_by_k(runs: Sequence[Run]) -> str:
     lengths_shown = sorted({k for groups in means for k in groups})
     y = fit((mean for groups in means for mean, _ in groups.values()), margin=0.12)
     if y is None or len(lengths_shown) < 2:
-        return ""
+        return None
     x = Scale(lengths_shown[0] - 0.3, lengths_shown[-1] + 0.3)
     lines, marks = [], ""
     for index, (run, by_k) in enumerate(zip(runs, means, strict=True)):
@@ -90,7 +90,7 @@ def _rho_by_k(runs: Sequence[Run]) -> str:
             ],
         )
     title = "Correlation by number of segments"
-    svg = line_chart(
+    chart = line_chart(
         "rho-by-k",
         title,
         "Mean correlation of length and similarity for captions of K segments.",
@@ -117,7 +117,7 @@ def _rho_by_k(runs: Sequence[Run]) -> str:
             for k in lengths_shown
         ],
     )
-    return figure(title, "mean ρ", svg, table)
+    return Figure(title, "mean ρ", chart, table)
 
 
 def _measures(run: Run) -> list[str]:
@@ -133,15 +133,15 @@ def _measures(run: Run) -> list[str]:
 
 def _himo_chart(
     runs: Sequence[Run], names: Sequence[str], title: str, unit: str, decimals: int
-) -> str:
+) -> Figure:
     bars = [[_himo(run, name) for name in names] for run in runs]
     if not finite_only(value for values in bars for value in values):
-        return empty_figure(title, unit, f"No run has a value of {' or '.join(names)}.")
+        return Figure(title, unit, missing=f"No run has a value of {' or '.join(names)}.")
     chance = [_RANDOM_ORDER.get(name) for name in names]
     y = fit([*(v for values in bars for v in values), *chance], zero=True, margin=0.08)
     if y is None:
-        return empty_figure(title, unit, "The values are not numbers that can be drawn.")
-    svg = bar_chart(
+        return Figure(title, unit, missing="The values are not numbers that can be drawn.")
+    chart = bar_chart(
         names[0].replace("@", "-").lower(),
         title,
         "; ".join(
@@ -164,7 +164,7 @@ def _himo_chart(
     )
     guess = ", ".join(f"{n} {number(c, 3)} %" for n, c in zip(names, chance, strict=True) if c)
     caption = f"Dashed: scores in random order ({guess})." if guess else ""
-    return figure(title, unit, svg, table, caption=caption)
+    return Figure(title, unit, chart, table, caption=caption)
 
 
 def _himo(run: Run, name: str, key: str = "value") -> float | None:

@@ -1,16 +1,16 @@
-"""The pages: what goes where, in words a reader of the page can follow."""
+"""The report: what its template shows, computed from the runs."""
 
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from himo.report import evaluation, misses, monotonicity, training
-from himo.report.charts import colour_class, swatch, text
-from himo.report.growth import CHOICE, card, examples
+from himo.report.growth import card, examples
+from himo.report.rendering import render
 from himo.report.runs import Run, differing, lookup, plural
-from himo.report.style import sheet
 
 _EXAMPLES = 8  # images of the growth curves
 _MAX_VALUE = 300  # characters of one setting
@@ -18,18 +18,33 @@ _MAX_VALUE = 300  # characters of one setting
 _NAMES = {"name", "logs", "command", "versions", "resume"}
 
 
-def document(title: str, body: str, runs: int, noun: str) -> str:
-    """A whole page around `body`. It can fetch nothing, by its own policy, and runs no script."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f'<meta name="generator" content="himo {noun}"><link rel="icon" href="data:,">'
-        f"<title>{text(title)}</title><style>{sheet(runs)}</style></head>\n"
-        f"<body>{body}</body></html>\n"
-    )
+@dataclass(frozen=True)
+class Compared:
+    """What was trained, and the settings in which the runs differ, as (key, values)."""
+
+    what: str
+    model: str | None
+    extent: str
+    differ: Sequence[tuple[str, Sequence[str]]] = ()
+    settings: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of all runs."""
+
+    key: str
+    cells: Sequence[str]
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that differ, then those that are the same; `count` says how many these are."""
+
+    different: Sequence[Setting]
+    same: Sequence[Setting]
+    count: str
 
 
 def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
@@ -39,199 +54,99 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
         versions: of the software that writes the page, for its foot.
         now: the date it bears.
     """
-    title = " and ".join(run.label for run in runs) if len(runs) < 3 else plural(len(runs), "run")
-    sections = [
-        _section("", "", evaluation.tiles(runs)),
-        _section(
-            "Retrieval",
-            "How often the right caption is among the first 1, 5 or 10 for an image, and the right "
-            "image for a caption. Ties count against the model.",
-            evaluation.retrieval(runs),
-        ),
-        _section(
-            "Does similarity grow with detail?",
-            "A true caption that says more should fit its image better. HiMo@2 and HiMo@3 cut a "
-            "caption into halves or thirds and count those whose similarity rises with every part; "
-            "HiMo@K is the correlation of similarity with the number of parts read.",
-            monotonicity.himo(runs),
-        ),
-        _growth(runs),
-        _section(
-            "What it mistakes",
-            "Captions that another image fits better than their own.",
-            misses.section([run.misses for run in runs], [run.label for run in runs]),
-        ),
-        *(_training(runs) if any(run.step for run in runs) else []),
-        _section("Settings", "", _settings(runs)),
-    ]
-    body = (
-        f"<header><p class=over>HiMo-CLIP report</p><h1>{_heading(runs)}</h1>"
-        f"{_lead(runs)}{_warnings(runs)}</header>{legend([run.label for run in runs])}"
-        f"<main>{''.join(sections)}</main>{footer(_checkpoints(runs), versions, now)}"
+    names = [run.label for run in runs]
+    return render(
+        "report.html",
+        noun="report",
+        title=" and ".join(names) if len(runs) < 3 else plural(len(runs), "run"),
+        names=names,
+        compared=_compared(runs),
+        outcome=evaluation.outcome(runs),
+        warnings=_warnings(runs),
+        tiles=evaluation.tiles(runs),
+        retrieval=evaluation.retrieval(runs),
+        himo=monotonicity.himo(runs),
+        cards=[
+            card(f"growth-{i}", example, names)
+            for i, example in enumerate(examples(runs, _EXAMPLES))
+        ],
+        pictures=max(len(run.curves) for run in runs),
+        misses=misses.shown([run.misses for run in runs]),
+        training=_training(runs),
+        settings=_settings(runs),
+        checkpoints=_checkpoints(runs),
+        versions=versions,
+        now=now,
     )
-    return document(title, body, len(runs), "report")
 
 
-def _training(runs: Sequence[Run]) -> list[str]:
-    """The sections on training; all of them, so that what was not logged is seen."""
-
-    def charts(content: str) -> str:
-        return content and f'<div class="charts">{content}</div>'
-
-    return [
-        _section(
-            "Loss",
-            "Bold: moving average; faint: as logged. The number beside a title is the last value "
-            "logged.",
-            charts(training.losses(runs)),
-        ),
-        _section(
-            "Retrieval while training",
-            "On held-out pairs, after an epoch.",
-            charts(training.validation(runs)),
-        ),
-        _section(
-            "What the projection keeps",
-            "Each batch of text features is projected on its R leading principal components, the "
-            "fewest that hold a share τ of the variance. That is what the component loss sees.",
-            charts(training.spectrum_charts(runs)),
-        ),
-        _section(
-            "Optimisation",
-            "",
-            charts(training.optimisation(runs)),
-        ),
-    ]
+def _training(runs: Sequence[Run]) -> dict[str, Any] | None:
+    if not any(run.step for run in runs):
+        return None
+    return {
+        "losses": training.losses(runs),
+        "validation": training.validation(runs),
+        "spectrum": training.spectrum_charts(runs),
+        "optimisation": training.optimisation(runs),
+    }
 
 
-def _section(title: str, about: str, content: str) -> str:
-    if not content:
-        return ""
-    heading = f"<h2>{text(title)}</h2>" if title else ""
-    words = f"<p class=about>{text(about)}</p>" if about else ""
-    return f"<section>{heading}{words}{content}</section>"
-
-
-def _heading(runs: Sequence[Run]) -> str:
-    if len(runs) > 3:
-        return plural(len(runs), "run")
-    return ' <span class="and">and</span> '.join(text(run.label) for run in runs)
-
-
-def _lead(runs: Sequence[Run]) -> str:
-    sentences = [_compared(runs), evaluation.lead(runs)]
-    return f'<p class="lead">{" ".join(s for s in sentences if s)}</p>' if any(sentences) else ""
-
-
-def _compared(runs: Sequence[Run]) -> str:
-    """What was trained, and in what the runs differ."""
-    models = {text(m) for run in runs if isinstance(m := run.setting("model"), str)}
-    model = f" of model <b>{models.pop()}</b>" if len(models) == 1 else ""
-    trained = []
-    for run in runs:
-        if run.step:
-            trained.append((run.step[-1], (run.column("samples")[-1])))
-    extent = ""
-    if trained and len(set(trained)) == 1 and len(trained) == len(runs):
-        steps, samples = trained[0]
-        extent = f", {plural(steps, 'step')}"
-        if samples is not None and samples == samples and abs(samples) < 1e15:
-            extent += f" and {plural(int(samples), 'sample')}"
-        extent += " each" if len(runs) > 1 else ""
-    what = ("One run" if len(runs) == 1 else plural(len(runs), "run")) + model + extent
-    configured = [run for run in runs if run.config is not None]
-    if len(configured) < 2 or len(configured) < len(runs):
-        return f"{what}."
+def _compared(runs: Sequence[Run]) -> Compared:
+    models = {m for run in runs if isinstance(m := run.setting("model"), str)}
+    model = models.pop() if len(models) == 1 else None
+    what = "One run" if len(runs) == 1 else plural(len(runs), "run")
+    extent = _extent(runs)
+    if len(runs) < 2 or any(run.config is None for run in runs):
+        return Compared(what, model, extent)
     keys = [key for key in differing(runs)[0] if key not in _NAMES]
     if not keys:
-        return f"{what}, with the same settings."
+        return Compared(what, model, extent, settings=", with the same settings")
     if len(keys) > 3:
-        return f"{what}, with {len(keys)} different settings (last section)."
-    named = "; ".join(
-        f"<b>{text(key)}</b> ({', '.join(text(_value(run.setting(key))) for run in runs)})"
-        for key in keys
-    )
-    return f"{what}. They differ in {named}."
+        many = f", with {len(keys)} different settings (last section)"
+        return Compared(what, model, extent, settings=many)
+    differ = [(key, [_value(run.setting(key)) for run in runs]) for key in keys]
+    return Compared(what, model, extent, differ)
 
 
-def _warnings(runs: Sequence[Run]) -> str:
+def _extent(runs: Sequence[Run]) -> str:
+    """How long all runs were trained; nothing where they differ in it."""
+    trained = {(run.step[-1], run.column("samples")[-1]) if run.step else None for run in runs}
+    longest = trained.pop()
+    if trained or longest is None:
+        return ""
+    steps, samples = longest
+    extent = f", {plural(steps, 'step')}"
+    if samples is not None and samples == samples and abs(samples) < 1e15:
+        extent += f" and {plural(int(samples), 'sample')}"
+    return extent + (" each" if len(runs) > 1 else "")
+
+
+def _warnings(runs: Sequence[Run]) -> list[str]:
     notes = evaluation.comparability(runs)
-    notes += [
+    return notes + [
         f"{run.label}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes
     ]
-    if not notes:
-        return ""
-    items = "".join(f"<li>{text(note)}</li>" for note in notes)
-    return f'<div class="warnings"><h2>To know about these numbers</h2><ul>{items}</ul></div>'
 
 
-def legend(names: Sequence[str]) -> str:
-    """The names of the runs in their colours; an emptied box hides the run in all charts."""
-    if len(names) < 2:
-        return ""
-    entries = "".join(
-        f'<label class="{colour_class(index)}"><input type="checkbox" id="show-{index}" checked>'
-        f"<span>{text(name)}</span></label>"
-        for index, name in enumerate(names)
-    )
-    return f'<nav class="legend" aria-label="Runs shown"><div>{entries}</div></nav>'
-
-
-def _growth(runs: Sequence[Run]) -> str:
-    shown = examples(runs, _EXAMPLES)
-    if not shown:
-        return ""
-    names = [run.label for run in runs]
-    cards = "".join(card(f"growth-{i}", example, names) for i, example in enumerate(shown))
-    total = max(len(run.curves) for run in runs)
-    about = (
-        "Similarity of an image and the first k segments of its caption. A red triangle marks a "
-        "score that does not rise."
-    )
-    if total > len(shown):
-        about += f" {len(shown)} of {total} images."
-    return _section("Single images", about, f'{CHOICE}<div class="pairs">{cards}</div>')
-
-
-def _settings(runs: Sequence[Run]) -> str:
+def _settings(runs: Sequence[Run]) -> Settings | None:
     """The settings of the runs, those that differ first and marked."""
     if all(run.config is None for run in runs):
-        return ""
-    different, same = differing(runs)
-    head = "".join(
-        f'<th scope="col">{swatch(i) if len(runs) > 1 else ""}{text(run.label)}</th>'
-        for i, run in enumerate(runs)
+        return None
+
+    def rows(keys: Sequence[str], marked: bool = False) -> list[Setting]:
+        return [Setting(key, [_cell(run, key) for run in runs], marked) for key in keys]
+
+    different, same = differing(runs) if len(runs) > 1 else ([], differing(runs)[1])
+    return Settings(
+        rows([key for key in different if key not in _NAMES], marked=True)
+        + rows([key for key in different if key in _NAMES]),
+        rows(same),
+        plural(len(same), "setting is the same", "settings are the same"),
     )
 
-    def rows(keys: Sequence[str], css: str) -> str:
-        return "".join(
-            f'<tr{css}><th scope="row"><code>{text(key)}</code></th>'
-            + "".join(
-                f"<td>{text(_value(run.config[key])) if run.config and key in run.config else '–'}"
-                "</td>"
-                for run in runs
-            )
-            + "</tr>"
-            for key in keys
-        )
 
-    def table(body: str) -> str:
-        return (
-            '<div class="scroll" tabindex="0"><table class="settings"><thead><tr>'
-            f'<th scope="col">setting</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        )
-
-    if len(runs) == 1:
-        return table(rows(same, ""))
-    parts = []
-    if different:
-        marked = [key for key in different if key not in _NAMES]
-        names = [key for key in different if key in _NAMES]
-        parts.append(table(rows(marked, " class=differs") + rows(names, "")))
-    if same:
-        count = plural(len(same), "setting is the same", "settings are the same")
-        parts.append(f"<details><summary>{count}</summary>{table(rows(same, ''))}</details>")
-    return "".join(parts)
+def _cell(run: Run, key: str) -> str:
+    return _value(run.config[key]) if run.config and key in run.config else "–"
 
 
 def _value(value: Any) -> str:
@@ -242,13 +157,6 @@ def _value(value: Any) -> str:
     else:
         shown = json.dumps(value, ensure_ascii=False)
     return shown if len(shown) <= _MAX_VALUE else shown[:_MAX_VALUE] + " …"
-
-
-def footer(lines: Sequence[str], versions: str, now: datetime) -> str:
-    """The foot of a page: `lines`, and by what it was written and when."""
-    rows = "".join(f"<p>{text(line)}</p>" for line in lines)
-    written = now.strftime("%Y-%m-%d %H:%M")
-    return f"<footer>{rows}<p>Written {written} by {text(versions)}.</p></footer>"
 
 
 def _checkpoints(runs: Sequence[Run]) -> list[str]:

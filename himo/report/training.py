@@ -4,31 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from himo.report.charts import (
-    Line,
-    Table,
-    dots,
-    empty_figure,
-    figure,
-    label,
-    line_chart,
-    rule,
-    series_class,
-)
 from himo.report.evaluation import DIRECTIONS
+from himo.report.figures import Figure, Table
 from himo.report.runs import Run, Spectrum, as_number
-from himo.report.scales import (
-    Scale,
-    finite_only,
-    fit,
-    fixed,
-    number,
-    quantile,
-    smoothed,
-    spread,
-    thin,
-    value_at,
-)
+from himo.report.series import quantile, smoothed, spread, thin, value_at
+from himo_charts.scales import Scale, finite_only, fit, fixed, number
+from himo_charts.svg import Line, dots, label, line_chart, rule, series_class
 from himo_kernels.nn import PRESETS
 
 _PRESET_NAMES = list(PRESETS)  # a list: what a file holds need not be hashable
@@ -36,30 +17,30 @@ _CELLS = 40  # of the table below a chart, at least 8 rows; all lines are in rep
 _POINTS = 640  # of all curves of one chart together
 
 
-def losses(runs: Sequence[Run]) -> str:
+def losses(runs: Sequence[Run]) -> list[Figure]:
     """The three losses of all runs as charts."""
-    return "".join(
+    return [
         curve_chart(runs, column, title, "nats")
         for column, title in (
             ("contrastive_loss", "Contrastive loss"),
             ("component_loss", "Component loss"),
             ("loss", "Total loss"),
         )
-    )
+    ]
 
 
-def validation(runs: Sequence[Run]) -> str:
+def validation(runs: Sequence[Run]) -> list[Figure]:
     """R@1 both ways on held-out pairs as charts; nothing where no run was validated."""
     charts = [(f"val_{way}_R@1", f"R@1, {title.lower()}") for way, title in DIRECTIONS]
     if not any(run.has(column) for column, _ in charts for run in runs):
-        return ""
-    return "".join(
+        return []
+    return [
         curve_chart(runs, column, title, "% of queries", zero=True, smooth=False, sparse=True)
         for column, title in charts
-    )
+    ]
 
 
-def optimisation(runs: Sequence[Run]) -> str:
+def optimisation(runs: Sequence[Run]) -> list[Figure]:
     """Small multiples of what the optimizer and the machine did."""
     charts = (
         ("lr", "Learning rate", "", {"zero": True, "smooth": False}),
@@ -69,9 +50,9 @@ def optimisation(runs: Sequence[Run]) -> str:
         ("step_time_s", "Time of a step", "milliseconds", {"zero": True, "factor": 1e3}),
         ("data_time_s", "Waiting for data", "milliseconds a step", {"zero": True, "factor": 1e3}),
     )
-    return "".join(
+    return [
         curve_chart(runs, column, title, unit, **options) for column, title, unit, options in charts
-    )
+    ]
 
 
 def curve_chart(
@@ -86,7 +67,7 @@ def curve_chart(
     step: bool = False,
     sparse: bool = False,
     factor: float = 1.0,
-) -> str:
+) -> Figure:
     """One column of metrics.jsonl over the training steps of all runs.
 
     Args:
@@ -99,7 +80,7 @@ def curve_chart(
     """
     shown = [(index, run) for index, run in enumerate(runs) if run.has(column)]
     if not shown:
-        return empty_figure(title, unit, f"No run logged {column}.")
+        return Figure(title, unit, missing=f"No run logged {column}.")
     if sparse:
         shown = [(index, _where_logged(run, column)) for index, run in shown]
     budget = max(40, _POINTS // (len(shown) * (2 if smooth else 1)))
@@ -123,7 +104,7 @@ def curve_chart(
     x = fit((place for _, run in shown for place in run.step), margin=0)
     y = fit(bulk, zero=zero, log=log)
     if x is None or y is None:
-        return empty_figure(title, unit, f"No value of {column} is a finite number.")
+        return Figure(title, unit, missing=f"No value of {column} is a finite number.")
     ends = [(index, number(_scaled(run.column(column)[-1], factor))) for index, run in shown]
     rows = _rows(shown, column, factor)
     outside = sum(not y.holds(value) for value in everything)
@@ -135,7 +116,7 @@ def curve_chart(
     absent = [run.label for run in runs if not run.has(column)]
     if absent:
         notes.append(f"Not logged by {', '.join(absent)}.")
-    svg = line_chart(
+    chart = line_chart(
         column.replace("_", "-").replace("@", ""),
         title,
         f"{title} over training steps. At the end: "
@@ -168,7 +149,7 @@ def curve_chart(
         [[f"{place:,}", *cells] for place, cells in rows],
         "The value logged last at or before each step; every line is in the csv file.",
     )
-    return figure(title, unit, svg, table, ends=ends, caption=" ".join(notes))
+    return Figure(title, unit, chart, table, ends=ends, caption=" ".join(notes))
 
 
 def _where_logged(run: Run, column: str) -> Run:
@@ -201,13 +182,13 @@ def _rows_of(runs: int) -> int:
     return max(8, min(16, _CELLS // runs))
 
 
-def spectrum_charts(runs: Sequence[Run]) -> str:
+def spectrum_charts(runs: Sequence[Run]) -> list[Figure]:
     """The cumulative spectrum of the text features with tau and the rank, then the rank by step."""
     ranks = curve_chart(runs, "rank", "Rank kept", "components", zero=True, smooth=False, step=True)
     shown = [(index, run) for index, run in enumerate(runs) if run.spectra]
     title, unit = "Explained variance of the text features", "cumulative share"
     if not shown:
-        return empty_figure(title, unit, "No run logged a spectrum.") + ranks
+        return [Figure(title, unit, missing="No run logged a spectrum."), ranks]
     last = [(index, run, run.spectra[-1]) for index, run in shown]
     taus = {tau for run in runs if (tau := _tau(run)) is not None}
     kept = {index: chosen_rank(run, spectrum) for index, run, spectrum in last}
@@ -239,7 +220,7 @@ def spectrum_charts(runs: Sequence[Run]) -> str:
         f"{run.label} {run.spectra[0].step:,} and {run.spectra[-1].step:,}" for _, run in shown
     )
     absent = [run.label for run in runs if not run.spectra]
-    svg = line_chart(
+    chart = line_chart(
         "spectrum",
         title,
         "Share of the variance held by the first components. "
@@ -258,7 +239,7 @@ def spectrum_charts(runs: Sequence[Run]) -> str:
     caption = f"Dotted: first batch logged; solid: last (steps: {steps_shown})."
     if absent:
         caption += f" Not logged by {', '.join(absent)}."
-    return figure(title, unit, svg, table, wide=True, caption=caption) + ranks
+    return [Figure(title, unit, chart, table, wide=True, caption=caption), ranks]
 
 
 def chosen_rank(run: Run, spectrum: Spectrum) -> int | None:

@@ -53,7 +53,7 @@ def test_the_charts_mark_what_ran_out_of_memory():
     assert set(charts) == {f"dual_info_nce_float32_{kind}.svg" for kind in ("time", "memory")}
     for svg in charts.values():
         ElementTree.fromstring(svg)
-        assert "prefers-color-scheme:dark" in svg and "himo_kernels" in svg
+        assert "prefers-color-scheme: dark" in svg and "himo_kernels" in svg
     assert charts["dual_info_nce_float32_memory.svg"].count(">OOM<") == 2
     assert "OOM<" not in charts["dual_info_nce_float32_time.svg"]
 

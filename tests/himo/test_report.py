@@ -16,8 +16,9 @@ import report_runs
 from himo import report
 from himo.cli import main
 from himo.errors import HimoError
-from himo.report import evaluation, growth, style, training
-from himo.report import runs as reading
+from himo.report import growth, rendering, training
+from himo.report import runs as reader
+from himo_charts import svg
 
 HOSTILE = (
     "</title></style><script>alert(1)</script><img src=http://192.0.2.1/x onerror=a()>\"'&\x07"
@@ -130,7 +131,7 @@ def test_numbers_beside_the_page_are_those_of_the_runs(runs: list[Path], tmp_pat
     ]
     assert len(rows) == len(written)
     for row, line in zip(rows, written, strict=True):
-        for name in ("step", *reading.COLUMNS):
+        for name in ("step", *reader.COLUMNS):
             value = line.get(name)
             assert row[name] == "" if value is None else float(row[name]) == value
     result = json.loads((tmp_path / "r.json").read_text())
@@ -308,7 +309,7 @@ def test_lines_logged_again_after_a_resume_replace_the_earlier(tmp_path: Path) -
     lines = [{"step": s, "loss": float(s)} for s in (10, 20, 30)]
     lines += [{"step": s, "loss": -float(s)} for s in (20, 30, 40)]
     run = bare_run(tmp_path / "run", metrics="".join(json.dumps(x) + "\n" for x in lines))
-    read = reading.read_run(run)
+    read = reader.read_run(run)
     assert read.step == [10, 20, 30, 40]
     assert read.column("loss") == [10.0, -20.0, -30.0, -40.0]
     assert any("2 lines logged again" in note for note in read.notes)
@@ -316,7 +317,7 @@ def test_lines_logged_again_after_a_resume_replace_the_earlier(tmp_path: Path) -
 
 def test_runs_are_named_apart(tmp_path: Path) -> None:
     paths = [bare_run(tmp_path / parent / "run", config="{}") for parent in "ab"]
-    assert [run.label for run in reading.read_runs(paths)] == ["a/run", "b/run"]
+    assert [run.label for run in reader.read_runs(paths)] == ["a/run", "b/run"]
 
 
 def test_runs_evaluated_differently_are_not_compared(runs: list[Path], tmp_path: Path) -> None:
@@ -379,24 +380,24 @@ def test_further_measures_and_what_they_left_out(tmp_path: Path) -> None:
 
 
 def test_settings_that_differ_are_marked(runs: list[Path]) -> None:
-    read = reading.read_runs(runs)
-    assert reading.differing(read)[0] == ["loss", "name", "command"]
+    read = reader.read_runs(runs)
+    assert reader.differing(read)[0] == ["loss", "name", "command"]
     read[1].config = {**(read[1].config or {}), "wd": 0.010, "seed": False, "extra": None}
-    different, same = reading.differing(read)
+    different, same = reader.differing(read)
     assert different == ["loss", "seed", "name", "command", "extra"]
     assert "wd" in same and "tau" in same
 
 
 def test_rank_and_tau(runs: list[Path]) -> None:
-    himo, clip = reading.read_runs(runs)
-    spectrum = reading.Spectrum(1, None, (0.5, 0.3, 0.15, 0.05))
+    himo, clip = reader.read_runs(runs)
+    spectrum = reader.Spectrum(1, None, (0.5, 0.3, 0.15, 0.05))
     assert spectrum.cumulative() == pytest.approx([0.5, 0.8, 0.95, 1.0])
     assert training.chosen_rank(himo, spectrum) == 3  # tau 0.9 of the paper's preset
     assert training.chosen_rank(clip, spectrum) is None
-    assert training.chosen_rank(himo, reading.Spectrum(1, 2, spectrum.ratios)) == 2
+    assert training.chosen_rank(himo, reader.Spectrum(1, 2, spectrum.ratios)) == 2
     assert himo.config is not None
     himo.config["preset"] = "official"
-    assert training.chosen_rank(himo, reading.Spectrum(1, None, (0.86, 0.14))) == 1  # tau 0.85
+    assert training.chosen_rank(himo, reader.Spectrum(1, None, (0.86, 0.14))) == 1  # tau 0.85
     himo.config["tau"] = 0.5
     assert training.chosen_rank(himo, spectrum) == 1
 
@@ -412,11 +413,11 @@ def test_violations_and_normalisation() -> None:
 
 
 def test_curves_of_runs_are_joined_by_image_and_segments(runs: list[Path]) -> None:
-    read = reading.read_runs(runs)
+    read = reader.read_runs(runs)
     shown = growth.examples(read, 8)
     assert [example.image for example in shown] == [curve.image for curve in read[0].curves]
     assert all(len(example.scores) == 2 for example in shown)
-    read[1].curves[0] = reading.Curve(read[1].curves[0].image, None, ("other",), (0.1,))
+    read[1].curves[0] = reader.Curve(read[1].curves[0].image, None, ("other",), (0.1,))
     assert [len(example.scores) for example in growth.examples(read, 8)] == [2] * 5 + [1] * 2
 
 
@@ -436,20 +437,31 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colours", [style.LIGHT, style.DARK], ids=["light", "dark"])
-def test_contrast(colours: dict[str, str]) -> None:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(scheme: str) -> None:
     """WCAG 2: 7 for text, 4.5 for the quiet text and for the colours of runs, which carry text."""
+    light, dark = svg.style().split("@media (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--(\w+): (#\w{6});", light if scheme == "light" else dark))
     wanted = {"text": 7.0, "quiet": 4.5, "bad": 4.5}
-    wanted |= {f"c{i}": 4.5 for i in range(style.COLOURS)}
+    wanted |= {f"c{i}": 4.5 for i in range(svg.COLOURS)}
     for name, least in wanted.items():
         for ground in ("page", "panel", "mark") if name in ("text", "quiet") else ("page",):
             pair = sorted([luminance(colours[name]), luminance(colours[ground])])
             assert (pair[1] + 0.05) / (pair[0] + 0.05) >= least, (name, ground)
 
 
-def test_headline_names_the_best_value_only(runs: list[Path]) -> None:
-    read = reading.read_runs(runs)
-    tiles = evaluation.tiles(read)
-    shown: list[Any] = re.findall(r"<dd( class=best)?>([\d.,]+)<small>", tiles)
+def test_headline_names_the_best_value_only(runs: list[Path], tmp_path: Path) -> None:
+    page = report.write_report(runs, tmp_path / "two.html").read_text()
+    shown: list[Any] = re.findall(r"<dd( class=best)?>([\d.,]+)<small>", page)
     assert shown[0] == (" class=best", "62.2") and shown[1] == ("", "61.2")
-    assert evaluation.tiles(read[:1]).count("class=best") == 0
+    alone = report.write_report(runs[:1], tmp_path / "one.html").read_text()
+    assert alone.count("class=best") == 0 and alone.count("<dd>") == 6
+
+
+def test_no_template_is_exempt_from_escaping() -> None:
+    # What is not escaped again is what the chart engine and the templates themselves have made.
+    folder = Path(rendering.__file__).parent
+    for path in [*folder.glob("templates/*"), *folder.glob("*.py")]:
+        content = path.read_text()
+        assert not re.search(r"\|\s*safe\b|autoescape\s+false|autoescape=False", content), path
+        assert "Markup(" not in content.replace("Markup(svg.style())", ""), path

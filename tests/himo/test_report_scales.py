@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from himo.report import scales
+from himo.report import series
+from himo_charts import scales
 
 
 @pytest.mark.parametrize(
@@ -52,15 +53,15 @@ def test_smoothing_and_thinning_keep_what_matters() -> None:
     rng = random.Random(3)
     y: list[float | None] = [rng.gauss(5, 1) for _ in range(5000)]
     y[2500], y[100], y[101] = 90.0, None, math.nan
-    smooth = scales.smoothed(y, 200, range(5000))
+    smooth = series.smoothed(y, 200, range(5000))
     assert smooth[0] == y[0] and smooth[-1] == y[-1]
     assert all(abs(value - 5) < 1.2 for value in smooth[200:-200])
-    assert scales.smoothed([1e308] * 5, 4, [2]) == [pytest.approx(1e308)]
-    assert scales.smoothed([1.0, 1e20, 1.0, 2.0], 2, [3]) == [2.0]  # no rounding by a spike
-    assert scales.smoothed([0.0, 3.0, 9.0], 2, [1]) == [(0.5 * 0 + 3 + 0.5 * 9) / 2]
-    x, thinned = scales.thin(list(range(5000)), y, 200)
+    assert series.smoothed([1e308] * 5, 4, [2]) == [pytest.approx(1e308)]
+    assert series.smoothed([1.0, 1e20, 1.0, 2.0], 2, [3]) == [2.0]  # no rounding by a spike
+    assert series.smoothed([0.0, 3.0, 9.0], 2, [1]) == [(0.5 * 0 + 3 + 0.5 * 9) / 2]
+    x, thinned = series.thin(list(range(5000)), y, 200)
     assert len(x) <= 204 and max(v for v in thinned if not math.isnan(v)) == 90.0
     assert (x[0], x[-1]) == (0, 4999)
-    gap = scales.thin([0, 1, 2, 3], [1.0, None, math.inf, 2.0], 100)[1]
+    gap = series.thin([0, 1, 2, 3], [1.0, None, math.inf, 2.0], 100)[1]
     assert gap[0] == 1.0 and math.isnan(gap[1]) and math.isnan(gap[2])
-    assert all(math.isnan(value) for value in scales.smoothed([None, math.nan], 4, [0, 1]))
+    assert all(math.isnan(value) for value in series.smoothed([None, math.nan], 4, [0, 1]))
