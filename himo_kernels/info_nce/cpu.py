@@ -5,7 +5,7 @@ each tile once, and the low-rank form multiplies K columns where the dense one m
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -90,8 +90,8 @@ def _low_rank_bwd(
             Needs(images=True, keys=(True,), scale=True),
             Gradients(None if project else grad_images, scale),
         )
-        grad_query, (grad_key,), scale = grads.images, grads.keys, grads.scale
-        assert grad_query is not None and grad_key is not None
+        grad_query, grad_key = cast(Tensor, grads.images), cast(Tensor, grads.keys[0])  # as needed
+        scale = grads.scale
         if project:
             grad_images.addmm_(grad_query, own_factors.basis)
             grad_coefficients[:, :rank] = grad_key
