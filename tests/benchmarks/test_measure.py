@@ -188,7 +188,7 @@ def test_a_ceiling_is_measured_for_the_dtypes_that_are_asked_for():
     assert isinstance(found["float32"], str) or 1e-4 < found["float32"] < 10
 
 
-def test_a_ceiling_that_takes_too_long_has_its_reason(monkeypatch):
+def test_a_ceiling_that_takes_too_long_has_its_reason(unlimited, monkeypatch):
     monkeypatch.setattr(measure, "CEILING_SECONDS", 1e-6)
     reason = measure.ceilings("cpu", ["float32"])["float32"]
     assert re.fullmatch(r"a product of 256 takes \d+ ms, larger ones over 1e-06 s", reason)
