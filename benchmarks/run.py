@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         cases = _cases(options)
         cores = os.cpu_count() or 1
         if options.baseline_seconds is None:
-            options.baseline_seconds = math.inf if options.all else 20.0
+            options.baseline_seconds = math.inf if options.all else 8.0
         options.threads = options.threads or (min(2, cores) if options.device == "cpu" else cores)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError("--device cuda: this torch sees no CUDA device")
@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline-seconds",
         type=float,
         help="of a CPU, for all baselines of a cell, compiling included; slower ones are left out; "
-        "default 20, and no limit with --all",
+        "default 8, and no limit with --all",
     )
     add("--budget-minutes", type=float, default=60.0, help="no cell starts after; default 60")
     add("--no-compile", action="store_true", help="leave torch.compile out")

@@ -183,7 +183,7 @@ class Cell:
             modes = [mode for mode in self.case.modes if mode != "fwd" or not compiled]
             for mode in modes if wanted or limited else ():
                 # Half of what is left: one slow baseline does not cost all others their turn.
-                limit_s = left_s / 2 if limited else math.inf
+                limit_s = max(left_s, 0.0) / 2 if limited else math.inf
                 begun = time.perf_counter()
                 peak = memory.in_child(partial(self._peak, name, mode, wanted), limit_s)
                 left_s -= (time.perf_counter() - begun) * limited
