@@ -75,7 +75,7 @@ def test_a_folder_that_stays_empty_is_taken_away_again(tmp_path):
 
 def test_two_folders_do_not_meet(tmp_path):
     with another_owner(tmp_path / "a"), owned(tmp_path / "b", 0):
-        pass
+        assert (tmp_path / "b/run.lock").exists()
 
 
 def test_a_folder_by_another_path_is_the_same(tmp_path):
