@@ -11,26 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from clip_cases import TINIEST
 from fuzz_corpus import bounded, corpus
 from safetensors.torch import save_file
 
 from himo import checkpoint
 from himo.checkpoint.layouts import from_himo
 from himo.errors import HimoError
-from himo.model import CLIPConfig, HiMoCLIP
+from himo.model import HiMoCLIP
 
 SECONDS, MEBIBYTES = 2.0, 64.0  # the memory above the size of the file
-CONFIG = CLIPConfig(
-    embed_dim=8,
-    image_resolution=8,
-    vision_layers=1,
-    vision_width=8,
-    vision_patch_size=4,
-    context_length=24,
-    vocab_size=16,
-    text_width=8,
-    text_layers=1,
-)
 INPUTS: dict[str, Callable[[Path], None]] = {}
 
 
@@ -52,7 +42,7 @@ def archive(path: Path, data_pickle: bytes, **records: bytes) -> None:
 
 
 def state() -> dict[str, Any]:
-    return dict(HiMoCLIP(CONFIG).state_dict())
+    return dict(HiMoCLIP(TINIEST).state_dict())
 
 
 # Pieces of pickles. PAIR_2_TO_THE_100 leaves a tuple on the stack that holds itself, as two, a

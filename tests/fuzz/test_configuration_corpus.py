@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from clip_cases import TINIEST
 from fuzz_corpus import bounded, corpus
 from safetensors.torch import save_file
 
@@ -14,23 +15,12 @@ from himo import checkpoint
 from himo.checkpoint.configurations import hf_config, hf_preprocessor_config, open_clip_config
 from himo.checkpoint.layouts import from_himo
 from himo.errors import HimoError
-from himo.model import CLIPConfig, HiMoCLIP
+from himo.model import HiMoCLIP
 
-CONFIG = CLIPConfig(
-    embed_dim=8,
-    image_resolution=8,
-    vision_layers=1,
-    vision_width=8,
-    vision_patch_size=4,
-    context_length=24,
-    vocab_size=16,
-    text_width=8,
-    text_layers=1,
-)
 FILES: dict[str, tuple[str, dict[str, Any]]] = {
-    "config.json": ("hf", hf_config(CONFIG)),
-    "preprocessor_config.json": ("hf", hf_preprocessor_config(CONFIG)),
-    "open_clip_config.json": ("open_clip", open_clip_config(CONFIG)),
+    "config.json": ("hf", hf_config(TINIEST)),
+    "preprocessor_config.json": ("hf", hf_preprocessor_config(TINIEST)),
+    "open_clip_config.json": ("open_clip", open_clip_config(TINIEST)),
 }
 VALUES: dict[str, Any] = {
     "minus one": -1,
@@ -67,7 +57,7 @@ def places(content: Any, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    state = HiMoCLIP(CONFIG).state_dict()
+    state = HiMoCLIP(TINIEST).state_dict()
     weights = {"hf": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
     for layout, name in weights.items():
         (root / layout).mkdir()

@@ -1,4 +1,4 @@
-"""Small models and inputs that the tests of the model and of checkpoints share."""
+"""Small models and inputs shared by the tests of the model, of checkpoints and of bad input."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ SMALL = CLIPConfig(
     text_width=128,
     text_layers=3,
 )
-# As few bytes as a CLIP can have and still use both tables of text positions.
+# The smallest CLIP that still uses both tables of text positions.
 TINIEST = CLIPConfig(
     embed_dim=8,
     image_resolution=8,
@@ -32,7 +32,7 @@ TINIEST = CLIPConfig(
 
 
 def random_model(config: CLIPConfig, generator: torch.Generator) -> HiMoCLIP:
-    """A model none of whose values is 0 or 1: a tensor that is swapped or left out shows."""
+    """A model without values 0 and 1, so that a swapped or missing tensor shows."""
     model = HiMoCLIP(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +49,7 @@ def random_image(config: CLIPConfig, count: int, generator: torch.Generator) -> 
 def tokens_of_lengths(
     config: CLIPConfig, lengths: list[int], generator: torch.Generator, width: int | None = None
 ) -> Tensor:
-    """int64 [len(lengths), width]: texts of so many tokens, the end included, then zeros."""
+    """int64 [len(lengths), width]: texts of these lengths, end token included, then zeros."""
     tokens = torch.zeros(len(lengths), width or config.context_length, dtype=torch.int64)
     for row, length in enumerate(lengths):
         words = torch.randint(1, config.vocab_size - 2, (length,), generator=generator)
