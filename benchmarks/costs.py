@@ -30,13 +30,13 @@ def hide_elements(case: Case, backward: bool) -> float:
     return float(case.B * case.N * case.D * (5 if backward else 2))
 
 
-def unit_flops(case: Case, rank: int, backward: bool) -> float:
+def normalize_flops(case: Case, rank: int, backward: bool) -> float:
     # Forward a sum of squares (2) and a product (1); backward two sums (4), a difference (2) and a
     # product (1).
     return (10.0 if backward else 3.0) * case.B * case.N * case.D
 
 
-def unit_elements(case: Case, backward: bool) -> float:
+def normalize_elements(case: Case, backward: bool) -> float:
     return (5.0 if backward else 2.0) * case.B * case.N * case.D
 
 

@@ -1,11 +1,11 @@
-"""One entry for each operator: its inputs, its candidates and its oracle; its cost is in costs.py.
+"""One entry per operator: its inputs, candidates and oracle. Its cost model is in costs.py.
 
-The library's candidates are whatever the operator's table in himo_kernels holds: a new backend is
-measured without a change here.
+The library's candidates are all backends in the operator's table in himo_kernels, so a new backend
+is measured without a change here.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +23,29 @@ Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
 Call = Callable[[Inputs, Case], Outputs]
 
-LOGIT_SCALE = 50.0  # between CLIP's first, 14.3, and its clamp, 100
+LOGIT_SCALE = 50.0  # between CLIP's initial 14.3 and its maximum of 100
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation. A refusal is why it cannot run on this case."""
+    """One implementation. refusal says why it cannot run this case."""
 
     name: str
     call: Call
-    library: bool  # one of himo_kernels' backends: held to its error budget
-    auto: bool = False  # what backend="auto" takes
-    official: bool = False  # computes the official preset's loss whatever the case asks
+    library: bool  # a himo_kernels backend: must meet its error budget
+    auto: bool = False  # the backend that "auto" selects
+    official: bool = False  # computes the official preset's loss for every preset
     compiled: bool = False
     refusal: str | None = None
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What the harness needs to know of an operator.
+    """What the harness needs to know about an operator.
 
-    formula is plain PyTorch: in float64 the oracle, in the case's dtype the error budget's eager
-    result. flops and elements are the model of one call, (case, rank, with_backward) -> count: the
-    same for every candidate, so that rates compare.
+    formula is plain PyTorch. In float64 it is the oracle; in the case's dtype it gives the eager
+    error of the budget. flops and elements model one call, (case, rank, with_backward) -> count.
+    They are the same for every candidate, so rates are comparable.
     """
 
     inputs: Callable[[Case, torch.Generator], Inputs]
@@ -56,7 +56,7 @@ class Operation:
     terms: Callable[[Case], int]  # length of the longest sum
     baselines: Mapping[str, Call] = field(default_factory=dict)
     compiled: tuple[str, ...] = ()  # the baselines that torch.compile is tried on too
-    peers: int = 0  # losses in one call, each a call of the other libraries' loss
+    peers: int = 0  # losses per call; each is one call of another library's loss
     rank: Callable[[Inputs, Case], int] | None = None
 
 
@@ -65,11 +65,11 @@ def operation(case: Case) -> Operation:
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
-    """The tensors of a case by argument name, the same on every device, not yet leaves."""
+    """The tensors of a case by argument name, equal on every device, without requires_grad."""
     generator = torch.Generator().manual_seed(seed)
     inputs = operation(case).inputs(case, generator)
     dtype = getattr(torch, case.dtype)
-    # The scale is a model's float32 parameter whatever the features are.
+    # A model's scale is a float32 parameter, whatever the features' dtype.
     own = {"logit_scale": torch.promote_types(dtype, torch.float32)}
     return {name: x.to(device, own.get(name, dtype)) for name, x in inputs.items()}
 
@@ -88,16 +88,11 @@ def candidates(case: Case, inputs: Inputs) -> list[Candidate]:
     found = _backends(case, op, inputs)
     for name, call in op.baselines.items():
         official = name == "released" and "preset" in case.config
-        found.append(Candidate(name, call, library=False, official=official))
+        baseline = Candidate(name, call, library=False, official=official)
+        found.append(baseline)
         if name in op.compiled:
-            compiled = Candidate(
-                f"{name}+compile",
-                _compiled(call),
-                library=False,
-                official=official,
-                compiled=True,
-            )
-            found.append(compiled)
+            compiled = _compiled(call)
+            found.append(replace(baseline, name=f"{name}+compile", call=compiled, compiled=True))
     if op.peers:
         options = eager.loss_options(case.preset)
         for name, peer in peers.PEERS.items():
@@ -111,7 +106,7 @@ def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
         return lambda inputs, case: op.library(inputs, case, backend)
 
     tensors = tuple(inputs.values())
-    if case.op == "himo_loss":  # several operators: a name holds for all, "auto" for each
+    if case.op == "himo_loss":  # several operators: a backend name applies to all
         parts = ("normalize", "pca_reconstruct", "dual_info_nce")
         features = inputs["text_features"]
         held = {name for part in parts for name in OPERATORS[part].backends}
@@ -123,7 +118,7 @@ def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
         backends = [Candidate("auto", call("auto"), library=True, auto=True)]
         return backends + [Candidate(n, call(n), True, refusal=reasons[n]) for n in names]
     table = OPERATORS[case.op]
-    if case.op == "dual_info_nce_low_rank":  # the operator's own order, its rank before the scale
+    if case.op == "dual_info_nce_low_rank":  # argument order of the operator: rank, then scale
         *features, scale = tensors
         rank = torch.zeros((), dtype=torch.int64, device=scale.device)
         tensors = (*features, rank, scale)
@@ -141,7 +136,7 @@ def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
 
 
 def _compiled(call: Call) -> Call:
-    # At the first call: torch.compile imports a compiler that most candidates do not need.
+    # Lazy: torch.compile imports a compiler that most candidates do not need.
     compiled: list[Call] = []
 
     def run(inputs: Inputs, case: Case) -> Outputs:
@@ -168,37 +163,31 @@ def _peer(peer: Callable[..., Tensor], losses: int) -> Call:
 
 
 def _rows(case: Case, generator: torch.Generator) -> Tensor:
+    N, D, drawn = case.N, case.D, {"dtype": torch.float64, "generator": generator}
     if case.spectrum == "duplicates":
-        problems = [
-            hkt.duplicate_captions(
-                case.N, case.D, case.N // 2, dtype=torch.float64, generator=generator
-            )
-            for _ in range(case.B)
-        ]
+        problems = [hkt.duplicate_captions(N, D, N // 2, **drawn) for _ in range(case.B)]
         return problems[0] if case.B == 1 else torch.stack(problems)
     flat = {"exponent": 0.0, "noise": 0.0} if case.spectrum == "flat" else {}
     batch = () if case.B == 1 else (case.B,)
-    return hkt.power_law(
-        case.N, case.D, batch=batch, dtype=torch.float64, generator=generator, **flat
-    )
+    return hkt.power_law(N, D, batch=batch, **drawn, **flat)
 
 
 def _samples(case: Case, generator: torch.Generator) -> Inputs:
     return {"x": _rows(case, generator)}
 
 
-def _lengths_apart(case: Case, generator: torch.Generator) -> Inputs:
-    # Rows as they come from a projection, not of length 1.
+def _unnormalized_rows(case: Case, generator: torch.Generator) -> Inputs:
+    # Rows of different lengths, as a projection layer returns them.
     rows = _rows(case, generator)
     powers = torch.randn(*rows.shape[:-1], 1, dtype=torch.float64, generator=generator)
     return {"features": rows * powers.exp()}
 
 
 def _pairs(case: Case, generator: torch.Generator) -> Inputs:
-    # Images near their captions: a loss that is neither 0 nor log N.
+    # Images are near their captions, so that the loss is neither 0 nor log N.
     text = _rows(case, generator)
-    aside = torch.randn(text.shape, dtype=torch.float64, generator=generator) / case.D**0.5
-    return {"image_features": F.normalize(text + aside, dim=-1), "text_features": text}
+    noise = torch.randn(text.shape, dtype=torch.float64, generator=generator) / case.D**0.5
+    return {"image_features": F.normalize(text + noise, dim=-1), "text_features": text}
 
 
 def _scaled(inputs: Inputs) -> Inputs:
@@ -259,10 +248,9 @@ def _library_head(inputs: Inputs, case: Case, backend: str) -> Outputs:
 
 
 def _head(hide: Callable[[Tensor, float], Tensor]) -> Call:
-    def call(inputs: Inputs, case: Case) -> Outputs:
-        return (eager.himo_loss(*inputs.values(), case.preset, _head_tau(case), hide),)
-
-    return call
+    return lambda inputs, case: (
+        eager.himo_loss(*inputs.values(), case.preset, _head_tau(case), hide),
+    )
 
 
 def _released_head(inputs: Inputs, case: Case) -> Outputs:
@@ -282,16 +270,20 @@ def _library_moment(inputs: Inputs, case: Case, backend: str) -> Outputs:
     return getattr(himo_kernels, case.op)(inputs["x"], backend=backend)
 
 
-def _unit(inputs: Inputs, case: Case) -> Outputs:
+def _normalize(inputs: Inputs, case: Case) -> Outputs:
     return (F.normalize(inputs["features"], dim=-1),)
 
 
-def _library_unit(inputs: Inputs, case: Case, backend: str) -> Outputs:
+def _library_normalize(inputs: Inputs, case: Case, backend: str) -> Outputs:
     return (himo_kernels.normalize(inputs["features"], backend=backend),)
 
 
 def _library_hide(inputs: Inputs, case: Case, backend: str) -> Outputs:
     return himo_kernels.pca_reconstruct(inputs["x"], case.tau, backend=backend)[:1]
+
+
+def _hide(hide: Callable[[Tensor, float], Tensor]) -> Call:
+    return lambda inputs, case: (hide(inputs["x"], case.tau),)
 
 
 def _released_hide(inputs: Inputs, case: Case) -> Outputs:
@@ -302,7 +294,7 @@ def _released_hide(inputs: Inputs, case: Case) -> Outputs:
 
 
 def _rank_of(x: Tensor, tau: float) -> int:
-    # Of the first problem.
+    # The rank of the first problem of the batch.
     _, rank = himo_kernels.pca_reconstruct(x.detach(), tau)
     return int(rank.flatten()[0])
 
@@ -332,26 +324,26 @@ OPERATIONS: dict[str, Operation] = {
     "pca_reconstruct": Operation(
         inputs=_samples,
         library=_library_hide,
-        formula=lambda inputs, case: (eager.hide_svd(inputs["x"], case.tau),),
+        formula=_hide(eager.hide_svd),
         flops=costs.hide_flops,
         elements=costs.hide_elements,
         terms=_longest,
         baselines={
             "released": _released_hide,
-            "eager svd": lambda inputs, case: (eager.hide_svd(inputs["x"], case.tau),),
-            "eager eigh": lambda inputs, case: (eager.hide_eigh(inputs["x"], case.tau),),
+            "eager svd": _hide(eager.hide_svd),
+            "eager eigh": _hide(eager.hide_eigh),
         },
         compiled=("released", "eager eigh"),
         rank=lambda inputs, case: _rank_of(inputs["x"], case.tau),
     ),
     "normalize": Operation(
-        inputs=_lengths_apart,
-        library=_library_unit,
-        formula=_unit,
-        flops=costs.unit_flops,
-        elements=costs.unit_elements,
+        inputs=_unnormalized_rows,
+        library=_library_normalize,
+        formula=_normalize,
+        flops=costs.normalize_flops,
+        elements=costs.normalize_elements,
         terms=_features,
-        baselines={"F.normalize": _unit},
+        baselines={"F.normalize": _normalize},
         compiled=("F.normalize",),
     ),
     "info_nce": Operation(
