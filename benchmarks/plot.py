@@ -163,12 +163,11 @@ def _caption(rows: list[Row]) -> str:
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     loads = [float(row["load"]) for row in rows if row["load"]]
     on = f"{first['device']}, {first['threads']} threads"
-    times = "median of a cold L2" if any(row["l2"] for row in rows) else "least of the repeats"
+    times = "median with a cold L2" if any(row["l2"] for row in rows) else "minimum over repeats"
     versions = f"torch {first['torch']}" + (f", CUDA {first['cuda']}" if first["cuda"] else "")
     return (
         f"{on}; {versions}; load {min(loads):.1f} to {max(loads):.1f}; commit {commits}; "
-        f"times are the {times}. A ratio is how many times longer the other takes, in the same "
-        "process."
+        f"times are the {times}. A ratio is the other's time over ours, in the same process."
     )
 
 
