@@ -1,14 +1,14 @@
-"""What is measured: one Case for each cell, and the cells of a full run on each kind of device."""
+"""What is measured: one Case per cell, and the cells of a full run on each kind of device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-SPECTRA = ("power-law", "flat", "duplicates")  # duplicates: every caption stands twice
+SPECTRA = ("power-law", "flat", "duplicates")  # duplicates: every caption occurs twice
 PRESETS = ("paper", "official")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd", "fwd+bwd")
 
-# The fields that tell two cells of an operator apart, beside its sizes and dtype.
+# The fields that identify a cell of an operator, in addition to sizes and dtype.
 OPTIONS = {
     "covariance": ("spectrum",),
     "gram": ("spectrum",),
@@ -31,15 +31,15 @@ class Case:
     B: int = 1  # independent problems
     dtype: str = "float32"
     spectrum: str = "power-law"  # of the text features
-    tau: float = 0.9  # variance threshold of the PCA, the paper's
-    preset: str = "paper"  # smoothing 0, both sides differentiated; official: 0.1, one side
+    tau: float = 0.9  # variance threshold of the PCA, as in the paper
+    preset: str = "paper"  # smoothing 0, gradients to both sides; official: 0.1, one side
     share: float = 0.25  # inner dimension of the low-rank form, as a share of D
     modes: tuple[str, ...] = MODES
-    memory: bool = False  # measure the peak of extra memory (always on a GPU, where it is free)
-    compile: bool = True  # torch.compile the baselines too: 5 to 20 s each
+    memory: bool = False  # measure peak extra memory (always done on a GPU, where it is free)
+    compile: bool = True  # also torch.compile the baselines, 5 to 20 s each
     timed: bool = True  # False: one run for its memory, no repetition
     only: tuple[str, ...] = ()  # names of candidates; empty: all
-    priority: int = 1  # 0 is measured first; what the budget does not reach is left out
+    priority: int = 1  # 0 is measured first; cells beyond the budget are left out
 
     @property
     def config(self) -> str:
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def size(self) -> str:
-        """B x N x D for people, without a B of 1."""
+        """B x N x D for display, without B if it is 1."""
         return " x ".join(str(n) for n in (self.B, self.N, self.D) if (n, self.B) != (1, 1))
 
     @property
@@ -72,7 +72,7 @@ def _cpu() -> Iterator[Case]:
         yield Case("dual_info_nce", n, dtype="bfloat16", memory=n >= 1024, priority=0)
     once = {"modes": ("fwd+bwd",), "memory": True, "timed": False, "compile": False}
     yield Case("dual_info_nce", 16384, **once)
-    # What forms N x N has no room, as one row says; other libraries' losses take minutes.
+    # N x N logits do not fit, as the released row shows; other libraries' losses take minutes.
     large = {"dtype": "bfloat16", "only": ("cpu", "released"), "priority": 3}
     yield Case("dual_info_nce", 65536, **once, **large)
     for n in (256, 512, 2048, 8192):
@@ -102,7 +102,7 @@ def _cpu() -> Iterator[Case]:
 
 
 def _cuda() -> Iterator[Case]:
-    # Compiling the baselines of every cell would take the ten minutes: of these only.
+    # Compiling the baselines of every cell would use up the ten minutes: only of these.
     compiled = {("himo_loss", 128), ("dual_info_nce", 4096), ("covariance", 4096)}
     for case in _cuda_cells():
         yield replace(case, compile=(case.op, case.N) in compiled and case.preset == "paper")

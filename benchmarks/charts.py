@@ -1,7 +1,7 @@
-"""Line charts over a logarithmic axis as SVG files that stand alone, light and dark.
+"""Line charts over a logarithmic axis as self-contained SVG files, for light and dark pages.
 
-A chart of himo_charts in a frame: a file that a README shows as an image has no page around it, so
-it brings the style, its title and the names of its curves.
+A README shows such a file as an image. So each file adds the style, the title and the names of the
+curves to a chart of himo_charts.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from himo_charts.svg import Line as Curve
 from himo_charts.svg import dots, label, line_chart, series_class, style, text
 
 WIDTH, HEIGHT = 760, 400
-LEFT, RIGHT, TOP, BOTTOM = 70, 190, 56, 46  # margins; names stand at the right
+LEFT, RIGHT, TOP, BOTTOM = 70, 190, 56, 46  # margins; the names of the curves are on the right
 AREA = HEIGHT - TOP - BOTTOM  # pixels between the axis and the highest value
 
 _STYLE = """
@@ -34,7 +34,7 @@ class Line:
 
 
 def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> str:
-    """The chart of positive values over sizes, both logarithmic where they span decades."""
+    """The chart of positive values over sizes; both axes are logarithmic if they span decades."""
     x = Scale(sizes[0], sizes[-1], log=True)
     y = fit((value for line in lines for _, value in line.points), log=True) or Scale(0, 1)
     heights = [AREA * (1 - y.at(line.points[-1][1])) if line.points else 0.0 for line in lines]
@@ -70,22 +70,22 @@ def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> s
 
 
 def _marks(run: int, line: Line, unit: str, x: Scale, y: Scale, height: float) -> str:
-    """The dots of a line, its name at a share of the height, and OOM where it has no value."""
-    told = [
+    """The dots of a line, its name at a relative height, and OOM where memory ran out."""
+    tooltips = [
         (x.at(n), y.at(value), f"{line.name}, N = {n:,}: {number(value)} {unit}")
         for n, value in line.points
     ]
-    # OOM stands above the size at which there is no value, each line on a row of its own.
+    # OOM is written above the size without a value, on a separate row for each line.
     oom = "".join(
         label(x.at(n), 1, "OOM", "run", dy=4 + 15 * run, anchor="end" if x.at(n) == 1 else "middle")
         for n in line.out_of_memory
     )
     name = label(1, height, line.name, "run", dx=14, dy=4, anchor="start")
-    return f'{dots(run, told, 3.5)}<g class="{series_class(run)}">{oom}{name}</g>'
+    return f'{dots(run, tooltips, 3.5)}<g class="{series_class(run)}">{oom}{name}</g>'
 
 
 def _apart(places: Sequence[float], least: float = 15) -> list[float]:
-    # The heights of labels, moved down where two would overlap.
+    # The heights of labels, moved down if two would overlap.
     moved = list(places)
     order = sorted(range(len(places)), key=places.__getitem__)
     for before, after in pairwise(order):

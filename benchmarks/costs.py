@@ -1,6 +1,6 @@
-"""The cost of one call, (case, rank, with_backward) -> FLOPs, and elements read and written.
+"""The cost of one call: (case, rank, with_backward) -> FLOPs, and elements read and written.
 
-The formulas of the cost tables in the operators' READMEs, the same for every candidate.
+The formulas are those of the cost tables in the operators' READMEs, the same for every candidate.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def hide_elements(case: Case, backward: bool) -> float:
 
 
 def normalize_flops(case: Case, rank: int, backward: bool) -> float:
-    # Forward a sum of squares (2) and a product (1); backward two sums (4), a difference (2) and a
-    # product (1).
+    # Forward: a sum of squares (2) and a product (1). Backward: two sums (4), a difference (2) and
+    # a product (1).
     return (10.0 if backward else 3.0) * case.B * case.N * case.D
 
 
@@ -41,7 +41,7 @@ def normalize_elements(case: Case, backward: bool) -> float:
 
 
 def loss_flops(branches: Callable[[Case, int], float]) -> Callable[[Case, int, bool], float]:
-    # One branch: logits once forward (2); logits again and both gradients backward (6).
+    # One branch: logits in the forward (2); logits again and both gradients in the backward (6).
     return lambda case, rank, backward: (
         (8.0 if backward else 2.0) * case.N**2 * case.D * branches(case, rank)
     )
@@ -57,6 +57,6 @@ low_rank_flops = loss_flops(lambda case, rank: 1 + case.inner / case.D)
 
 
 def head_flops(case: Case, rank: int, backward: bool) -> float:
-    # The component branch at its rank, plus one for the mean, wherever a candidate uses it or not.
+    # The component branch at rank R + 1 (the mean), whether a candidate uses the low rank or not.
     low_rank = loss_flops(lambda case, rank: 1 + (rank + 1) / case.D)
     return hide_flops(case, rank, backward) + low_rank(case, rank, backward)

@@ -1,8 +1,8 @@
-"""Rows of benchmarks/results/cpu/demo.csv from run directories that `make demo` has left.
+"""Rows of benchmarks/results/cpu/demo.csv from the run folders of `make demo`.
 
     python -m benchmarks.demo_rows demo/logs/himo demo/logs/clip >> benchmarks/results/cpu/demo.csv
 
-Run it on the commit that the demo ran on: a row bears the commit of the working tree.
+Run it on the same commit as the demo: a row records the commit of the working tree.
 """
 
 import csv

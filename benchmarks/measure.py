@@ -1,4 +1,4 @@
-"""One call of a candidate, its accuracy, and its time. Memory is in memory.py, rows in rows.py."""
+"""Accuracy and time of one call of a candidate. Memory is in memory.py, rows in rows.py."""
 
 import gc
 import time
@@ -24,31 +24,31 @@ from himo_kernels import nn, pca_reconstruct
 from himo_kernels.process_state import full_float32
 from himo_kernels.testing import oracle_info_nce, relative_error
 
-# The oracle holds N x N logits in float64: at most this many leading rows are checked, plus those
-# that make the last tile as ragged as the case's.
+# The oracle holds N x N logits in float64, so at most this many leading rows are checked, plus
+# enough to make the last tile as ragged as the case's.
 CHECKED_ROWS = {"cpu": 2048, "cuda": 8192}
-# A baseline need not meet the library's budget, but it must compute the same thing: half precision
-# through autocast is within 1e-2, or twice plain PyTorch's error where few rows make that larger; a
-# wrong formula or a wrong gradient is not.
+# A baseline need not meet the library's budget, but must compute the same function. Half precision
+# under autocast is within 1e-2, or twice plain PyTorch's error if few rows make that larger; wrong
+# formulas or gradients are not.
 BASELINE_ERROR = 5e-2
 
-WARM_UP = 10  # calls before a GPU is timed, fewer of long ones; a CPU has had one
-REPEATS = {"cpu": (3, 30), "cuda": (5, 50)}  # fewest and most rounds, or calls on a GPU
-LONG_MS = 10.0  # a call on a CPU that loads the caches itself
-GRAPH_BELOW_MS = 0.1  # launch gaps dominate below: a replayed CUDA graph shows the kernels
-HOT_BELOW_MS = 5.0  # a longer call has evicted the L2 itself: hot and cold are the same
+WARM_UP = 10  # calls before timing on a GPU, fewer if they are long; a CPU has had one
+REPEATS = {"cpu": (3, 30), "cuda": (5, 50)}  # minimum and maximum rounds, or calls on a GPU
+LONG_MS = 10.0  # a CPU call this long warms its own caches
+GRAPH_BELOW_MS = 0.1  # launch gaps dominate below; a replayed CUDA graph shows kernel time
+HOT_BELOW_MS = 5.0  # a longer call evicts the L2 itself: hot and cold are equal
 FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU
 
-CEILING_SECONDS = 3.0  # for the ceiling of one dtype
+CEILING_SECONDS = 3.0  # to measure the ceiling of one dtype
 CEILING_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192)}
-LEAST_CEILING = 1024  # a smaller product does not reach the machine's rate
-# Rows that are checked where half precision is emulated, and on how many that is found out.
+LEAST_CEILING = 1024  # a smaller matmul does not reach the peak rate
+# Rows checked if half precision is emulated, and rows of the trial that detects emulation.
 EMULATED_ROWS, TRIAL_ROWS = 512, 256
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Times of one candidate: milliseconds a call, sorted."""
+    """Times of one candidate: milliseconds per call, sorted."""
 
     times_ms: list[float]
     l2: str = ""  # cold or hot, on a GPU
@@ -60,11 +60,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its tensors: leaves that require gradients, and the incoming gradients."""
+    """A case with its tensors: leaves that require gradients, and incoming gradients."""
 
     case: Case
     inputs: Inputs
-    weights: tuple[Tensor, ...]  # float32 or float64, one for each output
+    weights: tuple[Tensor, ...]  # float32 or float64, one per output
 
 
 def make_problem(case: Case, device: str) -> Problem:
@@ -93,14 +93,14 @@ def _leaves(inputs: Inputs) -> Inputs:
 
 
 def step(candidate: Candidate, problem: Problem, mode: str) -> Callable[[], object]:
-    """A function of no argument that runs the candidate once: forward, or forward and backward."""
+    """A function without arguments that runs the candidate once, with a backward for fwd+bwd."""
     case, inputs = problem.case, problem.inputs
     leaves = list(inputs.values())
     device = leaves[0].device.type
 
     def precision():
-        # A baseline gets half precision as in a training step, under autocast; the library's
-        # operators follow their inputs.
+        # A baseline runs half precision as in a training step, under autocast. The library's
+        # operators follow their inputs' dtype.
         if candidate.library or case.dtype not in ("bfloat16", "float16"):
             return nullcontext()
         return torch.autocast(device, getattr(torch, case.dtype))
@@ -127,19 +127,19 @@ class Oracle:
 
     rows: int
     problem: Problem
-    exact: dict[bool, list[Tensor]]  # by whether it is the official loss
+    exact: dict[bool, list[Tensor]]  # True: of the official loss
     eager_errors: list[float]
 
 
 def checked_rows(problem: Problem, device: str) -> int:
-    """How many leading rows are checked: those that make the last tile as ragged included."""
+    """How many leading rows are checked, including those that make the last tile as ragged."""
     case = problem.case
     most = EMULATED_ROWS if _is_emulated(problem, device) else CHECKED_ROWS[device]
     return case.N if most + 64 >= case.N else most + case.N % 64
 
 
 def _is_emulated(problem: Problem, device: str) -> bool:
-    # Half precision on a CPU without instructions for it: a product of 2048 rows takes minutes.
+    # A CPU without half-precision instructions takes minutes for a matmul of 2048 rows.
     case = problem.case
     if device != "cpu" or case.dtype not in ("bfloat16", "float16") or case.N <= EMULATED_ROWS:
         return False
@@ -165,7 +165,7 @@ def _leading(problem: Problem, rows: int) -> Problem:
 
 
 def make_oracle(problem: Problem, device: str, official: bool) -> Oracle:
-    """Runs the formula in float64; official too where a candidate computes that preset's loss."""
+    """Runs the formula in float64; also the official loss if a candidate computes it."""
     case, op = problem.case, operation(problem.case)
     rows = checked_rows(problem, device)
     part = _leading(problem, rows)
@@ -187,15 +187,15 @@ def make_oracle(problem: Problem, device: str, official: bool) -> Oracle:
 
 
 def _exact(op: Operation, case: Case) -> Candidate:
-    # Equal rows make singular values equal, and the gradient through the SVD 0 / 0 in any
-    # precision: there the oracle is the closed form in float64 (tests/pca compares the two).
+    # Equal rows give equal singular values, and the gradient through the SVD is 0 / 0 in any
+    # precision. There the oracle is the closed form in float64 (tests/pca compares the two).
     if case.spectrum == "duplicates" and op.rank is not None and "share" not in case.config:
         return Candidate("closed form", lambda x, case: op.library(x, case, "reference"), True)
     return Candidate("formula", op.formula, library=True)
 
 
 def _official(op: Operation, case: Case) -> Candidate:
-    """The released code's loss in float64: official switches, but the case's own threshold."""
+    """The released code's loss in float64: official switches, but the case's threshold."""
 
     def call(inputs: Inputs, case: Case) -> Outputs:
         image, text = inputs["image_features"], inputs["text_features"]
@@ -228,7 +228,7 @@ def names_of_results(problem: Problem) -> list[str]:
 
 
 def accuracy(candidate: Candidate, oracle: Oracle) -> tuple[float, str | None]:
-    """(largest relative error of outputs and gradients, what is wrong with it or None)."""
+    """(largest relative error of outputs and gradients, which check it fails or None)."""
     case = oracle.problem.case
     actual = _results(candidate, oracle.problem)
     exact = oracle.exact[candidate.official]
@@ -240,9 +240,9 @@ def accuracy(candidate: Candidate, oracle: Oracle) -> tuple[float, str | None]:
         error = relative_error(a, e)
         condition = 1.0
         if name == "gradient of logit_scale" and e:
-            # A difference of two mean cosines: its error is relative to cosines, not to itself.
+            # A difference of two mean cosines: its error is relative to the cosines.
             condition = max(1.0, 1 / e.abs().item())
-        # Plain PyTorch may itself be NaN, where the SVD's gradient is.
+        # Plain PyTorch itself is NaN where the SVD's gradient is.
         eager = eager if eager < torch.inf else 0.0
         budget = eager + condition * rounding
         if not candidate.library:
@@ -260,7 +260,7 @@ def accuracy(candidate: Candidate, oracle: Oracle) -> tuple[float, str | None]:
 def time_together(
     steps: dict[str, Callable[[], object]], device: str, seconds: float
 ) -> dict[str, list[Sample]]:
-    """Samples of each step. On the CPU the steps take turns, so that noise meets all alike."""
+    """Samples of each step. On a CPU the steps are interleaved, so that noise affects all alike."""
     if device == "cuda":
         return {name: _time_cuda(run, seconds) for name, run in steps.items()}
     fewest, most = REPEATS["cpu"]
@@ -281,8 +281,8 @@ def time_together(
 
 
 def _burst(run: Callable[[], object]) -> list[float]:
-    # One call, or a short one again and again: the first of those finds the caches full of what
-    # the candidate before left there, and its threads asleep, and does not count.
+    # One call, or several if it is short. Then the first is discarded: caches are cold and threads
+    # asleep.
     first = _wall_ms(run)
     if first > LONG_MS:
         return [first]
@@ -327,7 +327,7 @@ def _events(run: Callable[[], object], repeats: int, flush: Tensor | None) -> li
 
 
 def _graph(run: Callable[[], object]) -> Callable[[], object] | None:
-    # None where the call cannot be captured: it reads the device or allocates outside the pool.
+    # None if the call cannot be captured, because it syncs or allocates outside the pool.
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -338,10 +338,10 @@ def _graph(run: Callable[[], object]) -> Callable[[], object] | None:
 
 
 def ceilings(device: str, dtypes: Iterable[str]) -> dict[str, float | str]:
-    """Measured here and now: TFLOP/s of a square product by dtype, and GB/s of a copy.
+    """Measures the TFLOP/s of a square matmul for each dtype, and the GB/s of a copy.
 
-    A dtype whose product of LEAST_CEILING rows does not fit into CEILING_SECONDS has the reason in
-    place of the rate.
+    If a matmul of LEAST_CEILING rows does not fit into CEILING_SECONDS, the dtype gets the reason
+    instead of a rate.
     """
     found: dict[str, float | str] = {}
     with full_float32(device):
@@ -356,8 +356,8 @@ def ceilings(device: str, dtypes: Iterable[str]) -> dict[str, float | str]:
 
 
 def _product_rate(dtype: torch.dtype, device: str) -> float | str:
-    # Of the largest product that fits, in the layout that was the fastest at the size before. One
-    # layout can be a thousand times slower than another: bfloat16 without AVX-512 is.
+    # The rate of the largest matmul that fits, in the layout that was fastest at the previous size.
+    # A layout can be a thousand times slower than another: bfloat16 without AVX-512 is.
     end = time.perf_counter() + CEILING_SECONDS
     layouts: list[str] = ["rows x rows", "rows x columns"]
     for n in CEILING_SIZES[device]:
@@ -370,7 +370,7 @@ def _product_rate(dtype: torch.dtype, device: str) -> float | str:
         times = {name: _best_ms(products[name], device, share) for name in layouts}
         best_ms = min(times.values())
         layouts = [name for name in layouts if times[name] == best_ms]
-        # Two calls of the next size, eight times the work each, and as much again for the caches.
+        # Two calls of the next size, each eight times the work, and twice that for cache misses.
         if time.perf_counter() + 2 * 2 * 8 * best_ms / 1e3 > end:
             break
     if n < LEAST_CEILING:
@@ -379,7 +379,7 @@ def _product_rate(dtype: torch.dtype, device: str) -> float | str:
 
 
 def _best_ms(run: Callable[[], object], device: str, seconds: float) -> float:
-    # After a first call, the least of at most seven, none of which begins after the seconds.
+    # After a warm-up call, the minimum of at most seven calls that begin within the seconds.
     end = time.perf_counter() + seconds
     run()
     if device == "cuda":

@@ -1,9 +1,9 @@
-"""Peak of the memory that one call takes beyond its inputs.
+"""Peak memory that one call uses beyond its inputs.
 
-On a GPU it is the caching allocator's own peak. On a CPU it is the growth of the resident size,
-VmHWM of /proc/self/status after a reset through /proc/self/clear_refs, in a process forked for
-this one call: it sees whatever the call touches, C++ and BLAS buffers included. The kernel adds up
-its counts in steps of 64 pages a thread: differences below 1 MiB mean nothing.
+On a GPU it is the caching allocator's peak. On a CPU it is the growth of the resident size in a
+process forked for this one call: VmHWM of /proc/self/status after a reset through
+/proc/self/clear_refs. It includes all memory that the call touches, such as C++ and BLAS buffers.
+Linux updates the counts in steps of 64 pages per thread: ignore differences below 1 MiB.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_cuda(run: Callable[[], object]) -> float:
-    """MiB above what is allocated before the call; its result counts."""
+    """MiB above the allocation before the call, including its result."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -39,17 +39,17 @@ def peak_cuda(run: Callable[[], object]) -> float:
 
 
 def in_child(work: Callable[[], object], seconds: float = math.inf) -> object:
-    """What work returns in a forked process, through JSON; {"reason": ...} where it fails.
+    """Runs work in a forked process and returns its result via JSON; {"reason": ...} on failure.
 
-    After `seconds` it is ended and the reason begins with LEFT_OUT. The parent must not have
-    started threads, or the child would wait for them: nothing may have been computed before.
+    After `seconds` the child is ended and the reason begins with LEFT_OUT. The parent must not have
+    computed anything before: that would start threads, which a child waits for but does not have.
     """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         try:
-            if seconds < math.inf:  # SIGALRM ends it, inside a product too
+            if seconds < math.inf:  # SIGALRM ends it even inside a matmul
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent may have a handler
                 signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
             limit_to_free_memory()
@@ -73,7 +73,7 @@ def in_child(work: Callable[[], object], seconds: float = math.inf) -> object:
 
 
 def reason(error: Exception) -> str:
-    """What a row says of an error: out of memory, or its first line."""
+    """The reason that a row gives for an error: out of memory, or its first line."""
     text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     # torch's CPU allocator raises a plain RuntimeError.
     signs = ("not enough memory", "can't allocate memory", "std::bad_alloc", "OutOfMemoryError")
@@ -83,7 +83,7 @@ def reason(error: Exception) -> str:
 
 
 def limit_to_free_memory() -> None:
-    """Lets this process grow to what the machine has free, and no further: an error, not a kill."""
+    """Limits this process to the free memory, so that it gets an error instead of a kill."""
     available = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) << 10
     size = int(re.search(r"VmSize:\s*(\d+)", _STATUS.read_text())[1]) << 10
     limit = size + int(0.9 * available)
@@ -91,13 +91,13 @@ def limit_to_free_memory() -> None:
 
 
 def peak_cpu(warm_up: Callable[[], object], run: Callable[[], object]) -> dict[str, float]:
-    """{"peak_mib", "time_ms"} of one run, to be called in a child.
+    """{"peak_mib", "time_ms"} of one run. Call it in a child.
 
-    warm_up runs first and does not count: it loads libraries and starts threads.
+    warm_up runs first and is not measured: it loads libraries and starts threads.
     """
     warm_up()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # free pages go back, so that using them again counts
+    ctypes.CDLL(None).malloc_trim(0)  # returns free pages, so that reusing them counts
     _RESET.write_text("5")
     before = _status_kib("VmRSS")
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Tables and charts of committed rows; nothing is measured here.
+"""Tables and charts of existing rows; this module measures nothing.
 
 python -m benchmarks.plot benchmarks/results/cpu --markdown            print the table
 python -m benchmarks.plot benchmarks/results/cpu --update README.md    put it between its markers
@@ -34,12 +34,12 @@ HEAD = (
 )
 
 
-METHOD = ("pca_reconstruct", "himo_loss", "dual_info_nce")  # what the first look is at
-FIRST_LOOK = (128, 1024, 4096, 16384, 32768, 65536)  # samples
+METHOD = ("pca_reconstruct", "himo_loss", "dual_info_nce")  # operators of the short table
+SHORT_TABLE = (128, 1024, 4096, 16384, 32768, 65536)  # samples
 
 
 def read_folder(folder: Path) -> list[Row]:
-    """The rows of every operator's file in a folder."""
+    """The rows of all operators' files in a folder."""
     if not folder.is_dir():
         raise BenchmarkError(f"{folder}: expected a directory of rows")
     found = [row for op in LABELS for row in table.read(folder / f"{op}.csv")]
@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> list[Row]:
 
 
 def cells(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """The rows of forward + backward by cell and then candidate; cold L2, a graph where it is."""
+    """The forward + backward rows by cell, then candidate: cold L2, and a graph if there is one."""
     names = ("op", "B", "N", "D", "dtype", "config")
     found: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
@@ -61,7 +61,7 @@ def cells(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """One table for each device in the rows, the largest ratios of each operator together."""
+    """One table per device in the rows, sorted by operator."""
     devices = sorted({(row["device"], row["threads"]) for row in rows})
     parts = []
     for device, threads in devices:
@@ -74,13 +74,13 @@ def markdown(rows: list[Row]) -> str:
 
 
 def tables(name: str, rows: list[Row]) -> dict[str, str]:
-    """{marker: table} of a folder of this name: all of its rows, and a first look at the method."""
+    """{marker: table} of a folder with this name: all rows, and a short table of the method."""
 
-    def first_look(row: Row) -> bool:
+    def in_short(row: Row) -> bool:
         usual = row["B"] == "1" and row["D"] == "768" and row["config"] == _default(row["op"])
-        return usual and int(row["N"]) in FIRST_LOOK and row["op"] in METHOD
+        return usual and int(row["N"]) in SHORT_TABLE and row["op"] in METHOD
 
-    return {name: markdown(rows), f"{name}, in short": markdown(list(filter(first_look, rows)))}
+    return {name: markdown(rows), f"{name}, in short": markdown(list(filter(in_short, rows)))}
 
 
 def _place(item: tuple[tuple[str, ...], object]) -> tuple:
@@ -122,14 +122,15 @@ def _line(cell: tuple[str, ...], found: dict[str, Row]) -> str:
 def _work(cell: tuple[str, ...]) -> str:
     op, b, n, d, _, config = cell
     size = " x ".join([b, n, d] if b != "1" else [n, d])
-    # Only what differs from the default of the operator.
+    # Only options that differ from the operator's defaults.
     usual = set(_default(op).split())
     special = [option for option in config.split() if option not in usual]
     return " ".join([LABELS[op], size, *special])
 
 
 def _time(row: Row) -> float:
-    """Milliseconds: the least on a CPU, where others disturb; the median on a GPU. 0 without."""
+    """Milliseconds: the minimum on a CPU, which other processes disturb; the median on a GPU. 0 if
+    not timed."""
     return float(row["time_ms_min" if not row["l2"] else "time_ms_p50"] or 0)
 
 
@@ -172,7 +173,7 @@ def _caption(rows: list[Row]) -> str:
 
 
 def between_markers(text: str, name: str) -> re.Match[str]:
-    """The place of a generated table in a text. Raises BenchmarkError where it has none."""
+    """The position of a generated table in a text. Raises BenchmarkError if it has none."""
     marker = rf"(<!-- benchmarks: {re.escape(name)} -->\n).*?(<!-- end of benchmarks -->)"
     found = re.search(marker, text, re.DOTALL)
     if found is None:
@@ -182,7 +183,7 @@ def between_markers(text: str, name: str) -> re.Match[str]:
 
 
 def update(text: str, contents: dict[str, str]) -> str:
-    """The text with each content between the markers of its name, where it has them."""
+    """The text with each content inserted between the markers of its name, if present."""
     present = [name for name in contents if f"<!-- benchmarks: {name} -->" in text]
     for name in present or contents:
         found = between_markers(text, name)
@@ -192,7 +193,7 @@ def update(text: str, contents: dict[str, str]) -> str:
 
 
 def draw(rows: list[Row]) -> dict[str, str]:
-    """{file name: SVG}: time and extra memory over N, for each operator and dtype with 3 sizes."""
+    """{file name: SVG}: time and extra memory over N, per operator and dtype with >= 3 sizes."""
     found: dict[str, str] = {}
     for op in LABELS:
         for dtype in ("float32", "bfloat16"):
@@ -225,8 +226,8 @@ def _peak(row: Row) -> float:
 def _lines(
     sizes: dict[int, dict[str, Row]], value: Callable[[Row], float], oom: bool
 ) -> list[tuple[str, list[tuple[int, float]], list[int]]]:
-    # Name, points, and sizes without memory. The library's choice first, whatever it is at each
-    # size; then the baselines.
+    # Name, points, and sizes that ran out of memory. First the choice of "auto" at each size as one
+    # line, then the baselines.
     points: dict[str, dict[int, float]] = defaultdict(dict)
     crosses: dict[str, list[int]] = defaultdict(list)
     for n, candidates in sizes.items():

@@ -1,10 +1,10 @@
-"""Times the whole head over several processes beside the released code, and writes the rows.
+"""Times the whole head over several processes, with the released code, and writes the rows.
 
 python -m benchmarks.ranks --ranks 2 --n 128 512 2048 --out benchmarks/results/cpu
 
-Ranks of one thread on this machine, joined by gloo: what is computed, not a network. N is the rows
-of a rank. A step is as long as that of the slowest rank, ranks begin it together, and candidates
-take turns. On a GPU, one process a device: torchrun's --nproc_per_node is --ranks there.
+Single-threaded ranks on this machine, connected by gloo: this measures computation, not a network.
+N is the rows per rank. Ranks begin a step together, and it ends with the slowest rank. Candidates
+are interleaved. On GPUs there is one process per device; --ranks is torchrun's --nproc_per_node.
 """
 
 import argparse
@@ -34,17 +34,17 @@ from himo_kernels.testing import power_law, relative_error
 
 OP = "himo_loss_over_ranks"
 FEATURES = 768
-# The semantics of a row. Global: PCA of the joined batch, exact gradients. Local: PCA of a rank's
-# rows, constant keys, label smoothing 0.1, as released.
+# The semantics of a row. Global: PCA of the joined batch, exact gradients. Local: as released, PCA
+# of a rank's rows, constant keys, label smoothing 0.1.
 CONFIGS = ("global", "local")
 FEWEST, MOST = 5, 40  # rounds
-AGREE = 1e-3  # relative, of losses and gradients that are the same but for the order of sums
+AGREE = 1e-3  # relative error of losses and gradients that differ only in the order of sums
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def candidates(config: str, x: Tensor) -> dict[str, Loss]:
-    """The losses that are timed, by the name in their row."""
+    """The timed losses, by the name in their row."""
     preset, scope = ("paper", "global") if config == "global" else ("official", "local")
     names = [name for name in BLOCK.backends if BLOCK.why_not(name, x) is None]
     found: dict[str, Loss] = {
@@ -57,7 +57,7 @@ def candidates(config: str, x: Tensor) -> dict[str, Loss]:
 
 
 def _with_gradient(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """The released loss, but keys have their gradient, as in open_clip with local_loss."""
+    """The released loss with gradients to keys, as in open_clip with local_loss."""
     image, text = image / image.norm(dim=1, keepdim=True), text / text.norm(dim=1, keepdim=True)
     component = released.cumulative_ratio_pca(text, 0.85)
     gathered = [torch.cat(all_gather(x)) for x in (image, text, component)]
@@ -99,7 +99,7 @@ def _cell(config: str, n: int, options: argparse.Namespace) -> dict[str, dict]:
     expected = step(losses["reference"])
     results: dict[str, dict] = {}
     for name, loss in losses.items():
-        # open_clip's gradient of the keys is another one: its value alone is compared.
+        # open_clip's gradients of the keys differ, so only its value is compared.
         found, exact = step(loss), expected
         if name.startswith("open_clip"):
             found, exact = found[:1], expected[:1]
@@ -109,7 +109,7 @@ def _cell(config: str, n: int, options: argparse.Namespace) -> dict[str, dict]:
     for rounds in range(1, MOST + 1):
         for name, loss in losses.items():
             results[name]["times_ms"].append(_slowest_ms(lambda loss=loss: step(loss), device))
-        # One rank decides for all: clocks differ.
+        # Rank 0 decides for all, since clocks differ.
         stop = torch.tensor(float(rounds >= FEWEST and time.monotonic() > end), device=device)
         dist.broadcast(stop, 0)
         if stop:
@@ -129,7 +129,7 @@ def _slowest_ms(run: Callable[[], object], device: str) -> float:
 
 
 def rows(found: list[dict], options: argparse.Namespace) -> list[Row]:
-    """The rows of what the ranks measured; a candidate that disagrees has no time."""
+    """The rows of the ranks' results; an inaccurate candidate has no time."""
     facts = table.facts(options.device, threads=1)
     auto = BLOCK.preferred(torch.empty(1, FEATURES, device=options.device))
     made = []
@@ -161,22 +161,22 @@ def rows(found: list[dict], options: argparse.Namespace) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status, 2 for a mistake of the user."""
+    """Runs the command; returns its exit status, 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--ranks", type=_at_least_two, default=2, help="processes; 2 by default")
     add("--n", nargs="+", type=_positive, default=[128, 512, 2048], help="rows of each rank")
-    add("--seconds", type=float, default=2.0, help="of timing, a candidate; 2 by default")
+    add("--seconds", type=float, default=2.0, help="of timing per candidate; 2 by default")
     add("--out", type=Path, required=True, help=f"directory of {OP}.csv")
-    add("--results", type=Path, help=argparse.SUPPRESS)  # of a worker
+    add("--results", type=Path, help=argparse.SUPPRESS)  # passed to a worker
     options = parser.parse_args(arguments)
     if options.results:
         worker(options)
         return 0
     try:
-        table.read(options.out / f"{OP}.csv")  # a file of another format, before any work
+        table.read(options.out / f"{OP}.csv")  # fails on a file of another format before measuring
         options.load = f"{os.getloadavg()[0]:.2f}"
         measured = _launch(options)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def _launch(options: argparse.Namespace) -> list[dict]:
         ]
         run += ["--seconds", str(options.seconds), "--out", folder, "--results", str(results)]
         environment = {
-            "GLOO_SOCKET_IFNAME": "lo",  # where the host's own name does not resolve
+            "GLOO_SOCKET_IFNAME": "lo",  # for hosts whose own name does not resolve
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",

@@ -1,4 +1,4 @@
-"""Rows of results: their columns, the facts of a run, and CSV files that are whole or unchanged."""
+"""Rows of results: columns, properties of a run, and atomically replaced CSV files."""
 
 import csv
 import importlib.metadata
@@ -15,17 +15,17 @@ import torch
 
 from himo_kernels.dispatch import backend_names
 
-# What tells one measurement from another. A new one replaces all of its rows.
+# The columns that identify a measurement. A new measurement replaces all of its rows.
 CELL = ("backend", "B", "N", "D", "dtype", "config", "device", "threads")
 COLUMNS = (
     "op",
-    "backend",  # of himo_kernels, or a baseline
-    "auto",  # yes: what backend="auto" takes here
+    "backend",  # a backend of himo_kernels, or a baseline
+    "auto",  # yes: the choice of backend="auto" here
     "mode",  # fwd, or fwd+bwd
     "B",
     "N",
     "D",
-    "R",  # kept rank, or inner dimension of the low-rank form
+    "R",  # rank of the PCA, or inner dimension of the low-rank form
     "dtype",
     "config",
     "l2",  # cold or hot, on a GPU
@@ -35,15 +35,15 @@ COLUMNS = (
     "time_ms_p50",
     "time_ms_p80",
     "repeats",
-    "peak_mib",  # beyond the inputs; results count
+    "peak_mib",  # beyond the inputs, including results
     "gbs",  # model bytes / p50
     "tflops",  # model FLOPs / p50
-    "fraction",  # of the roofline that the two ceilings give
-    "bound",  # which of them: compute or memory
-    "ceiling_tflops",  # a square product in this dtype, measured in the same run; empty: see reason
+    "fraction",  # of the roofline given by the two ceilings
+    "bound",  # which ceiling limits it: compute or memory
+    "ceiling_tflops",  # a square matmul in this dtype, from the same run; empty: see reason
     "ceiling_gbs",  # a copy, likewise
     "error",  # largest relative error against float64
-    "checked_n",  # of so many leading samples
+    "checked_n",  # number of leading samples checked
     "status",  # ok, inaccurate, refused, left out, out of memory, failed
     "reason",
     "device",
@@ -52,19 +52,19 @@ COLUMNS = (
     "triton",
     "cuda",
     "threads",
-    "load",  # of the machine, one minute's average, when the cell began
+    "load",  # one-minute load average when the cell began
     "commit",
     "date",
 )
-LIBRARY = (*backend_names(), "auto")  # in the column backend; the others are baselines
-CRASHED = "(cell)"  # in the place of a backend: the process ended, whichever it was measuring
+LIBRARY = (*backend_names(), "auto")  # names of backends; all other candidates are baselines
+CRASHED = "(cell)"  # instead of a backend's name: the process died
 ROOT = Path(__file__).parents[1]
 
 Row = dict[str, str]
 
 
 class BenchmarkError(ValueError):
-    """A mistake of the user, as one line that is ready to print."""
+    """A user error, as one printable line."""
 
 
 def facts(device: str, threads: int) -> Row:
@@ -82,7 +82,7 @@ def facts(device: str, threads: int) -> Row:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, -dirty where a source differs from it; "" without."""
+    """Short hash of the checked-out commit, with -dirty if a source has changed; "" without git."""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -90,7 +90,7 @@ def commit() -> str:
 
     try:
         head = git("rev-parse", "--short", "HEAD")
-        # Results and texts do not change what is measured.
+        # Results and documentation do not affect measurements.
         changed = git("status", "--porcelain", "--", "*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
     except FileNotFoundError:
         return ""
@@ -122,7 +122,7 @@ def _version(module: str) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, none where there is no file. Raises BenchmarkError for another format."""
+    """The rows of a file, or none if it does not exist. Raises BenchmarkError for other formats."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -135,11 +135,11 @@ def read(path: Path) -> list[Row]:
 
 
 def merge(path: Path, new: list[Row]) -> None:
-    """Puts rows into a file in place of earlier ones of the same measurements; others stay."""
-    # With them goes the row of a cell that died before it could name a candidate.
+    """Writes rows into a file, replacing rows of the same measurements and keeping others."""
+    # Also drop the row of a cell that died before it could name a candidate.
     measured = {_cell(row | {"backend": name}) for row in new for name in (row["backend"], CRASHED)}
-    kept = [row for row in read(path) if _cell(row) not in measured]
-    ordered = sorted([*kept, *new], key=_order)
+    others = [row for row in read(path) if _cell(row) not in measured]
+    ordered = sorted([*others, *new], key=_order)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
@@ -148,10 +148,10 @@ def merge(path: Path, new: list[Row]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that at every moment is what it was before or all of the new one.
+    """Replaces a file atomically.
 
-    himo.files does the same for checkpoints; importing himo needs more modules than a machine with
-    a GPU to measure may have.
+    himo.files does the same for checkpoints, but himo imports modules that a benchmark machine may
+    not have.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -174,5 +174,5 @@ def _order(row: Row) -> tuple:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, "" for None: what a row holds."""
+    """A number in a row: four significant digits, "" for None."""
     return "" if value is None else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""Times every operator beside its baselines and writes one row for each cell.
+"""Times every operator and its baselines, and writes a row per candidate and mode.
 
 python -m benchmarks.run --device cpu --all --out benchmarks/results/cpu
 python -m benchmarks.run --device cpu --op dual_info_nce --n 1024 4096 --out /tmp/rows
@@ -26,35 +26,35 @@ from benchmarks import rows as table
 from benchmarks.cases import Case
 from benchmarks.rows import LIBRARY, BenchmarkError, Row
 
-# Seconds without an answer after which a worker is given up.
+# Seconds without an answer after which a worker is killed.
 CASE_TIMEOUT = {"cpu": 600, "cuda": 120}
 
 
 class Worker:
-    """A process that measures; it is started again after it died."""
+    """A process that measures. It is restarted after it died."""
 
     def __init__(self, device: str, threads: int, log: TextIO) -> None:
         self.device, self.log = device, log
         bound = {
-            "OMP_PROC_BIND": "true",  # a thread that moves takes a cold cache with it
+            "OMP_PROC_BIND": "true",  # a thread that migrates finds a cold cache
             "OMP_PLACES": "cores",
-            # A pool of processes would share the two cores with what is timed.
+            # A process pool would compete with the timed code for two cores.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         self.environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
-            **(bound if device == "cpu" else {}),  # which would bind the compiler's processes too
+            **(bound if device == "cpu" else {}),  # on a GPU it would bind the compiler's processes
             "PYTHONWARNINGS": "ignore",
         }
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The answers to one request. Raises WorkerDied where it ends before the last of them."""
+        """The answers to one request. Raises WorkerDied if the process ends before the last one."""
         if self.process is None:
             self._start()
         assert self.process is not None and self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the reader finds out
+        with contextlib.suppress(BrokenPipeError):  # reading the answers will raise
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         while True:
@@ -100,11 +100,11 @@ class Worker:
 
 
 class WorkerDied(Exception):
-    """A worker that ended or hung in the middle of a case."""
+    """A worker ended or hung during a case."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status, 2 for a mistake of the user."""
+    """Runs the command; returns its exit status, 2 for a user error."""
     options = _parser().parse_args(arguments)
     try:
         cases = _cases(options)
@@ -130,10 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(cases: list[Case], options: argparse.Namespace, log: TextIO) -> int:
-    """Measures the cases within the budget; returns 1 where a library backend is inaccurate."""
+    """Measures the cases within the budget; returns 1 if a library backend is inaccurate."""
     end = time.monotonic() + 60 * options.budget_minutes
     for op in {case.op for case in cases}:
-        table.read(options.out / f"{op}.csv")  # a file of another format, before any work
+        table.read(options.out / f"{op}.csv")  # fails on a file of another format before measuring
     if options.device == "cpu" and os.getloadavg()[0] > 0.5:
         warn(f"load average {os.getloadavg()[0]:.1f}: something else runs here; the rows say so")
     worker = Worker(options.device, options.threads, log)
@@ -218,7 +218,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         raise BenchmarkError("expected --all, or --op and --n")
     modes = given.pop("modes", [grid.MODES])
     cases = [case for op in options.op for case in grid.product(op, **given)]
-    # One cell for both modes, not two: they share inputs, checks and compilation.
+    # One cell for both modes: they share inputs, checks and compilation.
     both = tuple(mode for choice in modes for mode in choice)
     cases = [dataclasses.replace(case, modes=both, memory=True) for case in cases]
     for case in cases:
@@ -245,17 +245,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", nargs="+", choices=grid.PRESETS, help="of the losses")
     add("--rank-share", nargs="+", type=_share, help="R / D of the low-rank loss")
     add("--backend", nargs="+", default=[], help="only these candidates, by name in the rows")
-    add("--threads", type=_positive, help="of the CPU; default 2, and all beside a GPU")
-    add("--seconds", type=float, default=1.0, help="of timing, a candidate and mode; default 1")
+    add("--threads", type=_positive, help="CPU threads; default 2, and all cores with a GPU")
+    add("--seconds", type=float, default=1.0, help="of timing per candidate and mode; default 1")
     add(
         "--baseline-seconds",
         type=float,
-        help="of a CPU, for all baselines of a cell, compiling included; slower ones are left out; "
+        help="on a CPU, for all baselines of a cell with compilation; slower ones are left out; "
         "default 8, and no limit with --all",
     )
-    add("--budget-minutes", type=float, default=60.0, help="no cell starts after; default 60")
-    add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--no-memory", action="store_true", help="leave the peaks of memory out on a CPU")
+    add("--budget-minutes", type=float, default=60.0, help="no cell starts later; default 60")
+    add("--no-compile", action="store_true", help="do not measure torch.compile")
+    add("--no-memory", action="store_true", help="do not measure peak memory on a CPU")
     return parser
 
 
@@ -280,7 +280,7 @@ def _line(row: Row) -> str:
 
 
 class _Lines:
-    # What tqdm does here, one line a cell, where it is not installed.
+    # Replaces tqdm if it is not installed: one line per cell.
     def __init__(self, total: int) -> None:
         self.total, self.at = total, 0
 
@@ -293,7 +293,7 @@ class _Lines:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Any]:
-    """A progress bar; lines where tqdm is not installed."""
+    """A progress bar, or lines if tqdm is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:

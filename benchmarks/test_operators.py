@@ -1,7 +1,7 @@
-"""pytest-benchmark on the registry's small cells: `pytest benchmarks`, beside the rows of run.py.
+"""pytest-benchmark on small cells of the registry: `pytest benchmarks`.
 
-For comparing two commits at a keystroke (--benchmark-save, --benchmark-compare); figures that are
-quoted come from run.py, which checks accuracy, takes turns and records the machine.
+For a quick comparison of two commits (--benchmark-save, --benchmark-compare). Quote figures from
+run.py, which checks accuracy, interleaves candidates and records the machine.
 """
 
 import pytest

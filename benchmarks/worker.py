@@ -1,8 +1,8 @@
-"""Measures cases in a process of its own: JSON requests on stdin, JSON rows on stdout.
+"""Measures cases in a separate process: JSON requests on stdin, JSON rows on stdout.
 
-A request is {"dtypes": [...]} for the ceilings, or {"case": {...}} with the settings of a Cell; the
-answer is one line for each row (or the ceilings) and {"done": true}. Started by benchmarks.run,
-which a crash here costs one case.
+A request is {"dtypes": [...]} for the ceilings, or {"case": {...}} with the settings of a Cell. The
+answer is one line per row (or the ceilings), then {"done": true}. benchmarks.run starts it, so that
+a crash here loses only one case.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ from benchmarks.rows import Row, number
 
 
 def main() -> None:
-    """Answers requests until stdin ends. The only argument is the device, cpu or cuda."""
+    """Answers requests until stdin ends. sys.argv[1] is the device, cpu or cuda."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keeps the output of libraries out of the answers
     device = sys.argv[1]
     for line in sys.stdin:
         request = json.loads(line)
@@ -55,15 +55,15 @@ def main() -> None:
 
 @dataclass
 class Cell:
-    """One case on this device: rows() measures it."""
+    """One case on this device; rows() measures it."""
 
     case: Case
     device: str
-    seconds: float  # of timing, for each candidate and mode
-    ceilings: dict[str, float | str]  # of this machine, from a request of its own
+    seconds: float  # of timing, per candidate and mode
+    ceilings: dict[str, float | str]  # of this machine, from an earlier request
     compile: bool = True  # torch.compile the baselines too
-    memory: bool = True  # measure peaks where the case asks for them
-    # On a CPU, for all baselines of the cell together; what is slower is left out.
+    memory: bool = True  # measure peak memory if the case asks for it
+    # On a CPU, total for all baselines of the cell; slower ones are left out.
     baseline_seconds: float = math.inf
     only: list[str] = field(default_factory=list)  # names of candidates; empty: all
     peaks: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Cell:
     rank: int | None = None
 
     def rows(self) -> Iterator[Row]:
-        """A row for each candidate, mode and way of timing; refusals and failures are rows too."""
+        """A row per candidate, mode and kind of timing; refusals and failures are rows too."""
         self.load = f"{os.getloadavg()[0]:.2f}"
         if self.device == "cpu":
             self._try_in_children()
@@ -100,7 +100,7 @@ class Cell:
         ]
 
     def _check(self, problem: Problem) -> Iterator[tuple[Candidate, Row]]:
-        # Each candidate with the columns of its accuracy; a status where it must not be timed.
+        # Each candidate with its accuracy columns, and a status if it must not be timed.
         chosen = self._candidates(problem)
         official = any(candidate.official for candidate in chosen)
         oracle = make_oracle(problem, self.device, official)
@@ -113,7 +113,7 @@ class Cell:
                 continue
             try:
                 error, wrong = accuracy(candidate, oracle)
-            except Exception as failed:  # a foreign library's errors are its own
+            except Exception as failed:  # other libraries may raise anything
                 yield candidate, _failure(memory.reason(failed))
                 continue
             columns = {"error": number(error), "checked_n": str(oracle.rows)}
@@ -124,7 +124,7 @@ class Cell:
     def _time(
         self, problem: Problem, accurate: list[tuple[Candidate, Row]], mode: str
     ) -> Iterator[Row]:
-        # Compiling for each mode takes longer than all the rest: fwd+bwd is what training runs.
+        # Compilation dominates, so compiled candidates run only fwd+bwd, as in training.
         compete = [(c, columns) for c, columns in accurate if mode != "fwd" or not c.compiled]
         steps = {}
         for candidate, _ in compete:
@@ -150,7 +150,7 @@ class Cell:
                 yield self._row(candidate, mode, **columns, **timed)
 
     def _warm_up(self, candidate: Candidate, problem: Problem, mode: str) -> str | None:
-        # Compiles, and on a GPU gives the peak. Returns why it cannot run.
+        # Compiles, and on a GPU measures the peak. Returns why it cannot run, or None.
         run = step(candidate, problem, mode)
         try:
             run()
@@ -162,36 +162,36 @@ class Cell:
         return None
 
     def _try_in_children(self) -> None:
-        """Peaks of memory where they are wanted, and which baselines are too slow for this cell."""
+        """Measures peak memory if wanted, and finds baselines that are too slow for this cell."""
 
         def names() -> list[tuple[str, bool, bool]]:
             chosen = self._candidates(make_problem(self.case, self.device))
             found = [(c.name, c.library, c.compiled) for c in chosen if c.refusal is None]
-            return sorted(found, key=lambda item: item[2])  # compiling is the slowest
+            return sorted(found, key=lambda item: item[2])  # slow compiled ones last
 
         measured = self.memory and self.case.memory
         if not measured and self.baseline_seconds == math.inf:
             return
         found = memory.in_child(names)
-        if isinstance(found, dict):  # the inputs alone do not fit; the cell will say so
+        if isinstance(found, dict):  # the inputs do not fit; rows() will report it
             return
         left_s = self.baseline_seconds
         for name, library, compiled in found:
-            # Compiling would have to run once more before the peak means anything.
+            # A compiled candidate would need a second run for a meaningful peak.
             wanted = measured and not compiled
             limited = not library and self.baseline_seconds < math.inf
             modes = [mode for mode in self.case.modes if mode != "fwd" or not compiled]
             for mode in modes if wanted or limited else ():
-                # Half of what is left: one slow baseline does not cost all others their turn.
+                # Half of the remaining time, so that one slow baseline does not use it all.
                 limit_s = max(left_s, 0.0) / 2 if limited else math.inf
                 begun = time.perf_counter()
                 peak = memory.in_child(partial(self._peak, name, mode, wanted), limit_s)
                 left_s -= (time.perf_counter() - begun) * limited
                 if limited and "time_ms" in peak:
-                    turns_s = REPEATS["cpu"][0] * peak["time_ms"] / 1e3
-                    left_s -= turns_s
-                    if turns_s > limit_s:
-                        peak = {"reason": f"{memory.LEFT_OUT}: a call takes {turns_s / 3:.1f} s"}
+                    rounds_s = REPEATS["cpu"][0] * peak["time_ms"] / 1e3
+                    left_s -= rounds_s
+                    if rounds_s > limit_s:
+                        peak = {"reason": f"{memory.LEFT_OUT}: a call takes {rounds_s / 3:.1f} s"}
                 if str(peak.get("reason", "")).startswith(memory.LEFT_OUT):
                     advice = f"of {self.baseline_seconds:g} s for the baselines of a cell"
                     self.left_out[name] = f"{peak['reason']}, {advice}"
@@ -233,7 +233,7 @@ class Cell:
         return row | columns
 
     def _columns(self, sample: Sample, mode: str) -> Row:
-        # Rates of the model's work at the median, and the share of the roofline they reach.
+        # Rates of the cost model at the median time, and their share of the roofline.
         op, case, backward = operation(self.case), self.case, mode == "fwd+bwd"
         median = sample.quantile(0.5)
         tera = op.flops(case, self.rank or 0, backward) / 1e12

@@ -1,7 +1,7 @@
 """Kernels for HiMo-CLIP (arXiv 2511.06653): in-batch PCA and the dual InfoNCE loss.
 
-Needs torch alone. Triton and the compiled extension are used where they are installed;
-`python -m himo_kernels.info` tells which backend each operator has here, and why not another.
+Needs only torch. Triton and the compiled extension are used if installed; `python -m
+himo_kernels.info` prints which backends each operator has here, and why it lacks the others.
 """
 
 from himo_kernels import nn

@@ -1,6 +1,6 @@
 """The batch of a HiMoLoss: the rows of one process, or those of all ranks joined.
 
-Both have the same four methods, so that the loss reads the same over one process and over many.
+Both have the same four methods, so the code of the loss is the same for one process and for many.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def batch_of(loss: "HiMoLoss") -> "LocalBatch | JoinedBatch":
-    """Returns the batch that a call of this loss is of: local where its group is one process."""
+    """Returns the batch for a call of this loss: local if its group has one process."""
     group = loss.group
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return LocalBatch(loss)
@@ -51,7 +51,7 @@ class LocalBatch:
         logit_scale: Tensor | float,
         check_others: Callable[[], object],
     ) -> None:
-        """Raises where an argument is wrong; check_others, for what the caller has of its own."""
+        """Raises if an argument is wrong; check_others checks the caller's other arguments."""
         _check_arguments(self.loss, check_features, image_features, text_features, logit_scale)
         check_others()
 
@@ -62,7 +62,7 @@ class LocalBatch:
     def reconstruct(self, text_features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the component features [N, D] and the rank []: eq. (1).
 
-        texts are the text_features, normalised where the loss does that.
+        texts are the text_features, normalised if the loss normalises them.
         """
         return self.loss.hide(texts)
 
@@ -87,9 +87,9 @@ class LocalBatch:
 
 
 class JoinedBatch:
-    """The rows of all ranks of a group, of which this process has its own [M, D], maybe none.
+    """The rows of all ranks of a group. This process owns [M, D] of them; M may be 0.
 
-    check comes first: the rest needs the row counts that the ranks tell each other there.
+    Call check first: it exchanges the row counts that the other methods need.
     """
 
     rows: Rows
@@ -104,7 +104,7 @@ class JoinedBatch:
         logit_scale: Tensor | float,
         check_others: Callable[[], object],
     ) -> None:
-        """Raises, on every rank, where an argument of any rank is wrong or the ranks differ."""
+        """Raises on every rank if an argument of any rank is wrong or the ranks differ."""
         loss = self.loss
         members = members_of(loss.group, "HiMoLoss")
 
@@ -126,7 +126,7 @@ class JoinedBatch:
         )
 
     def normalize(self, features: Tensor) -> Tensor:  # [M, D] -> [M, D]
-        """Returns rows of length 1. A rank without rows has nothing to divide."""
+        """Returns rows of length 1. A rank may have no rows."""
         if self.rows.own == 0:
             return features
         return normalize(features, backend=self.loss.backend)
@@ -134,14 +134,14 @@ class JoinedBatch:
     def reconstruct(self, text_features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the component features [M, D] of own rows, float64, and the rank []: eq. (1).
 
-        The texts of the PCA stay in float64: rounded first, a narrow gap at the cut would put the
-        gradient more than 1e-6 from that of the joined batch.
+        The PCA's texts stay float64. If they were rounded first, a narrow gap at the cut would move
+        the gradient more than 1e-6 from the gradient of one process on the joined batch.
         """
         loss, hide = self.loss, self.loss.hide
         wide = text_features.double()
         if loss.normalize_features:
             wide = self.normalize(wide)
-        # The floor is above the rounding of the caller's features.
+        # The floor depends on the dtype of the caller's features, whose rounding it exceeds.
         floor = floor_of(texts.dtype, hide.variance_floor)
         settings = (hide.variance_threshold, hide.gap_eps, hide.differentiate_basis, loss.backend)
         if loss.pca_scope == "global":

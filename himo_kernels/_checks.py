@@ -1,4 +1,4 @@
-"""One raise site per kind of mistake; every message reads `operator: expected ..., got ...`."""
+"""Argument checks. Every message has the form `operator: expected ..., got ...`."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def raise_shape(operator: str, argument: str, expected: str, got: object) -> NoR
 
 
 def raise_value(operator: str, argument: str, expected: str, got: object) -> NoReturn:
-    """Raises the ValueError for an argument of the right type and an impossible value."""
+    """Raises the ValueError for an argument of the right type but an invalid value."""
     raise ValueError(f"{operator}: expected {argument} {expected}, got {got!r}")
 
 
@@ -28,7 +28,7 @@ def raise_type(operator: str, argument: str, expected: str, got: object) -> NoRe
 
 
 def check_tensor(operator: str, argument: str, value: object) -> None:
-    """Raises TypeError unless value is a dense floating-point tensor held by one process."""
+    """Raises TypeError unless value is a dense, local floating-point tensor."""
     if not isinstance(value, Tensor):
         raise_type(operator, argument, "to be a torch.Tensor", type(value).__name__)
     if type(value).__name__ == "DTensor":  # by name: importing DTensor costs every process 0.3 s
@@ -107,7 +107,7 @@ def check_number(operator: str, argument: str, value: object) -> float:
         raise_type(operator, argument, "to be a number", type(value).__name__)
     try:
         return float(value)
-    except OverflowError:  # not printed: it has hundreds of digits
+    except OverflowError:  # the value is not printed: it has hundreds of digits
         largest = f"at most {sys.float_info.max:.2g} in size"
         raise ValueError(
             f"{operator}: expected {argument} {largest}, got a larger integer"
@@ -123,7 +123,7 @@ def check_variance_threshold(operator: str, value: object) -> float:
 
 
 def check_variance_floor(operator: str, value: object) -> float | str:
-    """Returns "relative", or the trace at or below which a batch has no variance, >= 0."""
+    """Returns "relative", or the trace >= 0 at or below which a batch counts as constant."""
     expected = "to be 'relative', or finite and >= 0"
     if isinstance(value, str):
         if value != "relative":
@@ -152,7 +152,7 @@ def check_label_smoothing(operator: str, value: object) -> float:
 
 
 def check_flag(operator: str, argument: str, value: object) -> bool:
-    """Returns value; TypeError unless it is a bool (a tensor or string would be silently true)."""
+    """Returns value; TypeError unless it is a bool (a non-empty string would count as True)."""
     if not isinstance(value, bool):
         raise_type(operator, argument, "to be True or False", type(value).__name__)
     return value

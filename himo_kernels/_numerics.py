@@ -1,4 +1,4 @@
-"""How numbers are held: the dtype of sums, and settings that reach an operator as tensors."""
+"""The dtype of sums, and settings passed to an operator as tensors."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_tensor(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns number as a tensor []: what an operator takes of a setting that may change.
+    """Returns number as a tensor [], the form in which operators take a setting that may change.
 
-    A compiler makes one graph for all values of a product, and one for each of torch.full's.
+    torch.compile specialises on the value in torch.full, but makes one graph for all factors of a
+    product.
     """
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device=device) * number

@@ -1,8 +1,8 @@
-"""Triton functions that every backend's kernels share. Imported by modules with kernels alone.
+"""Triton functions that all kernels share. Only modules with kernels import this one.
 
-dot, raised and rounded exist for Triton's interpreter (3.6 to 3.9), which keeps bfloat16 as
+dot, raised and rounded work around Triton's interpreter (3.6 to 3.9), which stores bfloat16 as
 integers: tl.dot multiplies their bits, rounding to bfloat16 drops the carry into the exponent
-(1.999 gives 1), and raising one that is subnormal gives another number.
+(1.999 gives 1), and converting a subnormal to float32 gives a wrong value.
 """
 
 import triton
@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 
 @triton.jit
 def dot(x, y, accumulator, PRECISION: tl.constexpr):
-    """x y + accumulator, in float32 sums. Products of 16-bit numbers are exact in float32."""
+    """x y + accumulator, summed in float32. Products of 16-bit numbers are exact in float32."""
     if INTERPRETED:
         x = x.to(tl.float32)
         y = y.to(tl.float32)
@@ -24,7 +24,7 @@ def dot(x, y, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def raised(x):
-    """x in float32, or as it is where it is float64."""
+    """x converted to float32; float64 stays float64."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         result = bits.to(tl.float32, bitcast=True)
@@ -37,7 +37,7 @@ def raised(x):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x in another floating-point dtype, to nearest even."""
+    """float32 x rounded to another floating-point dtype, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -49,5 +49,5 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def float64_of(bits):
-    """The float64 of these bits, an argument made by _triton.float64_bits."""
+    """The float64 with these bits, made by _triton.float64_bits."""
     return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)

@@ -1,12 +1,11 @@
-"""Compiles every Triton kernel for sm_80 and sm_90, without a GPU: what ptxas made of each.
+"""Compiles every Triton kernel for sm_80 and sm_90 without a GPU, and checks what ptxas reports.
 
-python -m himo_kernels.aot [word ...]     only the cases whose label has all of these words
+python -m himo_kernels.aot [word ...]     only the cases whose label contains all of these words
 
-What is compiled is what the launchers launch: each case runs them on meta tensors, and a launch is
-recorded, with its types, constants and options, rather than made. A line tells its registers and
-spills, the programs that a multiprocessor has room for and, of a product, the instruction that
-multiplies and the bytes of a load. What the design promises of them (broken_promise) fails the run
-where it is broken.
+It compiles exactly what the launchers launch: each case runs them on meta tensors, and each launch
+is recorded, with its types, constants and options, instead of executed. One line per launch shows
+registers, spills and the programs that fit on a multiprocessor; for matmuls also the matrix
+instruction and the bytes per load. A launch that fails a check (broken_promise) fails the run.
 """
 
 import importlib
@@ -30,13 +29,13 @@ from himo_kernels import _triton
 
 TARGETS = (80, 90)  # A100, H100 and H200
 
-# Of a multiprocessor: CUDA C++ Programming Guide, compute capabilities, technical specifications.
+# Per multiprocessor: CUDA C++ Programming Guide, compute capabilities, technical specifications.
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}
-SHARED_RESERVED = 1024  # of each block; the rest is what one may ask for
+SHARED_RESERVED = 1024  # per block, by the system; a block can request the rest
 REGISTERS = 64 * 1024
 WARPS, BLOCKS = 64, 32
-# Registers are given to warps by 256, to four warps at a time: CUDA occupancy calculator.
-REGISTER_UNIT, WARP_UNIT = 256, 4
+# Registers are allocated in multiples of 256 per warp, warps in fours: CUDA occupancy calculator.
+REGISTER_GRANULARITY, WARP_GRANULARITY = 256, 4
 
 # Modules with a function aot_cases() -> Iterable[Case].
 MODULES: tuple[str, ...] = (
@@ -54,12 +53,12 @@ class Case:
     label: str
     run: Callable[[], object]
     may_spill: bool = False
-    ragged: bool = False  # sizes that are no multiple of 16: loads are as narrow as they must be
+    ragged: bool = False  # sizes that are not multiples of 16, which force narrow loads
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the compiler needs of one recorded launch."""
+    """What the compiler needs to know about one recorded launch."""
 
     kernel: Any
     signature: tuple[tuple[str, str], ...]  # (argument, type), "constexpr" for constants
@@ -70,25 +69,25 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas made of one launch."""
+    """What ptxas reports for one launch."""
 
-    registers: int  # of a thread
-    spilled_bytes: int  # the stack frame of a thread; kernels have no arrays of their own
-    shared_bytes: int  # of a block
-    programs: int  # that a multiprocessor has room for at once
-    # Of a launch with products, "" and 0 elsewhere:
-    multiplies: str  # the matrix instruction, or the fused multiply-add where there is none
-    load_bytes: int  # of a thread's load of global memory, by the width that carries the most
+    registers: int  # per thread
+    spilled_bytes: int  # stack frame per thread; kernels have no local arrays
+    shared_bytes: int  # per block
+    programs: int  # that fit on a multiprocessor at once
+    # For a launch with matmuls; "" and 0 otherwise:
+    multiplies: str  # the matrix instruction, or else the fused multiply-add
+    load_bytes: int  # per thread and global load, at the width that loads the most bytes
 
 
 def cases(words: Iterable[str] = ()) -> list[Case]:
-    """Returns the cases of all modules whose label has all of these words."""
+    """Returns the cases of all modules whose label contains all of these words."""
     found = [case for name in MODULES for case in importlib.import_module(name).aot_cases()]
     return [case for case in found if all(word in case.label for word in words)]
 
 
 def launches(case: Case, target: int) -> list[Launch]:
-    """Returns the different launches that a case makes on an architecture."""
+    """Returns the distinct launches of a case on an architecture."""
     recorded: dict[Launch, None] = {}
 
     def record(kernel: Any, arguments: tuple[object, ...], options: dict[str, object]) -> None:
@@ -102,9 +101,9 @@ def launches(case: Case, target: int) -> list[Launch]:
 def device_launches(call: Callable[[], object]) -> Counter[str]:
     """Returns how often each Triton kernel and torch operator would launch work on the device.
 
-    call runs launchers on meta tensors, which have no values: one that waits for a value raises.
-    Views and empty allocations launch nothing. An operator counts once: torch.linalg.eigh, say,
-    launches more. Not in Triton's interpreter, whose kernels run at once.
+    call runs launchers on meta tensors, which have no values: reading a value raises. Views and
+    empty allocations launch nothing. An operator counts once, although torch.linalg.eigh, for
+    example, launches several kernels. Not available in Triton's interpreter, which runs kernels.
     """
     if _triton.INTERPRETED:
         raise RuntimeError(f"device_launches: expected no {_triton.INTERPRETER_VARIABLE}=1")
@@ -160,15 +159,15 @@ def compile_launch(launch: Launch, target: int) -> Resources:
 
 
 def programs_at_once(registers: int, warps: int, shared_bytes: int, target: int) -> int:
-    """Returns how many programs of so many warps a multiprocessor of sm_<target> has room for."""
-    of_warp = -(-32 * registers // REGISTER_UNIT) * REGISTER_UNIT
-    with_registers = REGISTERS // of_warp // WARP_UNIT * WARP_UNIT
+    """Returns how many programs of this size fit on a multiprocessor of sm_<target>."""
+    per_warp = -(-32 * registers // REGISTER_GRANULARITY) * REGISTER_GRANULARITY
+    with_registers = REGISTERS // per_warp // WARP_GRANULARITY * WARP_GRANULARITY
     with_memory = SHARED_BYTES[target] // (shared_bytes + SHARED_RESERVED)
     return min(with_registers // warps, WARPS // warps, BLOCKS, with_memory)
 
 
 def instructions(listing: str) -> tuple[str, int]:
-    """Returns `multiplies` and `load_bytes` of Resources, from cuobjdump's listing of SASS."""
+    """Returns Resources' `multiplies` and `load_bytes` from cuobjdump's SASS listing."""
     counts = Counter(re.findall(r"^\s+/\*\w+\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", listing, re.M))
     multiplies = ""
     for family in (r"HGMMA|HMMA|DMMA", r"FFMA|DFMA"):
@@ -186,15 +185,15 @@ def instructions(listing: str) -> tuple[str, int]:
 
 
 def _precision(launch: Launch) -> object:
-    # The precision of tl.dot, an argument of every kernel that has one; or None.
+    # The precision of tl.dot, an argument of every kernel that calls it; otherwise None.
     return dict(launch.constants).get("PRECISION")
 
 
 def broken_promise(case: Case, launch: Launch, target: int, used: Resources) -> str:
-    """Returns what a launch does not keep of what the design promises, or nothing.
+    """Returns which check a launch fails, or "".
 
-    No spill, shared memory that fits, and of products: float64 on DMMA, all but float32 proper on
-    HGMMA or HMMA, and 16-bit operands loaded by 16 bytes.
+    The checks: no spills; shared memory fits; float64 matmuls use DMMA, all others but full float32
+    use HGMMA or HMMA; 16-bit operands are loaded 16 bytes at a time.
     """
     if used.spilled_bytes and not case.may_spill:
         return "SPILLS"
@@ -202,13 +201,13 @@ def broken_promise(case: Case, launch: Launch, target: int, used: Resources) -> 
         return "DOES NOT FIT"
     precision = _precision(launch)
     if str(dict(launch.constants).get("SUMS")) == "fp64":
-        unit = "DMMA"
+        instruction = "DMMA"
     elif precision in (None, "ieee"):
         return ""
     else:
-        unit = "HGMMA" if target >= 90 else "HMMA"
-    if not used.multiplies.startswith(unit):
-        return f"NO {unit}"
+        instruction = "HGMMA" if target >= 90 else "HMMA"
+    if not used.multiplies.startswith(instruction):
+        return f"NO {instruction}"
     pointers = [kind for _, kind in launch.signature if kind.startswith("*")]
     narrow = sum(kind in ("*fp16", "*bf16") for kind in pointers) >= 2
     if narrow and not case.ragged and used.load_bytes < 16:
@@ -229,7 +228,7 @@ def _target(target: int) -> Iterator[None]:
 def _recording(
     record: Callable[[Any, tuple[object, ...], dict[str, object]], None],
 ) -> Iterator[None]:
-    # kernel[grid](...) calls JITFunction.run, which would start a driver.
+    # kernel[grid](...) calls JITFunction.run, which would load the CUDA driver.
     from triton.runtime.jit import JITFunction
 
     def run(kernel: Any, *arguments: object, grid: object, warmup: bool, **named: object) -> None:
@@ -257,7 +256,7 @@ _TYPES = {
 
 
 def _launch(kernel: Any, arguments: tuple[object, ...], keywords: dict[str, object]) -> Launch:
-    # Types and specialisations as Triton chooses them at a launch.
+    # The types and specialisations that Triton chooses at a launch.
     options = dict(keywords)
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
@@ -284,18 +283,18 @@ def _launch(kernel: Any, arguments: tuple[object, ...], keywords: dict[str, obje
 
 
 def main(words: list[str]) -> int:
-    """Compiles the cases that have these words in their label; returns the exit status."""
+    """Compiles the cases whose label contains these words; returns the exit status."""
     if reason := _triton.MISSING:
         print(f"triton: {reason}; no kernel compiled")
         return 0
-    work: dict[tuple[Launch, int], Case] = {}  # cases share launches
+    work: dict[tuple[Launch, int], Case] = {}  # several cases may make the same launch
     for case in cases(words):
         for target in TARGETS:
             for launch in launches(case, target):
                 work.setdefault((launch, target), case)
     _work[:] = [(case, *key) for key, case in work.items()]
     failures = 0
-    # Forked, for a kernel cannot be sent to another process.
+    # Forked, because kernels cannot be pickled.
     with multiprocessing.get_context("fork").Pool() as pool:
         for (case, launch, target), used in zip(
             _work, pool.imap(_compile_at, range(len(_work))), strict=True
@@ -315,7 +314,7 @@ def main(words: list[str]) -> int:
     return int(failures > 0)
 
 
-_work: list[tuple[Case, Launch, int]] = []  # of main, for the processes that it forks
+_work: list[tuple[Case, Launch, int]] = []  # filled by main for its forked processes
 
 
 def _compile_at(index: int) -> Resources:
@@ -326,5 +325,5 @@ def _compile_at(index: int) -> Resources:
 if __name__ == "__main__":
     # A kernel defined for the interpreter cannot be compiled.
     os.environ.pop(_triton.INTERPRETER_VARIABLE, None)
-    # By its name: run as a script, this file is a second module, whose Case is another class.
+    # Import by name: as a script, this file is a second module with another class Case.
     sys.exit(importlib.import_module("himo_kernels.aot").main(sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""Operators and their backends: torch.library schemas, and which implementation a call takes.
+"""Operators and their backends: torch.library schemas, and the choice of a backend per call.
 
-A backend is chosen in Python from shape, dtype and device alone and travels through the schema as
-a string, so that `torch.compile(fullgraph=True)` sees one operator whatever the backend.
+The backend is chosen in Python from shape, dtype and device alone, and is passed to the schema as a
+string. So `torch.compile(fullgraph=True)` sees the same operator for every backend.
 """
 
 import os
@@ -17,10 +17,10 @@ from himo_kernels.process_state import full_float32
 
 BACKEND_VARIABLE = "HIMO_KERNELS_BACKEND"
 
-OPERATORS: dict[str, "Operator"] = {}  # the public ones, by name
-_ALL: list["Operator"] = []  # the names of backends are those in their tables
+OPERATORS: dict[str, "Operator"] = {}  # the public operators, by name
+_ALL: list["Operator"] = []  # their tables define the names of backends
 
-NOT_RUN = "not yet run on hardware"  # the gate of code that only other machines could run
+NOT_RUN = "not yet run on hardware"  # the gate of backends whose hardware was not available
 
 _LIBRARY = torch.library.Library("himo_kernels", "DEF")
 
@@ -29,12 +29,11 @@ _LIBRARY = torch.library.Library("himo_kernels", "DEF")
 class Backend:
     """One implementation of an operator.
 
-    kernels maps the operator's pass, "fwd" or "bwd", to a function of the schema's arguments
+    kernels maps a pass of the operator, "fwd" or "bwd", to a function of the schema's arguments
     without the trailing backend name. why_not(*tensors) returns the reason why the backend cannot
-    take these tensors, or None. A backend with auto=False runs only when named; gate says what it
-    waits for, where it waits. Where auto is a function of the tensors, "auto" takes the backend
-    for those it returns True for, by shape, dtype and device: the others run faster on the backends
-    after it.
+    take these tensors, or None. A backend with auto=False runs only when named; gate is the reason,
+    if there is one. auto may be a function of the tensors' shape, dtype and device: "auto" skips
+    the backend where it returns False, because a later backend is faster there.
     """
 
     kernels: Mapping[str, Callable[..., object]]
@@ -43,15 +42,15 @@ class Backend:
     gate: str | None = None
 
     def suits(self, *tensors: Tensor) -> bool:
-        """Returns whether "auto" may take this backend for these tensors, if it can run."""
+        """Returns whether "auto" may choose this backend for these tensors, if it can run."""
         return self.auto if isinstance(self.auto, bool) else self.auto(*tensors)
 
 
 class Operator:
     """An operator: its kernels' schemas, and a table of the backends that implement them.
 
-    "auto" asks the backends in the order of the table; a name in any operator's table is known to
-    all. An operator that is not public is a part of others, without a schema of its own.
+    "auto" tries the backends in the order of the table. A name in any operator's table is valid for
+    all operators. An operator that is not public is part of others and has no schema.
     """
 
     def __init__(self, name: str, backends: Mapping[str, Backend], *, public: bool = True) -> None:
@@ -71,12 +70,12 @@ class Operator:
     ) -> torch._ops.OpOverload:
         """Returns torch.ops.himo_kernels.<name>_<direction>; its last positional is `str backend`.
 
-        Keyword-only arguments of the schema reach the kernels of a backend where they are not None.
+        Keyword-only arguments of the schema are passed to the kernels unless they are None.
 
-        Outputs are made contiguous here, once for every backend, so that the strides of the fake
-        are the strides of the result. Inside, dtypes follow the inputs and float32 is float32:
-        multiplies=False says that no matrix product is there whose flags would have to be set and
-        put back, a quarter of the time of a call on a few rows.
+        Outputs are made contiguous here, for every backend, so that the result has the strides of
+        the fake. Inside, dtypes follow the inputs and float32 matmuls are full float32.
+        multiplies=False says that the pass has no matmul, so precision flags are left alone; this
+        saves a quarter of a small call.
         """
 
         def run(*args: object, **optional: object) -> Any:
@@ -91,10 +90,10 @@ class Operator:
     def run(
         self, direction: str, *args: object, multiplies: bool = True, **optional: object
     ) -> Any:
-        """Returns the outputs of a pass; the last of args names the backend.
+        """Returns the outputs of a pass; the last of args is the backend's name.
 
-        What its kernel under torch.ops.himo_kernels does, and the only way to run an operator that
-        is not public.
+        The implementation of torch.ops.himo_kernels.<name>_<direction>, and the only way to run an
+        operator that is not public.
         """
         body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
@@ -129,7 +128,7 @@ class Operator:
         return chosen
 
     def preferred(self, *tensors: Tensor) -> str | None:
-        """Returns the first proven backend that can take these tensors: the choice of "auto"."""
+        """Returns the choice of "auto": the first suitable backend that can take these tensors."""
         for name, backend in self.backends.items():
             if backend.suits(*tensors) and backend.why_not(*tensors) is None:
                 return name
@@ -146,11 +145,11 @@ class Operator:
 
 
 def backend_names() -> list[str]:
-    """Returns the backends of all operators, in an order that agrees with every table."""
+    """Returns the backends of all operators, in an order consistent with every table."""
     names: list[str] = []
     for operator in _ALL:
         place = len(names)
-        for name in reversed(operator.backends):  # a new name goes before the one after it
+        for name in reversed(operator.backends):  # insert a new name before its successor
             if name in names:
                 place = names.index(name)
             else:
@@ -158,17 +157,17 @@ def backend_names() -> list[str]:
     return names
 
 
-# Read once: a compiled graph must not depend on a variable that changes under it.
+# Read once: a compiled graph must not depend on a variable that may change.
 _default_backend = os.environ.get(BACKEND_VARIABLE, "auto")
 
 
 def default_backend() -> str:
-    """Returns what backend="auto" stands for: HIMO_KERNELS_BACKEND as read at import, or "auto"."""
+    """Returns the meaning of backend="auto": HIMO_KERNELS_BACKEND at import, or "auto"."""
     return _default_backend
 
 
 def check_backend(operator: str, backend: object, argument: str = "backend") -> str:
-    """Returns the name of a backend, or "auto"; an error that names the argument otherwise."""
+    """Returns backend if it is "auto" or names one; else raises an error that names argument."""
     if not isinstance(backend, str):
         raise_type(operator, argument, "to be a string", type(backend).__name__)
     if backend != "auto" and not any(backend in table.backends for table in _ALL):
@@ -183,10 +182,10 @@ def _requested_backend(operator: str, requested: str) -> str:
 
 
 def refuse_double_backward(operator: str) -> None:
-    """Raises RuntimeError in a backward that is itself being recorded.
+    """Raises RuntimeError in a backward that autograd records.
 
-    once_differentiable misses torch.autograd.grad(..., create_graph=True); a silent second-order
-    gradient would be wrong.
+    once_differentiable does not detect torch.autograd.grad(..., create_graph=True), which would
+    silently return a wrong second-order gradient.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(

@@ -1,7 +1,7 @@
-"""The compiled extension himo_kernels._C: loaded once, here, and why not where it is not.
+"""Loads the compiled extension himo_kernels._C once, or records why it cannot be loaded.
 
-The package works without it; what it costs is the `cpu` backend. Nothing is raised or printed at
-import: the one who asks for the backend is told the reason.
+Without it the package lacks only the `cpu` backend. Import raises and prints nothing; the reason is
+reported when the backend is requested.
 """
 
 import importlib
@@ -15,18 +15,18 @@ REBUILD = "pip install --no-build-isolation -e ."
 
 
 def _load() -> tuple[ModuleType | None, str | None, ImportError | None]:
-    """Returns the module, or None with the reason in one line and the error behind it."""
+    """Returns the module, or None with a one-line reason and the error that caused it."""
     if os.environ.get(SWITCH, "0") not in ("", "0"):
         return None, f"the extension is switched off by {SWITCH}={os.environ[SWITCH]}", None
     try:
         module = importlib.import_module("himo_kernels._C")
     except ModuleNotFoundError as error:
         return None, f"the extension is not built ({error}); build it with: {REBUILD}", error
-    except ImportError as error:  # most often a symbol that another torch has and this one lacks
+    except ImportError as error:  # usually a symbol that this version of torch lacks
         text = str(error).splitlines()[0]
         return None, f"the extension cannot be loaded ({text}); rebuild it with: {REBUILD}", error
     built, running = module.build_info()["torch"], torch.__version__
-    # The C++ interface of torch is stable within a minor version, not across.
+    # The C++ ABI of torch is stable only within a minor version.
     if _minor(built) != _minor(running):
         reason = f"the extension is built for torch {built}, this is torch {running}"
         return None, f"{reason}; rebuild it with: {REBUILD}", None
@@ -41,12 +41,12 @@ _MODULE, _REASON, _ERROR = _load()
 
 
 def why_not() -> str | None:
-    """Returns why the extension cannot be used, in one line, or None. torch.compile traces it."""
+    """Returns a one-line reason why the extension cannot be used, or None. Traced by compile."""
     return _REASON
 
 
 def load() -> ModuleType:
-    """Returns the module himo_kernels._C. Raises ImportError, from the first cause, without it."""
+    """Returns himo_kernels._C. Raises ImportError, chained to its cause, if it is not loaded."""
     if _MODULE is None:
         raise ImportError(_REASON) from _ERROR
     return _MODULE

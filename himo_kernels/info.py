@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, and every operator x backend with the reason why not.
+"""What runs here: versions, devices, and for every operator and backend whether it runs or why not.
 
 python -m himo_kernels.info
 """
@@ -30,7 +30,7 @@ def _status(operator: dispatch.Operator, backend: str, x: torch.Tensor) -> str:
 
 
 def _choice(operator: dispatch.Operator, x: torch.Tensor) -> str:
-    # Through resolve, not preferred: HIMO_KERNELS_BACKEND may have named one.
+    # resolve, not preferred, because HIMO_KERNELS_BACKEND may name a backend.
     try:
         return operator.resolve("auto", x)
     except (NotImplementedError, ValueError) as error:
@@ -60,7 +60,7 @@ def report() -> str:
         lines.append(f"{name:<12} {properties.name}, {capability}, {memory_gib:.0f} GiB")
     lines.append(f"{dispatch.BACKEND_VARIABLE} = {dispatch.default_backend()}")
     for name in dict.fromkeys(device.split(":")[0] for device in devices):
-        x = torch.empty(512, 512, device=name)  # "auto" leaves small ones to the reference at times
+        x = torch.empty(512, 512, device=name)  # for small ones "auto" may choose the reference
         lines += ["", f"operators on {name} (float32, 512 x 512)"]
         for operator in dispatch.OPERATORS.values():
             lines.append(f"  {operator.name}: auto takes {_choice(operator, x)}")

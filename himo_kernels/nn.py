@@ -72,7 +72,7 @@ class HiDe(nn.Module):
 
 
 class Terms(NamedTuple):
-    """What HiMo-CLIP eq. (4) adds up, and the rank behind it."""
+    """The terms of HiMo-CLIP eq. (4), and the rank of the PCA."""
 
     contrastive_loss: Tensor  # [], eq. (2)
     component_loss: Tensor  # [], eq. (3), before its weight
@@ -82,15 +82,15 @@ class Terms(NamedTuple):
 class HiMoLoss(nn.Module):
     """MoLo: InfoNCE(image, text) + weight * InfoNCE(image, component), HiMo-CLIP eq. (4).
 
-    A preset fixes every switch; an argument given beside it wins. `paper` is the method as
-    published, `official` what the released code does.
+    A preset sets every switch; an explicit argument overrides it. `paper` is the published method,
+    `official` is the released code.
 
-    Over several processes each rank passes its own rows and gets its share of the loss: the mean
-    over ranks of the shares is the loss of one process on the joined batch, and the mean over
-    ranks of the gradients, which DDP takes, its gradient, that of logit_scale included; with
-    pca_scope="local", of components that come from each rank's own rows. Row counts may differ
-    from rank to rank. Where any rank's arguments are wrong, every rank raises the same
-    error. himo_kernels/distributed/README.md has the derivation and the cost.
+    Over several processes each rank passes its own rows and gets its share of the loss. The mean of
+    the shares over ranks is the loss of one process on the joined batch. After DDP averages
+    gradients, every parameter, including logit_scale, gets the gradient of that loss. With
+    pca_scope="local", the components come from each rank's own rows. Row counts may differ between
+    ranks. If any rank's arguments are wrong, every rank raises the same error.
+    himo_kernels/distributed/README.md has the derivation and the cost.
 
     Args:
         preset: "paper" or "official".
@@ -98,22 +98,21 @@ class HiMoLoss(nn.Module):
         variance_floor: As in `pca_reconstruct`. paper "relative", official 1e-8.
         component_weight: lambda, >= 0. Both 1.
         label_smoothing: eps in [0, 1]. paper 0, official 0.1.
-        normalize_features: L2-normalise image and text features first (already normalised ones
-            are unchanged to rounding). Both True.
+        normalize_features: L2-normalise image and text features first (changes normalised
+            ones only by rounding). Both True.
         normalize_components: L2-normalise the reconstructed texts. paper True, official False.
-        pca_scope: PCA over the "global" batch (paper) or each rank's "local" one (official). In
-            one process they are the same.
+        pca_scope: PCA over the "global" batch (paper) or each rank's "local" batch (official).
+            Equal in one process.
         gather_with_grad: True (paper) differentiates both sides of each direction; False
             (official) treats the keys, the gathered side, as constants.
         differentiate_basis: Gradient through the PCA basis. Both True.
         gap_eps: Relative floor of the eigenvalue gap in the PCA's backward; see `pca_reconstruct`.
-        check_finite: Raise on NaN, inf and, where features are normalised, a row of zeros (reads
-            the device).
-        backend: As in every operator; the same name goes to each.
-        group: The ranks that share a batch; None is all of them, where there is a process group.
+        check_finite: Raise on NaN, inf and, if features are normalised, a row of zeros (host sync).
+        backend: As in every operator; used for all of them.
+        group: The ranks that share a batch; None is all of them, if there is a process group.
         strategy: How a rank gets the others' texts: "gather", or "ring" in O(N D / W) memory.
-        check_ranks: False skips the agreement of the ranks before each step, and with it its wait
-            for the device: every rank must then have equally many rows and the same settings.
+        check_ranks: False skips the ranks' agreement before each step, with its host sync. Every
+            rank must then have the same number of rows and the same settings.
     """
 
     def __init__(
@@ -215,12 +214,12 @@ class HiMoLoss(nn.Module):
         Args:
             image_features: [N, D], float16, bfloat16, float32 or float64.
             text_features: [N, D], row i the caption of image i.
-            logit_scale: The multiplier itself, already exponentiated, as in open_clip.
-            logit_bias: As in open_clip, a tensor of one element or a number. The same number in
-                all logits, which the softmax does not see: its gradient is 0.
+            logit_scale: The multiplier itself, logit_scale.exp() of the model, as in open_clip.
+            logit_bias: As in open_clip, a tensor of one element or a number. It is added to all
+                logits, which does not change the softmax: its gradient is 0.
             output_dict: Return {"contrastive_loss": eq. (2), "component_loss": the weight times
                 eq. (3)}. open_clip's trainer minimises the sum of the values. In older versions of
-                open_clip this was the fourth argument, where True and False still mean it.
+                open_clip it was the fourth argument; True or False there is still accepted.
         """
 
         def check() -> tuple[Tensor | float | None, bool]:
@@ -241,7 +240,7 @@ class HiMoLoss(nn.Module):
         text_features: Tensor,  # [N, D]
         logit_scale: Tensor | float,  # []
     ) -> Terms:
-        """Returns both losses, before the weight, and the rank: what a log shows."""
+        """Returns both losses, without component_weight, and the rank, for logging."""
         return self._terms(image_features, text_features, logit_scale, lambda: None)
 
     def _terms(
@@ -265,6 +264,6 @@ class HiMoLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns the settings shown by print(module)."""
-        # The rest, tau among it, is shown by the submodule.
+        # The submodule shows the rest, including tau.
         names = ("preset", *(name for name in PRESETS[self.preset] if not hasattr(self.hide, name)))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

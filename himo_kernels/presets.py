@@ -1,10 +1,10 @@
-"""The switches of HiMoLoss by name: the method as published, and as released."""
+"""The presets of HiMoLoss: the published method and the released code."""
 
 from typing import Any
 
-# What the paper states and what its released code does, switch by switch. Both train with L2-
-# normalised features and through the PCA basis. logit_scale is the model's: the paper starts from
-# the checkpoint's, the released code from 100, trained and not clamped.
+# Both L2-normalise features and differentiate the PCA basis. logit_scale is not set here, as it
+# belongs to the model: the paper starts from the checkpoint's value; the released code starts from
+# 100 and trains it without a clamp.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "variance_threshold": 0.9,

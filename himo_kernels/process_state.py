@@ -1,4 +1,4 @@
-"""Settings of the whole process that calls in several threads need at another value for a while."""
+"""Process-wide settings that calls in several threads change temporarily."""
 
 import os
 import threading
@@ -12,25 +12,25 @@ T = TypeVar("T")
 
 
 class Borrowed(Generic[T]):
-    """A setting of the process: calls take it at a value of theirs, the last one out puts it back.
+    """A process-wide setting that calls change to `value`; the last active call restores it.
 
-    Calls in several threads overlap in any order, so none of them may put back what it found: that
-    can be the value of another call. The first one in keeps what the user set; where that serves
-    as it is, nothing is written at all. What a thread of the user sets while a call is inside
-    holds from then on, for that call too, and calls that come in take it for what the user set.
-    With one exception: `value` itself is not told from that of the calls, and what was set before
-    comes back.
+    Calls in several threads overlap in any order, so a call must not restore the value it found:
+    another call may have written it. The first call saves the user's setting. If that setting
+    serves, nothing is written. If a thread of the user changes the setting during a call, the new
+    setting takes effect at once, for that call too, and later calls treat it as the user's. One
+    exception: if the user sets `value` itself, it cannot be told from a call's write, and the
+    earlier setting is restored.
 
     Args:
         value: what the calls need.
-        read: returns what is in force.
+        read: returns the value in effect.
         write: sets a value.
-        serves: tells whether a value in force is as good as `value`.
-        setting: returns what to write to get back to a value that is in force.
+        serves: returns whether a value in effect is as good as `value`.
+        setting: returns what to write to restore a value in effect.
     """
 
-    # One for all, as two settings may inherit the same one. Reentrant, as the handler of a signal
-    # may call while its thread is in here.
+    # One lock for all, as two settings may inherit from the same one. Reentrant, as a signal
+    # handler may call while its thread holds the lock.
     _lock = threading.RLock()
 
     def __init__(
@@ -40,13 +40,13 @@ class Borrowed(Generic[T]):
         write: Callable[[T], None],
         *,
         serves: Callable[[T], bool],
-        setting: Callable[[T], T] = lambda in_force: in_force,
+        setting: Callable[[T], T] = lambda in_effect: in_effect,
     ) -> None:
         self._value, self._read, self._write = value, read, write
         self._serves, self._setting = serves, setting
-        self._calls: set[object] = set()  # those inside: a set, so that to leave twice is to leave
-        self._kept: list[T] = []  # what the user set, while it is not in force
-        # A child has the settings of its parent, but none of the threads that would put them back.
+        self._calls: set[object] = set()  # active calls; a set, so that leaving twice is harmless
+        self._saved: list[T] = []  # the user's setting, while it is not in effect
+        # A child inherits the settings, but not the threads that would restore them.
         os.register_at_fork(
             before=self._lock.acquire,
             after_in_parent=self._lock.release,
@@ -55,13 +55,13 @@ class Borrowed(Generic[T]):
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """The setting serves inside, whatever other threads that borrow it do."""
+        """The setting serves inside, whatever other borrowing threads do."""
         call = object()
         try:
             with self._lock:
                 self._calls.add(call)
                 if not self._serves(found := self._read()):
-                    self._kept = [self._setting(found)]
+                    self._saved = [self._setting(found)]
                     self._write(self._value)
             yield
         finally:
@@ -70,10 +70,10 @@ class Borrowed(Generic[T]):
                 self._restore()
 
     def _restore(self) -> None:
-        if self._kept and not self._calls:
+        if self._saved and not self._calls:
             if self._read() == self._value:
-                self._write(self._kept[0])
-            self._kept = []
+                self._write(self._saved[0])
+            self._saved = []
 
     def _leave_in_child(self) -> None:
         self._calls.clear()
@@ -90,10 +90,10 @@ def _set_precision(backend: str, operation: str, precision: str) -> None:
 
 
 def _own_precision(backend: str, precision: str) -> str:
-    """Returns the setting of matrix products themselves: "none" where they inherit `precision`.
+    """Returns the setting of matmul itself: "none" if it inherits `precision`.
 
-    torch tells what is in force, not whose setting it is. One of the same value higher up is made
-    exact for a moment, to see whether products follow it.
+    torch returns the value in effect, not the level that set it. So parents with the same value are
+    briefly set to "ieee", to see whether matmul follows them.
     """
     if _precision(backend, "all") != precision:
         return precision
@@ -110,7 +110,7 @@ def _exact_where(precision: str, backend: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if _precision(backend, "all") == "ieee":  # else the user has set it meanwhile
+        if _precision(backend, "all") == "ieee":  # otherwise the user has changed it meanwhile
             _set_precision(backend, "all", precision)
 
 
@@ -124,16 +124,16 @@ def _borrowed_precision(backend: str) -> Borrowed[str]:
     )
 
 
-# What torch calls the library that multiplies, by device. The setting of one is not the other's.
+# torch's name for the matmul library of each device. Each has its own setting.
 _PRECISIONS = {"cuda": _borrowed_precision("cuda"), "cpu": _borrowed_precision("mkldnn")}
 
 
 @contextmanager
 def full_float32(device: str) -> Iterator[None]:
-    """Matrix products in float32 proper: neither autocast nor TF32 nor bfloat16 passes.
+    """Matmuls in full float32: no autocast, no TF32, no bfloat16 passes.
 
-    The process's setting is written only where it allows one of those. Products of other threads
-    on the device are exact too while one is inside. After the last call it is what the user set.
+    The process-wide setting is changed only if it allows one of these. Meanwhile the matmuls of
+    other threads on the device are full float32 too. The last call restores the user's setting.
     """
     precision = _PRECISIONS["cuda" if device == "cuda" else "cpu"]
     with precision.lent(), torch.autocast(device, enabled=False):

@@ -1,7 +1,7 @@
 """Inputs, float64 oracles and the error budget that tests and benchmarks share.
 
-Factories return rows in the dtype asked for: a test that promotes them to float64 for its oracle
-then compares arithmetic, not input rounding. Each takes a torch.Generator (CPU), so that one seed
+Factories return rows in the requested dtype. A test that promotes them to float64 for its oracle
+therefore compares arithmetic, not input rounding. Each takes a CPU torch.Generator, so that a seed
 gives the same batch on every device.
 """
 
@@ -54,15 +54,15 @@ def controlled_spectrum(
 
     Not normalised: normalising rows would change the spectrum.
     """
-    *batch, kept = eigenvalues.shape
-    if not kept <= min(samples - 1, features):
+    *batch, count = eigenvalues.shape
+    if not count <= min(samples - 1, features):
         raise ValueError(
             f"controlled_spectrum: expected at most min(samples - 1, features) = "
-            f"{min(samples - 1, features)} eigenvalues, got {kept}"
+            f"{min(samples - 1, features)} eigenvalues, got {count}"
         )
-    left = _randn((*batch, samples, kept), generator)
+    left = _randn((*batch, samples, count), generator)
     left, _ = torch.linalg.qr(left - left.mean(-2, keepdim=True))  # orthonormal, centred columns
-    right, _ = torch.linalg.qr(_randn((*batch, features, kept), generator))
+    right, _ = torch.linalg.qr(_randn((*batch, features, count), generator))
     x = (left * eigenvalues.double().sqrt().unsqueeze(-2)) @ right.mT
     return (x + _randn((*batch, 1, features), generator)).to(device, dtype)
 
@@ -76,7 +76,7 @@ def duplicate_captions(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A power-law batch in which the first `pairs` rows stand again as the next `pairs` rows."""
+    """A power-law batch whose first `pairs` rows are repeated as the next `pairs` rows."""
     if not 0 <= 2 * pairs <= samples:
         raise ValueError(
             f"duplicate_captions: expected 2 * pairs <= samples = {samples}, got {pairs}"
@@ -95,7 +95,7 @@ def label_captions(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Rows drawn from `labels` distinct captions, as in a data set of class names."""
+    """Rows drawn from `labels` distinct captions, as in a dataset of class names."""
     distinct = power_law(labels, features, dtype=dtype, device=device, generator=generator)
     return distinct[torch.randint(labels, (samples,), generator=generator).to(device)]
 
@@ -109,7 +109,7 @@ def repeated_row(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A power-law batch whose first `copies` rows are one row."""
+    """A power-law batch whose first `copies` rows are equal."""
     x = power_law(samples, features, dtype=dtype, device=device, generator=generator)
     x[:copies] = x[0].clone()
     return x
@@ -123,7 +123,7 @@ def equal_rows(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One row, `samples` times: no variance at all."""
+    """One row repeated `samples` times: zero variance."""
     row = power_law(1, features, dtype=dtype, device=device, generator=generator)
     return row.repeat(samples, 1)
 
@@ -137,7 +137,7 @@ def one_hot_rows(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Row i is unit vector i mod classes: equal eigenvalues inside the kept block."""
+    """Row i is the one-hot vector of i mod classes: equal eigenvalues among the kept."""
     columns = torch.arange(samples) % min(classes, features)
     return F.one_hot(columns, features).to(device, dtype)
 
@@ -165,7 +165,7 @@ def equal_eigenvalues_at_cut(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Rows whose eigenvalues are all equal, so that every threshold cuts inside the block."""
+    """Rows whose eigenvalues are all equal, so that every threshold cuts between equal ones."""
     return controlled_spectrum(
         torch.ones(min(samples - 1, features), dtype=torch.float64),
         samples,
@@ -188,14 +188,14 @@ def confident_positives(
 ) -> tuple[Tensor, Tensor]:
     """Image and text features [samples, features] whose positives have this mean probability.
 
-    The texts are the images turned away by one common angle, found by bisection.
+    The texts are the images rotated by one common angle, found by bisection.
     """
     images = F.normalize(_randn((samples, features), generator), dim=-1)
-    aside = _randn((samples, features), generator)
-    aside = F.normalize(aside - (aside * images).sum(-1, keepdim=True) * images, dim=-1)
+    noise = _randn((samples, features), generator)
+    orthogonal = F.normalize(noise - (noise * images).sum(-1, keepdim=True) * images, dim=-1)
 
     def texts_at(cosine: float) -> Tensor:
-        return cosine * images + (1 - cosine**2) ** 0.5 * aside
+        return cosine * images + (1 - cosine**2) ** 0.5 * orthogonal
 
     low, high = 0.0, 1.0
     for _ in range(50):
@@ -206,7 +206,7 @@ def confident_positives(
     return images.to(device, dtype), texts_at(high).to(device, dtype)
 
 
-# Every batch on which the released code's SVD gives NaN or an unbounded gradient, by name.
+# Batches on which the released code's SVD gives a NaN or unbounded gradient, by name.
 DEGENERATE: dict[str, Callable[..., Tensor]] = {
     "2 duplicate pairs": lambda n, d, **kw: duplicate_captions(n, d, min(2, n // 2), **kw),
     "64 duplicate pairs": lambda n, d, **kw: duplicate_captions(n, d, min(64, n // 2), **kw),
@@ -226,7 +226,7 @@ DEGENERATE: dict[str, Callable[..., Tensor]] = {
 def oracle_pca_reconstruct(x: Tensor, variance_threshold: float) -> tuple[Tensor, Tensor]:
     """HiDe in float64 through torch.linalg.svd and autograd: (reconstruction [*, N, D], rank [*]).
 
-    Independent of the closed-form gradient; NaN gradients where the SVD is degenerate.
+    Independent of the closed-form gradient. Gradients are NaN if the SVD is degenerate.
     """
     x = x.double()
     mean = x.mean(-2, keepdim=True)
@@ -245,7 +245,7 @@ def oracle_info_nce(
     label_smoothing: float = 0.0,
     differentiate_keys: bool = True,
 ) -> Tensor:
-    """InfoNCE both ways by F.cross_entropy in the dtype of the features, which may be float64."""
+    """InfoNCE in both directions by F.cross_entropy, in the dtype of the features."""
     labels = torch.arange(image_features.shape[0], device=image_features.device)
     image_keys, text_keys = image_features, text_features
     if not differentiate_keys:
@@ -263,8 +263,8 @@ def runnable_backends(
 ) -> list[str]:
     """Names of the backends of an operator that can take float32 features on this device.
 
-    interpreted=False leaves out what only Triton's interpreter runs there: half a second for one
-    small eigenproblem.
+    interpreted=False excludes backends that only Triton's interpreter runs there, at half a second
+    per small eigenproblem.
     """
     table = dispatch.OPERATORS[operator]
     x = torch.zeros(2, 2, device=device)
@@ -273,7 +273,7 @@ def runnable_backends(
 
 
 def relative_error(actual: Tensor, exact: Tensor, least_norm: float = 0.0) -> float:
-    """||actual - exact|| / max(||exact||, least_norm) in float64; the numerator where that is 0."""
+    """||actual - exact|| / max(||exact||, least_norm) in float64; the numerator if that is 0."""
     exact = exact.detach().double()
     norm = exact.norm().clamp(min=least_norm)
     difference = (actual.detach().double() - exact).norm()
@@ -292,9 +292,9 @@ def assert_within_budget(
 ) -> None:
     """Asserts err(actual) <= err(eager) + constant * eps * sqrt(terms), errors against exact.
 
-    The error budget of every backend: eager is the plain PyTorch formula in the dtype of actual,
-    exact the same in float64 on the same inputs, terms the length of the longest sum, and
-    least_norm the size of what is added up, where that may cancel.
+    The error budget of every backend. eager is the plain PyTorch formula in the dtype of actual,
+    exact the same formula in float64 on the same inputs. terms is the length of the longest sum.
+    least_norm is the norm of the summands, for sums that may cancel.
     """
     eps = torch.finfo(actual.dtype).eps
     actual_error, eager_error = (relative_error(x, exact, least_norm) for x in (actual, eager))

@@ -1,7 +1,7 @@
 """The best plain PyTorch formulas of each operator, differentiated by autograd.
 
-Each takes and returns what the operator does, in any dtype, without a host sync. In float64 they
-are the oracle that every candidate is checked against.
+Each has the operator's inputs and outputs, takes any dtype, and does not sync with the host. In
+float64 they are the oracle for every candidate.
 """
 
 import torch
@@ -20,7 +20,7 @@ def moment(x: Tensor, side: str) -> tuple[Tensor, Tensor]:
 
 
 def hide_svd(x: Tensor, tau: float) -> Tensor:
-    """HiDe of x [*, N, D] through torch.linalg.svd; the rank is a mask, not read on the host."""
+    """HiDe of x [*, N, D] with torch.linalg.svd. A mask applies the rank without a host sync."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean(-2, keepdim=True)
     _, singular_values, right = torch.linalg.svd(wide - mean, full_matrices=False)
@@ -29,7 +29,7 @@ def hide_svd(x: Tensor, tau: float) -> Tensor:
 
 
 def hide_eigh(x: Tensor, tau: float) -> Tensor:
-    """HiDe of x [*, N, D] through torch.linalg.eigh of the smaller side, in float64."""
+    """HiDe of x [*, N, D] with torch.linalg.eigh of the smaller Gram matrix, in float64."""
     wide = x.double()
     mean = wide.mean(-2, keepdim=True)
     centred = wide - mean
@@ -58,7 +58,7 @@ def clip_loss(
     label_smoothing: float,
     differentiate_keys: bool,
 ) -> Tensor:
-    """open_clip's ClipLoss (mlfoundations/open_clip at 89fb801): one product, both directions."""
+    """open_clip's ClipLoss (mlfoundations/open_clip at 89fb801): one matmul for both directions."""
     labels = torch.arange(image.shape[0], device=image.device)
     if differentiate_keys:
         logits_per_image = logit_scale * image @ text.T

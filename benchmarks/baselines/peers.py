@@ -1,6 +1,6 @@
-"""Losses of other libraries, called as their own pages say, one direction at a time.
+"""Losses of other libraries, called as documented, one direction at a time.
 
-Each is found at import. One that cannot run here is a row with its reason, not an absence.
+A loss that cannot run here still gets a row, with the reason.
 """
 
 import importlib
@@ -30,9 +30,9 @@ def linear_cross_entropy(
 
 
 def inf_cl(image: Tensor, text: Tensor, logit_scale: Tensor, label_smoothing: float) -> Tensor:
-    """Inf-CL's loss of one process (inf-cl 1.2.1): it computes in TF32."""
+    """Inf-CL's single-process loss (inf-cl 1.2.1), which computes in TF32."""
     loss = importlib.import_module("inf_cl").cal_flash_loss
-    # It cuts D into heads of a power of two, at most 256.
+    # It splits D into heads whose size is a power of two, at most 256.
     head = next(size for size in (256, 128, 64, 32, 16) if image.shape[-1] % size == 0)
     rows = loss(image, text, scale=logit_scale, head_dim=head).mean()
     return (rows + loss(text, image, scale=logit_scale, head_dim=head).mean()) / 2
@@ -64,7 +64,7 @@ def why_not(name: str, device: str, label_smoothing: float, differentiate_keys: 
         return "has no label smoothing"
     try:
         importlib.import_module({"inf_cl": "inf_cl", "liger": "liger_kernel"}[name])
-    except Exception as error:  # whatever a foreign import raises is the reason
+    except Exception as error:  # whatever the import raises is the reason
         return f"cannot be imported: {error}".splitlines()[0]
     return None
 

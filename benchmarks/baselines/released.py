@@ -1,7 +1,7 @@
 """The semantics of the released HiMo-CLIP code in eager PyTorch, faults included.
 
-Written from a description of that code (commit f235e97), for parity tests and timing. Its faults
-are what the library is measured against: an SVD whose autograd divides by differences of all pairs
+Written from a description of that code (commit f235e97), for parity tests and timing. The library
+is compared with it, including its faults: an SVD whose autograd divides by differences of all pairs
 of singular values, a host sync for the rank, and gathers that return constants.
 """
 
@@ -18,9 +18,9 @@ def cumulative_ratio_pca(
     x: Tensor,  # [N, D]
     ratio: float,
 ) -> Tensor:
-    """x reconstructed from the components that reach the ratio of the variance, [N, D] float32.
+    """x reconstructed from the components that reach this ratio of the variance, [N, D] float32.
 
-    Differentiated through torch.linalg.svd. Reads the rank on the host.
+    Differentiates through torch.linalg.svd and reads the rank on the host.
     """
     mean = x.mean(dim=0, keepdim=True)
     centred = (x - mean).to(torch.promote_types(x.dtype, torch.float32))  # after the subtraction
@@ -36,7 +36,7 @@ def cumulative_ratio_pca(
 
 
 def all_gather_constants(x: Tensor) -> Tensor:
-    """The rows of all ranks, [W * N, D], as constants: this rank's own rows too."""
+    """The rows of all ranks, [W * N, D], as constants, including this rank's own rows."""
     if not dist.is_available() or not dist.is_initialized():
         return x.detach()
     gathered = [torch.zeros_like(x) for _ in range(dist.get_world_size())]
@@ -75,7 +75,7 @@ def dual_loss(
     logit_scale: Tensor,  # []
     gathered: tuple[Tensor, Tensor, Tensor],  # the three of all ranks, [W * N, D], constants
 ) -> tuple[Tensor, Tensor]:
-    """(global loss, component loss): four products and four cross-entropies."""
+    """(global loss, component loss): four matmuls and four cross-entropies."""
     all_images, all_texts, all_components = gathered
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     rows = image_features.shape[0]

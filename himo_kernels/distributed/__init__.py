@@ -1,4 +1,4 @@
-"""The operators over several processes, on torch.distributed: exact values and exact gradients."""
+"""The operators over several processes on torch.distributed, with exact values and gradients."""
 
 from himo_kernels.distributed.gather import all_gather
 from himo_kernels.distributed.loss import dual_info_nce, info_nce

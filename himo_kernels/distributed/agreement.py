@@ -1,7 +1,7 @@
-"""One small gather before any feature moves: every rank learns what the others bring, or fails.
+"""One small gather before features are sent: all ranks agree on row counts, or all raise.
 
-Collectives of different shapes end in an abort of one rank or in a wait of all the others. Here a
-rank that cannot take part says so first, and all raise the same error, which names it.
+If ranks call collectives with different shapes, one aborts or the others wait forever. So a rank
+whose checks fail reports it first, and all ranks raise the same error, which names that rank.
 """
 
 import zlib
@@ -32,19 +32,19 @@ def agree(
     needs_grad: tuple[bool, ...] = (),
     check_ranks: bool = True,
 ) -> Rows:
-    """Returns the rows of every rank, once all of them passed their checks and fit together.
+    """Returns the rows of every rank, if the checks pass on all ranks and their inputs match.
 
     Args:
-        operator: the caller, for messages.
-        x: this rank's features [M, D]; M may be 0 on some ranks, not on all.
-        check: raises where this rank's own arguments are wrong.
-        settings: what has to be the same on every rank, by its repr.
-        needs_grad: of each differentiable input; the backward's collectives depend on it.
-        check_ranks: False asks no other rank, and takes it that all bring as many rows.
+        operator: the caller, for error messages.
+        x: this rank's features [M, D]; M may be 0 on some ranks, but not on all.
+        check: raises if this rank's arguments are wrong.
+        settings: what must be equal on every rank, compared by repr.
+        needs_grad: for each differentiable input; the backward's collectives depend on it.
+        check_ranks: False skips communication and assumes that all ranks have M rows.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: what check raised on any rank, on all ranks,
-            with the number of that rank; or a ValueError where widths, dtypes or settings differ.
+        ValueError, TypeError, NotImplementedError: on all ranks, what check raised on any rank,
+            with that rank's number; a ValueError if widths, dtypes, gradients or settings differ.
     """
     if members.size == 1 or not check_ranks:
         check()
@@ -65,7 +65,7 @@ def agree(
         try:
             _raise_everywhere(members, failed, table, failure)
         finally:
-            del failure  # its frames hold this one, which would hold it: a cycle with the group
+            del failure  # breaks a reference cycle through its frames, which hold the group
     _compare(operator, members, "features of one width", [row[2] for row in table])
     _compare(operator, members, "features of one dtype", [FLOATING_DTYPES[row[3]] for row in table])
     _compare(
@@ -103,7 +103,7 @@ def _raise_everywhere(
     table: list[list[int]],
     failure: Exception | None,
 ) -> NoReturn:
-    # The words of every rank's failure; a second gather, which only a failed step pays for.
+    # Gathers the error messages: a second collective, only on failure.
     text = str(failure).encode()[:_MESSAGE_BYTES] if failure is not None else b""
     padded = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
     padded[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)

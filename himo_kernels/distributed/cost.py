@@ -1,12 +1,12 @@
 """The cost model of README.md: bytes that a rank sends in a step of HiMoLoss, and its FLOPs.
 
-The counted collectives are tested against it.
+Tests compare it with the counted collectives.
 """
 
 from collections import Counter
 
-_RECORD_BYTES = 6 * 8  # of a rank in the agreement
-_WIDE = 8  # bytes of a float64: PCA works in it
+_RECORD_BYTES = 6 * 8  # of one rank, in the agreement
+_WIDE = 8  # bytes of a float64, the dtype of the PCA
 
 
 def step_traffic(
@@ -18,19 +18,19 @@ def step_traffic(
     feature_bytes: int = 4,
     scope: str = "global",
 ) -> Counter[str]:
-    """Bytes that each rank sends in forward and backward of HiMoLoss, by kind of collective.
+    """Bytes that each rank sends in HiMoLoss's forward and backward, by kind of collective.
 
     Args:
         ranks: W.
-        rows: M of each rank, the same for all; N = W M.
+        rows: M, the same on every rank; N = W M.
         features: D.
         strategy: "gather" or "ring".
-        feature_bytes: of one feature, 2, 4 or 8; sums have 4, or 8 with 8.
+        feature_bytes: bytes per feature, 2, 4 or 8; a sum has max(4, feature_bytes).
         scope: of the PCA, "global" or "local".
     """
     others, total = ranks - 1, ranks * rows
     keys, sums = 2 * features, max(4, feature_bytes)  # texts and components; bytes of a sum
-    reduced = 2 * others / ranks  # of a buffer, in an all-reduce
+    reduced = 2 * others / ranks  # buffers sent per all-reduce
     sent: Counter[str] = Counter()
 
     def add(kind: str, count: float) -> None:
@@ -42,7 +42,7 @@ def step_traffic(
         add("all_gather", others * features * _WIDE)  # means
         add("all_reduce", reduced * triangle * _WIDE)  # moments
         add("all_reduce", reduced * (triangle + features) * _WIDE)  # their gradients
-        add("broadcast", _WIDE)  # the rank; the last process passes it to none
+        add("broadcast", _WIDE)  # the PCA's rank; the last process does not pass it on
     elif scope == "global":
         add("all_gather", others * rows * features * _WIDE)
         add("reduce_scatter", others * rows * features * _WIDE)

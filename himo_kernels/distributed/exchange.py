@@ -1,7 +1,7 @@
-"""How the keys of other ranks come to this one: all at once, or block by block around a ring.
+"""How a rank receives the keys of the others: all at once, or block by block around a ring.
 
-Both give the same blocks of (first column, keys, table of the keys' rows), and bring the gradients
-of keys back to their owner. A strategy is used for one forward and any number of backwards of it.
+Both yield blocks of (first column, keys, table with one row per key), and return the gradients of
+keys to their owners. An instance serves one forward and any number of its backwards.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ Block = tuple[int, Tensor, Tensor]
 
 
 class Gathered:
-    """One block of all keys [N, C], kept for the backward: O(N D) memory, two collectives."""
+    """One block of all keys [N, C], cached for the backward: O(N D) memory, two collectives."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -22,7 +22,7 @@ class Gathered:
         self._partial: Tensor | None = None
 
     def blocks(self, keys: Tensor, table: Tensor) -> Iterator[Block]:
-        """Yields the blocks, of own keys [M, C] and own table [M, T]."""
+        """Yields the blocks. Takes own keys [M, C] and own table [M, T]."""
         if self._keys is None:
             gathered = self._rows.all_gather(pack_rows(keys, table))
             self._keys, all_table = unpack_rows(gathered, keys, table)
@@ -31,7 +31,7 @@ class Gathered:
         yield 0, self._keys, all_table
 
     def add(self, partial: Tensor) -> None:
-        """Takes this rank's gradients of the keys of the block that was yielded last."""
+        """Adds this rank's gradients of the keys in the last block yielded."""
         self._partial = partial
 
     def collect(self) -> Tensor:
@@ -43,10 +43,10 @@ class Gathered:
 
 
 class Ring:
-    """One block for each rank, passed on from rank to rank: O(N D / W) memory.
+    """One block per rank, passed from rank to rank: O(N D / W) memory.
 
-    At every step the next block is under way while this one is used. Gradients follow their keys
-    one step behind, each rank adding its part, and are home after as many steps as there are ranks.
+    At every step the next block is in transfer while the current one is used. Gradients follow one
+    step behind their keys; each rank adds its part. They are back at their owner after W steps.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -55,7 +55,7 @@ class Ring:
         self._arriving: Transfer | None = None
 
     def blocks(self, keys: Tensor, table: Tensor) -> Iterator[Block]:
-        """Yields the blocks, own ones first; of own keys [M, C] and own table [M, T]."""
+        """Yields the blocks, own block first. Takes own keys [M, C] and own table [M, T]."""
         rows, size = self._rows, self._rows.members.size
         current = pack_rows(keys, table)
         for step in range(size):
@@ -69,7 +69,7 @@ class Ring:
                 current = transfer.wait()
 
     def add(self, partial: Tensor) -> None:
-        """Takes this rank's gradients of the keys of the block that was yielded last."""
+        """Adds this rank's gradients of the keys in the last block yielded."""
         if self._arriving is not None:
             partial += self._arriving.wait()
         self._arriving = self._rows.shift(partial, self._space_for_next(partial), tag=1)

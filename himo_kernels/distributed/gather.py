@@ -19,19 +19,19 @@ def all_gather(
     *,
     differentiate: bool = True,
 ) -> Tensor:
-    """The rows of all ranks in rank order, [N, D], N the sum of the ranks' row counts.
+    """The rows of all ranks in rank order, [N, D], where N is the sum of the row counts.
 
-    The gradient of this rank's rows is the sum over ranks of theirs: exactly that of the sum of
-    the ranks' losses. Row counts may differ from rank to rank, 0 included; widths may not.
+    The gradient of this rank's rows is summed over ranks: exactly the gradient of the sum of the
+    ranks' losses. Row counts may differ between ranks and may be 0; widths must be equal.
 
     Args:
         x: [M, D], float16, bfloat16, float32 or float64.
-        group: the ranks; None is all of them, and this process alone where there is no group.
-        differentiate: False returns constants, this rank's own rows too, as the released code's
-            gather does.
+        group: the ranks; None is all of them, or this process alone without a process group.
+        differentiate: False returns constants, including this rank's own rows, like the gather
+            of the released code.
 
     Raises:
-        ValueError, TypeError: on every rank, where any rank's x is wrong or does not fit.
+        ValueError, TypeError: on every rank, if x is wrong or does not match on any rank.
     """
 
     def check() -> None:
@@ -53,7 +53,7 @@ def all_gather(
 
 
 class AllGather(torch.autograd.Function):
-    """Rows.all_gather; its backward sums in float32 or float64 and rounds once."""
+    """Rows.all_gather. Its backward sums in float32 or float64 and rounds once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:

@@ -1,7 +1,6 @@
 """InfoNCE of the joined batch of all ranks, in which each rank owns its rows.
 
-README.md derives what is exchanged and why the gradient is, after the mean over ranks that DDP
-takes, that of one process.
+README.md derives what is exchanged, and why gradients averaged by DDP equal those of one process.
 """
 
 from typing import Any
@@ -42,24 +41,24 @@ def info_nce(
 ) -> Tensor:
     """This rank's share of himo_kernels.info_nce of the joined rows of all ranks.
 
-    The share is the loss of this rank's M of the N rows, both directions, times W / N. So the mean
-    over the W ranks is the loss of one process on the joined batch, and the mean over ranks of the
-    gradients, which DDP takes, is its gradient, that of logit_scale included.
+    The share is the loss of this rank's M of the N rows, both directions, times W / N. Its mean
+    over the W ranks is the loss of one process on the joined batch. After DDP averages gradients,
+    every parameter, including logit_scale, gets the gradient of that loss.
 
     Args:
-        image_features: this rank's rows [M, D]; M may differ from rank to rank and may be 0.
+        image_features: this rank's rows [M, D]; M may differ between ranks and may be 0.
         text_features: [M, D].
-        group: the ranks; None is all of them, and this process alone where there is no group.
-        strategy: "gather" holds the keys of all ranks, "ring" those of two at a time.
+        group: the ranks; None is all of them, or this process alone without a process group.
+        strategy: "gather" holds the keys of all ranks, "ring" the keys of two ranks at a time.
         check_ranks: as in `HiMoLoss`.
-        Others as in `himo_kernels.info_nce`; the same on every rank.
+        Others as in `himo_kernels.info_nce`; they must be equal on every rank.
 
     Returns:
         Share of the loss [], float32, or float64 for float64 features.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: on every rank, where any rank's arguments are
-            wrong, with the number of that rank.
+        ValueError, TypeError, NotImplementedError: on every rank, if any rank's arguments are
+            wrong, with that rank's number.
     """
     settings = (label_smoothing, differentiate_keys, check_finite, strategy, backend)
     keys = {"text": text_features}
@@ -81,7 +80,7 @@ def dual_info_nce(
     check_ranks: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """This rank's shares of himo_kernels.dual_info_nce; texts and components travel together.
+    """This rank's shares of himo_kernels.dual_info_nce; texts and components are sent together.
 
     Arguments and errors as in `info_nce`.
 
@@ -155,7 +154,7 @@ def losses(
     differentiate_keys: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Shares of the losses of arguments that the ranks agreed on."""
+    """Shares of the losses, for arguments that all ranks agreed on."""
     if rows.members.size == 1:
         function: Any = of_one.info_nce if len(keys) == 1 else of_one.dual_info_nce
         loss = function(
@@ -180,7 +179,7 @@ def losses(
 
 
 class JoinedLoss(torch.autograd.Function):
-    """Shares of the losses. Saves inputs and nlls [M]; the gathered keys too where they are."""
+    """Shares of the losses. Saves inputs and nlls [M]; "gather" also caches all keys."""
 
     @staticmethod
     def forward(
@@ -197,11 +196,11 @@ class JoinedLoss(torch.autograd.Function):
         dtype = accumulation_dtype(image_features.dtype)
         scale, features = logit_scale.to(dtype), image_features.shape[1]
         wide = image_features.to(dtype)
-        # [M, K], K losses; so are all tables of rows below.
+        # [M, K], K losses; all tables with one row per sample have this shape.
         positives = scale * torch.stack([(wide * key.to(dtype)).sum(1) for key in keys], 1)
         ctx.exchange = STRATEGIES[strategy](rows)
-        # log sum exp without the positive, and the sum of all logits, in which S_ij = s v_i . k_j
-        # is never formed: the sum over i is s (sum_i v_i) . k_j.
+        # [..., 0]: log sum exp without the positive. [..., 1]: the sum of all logits, not formed:
+        # the sum over i of s v_i . k_j is s (sum_i v_i) . k_j.
         own_stats = scale.new_zeros(rows.own, len(keys), 2)
         own_stats[..., 0] = -torch.inf
         key_stats = scale.new_zeros(rows.total, len(keys), 2)
@@ -218,12 +217,12 @@ class JoinedLoss(torch.autograd.Function):
                     wide_key = key.to(dtype)
                     own_stats[:, k, 1] += scale * (wide @ wide_key.sum(0))
                     columns[:, 1] = scale * (wide_key @ wide.sum(0))
-        received = rows.exchange(key_stats)  # [W, M, K, 2], of own keys
+        received = rows.exchange(key_stats)  # [W, M, K, 2], every rank's part for own keys
         zero = torch.zeros_like(positives)
         row_nll = torch.logaddexp(own_stats[..., 0], zero)
         column_nll = torch.logaddexp(torch.logsumexp(received[..., 0], 0), zero)
         sums = own_stats[..., 1] + received[..., 1].sum(0)
-        # info_nce/README.md (5), of own rows; both directions share the smoothing term.
+        # info_nce/README.md (5) for own rows; both directions share the smoothing term.
         smoothed = smoothing * (2 * positives - sums / rows.total)
         shares = _weight(rows) * (row_nll + column_nll + smoothed).sum(0)
         ctx.save_for_backward(image_features, logit_scale, *keys, positives, row_nll, column_nll)
@@ -237,7 +236,7 @@ class JoinedLoss(torch.autograd.Function):
         rows: Rows = ctx.rows
         image_features, logit_scale, *keys, positives, row_nll, column_nll = ctx.saved_tensors
         scale, features = logit_scale.to(positives.dtype), image_features.shape[1]
-        # A rank's losses may have incoming gradients of their own: they travel with its keys.
+        # Incoming gradients may differ between ranks, so they are sent with the keys.
         weights = (_weight(rows) * torch.stack(grad_shares)).expand_as(positives)
         table = torch.cat([positives, column_nll, weights], 1)
         grad_image = scale.new_zeros(image_features.shape)
@@ -267,7 +266,7 @@ class JoinedLoss(torch.autograd.Function):
             ctx.exchange.add(torch.cat(grads, 1))
         grad_keys = ctx.exchange.collect()  # [M, K D]
         grad_scale = (image_features * grad_image).sum()
-        if not ctx.differentiate_keys:  # grad_image then lacks the direction of own keys
+        if not ctx.differentiate_keys:  # grad_image then has the row direction only
             grad_scale = grad_scale + (torch.cat(keys, 1) * grad_keys).sum()
         return (
             *(None,) * 5,
@@ -278,24 +277,24 @@ class JoinedLoss(torch.autograd.Function):
 
 
 def _weight(rows: Rows) -> float:
-    # Of a row in its rank's share: the mean over N rows and two directions, times the W that DDP's
-    # mean over ranks divides by.
+    # Of a row in its rank's share: the mean over N rows and two directions, times W, by which DDP's
+    # mean over ranks divides.
     return rows.members.size / (2 * rows.total)
 
 
 def check_strategy(operator: str, strategy: object) -> None:
-    """Raises unless strategy names one."""
+    """Raises unless strategy is the name of one."""
     if strategy not in STRATEGIES:
         raise_value(operator, "strategy", f"to be one of {list(STRATEGIES)}", strategy)
 
 
 def resolve_over_ranks(operator: str, backend: str, size: int, image_features: Tensor) -> str:
-    """Returns the backend of the blocks of several ranks; raises where none can take them."""
+    """Returns the backend for blocks over several ranks; raises if none can run them."""
     check_backend(operator, backend)
     return backend if size == 1 else BLOCK.resolve(backend, image_features)
 
 
 def grad_flags(*inputs: object) -> tuple[bool, ...]:
-    """Which inputs a backward will reach: the same on every rank, or some would wait in vain."""
+    """Which inputs need a gradient: equal on every rank, or some ranks would wait forever."""
     enabled = torch.is_grad_enabled()
     return tuple(isinstance(x, Tensor) and x.requires_grad and enabled for x in inputs)

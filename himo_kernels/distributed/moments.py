@@ -1,7 +1,7 @@
 """HiDe over the batch of all ranks: PCA and reconstruction without gathering features.
 
-Ranks exchange moments, D x D, where the joined batch has at least D rows; below that its rows are
-the smaller thing, and are gathered. README.md derives both.
+If the joined batch has at least D rows, ranks exchange D x D moments. With fewer rows, the rows are
+smaller than the moments and are gathered. README.md derives both.
 """
 
 from typing import Any
@@ -40,21 +40,21 @@ def pca_reconstruct(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """himo_kernels.pca_reconstruct of the joined rows of all ranks, eq. (1); own rows come back.
+    """himo_kernels.pca_reconstruct of the joined rows of all ranks, eq. (1); returns own rows.
 
     Args:
-        x: this rank's rows [M, D]; M may differ from rank to rank and may be 0.
+        x: this rank's rows [M, D]; M may differ between ranks and may be 0.
         group: the ranks; None is all of them.
-        Others as in `himo_kernels.pca_reconstruct`; the same on every rank.
+        Others as in `himo_kernels.pca_reconstruct`; they must be equal on every rank.
 
     Returns:
         reconstruction [M, D] of this rank's rows, in x's dtype, and rank [], int64, on the device:
-        chosen by rank 0 of the group, since eigenvalues within rounding of tau would let ranks of
-        different hardware disagree.
+        chosen by process 0 of the group, because processes on different hardware could disagree
+        when the cumulative variance is within rounding of tau.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: on every rank, where any rank's arguments are
-            wrong, with the number of that rank.
+        ValueError, TypeError, NotImplementedError: on every rank, if any rank's arguments are
+            wrong, with that rank's number.
     """
     operator = "pca_reconstruct"
 
@@ -64,7 +64,7 @@ def pca_reconstruct(
         check_gap_eps(operator, gap_eps)
         check_flag(operator, "differentiate_basis", differentiate_basis)
         check_rows(operator, "x", x)
-        # Before any rank waits for the others: one without rows would not ask its backend.
+        # Here, before any rank waits: a rank without rows would not resolve its backend later.
         PCA_RECONSTRUCT.resolve(backend, x)
         if check_flag(operator, "check_finite", check_finite):
             check_finite_values(operator, x=x)
@@ -90,14 +90,14 @@ def reconstruct(
     differentiate_basis: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """pca_reconstruct of arguments that the ranks agreed on."""
+    """pca_reconstruct, for arguments that all ranks agreed on."""
     if rows.members.size > 1 and x.shape[1] <= rows.total:
         threshold = as_tensor(float(variance_threshold), torch.float64, x.device)
         return MomentPCA.apply(
             x, rows, threshold, floor, float(gap_eps), differentiate_basis, backend
         )
-    # N < D: every rank decomposes the N x N side of all rows. Each differentiates its own rows
-    # alone; the gather's backward sums what they say of each other's.
+    # N < D: every rank decomposes the N x N side of all rows and differentiates its own rows of
+    # the output. The gather's backward sums their gradients of each input row.
     joined = AllGather.apply(x, rows)
     reconstruction, rank = reconstruct_above(
         floor, joined, variance_threshold, float(gap_eps), differentiate_basis, backend
@@ -106,7 +106,7 @@ def reconstruct(
 
 
 class MomentPCA(torch.autograd.Function):
-    """pca_reconstruct with D <= N: moments are exchanged, everything in float64."""
+    """pca_reconstruct for D <= N: ranks exchange moments; all in float64."""
 
     @staticmethod
     def forward(
@@ -140,8 +140,8 @@ class MomentPCA(torch.autograd.Function):
         sums = grad_reconstruction.sum(0, dtype=torch.float64)  # [D]
         symmetric = None
         if ctx.differentiate_basis:
-            of_own = parts.grad_projector(grad_reconstruction, x, mean, ctx.backend)
-            sums = torch.cat([sums, _pack_triangle(of_own + of_own.mT)])
+            own = parts.grad_projector(grad_reconstruction, x, mean, ctx.backend)
+            sums = torch.cat([sums, _pack_triangle(own + own.mT)])
         sums = rows.members.all_reduce(sums)
         if ctx.differentiate_basis:
             symmetric = _unpack_triangle(sums[features:], features)
@@ -161,8 +161,8 @@ class MomentPCA(torch.autograd.Function):
 
 
 def _joined_moment(x: Tensor, rows: Rows, backend: str) -> tuple[Tensor, Tensor]:
-    # Mean [D] and centred second moment [D, D] of all rows, float64, from those of each rank:
-    # C = sum_r (C_r + n_r d_r d_r^T), d_r = mean_r - mean. No large sums are subtracted.
+    # Mean [D] and centred second moment [D, D] of all rows, float64, from each rank's:
+    # C = sum_r (C_r + n_r d_r d_r^T), d_r = mean_r - mean. It subtracts no large sums.
     features = x.shape[1]
     if rows.own:
         mean, moment = covariance(x, dtype=torch.float64, backend=backend)
@@ -172,8 +172,8 @@ def _joined_moment(x: Tensor, rows: Rows, backend: str) -> tuple[Tensor, Tensor]
     counts = torch.tensor(rows.counts, dtype=torch.float64, device=x.device)
     means = rows.members.all_gather(mean)  # [size, D]
     joined = (counts.unsqueeze(-1) * means).sum(0) / rows.total
-    away = mean - joined
-    moment = moment + rows.own * away.unsqueeze(-1) * away
+    offset = mean - joined
+    moment = moment + rows.own * offset.unsqueeze(-1) * offset
     moment = rows.members.all_reduce(_pack_triangle(moment))
     return joined, _unpack_triangle(moment, features)
 

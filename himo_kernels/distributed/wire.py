@@ -1,7 +1,7 @@
-"""The collectives that this package uses, each counted: members of a group, and rows over them.
+"""The collectives of this package, each counted, on the members of a group and on their rows.
 
-Every rank of a group calls the same ones in the same order. Bytes are what one rank sends under
-the ring algorithms of NCCL and gloo; README.md has the cost model that they check.
+Every rank of a group calls the same collectives in the same order. Bytes are what one rank sends
+with the ring algorithms of NCCL and gloo; tests compare them with the cost model of README.md.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """What this rank sent: calls and bytes of each kind of collective."""
+    """What this rank sent: calls and bytes, by kind of collective."""
 
     calls: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
@@ -45,11 +45,11 @@ def _count(kind: str, sent: float) -> None:
 
 @dataclass(frozen=True)
 class Members:
-    """A process group and this process's place in it; one rank where there is no group.
+    """A process group and this process's rank in it; one rank if there is no group.
 
-    The group of all processes is None here and not the object, which must not outlive
-    destroy_process_group: saved graphs and the frames of an exception hold what they have met, and
-    gloo aborts a process that still holds its group when the interpreter ends.
+    The default group is stored as None, since the object must not outlive destroy_process_group:
+    autograd graphs and frames of an exception keep references to it, and gloo aborts a process
+    that still holds its group when the interpreter exits.
     """
 
     group: dist.ProcessGroup | None
@@ -58,15 +58,15 @@ class Members:
 
     @property
     def table_device(self) -> torch.device:
-        """Where small tables for the host travel: NCCL moves no CPU memory, all else does."""
+        """The device of small tables for the host: NCCL cannot send CPU memory."""
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
     def name(self, rank: int) -> int:
-        """The number that the launcher knows this rank of the group by."""
+        """The global rank of this rank of the group."""
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """The tensors of all ranks, of one shape, stacked: [size, *]."""
+        """The tensors of all ranks, of equal shape, stacked: [size, *]."""
         if self.size == 1:
             return x.unsqueeze(0)
         x = x.contiguous()
@@ -76,14 +76,14 @@ class Members:
         return gathered
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks, the same bits on each. Writes into x."""
+        """The sum over ranks, bitwise equal on each. Overwrites x."""
         if self.size > 1:
             _count("all_reduce", 2 * (self.size - 1) / self.size * _bytes(x))
             dist.all_reduce(x, group=self.group)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """The tensor of rank 0 of the group. Writes into x."""
+        """The tensor of rank 0 of the group. Overwrites x."""
         if self.size > 1:
             _count("broadcast", _bytes(x) if self.rank < self.size - 1 else 0)
             dist.broadcast(x, group_src=0, group=self.group)
@@ -92,7 +92,7 @@ class Members:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a batch over the ranks of a group: rank r owns counts[r] of them, in rank order."""
+    """Rows of a batch split over the ranks of a group: rank r owns counts[r], in rank order."""
 
     members: Members
     counts: tuple[int, ...]
@@ -110,13 +110,13 @@ class Rows:
         return self.counts[self.rank]
 
     def first(self, rank: int) -> int:
-        """The number, in the joined batch, of a rank's first row."""
+        """The index of a rank's first row in the joined batch."""
         return sum(self.counts[:rank])
 
     def all_gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks in one buffer: [own, *] -> [total, *]."""
         longest = max(self.counts)
-        if self.own < longest:  # gloo and NCCL gather equal shapes: pad to the longest
+        if self.own < longest:  # gloo and NCCL gather equal shapes only: pad
             padding = x.new_zeros((longest - self.own, *x.shape[1:]))
             x = torch.cat([x, padding])
         gathered = self.members.all_gather(x)  # [size, longest, *]
@@ -125,7 +125,7 @@ class Rows:
         return torch.cat([part[:count] for part, count in zip(gathered, self.counts, strict=True)])
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """The sum over ranks of each one's rows: [total, *] -> [own, *]."""
+        """Sums each row over ranks and returns own rows: [total, *] -> [own, *]."""
         members, longest = self.members, max(self.counts)
         if members.size == 1:
             return x
@@ -140,7 +140,7 @@ class Rows:
         return own[: self.own]
 
     def exchange(self, x: Tensor) -> Tensor:
-        """What every rank holds of this one's rows: [total, *] -> [size, own, *]."""
+        """Every rank's part for own rows, an all-to-all: [total, *] -> [size, own, *]."""
         members = self.members
         if members.size == 1:
             return x.unsqueeze(0)
@@ -156,12 +156,12 @@ class Rows:
         return received.view(members.size, self.own, *x.shape[1:])
 
     def shift(self, sent: Tensor, received: Tensor, tag: int) -> "Transfer":
-        """Starts sending a tensor to the next rank and receiving one from the rank before."""
+        """Starts sending a tensor to the next rank and receiving one from the previous rank."""
         members, group = self.members, self.members.group
         following = members.name((self.rank + 1) % members.size)
         preceding = members.name((self.rank - 1) % members.size)
         operations = []
-        if sent.numel():  # both ends know the row counts, and so that nothing comes
+        if sent.numel():  # both ends know the row counts, so neither waits for an empty tensor
             _count("send", _bytes(sent))
             operations.append(dist.P2POp(dist.isend, sent, following, group, tag))
         if received.numel():
@@ -171,20 +171,20 @@ class Rows:
 
 
 class Transfer:
-    """A shift under way; holds the tensors until both its ends are through."""
+    """A shift in progress; holds both tensors until it completes."""
 
     def __init__(self, requests: Sequence[Any], sent: Tensor, received: Tensor) -> None:
         self._requests, self._sent, self._received = requests, sent, received
 
     def wait(self) -> Tensor:
-        """Returns what was received; what was sent may then be overwritten."""
+        """Returns the received tensor; the sent one may then be overwritten."""
         for request in self._requests:
             request.wait()
         return self._received
 
 
 def members_of(group: dist.ProcessGroup | None, operator: str) -> Members:
-    """The members of a group; of all processes for None, or of this one where there is no group."""
+    """The members of a group. None is the default group, or this process alone without one."""
     if not dist.is_available() or not dist.is_initialized():
         if group is not None:
             raise ValueError(f"{operator}: expected group None before init_process_group")
@@ -196,16 +196,16 @@ def members_of(group: dist.ProcessGroup | None, operator: str) -> Members:
 
 
 def pack_rows(*tensors: Tensor) -> Tensor:  # [M, C_i] of any dtypes -> uint8 [M, bytes]
-    """One buffer of bytes, so that tensors of several dtypes travel together."""
+    """One buffer of bytes, to send tensors of several dtypes together."""
     return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
 
 
 def unpack_rows(buffer: Tensor, *like: Tensor) -> list[Tensor]:
-    """The tensors that pack_rows joined, given ones of their dtypes and columns."""
+    """The tensors that pack_rows joined; like gives their dtypes and column counts."""
     widths = [tensor.shape[1] * tensor.element_size() for tensor in like]
     parts = buffer.split(widths, dim=1)
     return [
-        # A fresh copy even of a part that is contiguous: a view of another dtype must be aligned.
+        # Copied even if contiguous: a view of another dtype must be aligned.
         part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
         for part, tensor in zip(parts, like, strict=True)
     ]
@@ -215,6 +215,6 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-# torch 2.13 renames the two and deprecates the old names; 2.11 and 2.12 have only those.
+# torch 2.13 renames both and deprecates the old names; 2.11 and 2.12 have only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

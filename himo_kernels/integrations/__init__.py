@@ -1,4 +1,4 @@
-"""Existing training code with himo_kernels inside, by one line, and back again."""
+"""Puts himo_kernels into existing training code with one line, reversibly."""
 
 from himo_kernels.integrations.patch import Accelerated, accelerate
 

@@ -1,6 +1,6 @@
-"""The CLIP model of the released HiMo-CLIP code, whose forward computes its two losses.
+"""The CLIP model of the released HiMo-CLIP code, whose forward computes the two losses.
 
-Written for its interface at commit f235e97: `forward(image, text_long, rank, pca_ratio)` returns
+Written for the interface at commit f235e97: `forward(image, text_long, rank, pca_ratio)` returns
 the contrastive and the component loss of this rank's rows.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from himo_kernels.nn import HiMoLoss
 
-# HiMoLoss's, but for what the trainer decides: pca_ratio and the sum of the two losses.
+# HiMoLoss's arguments, except what the trainer sets: pca_ratio and the sum of the two losses.
 OPTIONS = tuple(
     name
     for name in inspect.signature(HiMoLoss).parameters
@@ -22,10 +22,10 @@ METHODS = ("forward", "cumratio_PCA")
 
 
 def class_of(module: nn.Module) -> type | None:
-    """Returns the most basic of module's classes with a cumratio_PCA, if all else is there too.
+    """Returns module's base class that defines cumratio_PCA, if module has the rest of a CLIP.
 
-    Asked of classes: a wrapper (of torch.compile, FSDP, PEFT) shows a model's attributes as its
-    own, and its forward is not the model's.
+    Checks classes, not instances: wrappers (torch.compile, FSDP, PEFT) forward attribute access to
+    the model, but have another forward.
     """
     encoders = hasattr(type(module), "encode_image") and hasattr(type(module), "encode_text")
     if encoders and hasattr(module, "logit_scale"):
@@ -36,7 +36,7 @@ def class_of(module: nn.Module) -> type | None:
 
 
 def forward_of(model: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Returns what CLIP.forward becomes. Options are HiMoLoss's; the preset is "official"."""
+    """Returns the new CLIP.forward. Options as in HiMoLoss, with the preset "official"."""
     options = {"preset": "official", **options}
     losses: dict[float, HiMoLoss] = {}  # by pca_ratio
 
@@ -45,13 +45,13 @@ def forward_of(model: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, 
             losses[ratio] = HiMoLoss(variance_threshold=ratio, **options)
         return losses[ratio]
 
-    loss_of(0.85)  # options that are wrong raise here, not in the first step
+    loss_of(0.85)  # so that wrong options raise here, not in the first step
 
     def forward(
         self: Any,
         image: Tensor,  # [M, 3, H, W]
         text_long: Tensor,  # [M, L]
-        rank: int,  # of the caller; torch.distributed's is used, which it was made from
+        rank: int,  # unused: the rank of torch.distributed, where the caller got it
         pca_ratio: float = 0.85,
     ) -> tuple[Tensor, Tensor]:
         terms = loss_of(pca_ratio).terms(

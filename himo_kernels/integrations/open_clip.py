@@ -1,7 +1,7 @@
-"""open_clip's ClipLoss: the same loss and gradients, without its N x N logits.
+"""open_clip's ClipLoss: the same loss and gradients, without N x N logits.
 
-What each pair of its flags computes over W ranks: x a rank's own rows, L the loss of the joined
-batch, L_r the mean over a rank's own rows in both directions.
+What its flags compute over W ranks. x is a rank's own rows, L the loss of the joined batch, and L_r
+the mean over a rank's own rows in both directions.
 
     local_loss, gather_with_grad    value    gradient of x
     True,       True                L_r      W dL/dx: the share of himo_kernels.distributed
@@ -9,8 +9,8 @@ batch, L_r the mean over a rank's own rows in both directions.
     False,      True                L        W dL/dx
     False,      False               L        dL/dx
 
-The mean over ranks that DDP takes gives logit_scale dL/ds in each. A logit_bias is the same number
-in all logits, which the softmax does not see: its gradient is 0.
+In each case, after DDP averages gradients, logit_scale gets dL/ds. A logit_bias is added to all
+logits, which does not change the softmax: its gradient is 0.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ SETTINGS = ("local_loss", "gather_with_grad", "world_size")  # of a ClipLoss, re
 
 
 def class_of(module: nn.Module) -> type | None:
-    """Returns open_clip's ClipLoss if module is one or derives from it, importing nothing."""
+    """Returns open_clip's ClipLoss if module is one or derives from it. Imports nothing."""
     for kind in type(module).__mro__:
         if kind.__name__ == "ClipLoss" and kind.__module__.split(".")[0] == "open_clip":
             return kind
@@ -41,10 +41,10 @@ def class_of(module: nn.Module) -> type | None:
 
 
 def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") -> Callable[..., Any]:
-    """Returns what ClipLoss.forward becomes."""
+    """Returns the new ClipLoss.forward."""
     check_strategy("accelerate", strategy)
     check_backend("accelerate", backend)
-    if getattr(loss, "use_horovod", False):  # gone from open_clip after 3.3.0
+    if getattr(loss, "use_horovod", False):  # removed from open_clip after 3.3.0
         raise NotImplementedError("accelerate: expected torch.distributed, got use_horovod=True")
     missing = [name for name in SETTINGS if not hasattr(loss, name)]
     if missing:
@@ -73,9 +73,9 @@ def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") ->
 
 
 def _as_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Returns features in the dtype in which autocast would multiply them here.
+    """Returns features in the dtype that autocast would use for a matmul.
 
-    The operators of this library follow their inputs' dtype, and autocast leaves float64 alone.
+    This library's operators follow their inputs' dtype. Autocast does not change float64.
     """
     device = features[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
@@ -99,8 +99,8 @@ def _over_ranks(
             "ClipLoss", "world_size", f"to be that of torch.distributed, {ranks}", loss.world_size
         )
     if not (loss.local_loss or loss.gather_with_grad):
-        image_features = _WeighedGradient.apply(image_features, 1 / ranks)
-        text_features = _WeighedGradient.apply(text_features, 1 / ranks)
+        image_features = _WeightedGradient.apply(image_features, 1 / ranks)
+        text_features = _WeightedGradient.apply(text_features, 1 / ranks)
     share = distributed.info_nce(
         image_features,
         text_features,
@@ -115,8 +115,8 @@ def _over_ranks(
     return share + (mean - share.detach())
 
 
-class _WeighedGradient(torch.autograd.Function):
-    """x, whose gradient is multiplied by a weight."""
+class _WeightedGradient(torch.autograd.Function):
+    """x, with its gradient multiplied by a weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:

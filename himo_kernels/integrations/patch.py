@@ -1,4 +1,4 @@
-"""One object at a time: its forward is replaced on the instance, and nothing else is touched."""
+"""Replaces the forward of one instance and changes nothing else."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ _ITSELF = "itself, which was accelerated in place"
 
 @dataclass(frozen=True)
 class Kind:
-    """Something that can be accelerated."""
+    """A kind of module that can be accelerated."""
 
     name: str
-    class_of: Callable[[nn.Module], type | None]  # the one of a module's classes that is known
-    methods: tuple[str, ...]  # of that class: what its forward computes is their work
+    class_of: Callable[[nn.Module], type | None]  # the known class among a module's bases, or None
+    methods: tuple[str, ...]  # of that class, which compute its forward's result
     forward_of: Callable[..., Callable[..., Any]]  # (module, **options) -> its new forward
     options: tuple[str, ...]
 
@@ -50,20 +50,20 @@ class Accelerated(Generic[Module]):
 
     def __init__(self, module: Module, inner: nn.Module, forward: Callable[..., Any]) -> None:
         self.module = module  # as it was given
-        self._inner = inner  # of DistributedDataParallel; module itself where there is none
-        # A bound method: a deep copy of the module gets one bound to the copy.
+        self._inner = inner  # what DistributedDataParallel wraps; otherwise module itself
+        # A bound method, so that a deep copy of the module gets one bound to the copy.
         self._forward = MethodType(forward, inner)
         inner.forward = self._forward
 
     def undo(self) -> None:
-        """Gives the module its own forward back; a second call does nothing."""
+        """Restores the module's own forward; a second call does nothing."""
         if self._is_on():
             del self._inner.forward
 
     def _is_on(self) -> bool:
         return vars(self._inner).get("forward") is self._forward
 
-    # For loss = accelerate(loss): what is missed here is there on the module.
+    # For the mistake loss = accelerate(loss): the errors point to the module.
 
     def __call__(self, *arguments: Any, **keywords: Any) -> NoReturn:
         raise_type("accelerate", "the module to be called", _ITSELF, "a call of what it returned")
@@ -88,10 +88,10 @@ class Accelerated(Generic[Module]):
 
 
 def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
-    """A loss or a model of someone else's, computing the same with the operators of this library.
+    """Makes an existing loss or model compute the same with the operators of this library.
 
-    The module stays what it was: its class, parameters, state_dict and call. Only this instance
-    changes, at once; a `with` block or `undo()` on what is returned changes it back.
+    The module keeps its class, parameters, state_dict and call signature. Only the forward of this
+    instance changes, immediately; the end of a `with` block, or `undo()`, restores it.
 
         himo_kernels.accelerate(loss)                  # an open_clip.ClipLoss
         himo_kernels.accelerate(model)                 # CLIP of the released HiMo-CLIP code
@@ -99,19 +99,19 @@ def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
 
     Args:
         module: open_clip's ClipLoss, or the released HiMo-CLIP model, also inside
-            DistributedDataParallel. Before torch.compile. A deep copy is accelerated too, a
-            pickle is not; a shallow copy, and so a replica of DataParallel, computes with the
-            parameters of the original.
-        options: of a ClipLoss `strategy` and `backend` as in `himo_kernels.distributed.info_nce`;
-            of a HiMo-CLIP model the arguments of `himo_kernels.nn.HiMoLoss` but for
-            variance_threshold and component_weight, which its trainer sets; the preset is
-            "official", the released code's values and gradients, unless it says otherwise.
+            DistributedDataParallel. Call before torch.compile. A deep copy is accelerated
+            too, a pickle is not. A shallow copy, such as a replica of DataParallel, computes with
+            the parameters of the original.
+        options: for a ClipLoss, `strategy` and `backend` as in `himo_kernels.distributed.info_nce`.
+            For a HiMo-CLIP model, the arguments of `himo_kernels.nn.HiMoLoss` except
+            variance_threshold and component_weight, which its trainer sets; the default preset is
+            "official", the values and gradients of the released code.
 
     Raises:
         TypeError: module is neither, or an option is unknown.
-        ValueError: module has been accelerated already, or an option has an impossible value.
-        NotImplementedError: module's class derives from the known one and computes something else;
-            or it is a ClipLoss over Horovod, or of a version without the settings that are read.
+        ValueError: module is already accelerated, or an option has an invalid value.
+        NotImplementedError: module's class derives from the known one and overrides its methods; or
+            it is a ClipLoss with Horovod, or of a version without the settings that are read.
     """
     if not isinstance(module, nn.Module):
         raise_type("accelerate", "module", "to be a torch.nn.Module", type(module).__name__)
@@ -137,12 +137,12 @@ def _check_methods(kind: Kind, known: type, module: nn.Module) -> None:
                 "its own"
             )
         own = vars(module).get(name)
-        # One of an opened pickle has the forward of its class on the instance.
+        # An unpickled module has its class's forward as an attribute of the instance.
         if own is not None and getattr(own, "__func__", None) is not method:
             expected = f"with the {name} of its class"
             raise_value("accelerate", "module", expected, _full_name(own))
 
 
 def _full_name(value: Any) -> str:
-    # Not its repr: a bound method's shows the module, of a CLIP hundreds of lines.
+    # Not repr: a bound method's repr prints the module, hundreds of lines for a CLIP.
     return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
