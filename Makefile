@@ -1,20 +1,20 @@
-# Needs Python 3.11+, a C++ compiler and make. With an interpreter that has torch and pytest, and
-# without network or an environment of its own:  make test PYTHON=python3 VENV=
+# Needs Python 3.11+, a C++ compiler and make. With your own interpreter that has torch and pytest,
+# without network or a virtual environment:  make test PYTHON=python3 VENV=
 
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
-# Of the demo's training; 0 leaves it to torch. Its results depend on the number in the last digits.
+# Threads of the demo's training; 0 lets torch choose. The number changes the last digits of results.
 THREADS ?= 0
-# The version that development and tests are pinned to; the package takes any from 2.11 on.
+# The version for development and tests; the package accepts 2.11 and later.
 TORCH ?= torch==2.13.0
 
-# Whose losses and trainer the tests run: files of the newest and the oldest published version,
-# which need none of its dependencies. The oldest is beside the packages, in a folder of its own.
+# The tests run the losses and trainer of the newest and the oldest published version, without its
+# dependencies. The oldest is installed in a separate folder.
 OPEN_CLIP := open_clip_torch==3.3.0
 OPEN_CLIP_OLDEST := open_clip_torch==0.2.0
 
-# What a rebuild of the extension depends on.
+# Prerequisites of a rebuild of the extension.
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 ifeq ($(strip $(VENV)),)
@@ -23,18 +23,18 @@ READY := in-place
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.himo-built
-# The tools of the environment (ninja, clang-format) come before those of the machine.
+# The environment's tools (ninja, clang-format) take precedence over the machine's.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
 BENCH_OUT ?= benchmarks/results/cpu
 GPU_OUT ?= benchmarks/results/cuda
-# The packages of this tree come before an installed copy.
+# This tree's packages take precedence over an installed copy.
 IN_TREE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 
-# torch's default, two jobs more than there are cores, runs small machines out of memory.
+# torch's default, the number of cores plus two, exhausts the memory of small machines.
 export MAX_JOBS ?= 2
 
 .PHONY: help setup test test-all classes fuzz lint aot sanitize bench gpu demo clean in-place
@@ -58,8 +58,8 @@ help:
 setup: $(READY)
 	@echo "ready: $(PY)"
 
-# torch first, by itself and pinned: nothing after it may choose another. pip installs the Python
-# part; the extension is built below, where a change of one file compiles one file.
+# torch is installed first, alone and pinned, so that no later package chooses another version. pip
+# installs the Python part; the extension is built below, incrementally by file.
 $(VENV)/.himo-installed: pyproject.toml
 	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing $(TORCH), the build tools and the package"
@@ -70,7 +70,7 @@ $(VENV)/.himo-installed: pyproject.toml
 	@$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/open_clip_oldest $(OPEN_CLIP_OLDEST)
 	@touch $@
 
-# Quiet where all is well; says why the extension is left out; shows everything when the build fails.
+# Quiet on success; prints why the extension is left out, and the whole log if the build fails.
 define BUILD_IN_PLACE
 @echo "building the extension in place"
 @mkdir -p build
@@ -82,14 +82,14 @@ $(VENV)/.himo-built: $(VENV)/.himo-installed setup.py $(CSRC)
 	$(BUILD_IN_PLACE)
 	@touch $@
 
-# Always run: it depends on the interpreter and its torch too. Takes seconds when nothing changed.
+# Always runs, since it also depends on the interpreter and its torch. Takes seconds without changes.
 in-place:
 	$(BUILD_IN_PLACE)
 
-# Two files at a time, where the environment is ours and has pytest-xdist: most of the time is
-# Triton's interpreter, which uses one core. PYTEST_FLAGS="-n 0" is one after the other.
+# Two files in parallel if the environment is ours and has pytest-xdist: Triton's interpreter takes
+# most of the time and uses one core. PYTEST_FLAGS="-n 0" runs sequentially.
 PARALLEL := $(if $(strip $(VENV)),-n 2 --dist loadfile --no-loadscope-reorder)
-# Fewer random examples of each property, where hypothesis is there.
+# Fewer random examples per property, if hypothesis is installed.
 SHORT = $(shell $(PY) -c "import hypothesis" 2>/dev/null && echo --hypothesis-profile=short)
 RUN_TESTS := $(IN_TREE) $(PY) -m pytest $(PARALLEL) --durations=10
 test: $(READY)
@@ -99,7 +99,7 @@ test-all: $(READY)
 	$(RUN_TESTS) $(PYTEST_FLAGS)
 	@$(MAKE) --no-print-directory classes
 
-# The operators' tests as on older processors: what ATEN, oneDNN and MKL are told to use at most.
+# The operators' tests as on older processors: the newest instructions ATEN, oneDNN and MKL may use.
 CLASSES := default:SSE41:SSE4_2 avx2:AVX2:AVX2
 CLASS_TESTS := tests/covariance/test_covariance.py tests/normalize/test_normalize.py tests/pca \
   tests/info_nce tests/test_nn.py tests/himo/test_precision.py
@@ -124,13 +124,14 @@ lint: $(READY)
 aot: $(READY)
 	$(PY) -m himo_kernels.aot
 
-# The operators' tests with every access of the extension checked, in a build of its own: the one in
-# place stays. The first finding ends the run. What is left out, and why:
-# - leaks (detect_leaks=0): those of the interpreter and of torch at exit would hide ours;
+# The operators' tests with every memory access of the extension checked. The build is separate from
+# the in-place build. The first finding ends the run. Not checked:
+# - leaks (detect_leaks=0): the interpreter and torch leak at exit, which would hide our leaks;
 # - vptr (setup.py): torch hides the type information that it compares;
-# - reference and triton: no code of the extension.
-# torch throws through libstdc++, which has to be there when the sanitizer looks for it. A quarantine
-# of 1 MiB, not 256: memory tests count it. Python's output alone is captured: a report is printed.
+# - reference and triton: they do not use the extension.
+# libstdc++ is preloaded because torch throws through it and the sanitizer must find it. The quarantine
+# is 1 MiB instead of 256, as memory tests count it. Only Python's output is captured, so that
+# sanitizer reports are printed.
 SANITIZED := $(CURDIR)/build/sanitize/lib
 SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 UBSAN_OPTIONS=print_stacktrace=1
@@ -143,17 +144,17 @@ sanitize: $(READY)
 	  -p no:cacheprovider --capture=sys -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
 	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
 
-# Rows, charts, and the table of benchmarks/README.md. Wants a machine that does nothing else.
+# Rows, charts, and the tables of both READMEs. Needs an otherwise idle machine.
 bench: $(READY)
 	@echo "timing every operator on the CPU: about 30 minutes, rows in $(BENCH_OUT)"
 	$(BENCH) --device cpu --all --seconds 0.5 --budget-minutes 30 --out $(BENCH_OUT)
 	$(IN_TREE) $(PY) -m benchmarks.ranks --out $(BENCH_OUT)
 	$(IN_TREE) $(PY) -m benchmarks.plot $(BENCH_OUT) --svg $(BENCH_OUT) --update README.md benchmarks/README.md
 
-# Tests, rows and logs in one folder, within GPU_MINUTES of the start, the build included. The
-# kernels' own tests come first. A failure of a test is the exit status, but the rows are taken all
-# the same: each cell checks its own accuracy. INT, not TERM: pytest then still prints its failures
-# and writes its xml; what sits in a call of CUDA does not hear it and is killed.
+# Tests, rows and logs in one folder, within GPU_MINUTES of the start, including the build. The tests
+# of the kernels run first. A failed test sets the exit status, but the rows are measured anyway, since
+# each cell checks its own accuracy. On INT, unlike TERM, pytest still prints failures and writes its
+# xml; a process inside a CUDA call ignores it and is killed.
 GPU_MINUTES ?= 8
 GPU_START := $(shell date +%s)
 GPU_FIRST := tests/covariance tests/normalize tests/pca/test_pca_triton.py tests/pca/test_pca_cuda.py \
@@ -176,7 +177,7 @@ gpu: $(READY)
 	$(IN_TREE) $(PY) -m benchmarks.plot $(GPU_OUT) --markdown >$(GPU_OUT)/table.md || status=$$?; \
 	echo "tests, rows and logs: $(GPU_OUT)"; exit $$status
 
-# A tiny model from scratch on rendered scenes, once with the HiMo loss and once with plain CLIP's.
+# Trains a tiny model from scratch on rendered scenes, once with the HiMo loss and once with CLIP's.
 DEMO_TRAIN := --model tiny --batch-size 128 --epochs 14 --lr 1e-3 --wd 0.1 --warmup 20 \
   --seed $(SEED) --val-frequency 2 --threads $(THREADS)
 demo: $(READY)

@@ -1,8 +1,8 @@
-"""Builds the one thing that pyproject.toml cannot state: the extension himo_kernels._C.
+"""Builds the extension himo_kernels._C, which pyproject.toml cannot describe.
 
-The extension is optional. Without torch, without a C++ compiler, or with
-HIMO_KERNELS_NO_EXTENSION=1 it is left out with one line that says why, and the `reference` and
-`triton` backends remain. Once a working compiler is found, an error in our sources fails the build.
+The extension is optional. Without torch or a C++ compiler, or with HIMO_KERNELS_NO_EXTENSION=1, it
+is left out with a one-line reason, and the `reference` and `triton` backends remain. With a working
+compiler, an error in our sources fails the build.
 """
 
 import os
@@ -18,10 +18,10 @@ import setuptools
 
 ROOT = Path(__file__).parent
 SWITCH = "HIMO_KERNELS_NO_EXTENSION"
-SANITIZE = "HIMO_KERNELS_SANITIZE"  # 1: what `make sanitize` builds
+SANITIZE = "HIMO_KERNELS_SANITIZE"  # 1: build with sanitizers, for `make sanitize`
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 
-# Includes and links what the extension does, so that a failure here is the machine's, not ours.
+# Uses the same headers and libraries as the extension, so a failure here is not our sources' fault.
 PROBE = """
 #include <Python.h>
 #include <vector>
@@ -29,8 +29,8 @@ int main_threads() { std::vector<int> threads(1); return static_cast<int>(thread
 """
 
 
-# vptr looks up the type of every torch object, and torch hides its type information. A finding ends
-# the process: a test cannot pass over it.
+# No vptr, which needs the type information that torch hides. A finding aborts the process, so that
+# no test can ignore it.
 SANITIZERS = [
     *("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"),
     *("-fno-omit-frame-pointer", "-g1", "-O1"),
@@ -43,11 +43,11 @@ def switched_on(variable: str) -> bool:
 
 
 class LeftOut(Exception):
-    """The reason why the extension cannot be built on this machine, in one line."""
+    """The one-line reason why the extension cannot be built on this machine."""
 
 
 def find_compiler() -> str:
-    """Returns the C++ compiler: $CXX where it is set, else the first of the usual names."""
+    """Returns the C++ compiler: $CXX if set, otherwise the first of the usual names found."""
     named = os.environ.get("CXX")
     for command in [named] if named else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(command)[0]):
@@ -56,7 +56,7 @@ def find_compiler() -> str:
 
 
 def probe(compiler: str, flags: list[str]) -> str | None:
-    """Returns the first error of building a small Python extension, or None if it builds."""
+    """Builds a small Python extension; returns the first error, or None."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(PROBE)
@@ -75,7 +75,7 @@ def probe(compiler: str, flags: list[str]) -> str | None:
 
 
 def extension() -> dict[str, object]:
-    """Returns the setup() arguments of the extension. Raises LeftOut where it cannot be built."""
+    """Returns the setup() arguments for the extension. Raises LeftOut if it cannot be built."""
     if switched_on(SWITCH):
         raise LeftOut(f"{SWITCH}={os.environ[SWITCH]}")
     compiler = find_compiler()
@@ -88,15 +88,15 @@ def extension() -> dict[str, object]:
     if version < OLDEST_TORCH:
         raise LeftOut(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
 
-    # at::parallel_for is a header template: without OpenMP in our own flags it runs on one thread.
-    # They are the compiler's alone: linked, the extension would bring a second OpenMP runtime
-    # beside torch's own, and the idle threads of each would spin against the other's work.
+    # at::parallel_for is a header template and runs on one thread unless we compile with OpenMP. Do
+    # not link with it: a second OpenMP runtime next to torch's would make idle threads of each spin
+    # while the other works.
     openmp = [] if probe(compiler, ["-fopenmp"]) else ["-fopenmp"]
     if not openmp and (error := probe(compiler, [])):
         raise LeftOut(f"{compiler} cannot build a Python extension: {error}")
-    os.environ["CXX"] = compiler  # the same one for torch's ninja file and setuptools' link step
+    os.environ["CXX"] = compiler  # the same for torch's ninja file and setuptools' link step
 
-    # torch's BuildExtension adds the C++ standard that its own headers need.
+    # torch's BuildExtension adds the C++ standard that torch's headers need.
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     flags += openmp
     sanitizers = SANITIZERS if switched_on(SANITIZE) else []
@@ -104,7 +104,7 @@ def extension() -> dict[str, object]:
     macros = [("HIMO_CXX_FLAGS", f'"{" ".join(flags)}"')]
     folders = ("csrc", "csrc/common", "csrc/cpu")
     sources = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/*.cpp"))]
-    # Decided by the toolkit, never by a visible GPU: wheels are built on machines that have none.
+    # Depends on the toolkit, not on a visible GPU: machines that build wheels have none.
     has_toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     cuda = sorted(ROOT.glob("csrc/cuda/*.cu")) if has_toolkit else []
     if cuda:
@@ -124,7 +124,7 @@ def extension() -> dict[str, object]:
     return {"ext_modules": [module], "cmdclass": {"build_ext": build_ext}}
 
 
-# An older one stops at the license field of pyproject.toml, with a message about something else.
+# Older versions fail on the license field of pyproject.toml with a misleading message.
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"himo_kernels: needs setuptools >= 77, this is {setuptools.__version__}")
 try:

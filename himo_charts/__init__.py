@@ -1,5 +1,5 @@
 """The charts of reports and benchmarks as SVG: scales, marks and their style.
 
-A package of its own, of the standard library alone: benchmarks run where torch, triton and numpy
-are installed and what `himo` needs is not, and `himo_kernels` computes and draws nothing.
+A separate package that needs only the standard library: benchmarks run on machines without the
+dependencies of `himo`, and `himo_kernels` draws nothing.
 """

@@ -1,10 +1,10 @@
-"""From numbers to places on an axis: scales, ticks and labels."""
+"""Maps numbers to positions on an axis: scales, ticks and labels."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_LOG_DECADES = 1.7  # a positive series that spans more than this many is drawn on a log axis
+_LOG_DECADES = 1.7  # a positive series that spans more decades than this gets a log axis
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Scale:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """The place of a value: 0 at `low`, 1 at `high`."""
+        """The position of a value: 0 at `low`, 1 at `high`."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -25,7 +25,7 @@ class Scale:
         return self.low <= value <= self.high
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round values within the axis, about `count` of them."""
+        """About `count` round values within the axis."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for mantissas in ((1,), (1, 3), (1, 2, 5)):
@@ -40,7 +40,7 @@ class Scale:
 
 
 def nice_step(rough: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is not below `rough`."""
+    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
 
@@ -48,11 +48,11 @@ def nice_step(rough: float) -> float:
 def fit(
     values: Iterable[float | None], *, zero: bool = False, log: bool = False, margin: float = 0.05
 ) -> Scale | None:
-    """A scale around the finite values; None where there are none.
+    """A scale around the finite values, or None if there are none.
 
     Args:
         zero: starts the axis at zero.
-        log: makes it logarithmic where the values are positive and span several decades.
+        log: makes it logarithmic if the values are positive and span several decades.
         margin: added on both sides, as a share of the range.
     """
     finite = finite_only(values)
@@ -63,10 +63,10 @@ def fit(
         return Scale(low / 1.3, high * 1.3, log=True)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    room = margin * (high - low) if high > low else 0.1 * abs(high) or 1.0
-    if not math.isfinite(room):  # a range beyond what a float64 holds
+    padding = margin * (high - low) if high > low else 0.1 * abs(high) or 1.0
+    if not math.isfinite(padding):  # the range overflows float64
         return None
-    return Scale(low if zero and low == 0 else low - room, high + room)
+    return Scale(low if zero and low == 0 else low - padding, high + padding)
 
 
 def is_finite(value: float | None) -> bool:
@@ -78,7 +78,7 @@ def finite_only(values: Iterable[float | None]) -> list[float]:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number for people: `digits` significant ones, thousands apart, a dash for None."""
+    """A number for display: `digits` significant digits, thousands separators, a dash for None."""
     if value is None:
         return "–"
     if math.isnan(value):
@@ -100,26 +100,26 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def fixed(value: float | None, decimals: int) -> str:
-    """A number with a fixed count of decimals, as in a column of percentages."""
+    """A number with fixed decimals, as in a column of percentages."""
     if value is None or not math.isfinite(value):
         return number(value)
     return minus(f"{value:,.{decimals}f}")
 
 
 def minus(text: str) -> str:
-    """The typographic minus sign in front of a mantissa; exponents keep the plain one."""
+    """Replaces a leading hyphen by a minus sign; exponents keep the hyphen."""
     return "−" + text[1:] if text.startswith("-") else text
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Labels of one axis, with the same number of decimals."""
+    """Labels of an axis, with equal numbers of decimals."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
     if largest >= 1e9 or 0 < largest < 1e-3:
         return [number(tick, 3) for tick in ticks]
-    unit, suffix = next(
+    divisor, suffix = next(
         ((u, s) for u, s in ((1e6, "M"), (1e3, "k")) if largest >= 10 * u), (1.0, "")
     )
-    scaled = [tick / unit for tick in ticks]
+    scaled = [tick / divisor for tick in ticks]
     decimals = next(
         (d for d in range(7) if all(abs(v - round(v, d)) <= 1e-6 * abs(v) for v in scaled)), 7
     )

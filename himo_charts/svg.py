@@ -1,9 +1,9 @@
-"""Charts as SVG that fill whatever width they get, with text that never shrinks.
+"""Charts as SVG that scale to any width, with text of constant size.
 
-The root `svg` is the area of the plot and lets its labels stand outside it. Lines lie in an inner
-`svg` that is stretched to the area, text and dots in the outer one at percentages of its size.
-Colours come from the classes `s0`, `s1`, ... of colours.css, one for each run; the rest of the look
-from charts.css. Whoever shows a chart puts both beside it: `style()`.
+The root `svg` is the plot area; its labels overflow it. Lines are in an inner `svg`, stretched to
+the area; text and dots are in the outer one, at percentages of its size. Colours come from the
+classes `s0`, `s1`, ... of colours.css, one per run; other styles come from charts.css. A page that
+shows a chart must include both, which `style()` returns.
 """
 
 import math
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from himo_charts.scales import Scale, fixed, number, tick_labels
 
-COLOURS = 8  # s0 to s7 in colours.css; further runs take them again
-HEIGHT = "180"  # pixels of the plot area, where nothing else is asked for
-_GRID = 1000  # units of the inner svg, in both directions
-# Controls, halves of surrogate pairs, and marks that turn the direction of what follows them.
+COLOURS = 8  # s0 to s7 in colours.css; further runs reuse them
+HEIGHT = "180"  # default height of the plot area, in pixels
+_GRID = 1000  # width and height of the inner svg, in its own coordinates
+# Control characters, lone surrogates, and marks that change the direction of text.
 _UNFIT = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
@@ -36,35 +36,35 @@ class Line:
 
 
 class Svg(str):
-    """SVG in which every text is escaped; templates with automatic escaping take it as it is."""
+    """SVG whose texts are escaped; templates with automatic escaping insert it unchanged."""
 
     def __html__(self) -> str:
         return self
 
 
 def style() -> str:
-    """The style sheet of the charts: colours, light and dark, and marks."""
+    """The style sheet of the charts: light and dark colours, and marks."""
     folder = Path(__file__).parent
     return "".join((folder / name).read_text("utf-8") for name in ("colours.css", "charts.css"))
 
 
 def readable(value: object) -> str:
-    """Anything as text; characters that no page should hold are replaced."""
+    """Any value as text; characters that do not belong on a page are replaced."""
     return _UNFIT.sub("\ufffd", str(value))
 
 
 def text(value: object) -> str:
-    """Anything as text or attribute value of SVG, escaped and `readable`."""
+    """Any value as text or attribute of SVG, escaped and `readable`."""
     return escape(readable(value))
 
 
 def colour_class(run: int) -> str:
-    """The class that gives the colour of a run."""
+    """The CSS class for the colour of a run."""
     return f"s{run % COLOURS}"
 
 
 def series_class(run: int) -> str:
-    """The classes of what belongs to a run in a chart: its colour, and to be hidden with it."""
+    """The CSS classes of a run's marks: its colour, and its name to hide them."""
     return f"{colour_class(run)} run{run}"
 
 
@@ -88,12 +88,12 @@ def line_chart(
 
     Args:
         ident: unique on the page.
-        over: more SVG, drawn above the curves in the outer coordinates.
-        under: more SVG, drawn below the curves in the inner coordinates.
-        x_ticks: where the horizontal axis is labelled; None chooses round values.
-        hits: places on the horizontal axis, each with what a pointer there is told.
-        names: the labels of the ticks of an axis.
-        height: of the area, in pixels or as a percentage of what is around it.
+        over: SVG drawn on top of the curves, in outer coordinates.
+        under: SVG drawn beneath the curves, in inner coordinates.
+        x_ticks: labelled values of the horizontal axis; None chooses round values.
+        hits: positions on the horizontal axis, each with its tooltip.
+        names: returns the labels of an axis's ticks.
+        height: of the area, in pixels or as a percentage of its container.
     """
     ticks = x.ticks() if x_ticks is None else x_ticks
     labels = names(ticks)
@@ -128,12 +128,12 @@ def bar_chart(
     chance: Sequence[float | None],
     decimals: int = 1,
 ) -> Svg:
-    """Groups of bars that start at zero, one bar for each run.
+    """Groups of bars that start at zero, with one bar per run.
 
     Args:
-        groups: their names.
-        bars: for each run one value a group; None leaves the place empty.
-        chance: for each group what guessing gives, drawn as a line across it, or None.
+        groups: the names of the groups.
+        bars: for each run one value per group; None leaves a gap.
+        chance: for each group the score of guessing, drawn as a line across it, or None.
     """
     parts = [_open(ident, title, description, HEIGHT), _horizontal_grid(y, tick_labels)]
     slot = 1 / len(groups)
@@ -167,7 +167,7 @@ def bar_chart(
         if guess is not None and y.holds(guess):
             ends = f'x1="{_percent(centre - 0.46 * slot)}" x2="{_percent(centre + 0.46 * slot)}"'
             height = _percent(1 - y.at(guess))
-            # On a line in the colour of the page, so that it shows on a bar too.
+            # On top of a line in the page's colour, so that it is visible on a bar too.
             parts.append(
                 f'<g class="chance"><title>chance: {number(guess)}</title>'
                 f'<line {ends} y1="{height}" y2="{height}"/>'
@@ -177,7 +177,7 @@ def bar_chart(
 
 
 def path(x: Scale, y: Scale, line: Line) -> str:
-    """The `d` of a curve in the inner coordinates; a lone point becomes a dot."""
+    """The `d` attribute of a curve in inner coordinates; an isolated point becomes a dot."""
     parts: list[str] = []
     pen = False
     before = (0, 0)
@@ -185,7 +185,7 @@ def path(x: Scale, y: Scale, line: Line) -> str:
         if not math.isfinite(value) or (y.log and value <= 0):
             pen = False
             continue
-        # Values off the axis leave the area, where they are clipped.
+        # Values outside the axis leave the area and are clipped.
         column = round(x.at(place) * _GRID)
         row = round(max(-3.0, min(4.0, 1 - y.at(value))) * _GRID)
         right, down = column - before[0], row - before[1]
@@ -200,7 +200,7 @@ def path(x: Scale, y: Scale, line: Line) -> str:
 
 
 def dots(run: int, places: Iterable[tuple[float, float, str]], radius: float = 4) -> str:
-    """Dots of one run at shares of the width and the height, each with what it tells."""
+    """Dots of a run at fractions of width and height, each with a tooltip."""
     circles = "".join(
         f'<circle cx="{_percent(x)}" cy="{_percent(1 - y)}" r="{radius:g}">'
         f"<title>{text(title)}</title></circle>"
@@ -210,7 +210,7 @@ def dots(run: int, places: Iterable[tuple[float, float, str]], radius: float = 4
 
 
 def triangles(run: int, places: Iterable[tuple[float, float, str]]) -> str:
-    """Marks that point down, for scores that do not rise; upright whatever the width."""
+    """Triangles that point down, for scores that do not rise; not distorted by the width."""
     marks = "".join(
         f'<svg x="{_percent(x)}" y="{_percent(1 - y)}"><polygon points="-7,-5 7,-5 0,8">'
         f"<title>{text(title)}</title></polygon></svg>"
@@ -222,7 +222,7 @@ def triangles(run: int, places: Iterable[tuple[float, float, str]]) -> str:
 def label(
     x: float, y: float, content: str, css: str, *, dx: float = 0, dy: float = 0, anchor: str = ""
 ) -> str:
-    """Text at shares of the area, moved by pixels."""
+    """Text at fractions of the area, shifted by pixels."""
     place = anchor or ("end" if x > 0.7 else "start")
     return (
         f'<text class="{css}" x="{_percent(x)}" y="{_percent(1 - y)}" '
@@ -263,7 +263,7 @@ def _horizontal_grid(y: Scale, labels: Callable[[Sequence[float]], list[str]]) -
 
 
 def _stretched(content: str, css: str) -> str:
-    """The inner svg, of _GRID units in both directions."""
+    """The inner svg, of _GRID x _GRID coordinates, stretched to the area."""
     return (
         f'<svg class="{css}" width="100%" height="100%" viewBox="0 0 {_GRID} {_GRID}" '
         f'preserveAspectRatio="none">{content}</svg>'
@@ -271,7 +271,7 @@ def _stretched(content: str, css: str) -> str:
 
 
 def _hits(x: Scale, hits: Sequence[tuple[float, str]]) -> str:
-    """Invisible columns that tell their numbers to a pointer."""
+    """Invisible columns with tooltips."""
     if not hits:
         return ""
     places = [min(1.0, max(0.0, x.at(place))) for place, _ in hits]

@@ -1,1 +1,1 @@
-"""The smallest whole operator, to copy to himo_kernels/: y_i = s_i x_i, with both gradients."""
+"""The smallest complete operator, to copy to himo_kernels/: y_i = s_i x_i and both gradients."""

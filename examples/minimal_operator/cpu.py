@@ -1,4 +1,4 @@
-"""scale_rows on a CPU: a second backend, whose sums need no temporary [N, D]."""
+"""scale_rows on a CPU: a second backend, which sums without a temporary [N, D]."""
 
 import torch
 from torch import Tensor

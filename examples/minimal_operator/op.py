@@ -9,7 +9,7 @@ from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 
 SCALE_ROWS = Operator(
     "scale_rows",
-    {  # in the order in which "auto" asks them; what no hardware has run is by name only
+    {  # "auto" tries them in this order; Triton runs only when named until hardware has run it
         "triton": _triton.backend(f"{__package__}.triton", "scale_rows", _triton.why_not),
         "cpu": Backend({"fwd": cpu.scale_rows_fwd, "bwd": cpu.scale_rows_bwd}, cpu.why_not),
         "reference": Backend({"fwd": reference.scale_rows_fwd, "bwd": reference.scale_rows_bwd}),
@@ -39,5 +39,5 @@ class ScaleRows(torch.autograd.Function):
 
 
 def scale_rows(x: Tensor, scale: Tensor, *, backend: str = "auto") -> Tensor:
-    """Returns y [N, D]. An operator of the library checks its arguments first, in api.py."""
+    """Returns y [N, D]. Operators of the library check their arguments in api.py first."""
     return ScaleRows.apply(x, scale, SCALE_ROWS.resolve(backend, x, scale))
