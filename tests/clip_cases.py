@@ -5,7 +5,7 @@ from torch import Tensor
 
 from himo.model import CLIPConfig, HiMoCLIP
 
-# Widths with one and with two heads, so that a wrong split of the heads shows.
+# Widths of one head (vision) and two heads (text), so that a wrong split into heads fails.
 SMALL = CLIPConfig(
     embed_dim=48,
     image_resolution=32,

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a seed that is printed, and uninitialised memory set to NaN."""
+"""Fixtures of all tests: a printed seed, and uninitialised memory filled with NaN."""
 
 import os
 import re
@@ -6,17 +6,17 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator
 
-# Before torch is imported: threads that spin while they wait for each other make the suite several
-# times slower wherever anything else uses the processor.
+# Set before torch is imported: threads that spin while waiting make the suite several times slower
+# if anything else uses the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Deterministic mode, which the fixture below turns on, lets cuBLAS run only with this (or :16:8).
+# cuBLAS needs this (or :16:8) in deterministic mode, which the fixture below sets.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
 
-# Before himo_kernels and Triton are imported: without a GPU, Triton kernels run in its interpreter.
+# Set before himo_kernels and Triton are imported: without a GPU, Triton kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -30,7 +30,7 @@ else:  # `make test` chooses the short one
     settings.load_profile("whole")
 
 SEED_VARIABLE = "HIMO_TEST_SEED"
-# The same inputs for every change that is tested; "random" draws others.
+# By default every change is tested on the same inputs; "random" draws others.
 _given = os.environ.get(SEED_VARIABLE, "0")
 if _given != "random" and not _given.isdecimal():
     raise pytest.UsageError(f"{SEED_VARIABLE}: expected a number or random, got {_given!r}")
@@ -42,7 +42,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints how many tests each reason skipped: one line a reason, where -rs has one a place."""
+    """Prints how many tests each reason skipped, one line per reason; -rs prints one per place."""
     reports = terminalreporter.stats.get("skipped", [])
     # (path, line, reason) of a skip; a reason may begin with "operator, backend: ".
     reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports]
@@ -52,7 +52,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks slow what `make test` leaves out of the tests marked `sample`."""
+    """Marks slow the parameter sets of `sample` tests that `make test` leaves out."""
     sets: dict[str, list[pytest.Function]] = {}
     for item in items:
         if hasattr(item, "callspec") and item.get_closest_marker("sample"):
@@ -78,10 +78,10 @@ def _spread(items: list[pytest.Function], count: int) -> list[pytest.Function]:
 
 
 def _each_value_once(items: list[pytest.Function]) -> list[pytest.Function]:
-    """Few of the items, among them every value of every parameter."""
+    """A few items that contain every value of every parameter."""
 
     def values(item: pytest.Function) -> set[tuple[str, str]]:
-        # As they are written: some have no hash, and 1, 1.0 and True are equal.
+        # By repr: some values are not hashable, and 1, 1.0 and True are equal.
         return {(name, repr(value)) for name, value in item.callspec.params.items()}
 
     of_item = {item: values(item) for item in items}
@@ -102,15 +102,15 @@ def seed() -> int:
 
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
-    """A generator of its own for each test: the same each run for one HIMO_TEST_SEED."""
-    test = sum(request.node.nodeid.encode())  # the same test alone draws what it draws in the suite
+    """A separate generator per test, the same in each run for one HIMO_TEST_SEED."""
+    test = sum(request.node.nodeid.encode())  # a test draws the same alone as in the suite
     return torch.Generator().manual_seed(_seed + test)
 
 
 @pytest.fixture(autouse=True)
 def _poison_uninitialised_memory() -> Iterator[None]:
-    # torch.empty returns NaN in deterministic mode, from C++ as from Python: an output that a
-    # kernel leaves partly unwritten cannot look right by accident.
+    # In deterministic mode torch.empty returns NaN, also in C++. So an output that a kernel does
+    # not write completely cannot look right by accident.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -1,4 +1,4 @@
-"""Runs Python in a process of its own, for what a test process has already done or imported."""
+"""Runs Python in a fresh process, for tests that depend on earlier imports or calls."""
 
 import os
 import subprocess

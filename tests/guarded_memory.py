@@ -1,4 +1,4 @@
-"""Tensors with known values on either side: what a kernel reads or writes outside of them shows."""
+"""Tensors between known values, which reveal reads and writes out of bounds."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-_PAD = 4096  # entries on either side: more than a tile reaches past an end
+_PAD = 4096  # entries on either side, more than a tile can overrun
 _CANARY = 1.2345678e30
 
 

@@ -1,4 +1,4 @@
-"""What himo_kernels.aot reads from the compiler, and what it lets fail. Compiles nothing."""
+"""What himo_kernels.aot reads from the compiler, and which launches fail. Compiles nothing."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_instructions_of_a_listing():
     assert aot.instructions(LISTING) == ("HGMMA.64x128x16.F32.BF16", 16)
     without = "\n".join(line for line in LISTING.splitlines() if "HGMMA" not in line)
     assert aot.instructions(without) == ("FFMA", 16)
-    # 80 bytes by 4 outweigh 32 by 16.
+    # 80 bytes in 4-byte loads outweigh 32 in 16-byte loads.
     assert aot.instructions(without + 20 * "\n /*00*/ LDG.E R9 ;")[1] == 4
     assert aot.instructions("") == ("", 0)
 
@@ -34,13 +34,13 @@ def test_instructions_of_a_listing():
 @pytest.mark.parametrize(
     ("registers", "warps", "shared_kib", "target", "programs"),
     [
-        (255, 8, 96, 90, 1),  # 8 warps of 256 x 32 registers are all there are
-        (128, 8, 96, 90, 2),  # two by registers, two by memory
-        (128, 8, 96, 80, 1),  # one by memory
-        (129, 4, 0, 90, 3),  # 136 registers a thread: 15 warps, whole fours of them 12
-        (32, 1, 0, 90, 32),  # blocks
-        (32, 4, 0, 90, 16),  # warps
-        (32, 4, 228, 90, 0),  # more than there is
+        (255, 8, 96, 90, 1),  # 8 warps of 256 x 32 registers use all registers
+        (128, 8, 96, 90, 2),  # registers and memory both allow two
+        (128, 8, 96, 80, 1),  # memory allows one
+        (129, 4, 0, 90, 3),  # 136 registers per thread: 15 warps, rounded down to 12
+        (32, 1, 0, 90, 32),  # limited by blocks
+        (32, 4, 0, 90, 16),  # limited by warps
+        (32, 4, 228, 90, 0),  # more than exists
     ],
 )
 def test_programs_of_a_multiprocessor(registers, warps, shared_kib, target, programs):

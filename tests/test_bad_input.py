@@ -1,7 +1,7 @@
-"""Bad calls of every public function: a typed error that says where, what was expected, what came.
+"""Invalid calls of every public function: a typed error with the place, the expected and the given.
 
-Each row of the tables spoils one argument of a call that is otherwise good. Every message reads
-`operator: expected argument ..., got ...`; TEXTS states some of them whole.
+Each row of the tables makes one argument of a valid call invalid. Every message has the form
+`operator: expected argument ..., got ...`; TEXTS has some of them in full.
 """
 
 import re
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 
 def _module(make: Callable[..., torch.nn.Module], *inputs: str) -> Callable[..., Any]:
-    # One function of the module's settings and of forward's inputs.
+    # As one function of the module's settings and forward's inputs.
     def function(**keywords: Any) -> Any:
         values = [keywords.pop(name) for name in inputs]
         return make(**keywords)(*values)
@@ -153,7 +153,7 @@ SHAPES = {
 }
 FEATURE_MISTAKES = {**NOT_TENSORS, **DTYPES, **LAYOUTS, **SHAPES}
 
-# What features may not be beside others: the first argument of a function sets the rest.
+# Features that do not match others: a function's first argument determines the rest.
 PAIR_MISTAKES = {
     "other dtype": Mistake(lambda good: good.double(), TypeError, "torch.float64"),
     "other device": Mistake(lambda good: good.to("meta"), ValueError, "meta"),
@@ -162,7 +162,7 @@ PAIR_MISTAKES = {
     "batch of one": Mistake(lambda good: good.unsqueeze(0), ValueError, "[1, "),
 }
 NOT_FINITE = {
-    # Normalised before they are checked, features with an inf become NaN.
+    # If normalised before the check, features with an inf would become NaN.
     "NaN": Mistake(lambda good: _with(good, NAN), ValueError, "nan"),
     "inf": Mistake(lambda good: _with(good, INF), ValueError, ""),
     "-inf": Mistake(lambda good: _with(good, -INF), ValueError, ""),
@@ -193,7 +193,7 @@ RANK_MISTAKES = {
 
 
 def _part(name: str, mistake: Mistake) -> Mistake:
-    # The mistake in one field of a PCA.
+    # One field of a PCA is invalid.
     def spoil(good: himo_kernels.PCA) -> himo_kernels.PCA:
         return good._replace(**{name: mistake.spoil(getattr(good, name))})
 
@@ -391,7 +391,7 @@ def test_a_backend_that_cannot_take_the_tensors_is_refused_with_every_reason(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_ALL", list(dispatch._ALL))
-    Operator("other", {"numpy": Backend({})}, public=False)  # makes the name known
+    Operator("other", {"numpy": Backend({})}, public=False)  # registers the name
     with pytest.raises(NotImplementedError) as caught:
         ENTRIES[name].call(backend="numpy")
     first, *reasons = str(caught.value).splitlines()
@@ -571,7 +571,7 @@ def test_a_distributed_tensor_is_refused(mesh: Any) -> None:
         assert "x.to_local()" in str(caught.value)
 
 
-# Every way to hold the same values in memory.
+# Every memory layout of the same values.
 VIEWS = {
     "transposed": lambda x: x.mT.contiguous().mT,
     "every other column": lambda x: torch.stack([x, x + 1], -1).flatten(-2)[..., ::2],

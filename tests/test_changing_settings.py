@@ -1,7 +1,7 @@
-"""A setting that is a Python number and changes from call to call is compiled once for all values.
+"""A setting that is a Python number and changes between calls does not recompile for each value.
 
-Two graphs, as of plain PyTorch: for the first value as a constant, and for any other. Values that
-are constants each reach torch.compile's limit at the ninth, and raise.
+There are two graphs, as in plain PyTorch: one with the first value as a constant, one for others.
+If each value were a constant, the ninth would exceed torch.compile's limit and raise.
 """
 
 import pytest

@@ -16,7 +16,7 @@ from himo_kernels.dispatch import OPERATORS, Backend, backend_names
 
 COVARIANCE = OPERATORS["covariance"]
 BACKENDS = ("triton", "cpu", "reference")
-NEW = "numpy"  # a backend that no operator has: the tests put it at the head of a table
+NEW = "numpy"  # a new backend, which the tests insert first in a table
 SMALL = "import torch, himo_kernels; x = torch.eye(3)\n"  # start of the scripts below
 
 
@@ -74,7 +74,7 @@ def test_every_operator_has_a_reference_that_takes_everything(name: str) -> None
     assert set(operator.backends) <= set(BACKENDS)
     assert operator.backends["reference"].auto
     for device in ("cpu", "meta", "cuda"):
-        # Only asked, not run: a fake tensor has any device.
+        # Only resolved, not run: a fake tensor may have any device.
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
             x = torch.empty(2, 3, device=device)
         assert operator.why_not("reference", x) is None
@@ -95,7 +95,7 @@ def test_the_schema_ends_in_the_backend_and_changes_no_input(name: str, directio
     assert last.name == "backend"
     assert str(last.type) == "str"
     assert not any(argument.alias_info for argument in positional)
-    # What a forward writes beside its results is asked for by name: the kept logits.
+    # Additional outputs of a forward, the cached logits, are keyword arguments.
     written = [argument.name for argument in schema.arguments if argument.alias_info]
     assert written in ([], ["products"])
     assert all(result.alias_info is None for result in schema.returns)
@@ -153,7 +153,7 @@ def test_auto_takes_a_backend_for_the_shapes_that_suit_it(
     _forward_and_backward(x, "auto")
     assert passes == []
     _forward_and_backward(torch.cat([x, x], -1), "auto")
-    _forward_and_backward(x, "cpu")  # by name it takes every shape
+    _forward_and_backward(x, "cpu")  # when named, it takes every shape
     assert passes == ["fwd", "bwd"] * 2
 
 

@@ -1,4 +1,4 @@
-"""What `import himo_kernels` needs, does and costs, in fresh processes; and who may import whom."""
+"""What `import himo_kernels` needs, does and costs in fresh processes; the allowed imports."""
 
 import ast
 import json
@@ -114,7 +114,7 @@ def seen() -> dict[str, Any]:
 
 def test_importing_costs_less_than_half_a_second_beyond_torch(seen: dict[str, Any]) -> None:
     seconds = seen["seconds"]
-    for _ in range(2):  # the best of three: a busy machine only adds
+    for _ in range(2):  # the best of three, as a busy machine only adds time
         if seconds >= 0.5:
             seconds = min(seconds, _watch()["seconds"])
     assert seconds < 0.5
@@ -149,9 +149,9 @@ each_file = pytest.mark.parametrize("path", _files(), ids=_id)
 
 
 def _imports(path: Path, *, for_types: bool = True) -> Iterator[str]:
-    # Full names; `from a import b` gives a and a.b, for b may be a module.
+    # Full names; `from a import b` gives a and a.b, as b may be a module.
     tree = ast.parse(path.read_text())
-    if not for_types:  # which never run
+    if not for_types:  # these never run
         tree.body = [node for node in tree.body if not _is_for_types(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -192,7 +192,7 @@ def test_an_op_imports_torch_and_this_package_alone(path: Path) -> None:
 
 
 def test_the_charts_import_the_standard_library_alone() -> None:
-    # Benchmarks draw where neither himo nor what it needs is installed.
+    # Benchmarks draw charts on machines without himo and its dependencies.
     for path in PACKAGE.with_name("himo_charts").glob("*.py"):
         packages = {name.split(".")[0] for name in _imports(path)}
         assert packages - sys.stdlib_module_names <= {"himo_charts"}, path
@@ -223,7 +223,7 @@ def test_no_circle_of_imports(package: str) -> None:
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (root / package).rglob("*.py")
     }
-    # Imports within functions count. Not of a module's own packages, which are loaded before it.
+    # Imports inside functions count; a module's own parent packages do not, as they load first.
     graph = {
         name: {
             found

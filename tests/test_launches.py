@@ -1,8 +1,8 @@
-"""How many launches a call costs the device, and that none of them waits for a value.
+"""How many kernels a call launches, and that no call syncs with the host.
 
-Counted on meta tensors, which have no values: an .item() on the way raises. The official batch is
-128 x 768. A launch costs about 5 us of the host and 2 to 3 us of the device, so that these numbers
-bound a small batch; one that grows has to say what it is worth.
+Counted on meta tensors, which have no values, so that an .item() raises. The official batch is
+128 x 768. A launch costs about 5 us on the host and 2 to 3 us on the device, so these numbers bound
+the time of a small batch. Justify an increase.
 """
 
 import json
@@ -13,7 +13,7 @@ from fresh_process import run_python
 pytest.importorskip("triton", reason="needs Triton")
 
 MEAN = {"aten.mean.dim": 1}
-PARTS = {"aten.sum.dim_IntList": 1}  # a product split along its inner dimension, added up
+PARTS = {"aten.sum.dim_IntList": 1}  # the sum of a split-K matmul
 EIGENSOLVER = {
     "_tridiagonalise_kernel": 1,
     "_bisect_kernel": 1,
@@ -73,12 +73,12 @@ EXPECTED |= {  # of one loss over ranks, 128 rows of 1024
         "grad_logits_kernel": 1,
         "aten.baddbmm.out": 2,
         "gradient_kernel": 2,
-        # The weights in units of the largest.
+        # Divides the weights by the largest.
         **{"aten.cat.default": 1, "aten.abs.default": 1, "aten.amax.default": 1},
         **{"aten.clamp_min.default": 1, "aten.div.Tensor": 2},
     },
 }
-# Of these most are torch's, elementwise over n numbers: no step of the official training.
+# Most are torch's elementwise kernels over n numbers; official training does not run these.
 TOTALS = {"pca_fwd 128x768": 23, "pca_bwd 128x768": 56}
 
 SCRIPT = """
@@ -90,7 +90,7 @@ from himo_kernels.covariance.triton import covariance_bwd, covariance_fwd
 from himo_kernels.info_nce import triton as info_nce
 from himo_kernels.pca import triton as pca
 
-_triton.aot_target = 90  # whose tiles are taken
+_triton.aot_target = 90  # its tiles are used
 counts = {}
 
 def count(name, shape, function, *arguments):
@@ -111,7 +111,7 @@ for shape in ((128, 768), (768, 128)):
     mean, values, components, rank, vectors = count("pca_fwd", shape, pca.pca_fwd, x, *rule)
     grads = (mean, values, components)
     count("pca_bwd", shape, pca.pca_bwd, *grads, x, mean, values, vectors, rank, 1e-6)
-# float32: of 16 bits torch multiplies on the device without the copies that it makes here.
+# float32: for 16-bit matmuls torch makes copies on meta that it does not make on the device.
 x, scale, shape = torch.empty(128, 768, device="meta"), torch.empty((), device="meta"), (128, 768)
 inputs = (x, x, x, scale)
 forward = info_nce.dual_info_nce_fwd
@@ -133,7 +133,7 @@ print(json.dumps(counts))
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, dict[str, int]]:
-    # In a process of its own: kernels defined for the interpreter are no launches.
+    # In a fresh process: kernels defined for the interpreter do not launch.
     return json.loads(run_python("-c", SCRIPT, TRITON_INTERPRET="0"))
 
 
@@ -143,7 +143,7 @@ def test_every_launch_is_expected(call, counts):
 
 
 def test_the_official_reconstruction_is_bounded(counts):
-    # 33 and 19 with a kernel for each step of the eigensolver and of the gradient's formula.
+    # 33 and 19 with one kernel per step of the eigensolver and of the gradient's formula.
     assert sum(counts["pca_reconstruct_fwd 128x768"].values()) <= 14
     assert sum(counts["pca_reconstruct_bwd 128x768"].values()) <= 9
 

@@ -1,7 +1,7 @@
-"""Offsets past 2^31 elements: inputs far apart in memory of which only a few pages are touched.
+"""Offsets past 2^31 elements: inputs spread over memory of which only a few pages are touched.
 
-An index kept in 32 bits reads the wrong row or faults; a copy of the whole storage shows as
-resident memory. Results equal those of a compact copy, bit for bit unless said.
+A 32-bit index reads the wrong row or faults. A copy of the whole storage shows in resident memory.
+Results equal those of a compact copy, bitwise unless stated.
 """
 
 import mmap
@@ -23,8 +23,8 @@ SAMPLES, FEATURES = 4, 3
 RESIDENT_MIB = 256  # the storages below are 4 to 24 GiB of address space
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's value; Python 3.13 names it
 
-# Strides of [SAMPLES, FEATURES] that put the last entry past FAR: in steps that an int32 holds,
-# in steps that it does not, and column by column.
+# Strides of [SAMPLES, FEATURES] with the last entry past FAR: row strides that fit in an int32, row
+# strides that do not, and column-major.
 STRIDES = {
     "rows 2^30 apart": (2**30 + 16, 1),
     "rows 2^31 apart": (FAR + 16, 1),
@@ -58,7 +58,7 @@ CALLS: dict[str, tuple[int, Callable[..., Any]]] = {  # number of feature argume
 
 
 def _address_space(elements: int, dtype: torch.dtype) -> Tensor:
-    # Zeros that no memory holds until they are written; torch.empty would be filled in these tests.
+    # Zeros without resident memory until written; the tests' deterministic mode fills torch.empty.
     size = elements * dtype.itemsize
     try:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
@@ -68,7 +68,7 @@ def _address_space(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def _spread(values: Tensor, strides: tuple[int, int]) -> Tensor:
-    # The values of a matrix in memory with these strides.
+    # Stores a matrix in memory with these strides.
     last = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
     assert last >= FAR
     storage = _address_space(last + 1, values.dtype)
@@ -76,7 +76,7 @@ def _spread(values: Tensor, strides: tuple[int, int]) -> Tensor:
 
 
 def _compact(values: Tensor, strides: tuple[int, int]) -> Tensor:
-    # Contiguous in the order of the strides: matrix products of another order round otherwise.
+    # Contiguous in the order of the strides: matmuls in another layout round differently.
     return values.contiguous() if strides[0] > strides[1] else values.mT.contiguous().mT
 
 
@@ -142,8 +142,8 @@ def test_offsets_past_2_31_elements(
         actual = _outputs_and_gradients(call, backend, far, far_weights)
     *near, near_weights = [_compact(value, strides) for value in values]
     expected = _outputs_and_gradients(call, backend, near, near_weights)
-    # BLAS has no stride past 2^31: a product of the inputs themselves, neither raised nor centred
-    # first, is then a loop of torch's own, with the same terms and other rounding.
+    # BLAS has no stride past 2^31. If inputs are multiplied without conversion or centring, torch
+    # uses its own loop, with the same terms and different rounding.
     own_loop = "info_nce" in name and dtype == torch.float32 and max(strides) >= FAR
     tolerance = {} if own_loop else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(actual, expected, **tolerance)

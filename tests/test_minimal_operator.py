@@ -1,4 +1,4 @@
-"""The operator that CONTRIBUTING offers to copy: every backend against float64 in PyTorch."""
+"""The example operator of CONTRIBUTING: every backend against float64 in PyTorch."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from examples.minimal_operator.op import SCALE_ROWS, scale_rows
 from himo_kernels.dispatch import OPERATORS
 from himo_kernels.testing import assert_within_budget
 
-del OPERATORS["scale_rows"]  # an example: the tests of all operators leave it out
+del OPERATORS["scale_rows"]  # so that the tests of all operators skip the example
 
 
 @pytest.mark.parametrize("backend", SCALE_ROWS.backends)

@@ -181,7 +181,7 @@ def test_length_of_the_features_does_not_matter(magnitude, generator):
 
 
 def test_the_official_preset_has_the_released_codes_floor(generator):
-    # Normalised rows with a trace of 1e-9: below 1e-8, far above rounding.
+    # Normalised rows whose trace is 1e-9: below 1e-8, far above rounding.
     images, texts, scale = (t.detach() for t in features(generator))
     texts = texts[:1] / texts[0].norm() + 1e-6 * torch.randn(24, 40, generator=generator).double()
     texts = F.normalize(texts, dim=-1)
@@ -234,7 +234,7 @@ def test_a_constant_bias_changes_nothing_and_gets_no_gradient(bias, generator):
     found = gradients(actual, leaves)
     assert all(map(torch.equal, found, gradients(expected, inputs)))
     assert all((gradient == 0).all() for gradient in found[3:])
-    # What it would be to add it.
+    # The expected loss if the bias is added explicitly.
     images, texts = (F.normalize(t.detach(), dim=-1) for t in inputs[:2])
     logits = inputs[2].detach() * images @ texts.T + bias
     labels = torch.arange(len(logits))
@@ -268,7 +268,7 @@ def test_a_bias_that_is_no_constant_is_refused(bias, error, words, generator):
 
 
 def test_a_call_leaves_no_trace_on_the_module(generator):
-    # Nor in a compiled graph, which would write it once more, to memory that it uses again.
+    # Nor in a compiled graph, which would write it again, to memory that it reuses.
     inputs, loss = [t.detach() for t in features(generator)], HiMoLoss()
     before, expected = dict(vars(loss)), loss(*inputs)
     compiled = torch.compile(loss.forward, fullgraph=True, backend="aot_eager")
@@ -277,8 +277,8 @@ def test_a_call_leaves_no_trace_on_the_module(generator):
 
 
 def test_training_with_the_loss_aligns_the_pairs(generator):
-    # Plain gradient descent on the features. Not every step lowers the loss: where a step changes
-    # the rank, the components jump.
+    # Plain gradient descent on the features. Some steps raise the loss: if a step changes the rank,
+    # the components jump.
     images, texts, scale = features(generator, dtype=torch.float32)
     loss, history = HiMoLoss(), []
     for _ in range(10):

@@ -1,6 +1,6 @@
-"""What every operator owes PyTorch on each backend: schema, compile, autocast, autograd's modes.
+"""What PyTorch requires of every operator and backend: schema, compile, autocast, autograd's modes.
 
-What an operator computes is tested in its own folder. Equal means bit for bit, unless said.
+The folders of the operators test their values. Equal means bitwise equal, unless stated.
 """
 
 import copy
@@ -33,7 +33,7 @@ FACTORS = 3  # inner dimension of the low-rank components
 def _project_reconstruct(
     x: Tensor, mean: Tensor, components: Tensor, rank: Tensor, backend: str
 ) -> Any:
-    pca = himo_kernels.PCA(mean, mean, components, rank, mean)  # of which only these are read
+    pca = himo_kernels.PCA(mean, mean, components, rank, mean)  # only these are read
     return himo_kernels.project_reconstruct(x, pca, backend=backend)
 
 
@@ -106,7 +106,7 @@ class Run:
 
 
 def _laid_out(tensor: Tensor, layout: str) -> Tensor:
-    # The same values as a leaf of this layout, which requires a gradient where it can.
+    # The same values as a leaf with this layout, which requires a gradient if possible.
     tensor = tensor.detach()
     if tensor.dim() >= 2 and layout == "transposed":
         tensor = tensor.mT.contiguous().mT
@@ -118,7 +118,7 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    # With incoming gradients that are not ones, and differ from entry to entry.
+    # With incoming gradients that differ between entries and are not ones.
     outputs = [output for output in outputs if output.requires_grad]
     weights = [
         torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device)
@@ -187,7 +187,7 @@ def test_every_operator_is_tested_here() -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    # The calls of this library's torch.ops, with their arguments.
+    # Records calls of this library's torch.ops with their arguments.
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
@@ -204,7 +204,7 @@ class _Recorder(TorchDispatchMode):
 @pytest.mark.sample
 def test_opcheck(run: Run, size: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = run.inputs(*size, dtype=dtype)
-    if len(size) > 2:  # here with a gradient of one input alone
+    if len(size) > 2:  # here only one input needs a gradient
         inputs = [inputs[0], *_detached(inputs[1:])]
     with _Recorder() as recorder:
         _forward_and_backward(run, inputs)
@@ -275,7 +275,7 @@ def test_a_full_graph_equals_eager(run: Run, dynamic: bool | None) -> None:
         _assert_equal(_forward_and_backward(compiled, inputs), _forward_and_backward(run, inputs))
         graphs.add(counter.frame_count)
     if dynamic:
-        assert len(graphs) == 1  # that of the first size serves the second
+        assert len(graphs) == 1  # the first size's graph serves the second
 
 
 @pytest.mark.slow
@@ -382,7 +382,7 @@ def test_function_transforms_raise(run: Run, transform: str) -> None:
 
 @each_operator
 def test_batched_incoming_gradients_are_taken_one_by_one(run: Run) -> None:
-    # The one transform that reaches a backward without passing the forward.
+    # The only transform that reaches a backward without the forward.
     inputs = run.inputs(6, 4)
     output = next(output for output in run(*inputs)[::-1] if output.requires_grad)
     weights = torch.stack([torch.ones_like(output), torch.full_like(output, -2)])
@@ -515,7 +515,7 @@ def test_a_copied_module_computes_the_same(
 
 @pytest.mark.parametrize("flag", ["high", "medium"])
 def test_the_precision_flag_of_matrix_products_changes_no_bit(flag, generator):
-    # "medium" lets float32 products pass through bfloat16, also on a CPU that has it.
+    # "medium" allows bfloat16 in float32 matmuls, also on CPUs that support it.
     image, text = (torch.randn(64, 96, generator=generator) for _ in range(2))
     calls = {
         "info_nce": lambda: himo_kernels.info_nce(image, text, 50.0),
@@ -527,7 +527,7 @@ def test_the_precision_flag_of_matrix_products_changes_no_bit(flag, generator):
     torch.set_float32_matmul_precision(flag)
     try:
         actual = {name: call() for name, call in calls.items()}
-        assert torch.get_float32_matmul_precision() == flag  # the caller's setting is put back
+        assert torch.get_float32_matmul_precision() == flag  # the caller's setting is restored
     finally:
         torch.set_float32_matmul_precision(before)
     for name in calls:

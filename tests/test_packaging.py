@@ -1,4 +1,4 @@
-"""Installing without the extension, in real processes, and what a user is then told. No network."""
+"""Installation without the extension, in real processes, and its messages. No network."""
 
 import importlib.machinery
 import importlib.metadata
@@ -132,7 +132,7 @@ PRINT_REASON = "from himo_kernels import extension; print(extension.why_not())"
 
 
 def test_a_report_is_written_by_the_installed_package(installed: Path) -> None:
-    # Its templates and style sheets are files beside the code.
+    # Its templates and style sheets are data files next to the code.
     script = """if True:
         import json, pathlib
         from himo.report import write_report
@@ -220,6 +220,6 @@ def test_metadata(installed: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     requirements = distribution.requires or []
     assert [r for r in requirements if "extra ==" not in r] == ["torch>=2.11"]
-    # An extra that names torch could replace the one that is installed.
+    # An extra that lists torch could replace the installed one.
     assert not [r for r in requirements if "extra ==" in r and re.match(r"torch\b", r)]
     assert {"dev", "triton"} <= set(metadata.get_all("Provides-Extra") or [])

@@ -1,4 +1,4 @@
-"""Settings of the process: after calls that overlap in any way they are what the user set."""
+"""Process-wide settings: after calls that overlap in any way, the user's setting is restored."""
 
 import itertools
 import os
@@ -80,7 +80,7 @@ def in_threads(*work: Callable[[], object]) -> list[object]:
     ids=["cpu", "cuda"],
 )
 def test_products_are_exact_inside_and_every_level_is_as_set_outside(device, levels, values):
-    # autocast of a device that is not there warns; the setting needs no device.
+    # autocast warns if the device is missing; the setting needs no device.
     for chosen in itertools.product(values, repeat=3):
         for level, precision in zip(levels, chosen, strict=True):
             put(level, precision)
@@ -90,7 +90,7 @@ def test_products_are_exact_inside_and_every_level_is_as_set_outside(device, lev
 
 
 def test_a_setting_that_cuda_does_not_know_is_left_alone():
-    put(("generic", "all"), "bf16")  # of CPUs; products of CUDA are exact under it
+    put(("generic", "all"), "bf16")  # affects CPUs; CUDA matmuls stay full float32
     with full_float32("cuda"):
         assert PRODUCTS["cuda"].fp32_precision == "none"
     assert settings(LEVELS_OF_CUDA) == ["bf16", "none", "none"]
@@ -148,7 +148,7 @@ def test_a_call_on_another_device_is_exact_while_one_looks_whose_setting_it_is(m
 
         def watch(*setting: str) -> None:
             write(*setting)
-            if setting == ("generic", "all", "ieee"):  # for a moment, which the other comes in at
+            if setting == ("generic", "all", "ieee"):  # temporary; the other thread enters here
                 other.append(pool.submit(call))
                 entered.wait(0.2)
 
@@ -183,7 +183,7 @@ def test_refused_input_in_eight_threads_leaves_the_settings():
     assert settings() == ["tf32", "none", "none"]
 
 
-# In a process of its own: an interrupt may also leave torch's own grad mode or autocast as it was.
+# In a fresh process: an interrupt may also leave torch's grad mode or autocast changed.
 INTERRUPTED = """
 import signal, torch, himo_kernels
 
@@ -200,7 +200,7 @@ for number in range(300):
             himo_kernels.covariance(x, backend="reference")
     except KeyboardInterrupt:
         pass
-    himo_kernels.covariance(x)  # whose end is the last one
+    himo_kernels.covariance(x)  # the last call to end
     assert products.fp32_precision == "tf32", number
 """
 
@@ -217,11 +217,11 @@ def test_what_the_user_sets_while_a_call_is_inside_holds():
     assert settings() == ["none", "none", "bf16"]
     with full_float32("cpu"):
         PRODUCTS["cpu"].fp32_precision = "tf32"
-        with full_float32("cpu"):  # a new call is exact under the new setting
+        with full_float32("cpu"):  # a new call is full float32 under the new setting
             assert PRODUCTS["cpu"].fp32_precision == "ieee"
     assert settings() == ["none", "none", "tf32"]
     with full_float32("cpu"):
-        torch.backends.fp32_precision = "bf16"  # of another level: products keep their own
+        torch.backends.fp32_precision = "bf16"  # another level: matmul keeps its own setting
         assert PRODUCTS["cpu"].fp32_precision == "ieee"
     assert settings() == ["bf16", "none", "tf32"]
 
@@ -239,13 +239,13 @@ def test_a_child_forked_while_another_thread_is_inside_has_the_users_setting():
     thread = threading.Thread(target=call)
     thread.start()
     inside.wait()
-    if (child := os.fork()) == 0:  # it has no thread that would put the setting back
+    if (child := os.fork()) == 0:  # no thread of the child would restore the setting
         after = PRODUCTS["cpu"].fp32_precision
         with full_float32("cpu"):
             during = PRODUCTS["cpu"].fp32_precision
         os._exit((after, during, PRODUCTS["cpu"].fp32_precision) != ("tf32", "ieee", "tf32"))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert PRODUCTS["cpu"].fp32_precision == "ieee"  # here the call is still inside
+    assert PRODUCTS["cpu"].fp32_precision == "ieee"  # here the call is still active
     over.set()
     thread.join()
     assert PRODUCTS["cpu"].fp32_precision == "tf32"
@@ -270,7 +270,7 @@ def test_compiled_calls_in_threads_leave_the_settings(generator):
 
 @pytest.mark.parametrize("calls", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_eight_threads_compute_the_bits_of_one_and_leave_the_settings(calls: int, seed: int):
-    # 24 x 24 x 24 products are large enough for a CPU with bfloat16 to take it where it may.
+    # 24 x 24 x 24 is large enough for a CPU with bfloat16 to use it if allowed.
     runs = [Run(name, "auto", "cpu", seed) for name in CALLS]
     inputs = [run.inputs(24, 24) for run in runs]
     expected = [_forward_and_backward(run, own) for run, own in zip(runs, inputs, strict=True)]

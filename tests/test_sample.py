@@ -1,4 +1,4 @@
-"""The marker `sample`: what `make test` keeps of a large parameter set."""
+"""The marker `sample`: the parameter sets that `make test` runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs of `himo train` on a small folder of photos, and what they leave."""
+"""Runs `himo train` on a small folder of photos, and reads its output."""
 
 import csv
 import hashlib
@@ -71,7 +71,7 @@ def train(pairs: Path, logs: Path, *flags: str, status: int = 0) -> subprocess.C
 
 def train_here(pairs: Path, logs: Path, *flags: str) -> int:
     """The exit status of a run in this process."""
-    # Without the flag for threads, which would leave it with one.
+    # Without --threads, which would limit it to one.
     given = " ".join(command(pairs, logs)[3:]).replace(" --threads 1", "").split()
     return main([*given, *flags])
 

@@ -1,4 +1,4 @@
-"""Other people's code that is accelerated: open_clip's losses, the released model's interface."""
+"""Third-party code to accelerate: open_clip's losses, the interface of the released model."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import released
 
 NAME = "open_clip.loss"
-# Where `make setup` puts the oldest published version, whose package would hide the newest.
+# `make setup` installs the oldest version here; as a package it would shadow the newest.
 OLDEST = Path(sys.prefix) / "open_clip_oldest" / "open_clip" / "loss.py"
 
 
@@ -85,7 +85,7 @@ class UnpublishedClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-# By its name and module, accelerate knows it.
+# accelerate recognises it by its name and module.
 UnpublishedClipLoss.__name__, UnpublishedClipLoss.__module__ = "ClipLoss", NAME
 
 

@@ -1,4 +1,4 @@
-"""The harness itself: accuracy before time, peaks of memory, failures as rows."""
+"""The harness: accuracy before time, peak memory, failures as rows."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def cell(case: Case, **settings) -> worker.Cell:
 def unlimited(monkeypatch):
     """Cells that run in the process of the tests, which must not be limited, and briefly."""
     monkeypatch.setattr(memory, "limit_to_free_memory", lambda: None)
-    monkeypatch.setattr(measure, "LONG_MS", 0.0)  # one call a turn
+    monkeypatch.setattr(measure, "LONG_MS", 0.0)  # one call per round
 
 
 @pytest.mark.parametrize("spectrum", ["power-law", "duplicates"])
@@ -74,7 +74,7 @@ def test_a_baseline_with_a_nan_gradient_is_not_timed(unlimited):
 
 
 def test_a_backend_outside_its_budget_is_not_timed(unlimited, monkeypatch):
-    # A new backend is measured without being named anywhere; this one is off by 1e-4.
+    # A new backend is measured without further registration; this one is off by 1e-4.
     table = OPERATORS["covariance"]
     reference = table.backends["reference"].kernels
 
@@ -105,7 +105,7 @@ def test_a_backend_that_raises_is_a_row(unlimited, monkeypatch):
 def test_candidates_take_turns(monkeypatch):
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in "AB"}
-    monkeypatch.setattr(measure, "LONG_MS", 0.0)  # every call is a long one
+    monkeypatch.setattr(measure, "LONG_MS", 0.0)  # every call counts as long
     samples = measure.time_together(steps, "cpu", seconds=0.0)
     assert calls == ["A", "B"] * 3
     assert all(len(found[0].times_ms) == 3 for found in samples.values())
@@ -129,7 +129,7 @@ def test_large_cells_are_checked_on_leading_rows_with_the_same_ragged_tile(monke
 
 @needs_proc
 def test_the_peak_sees_memory_that_torch_does_not_count():
-    # In a process that has started no thread: forked ones would wait for those that are missing.
+    # In a process without threads: a forked child would wait for threads it does not have.
     script = """
 import ctypes, json
 from benchmarks import memory
@@ -184,7 +184,7 @@ def test_half_precision_baselines_run_under_autocast():
 def test_a_ceiling_is_measured_for_the_dtypes_that_are_asked_for():
     found = measure.ceilings("cpu", ["float32"])
     assert set(found) == {"float32", "copy"} and found["copy"] > 0
-    # TFLOP/s of one or two cores, or why not; never the time of a product that does not fit.
+    # TFLOP/s of one or two cores, or the reason; never the time of a matmul that does not fit.
     assert isinstance(found["float32"], str) or 1e-4 < found["float32"] < 10
 
 
@@ -206,7 +206,7 @@ def test_what_takes_too_long_in_a_child_is_left_out():
 
 
 def test_slow_baselines_are_left_out_and_the_library_is_timed():
-    # In a process of its own, in which nothing has been computed before the children are forked.
+    # In a fresh process, in which nothing has been computed before the children are forked.
     script = """
 import json
 from benchmarks.cases import Case

@@ -1,4 +1,4 @@
-"""Tables and charts from rows, and that the committed ones are what the committed rows say."""
+"""Tables and charts from rows; the committed tables match the committed rows."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path

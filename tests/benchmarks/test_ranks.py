@@ -1,4 +1,4 @@
-"""benchmarks.ranks as processes: rows of a small cell, and mistakes of the user."""
+"""benchmarks.ranks as processes: rows of a small cell, and user errors."""
 
 import csv
 import subprocess

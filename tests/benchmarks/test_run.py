@@ -1,4 +1,4 @@
-"""benchmarks.run as a process: rows of real cells, and mistakes of the user."""
+"""benchmarks.run as a process: rows of real cells, and user errors."""
 
 import csv
 import subprocess
@@ -45,7 +45,7 @@ def test_every_candidate_has_a_whole_row_in_each_mode(folder):
         assert float(row["peak_mib"]) > 0 and int(row["repeats"]) >= 3
         assert float(row["error"]) < 1e-3 and row["checked_n"] == "48"
         assert float(row["fraction"]) > 0 and row["bound"] in ("compute", "memory")
-        # 8 N^2 D with the backward, by the median.
+        # 8 N^2 D with the backward, over the median.
         flops = (8 if row["mode"] == "fwd+bwd" else 2) * 48**2 * 16
         assert float(row["tflops"]) * float(row["time_ms_p50"]) * 1e9 == pytest.approx(flops, 1e-2)
         assert row["device"] and row["torch"] and row["date"] and row["load"]
@@ -91,7 +91,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, capsys
         pytest.skip("there is a CUDA device")
     try:
         status = main(arguments)
-    except SystemExit as exit:  # argparse's own, which prints the usage first
+    except SystemExit as exit:  # from argparse, which prints the usage first
         status = exit.code
     last = capsys.readouterr().err.splitlines()[-1]
     assert status == 2 and message in last and "error: " in last
@@ -111,7 +111,7 @@ def test_rows_of_another_format_are_refused_and_untouched(tmp_path, capsys):
 def test_make_gpu_without_a_gpu_says_so(tmp_path):
     if table.torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    # -o: as if the extension were built.
+    # -o: as if the extension were already built.
     command = ["make", "-o", "in-place", "gpu", f"PYTHON={sys.executable}", "VENV="]
     command.append(f"GPU_OUT={tmp_path / 'out'}")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
@@ -121,7 +121,7 @@ def test_make_gpu_without_a_gpu_says_so(tmp_path):
 
 
 def test_measuring_needs_neither_himo_nor_tqdm(folder):
-    # A machine with a GPU may have torch, triton, numpy and pytest alone.
+    # A machine with a GPU may have only torch, triton, numpy and pytest.
     script = """
 import sys
 for name in ("himo", "tqdm", "numpy", "regex", "PIL"):

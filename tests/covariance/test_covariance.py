@@ -84,7 +84,7 @@ def test_gradcheck(operator, backend, shape, generator):
 
 @per_backend
 def test_float64_sums_of_float32_rows_keep_float64_digits(operator, backend, generator):
-    # What a PCA needs: the moment of float32 rows, exact to float64 rounding.
+    # As a PCA needs: the moment of float32 rows, exact to float64 rounding.
     x = hkt.power_law(300, 123, generator=generator)
     exact = eager(x.double(), operator)[1]
     in_float64 = OPERATORS[operator](x, dtype=torch.float64, backend=backend)[1]
@@ -117,7 +117,7 @@ def test_layouts(operator, backend, generator):
 
 @per_backend
 def test_expanded_gradient(operator, backend):
-    # sum().backward() hands the backward a gradient of stride 0.
+    # sum().backward() passes a gradient with stride 0.
     x = torch.arange(12.0).view(4, 3).requires_grad_()
     mean, moment = OPERATORS[operator](x, backend=backend)
     (mean.sum() + moment.sum()).backward()
@@ -155,7 +155,7 @@ def test_runs_are_bitwise_equal(operator, backend, generator):
     weights = torch.randn(1, generator=generator)
     first = OPERATORS[operator](x, backend=backend)[1]
     first_gradient = torch.autograd.grad((first * weights).sum(), x)[0]
-    interpreted = backend == "triton" and x.device.type == "cpu"  # seconds a run
+    interpreted = backend == "triton" and x.device.type == "cpu"  # seconds per run
     for _ in range(1 if interpreted else 30):
         again = OPERATORS[operator](x, backend=backend)[1]
         assert torch.equal(again, first)

@@ -94,7 +94,7 @@ def test_a_linear_map_of_features_maps_the_covariance(batch, backend):
 @examples
 @hypothesis.given(batches(), st.integers(1, 19), backends)
 def test_two_parts_combine_to_the_whole(batch, cut, backend):
-    # The pairwise update of counts, means and moments; what ranks will exchange.
+    # The pairwise update of counts, means and moments that ranks exchange.
     x, _ = batch
     hypothesis.assume(cut < len(x))
     (first_mean, first), (second_mean, second) = (

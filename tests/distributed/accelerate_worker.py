@@ -1,4 +1,4 @@
-"""Each rank's errors of accelerated losses against the originals; by torchrun, FOLDER/RANK.json."""
+"""Errors of accelerated losses against the originals; run by torchrun, writes FOLDER/RANK.json."""
 
 import gc
 import itertools
@@ -41,7 +41,7 @@ def compare(name: str, model: nn.Module, accelerated: nn.Module, step, **options
     found[f"{name}, all_reduces"] = traffic.calls["all_reduce"]
     found[f"{name}, values"] = float((values - expected[0]).abs().max())
     errors = [
-        (one - other).norm() / max(other.norm(), 1e-3)  # that of a bias is rounding alone
+        (one - other).norm() / max(other.norm(), 1e-3)  # a bias's gradient is only rounding
         for one, other in zip(gradients, expected[1], strict=True)
     ]
     found[f"{name}, gradients"] = float(max(errors))
@@ -62,5 +62,5 @@ model = ReleasedCLIP(WIDTH, FEATURES).double()
 compare("released", model, model, lambda ddp: list(ddp(image, text, RANK, pca_ratio=0.9)))
 
 Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
-gc.collect()  # gloo aborts where a DDP module outlives the group
+gc.collect()  # gloo aborts if a DDP module outlives the group
 dist.destroy_process_group()

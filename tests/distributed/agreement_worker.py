@@ -1,4 +1,4 @@
-"""What every rank raises when one of them cannot take part; run by torchrun."""
+"""What every rank raises when one rank's arguments are wrong; run by torchrun."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from himo_kernels.nn import HiMoLoss
 
 dist.init_process_group("gloo")
 RANK = dist.get_rank()
-BAD = 1  # the rank that is wrong
+BAD = 1  # the rank with wrong arguments
 found: dict[str, object] = {}
 
 
@@ -69,9 +69,9 @@ attempt("a wrong scale", lambda: loss(rows(), rows(), torch.ones(2) if bad else 
 attempt("a wrong bias", lambda: loss(rows(), rows(), 1.0, torch.ones(2) if bad else None))
 attempt("all_gather of another width", lambda: hkd.all_gather(rows(width=5 if bad else 6)))
 attempt("pca of another tau", lambda: hkd.pca_reconstruct(rows(), 0.8 if bad else 0.9))
-Operator("other", {"numpy": Backend({})}, public=False)  # makes the name known
+Operator("other", {"numpy": Backend({})}, public=False)  # registers the name
 attempt("a backend without a kernel", lambda: HiMoLoss(backend="numpy")(rows(), rows(), 1.0))
-# Rank 0 brings no rows: it would wait for the others, which their backend refuses.
+# Rank 0 has no rows. It would wait for the others, whose backend refuses their rows.
 own = rows(0 if RANK == 0 else 4)
 attempt("pca by a backend without a kernel", lambda: hkd.pca_reconstruct(own, backend="numpy"))
 attempt("pca by no backend", lambda: hkd.pca_reconstruct(own, backend="gpu"))

@@ -1,7 +1,7 @@
-"""Every rank's part of the exactness checks; run by torchrun, writes FOLDER/RANK.json.
+"""The exactness checks on each rank; run by torchrun, writes FOLDER/RANK.json.
 
 Each check is a relative error of this rank's values or gradients against the joined batch in one
-process. All ranks draw the same batch and keep their rows of it.
+process. All ranks draw the same batch and use their own rows of it.
 """
 
 import itertools
@@ -26,13 +26,13 @@ from himo_kernels import testing as hkt
 from himo_kernels.info_nce.block import BLOCK
 from himo_kernels.nn import PRESETS, HiMoLoss
 
-torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
 dist.init_process_group("gloo")
 RANK, WORLD = dist.get_rank(), dist.get_world_size()
 found: dict[str, object] = {}
 
-# Rows of each rank, and the features. One process alone has 13 rows at least: of fewer, a gradient
-# in float32 is a difference that keeps no six digits.
+# Rows of each rank, and the features. A single process has at least 13 rows: with fewer, a float32
+# gradient loses too many digits by cancellation to be accurate to six.
 SHAPES = {
     "N > D": ([16] * WORLD, 12),
     "N < D": ([5] * WORLD if WORLD > 1 else [13], 64),
@@ -96,7 +96,7 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
     counts, width = SHAPES[shape]
     images, texts, scale = batch(counts, width, DTYPES[dtype])
     settings = PRESETS[preset]
-    upstream = [1.0 - 0.3 * rank for rank in range(WORLD)]  # not the same on each rank
+    upstream = [1.0 - 0.3 * rank for rank in range(WORLD)]  # differs between ranks
 
     def alone(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The share of this rank, its gradients of both towers, and the whole one of the scale."""
@@ -121,7 +121,7 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
 
     def errors(actual: list[Tensor], grad_scale: Tensor) -> tuple[float, float]:
         # The gradient of log s is a difference of means of logits, each of the size of the loss,
-        # and may cancel to nothing: its error is relative to the loss.
+        # and may cancel to zero, so its error is relative to the loss.
         difference = scale.double() * (grad_scale.double() - exact_scale) / mean
         return worst(actual, exact), float(difference.abs())
 
@@ -132,7 +132,7 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
     grad_scale = grads[2].double().clone()
     dist.all_reduce(grad_scale)
     together = errors([share, *grads[:2]], grad_scale)
-    # What PyTorch's own float32 costs one process is not the exchange's: nothing in float64.
+    # The float32 error of PyTorch in one process, which the exchange does not cause; 0 in float64.
     *eager, eager_scale = alone(DTYPES[dtype])
     rounding = errors(eager, eager_scale)
     name = f"{preset} {scope}, {shape}, {dtype}, {strategy}"
@@ -141,7 +141,7 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
 
 
 def check_released(strategy: str) -> None:
-    # The official preset under several ranks, against the released code's semantics run by them.
+    # The official preset on several ranks, against the released code's semantics on the same ranks.
     counts, width = SHAPES["N > D"]
     images, texts, scale = batch(counts, width, torch.float64)
     theirs = leaves(own(images, counts), own(texts, counts), scale)
@@ -149,7 +149,7 @@ def check_released(strategy: str) -> None:
     expected_grads = torch.autograd.grad(sum(expected), theirs)
     mine = leaves(own(images, counts), own(texts, counts), scale)
     actual = HiMoLoss("official", strategy=strategy, gap_eps=0.0)(*mine, output_dict=True)
-    grads = torch.autograd.grad(sum(actual.values()), mine)  # this rank's own, logit_scale too
+    grads = torch.autograd.grad(sum(actual.values()), mine)  # and logit_scale's
     values = [actual["contrastive_loss"], actual["component_loss"]]
     found[f"released code, values, {strategy}"] = worst(values, list(expected))
     found[f"released code, gradients, {strategy}"] = worst(list(grads), list(expected_grads))
@@ -179,18 +179,18 @@ def check_ddp(shape: str, dtype: str, strategy: str) -> None:
         return parameters_to_vector(torch.autograd.grad(loss, list(towers.parameters())))
 
     exact = gradients_alone(torch.float64)
-    # What towers of this dtype cost by themselves: nothing in float64.
+    # The error of towers in this dtype alone; 0 in float64.
     rounding = hkt.relative_error(gradients_alone(DTYPES[dtype]), exact)
     together = DistributedDataParallel(Towers(width).to(DTYPES[dtype]))
     HiMoLoss(strategy=strategy)(*together(own(images, counts), own(texts, counts))).backward()
     grads = parameters_to_vector([parameter.grad for parameter in together.parameters()])
     error = hkt.relative_error(grads, exact)
     found[f"after DDP's mean, {shape}, {dtype}, {strategy}"] = max(0.0, error - rounding)
-    del together  # before the process group: its reducer outlives it otherwise, and aborts
+    del together  # before the process group, which DDP's reducer must not outlive
 
 
 def check_accumulation(dtype: str, parts: int) -> None:
-    # Micro-batches of unequal size, of unequal number on each rank, in towers with dropout off.
+    # Micro-batches of unequal sizes and numbers on each rank, in towers without dropout.
     counts, width = SHAPES["uneven"]
     images, texts, _ = batch(counts, width, DTYPES[dtype])
     mine = own(images, counts), own(texts, counts)
@@ -231,7 +231,7 @@ def check_info_nce(dtype: str, strategy: str, backend: str) -> None:
 
 
 def check_backend_of_the_loss(backend: str) -> None:
-    # The module's backend reaches its loss: the same bits as the function's by that name.
+    # The module passes its backend to the loss: bitwise equal to the function with that backend.
     counts, width = SHAPES["N > D"]
     images, texts, scale = batch(counts, width, torch.float32)
     mine = own(images, counts), own(texts, counts)
@@ -322,8 +322,8 @@ def check_traffic(strategy: str, shape: str) -> None:
 
 
 def check_floor(scope: str, shape: str) -> None:
-    # Whatever the unit, and for rows that rounding to float32 alone tells apart, of which the sums
-    # in float64 see every bit: the rank is that of one process.
+    # The rank equals one process's at any scale, also for rows that differ only by float32
+    # rounding, which float64 sums resolve.
     counts, width = SHAPES[shape]
     images, texts, scale = batch(counts, width, torch.float32)
     same = texts[:1] * (1 + 2.0**-23 * (torch.arange(len(texts)) % 2))[:, None]
@@ -338,7 +338,7 @@ def check_floor(scope: str, shape: str) -> None:
 
 
 def check_unchecked() -> None:
-    # check_ranks=False: the same bits, and not one collective for the agreement.
+    # check_ranks=False: bitwise equal, without a collective for the agreement.
     counts, width = SHAPES["N > D"]
     images, texts, scale = batch(counts, width, torch.float32)
     results = []
@@ -378,7 +378,7 @@ for detach in (False, True):
     for counts in ([20] * WORLD, [40, *[20] * (WORLD - 2), 0] if WORLD > 1 else [20]):
         check_moments(f"{counts} detach={detach}", spread, counts, 0.9, detach)
         check_moments(f"{counts} all kept, detach={detach}", spread, counts, 1.0, detach)
-    # Means a million times the spread: the difference of two sums would lose every digit.
+    # Means a million times the spread: a difference of two sums would lose every digit.
     check_moments(f"far mean, detach={detach}", spread + 1e6, [20] * WORLD, 0.9, detach)
 run(check_degenerate, hkt.DEGENERATE)
 Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))

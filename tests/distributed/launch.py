@@ -1,4 +1,4 @@
-"""Starts real processes under torchrun, and reads what each of them found."""
+"""Starts real processes with torchrun, and reads their results."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
-        # gloo's default, the address of the host's name, aborts where that does not resolve.
+        # gloo uses the address of the host's name by default, and aborts if it does not resolve.
         "GLOO_SOCKET_IFNAME": "lo",
     }
 
@@ -46,5 +46,5 @@ def found(
         timeout=240,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "terminate called" not in run.stderr, run.stderr  # gloo's way to abort at exit
+    assert "terminate called" not in run.stderr, run.stderr  # gloo prints it when it aborts at exit
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]

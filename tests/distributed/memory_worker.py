@@ -23,7 +23,7 @@ peaks = {}
 for strategy, rows in (("ring", 8), ("ring", ROWS), ("gather", ROWS)):  # the first warms up
     features = [torch.randn(rows, FEATURES).requires_grad_() for _ in range(3)]
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = mib("VmRSS")
     sum(hkd.dual_info_nce(*features, 10.0, strategy=strategy)).backward()
     peaks[strategy] = mib("VmHWM") - before

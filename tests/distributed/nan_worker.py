@@ -1,4 +1,4 @@
-"""`himo` with features that are NaN on rank 1: nan_worker.py COUNT -- ARGUMENTS, under torchrun."""
+"""Runs `himo` with NaN features on rank 1: nan_worker.py COUNT -- ARGUMENTS, under torchrun."""
 
 import os
 import sys

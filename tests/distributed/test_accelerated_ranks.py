@@ -1,4 +1,4 @@
-"""Accelerated losses over ranks give the values and, after DDP's mean, the gradients they gave."""
+"""Accelerated losses over ranks keep their values and, after DDP's mean, their gradients."""
 
 import pytest
 from launch import found
@@ -43,4 +43,4 @@ def test_the_mean_over_ranks_is_counted_where_a_value_needs_it(ranks):
 
 def test_the_released_model(ranks):
     assert_below(1e-10, ranks, "released", "values")
-    assert_below(1e-6, ranks, "released", "gradients")  # of an SVD there, with gap_eps here
+    assert_below(1e-6, ranks, "released", "gradients")  # SVD there, gap_eps here

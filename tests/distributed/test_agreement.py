@@ -1,10 +1,10 @@
-"""One rank is wrong: all of them raise the same error, at once, and it names the rank (G8)."""
+"""If one rank's arguments are wrong, all raise the same error at once, naming the rank (G8)."""
 
 import pytest
 from launch import found
 
-# The exception's type, who says it, and how it begins.
-FIRST, ALL = "rank 1: ", ""  # the words of the wrong rank, or what each of them sees in the table
+# The exception's type, which rank reports it, and how it begins.
+FIRST, ALL = "rank 1: ", ""  # from the wrong rank, or from the table on every rank
 CASES = {
     "nan in a text": (ValueError, FIRST, "expected text_features to be finite, got nan at [2, 3]"),
     "inf in a text": (ValueError, FIRST, "expected text_features to be finite, got inf at [2, 3]"),

@@ -1,4 +1,4 @@
-"""What README.md says that a step costs: bytes as counted, memory as measured."""
+"""The cost of a step in README.md: bytes against the count, memory as measured."""
 
 import re
 from pathlib import Path
@@ -18,13 +18,13 @@ def test_memory_of_the_ring_does_not_grow_with_the_ranks(tmp_path):
     for world in (2, 4):
         folder = tmp_path / str(world)
         folder.mkdir()
-        # Memory that is freed goes back at once, so that resident memory is what is in use.
+        # Freed memory is returned at once, so that resident memory is the memory in use.
         ranks = found("memory_worker.py", world, folder, MALLOC_MMAP_THRESHOLD_="65536")
         for strategy in ("ring", "gather"):
             peaks[strategy, world] = max(rank[strategy] for rank in ranks)
     print(peaks)
     assert peaks["ring", 4] <= 1.15 * peaks["ring", 2], peaks
-    assert peaks["gather", 4] >= 1.4 * peaks["gather", 2], peaks  # else this measures nothing
+    assert peaks["gather", 4] >= 1.4 * peaks["gather", 2], peaks  # otherwise this measures nothing
     assert peaks["ring", 4] < 0.6 * peaks["gather", 4], peaks
 
 

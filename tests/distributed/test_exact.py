@@ -18,7 +18,7 @@ WORLDS = [
     for world in (1, 2, 3, 4)
 ]
 several_ranks = pytest.mark.parametrize("ranks", WORLDS[1:], indirect=True)
-_started: dict[int, list[dict]] = {}  # what each world found: one start serves every test
+_started: dict[int, list[dict]] = {}  # results by world size: one launch serves every test
 
 
 @pytest.fixture(params=WORLDS)
@@ -74,7 +74,7 @@ def test_info_nce_alone_on_every_backend(ranks, strategy, dtype, limit):
 def test_the_backends_of_the_blocks_are_run(ranks):
     names = {name.rsplit(", ")[-1] for name in ranks[0] if name.startswith("info_nce, float32")}
     expected = {name for name in BLOCK.backends if BLOCK.why_not(name, torch.eye(2)) is None}
-    if len(ranks) != 2:  # interpreted, it takes seconds a rank
+    if len(ranks) != 2:  # the interpreter takes seconds per rank
         expected -= {"triton"}
     assert names == {"auto", *expected}
 
@@ -87,7 +87,7 @@ def test_the_backend_of_the_module_is_that_of_its_loss(ranks):
 @STRATEGIES
 def test_the_official_preset_is_the_released_code_on_each_rank(ranks, strategy):
     assert_below(1e-12, ranks, "released code, values", strategy)
-    assert_below(1e-9, ranks, "released code, gradients", strategy)  # theirs is that of an SVD
+    assert_below(1e-9, ranks, "released code, gradients", strategy)  # SVD in the released code
 
 
 def test_all_gather_is_exact_and_so_is_its_gradient(ranks):
@@ -99,7 +99,7 @@ def test_moments_over_ranks_are_those_of_the_joined_batch(ranks):
 
 
 def test_moments_far_from_the_origin(ranks):
-    # A mean 5e6 times the spread leaves 9 digits in the input: E[xx] - E[x]E[x] would leave 3.
+    # A mean 5e6 times the spread leaves 9 digits in the input; E[xx] - E[x]E[x] would leave 3.
     assert_below(1e-7, ranks, "moments, far mean")
 
 
@@ -136,5 +136,5 @@ def test_the_cost_model_counts_what_is_sent(ranks, shape, strategy):
     for rank, traffic in enumerate(counted):
         sent = {kind: number for kind, number in traffic["bytes"].items() if number}
         if rank + 1 == len(ranks):
-            sent["broadcast"] = expected["broadcast"]  # it passes on nothing
+            sent["broadcast"] = expected["broadcast"]  # the last rank sends nothing
         assert +Counter(sent) == +expected

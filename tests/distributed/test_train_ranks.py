@@ -1,4 +1,4 @@
-"""`himo train` under torchrun: the steps of one process, and an end for all ranks (G23, G24)."""
+"""`himo train` under torchrun: steps equal one process's, and all ranks end together (G23, G24)."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def pairs(tmp_path_factory) -> Path:
     return folder / "pairs.csv"
 
 
-REPEATS = int(os.environ.get("HIMO_TEST_REPEATS", "1"))  # kills at moments of chance; 20 by hand
+REPEATS = int(os.environ.get("HIMO_TEST_REPEATS", "1"))  # kills at random times; set to 20 by hand
 TEN_EPOCHS = ["--epochs", "10", "--save-frequency", "10"]
 
 
@@ -60,7 +60,7 @@ class Ranks:
         self, world: int, pairs: Path, logs: Path, *flags: str, launch: tuple[str, ...] = ()
     ) -> None:
         self.logs = logs
-        # `--`, because torchrun would take --logs for its own --logs-specs.
+        # `--`, because torchrun would parse --logs as its own --logs-specs.
         command = torchrun(world, *launch, "-m", "--", "himo", *arguments(pairs, logs, *flags))
         self.output = open(logs.parent / f"{logs.name}.txt", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -108,8 +108,8 @@ def assert_equal_weights(logs: Path, expected: Path, epoch: int) -> None:
     for name, tensor in weights(expected, epoch).items():
         pair = actual[name], tensor
         if name.endswith("attn.in_proj_bias"):
-            # Attention does not depend on the biases of its keys. Their gradients are 0 but for
-            # rounding, of which Adam makes steps of full length.
+            # Attention does not depend on the biases of its keys. Their gradients are pure
+            # rounding, which Adam turns into full-length steps.
             query, _, value = zip(*(bias.chunk(3) for bias in pair), strict=True)
             pair = torch.cat([query[0], value[0]]), torch.cat([query[1], value[1]])
         assert relative_error(*pair) <= 1e-5, name
@@ -153,7 +153,7 @@ def test_a_run_that_torchrun_restarts_goes_on_where_it_was(pairs, twenty_steps, 
     flags = ["--batch-size", "64", *TEN_EPOCHS, "--save-every-n-steps", "5", "--resume", "latest"]
     ranks = Ranks(2, pairs, tmp_path / "logs", *flags, launch=("--max-restarts=1",))
     ranks.wait_for("run/checkpoints/state-00000005*")
-    os.kill(ranks.process_of(0), signal.SIGKILL)  # the one that owns the run's folder
+    os.kill(ranks.process_of(0), signal.SIGKILL)  # the process that owns the run's folder
     output = ranks.end()
     assert "ended without a word" in output and "done" in output
     assert losses(tmp_path / "logs") == pytest.approx(losses(twenty_steps), rel=1e-5)
@@ -162,8 +162,8 @@ def test_a_run_that_torchrun_restarts_goes_on_where_it_was(pairs, twenty_steps, 
 
 @pytest.mark.slow
 def test_accumulation_around_a_ring_with_nothing_left_for_some_ranks(pairs, tmp_path):
-    # 256 pairs in batches of 3 x 42, made 14 at a time: the third step has 4, all rank 0's. An eps
-    # so large that Adam's first steps are as long as their gradients, not all of one length.
+    # 256 pairs in batches of 3 x 42, made 14 at a time: the third step has 4, all rank 0's. eps is
+    # so large that Adam's first steps are proportional to the gradients, not all of one length.
     flags = ["--keep-last-batch", "--epochs", "1", "--eps", "1e-4", "--lr", "1e-2"]
     expected = alone(pairs, tmp_path / "alone", "--batch-size", "126", *flags)
     ranks = ["--batch-size", "14", "--accum-freq", "3", "--exchange", "ring"]
@@ -213,7 +213,7 @@ def test_a_stopped_rank_is_missed_and_killed(pairs, tmp_path):
 @pytest.mark.parametrize("count", [1, 10])
 @pytest.mark.slow
 def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(count, pairs, tmp_path):
-    # From the third step on one rank's features are NaN, in so many steps.
+    # From the third step on, one rank's features are NaN for this many steps.
     flags = ["--batch-size", "32", "--epochs", "4", "--on-nonfinite", "skip"]
     run = torchrun(2, str(WORKERS / "nan_worker.py"), str(count), "--")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A batch in float64, and what a backend makes of it block by block, joined again."""
+"""A batch in float64, and a backend's results block by block, joined again."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from himo_kernels.info_nce.block import block_bwd, block_fwd
 from himo_kernels.testing import power_law
 
 SAMPLES, FEATURES, SMOOTHING = 45, 10, 0.1
-# Where rows and keys are cut: pairs on the diagonal of a block, beside it, and in none of its rows.
+# Cuts of rows and keys: pairs on the diagonal of a block, off its diagonal, and not in its rows.
 ROW_CUTS, KEY_CUTS = (0, 13, 14, 45), (0, 20, 45)
 
 

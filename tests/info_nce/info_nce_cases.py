@@ -1,4 +1,4 @@
-"""What the tests of the three InfoNCE operators share: targets, inputs and the eager formula."""
+"""Shared by the tests of the three InfoNCE operators: targets, inputs and the eager formula."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -232,13 +232,13 @@ def assert_result_within_budget(
     terms = max(samples, features)  # of the longest sum
     if "basis" in inputs:
         terms = max(terms, inputs["basis"].shape[-2])
-    # A logit of size |s| is off by up to eps |s|, and so is the relative error of a probability.
-    # A quarter: the roundings of a row do not all have one sign.
+    # A logit of size |s| has an error of up to eps |s|, and so has a probability, relatively. A
+    # quarter of it, as the rounding errors of a row have mixed signs.
     of_logits = 1 + inputs["logit_scale"].abs().item() / 4
     for name, got, plain, truth in _pairs(actual, eager, exact):
         condition = of_logits
         if name == "logit_scale" and truth:
-            # A difference of two mean cosines: its error is relative to cosines, not to itself.
+            # A difference of two mean cosines: its error is relative to the cosines.
             condition *= max(1.0, 1 / truth.abs().item())
         eps_ratio = torch.finfo(torch.float32).eps / torch.finfo(got.dtype).eps
         assert_within_budget(

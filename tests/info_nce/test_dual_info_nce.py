@@ -1,4 +1,4 @@
-"""The dual forms: two losses in one operator, components given whole or as low-rank factors."""
+"""The dual forms: two losses in one operator, components in full or as low-rank factors."""
 
 import math
 
@@ -110,7 +110,7 @@ class TestDualIsTwoLosses:
         none = torch.zeros_like(weights[0])
 
         def only(index: int) -> Gradients:
-            # Unlike a weight of zero, an output that autograd never sees arrives as no gradient.
+            # An unused output has no gradient at all, unlike one with a weight of zero.
             leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
             target(**leaves)[index].backward(weights[index])
             return {name: leaf.grad for name, leaf in leaves.items()}
@@ -171,13 +171,13 @@ class TestLowRank:
             device=target.device,
             generator=generator,
         )
-        # 0 keeps nothing; inner keeps all; every problem of a batch has a rank of its own.
+        # 0 keeps nothing, inner keeps all; every problem of a batch has its own rank.
         rank = torch.randint(inner + 1, batch, generator=generator).to(target.device)
         past = torch.arange(inner, device=target.device) >= rank[..., None]  # [*, K]
         clean = dict(inputs)
         clean["coefficients"] = inputs["coefficients"].masked_fill(past[..., None, :], 0.0)
         inputs["coefficients"] = inputs["coefficients"].masked_fill(past[..., None, :], ignored)
-        # Rows of the basis that only meet ignored columns are ignored with them.
+        # Rows of the basis that belong to ignored columns are ignored too.
         inputs["basis"] = inputs["basis"].masked_fill(past[..., None], ignored)
         clean["basis"] = inputs["basis"].masked_fill(past[..., None], 0.0)
         weights = random_weights(inputs, generator)
@@ -201,7 +201,7 @@ class TestLowRank:
     def test_components_of_half_precision_factors_are_not_rounded(
         self, target: Target, generator: torch.Generator
     ) -> None:
-        # The product is formed in float32: rounding it to bfloat16 costs 3e-3 of each logit.
+        # The product is in float32; rounding it to bfloat16 would change each logit by 3e-3.
         inputs = make_inputs(
             target.operator,
             32,
@@ -349,8 +349,8 @@ class TestPrincipalComponents:
 def test_image_gradient_in_half_precision_is_the_rounded_sum(
     target: Target, generator: torch.Generator
 ) -> None:
-    # One rounding for both losses together: the gradient is the float64 one rounded to bfloat16,
-    # up to the float32 noise that can tip a tie.
+    # One rounding for both losses together: the gradient is the float64 gradient in bfloat16, up to
+    # float32 noise that can break a tie.
     inputs = make_inputs(target.operator, 32, 24, dtype=torch.bfloat16, generator=generator)
     inputs = {name: value.to(target.device) for name, value in inputs.items()}
     _, gradients = losses_and_gradients(target, inputs)
@@ -364,8 +364,8 @@ def test_image_gradient_in_half_precision_is_the_rounded_sum(
 
 @pytest.mark.parametrize("target", targets("dual_info_nce"))
 def test_a_common_component_has_no_say(target: Target, generator: torch.Generator) -> None:
-    # All components equal (tau so low that the mean remains): every text is as likely for an
-    # image, and the row losses are log N whatever the images are.
+    # All components equal (tau so low that only the mean remains): every text is equally likely
+    # for an image, and the row losses are log N for any images.
     inputs = make_inputs(
         target.operator, 16, 12, scale=100.0, dtype=torch.float32, generator=generator
     )

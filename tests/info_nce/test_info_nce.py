@@ -1,4 +1,4 @@
-"""info_nce and its dual forms against F.cross_entropy, a case worked by hand, and hard values."""
+"""info_nce and its dual forms against F.cross_entropy, a hand-worked case, and extreme values."""
 
 import math
 
@@ -24,7 +24,7 @@ EXACT = 1e-12  # float64 against float64, for losses and gradients of order 1
 # (N, D): one pair, two pairs, width 1, both sides of N = D, ragged, and tile-even.
 SHAPES = [(1, 5), (1, 1), (2, 3), (7, 1), (33, 8), (8, 33), (64, 64), (252, 123)]
 
-# The losses of the dual forms that read an argument, where it is not both.
+# Which loss of the dual forms reads an argument, if not both.
 READ_BY = {"text_features": (0,), "component_features": (1,), "coefficients": (1,), "basis": (1,)}
 
 
@@ -71,7 +71,7 @@ class TestAgainstCrossEntropy:
         if 0 in batch:
             return
         options = {"label_smoothing": 0.1, "differentiate_keys": differentiate_keys}
-        # A weight for each problem: a gradient that mixes problems cannot hide behind ones.
+        # A different weight per problem, to detect a gradient that mixes problems.
         weights = tuple(
             torch.randn(batch, dtype=torch.float64, generator=generator).to(target.device)
             for _ in losses
@@ -86,7 +86,7 @@ class TestAgainstCrossEntropy:
     def test_forward_keeps_the_nll_of_each_row_and_column(
         self, target: Target, generator: torch.Generator
     ) -> None:
-        # What backward reads is part of the operator, so that backends can be mixed.
+        # The operator defines what the backward reads, so that backends can be mixed.
         inputs = make_inputs(target.operator, 12, 7, device=target.device, generator=generator)
         texts = [inputs["text_features"]]
         arguments = list(inputs.values())
@@ -167,8 +167,8 @@ class TestValues:
     def test_confident_positives_keep_their_digits(
         self, target: Target, label_smoothing: float, generator: torch.Generator
     ) -> None:
-        # The difference of two logits near 100 is off by 2 * 100 eps = 2e-5: that is what a float32
-        # probability, and a loss and gradient made of such, may be off by, whatever their size.
+        # The difference of two logits near 100 has an error of 2 * 100 eps = 2e-5. A float32
+        # probability, and its loss and gradient, may have this error whatever their size.
         rounding = 2 * 100 * torch.finfo(torch.float32).eps
         error, eager_error = self.errors(target, 0.999, label_smoothing, generator)
         for name in error:
@@ -181,8 +181,8 @@ class TestValues:
     def test_very_confident_positives_keep_what_cross_entropy_loses(
         self, target: Target, generator: torch.Generator
     ) -> None:
-        # log-sum-exp less the logit, and probability less 1, leave 3 digits of a loss of 1e-5.
-        # Mean squares over ten batches: a single eager loss can be right by luck.
+        # log-sum-exp minus the logit, and probability minus 1, leave 3 digits of a loss of 1e-5.
+        # Mean squares over ten batches: a single eager loss can be accurate by chance.
         runs = [self.errors(target, 0.99999, 0.0, generator) for _ in range(10)]
         for name in runs[0][0]:
             error, eager_error = (
@@ -238,7 +238,7 @@ class TestValues:
             assert relative_error(loss, truth) <= 1e-5
         for name, gradient in gradients.items():
             assert gradient.isfinite().all(), name
-            # Off by |s| eps of float32 from the logits, and by the rounding to the inputs' dtype.
+            # |s| eps of float32 from the logits, plus the rounding to the inputs' dtype.
             tolerance = (1 + abs(scale)) * 1e-6 + torch.finfo(gradient.dtype).eps
             if name == "logit_scale":
                 tolerance /= min(1.0, exact[1][name].abs().item())
@@ -271,7 +271,7 @@ class TestValues:
     def test_duplicate_pairs_share_their_probability(
         self, target: Target, generator: torch.Generator
     ) -> None:
-        # Two equal pairs far from the rest: either text is as likely, so each nll is log 2.
+        # Two equal pairs far from the rest: both texts are equally likely, so each nll is log 2.
         image = power_law(16, 32, mean_offset=0.0, generator=generator).to(target.device)
         image[1] = image[0]
         _, row_nll, column_nll = target.kernel("fwd")(
@@ -305,7 +305,7 @@ class TestValues:
 
     @pytest.mark.parametrize("target", targets(*NAMES))
     def test_nan_in_a_single_pair_gives_nan_out(self, target: Target) -> None:
-        # N = 1: there is no negative, and the loss would be 0 whatever the features hold.
+        # N = 1: there is no negative, and the loss would be 0 for any features.
         inputs = make_inputs(target.operator, 1, 4, dtype=torch.float32, device=target.device)
         inputs["image_features"][0, 0] = math.nan
         assert all(loss.isnan() for loss in target(**inputs))

@@ -1,4 +1,4 @@
-"""Derivatives of the InfoNCE operators, and what autograd, layouts and repeated runs may ask."""
+"""Derivatives of the InfoNCE operators, autograd's modes, layouts and repeated runs."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ def leaves_of(inputs: Inputs) -> Inputs:
 
 
 def arguments_of(target: Target, inputs: Inputs) -> list[Tensor]:
-    # The kernels' arguments: those of the public function with rank before logit_scale.
+    # The kernels' arguments: the public function's, with rank before logit_scale.
     *features, scale = (inputs[name].detach() for name in DIFFERENTIABLE[target.operator])
     if target.operator != "dual_info_nce_low_rank":
         return [*features, scale]
@@ -84,8 +84,8 @@ class TestDerivatives:
     def test_directional_derivative_of_random_problems(
         self, target: Target, generator: torch.Generator
     ) -> None:
-        # 100 problems for each operator, each with a shape, scale, smoothing and rank of its own:
-        # the slope along one random direction, by central differences.
+        # 100 problems per operator, each with another shape, scale, smoothing and rank: the slope
+        # along one random direction, by central differences.
         step = 1e-5
         for _ in range(100):
             samples, features, inner = torch.randint(1, 10, (3,), generator=generator).tolist()
@@ -281,7 +281,7 @@ class TestUpstreamGradient:
 
     @per_target(*NAMES, dtype=torch.float64)
     def test_expanded_upstream_gradient(self, target: Target, generator: torch.Generator) -> None:
-        # sum().backward() hands over one element with stride 0.
+        # sum().backward() passes one element with stride 0.
         inputs = make_inputs(
             target.operator, 5, 6, batch=(2, 3), device=target.device, generator=generator
         )
@@ -360,7 +360,7 @@ class TestOneSpecificationOfWhatIsSaved:
             )
             for name, gradient in zip(inputs, gradients, strict=True):
                 error = relative_error(gradient, exact[name])
-                if name == "logit_scale":  # of differences of mean cosines: relative to cosines
+                if name == "logit_scale":  # a difference of mean cosines: relative to cosines
                     error *= min(1.0, exact[name].norm().item())
                 assert error <= 1e-5, f"forward {target.backend}, backward {backend}: {name}"
 
@@ -387,7 +387,7 @@ class TestOneSpecificationOfWhatIsSaved:
 
 @pytest.mark.slow
 def test_another_process_gives_the_same_bits(generator: torch.Generator) -> None:
-    # With the number of threads fixed: a sum split over other threads is another sum.
+    # With a fixed number of threads, on which the order of sums depends.
     seed = int(torch.randint(2**31, (), generator=generator))
     program = (
         f"import json, sys, torch; sys.path[:0] = {[str(p) for p in Path(__file__).parents[:2]]!r};"
@@ -402,7 +402,7 @@ def transposed(value: Tensor) -> Tensor:
 
 
 def sliced(value: Tensor) -> Tensor:
-    # Every second column of every second row, from an offset.
+    # Every second column of every second row, with an offset.
     wide = value.new_full((*value.shape[:-2], 2 * value.shape[-2], 2 * value.shape[-1] + 1), 7.0)
     view = wide[..., 1::2, 1::2]
     view.copy_(value)
@@ -438,7 +438,7 @@ class TestLayouts:
     def test_expanded_inputs_get_the_sum_of_their_gradients(
         self, target: Target, generator: torch.Generator
     ) -> None:
-        # One set of texts for a batch of images, one row for all images: stride 0 in either.
+        # One set of texts for a batch of images, and one row for all images: stride 0 in both.
         inputs = make_inputs(
             target.operator, 6, 5, batch=(3,), device=target.device, generator=generator
         )

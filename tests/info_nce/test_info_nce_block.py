@@ -1,4 +1,4 @@
-"""Blocks of the logits of a larger batch: joined again they are the whole, on every backend."""
+"""Blocks of the logits of a larger batch: joined, they equal the whole, on every backend."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from himo_kernels.testing import (
 )
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-# Masked lanes hold anything, and NumPy says so where a GPU is silent.
+# Masked lanes hold arbitrary values, about which NumPy warns and a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
@@ -65,8 +65,8 @@ def test_gradients_within_the_budget(backend, device, dtype, differentiate_keys,
 def test_small_weights_and_many_samples_in_16_bits(
     backend, device, dtype, differentiate_keys, generator
 ):
-    # As of a mean over many ranks: below what float16 holds, and so many samples that dS itself may
-    # have 16 bits. What that adds is below the rounding of the gradients to the features' dtype.
+    # Weights as in a mean over many ranks, below the range of float16, and enough samples for dS to
+    # have 16 bits. The error of that is below the rounding of gradients to the features' dtype.
     samples = 136 if backend == "triton" else 270  # from 128, or from 256 on
     batch = random_batch(dtype, device, generator, samples)
     batch.weights = [1e-7 * values for values in batch.weights]
@@ -96,7 +96,7 @@ def test_strides_and_another_run(backend, device, dtype, differentiate_keys, gen
 
     expected = run()
     assert all(map(torch.equal, run(), expected))
-    # As keys arrive, beside those of the other loss; and columns that are contiguous.
+    # As keys arrive, in one buffer with the other loss's keys; and contiguous columns.
     batch.text = torch.cat([batch.text, batch.text], 1)[:, FEATURES:]
     batch.image = batch.image.mT.contiguous().mT
     for value, other in zip(run(), expected, strict=True):

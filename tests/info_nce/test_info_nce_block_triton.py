@@ -1,4 +1,4 @@
-"""Blocks of a larger batch in Triton: several launches of one, and nothing touched around them."""
+"""Blocks of a larger batch in Triton: several launches per block, and no access out of bounds."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = [
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
-    # Masked lanes hold anything, and NumPy says so where a GPU is silent.
+    # Masked lanes hold arbitrary values, about which NumPy warns and a GPU does not.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.skipif(
         DEVICE == "cpu" and not _triton.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
@@ -45,7 +45,7 @@ def test_more_launches_give_the_same(differentiate_keys, generator, monkeypatch)
 
 
 def test_a_tile_whose_only_pair_is_in_a_corner(generator):
-    # A whole tile, which has no mask but for its pairs: at one corner, at the other, beside either.
+    # A full tile, masked only for its pairs: at one corner, at the other, next to either.
     tile = tiles.tile_for(torch.empty(0, device=DEVICE), 1, 1, 1)
     rows, columns = tile.rows, tile.columns
     batch = random_batch(torch.float32, DEVICE, generator, rows + columns)

@@ -1,4 +1,4 @@
-"""What is particular to the `cpu` backend: memory, instruction sets, wide bfloat16, Ctrl-C."""
+"""Specific to the `cpu` backend: memory, instruction sets, wide bfloat16, Ctrl-C."""
 
 import signal
 import subprocess
@@ -25,7 +25,7 @@ needs_extension = pytest.mark.skipif(
 )
 pytestmark = needs_extension
 
-# Peak of the resident memory over one step, above what it was before. N x N float32 is 256 MiB.
+# Growth of peak resident memory over one step. N x N float32 is 256 MiB.
 PEAK = """
 import torch, himo_kernels
 torch.set_num_threads(2)
@@ -53,8 +53,8 @@ print(status("VmHWM") - before)
 
 def test_memory_is_that_of_the_features_not_of_the_logits() -> None:
     feature_mib = 8192 * 48 * 4 / 2**20
-    # Factors and gradients, a dozen times the features; column statistics, 128 numbers a column;
-    # the workspace of 16 MiB; the allocator's own.
+    # Factors and gradients, 12 times the features; column statistics, 128 numbers per column; the
+    # workspace of 16 MiB; the allocator's overhead.
     bound_mib = 12 * feature_mib + 128 * 8192 * 4 / 2**20 + 16 + 16
     assert bound_mib < 8192**2 * 4 / 2**20 / 3
     assert float(run_python("-c", PEAK, HIMO_KERNELS_LOGITS_MIB="64")) <= bound_mib
@@ -96,13 +96,13 @@ def test_narrower_instruction_sets(capability: str, generator: torch.Generator) 
         "-c", AGAINST_REFERENCE, folder, seed, ATEN_CPU_CAPABILITY=capability
     ).split()
     assert printed[0].lower() == capability
-    # In units of the dtype's rounding: sums in another order, no other formula.
+    # In multiples of eps: the order of sums may differ, the formula may not.
     assert float(printed[1]) <= 8
 
 
 @needs_matrix_registers
 def test_bfloat16_without_matrix_registers(generator: torch.Generator) -> None:
-    # Where a processor has AMX, oneDNN multiplies; kept from that, our own product does.
+    # With AMX, oneDNN multiplies; with AMX disabled, our own kernel does.
     folder = str(__file__).rpartition("/")[0]
     seed = str(generator.initial_seed())
     printed = run_python(
@@ -113,7 +113,7 @@ def test_bfloat16_without_matrix_registers(generator: torch.Generator) -> None:
 
 @needs_matrix_registers
 def test_matrix_registers_are_given_back(generator: torch.Generator) -> None:
-    # Torch's products configure them for other shapes, in the threads that ours ran in.
+    # torch's matmuls configure AMX tiles for other shapes, in the threads that ours ran in.
     inputs = make_inputs("info_nce", 300, 65, dtype=torch.bfloat16, generator=generator)
     a, b = (torch.randn(257, 129, generator=generator).bfloat16() for _ in range(2))
     product = a @ b.mT
@@ -150,7 +150,7 @@ print("equal")
 
 @needs_matrix_registers
 def test_products_of_a_signal_handler() -> None:
-    # Handlers run between tiles, where matrix registers are configured for ours.
+    # Signal handlers run between tiles, while AMX is configured for our kernel.
     assert run_python("-c", HANDLER) == "equal"
 
 
@@ -172,14 +172,14 @@ for dtype in (torch.float32, torch.bfloat16):
                 grads.append(torch.autograd.grad(loss, leaves))
         for first, other, again in zip(*grads):
             assert torch.equal(first, again)
-            # Of the whole: an entry near 0 is as far off as dL/dS, rounded to bfloat16, makes it.
+            # Of the whole gradient: an entry near 0 has the error of dL/dS rounded to bfloat16.
             assert relative_error(first, other) <= 1e-3
 print("equal")
 """
 
 
 def test_inference_mode_many_threads_and_mkldnn_turned_off() -> None:
-    # Panels of several columns are copied, and what multiplies is chosen call by call.
+    # Panels of several columns are copied, and the kernel is chosen per call.
     assert run_python("-c", INFERENCE).strip() == "equal"
 
 
@@ -214,7 +214,7 @@ def test_mkldnn_turned_off_by_another_thread_during_a_call() -> None:
 def test_rounded_gradients_of_wide_bfloat16_are_no_worse_than_autocast(
     name: str, generator: torch.Generator
 ) -> None:
-    # From 256 samples on dL/dS is rounded to bfloat16 on machines that multiply it.
+    # From 256 samples on, dL/dS is rounded to bfloat16 on machines with bfloat16 matmul.
     inputs = make_inputs(
         name, 512, 64, inner=20, scale=50.0, dtype=torch.bfloat16, generator=generator
     )
@@ -230,7 +230,7 @@ def test_rounded_gradients_of_wide_bfloat16_are_no_worse_than_autocast(
 
 LONG = """
 import signal, torch, himo_kernels
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs with &
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs started with &
 x = torch.randn(200_000, 64)
 print("started", flush=True)
 himo_kernels.info_nce(x, x, 1.0, backend="cpu")
@@ -248,7 +248,7 @@ def test_ctrl_c_ends_a_long_call() -> None:
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     out, err = process.communicate(timeout=240)
-    # The call takes its time whatever else the machine does; what counts is that it did not finish.
+    # The call may be slow on a busy machine; it must not have finished.
     assert time.monotonic() - sent < 60
     assert "finished" not in out
     assert err.rstrip().endswith("KeyboardInterrupt")

@@ -1,4 +1,4 @@
-"""What only a GPU can show of InfoNCE's backends: real sizes, no host sync, CUDA graphs, memory."""
+"""InfoNCE backend tests that need a GPU: real sizes, no host sync, CUDA graphs, memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +74,7 @@ def test_real_sizes_within_the_budget(target, dtype, samples, differentiate_keys
 @per_target
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_rounded_gradients_of_the_logits(target, dtype, generator):
-    # With 16-bit dS from 128 samples on: at most the rounding of the gradients themselves again.
+    # dS has 16 bits from 128 samples on: at most doubles the rounding of the gradients.
     inputs = real_inputs(target, 1024, dtype, generator)
     losses, gradients = losses_and_gradients(target, inputs)
     exact, exact_gradients = losses_and_gradients(eager_losses, in_float64(inputs))
@@ -166,14 +166,14 @@ def test_peak_memory_of_the_dual_loss(samples, backend, generator):
         for _ in range(3)
     )
     leaves = [value.requires_grad_() for value in (image, text, component)]
-    torch.use_deterministic_algorithms(False)  # filling memory is not the operator's
+    torch.use_deterministic_algorithms(False)  # the operator does not fill memory
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     sum(dual_info_nce(*leaves, 100.0, backend=backend)).backward()
     extra = torch.cuda.max_memory_allocated() - before
-    gradients = 768 * samples * (4 * 4 + 3 * 2)  # float32 of four products, and what is returned
+    gradients = 768 * samples * (4 * 4 + 3 * 2)  # four float32 matmuls, and the results
     assert extra <= 256 * 2**20 + gradients + 4096 * samples
-    assert extra <= 0.5 * samples**2  # eager PyTorch keeps 16 bytes an entry or more
+    assert extra <= 0.5 * samples**2  # eager PyTorch keeps at least 16 bytes per entry
 
 
 def test_offsets_past_2_31_entries(generator):

@@ -1,4 +1,4 @@
-"""Rounding errors of the InfoNCE operators beside those of eager PyTorch in the same dtype."""
+"""Rounding errors of the InfoNCE operators against eager PyTorch in the same dtype."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def integer(low: int, high: int, generator: torch.Generator) -> int:
 def test_random_cases_within_the_budget(
     target: Target, dtype: torch.dtype, autocast: bool, generator: torch.Generator
 ) -> None:
-    # 12 for each of 18 combinations of operator, dtype and autocast: 216 on one backend.
+    # 12 per combination of operator, dtype and autocast (18): 216 on one backend.
     for _ in range(12):
         samples, features = integer(1, 160, generator), integer(1, 160, generator)
         inputs = make_inputs(
@@ -94,8 +94,8 @@ def test_autocast_changes_nothing(
 def test_logits_of_half_precision_features_are_float32(
     target: Target, generator: torch.Generator
 ) -> None:
-    # bfloat16 keeps 8 bits of a logit near 100. What the operator rounds to bfloat16 is the
-    # gradient of the features, once: no more than half a unit in the last place.
+    # bfloat16 keeps 8 bits of a logit near 100. The operator rounds to bfloat16 only the gradient
+    # of the features, once: at most half a ulp.
     inputs = make_inputs(
         target.operator,
         96,
@@ -124,7 +124,7 @@ def test_logits_of_half_precision_features_are_float32(
 def test_half_precision_losses_are_a_thousand_times_closer_than_eager(
     target: Target, generator: torch.Generator
 ) -> None:
-    # Root mean squares over 20 batches: a single eager loss can be right by luck.
+    # Root mean squares over 20 batches: a single eager loss can be accurate by chance.
     squares = torch.zeros(2)
     for _ in range(20):
         inputs = make_inputs(
@@ -150,8 +150,8 @@ def test_half_precision_losses_are_a_thousand_times_closer_than_eager(
 def test_exact_label_codes_within_the_budget(
     target: Target, dtype: torch.dtype, images: str, scale: float, generator: torch.Generator
 ) -> None:
-    # Labels as captions: products with them are exact, and so F.cross_entropy in float32 has next
-    # to no error of its own. Each code is shared by four rows, whose parts of a gradient cancel.
+    # Labels as captions: products with them are exact, so F.cross_entropy in float32 has almost no
+    # error. Four rows share each code, and their parts of a gradient cancel.
     for codes in (torch.eye(16, 48), torch.randn(16, 48, generator=generator).sign() / 48**0.5):
         text = codes.repeat(4, 1)
         spread = {"random": float("inf"), "near": 0.1, "the codes": 0.0}[images]

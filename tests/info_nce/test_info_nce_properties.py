@@ -1,4 +1,4 @@
-"""Identities of InfoNCE on generated batches: symmetries, limits, and what its gradients obey."""
+"""Identities of InfoNCE on generated batches: symmetries, limits, properties of gradients."""
 
 import itertools
 import math
@@ -23,14 +23,14 @@ hypothesis = pytest.importorskip(
 )
 st = hypothesis.strategies
 
-EXAMPLES = hypothesis.settings().max_examples  # for each property and backend
+EXAMPLES = hypothesis.settings().max_examples  # per property and backend
 EXACT = 1e-12
 SCALES = st.floats(-30, 100)  # an untrained model, a wrong sign, and CLIP's clamp
 
 in_float64 = pytest.mark.parametrize("target", targets("info_nce", dtype=torch.float64))
 
-# No database: a failure prints the blob that reproduces it, and no file is left behind. Settings
-# such as deadline are for code whose time is its own; here threads and other tests share it.
+# No database: a failure prints the blob that reproduces it, and no file is written. No deadline:
+# other tests and threads share the processor.
 many_examples = hypothesis.settings(deadline=None, database=None, print_blob=True)
 
 
@@ -127,7 +127,7 @@ def test_images_and_texts_may_change_places(target, batch):
 @many_examples
 @hypothesis.given(batches(), st.integers(0, 2**31 - 1))
 def test_a_vector_added_to_all_texts_leaves_the_rows_alone(target, batch, seed):
-    # It adds one number to all logits of an image, which a softmax over the texts does not see.
+    # It adds one number to all logits of an image, which does not change a softmax over the texts.
     inputs = on_device(target, batch[0])
     generator = torch.Generator().manual_seed(seed)
     width = inputs["text_features"].shape[-1]
@@ -223,8 +223,8 @@ def test_smoothing_interpolates(target, batch, label_smoothing):
     st.sampled_from([0.5, 2.0, 8.0]),
 )
 def test_scale_and_length_of_features_are_one_factor(target, batch, factor):
-    # Powers of two, and no scale so small that products lose bits to underflow: every product is
-    # the same number, and so is every bit of the loss.
+    # Powers of two, and no scale so small that products underflow: products are equal, and the loss
+    # is bitwise equal.
     inputs, label_smoothing = on_device(target, batch[0]), batch[1]
     longer = dict(inputs)
     longer["image_features"] = inputs["image_features"] * factor

@@ -1,7 +1,7 @@
-"""The Triton kernels of InfoNCE: in Triton's interpreter where there is no GPU, on small shapes.
+"""The Triton kernels of InfoNCE on small shapes, in Triton's interpreter if there is no GPU.
 
 The interpreter's tile is 16 x 32, so 40 rows are ragged and take several blocks of rows, several
-tiles of columns and, in rounds of 32, several steps of the inner dimension.
+tiles of columns and, in steps of 32, several steps of the inner dimension.
 """
 
 import itertools
@@ -43,7 +43,7 @@ DTYPES = (torch.float32, *HALVES)
 
 pytestmark = [
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
-    # Masked lanes hold anything, and NumPy says so where a GPU is silent.
+    # Masked lanes hold arbitrary values, about which NumPy warns and a GPU does not.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.skipif(
         DEVICE == "cpu" and not _triton.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
@@ -105,8 +105,8 @@ class TestAgainstEager:
         generator: torch.Generator,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        # From 128 samples on dS has the features' dtype. What that adds is below the rounding of
-        # the gradients themselves, whose mean square is a twelfth of eps^2 or less.
+        # From 128 samples on, dS has the features' dtype. This adds less than the rounding of the
+        # gradients, whose mean square is at most eps^2 / 12.
         monkeypatch.setattr(grad_logits, "ROUNDED_FROM", 1)
         inputs = inputs_of(operator, 40, 35, inner=20, dtype=dtype, generator=generator)
         options = {"differentiate_keys": differentiate_keys}
@@ -176,7 +176,7 @@ class TestChunks:
     def test_workspaces_do_not_grow_with_the_square_of_the_samples(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # On meta tensors as for an H200; kernels and products are not run.
+        # On meta tensors, as for an H200; kernels and matmuls are not run.
         modules = {
             pass_1: ("statistics_kernel", "fold_kernel", "nll_kernel"),
             grad_logits: ("positives_kernel", "grad_logits_kernel"),
@@ -214,7 +214,7 @@ class TestChunks:
                 pass_2.gradients(branch, statistics, Settings(label_smoothing=0.0), needs)
             # The README's formulas: partials of at most 128 blocks of rows, some splits and
             # folded launches; dS within its budget, dX in float32, dY as it is and in float32, and
-            # the chunks of dX's product, which take turns but are counted one by one.
+            # the chunks of dX's matmul, which reuse memory but are counted separately.
             assert forward <= 8 * samples * (128 + 256 + samples // 16384 + 1) + 64 * samples
             scale_partials = 4 * (samples // 128 + 1) ** 2
             gradients = (4 + 2 + 4 + 4) * samples * features
@@ -261,7 +261,7 @@ class TestRank:
     def test_terms_of_16_bits_keep_the_digits_of_the_logits(
         self, generator: torch.Generator
     ) -> None:
-        # The whole product in bfloat16 would leave three digits of the loss.
+        # A full bfloat16 matmul would leave three digits of the loss.
         inputs = inputs_of(
             "dual_info_nce_low_rank",
             24,
@@ -307,7 +307,7 @@ class TestValues:
 
     def test_duplicate_pairs_share_their_probability(self, generator: torch.Generator) -> None:
         image = power_law(36, 32, mean_offset=0.0, generator=generator).to(DEVICE)
-        image[35] = image[0]  # in other blocks of rows and columns
+        image[35] = image[0]  # in another block of rows and columns
         scale = torch.tensor(1e4, device=DEVICE)
         _, row_nll, column_nll = target("info_nce").kernel("fwd")(
             image, image, scale, 0.0, "triton"
@@ -333,7 +333,7 @@ class TestValues:
 
     @per_operator
     def test_nan_in_gives_nan_out(self, operator: str, generator: torch.Generator) -> None:
-        for samples in (1, 20):  # alone there is no negative that could carry it
+        for samples in (1, 20):  # a single pair has no negative that could propagate it
             inputs = inputs_of(operator, samples, 4, dtype=torch.float32, generator=generator)
             inputs["image_features"][-1, 0] = math.nan
             losses, gradients = losses_and_gradients(target(operator), inputs)
@@ -461,7 +461,7 @@ def test_a_tile_holds_the_diagonal_of_its_rows() -> None:
 
 @pytest.mark.slow
 def test_launches_are_recorded_for_the_compiler() -> None:
-    # In a process of its own: kernels defined for the interpreter cannot be compiled.
+    # In a fresh process: kernels defined for the interpreter cannot be compiled.
     script = (
         "from himo_kernels import aot\n"
         "for target in aot.TARGETS:\n"

@@ -1,4 +1,4 @@
-"""himo_kernels.accelerate: the same values and gradients, this instance alone, and back again."""
+"""himo_kernels.accelerate: same values and gradients, on one instance only, and reversible."""
 
 import copy
 import pickle
@@ -80,7 +80,7 @@ class TestVersionsOfClipLoss:
         assert step()[0] == expected[0]
 
     def test_a_bool_in_fourth_place_is_output_dict(self, loss, generator):
-        # As in the versions between, which know no logit_bias.
+        # Like versions without logit_bias.
         features = Towers(WIDTH, FEATURES).double()(*batch(generator))
         features.pop("logit_bias")
         himo_kernels.accelerate(loss)
@@ -143,7 +143,7 @@ class TestClipLoss:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(image, text)
             value = loss(**out)
-            # Towers that end in a layer norm give float32, and one of each kind is a mixture.
+            # Towers that end in a layer norm give float32; the two towers may differ.
             same = loss(**{**out, "text_features": out["text_features"].float()})
             loss(**{**out, "image_features": out["image_features"].float()})
         assert dtypes == [torch.bfloat16] * 3
@@ -201,7 +201,7 @@ class TestClipLoss:
 
     @pytest.mark.parametrize("method", ["get_logits", "get_ground_truth"])
     def test_another_way_to_the_same_forward_is_refused(self, method):
-        # What ClipLoss.forward calls: a subclass that masks pairs has its forward all the same.
+        # Methods that ClipLoss.forward calls: a subclass that masks pairs still inherits forward.
         masked = type("Masked", (upstream.ClipLoss,), {method: lambda self, *inputs: inputs})()
         with pytest.raises(NotImplementedError, match=f"got Masked with a {method} of its own"):
             himo_kernels.accelerate(masked)
@@ -263,11 +263,11 @@ class TestReleasedModel:
         found_gradients = gradients(model, *found)
         for gradient, other in zip(found_gradients, expected_gradients, strict=True):
             error = (gradient - other).norm() / other.norm()
-            assert error <= 1e-6  # theirs is an SVD's, ours has gap_eps = 1e-6
+            assert error <= 1e-6  # the original differentiates an SVD, ours has gap_eps = 1e-6
 
     def test_labels_as_captions(self, generator):
-        # Eight labels, each as often: equal singular values, by whose differences autograd through
-        # an SVD divides.
+        # Eight labels, equally frequent: equal singular values, and autograd through an SVD divides
+        # by their differences.
         model, (image, _) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
         with torch.no_grad():
             model.text_tower.weight.copy_(torch.eye(FEATURES, WIDTH))
@@ -315,7 +315,7 @@ class TestReleasedModel:
         assert "forward" not in vars(model)
 
     def test_a_wrapper_that_shows_the_attributes_of_a_model_is_refused(self):
-        # As FSDP, PEFT and torch.compile do; what their own forward does would be left out.
+        # As in FSDP, PEFT and torch.compile, whose own forward would be skipped.
         class Wrapper(nn.Module):
             def __init__(self, model):
                 super().__init__()
@@ -366,15 +366,15 @@ class TestInstance:
         try:
             ddp = DistributedDataParallel(model)
             with himo_kernels.accelerate(ddp) as inside:
-                assert inside is ddp  # not the model, whose gradients nobody would average
+                assert inside is ddp  # not the model, whose gradients would not be averaged
                 ddp(image, text, 0)
             assert "dual_info_nce" in used and "forward" not in vars(model)
-            del ddp, inside  # gloo aborts where a DDP module outlives the group
+            del ddp, inside  # gloo aborts if a DDP module outlives the group
         finally:
             dist.destroy_process_group()
 
     def test_data_parallel_is_refused(self):
-        # Its replicas are shallow copies: their forward would be that of the model.
+        # Its replicas are shallow copies: they would run the original model's forward.
         with pytest.raises(TypeError, match="got .*DataParallel"):
             himo_kernels.accelerate(nn.DataParallel(ReleasedCLIP(WIDTH, FEATURES)))
 
@@ -415,7 +415,7 @@ class TestInstance:
     def test_twice_is_refused(self):
         model = ReleasedCLIP(WIDTH, FEATURES)
         himo_kernels.accelerate(model)
-        # Its name, not its repr, which shows the whole model.
+        # The name, not the repr, which prints the whole model.
         got = r"got 'himo_kernels\.integrations\.himo_clip\.[\w.<>]+'$"
         with pytest.raises(ValueError, match=f"with the forward of its class, {got}"):
             himo_kernels.accelerate(model)

@@ -1,9 +1,9 @@
 """open_clip's published trainer: train_one_epoch of its train.py, with this library's losses.
 
-The package itself needs torchvision, which cannot be imported beside a CPU's torch. train.py is
-loaded by its path, and what it imports of open_clip is supplied: get_input_dtype and get_autocast
-as they are for precision "fp32", is_master of one process, and names that these runs do not reach
-(CLIP, CustomTextCLIP, zero_shot_eval).
+The package needs torchvision, which cannot be imported with a CPU build of torch. So train.py is
+loaded by its path, with stubs for its imports from open_clip: get_input_dtype and get_autocast as
+for precision "fp32", is_master for one process, and names that these runs do not use (CLIP,
+CustomTextCLIP, zero_shot_eval).
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""normalize on every backend: against F.normalize, by hand, and where squares leave the dtype."""
+"""normalize on every backend: against F.normalize, by hand, and if squares over- or underflow."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from himo_kernels import normalize
 from himo_kernels import testing as hkt
 
-# Triton's interpreter computes in NumPy, which warns of what a kernel does on purpose.
+# Triton's interpreter computes in NumPy, which warns of intended overflows and NaNs.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 BACKENDS = hkt.runnable_backends("normalize")
@@ -59,7 +59,7 @@ def test_hand_worked_two_vectors(backend):
 def test_every_entry_against_torch_in_float64(backend, shape, dtype, generator):
     x, grad = (rows(shape, dtype, generator) for _ in range(2))
     actual = ours(backend, x, grad)
-    # A gradient is what is left of grad / |x|: at D = 1 nothing. Seven rounded factors are 3.5 eps.
+    # A gradient is the remainder of grad / |x|, at D = 1 zero. Seven rounded factors are 3.5 eps.
     whole = grad.double().norm(dim=-1, keepdim=True) / x.double().norm(dim=-1, keepdim=True)
     budget = 4 * torch.finfo(dtype).eps * shape[-1] ** 0.5
     for a, e, size in zip(actual, exact(x, grad), (1.0, whole), strict=True):
@@ -130,7 +130,7 @@ def test_a_row_of_zeros_gives_zeros_and_gets_no_gradient(backend, dtype, generat
     grad = torch.randn(6, 20, generator=generator).to(dtype)
     rest = ours(backend, x, grad)
     x[1], x[4] = 0, -0.0
-    grad[4] = torch.nan  # whatever comes in
+    grad[4] = torch.nan  # an incoming NaN
     for actual, expected in zip(ours(backend, x, grad), rest, strict=True):
         assert (actual[[1, 4]] == 0).all()
         assert torch.equal(actual[[0, 2, 3, 5]], expected[[0, 2, 3, 5]])
@@ -176,7 +176,7 @@ def test_neither_the_largest_nor_the_smallest_numbers_leave_the_dtype(backend, d
     smallest = info.smallest_normal * info.eps  # subnormal
     signs = torch.randn(40, dtype=torch.float64, generator=generator).sign()
     for size, incoming in ((info.max, 1e4), (smallest, 1e-4), (info.smallest_normal, 1e-4)):
-        if dtype != torch.float16:  # whose range leaves room for neither
+        if dtype != torch.float16:  # its range is too small for either
             incoming **= 7
         x = torch.stack([signs * size, signs * size, signs * 0, signs * 0])
         x[1, 1:] *= 0.3 if size == info.max else 4
@@ -218,7 +218,7 @@ def test_a_gradient_is_right_where_its_products_with_the_row_are_no_numbers(
     ids=str,
 )
 def test_squares_that_are_flushed_to_zero_count(backend, dtype, one, others, generator):
-    # 4095 squares, each just too small to be a normal number, beside one that is large enough.
+    # 4095 squares, each just below the normal numbers, and one above.
     x = torch.full((1, 4096), 2.0**others, dtype=dtype)
     x[0, 0] = 2.0**one
     grad = torch.randn(x.shape, dtype=dtype, generator=generator)
@@ -283,7 +283,7 @@ def test_layouts(backend, dtype, generator):
         for a, e in zip(actual, expected, strict=True):
             e = e.expand(3, 20, 33) if view.dim() == 3 else e
             e = e.transpose(0, 1) if view.shape[1] == 3 else e
-            # The reference adds the columns of a transposed x in another order.
+            # The reference sums the columns of a transposed x in another order.
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(a, e, rtol=4 * eps, atol=4 * eps * float(e.abs().max()))
             assert a.is_contiguous()
@@ -291,7 +291,7 @@ def test_layouts(backend, dtype, generator):
 
 @per_backend
 def test_expanded_gradient(backend):
-    # sum().backward() hands the backward a gradient of stride 0.
+    # sum().backward() passes a gradient with stride 0.
     x = torch.tensor([[3.0, 4]], requires_grad=True)
     normalize(x, backend=backend).sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([[(1 - 0.84) / 5, (1 - 1.12) / 5]]))
@@ -355,7 +355,7 @@ fwd, bwd = torch.ops.himo_kernels.normalize_fwd, torch.ops.himo_kernels.normaliz
 generator = torch.Generator().manual_seed(int(sys.argv[1]))
 worst = 0.0
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-    for features in (*range(1, 40), 64, 67, 131):  # registers of 2 to 16 entries, and what is left
+    for features in (*range(1, 40), 64, 67, 131):  # registers of 2 to 16 entries, and remainders
         x, grad = (torch.randn(3, features, generator=generator).to(dtype) for _ in range(2))
         whole = grad.double().norm(dim=-1, keepdim=True) / x.double().norm(dim=-1, keepdim=True)
         y = fwd(x, "cpu") - fwd(x.double(), "reference")

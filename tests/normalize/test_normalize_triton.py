@@ -1,6 +1,6 @@
-"""The Triton backend of normalize where a row does not fit a program, and where several share one.
+"""The Triton backend of normalize for rows larger than a program, and for several rows per program.
 
-Without a GPU in Triton's interpreter: blocks are made small instead of rows long.
+Without a GPU it runs in Triton's interpreter, with small blocks instead of long rows.
 """
 
 import pytest
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(
         DEVICE == "cpu" and not _triton.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
     ),
-    # The interpreter computes in NumPy, which warns of what a kernel does on purpose.
+    # The interpreter computes in NumPy, which warns of intended overflows and NaNs.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -46,7 +46,7 @@ def with_gradient(compute, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 def test_rows_longer_than_a_block(shape, dtype, generator):
     x, grad = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
     x.view(-1, shape[-1])[1] = 0
-    x.view(-1, shape[-1])[0, -1] = 40  # the largest lies past the first block
+    x.view(-1, shape[-1])[0, -1] = 40  # the largest entry is past the first block
     wide = x.double()
     exact = with_gradient(lambda x: F.normalize(x, dim=-1), wide, grad.double())
     exact[1].view(-1, shape[-1])[1] = 0  # F.normalize gives grad / 1e-12 there

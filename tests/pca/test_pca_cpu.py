@@ -1,4 +1,4 @@
-"""What is particular to the `cpu` backend: blocks, two precisions, threads, memory, Ctrl-C."""
+"""Specific to the `cpu` backend: blocks, two precisions, threads, memory, Ctrl-C."""
 
 import signal
 import subprocess
@@ -33,7 +33,7 @@ def assert_as_in_float64(x: Tensor, threshold: float, **options) -> None:
 
 
 def decaying(*shape: int, generator: torch.Generator) -> Tensor:
-    # Where power_law would rotate thousands of features.
+    # Cheaper than power_law, which would rotate thousands of features.
     scales = torch.arange(1.0, min(shape) + 1).rsqrt()
     x = torch.randn(shape, generator=generator)
     return x * (scales if shape[1] == min(shape) else scales.unsqueeze(-1)) + 0.1
@@ -53,7 +53,7 @@ def test_several_blocks(shape, threshold, columns_first, generator):
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40)], ids=["N<D", "N>D"])
 def test_every_rank(shape, generator):
-    # S, the side that is multiplied by, holds 1 to n / 2 directions: kept ones, then dropped ones.
+    # S, the factor of the matmul, holds 1 to n / 2 directions: first the kept, then the dropped.
     x = torch.randn(shape, generator=generator)
     eigenvalues = run_pca(x.double(), backend="reference").eigenvalues
     shares = eigenvalues.cumsum(-1) / eigenvalues.sum()
@@ -68,10 +68,10 @@ def test_every_rank(shape, generator):
 @pytest.mark.parametrize("smallest", [1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("shape", [(20, 9), (9, 20)], ids=["N>D", "N<D"])
 def test_a_kept_direction_of_little_variance_keeps_the_accuracy(shape, smallest, generator):
-    # In float32 such a direction drowns in the rounding of X: the gradient is made in float64.
+    # In float32 such a direction is lost in the rounding of X, so the gradient is in float64.
     eigenvalues = torch.tensor([8, 4, 2, 1, smallest, smallest / 2], dtype=torch.float64)
     x = hkt.controlled_spectrum(eigenvalues, *shape, dtype=torch.float32, generator=generator)
-    # The rounding of x moves the small ones: between the last two of what is left.
+    # Rounding of x moves the small eigenvalues: cut between the last two remaining.
     eigenvalues = run_pca(x.double(), backend="reference").eigenvalues
     cut = eigenvalues[:4].sum() + eigenvalues[4] / 2
     assert_as_in_float64(x, float(cut / eigenvalues.sum()), gap_eps=0.0)
@@ -80,7 +80,7 @@ def test_a_kept_direction_of_little_variance_keeps_the_accuracy(shape, smallest,
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 17])
 @pytest.mark.parametrize("shape", [(3, 5), (64, 200), (200, 128)], ids=str)
 def test_a_batch_is_its_problems(batch, shape, generator):
-    # Large problems beyond a multiple of the threads are solved one by one on all threads.
+    # Large problems in excess of a multiple of the threads are solved one by one on all threads.
     x = hkt.power_law(*shape, batch=(batch,), dtype=torch.float64, generator=generator)
     together = values_and_gradient(x, "cpu", gap_eps=0.0)
     assert all(map(torch.equal, values_and_gradient(x, "cpu", gap_eps=0.0), together))
@@ -121,7 +121,7 @@ def test_projection_of_no_and_of_every_component(dtype, generator):
             gradients = torch.autograd.grad(values, leaves, torch.ones_like(values))
             results.append([values.detach(), *gradients])
         eps = torch.finfo(dtype).eps
-        # Sums of 20 terms, which may cancel, of length up to 1.
+        # Sums of 20 terms of norm up to 1, which may cancel.
         torch.testing.assert_close(*results, rtol=4 * eps, atol=40 * eps)
 
 
@@ -172,7 +172,7 @@ def test_a_direct_call_reads_no_memory_that_is_not_there(arguments, message):
     assert message in str(caught.value)
 
 
-# Peak of the resident memory over one step, above what it was before.
+# Growth of peak resident memory over one step.
 PEAK = """
 import sys, torch, himo_kernels
 torch.set_num_threads(2)
@@ -201,9 +201,7 @@ def test_memory_is_that_of_the_features(shape):
     # allocator's own.
     feature_mib = shape[0] * shape[1] * 4 / 2**20
     bound_mib = 4 * feature_mib + 4 * 8 + 16
-    assert (
-        bound_mib < 6 * feature_mib
-    )  # of the reference: the float64 copies of x and G alone are 4
+    assert bound_mib < 6 * feature_mib  # reference: the float64 copies of x and G alone are 4
     assert float(run_python("-c", PEAK, *map(str, shape))) <= bound_mib
 
 
@@ -238,7 +236,7 @@ def test_narrower_instruction_sets(capability, generator):
 
 LONG = """
 import signal, torch, himo_kernels
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs with &
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs started with &
 torch.set_num_threads(2)
 {before}
 print("started", flush=True)
@@ -250,7 +248,7 @@ FORWARD = {
     "call": "himo_kernels.pca_reconstruct(x, backend='cpu')",
 }
 BACKWARD = {
-    # Of the forward of one problem, which stands for all: the backward alone is long.
+    # The time of one forward, for all: only the backward is long.
     "before": """
 x = torch.randn(1, 4096, 128)
 _, rank, *saved = torch.ops.himo_kernels.pca_reconstruct_fwd(x, torch.tensor(0.9), [0, 0], "cpu")
@@ -274,7 +272,7 @@ def test_ctrl_c_ends_a_long_batch(call):
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     out, err = process.communicate(timeout=240)
-    # A problem takes its time on a busy machine; what counts is that the batch did not finish.
+    # One problem may be slow on a busy machine; the batch must not have finished.
     assert time.monotonic() - sent < 60
     assert "finished" not in out
     assert err.rstrip().endswith("KeyboardInterrupt")

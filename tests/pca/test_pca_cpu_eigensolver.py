@@ -1,7 +1,7 @@
 """csrc/cpu/symmetric_eigen.cpp, the eigensolver of the `cpu` backend, on hard matrices.
 
-It needs AVX-512; elsewhere LAPACK solves, and these tests are skipped. A matrix A is given as the
-moment of [L; -L] / sqrt(2) with L^T L = A, whose mean is 0.
+It needs AVX-512; without it LAPACK is used, and these tests are skipped. A matrix A is passed as
+the moment of [L; -L] / sqrt(2) with L^T L = A, whose mean is 0.
 """
 
 import pytest
@@ -48,7 +48,7 @@ def of_spectrum(eigenvalues: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def glued_wilkinson(n: int, glue: float) -> Tensor:
-    # W21+, whose largest eigenvalues pair up to rounding, again and again; made positive.
+    # W21+, whose largest eigenvalues form pairs equal to rounding; repeated and shifted positive.
     position = torch.arange(n)
     diagonal = (position % 21 - 10).abs().double() + 3
     return of_tridiagonal(diagonal, torch.where(position[1:] % 21 == 0, glue, 1.0).double())
@@ -99,12 +99,12 @@ MATRICES = {
 
 def assert_solved(x: Tensor) -> None:
     matrix, eigenvalues, eigenvectors = solve(x)
-    # In units in which nothing of the check overflows or vanishes.
+    # Rescaled so that nothing in the check overflows or underflows.
     unit = torch.clamp(matrix.abs().max(), min=1e-300)
     matrix, eigenvalues = matrix / unit, eigenvalues / unit
     n = len(eigenvalues)
     exact = torch.linalg.eigvalsh(matrix).flip(0)
-    tolerance = 8 * n * EPS * max(1.0, float(exact[0]))  # of which the moment takes a half
+    tolerance = 8 * n * EPS * max(1.0, float(exact[0]))  # the moment's own error takes half
     assert bool((eigenvalues[:-1] >= eigenvalues[1:]).all())
     assert float((eigenvalues - exact.clamp(min=0)).abs().max()) <= tolerance
     residual = matrix @ eigenvectors - eigenvectors * eigenvalues
@@ -124,7 +124,7 @@ def test_the_smallest_problem_is_not_left_to_lapack():
     assert solves(SMALLEST) and not solves(SMALLEST - 1)
 
 
-# On either side of registers of 8, panels of 16, leaves and blocks of 24, and halves of them.
+# Sizes around registers of 8, panels of 16, leaves and blocks of 24, and their halves.
 @pytest.mark.parametrize("n", [16, 17, 18, 23, 24, 25, 26, 47, 48, 49, 50, 97, 127, 128, 129, 513])
 @pytest.mark.parametrize("name", ["gaussian", "one-hot"])
 def test_sides_around_every_block(name, n, generator):
@@ -142,7 +142,7 @@ def test_the_bits_are_the_same_from_run_to_run(n, threads, generator):
         assert_solved(x)
     finally:
         torch.set_num_threads(before)
-    assert all(map(torch.equal, first[1:], second[1:]))  # first[0] is torch's own product
+    assert all(map(torch.equal, first[1:], second[1:]))  # first[0] is torch's matmul
 
 
 def test_a_batch_is_solved_on_one_thread_each(generator):

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton backend: the real sizes, no host sync, CUDA graphs."""
+"""Triton backend tests that need a GPU: real sizes, no host sync, CUDA graphs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +108,7 @@ def test_a_captured_graph_replays_on_new_values(shape, generator):
     with torch.cuda.graph(graph):
         captured = reconstruct(x, weights, 0.9, "triton")
     for values in (batch(shape, torch.float32, generator), hkt.one_hot_rows(*shape[-2:])):
-        x.copy_(values.expand(shape))  # the second has another rank, and many equal eigenvalues
+        x.copy_(values.expand(shape))  # the second has another rank, and equal eigenvalues
         graph.replay()
         expected = reconstruct(x, weights, 0.9, "triton")
         assert all(map(torch.equal, captured, expected))
@@ -151,7 +151,7 @@ def test_natural_batches_need_no_second_try(generator, monkeypatch):
     x = batch((64, 128, 768), torch.float32, generator).double()
     moment = (x - x.mean(-2, keepdim=True)) @ (x - x.mean(-2, keepdim=True)).mT
     expected = eigensolver.solve(moment, rule_of(moment))
-    monkeypatch.setattr(eigensolver, "SWEEPS", 0)  # a second try would return unit vectors
+    monkeypatch.setattr(eigensolver, "SWEEPS", 0)  # the Jacobi retry would return unit vectors
     assert all(map(torch.equal, eigensolver.solve(moment, rule_of(moment)), expected))
 
 
@@ -160,7 +160,7 @@ def test_natural_batches_need_no_second_try(generator, monkeypatch):
 @pytest.mark.parametrize("sums", [torch.float32, torch.float64], ids=["sums32", "sums64"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_moments_within_budget(operator, shape, sums, dtype, generator):
-    # float32 sums are three TF32 products each, which the interpreter cannot show.
+    # float32 matmuls are three TF32 matmuls, which the interpreter does not emulate.
     x = torch.randn(shape, generator=generator).to("cuda", dtype)
     exact = operator(x.double(), backend="reference")
     plain = operator(x, dtype=sums, backend="reference")
@@ -193,4 +193,4 @@ def test_int64_offsets(generator):
     _, moment = himo_kernels.covariance(x, backend="triton")
     assert (moment[:2] == 0).all()
     expected = torch.cov(x[2].float().T) * (samples - 1)
-    assert hkt.relative_error(moment[2], expected) <= 1e-3  # of 11 million float32 terms
+    assert hkt.relative_error(moment[2], expected) <= 1e-3  # sums of 11 million float32 terms

@@ -1,4 +1,4 @@
-"""pca_reconstruct by parts: rows cut anywhere and put together are those of the whole batch."""
+"""pca_reconstruct by parts: rows split anywhere and joined equal those of the whole batch."""
 
 import itertools
 
@@ -12,8 +12,8 @@ from himo_kernels.testing import DEGENERATE, power_law, relative_error
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SAMPLES, FEATURES = 60, 21
-CUTS = (0, 17, 17, 60)  # one process may hold no row at all
-THRESHOLDS = (0.3, 0.9, 1.0)  # the fewer directions are the kept ones, the dropped ones, none
+CUTS = (0, 17, 17, 60)  # one process has no rows
+THRESHOLDS = (0.3, 0.9, 1.0)  # fewer kept than dropped, fewer dropped than kept, none dropped
 BASIS = pytest.mark.parametrize("constant", [False, True], ids=["basis", "constant-basis"])
 
 
@@ -134,7 +134,7 @@ def test_gradients_put_together_are_those_of_the_batch(
 
 @EVERY
 def test_directions_of_little_variance_are_kept(backend, device, generator):
-    # The rows of a part do not add up to zero, which the gradient of a whole batch makes use of.
+    # The gradient of a whole batch uses that its centred rows sum to zero; a part's rows do not.
     x = power_law(SAMPLES, FEATURES, dtype=torch.float64, generator=generator)
     x = (x * torch.logspace(0, -5, FEATURES, dtype=torch.float64)).to(device)
     batch = Batch(x, 1 - 1e-9, generator)
@@ -168,7 +168,7 @@ def test_degenerate_batches_are_finite_and_those_of_the_reference(
     torch.testing.assert_close(
         reconstruction, batch.reconstruction, rtol=tolerance, atol=tolerance * float(x.abs().max())
     )
-    # Coarse: where eigenvalues meet at the cut, weights of 1e6 bring out the order of sums.
+    # A loose bound: at equal eigenvalues around the cut, weights of 1e6 amplify the order of sums.
     found, expected = (
         batch.joined_gradient(backend, 0.1, constant),
         batch.gradient(0.1, constant),

@@ -190,7 +190,7 @@ def test_scaling_scales_values_and_leaves_rank_and_gradient(batch, threshold, fa
 @examples
 @hypothesis.given(batches(), thresholds, backends)
 def test_gradient_of_the_mean_passes_unchanged(batch, threshold, backend):
-    # Moving every row by one vector moves every output by it: the columns of dU sum to those of G.
+    # Adding a vector to every row adds it to every output: column sums of dU equal those of G.
     x, generator = batch
     x = x.clone().requires_grad_()
     reconstruction, _ = pca_reconstruct(x, threshold, backend=backend)

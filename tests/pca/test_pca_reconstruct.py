@@ -52,7 +52,7 @@ def test_hand_worked_three_points(backend):
 
     # Gradient by hand for G = e at row 2 (the point (1, 2)), column 1, tau = 0.8. Kept p = (1, 0),
     # dropped q = (0, 1), gap 8 - 2 = 6. B = X^T G = [[0, 0], [0, 1]], p^T (B + B^T) q = 0: the
-    # basis does not turn, G Pi = 0, and only the mean moves: 1/4 for every row of column 1.
+    # basis does not rotate, G Pi = 0, and only the mean moves: 1/4 for every row of column 1.
     weights = torch.zeros(4, 2, dtype=torch.float64)
     weights[2, 1] = 1
     expected = torch.zeros(4, 2, dtype=torch.float64)
@@ -187,8 +187,8 @@ def test_degenerate_batches_are_finite(backend, name, shape, dtype, generator):
         assert 1 <= rank <= min(shape)
 
 
-# Tail singular values that LAPACK returns exactly equal, in most batches if not in each. With few
-# copies of a row (2 pairs, 32 copies of one) they come out equal in some batches only.
+# LAPACK returns exactly equal tail singular values in most of these batches. With few copies of a
+# row (2 pairs, 32 copies of one) they are equal only in some batches.
 @pytest.mark.parametrize(
     "name, dtype",
     [
@@ -287,10 +287,10 @@ def test_float32_gradient_error_is_not_above_the_svds(backend, shape, generator)
     x = hkt.power_law(*shape, generator=generator)
     weights = torch.randn(shape, generator=generator)
     exact = gradient(x.double(), weights, gap_eps=0.0, backend="reference")
-    if shape[0] <= 1024:  # float64 SVD autograd agrees on what is exact
+    if shape[0] <= 1024:  # float64 SVD autograd confirms the exact gradient
         svd = svd_gradient(x, weights)
         assert hkt.relative_error(exact, svd) <= 1e-8
-    # gap_eps = 0: the error of the arithmetic. What the regulariser adds is tested by itself.
+    # gap_eps = 0: only the arithmetic's error. The regulariser's bias is tested separately.
     ours = hkt.relative_error(gradient(x, weights, gap_eps=0.0, backend=backend), exact)
     released = hkt.relative_error(released_gradient(x, weights), exact)
     print(f"{shape}: ours {ours:.1e}, released code {released:.1e}")
@@ -312,7 +312,7 @@ def test_accuracy_holds_down_to_a_gap_of_1e_5(backend, gap, generator):
         assert rank == 4
         assert hkt.relative_error(reconstruction, exact_values) <= 5e-7
         exact = svd_gradient(x, weights, 0.7)
-        # gap_eps = 0: of arithmetic alone. The regulariser's bias, (gap_eps / gap)^2, is 1e-2 here.
+        # gap_eps = 0: only the arithmetic's error. The bias, (gap_eps / gap)^2, would be 1e-2 here.
         actual = gradient(x, weights, 0.7, gap_eps=0.0, backend=backend)
         assert hkt.relative_error(actual, exact) <= 2e-6
 
@@ -340,7 +340,7 @@ def test_accuracy_over_shapes(backend, samples, features, generator):
 @pytest.mark.parametrize("gap", [1e-2, 1e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("shape", [(9, 20), (20, 9)], ids=["N<D", "N>D"])
 def test_regulariser_adds_at_most_its_stated_bias(backend, gap, shape, generator):
-    # (gap_eps / gap)^2 of the gradient, with the relative gap at the cut.
+    # The bias is (gap_eps / gap)^2 of the gradient, with the relative gap at the cut.
     eigenvalues = torch.tensor([10, 9, 8, 7, 7 * (1 - gap), 3, 2, 1], dtype=torch.float64)
     x = hkt.controlled_spectrum(eigenvalues, *shape, generator=generator)
     weights = torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -426,7 +426,7 @@ def test_gradient_is_bounded_at_every_gap(backend, gap_eps, shape, generator):
 
 @per_backend
 def test_regulariser_is_the_stated_function_of_the_gap(backend):
-    # Two samples of freedom: kept eigenvalue 1, dropped 1 - gap, dX[2:] = X dC by hand.
+    # Two directions: kept eigenvalue 1, dropped 1 - gap; dX[2:] = X dC by hand.
     gap, gap_eps = 1e-3, 1e-3
     dropped = (1 - gap) ** 0.5
     x = torch.tensor([[1.0, 0], [-1, 0], [0, dropped], [0, -dropped]], dtype=torch.float64)
@@ -442,8 +442,8 @@ def test_regulariser_is_the_stated_function_of_the_gap(backend):
 
 @pytest.mark.slow
 def test_bias_of_the_regulariser_on_natural_batches_is_the_known_one():
-    # G4. Medians over batches of 128 x 768, measured before on other batches of this kind. Of a
-    # fixed seed: biases spread over decades, and the median of a hundred moves by a fifth.
+    # G4. Medians over batches of 128 x 768, measured earlier on other batches of this kind. Fixed
+    # seed: biases spread over decades, so the median of a hundred varies by a fifth.
     generator = torch.Generator().manual_seed(3)
     known = {1e-4: 1.1e-5, 1e-3: 1.1e-3, 1e-2: 7.9e-2}
     biases = {gap_eps: [] for gap_eps in known}

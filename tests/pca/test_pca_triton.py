@@ -1,7 +1,7 @@
-"""The Triton backend of the PCA operators: its product, its eigensolver, and it against reference.
+"""The Triton backend of the PCA operators: its matmul, eigensolver, and results against reference.
 
-Without a GPU the kernels run in Triton's interpreter, half a second an eigenproblem: small shapes,
-each for a path of its own. test_pca_cuda.py holds what only a GPU can show.
+Without a GPU the kernels run in Triton's interpreter, at half a second per eigenproblem. Shapes are
+small, and each covers another path. test_pca_cuda.py has the tests that need a GPU.
 """
 
 import pytest
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(
         DEVICE == "cpu" and not _triton.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
     ),
-    # The interpreter computes in NumPy, which warns of what a kernel does on purpose.
+    # The interpreter computes in NumPy, which warns of intended overflows and NaNs.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
 
@@ -86,7 +86,7 @@ def test_product_ends_at_the_limit_and_touches_nothing_past_it(limited, limit, s
         elif limited == "inner":
             left = a[problem, :, :rank].double() - mean[problem, :rank]
             expected[problem] = left @ b[problem, :rank].double()
-            a[problem, :, rank:] = torch.nan  # nothing past the limit may reach a sum
+            a[problem, :, rank:] = torch.nan  # entries past the limit must not affect a sum
             b[problem, rank:] = torch.nan
     options = {} if limited == "none" else {"limited": limited, "limit": ranks}
     matmul(a, b, sums, mean=mean, a_mean="inner", out=out[1:3], **options)
@@ -96,7 +96,7 @@ def test_product_ends_at_the_limit_and_touches_nothing_past_it(limited, limit, s
 
 
 def test_product_in_parts_is_symmetric_to_the_last_bit_and_repeats(generator):
-    x = randn(600, 260, generator=generator).unsqueeze(0)  # 5 tiles a side, split into 3 parts
+    x = randn(600, 260, generator=generator).unsqueeze(0)  # 5 tiles per side, split into 3 parts
     mean = x.mean(-2)
     first, again = (
         matmul(x.mT, x, torch.float64, mean=mean, a_mean="rows", b_mean="columns", symmetric=True)
@@ -141,7 +141,7 @@ def test_product_rounds_to_bfloat16_once(generator):
 
 @pytest.mark.parametrize("rank", [1, 5, 33, 40])
 def test_symmetric_weights_are_those_of_both_orders(rank, generator):
-    # 40 columns are two tiles a side: a tile and its mirror image, and one that the cut divides.
+    # 40 columns are two tiles per side: a tile with its mirror image, and one crossed by the cut.
     values = randn(2, 40, generator=generator).square().sort(-1, descending=True).values
     products = randn(2, 40, 40, generator=generator)
     ranks = torch.tensor([rank, 7], device=DEVICE)
@@ -183,7 +183,7 @@ def test_eigenpairs_of_degenerate_batches(name, generator):
 def test_a_graded_spectrum_and_a_matrix_of_blocks(generator):
     graded = randn(12, 14, generator=generator) * 10 ** torch.linspace(0, -9, 14, device=DEVICE)
     blocks = torch.block_diag(*random_moments(4, 3, generator))
-    blocks[6:9, 6:9] = blocks[:3, :3]  # each eigenvalue twice, in blocks that do not touch
+    blocks[6:9, 6:9] = blocks[:3, :3]  # each eigenvalue twice, in separate blocks
     for moment in (graded @ graded.T, blocks):
         check_eigenpairs(moment[None], *eigenpairs(moment[None].clone()))
 
@@ -209,12 +209,12 @@ def test_rotations_solve_what_is_not_certified(generator):
     moment = random_moments(4, 7, generator)
     moment[2] = torch.eye(7)
     pairs, products, scale = eigensolver._approximate(moment, 16)
-    pairs[0, 0] = randn(7, 7, generator=generator)  # no eigenvectors
+    pairs[0, 0] = randn(7, 7, generator=generator)  # not eigenvectors
     products[2] += 1e-6
     approximate = pairs[:, 0].clone()
     values, vectors, _, _ = eigensolver._finish(pairs, products, scale, rule(moment), 16)
     check_eigenpairs(moment, values, vectors)
-    for problem in (1, 3):  # certified: the vectors that were there
+    for problem in (1, 3):  # certified: the vectors are unchanged
         order = (vectors[problem].T @ approximate[problem].T).abs().argmax(-1)
         assert torch.equal(vectors[problem], approximate[problem].T[:, order])
 
@@ -222,7 +222,7 @@ def test_rotations_solve_what_is_not_certified(generator):
 @pytest.mark.parametrize("name", ["power law", "2 duplicate pairs", "4 labels", "one-hot rows"])
 @pytest.mark.sample(1)
 def test_batches_are_certified(name, generator, monkeypatch):
-    monkeypatch.setattr(eigensolver, "SWEEPS", 0)  # a second try would return unit vectors
+    monkeypatch.setattr(eigensolver, "SWEEPS", 0)  # the Jacobi retry would return unit vectors
     create = hkt.power_law if name == "power law" else hkt.DEGENERATE[name]
     x = create(24, 40, dtype=torch.float64, device=DEVICE, generator=generator)
     moment = ((x - x.mean(0)) @ (x - x.mean(0)).T)[None]
@@ -252,7 +252,7 @@ def test_rank():
         rank, complete = eigensolver.choose_rank(values, rule(values, threshold))
         assert rank.tolist() == expected
         assert complete.tolist() == [False, threshold > 0.5, True, False, True]
-    # The solver's own program chooses it too, to float64's last digit.
+    # The solver chooses it too, bitwise equal in float64.
     moment = torch.diag(torch.tensor([0.25, 0.125, 0.625], dtype=torch.float64, device=DEVICE))
     above = 0.875 + 2.0**-52
     for threshold, expected in ((0.625, 1), (0.875, 2), (above, 3), (1.0, 3)):
@@ -370,7 +370,7 @@ def test_layouts_and_repeats(shape, generator):
         before = view.clone()
         actual = run_reconstruct(view, weights, 0.8, "triton")
         assert torch.equal(view, before)
-        # Strides change the order of the mean's sums at most; the same input gives the same bits.
+        # Strides may change the order of the mean's sums; the same input gives the same bits.
         for a, e in zip(actual, expected, strict=True):
             assert torch.equal(a, e) if view is x else torch.allclose(a, e, atol=1e-6)
 
