@@ -34,8 +34,8 @@ constexpr int64_t kColumns = RightFactor<float>::kColumns;
 constexpr int64_t kGroups = 64;
 constexpr int64_t kWorkspace = 16 << 20;
 // With at least this many samples, bfloat16 features get their gradients from dL/dS rounded to
-// bfloat16, as under autocast, which takes half the time. With fewer, these products are not where
-// the time goes, and the sums are so short that the rounding would show.
+// bfloat16, as under autocast, which takes half the time. With fewer, these products take little of
+// the time, and the sums are too short to average out the rounding.
 constexpr int64_t kRoundedSamples = 256;
 // Small problems run in groups that share the threads: at most this many rows per group.
 constexpr int64_t kRowsAtATime = 4096;
@@ -50,7 +50,8 @@ at::Tensor pad(const at::Tensor& values) {  // [N]
   return result;
 }
 
-// -log P of a positive: log(1 + exp(max) sum), with exp(max) sum = sum of exp(S - p).
+// -log P of a positive p: log(1 + exp(max) sum), where exp(max) sum is the sum of exp(S - p) over
+// the negatives.
 template <typename acc_t>
 acc_t nll(acc_t max, acc_t sum) {
   const double m = max, s = sum;
@@ -58,7 +59,7 @@ acc_t nll(acc_t max, acc_t sum) {
   return static_cast<acc_t>(m + std::log(s + std::exp(-m)));
 }
 
-// log sum exp(S - p) = max + log(sum).
+// The log of the same sum: max + log(sum).
 template <typename acc_t>
 acc_t log_odds(acc_t max, acc_t sum) {
   return static_cast<acc_t>(static_cast<double>(max) + std::log(static_cast<double>(sum)));

@@ -47,7 +47,7 @@ def info_nce(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """InfoNCE of images against texts and of texts against images, averaged: eq. (2).
+    """InfoNCE, mean of images against texts and texts against images (HiMo-CLIP eq. (2)).
 
     Equal to `(F.cross_entropy(S, arange(N), label_smoothing=eps) + F.cross_entropy(S.T, ...)) / 2`
     with `S = logit_scale * image_features @ text_features.T`. Row i of the images and row i of the
@@ -104,7 +104,7 @@ def dual_info_nce(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """MoLo's two terms, eq. (2) and (3): images against texts, and against their components.
+    """MoLo's two terms: images against texts, and against their components (eq. (2) and (3)).
 
     Equal to `info_nce(image, text, s), info_nce(image, component, s)` as one operator. Arguments
     and errors are those of `info_nce`; component_features [*, N, D] are the texts reconstructed

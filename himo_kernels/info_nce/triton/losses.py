@@ -68,17 +68,17 @@ def log_odds(
 ) -> tuple[Tensor, Tensor]:
     """Returns log sum exp(S_ij - positive) over the negatives of a block's rows and columns."""
     partials = _statistics(branch, None)
-    found = []
-    for positives, of_one, count in (
+    results = []
+    for positives, direction, count in (
         (row_positives, partials.rows, partials.rows.shape[1]),
         (column_positives, partials.columns, partials.filled),
     ):
         entries = len(positives)
-        found.append(branch.new_empty(entries))
+        results.append(branch.new_empty(entries))
         log_odds_kernel[(triton.cdiv(entries, _MERGE["BLOCK"]),)](
-            of_one, positives.contiguous(), found[-1], entries, count, **_MERGE
+            direction, positives.contiguous(), results[-1], entries, count, **_MERGE
         )
-    return found[0], found[1]
+    return results[0], results[1]
 
 
 def _statistics(branch: Branch, positives: Tensor | None) -> _Partials:
@@ -90,16 +90,16 @@ def _statistics(branch: Branch, positives: Tensor | None) -> _Partials:
     # Slots of the column partials: one folded slot per launch, then those of the current launch.
     folded = launches if launches > 1 else 0
     slots = folded + at_once
-    of_rows = branch.new_empty(problems, splits, 2, branch.rows)
-    of_columns = branch.new_empty(problems, slots, 2, columns)
+    row_partials = branch.new_empty(problems, splits, 2, branch.rows)
+    column_partials = branch.new_empty(problems, slots, 2, columns)
     for launch in range(launches):
         first_block = launch * at_once
         blocks = min(at_once, row_blocks - first_block)
         statistics_kernel[(problems * splits * blocks,)](
             *branch.operands(),
             positives,
-            of_rows,
-            of_columns,
+            row_partials,
+            column_partials,
             *branch.sizes(),
             slots,
             folded,
@@ -110,9 +110,9 @@ def _statistics(branch: Branch, positives: Tensor | None) -> _Partials:
         )
         if folded:
             fold_kernel[(problems * triton.cdiv(columns, _MERGE["BLOCK"]),)](
-                of_columns, columns, slots, folded, blocks, launch, **_MERGE
+                column_partials, columns, slots, folded, blocks, launch, **_MERGE
             )
-    return _Partials(of_rows, of_columns, folded or at_once)
+    return _Partials(row_partials, column_partials, folded or at_once)
 
 
 def _mean_logit(branch: Branch) -> Tensor:
