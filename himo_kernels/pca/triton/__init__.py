@@ -46,7 +46,7 @@ __all__ = [
 def pca_fwd(
     x: Tensor,  # [*, N, D]
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, ...]:
     """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n].
 
@@ -156,7 +156,7 @@ def project_reconstruct_bwd(
 def pca_reconstruct_fwd(
     x: Tensor,  # [*, N, D]
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, ...]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     shape, x = x.shape, flat(x)

@@ -51,7 +51,7 @@ class Rule(NamedTuple):
     """How many directions to keep: README.md (2)."""
 
     variance_threshold: Tensor  # [] float64
-    floor: Sequence[float]  # of reference.floor_of: bits, for it is one of few
+    floor: Sequence[float]  # from reference.floor_of: bits, for it is one of few
     mean: Tensor  # [P, D] float64
     samples: int  # N
 

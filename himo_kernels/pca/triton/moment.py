@@ -22,7 +22,7 @@ def moment_decompose(
     mean: Tensor,  # [D] float64
     samples: int,  # N
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D], eigenvectors [D, D], rank []."""
     rule = Rule(variance_threshold, floor, mean.unsqueeze(0), samples)
