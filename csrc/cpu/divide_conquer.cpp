@@ -107,9 +107,11 @@ struct Deflated {
 struct Solver {
   double *d, *e;
   int64_t n, stride;
-  double* rows;             // [n, stride], eigenvectors
-  double *compact, *turns;  // [n, stride] each, scratch; a segment uses only its own rows
-  int64_t* sorted;          // [n]; the rows of a segment in ascending order of d
+  double* rows;  // [n, stride], eigenvectors
+  // Scratch, [n, stride] each: the vectors to merge, and the eigenvectors of diag(d) + rho z z^T. A
+  // segment uses only its own rows.
+  double *compact, *turns;
+  int64_t* sorted;  // [n]; the rows of a segment in ascending order of d
 
   double* block(Segment s) const { return rows + s.first * stride + s.first; }
 

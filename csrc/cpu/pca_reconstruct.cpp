@@ -189,7 +189,7 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   for (int64_t i = 0; i < n; ++i) {
     std::copy_n(basis.smaller.data + i * basis.smaller.row_stride, k, factors.data + i * 2 * k);
   }
-  const auto turn = factors.column_block(k, k);
+  const auto turn = factors.column_block(k, k);  // K
   multiply(basis.other, pairs, turn);
 
   for (int64_t line = 0; line < sides.m; line += step) {

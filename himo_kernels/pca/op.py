@@ -154,7 +154,7 @@ class Decompose(torch.autograd.Function):
         ctx.floor, ctx.gap_eps, ctx.backend = floor, gap_eps, backend
         ctx.mark_non_differentiable(rank)
         dtype = accumulation_dtype(x.dtype)
-        # The ratio uses the float64 eigenvalues, because those of large rows overflow float32.
+        # The ratio uses float64 eigenvalues: with large rows they overflow float32.
         return mean.to(dtype), eigenvalues.to(dtype), components.to(dtype), rank, ratio.to(dtype)
 
     @staticmethod
