@@ -269,8 +269,8 @@ void tridiagonalise(double* matrix, int64_t n, double scale, double* diagonal, d
     for (int64_t i = begin; i < end; ++i) {
       double* row = work + i * stride;
       const int64_t from = round_down(i);
-      // Update blocks reach up to kUpdateRows left of the diagonal: keep garbage (such as NaN or
-      // denormals) out of them.
+      // Update blocks reach up to kUpdateRows left of the diagonal: zero the entries there, so that
+      // they do not compute with uninitialised memory.
       std::fill(row + std::max<int64_t>(0, from - kUpdateRows), row + width, 0.0);
       if (i >= n) continue;
       for (int64_t k = from; k < i; ++k) row[k] = scale * matrix[k * n + i];

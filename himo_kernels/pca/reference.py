@@ -316,7 +316,7 @@ def _project(values: Tensor, eigenvectors: Tensor, kept: Tensor) -> Tensor:
 def _last_kept(eigenvalues: Tensor, kept: Tensor) -> Tensor:
     # lambda_R [*, 1]. The weights below divide eigenvalues by it, since their squares may overflow.
     last_kept = torch.where(kept, eigenvalues, torch.inf).amin(-1, keepdim=True)
-    return torch.where(last_kept == 0, 1.0, last_kept)  # then dropped eigenvalues are 0 too
+    return torch.where(last_kept == 0, 1.0, last_kept)  # if 0, the rank is n: nothing is dropped
 
 
 def _gaps(eigenvalues: Tensor, last_kept: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _weigh_pairs_kernel(
         if (tile // tiles) * BLOCK >= rank:
             return
     values = eigenvalues_ptr + problem * n
-    # Divide by lambda_R, since squares of eigenvalues may overflow. If it is 0 all gaps are 0.
+    # Divide by lambda_R, since squares of eigenvalues may overflow. If it is 0, nothing is dropped.
     last_kept = tl.load(values + rank - 1)
     last_kept = tl.where(last_kept == 0, 1.0, last_kept)
     kept = tl.load(values + i, mask=i < rank, other=0.0)[:, None]
