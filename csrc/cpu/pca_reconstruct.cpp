@@ -1,7 +1,8 @@
 // Projection onto the kept directions and its gradients. For float32 and lower input, products are
 // float32 with eigenvectors rounded from float64. That suffices because error and derivative are
-// both divided by the eigenvalue gap. Two cases need float64: the few pairs next to the cut, whose
-// sum may cancel (sum_near_pairs), and kept eigenvalues that span too wide a range (fits_float32).
+// both divided by the eigenvalue gap. Two cases need float64: the few pairs next to the cut, which
+// may be small by chance (sum_near_pairs), and kept eigenvalues that span too wide a range
+// (fits_float32).
 //
 // S [n, k], k <= n / 2, is the smaller of the kept and the dropped directions; O holds the others.
 // X Pi = X S S^T when S is kept, X - X S S^T when S is dropped.
@@ -26,7 +27,7 @@ constexpr double kSpread = 16;
 
 // Number of directions on each side of the cut whose pairs are summed in float64. With a narrow gap
 // one or two pairs dominate the gradient, and their values may by chance be small relative to
-// their rounding. Farther pairs have at least 8 of similar weight, which are not all small.
+// their rounding. At least 8 of the farther pairs have similar weights and are not all small.
 constexpr int64_t kNear = 4;
 
 bool fits_float32(const Spectrum& spectrum) {
