@@ -22,6 +22,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -141,25 +142,24 @@ def write_index(
         report.check(max_bad_fraction)
         if not skip_missing_images:
             report.check_missing()
-        header = json.dumps(
-            {"key": key, "stamp": stamp, "rows": offset, "report": report.to_dict()}
-        ).encode()
+        values = {"key": key, "stamp": stamp, "rows": offset, "report": report.to_dict()}
+        header = json.dumps(values).encode()
         file.write(rows + header)
         file.write(_END.pack(offset + len(rows), len(header), zlib.crc32(header), _END_MAGIC))
 
 
 def _has_image(root: ImageRoot, record: Record, source: str, report: IndexReport) -> bool:
-    is_missing = False
+    is_there = True
     try:
         root.resolve(record.image)
     except MissingImage:
-        is_missing = True
+        is_there = False
     except RecordError as error:
         place = f"{source}:{record.line}" if record.line else source
         report.add_bad(error.reason, f"{place}: {error}")
         return False
-    report.add_image(root.relative(record.image), is_missing)
-    return not is_missing
+    report.add_image(root.relative(record.image), not is_there)
+    return is_there
 
 
 class SampleIndex(Sequence[Record]):
@@ -207,17 +207,16 @@ class SampleIndex(Sequence[Record]):
         self.key, self.stamp, self._rows = header["key"], header["stamp"], header["rows"]
         origin = self.origin or Origin(self.path, "index")
         self.report = IndexReport.from_dict(origin.source, origin.kind, header["report"])
-        if type(self._rows) is not int or self._rows < len(_MAGIC):
+        size = self.report.records * _ROW.size
+        if type(self._rows) is not int or not len(_MAGIC) <= self._rows == end - size:
             raise ValueError("rows")
-        if self._rows + self.report.records * _ROW.size != end:
-            raise ValueError("records")
 
     def is_current(self, key: str, stamp: str) -> bool:
         """Whether the source is the same and unchanged, and the missing images are still missing.
 
         Of the missing images the examples in the report are looked for.
         """
-        root = self.origin and self.origin.root
+        root = self.origin.root if self.origin else None
         if root is not None:
             for image in self.report.missing_examples:
                 with suppress(RecordError):
@@ -232,12 +231,9 @@ class SampleIndex(Sequence[Record]):
         """
         chosen = numpy.asarray(list(rows), dtype=numpy.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise HimoError(
-                f"select: expected rows from 0 to {len(self) - 1}, got {chosen.min()} to "
-                f"{chosen.max()}"
-            )
-        selected = SampleIndex(self.path, self.origin)
-        selected._check_same(self.report.sha256)
+            got = f"{chosen.min()} to {chosen.max()}"
+            raise HimoError(f"select: expected rows from 0 to {len(self) - 1}, got {got}")
+        selected = copy(self)
         selected._selected = chosen if self._selected is None else self._selected[chosen]
         return selected
 
@@ -273,11 +269,11 @@ class SampleIndex(Sequence[Record]):
             return None
         image, caption = lengths[0], lengths[0] + lengths[1]
         fields = text[:image], text[image:caption], text[caption:]
+        if shard < -1 or offset < 0 or not 0 <= size <= MAX_IMAGE:
+            return None
         try:
             record = make_record(line, *(field.decode() for field in fields))
         except (UnicodeDecodeError, RecordError):
-            return None
-        if shard < -1 or offset < 0 or not 0 <= size <= MAX_IMAGE:
             return None
         return replace(record, shard=shard, offset=offset, size=size)
 
@@ -343,18 +339,14 @@ class SampleIndex(Sequence[Record]):
         if self.report.sha256 != sha256:
             raise HimoError(f"{self.path}: the data set was indexed anew while it was in use")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "origin": self.origin,
-            "sha256": self.report.sha256,
-            "selected": self._selected,
-        }
+    def __getstate__(self) -> tuple[str, Origin | None, str, numpy.ndarray | None]:
+        return self.path, self.origin, self.report.sha256, self._selected
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        SampleIndex.__init__(self, state["path"], state["origin"])
-        self._check_same(state["sha256"])
-        self._selected = state["selected"]
+    def __setstate__(self, state: tuple[str, Origin | None, str, numpy.ndarray | None]) -> None:
+        path, origin, sha256, selected = state
+        SampleIndex.__init__(self, path, origin)
+        self._check_same(sha256)
+        self._selected = selected
 
     def __del__(self) -> None:
         for descriptor in [getattr(self, "_file", -1), *self._descriptors.values()]:

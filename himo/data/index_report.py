@@ -103,7 +103,7 @@ class IndexReport:
                 f"{self.bad_examples[0]}"
             )
         if self.records == 0:
-            message = f"{self.source}: no sample is left{_sentence(self._left_out())}"
+            message = f"{self.source}: no sample is left{self._left_out()}"
             if self.missing_count:
                 message += "; image_root (--image-root) names where they are"
             if self.bad_examples:
@@ -120,11 +120,12 @@ class IndexReport:
 
     def summary(self) -> str:
         """One line: samples, format and what was left out."""
-        left_out = _sentence(self._left_out())
-        return printable(f"{self.source}: {self.records} samples ({self.kind}){left_out}")
+        samples = f"{self.source}: {self.records} samples ({self.kind})"
+        return printable(samples + self._left_out())
 
-    def _left_out(self) -> list[str]:
-        parts = []
+    def _left_out(self) -> str:
+        """The records left out, to follow a sentence; "" if there are none."""
+        parts = [""]
         if self.bad_count:
             parts.append(f"{self.bad_count} bad records ({_listed(self.bad)})")
         if self.missing_count:
@@ -132,7 +133,7 @@ class IndexReport:
         ignored = {kind: count for kind, count in self.ignored.items() if count}
         if ignored:
             parts.append(f"ignored: {_listed(ignored)}")
-        return parts
+        return "; ".join(parts)
 
     def missing_images(self) -> str:
         """How many images are missing, by their first folder, and the first of them."""
@@ -161,7 +162,3 @@ def _is_share(value: Any) -> bool:
 
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _sentence(parts: list[str]) -> str:
-    return f"; {'; '.join(parts)}" if parts else ""

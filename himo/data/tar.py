@@ -55,7 +55,7 @@ def members(shard: str, descriptor: int) -> Iterator[Member]:
             kind, name, size = _header(header)
             if kind in b"123456":  # links, devices, directories: no data, whatever the size says
                 size = 0
-            is_member = kind not in b"xLSgK"  # gK stand between a long name and its file
+            is_member = kind not in b"xLSgK"  # g and K may lie between a long name and its file
             if kind in b"xL":
                 if size > _MAX_EXTENDED:
                     raise ValueError(f"header of {size:,} bytes")

@@ -142,10 +142,10 @@ class WebDataset(Source):
             return error.at(f"{self.shards[sample.shard]}: {quoted(name)}")
 
     def _caption(self, descriptor: int, part: "_Part") -> Any:
-        order = ("json", "txt") if self.caption_key is not None else ("txt", "json")
-        kind = next((kind for kind in order if kind in part.captions), None)
-        if kind is None:
+        if not part.captions:
             raise RecordError("missing_key", "image has no .txt or .json beside it")
+        first = "json" if self.caption_key is not None else "txt"
+        kind = first if first in part.captions else next(iter(part.captions))
         member = _readable(part.captions[kind])
         if member.size > MAX_RECORD:
             raise RecordError("too_long", f".{kind} is longer than {MAX_RECORD:,} bytes")
@@ -223,15 +223,11 @@ def _expand(path: str) -> list[str]:
         if not names:
             raise HimoError(f"{path}: expected a directory with .tar shards, found none")
         return [os.path.join(path, name) for name in names]
-    ranges = list(_RANGE.finditer(path))
-    count = 1
-    for given in ranges:  # before any is made
-        count *= max(0, int(given[2]) - int(given[1]) + 1)
-        if not 0 < count <= _MAX_SHARDS:
-            raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {given[0]}")
     paths = [path]
-    for given in ranges:
+    for given in _RANGE.finditer(path):
         numbers = range(int(given[1]), int(given[2]) + 1)
+        if not 0 < len(paths) * len(numbers) <= _MAX_SHARDS:
+            raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {given[0]}")
         names = [f"{number:0{len(given[1])}}" for number in numbers]
         paths = [_RANGE.sub(name, x, count=1) for x in paths for name in names]
     missing = [shard for shard in paths if not os.path.exists(shard)]
