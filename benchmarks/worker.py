@@ -34,12 +34,14 @@ from benchmarks.measure import (
 )
 from benchmarks.registry import Candidate, candidates, operation
 from benchmarks.rows import Row, number
+from himo_kernels.testing import separate_compile_cache
 
 
 def main() -> None:
     """Answers requests until stdin ends. sys.argv[1] is the device, cpu or cuda."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # keeps the output of libraries out of the answers
+    separate_compile_cache()
     device = sys.argv[1]
     for line in sys.stdin:
         request = json.loads(line)

@@ -34,7 +34,7 @@ constexpr bool kOpenMP = true;
 constexpr bool kOpenMP = false;
 #endif
 
-// What himo_kernels.extension compares with the running torch, and himo_kernels.info prints.
+// himo_kernels.extension compares this with the running torch; himo_kernels.info prints it.
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
@@ -74,7 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("differentiate_keys"), no_gil());
   m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());
   m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
-  // Whether the eigenproblem of this side is solved by this library; by LAPACK otherwise.
+  // Whether this library solves an n x n eigenproblem itself; otherwise LAPACK does.
   m.def("solves_eigenproblem", &himo::cpu::solves_wide, py::arg("n"));
   m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), py::arg("floor"),
         no_gil());

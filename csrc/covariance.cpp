@@ -41,7 +41,7 @@ std::tuple<at::Tensor, at::Tensor> covariance_fwd(const at::Tensor& x,  // [*, N
   const auto options = x.options().dtype(dtype);
   const auto mean = at::empty(with_tail(x, {x.size(-1)}), options);
   const auto covariance = at::empty(with_tail(x, {x.size(-1), x.size(-1)}), options);
-  // The kernels read memory, where the lazy minus sign of a negated view is not.
+  // The kernels read memory, which ignores the lazy negation of a view.
   cpu::covariance_fwd(x.resolve_neg(), flatten_lead(mean, 1), flatten_lead(covariance, 2));
   return {mean, covariance};
 }

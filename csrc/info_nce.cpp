@@ -33,7 +33,8 @@ void check_pairs(const at::Tensor& query, const at::Tensor& key) {
   HIMO_CHECK_SHAPE(key.sizes().equals(query.sizes()), kOp, "key", key, query.sizes());
 }
 
-// A value for each row of features [M, K], in the accumulation dtype and contiguous.
+// Checks that values has one entry per row of features [M, K]; returns it contiguous and in the
+// accumulation dtype.
 at::Tensor vector_of(const char* name, const at::Tensor& values, const at::Tensor& features) {
   HIMO_CHECK_CPU(kOp, name, values);
   HIMO_CHECK_SHAPE(values.dim() == 1 && values.size(0) == features.size(0), kOp, name, values,
@@ -70,7 +71,7 @@ void check_products(const std::optional<at::Tensor>& products, const at::Tensor&
                    products->scalar_type());
 }
 
-// The problems of the leading dimensions as views [N, K] of the features.
+// Splits the leading dimensions into problems, whose features are views [N, K].
 std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor& key,
                                       const at::Tensor& positives, const at::Tensor& row_nll,
                                       const at::Tensor& column_nll,
@@ -82,7 +83,7 @@ std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor&
   for (int64_t b = 0; b < count; ++b) {
     auto one_query = query, one_key = key;
     int64_t index = b, stride = count;
-    for (const int64_t size : lead) {  // views whatever the strides; a reshape could copy
+    for (const int64_t size : lead) {  // select always gives a view; reshape could copy
       stride /= size;
       one_query = one_query.select(0, index / stride);
       one_key = one_key.select(0, index / stride);
@@ -98,7 +99,7 @@ std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor&
   return problems;
 }
 
-// mean_ij S_ij [*] in O(N K): the sum of all v_i . u_j is the product of the sums.
+// mean_ij S_ij [*] in O(N K): sum_ij v_i . u_j = (sum_i v_i) . (sum_j u_j).
 at::Tensor mean_logit(const at::Tensor& query, const at::Tensor& key, double scale) {
   const auto dtype = accumulation_dtype(query);
   const double samples = query.size(-2);
@@ -125,8 +126,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   check_products(products, query);
   const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
   cpu::info_nce_statistics(problems, scale);
-  // HiMo-CLIP eq. (2); both directions share the smoothing term. An infinite positive times a
-  // smoothing of 0 is NaN: the loss of infinite features is never finite.
+  // HiMo-CLIP eq. (2); both directions share the smoothing term. The positives are added even if
+  // label_smoothing is 0: 0 * inf is NaN, so infinite features never give a finite loss.
   auto loss = row_nll.add(column_nll).mean(-1, false, at::kDouble).div(2);
   loss.add_(positives.mean(-1, false, at::kDouble), label_smoothing);
   if (label_smoothing != 0) loss.sub_(mean_logit(query, key, scale), label_smoothing);

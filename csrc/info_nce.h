@@ -1,5 +1,5 @@
-// Entry points of InfoNCE on the CPU: argument checks and allocation. One loss at a time; the dual
-// forms are two calls (himo_kernels/info_nce/compose.py).
+// Entry points of InfoNCE on the CPU: argument checks and allocation. A call computes one loss; the
+// dual forms make two calls (himo_kernels/info_nce/compose.py).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 namespace himo {
 
 // Returns loss [*], and nll of the rows and of the columns of S [*, N]; float32, or float64 for
-// float64 features. Writes query key^T into products where it is defined.
+// float64 features. Writes query key^T into products if given.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
     const at::Tensor& query,        // [*, N, K]
     const at::Tensor& key,          // [*, N, K]
@@ -19,9 +19,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
     const std::optional<at::Tensor>& products);  // [*, N, N] contiguous, dtype of the results
 
 // Returns the gradients of query and key [*, N, K] and of logit_scale [], float32 or float64 as
-// above; empty ones where they are not needed. products is what the forward wrote, or nothing: then
-// the products are formed again. query_sum, in the dtype of the gradients and contiguous, has the
-// query's added to it and is returned in its place; given only where that is needed.
+// above; empty if not needed. products is the tensor that the forward wrote; without it the
+// products are recomputed. If query_sum is given (contiguous, dtype of the gradients), the gradient
+// of query is added to it in place and query_sum is returned; give it only with needs_query.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& grad_loss,    // [*]
     const at::Tensor& query,        // [*, N, K]
@@ -33,10 +33,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const std::optional<at::Tensor>& products,    // [*, N, N]
     const std::optional<at::Tensor>& query_sum);  // [*, N, K]
 
-// A block of the logits of a larger batch: rows [M, K] against keys [N, K], of which row i and
-// column i + offset are a pair where there is such a column. Positives are S of each row's and each
-// column's own pair, wherever that is. Returns log sum exp(S - positive) of each row [M] and column
-// [N], the pairs left out.
+// A block of the logits of a larger batch: query [M, K] against key [N, K]. Row i and column
+// i + offset are a pair, if there is such a column. The positives are S of the pair of each row and
+// of each column, inside or outside this block. Returns log sum exp(S - positive) over the
+// negatives of each row [M] and of each column [N].
 std::tuple<at::Tensor, at::Tensor> info_nce_block_fwd(const at::Tensor& query,             // [M, K]
                                                       const at::Tensor& key,               // [N, K]
                                                       const at::Tensor& logit_scale,       // []
@@ -44,8 +44,8 @@ std::tuple<at::Tensor, at::Tensor> info_nce_block_fwd(const at::Tensor& query,  
                                                       const at::Tensor& column_positives,  // [N]
                                                       int64_t offset);
 
-// Returns the gradients of query [M, K] and key [N, K] without the factor scale. nlls are those of
-// the whole batch of `total` samples, weights the gradients of each nll.
+// Returns the gradients of query [M, K] and key [N, K] without the factor scale. The nlls are over
+// the whole batch of `total` samples; the weights are the gradients of the nlls.
 std::tuple<at::Tensor, at::Tensor> info_nce_block_bwd(const at::Tensor& query,             // [M, K]
                                                       const at::Tensor& key,               // [N, K]
                                                       const at::Tensor& logit_scale,       // []

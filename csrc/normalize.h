@@ -1,5 +1,5 @@
-// Entry points of the cpu backend of normalize: rows divided by their L2 length, contiguous, in the
-// dtype of x. Sums are float32, or float64 for float64.
+// Entry points of the cpu backend of normalize: rows divided by their L2 norm. Results are
+// contiguous and have the dtype of x; sums are float32, or float64 for float64.
 #pragma once
 
 #include <ATen/core/Tensor.h>

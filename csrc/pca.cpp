@@ -19,7 +19,7 @@ void check_x(const char* op, const at::Tensor& x) {
                    "[*, N, D] with at least one row and one column");
 }
 
-// Checks an argument of this shape and dtype; returns it contiguous, as [B, tail...].
+// Checks shape and dtype of an argument; returns it contiguous, as [B, tail...].
 at::Tensor flat(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& x,
                 std::initializer_list<int64_t> tail, at::ScalarType dtype = at::kDouble) {
   HIMO_CHECK_CPU(op, name, tensor);
@@ -82,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_fwd(
     const at::Tensor& input,  // [*, N, D]
     double variance_threshold, const Floor& floor) {
   const c10::NoGradGuard no_grad;
-  const auto x = input.resolve_neg();  // kernels read memory, where a lazy minus sign is not
+  const auto x = input.resolve_neg();  // kernels read memory, which ignores a lazy negation
   const auto [mean, eigenvalues, eigenvectors, rank] =
       decompose("pca", x, variance_threshold, floor);
   const auto rows = at::empty(with_tail(x, {small_side(x), x.size(-1)}), mean.options());

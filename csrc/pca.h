@@ -1,5 +1,5 @@
-// Entry points of the cpu backend of pca, project_reconstruct and pca_reconstruct; shapes and
-// dtypes are those of himo_kernels/pca/reference.py.
+// Entry points of the cpu backend of pca, project_reconstruct and pca_reconstruct. Shapes and
+// dtypes as in himo_kernels/pca/reference.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 
 namespace himo {
 
-// f and g: a batch has no variance where trace <= f sum(x^2) + g; README (2').
+// f and g: a batch has no variance if trace <= f sum(x^2) + g; README (2').
 using Floor = std::pair<double, double>;
 
 // Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*] and V [*, n, n].
@@ -54,8 +54,8 @@ at::Tensor pca_reconstruct_bwd(const at::Tensor& grad,          // [*, N, D]
                                const at::Tensor& rank,          // [*]
                                double gap_eps, bool differentiate_basis);
 
-// The same by parts, for rows of a batch that other processes hold rows of: himo_kernels/pca/
-// moment.py. The decomposition is that of the batch's X^T X.
+// The steps of pca_reconstruct for the rows that one process holds of a larger batch, see
+// himo_kernels/pca/moment.py. X^T X of the whole batch is decomposed.
 
 // Returns eigenvalues [D], eigenvectors [D, D] and rank [].
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pca_moment_decompose(
@@ -69,7 +69,7 @@ at::Tensor pca_moment_reconstruct(const at::Tensor& x,             // [M, D]
                                   const at::Tensor& eigenvectors,  // [D, D]
                                   const at::Tensor& rank);         // []
 
-// Returns X^T G [D, D] float64.
+// Returns X^T G [D, D] float64 of these rows.
 at::Tensor pca_moment_grad_projector(const at::Tensor& grad,   // [M, D]
                                      const at::Tensor& x,      // [M, D]
                                      const at::Tensor& mean);  // [D]

@@ -1,10 +1,10 @@
 """Text to token ids by CLIP's byte-pair encoding, equal to that of OpenAI's release.
 
-A text is cleaned (ftfy, HTML entities, runs of white space), lowered, cut into words by a regular
+A text is cleaned (ftfy, HTML entities, runs of white space), lowered, split into words by a regular
 expression, and each word is merged from its UTF-8 bytes by the ranked merges of the vocabulary
-(`himo/vocabulary/README.md` has its source and the layout of the ids). What costs time is done
-once: printable ASCII needs no cleaning, and the ids of every chunk between two spaces are kept.
-By hand because the libraries for it bring a download of the vocabulary, a compiled core or both.
+(`himo/vocabulary/README.md` has its source and the layout of the ids). To save time, printable
+ASCII is not cleaned, and the ids of every chunk between two spaces are cached. By hand, because the
+libraries for it download the vocabulary, need a compiled core or both.
 """
 
 import functools
@@ -18,11 +18,11 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import regex
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from himo.errors import HimoError
@@ -34,23 +34,23 @@ CONTEXT_LENGTH = 248
 _VOCABULARY = Path(__file__).with_name("vocabulary") / "bpe_merges.txt.gz"
 _VOCABULARY_SHA256 = "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02"  # unpacked
 
-# The expression of CLIP. None of its matches holds white space, so cutting the text at spaces
-# first changes nothing, and a match taken alone matches itself: one cache serves both.
+# CLIP's expression. None of its matches holds white space, so splitting the text at spaces first
+# changes nothing, and a match by itself matches as a whole: one cache serves chunks and words.
 _WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
 _SPECIAL = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
 _WHITE_SPACE = regex.compile(r"\s+")
-# Some 20 MB when full. Beyond it the cache starts again: frequent chunks are back at once.
+# About 20 MB when full; the cache is then cleared, and frequent chunks soon fill it again.
 _CACHED_CHUNKS = 1 << 17
-_CACHED_CHUNK_LENGTH = 64  # characters; longer chunks hardly come twice
+_CACHED_CHUNK_LENGTH = 64  # characters; longer chunks rarely come twice
 
-# Characters of a text that are cleaned: 33 for each of 248 tokens, where English has 4 to 5.
+# Most characters of a text that are cleaned: 33 for each of 248 tokens; English has 4 to 5.
 MAX_CLEANED = 8192
 
 # ftfy undoes nested entities (&amp;amp;...) one level at a time, each time over the whole text:
-# 2.4 s for 8,192 characters of them. More levels than eight count as eight.
+# 2.4 s for 8,192 characters of them. More than eight levels count as eight.
 _NESTED = regex.compile(r"&(?:(?:amp|AMP|#0*38|#[xX]0*26);){9,}")
 _DEEPEST = "&" + 8 * "amp;"
 # Python converts no decimal number of more than 4,300 digits. Beyond U+10FFFF all are U+FFFD.
@@ -61,7 +61,7 @@ _truncation_reported = False
 
 
 class TextError(HimoError):
-    """A text that the tokenizer cannot read; `reason` is what it is counted as."""
+    """A text that the tokenizer cannot read; `reason` is the word to count it by."""
 
     reason = "text"
 
@@ -90,16 +90,16 @@ def tokenize(
     Raises:
         HimoError: `texts` holds something else than str, `context_length` is no integer of at
             least 2, or a text is too long, in tokens or to be cleaned, and `truncate` is False.
-        TextError: a text that a library refuses, which none is known to.
+        TextError: a library refuses a text; no such text is known.
     """
     ids = default_tokenizer().encode_batch(texts, context_length, truncate)
     return torch.from_numpy(ids.astype(np.int32))
 
 
 class Tokenizer:
-    """CLIP's tokenizer; `default_tokenizer()` is the one that is shared.
+    """CLIP's tokenizer; `default_tokenizer()` is the shared one.
 
-    Reading the vocabulary takes about 0.1 s. A pickled one carries no cache.
+    Reading the vocabulary takes about 0.1 s. A pickle has no cache.
 
     Raises:
         HimoError: the vocabulary is missing or is not the one this version was written for.
@@ -115,7 +115,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without start and end; HimoError if it is no str.
 
-        As many as there are, but see `tokenize` for a text of over MAX_CLEANED characters.
+        Not truncated, but see `tokenize` for a text of over MAX_CLEANED characters.
         """
         _check_text(text, "text")
         return array("H", self._encode(text)).tolist()
@@ -125,8 +125,8 @@ class Tokenizer:
         texts: str | Sequence[str],
         context_length: int = CONTEXT_LENGTH,
         truncate: bool = True,
-    ) -> "np.ndarray[Any, np.dtype[np.uint16]]":
-        """The rows of `tokenize` as uint16 [B, context_length], half the bytes: to be stored."""
+    ) -> NDArray[np.uint16]:
+        """The rows of `tokenize` as uint16 [B, context_length], in half the bytes, for storage."""
         rows, too_long = self.encode_cut(texts, context_length, truncate)
         if too_long:
             _report_truncation(too_long, len(rows), context_length, truncate)
@@ -134,11 +134,11 @@ class Tokenizer:
 
     def encode_cut(
         self, texts: str | Sequence[str], context_length: int, truncate: bool = True
-    ) -> tuple["np.ndarray[Any, np.dtype[np.uint16]]", list[tuple[int, int]]]:
-        """The rows of `encode_batch`, and what does not fit: (index, length in tokens) of a text.
+    ) -> tuple[NDArray[np.uint16], list[tuple[int, int]]]:
+        """The rows of `encode_batch`, and (index, length in tokens) of each text that is too long.
 
-        Says nothing of it: for a caller that counts them, as no caller can silence a warning of
-        its own thread alone.
+        Does not warn about them: for a caller that counts them, because a warning cannot be
+        silenced in one thread alone.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -146,11 +146,7 @@ class Tokenizer:
             raise HimoError(
                 f"tokenize: expected a str or a list of str, got {type(texts).__name__}"
             )
-        if (
-            not isinstance(context_length, int)
-            or isinstance(context_length, bool)
-            or context_length < 2
-        ):
+        if not isinstance(context_length, int) or context_length < 2:
             raise HimoError(
                 "tokenize: expected context_length to be an integer of at least 2, got "
                 f"{context_length!r:.40}"
@@ -175,13 +171,13 @@ class Tokenizer:
         return flat.reshape(len(rows), context_length), too_long
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text that ids stand for, lowered and with a space after each word.
+        """The text of token ids, lowered and with a space after each word.
 
-        A row of `tokenize` may be given as it is: start-of-text is left out, end-of-text ends the
-        text. Bytes that are not UTF-8, as where a row was cut, become U+FFFD.
+        Takes a row of `tokenize` too: start-of-text is skipped, end-of-text ends the text. Bytes
+        that are not UTF-8, as where a row was cut, become U+FFFD.
 
         Raises:
-            HimoError: an id is none of the vocabulary.
+            HimoError: an id is not in the vocabulary.
         """
         if isinstance(ids, Tensor):
             ids = ids.flatten().tolist()
@@ -199,8 +195,8 @@ class Tokenizer:
         """Token ids of a text as the bytes of an array of uint16.
 
         Raises:
-            TextError: a library refuses it. A text may come from anyone, and what html, ftfy and
-                regex raise is not stated: a program that meets it counts the text, and goes on.
+            TextError: a library refuses it. A text is untrusted, and html, ftfy and regex do not
+                document what they raise: a caller can count the text and continue.
         """
         try:
             return b"".join(map(self._chunks.__getitem__, split_text(text)))
@@ -216,15 +212,15 @@ def default_tokenizer() -> Tokenizer:
 
 
 def split_text(text: str) -> list[str]:
-    """The chunks between spaces of a text, which is cleaned where it is not clean."""
+    """The chunks between spaces of a text, cleaned first if necessary."""
     if _is_clean(text):
         return text.lower().split()
     return clean_text(text[:MAX_CLEANED]).split(" ")
 
 
 def _is_clean(text: str) -> bool:
-    # Cleaning leaves printable ASCII as it is: without `&` there is no entity, and what ftfy
-    # repairs is either not ASCII or a control character.
+    # Cleaning does not change printable ASCII: without `&` there is no entity, and ftfy repairs
+    # only what is not ASCII or a control character.
     return text.isascii() and "&" not in text and text.replace("\n", " ").isprintable()
 
 
@@ -266,9 +262,9 @@ class _ChunkCache(dict[str, bytes]):
         """Token ids of one word.
 
         Merges the adjacent pair of the lowest rank, leftmost first, until no pair is in the
-        vocabulary. The heap makes this n log n in the length of the word. It may hold the pairs
-        of several ranks at once, because no two merges of the vocabulary make the same symbol:
-        a pair with a new symbol has a higher rank than the merge that made the symbol.
+        vocabulary. The heap makes this n log n in the length of the word. Pairs of several ranks
+        may be in it at once, because no two merges of the vocabulary make the same symbol: a pair
+        with a new symbol has a higher rank than the merge that made the symbol.
         """
         merges = self._merges
         symbols = [self._byte_ids[byte] for byte in word.encode()]
@@ -280,7 +276,7 @@ class _ChunkCache(dict[str, bytes]):
             if (merged := merges.get(pair)) is not None
         ]
         heapq.heapify(heap)
-        symbols.append(-1)  # in no pair: the end, and what has been merged into its neighbour
+        symbols.append(-1)  # in no pair: the end, and a symbol merged into its neighbour
         following, preceding = list(range(1, size + 2)), list(range(-1, size))
         while heap:
             merged, left = heapq.heappop(heap)
@@ -329,9 +325,7 @@ def read_symbols() -> tuple[list[int], dict[str, int], list[str]]:
 def _read_vocabulary() -> tuple[dict[tuple[int, int], int], list[int], list[bytes]]:
     """The merges {(id, id): id}, the id of each byte, and the bytes of each id but the last two."""
     order, ids, lines = read_symbols()
-    byte_ids = [0] * 256
-    for number, byte in enumerate(order):
-        byte_ids[byte] = number
+    byte_ids: list[int] = np.argsort(order).tolist()  # the inverse permutation
     pieces = [bytes([byte]) for byte in order]
     pieces += [piece + b" " for piece in pieces]
     merges: dict[tuple[int, int], int] = {}

@@ -1,7 +1,7 @@
 """From an image file to the tensor a model takes, with Pillow and torch alone.
 
-`open_image` reads files nobody has looked at: whatever they hold, the result is a decoded image or
-an `ImageError`. `Preprocess` is CLIP's resize, centre crop and normalisation.
+`open_image` reads untrusted files: whatever they hold, the result is a decoded image or an
+`ImageError`. `Preprocess` is CLIP's resize, centre crop and normalisation.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from himo.images import (
 __all__ = ["MEAN", "STD", "ImageError", "Preprocess", "Reason", "normalize", "open_image"]
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# A JPEG may be shrunk while it is decoded, in fast mode, to no less than this many resolutions.
+# In fast mode a JPEG may be shrunk while it is decoded, to no less than this many resolutions.
 _DRAFT_SIDES = 2
 
 
@@ -36,17 +36,17 @@ _DRAFT_SIDES = 2
 class Preprocess:
     """CLIP's preprocessing: short side to `resolution`, centre crop, RGB, normalised.
 
-    Or the like of it that a checkpoint states: `Preprocess.of` takes it from there.
+    Or a variant that a checkpoint states: `Preprocess.of` takes it from there.
 
     `exact` gives, bit for bit, torchvision's Resize(bicubic), CenterCrop, conversion to RGB,
     ToTensor and Normalize. As there, the conversion comes after the resize, so palette and 1-bit
     images are resized by the nearest pixel, and alpha is dropped. Greys of more than 8 bits, which
-    become white there, keep their picture: see `himo.images.grey`.
+    become white there, are scaled: see `himo.images.grey`.
 
-    `fast` differs by a few 1/255: `read` lets the JPEG decoder shrink a large image to no less
-    than twice the resolution, and RGB and grey images are resized by torch. Other modes, and
-    images that are already decoded, take the same way as far as it applies to them. The crop is
-    that of `exact`, because it follows from the size in the header.
+    `fast` differs by a few 1/255: `read` lets the JPEG decoder shrink a large image to no less than
+    twice the resolution, and torch resizes RGB and grey images, also those already decoded. Other
+    modes are resized as in `exact`. The crop is always that of `exact`, because it follows from the
+    size in the header.
 
     Args:
         resolution: R, pixels of a side of the result.
@@ -102,7 +102,7 @@ class Preprocess:
         return normalize(images, self.mean, self.std)
 
     def uint8(self, image: Image.Image) -> Tensor:
-        """An image resized and cropped, as uint8 [3, R, R]; `normalize` does the rest.
+        """An image resized and cropped, as uint8 [3, R, R], for `normalize`.
 
         Raises:
             ImageError: a mode that has no RGB, or a shape so narrow that the resized image would
@@ -124,13 +124,14 @@ class Preprocess:
             raise ImageError(f"{source_name(source)}: {error}", error.reason) from error
 
     def _uint8(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        """uint8 [3, R, R] of an image whose full size is `size`, though it may have been shrunk."""
+        """uint8 [3, R, R] of an image of full size `size`, which may have been shrunk since."""
         if min(size) < 1:
             raise ImageError(f"{size[0]} x {size[1]} pixels: nothing to resize")
         if self.resize_mode == "squash":
             width = height = self.resolution
         else:
-            width, height = _resized(size, self.resolution)
+            short = min(size)
+            width, height = (int(self.resolution * side / short) for side in size)
         if width * height > MAX_PIXELS:
             raise ImageError(
                 f"{size[0]} x {size[1]} pixels would be resized to {width} x {height}, more than "
@@ -163,23 +164,14 @@ class Preprocess:
 def normalize(
     images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
 ) -> Tensor:
-    """uint8 [..., 3, R, R] as float32 with a mean and a standard deviation, on its device.
+    """uint8 [..., 3, R, R] as float32, minus a mean, over a standard deviation, on its device.
 
-    Both of R, G and B in [0, 1]; CLIP's by default. Equal, bit for bit, to ToTensor and Normalize
-    of torchvision.
+    Both are of R, G and B in [0, 1], by default CLIP's. Equal, bit for bit, to torchvision's
+    ToTensor and Normalize.
     """
     if images.dtype != torch.uint8 or images.dim() < 3 or images.shape[-3] != 3:
         raise HimoError(
             f"normalize: expected uint8 [..., 3, R, R], got {images.dtype} {list(images.shape)}"
         )
-    centre = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    spread = torch.tensor(std, device=images.device).view(3, 1, 1)
+    centre, spread = torch.tensor((mean, std), device=images.device).view(2, 3, 1, 1)
     return images.to(torch.float32).div_(255).sub_(centre).div_(spread)
-
-
-def _resized(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """The width and height of an image whose short side becomes `resolution`."""
-    width, height = size
-    if width <= height:
-        return resolution, int(resolution * height / width)
-    return int(resolution * width / height), resolution

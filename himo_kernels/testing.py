@@ -5,6 +5,8 @@ therefore compares arithmetic, not input rounding. Each takes a CPU torch.Genera
 gives the same batch on every device.
 """
 
+import os
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -304,6 +306,18 @@ def assert_within_budget(
             f"{name}: error {actual_error:.3e} above the budget {budget:.3e} "
             f"(eager PyTorch in {actual.dtype}: {eager_error:.3e}, eps sqrt({terms}) added)"
         )
+
+
+def separate_compile_cache() -> None:
+    """Gives torch.compile a cache of its own where ATEN_CPU_CAPABILITY lowers the processor.
+
+    Inductor's cache key leaves that variable out. A kernel compiled for AVX-512 would be loaded
+    under AVX2, whose vectors are half as long, and would skip half of the entries (torch 2.13).
+    """
+    capability = os.environ.get("ATEN_CPU_CAPABILITY")
+    if capability and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{capability}")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
 
 
 def _randn(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

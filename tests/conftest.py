@@ -20,6 +20,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from himo_kernels.testing import separate_compile_cache
+
+separate_compile_cache()
+
 try:
     from hypothesis import settings
 except ModuleNotFoundError:  # the property tests are skipped

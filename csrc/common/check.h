@@ -1,5 +1,5 @@
-// Argument checks of the entry points. The Python API has made them before for its own callers;
-// these keep a direct call of himo_kernels._C from reading memory that is not there.
+// Argument checks of the entry points. The Python API has already checked its arguments; these
+// protect direct calls of himo_kernels._C from reading out of bounds.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// Ctrl-C inside a long call. Python runs a signal's handler only when it gets control back, which a
-// call of minutes does not give it; so the calling thread asks between pieces of work.
+// Ctrl-C inside a long call. Python runs signal handlers only when control returns to it, which may
+// take minutes here, so the calling thread polls for signals between pieces of work.
 #pragma once
 
 #include <atomic>
@@ -7,16 +7,16 @@
 
 namespace himo {
 
-// One for each call, shared by its threads. The caller must not hold the GIL.
+// One object per call, shared by its threads. The caller must not hold the GIL.
 class Interrupt {
  public:
-  // release: called in the calling thread before handlers run, gives back what it holds of the
-  // processor's state, which a handler's own products may need.
+  // release: called in the calling thread before handlers run. It releases processor state (AMX
+  // tiles) that matrix products inside a handler may need.
   explicit Interrupt(void (*release)() = [] {}) : release_(release) {}
 
-  // Returns whether the work is to stop. In the calling thread, at most every 50 ms (taking the GIL
-  // may wait 5 ms for another thread), runs Python's pending signal handlers and throws what they
-  // raise, KeyboardInterrupt as a rule. On a thread other than Python's main one none is pending.
+  // Returns whether to stop. In the calling thread, at most every 50 ms (taking the GIL may wait 5
+  // ms for another thread), it runs Python's pending signal handlers and throws what they raise,
+  // usually KeyboardInterrupt. Python runs handlers only on its main thread.
   bool poll();
 
  private:

@@ -1,4 +1,4 @@
-// Leading dimensions: what an entry point takes as [*, ...] and a kernel as [B, ...].
+// Leading dimensions: [*, ...] in the entry points, [B, ...] in the kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +15,7 @@ inline std::vector<int64_t> with_tail(const at::Tensor& x, std::initializer_list
   return shape;
 }
 
-// Returns the tensor with its leading dimensions as one, [B, tail...].
+// Returns the tensor with its leading dimensions flattened into one: [B, tail...].
 inline at::Tensor flatten_lead(const at::Tensor& tensor, int64_t tail_dims) {
   const auto lead = tensor.sizes().slice(0, tensor.dim() - tail_dims);
   std::vector<int64_t> shape{c10::multiply_integers(lead)};

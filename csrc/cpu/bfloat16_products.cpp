@@ -1,6 +1,6 @@
-// The product of bfloat16 tiles with AVX-512 BF16: vdpbf16ps adds two products of bfloat16 to a
-// float. For processors without AMX: oneDNN's micro-kernel takes bfloat16 only where that is, and
-// its products of whole matrices round their results to bfloat16, which logits must not be.
+// Products of bfloat16 tiles with AVX-512 BF16, whose vdpbf16ps adds two products of bfloat16 to a
+// float. Used on processors without AMX: oneDNN's micro-kernel for bfloat16 needs AMX, and its
+// products of whole matrices round their results to bfloat16, which is too inaccurate for logits.
 #include <cstdint>
 
 #include "cpu/tile_products.h"
@@ -8,7 +8,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored \
-    "-Wmaybe-uninitialized"  // of the intrinsics' own undefined registers
+    "-Wmaybe-uninitialized"  // false positive: the intrinsics use undefined registers
 #include <immintrin.h>
 
 #ifdef __clang__
@@ -21,8 +21,8 @@
 namespace himo::cpu::avx512_bf16 {
 namespace {
 
-// Rows of a register tile: 8 x 2 sums hide the instruction's latency, and leave registers for a
-// row of the panel and the broadcast pair.
+// Rows of a register tile: 8 x 2 sums hide the latency of vdpbf16ps and leave registers for a row
+// of the panel and the broadcast pair.
 constexpr int kRows = 8;
 
 template <int rows>

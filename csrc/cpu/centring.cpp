@@ -7,11 +7,11 @@
 namespace himo::cpu {
 namespace {
 
-// The mean is cut into row blocks that are summed apart and then added in order: of at least 64
-// rows, so that two threads share 128 of them; at most 64 blocks, which bounds the partial sums.
+// The mean is summed in blocks of rows, and the partial sums are added in order. A block has at
+// least 64 rows, so that two threads share 128 rows; 64 blocks at most limit the partial sums.
 constexpr int64_t kMeanRows = 64;
 constexpr int64_t kMeanBlocks = 64;
-constexpr int64_t kMeanColumns = 512;  // 4 KiB of partial sums: they stay in the first-level cache
+constexpr int64_t kMeanColumns = 512;  // 4 KiB of partial sums, which stay in the L1 cache
 
 // sums[j] += x[i, j] - first[j]; the inner loop runs along the smaller stride.
 template <typename scalar_t>
@@ -41,8 +41,8 @@ HIMO_WIDE void add_rows(const scalar_t* x,  // [rows, columns]
   }
 }
 
-// out[k] = scale * (x[k * stride] - mean[k * mean_step]); mean_step is 0 or 1. The difference is
-// taken in float64 and rounded once.
+// out[k] = scale * (x[k * stride] - mean[k * mean_step]); mean_step is 0 or 1. Computed in float64
+// and rounded once.
 template <typename in_t, typename out_t>
 HIMO_WIDE void centre_line(const in_t* x, int64_t stride, const double* mean, int64_t mean_step,
                            int64_t size, double scale, out_t* out) {
@@ -99,7 +99,7 @@ std::vector<double> column_means(const at::Tensor& x, int64_t b, int64_t count) 
     }
     const auto sum_block = [&](int64_t problem, int64_t block, int64_t column_block) {
       const int64_t i = block * block_rows, j = column_block * kMeanColumns;
-      if (i >= samples) return;  // 64 blocks of whole rows may end before the last block
+      if (i >= samples) return;  // rounding up the block size may leave the last blocks empty
       add_rows(data + problem_offset(x, b + problem) + i * row_stride + j * column_stride,
                std::min(block_rows, samples - i), std::min(kMeanColumns, features - j), row_stride,
                column_stride, firsts.data() + problem * features + j,
@@ -182,7 +182,7 @@ void copy_block(const at::Tensor& x,  // [*, N, D]
                 const Block& block,
                 T* out,  // [rows, columns]
                 int64_t row_stride) {
-  constexpr int64_t kRows = 32;  // rows at a time: x read column by column writes to no more lines
+  constexpr int64_t kRows = 32;  // rows at a time: limits the cache lines written per column of x
   const int64_t x_rows = x.stride(-2), x_columns = x.stride(-1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "copy_block", [&] {
     const scalar_t* data = x.const_data_ptr<scalar_t>() + problem_offset(x, block.b) +

@@ -1,9 +1,9 @@
-// Centred products by blocks: a block of rows (covariance) or of columns (gram) is centred into a
-// buffer of the computing dtype and added to the product, so that no [N, D] temporary is
-// made. Extra memory: one block, and 64 * D doubles of partial sums.
+// Centred products in blocks: a block of rows (covariance) or columns (gram) is centred into a
+// buffer of the accumulation dtype and its product is added to the output. No [N, D] temporary is
+// allocated. Extra memory: one block, and 64 * D doubles of partial sums.
 //
-// Blocks are cut by the shape of x alone, never by the number of threads, and each sum has one
-// order: results are bitwise equal from run to run at a fixed number of threads.
+// Block sizes depend only on the shape of x, not on the number of threads, and the order of each
+// sum is fixed: results are bitwise equal from run to run at a fixed number of threads.
 
 #include "cpu/covariance_kernel.h"
 
@@ -21,28 +21,29 @@
 namespace himo::cpu {
 namespace {
 
-// Rows of the product that one call computes, up to the diagonal: half of them, which leaves out a
-// quarter of the multiplications, or 192 rows, at D = 768 3/8. Narrower panels lose more in the
-// matrix product than they leave out.
+// Limits on the rows of the product that one call computes up to the diagonal: half the side, from
+// 48 to 192. Two panels skip a quarter of the multiplications; panels of 192 rows skip 3/8 at
+// D = 768. Narrower panels slow the matrix product by more than they save.
 constexpr int64_t kPanel = 192, kNarrowPanel = 48;
-// Below this inner size the time goes into writing the product, and one call writes it fastest.
+// Below this inner size most time is spent writing the product, and one call is fastest.
 constexpr int64_t kThin = 16;
 
-constexpr int64_t kTile = 32;  // a square of 8 KiB in float64, in the first-level cache
+constexpr int64_t kTile = 32;  // a square tile is 8 KiB in float64 and fits the L1 cache
 
-// Elements of a problem from which on panels of its own gain more than a part in a larger bmm.
+// Problems with more elements than this are faster with their own panels than in a shared bmm.
 constexpr int64_t kLargeProblem = 64 * 1024;
 
-// Returns how many problems are taken at a time. Small ones share a block and one bmm: a call of
-// each costs more than the arithmetic.
+// Returns how many problems are processed together. Small problems share a block and one bmm,
+// because a call for each would cost more than the arithmetic.
 int64_t group_size(const at::Tensor& x, int64_t batch, int64_t side) {  // [*, N, D]
   const int64_t elements = std::max<int64_t>(x.size(-2) * x.size(-1), 1);
   if (side > kPanel || elements > kLargeProblem || batch == 0) return 1;
   const int64_t groups = at::divup(batch, kBlockElements / elements);
-  return at::divup(batch, groups);  // of even size: a short last group would leave threads idle
+  return at::divup(batch, groups);  // equal sizes: a short last group would leave threads idle
 }
 
-// Returns how many rows (columns, for gram) are centred at a time: all of them in a group.
+// Returns how many rows (columns for gram) are centred at a time: all of them if problems share a
+// block.
 int64_t lines_of_group(int64_t group, int64_t lines, int64_t length) {
   return group > 1 ? lines : block_lines(lines, length);
 }
@@ -64,8 +65,8 @@ void add_product(const at::Tensor& out,    // [M, N]
   });
 }
 
-// product [count, M, M] = left left^T, or += unless first. One problem goes by panels of rows, each
-// up to its diagonal block: what is above the diagonal is not to be read before mirror_lower.
+// product [count, M, M] = left left^T if first, otherwise +=. A single problem is computed in
+// panels of rows, each up to its diagonal block; the upper half is undefined until mirror_lower.
 void add_lower_product(const at::Tensor& product,  // [count, M, M]
                        const at::Tensor& left,     // [count, M, K]
                        bool first) {
@@ -85,8 +86,8 @@ void add_lower_product(const at::Tensor& product,  // [count, M, M]
   }
 }
 
-// Copies a tile of the lower triangle onto the upper one. A whole tile goes by squares of
-// registers, which both sides are read and written along the rows of.
+// Copies a tile of the lower triangle to the upper one. A full tile is transposed in register
+// blocks, so that source and destination are accessed along rows.
 template <typename T>
 HIMO_WIDE void mirror_tile(T* matrix, int64_t side, int64_t i0, int64_t j0) {  // j0 <= i0
   constexpr int64_t kSquare = 8;
@@ -119,7 +120,7 @@ void mirror_lower(const at::Tensor& product) {  // [count, M, M], contiguous
         0, product.size(0) * tiles, grain(kTile * side / 2), [&](int64_t begin, int64_t end) {
           for (int64_t task = begin; task < end; ++task) {
             scalar_t* matrix = data + task / tiles * side * side;
-            // Long and short rows of tiles in turn: threads take runs of tasks.
+            // Alternate long and short rows of tiles: a thread takes consecutive tasks.
             const int64_t k = task % tiles, row = k % 2 == 0 ? k / 2 : tiles - 1 - k / 2;
             for (int64_t j0 = 0; j0 <= row * kTile; j0 += kTile) {
               mirror_tile(matrix, side, row * kTile, j0);
@@ -137,8 +138,8 @@ void write_means(const std::vector<double>& means,
   });
 }
 
-// target [count, n, d] = offset + left right, rounded once to the dtype of target: where that is
-// not the computing one, the sum is made in scratch.
+// target [count, n, d] = offset + left right, rounded once to the dtype of target. If that is not
+// the accumulation dtype, the sum is formed in scratch.
 void write_gradient(const at::Tensor& left,      // [count, n, k]
                     const at::Tensor& right,     // [count, k, d]
                     const at::Tensor& offset,    // [count, d]
@@ -208,8 +209,8 @@ void gram_fwd(const at::Tensor& x,       // [*, N, D]
   }
 }
 
-// dX = X (G + G^T) and grad_x = dX - mean(dX) + grad_mean / N. The rows of X add up to zero, and so
-// do those of dX: centring by the float64 mean of x leaves nothing of mean(dX) to subtract.
+// dX = X (G + G^T) and grad_x = dX - mean(dX) + grad_mean / N. x is centred with its float64 mean,
+// so the rows of X and of dX sum to zero and mean(dX) need not be subtracted.
 void covariance_bwd(const at::Tensor& grad_mean,        // [B, D]
                     const at::Tensor& grad_covariance,  // [B, D, D]
                     const at::Tensor& x,                // [*, N, D]
@@ -236,7 +237,7 @@ void covariance_bwd(const at::Tensor& grad_mean,        // [B, D]
 }
 
 // dX = (G + G^T) X and grad_x = dX - mean(dX) + grad_mean / N. The mean over rows commutes with the
-// product: it is taken off the columns of G + G^T, [N, N], once.
+// product, so it is subtracted from the columns of G + G^T, [N, N].
 void gram_bwd(const at::Tensor& grad_mean,  // [B, D]
               const at::Tensor& grad_gram,  // [B, N, N]
               const at::Tensor& x,          // [*, N, D]

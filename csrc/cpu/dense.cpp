@@ -17,8 +17,8 @@
 namespace himo::cpu {
 namespace {
 
-constexpr int64_t kTile = 32;  // a square of 8 KiB in float64, in the first-level cache
-// Multiplications below which a call of BLAS takes longer than a plain loop.
+constexpr int64_t kTile = 32;  // a square tile is 8 KiB in float64 and fits the L1 cache
+// With fewer multiplications a plain loop is faster than a BLAS call.
 constexpr int64_t kSmallProduct = 4096;
 
 template <typename T>
@@ -29,7 +29,7 @@ at::Tensor view(Matrix<T> matrix) {
                        at::TensorOptions(c10::CppTypeToScalarType<scalar_t>::value));
 }
 
-// out and b by rows.
+// out and b are row-major.
 template <typename T>
 HIMO_WIDE void multiply_rows(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha, T beta) {
   for (int64_t i = 0; i < out.rows; ++i) {
@@ -75,8 +75,8 @@ void multiply_any(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha, 
   at::cpu::addmm_out(result, result, view(a), view(b), beta, alpha);
 }
 
-// out[i][j] = in[n - 1 - j][i]: LAPACK's columns, ascending, to columns of a row-major matrix,
-// descending. By tiles, so that both sides are read and written along their rows.
+// out[i][j] = in[n - 1 - j][i]: converts LAPACK's ascending columns to descending columns of a
+// row-major matrix. In tiles, so that cache lines of both matrices are used fully.
 void reverse_transpose(const double* in, double* out, int64_t n) {
   for (int64_t i0 = 0; i0 < n; i0 += kTile) {
     for (int64_t j0 = 0; j0 < n; j0 += kTile) {
@@ -90,7 +90,7 @@ void reverse_transpose(const double* in, double* out, int64_t n) {
 
 int64_t lapack_work(int64_t n) { return 1 + 6 * n + 2 * n * n; }
 
-// Below, LAPACK is as fast.
+// For smaller n LAPACK is as fast.
 constexpr int64_t kSmallestWideSide = 16;
 
 }  // namespace

@@ -1,13 +1,13 @@
-// Small dense linear algebra on memory, through torch's BLAS and LAPACK, or AVX-512 of our own
-// where those use half of its width. Inside at::parallel_for a call runs on the one thread it is
-// made from, elsewhere on all of them.
+// Small dense linear algebra on raw memory. It uses torch's BLAS and LAPACK, or our AVX-512 code on
+// processors where those use only 256-bit registers. Inside at::parallel_for a call runs on the
+// calling thread, elsewhere on all threads.
 #pragma once
 
 #include <cstdint>
 
 namespace himo::cpu {
 
-// A view of memory as a matrix; either stride is 1.
+// A view of memory as a matrix; one of the strides is 1.
 template <typename T>
 struct Matrix {
   T* data;
@@ -27,25 +27,25 @@ Matrix<T> row_major(T* data, int64_t rows, int64_t columns) {
   return {data, rows, columns, columns, 1};
 }
 
-// out = alpha a b + beta out. beta = 0 does not read out. No view is empty.
+// out = alpha a b + beta out. With beta = 0, out is not read. Views must not be empty.
 void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> out, float alpha = 1,
               float beta = 0);
 void multiply(Matrix<const double> a, Matrix<const double> b, Matrix<double> out, double alpha = 1,
               double beta = 0);
 
-// Returns whether solve_symmetric of an n x n matrix is cpu/symmetric_eigen.h on this processor;
-// elsewhere it is LAPACK.
+// Returns whether solve_symmetric uses cpu/symmetric_eigen.h for an n x n matrix on this processor;
+// otherwise it uses LAPACK.
 bool solves_wide(int64_t n);
 
-// Returns how many doubles solve_symmetric needs as work; n <= kLargestSide.
+// Returns the size of `work` of solve_symmetric, in doubles; n <= kLargestSide.
 int64_t solver_work(int64_t n);
 
 // The length of LAPACK's work array, 1 + 6 n + 2 n^2, is a 32-bit integer.
 constexpr int64_t kLargestSide = 32766;
 
-// Replaces the symmetric matrix by its eigenvectors in columns, ordered by descending eigenvalue.
-// Entries are finite: LAPACK, where it is used, throws where it does not converge, and the solver
-// of cpu/symmetric_eigen.h has no answer for them.
+// Overwrites the symmetric matrix with its eigenvectors as columns, by descending eigenvalue.
+// Entries must be finite: otherwise LAPACK may throw because it does not converge, and the result
+// of cpu/symmetric_eigen.h is undefined.
 void solve_symmetric(double* matrix,       // [n, n], row-major
                      double* eigenvalues,  // [n], descending
                      int64_t n,

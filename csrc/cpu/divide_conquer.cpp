@@ -1,7 +1,7 @@
-// T is cut in two by a change of rank one at its middle (Cuppen, Numer. Math. 36, 1981); given the
-// two halves' eigenvalues and vectors, those of T follow from diag(d) + rho z z^T. What of it is
-// solved already but for rounding is left out, "deflated" (Dongarra and Sorensen, SIAM J. Sci.
-// Stat. Comput. 8, 1987). Vectors stand in rows, so that all of this runs along memory.
+// A rank-one change in the middle cuts T in two (Cuppen, Numer. Math. 36, 1981). Given the
+// eigenvalues and vectors of the halves, those of T follow from diag(d) + rho z z^T. Eigenpairs
+// that are already correct to rounding are excluded, "deflated" (Dongarra and Sorensen, SIAM J.
+// Sci. Stat. Comput. 8, 1987). Vectors are stored as rows, so that all accesses are contiguous.
 
 #include "cpu/divide_conquer.h"
 
@@ -24,10 +24,10 @@ namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon() / 2;
 constexpr int64_t kLeaf = 24;          // solved by QR sweeps
-constexpr int64_t kForkSide = 128;     // rows below which a second thread does not pay
-constexpr int64_t kCopyGrain = 32768;  // entries copied by a thread at least
-constexpr int kSweeps = 30;            // for an eigenvalue; 2 are usual
-constexpr double kFloor = 1e-32;       // of a difference that counts, beside entries of order 1
+constexpr int64_t kForkSide = 128;     // with fewer rows a second thread does not pay off
+constexpr int64_t kCopyGrain = 32768;  // minimum number of entries one thread copies
+constexpr int kSweeps = 30;            // limit per eigenvalue; 2 are usual
+constexpr double kFloor = 1e-32;       // smaller differences are 0; entries are of order 1
 
 HIMO_AVX512 void rotate(double* a, double* b, int64_t n, double c, double s) {
   int64_t i = 0;
@@ -43,8 +43,8 @@ HIMO_AVX512 void rotate(double* a, double* b, int64_t n, double c, double s) {
   }
 }
 
-// Diagonalises by QR sweeps with Wilkinson's shift (Golub and Van Loan, section 8.3), and rotates
-// the rows with them. Returns whether all of e vanished within kSweeps.
+// Diagonalises by QR sweeps with Wilkinson's shift (Golub and Van Loan, section 8.3) and applies
+// their rotations to the rows. Returns whether all of e became negligible within kSweeps.
 bool solve_by_sweeps(double* d, double* e, int64_t n, double* rows, int64_t stride) {
   const auto negligible = [&](int64_t k) {
     return std::abs(e[k]) <= kEps * (std::abs(d[k]) + std::abs(d[k + 1])) ||
@@ -83,7 +83,7 @@ bool solve_by_sweeps(double* d, double* e, int64_t n, double* rows, int64_t stri
   return true;
 }
 
-// Rows and columns first to first + count of T, cut before row `middle`.
+// Rows and columns [first, first + count) of T, cut before row `middle`.
 struct Segment {
   int64_t first, count;
 
@@ -92,36 +92,38 @@ struct Segment {
   Segment lower() const { return {middle(), count - count / 2}; }
 };
 
-// The columns in which a vector is not 0, as it comes from the two halves.
+// The half of the columns in which a vector is nonzero.
 enum Half : int8_t { kUpper, kBoth, kLower };
 
-// diag(d) + rho z z^T without what is solved already. Indices are rows of the segment.
+// diag(d) + rho z z^T after deflation. Indices are rows of the segment.
 struct Deflated {
-  double rho, largest;          // of rho and |d|
-  std::vector<double> z;        // of length 1
-  std::vector<Half> half;       // by row
-  std::vector<int64_t> kept;    // d ascends, by more than rounding
-  std::vector<int64_t> solved;  // d ascends
+  double rho, largest;          // largest = max(rho, max |d|)
+  std::vector<double> z;        // |z| = 1
+  std::vector<Half> half;       // for each row
+  std::vector<int64_t> kept;    // still to be solved; d ascends by more than rounding
+  std::vector<int64_t> solved;  // deflated; d ascends
 };
 
 struct Solver {
   double *d, *e;
   int64_t n, stride;
-  double* rows;             // [n, stride], eigenvectors
-  double *compact, *turns;  // [n, stride] each, scratch: a segment's are its rows of them
-  int64_t* sorted;          // [n]; within a segment, rows in ascending order of d
+  double* rows;  // [n, stride], eigenvectors
+  // Scratch, [n, stride] each: the vectors to merge, and the eigenvectors of diag(d) + rho z z^T. A
+  // segment uses only its own rows.
+  double *compact, *turns;
+  int64_t* sorted;  // [n]; the rows of a segment in ascending order of d
 
   double* block(Segment s) const { return rows + s.first * stride + s.first; }
 
-  // T = diag(T1, T2) + |e| u u^T, where u is 1 before the cut and the sign of e behind it.
+  // T = diag(T1, T2) + |e| u u^T, where u is 1 in the row before the cut and sign(e) after it.
   void cut(Segment s) const {
     const double rho = std::abs(e[s.middle() - 1]);
     d[s.middle() - 1] -= rho;
     d[s.middle()] -= rho;
   }
 
-  // On the calling thread's own, or all threads in the products of a large segment. A segment of
-  // one row needs no sweep: this ends.
+  // Runs on the calling thread, except that products of a large segment use all threads. The
+  // recursion ends because a segment of one row needs no sweep.
   void solve(Segment s) const {
     if (s.count <= kLeaf && solve_leaf(s)) return;
     cut(s);
@@ -130,7 +132,7 @@ struct Solver {
     merge(s);
   }
 
-  // Returns whether the sweeps ended; if not, T is as it was.
+  // Returns whether the sweeps converged; if not, T is unchanged.
   bool solve_leaf(Segment s) const {
     double diagonal[kLeaf], off_diagonal[kLeaf] = {};
     for (int64_t i = 0; i < s.count; ++i) {
@@ -167,7 +169,7 @@ Deflated Solver::deflate(Segment s) const {
   auto& z = result.z;
   auto& half = result.half;
   for (int64_t i = 0; i < s.count; ++i) {
-    const bool above = i < upper;  // the cut
+    const bool above = i < upper;  // above the cut
     const double entry = block(s)[i * stride + (above ? upper - 1 : upper)];
     z[i] = (above || off >= 0 ? entry : -entry) * std::sqrt(0.5);
     half[i] = above ? kUpper : kLower;
@@ -178,8 +180,8 @@ Deflated Solver::deflate(Segment s) const {
   std::merge(order, order + upper, order + upper, order + s.count, merged.begin(),
              [&](int64_t a, int64_t b) { return values[a] < values[b]; });
 
-  // z couples the rows. An entry below the tolerance is taken as 0, and of two close values a
-  // rotation of their vectors makes one 0.
+  // z couples the rows. An entry below the tolerance counts as 0. For two close values, a rotation
+  // of their vectors makes one of the two entries 0.
   const double tolerance = std::max(8 * kEps * result.largest, kFloor);
   int64_t held = -1;
   for (const int64_t i : merged) {
@@ -214,8 +216,8 @@ void Solver::merge(Segment s) const {
   const int64_t kept = deflated.kept.size(), solved = deflated.solved.size();
   double* values = d + s.first;
 
-  // What is kept is grouped by half, so that the product of either half's columns takes only what
-  // is not 0 there.
+  // Group the kept rows by half, so that the product for each half of the columns skips the rows
+  // that are 0 there.
   int64_t starts[4] = {};
   for (const int64_t i : deflated.kept) ++starts[deflated.half[i] + 1];
   for (int k = 0; k < 3; ++k) starts[k + 1] += starts[k];
@@ -230,8 +232,8 @@ void Solver::merge(Segment s) const {
     z[place] = deflated.z[i];
   }
 
-  // Of either half no more rows are kept than it has, and rows of both, which take two places, are
-  // at most as many as the solved ones: this fills no more than count rows of `compact`.
+  // This fills at most `count` rows of `compact`: each half keeps at most as many rows as it has,
+  // and rows nonzero in both halves, which are stored twice, are at most as many as solved rows.
   const int64_t uppers = starts[2], lowers = kept - starts[1];
   double* upper_rows = compact + s.first * stride;    // [uppers, upper]
   double* lower_rows = upper_rows + uppers * upper;   // [lowers, lower]
@@ -286,10 +288,11 @@ void solve_tridiagonal(double* diagonal, double* off_diagonal, int64_t n, double
                        int64_t* sorted, double* work) {
   const int64_t stride = solver_stride(n);
   const Solver solver{diagonal, off_diagonal, n, stride, rows, work, work + n * stride, sorted};
-  // As many segments as threads, each solved by one; the merges above them are shared.
+  // Cut T into at least as many segments as threads. One thread solves a segment; all threads share
+  // the merges above.
   const int64_t threads = at::in_parallel_region() || n < kForkSide ? 1 : at::get_num_threads();
   std::vector<Segment> segments{{0, n}};
-  size_t level = 0;  // begins here
+  size_t level = 0;  // index of the first segment of the lowest level
   while (static_cast<int64_t>(segments.size() - level) < threads &&
          segments.back().count > 2 * kLeaf) {
     const size_t end = segments.size();

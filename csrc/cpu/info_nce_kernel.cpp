@@ -1,13 +1,15 @@
-// Forward: row blocks of 64 against column tiles of 256; the softmax statistics of both directions
-// come from one pass over each tile, formed just before, or with all others where they are kept for
-// the backward. Column statistics are kept for up to 64 groups of row blocks and combined in order:
-// 64 N numbers, and the same bits whatever the number of threads.
+// Forward: row blocks of 64 against column tiles of 256. One pass over a tile updates the softmax
+// statistics of both directions. A tile is computed just before that pass; if the logits are cached
+// for the backward, all tiles are computed first. Each of up to 64 groups of row blocks has its own
+// column statistics (a maximum and a sum per column), which are merged in a fixed order: the result
+// has the same bits for any number of threads.
 //
-// Backward: the tiles are formed again (or read, where the forward kept them) and turned into
-// scale dL/dS. Each row block adds its product with the keys to grad_query, and writes its
-// transpose into a workspace of kWorkspace bytes or a few row blocks a thread (small problems that
-// share the threads: of all their rows); when a chunk of rows is there, each column block adds its
-// product with the queries to grad_key. No thread adds to what another one writes.
+// Backward: a tile is recomputed (or read, if cached) and converted to scale dL/dS. Each row block
+// multiplies its dL/dS by the keys into grad_query and writes its transpose into a workspace. The
+// workspace holds a chunk of rows: kWorkspace bytes or two row blocks per thread, whichever is
+// larger; all rows when several small problems share the threads. When a chunk is complete, each
+// column block multiplies it by the queries and accumulates into grad_key. No two threads write to
+// the same memory.
 
 #include "cpu/info_nce_kernel.h"
 
@@ -26,30 +28,30 @@
 namespace himo::cpu {
 namespace {
 
-// A block of rows (196 KiB of float at K = 768), a tile (64 KiB) and its gradient fit the
-// second-level cache together.
+// A row block (192 KiB of float at K = 768), a tile (64 KiB) and its gradient fit in L2 together.
 constexpr int64_t kRows = 64;
 constexpr int64_t kColumns = RightFactor<float>::kColumns;
 constexpr int64_t kGroups = 64;
 constexpr int64_t kWorkspace = 16 << 20;
-// From here on bfloat16 features have their gradients formed from dL/dS rounded to bfloat16, as
-// under autocast, which takes half the time. Below, the time is not in these products, and the sums
-// are so short that the rounding would show.
+// With at least this many samples, bfloat16 features get their gradients from dL/dS rounded to
+// bfloat16, as under autocast, which takes half the time. With fewer, these products take little of
+// the time, and the sums are too short to average out the rounding.
 constexpr int64_t kRoundedSamples = 256;
-// Small problems share the threads: as many at a time as hold this many rows together.
+// Small problems run in groups that share the threads: at most this many rows per group.
 constexpr int64_t kRowsAtATime = 4096;
 
 const auto& loops_of(float) { return tile_loops().float32; }
 const auto& loops_of(double) { return tile_loops().float64; }
 
-// [padded(N)], 0 past the last.
+// Zero-pads to [padded(N)].
 at::Tensor pad(const at::Tensor& values) {  // [N]
   const auto result = at::zeros({padded(values.size(0))}, values.options());
   result.narrow(0, 0, values.size(0)).copy_(values);
   return result;
 }
 
-// -log P of a positive: log(1 + sum of exp(S - p)), of which sum is exp(max) times too small.
+// -log P of a positive p: log(1 + exp(max) sum), where exp(max) sum is the sum of exp(S - p) over
+// the negatives.
 template <typename acc_t>
 acc_t nll(acc_t max, acc_t sum) {
   const double m = max, s = sum;
@@ -57,18 +59,18 @@ acc_t nll(acc_t max, acc_t sum) {
   return static_cast<acc_t>(m + std::log(s + std::exp(-m)));
 }
 
-// log sum exp(S - p), of which sum is exp(max) times too small.
+// The log of the same sum: max + log(sum).
 template <typename acc_t>
 acc_t log_odds(acc_t max, acc_t sum) {
   return static_cast<acc_t>(static_cast<double>(max) + std::log(static_cast<double>(sum)));
 }
 
-// A problem's factors, laid out for the tile products: of logits, and of gradients.
+// The factors of a problem, laid out for the tile products of the logits and of the gradients.
 template <typename factor_t, typename gradient_t>
 struct Factors {
   using acc_t = accumulator_t<factor_t>;
   at::Tensor row_positives;          // [M]
-  at::Tensor column_positives;       // [padded(N)], the same memory where all pairs are here
+  at::Tensor column_positives;       // [padded(N)], same memory as row_positives for a whole batch
   at::Tensor query;                  // left [M, K]
   RightFactor<factor_t> key_turned;  // right [K, N]
   RightFactor<gradient_t> keys;      // right [N, K]
@@ -91,7 +93,7 @@ struct Factors {
   }
 };
 
-// A tile of query key^T: formed in scratch or in the kept products, or read from these.
+// A tile of query key^T: in scratch, or in the cached products if there are any.
 template <typename factor_t>
 struct ProductTile {
   using acc_t = accumulator_t<factor_t>;
@@ -118,7 +120,7 @@ struct ProductTile {
   }
 };
 
-// Writes the products that are kept for the backward.
+// Computes the products that are cached for the backward.
 template <typename factor_t, typename gradient_t>
 void form_products(c10::ArrayRef<InfoNCE> problems,
                    const std::vector<Factors<factor_t, gradient_t>>& factors,
@@ -139,14 +141,16 @@ void form_products(c10::ArrayRef<InfoNCE> problems,
   });
 }
 
-// Factors of every problem, those of logits unless their products are there (formed). Where all
-// pairs are here, S_ii = scale q_i . k_i is from the same products as the tiles': where captions
-// repeat, S_ij - S_ii is 0 to the bit. Products that are kept are formed first, to be read for it.
+// Returns the factors of every problem; the factors of the logits only if their products have not
+// been computed yet (formed is false). For a whole batch this also fills the positives,
+// S_ii = scale q_i . k_i, with the same arithmetic as the tiles, so that S_ij - S_ii is exactly 0
+// where captions repeat. Cached products are computed here, because the positives are their
+// diagonal.
 template <typename factor_t, typename gradient_t>
 std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems, double scale,
                                                       bool formed, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  constexpr int64_t kBlock = 32;  // of the diagonal
+  constexpr int64_t kBlock = 32;  // rows and columns of a diagonal block
   std::vector<Factors<factor_t, gradient_t>> factors;
   for (const auto& problem : problems) factors.emplace_back(problem, !formed);
   if (problems[0].row_positives.defined()) return factors;
@@ -186,7 +190,7 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   const auto factors = factors_of<factor_t, acc_t>(problems, scale, /*formed=*/false, interrupt);
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t offset = problems[0].offset, width = padded(keys);
-  // Of a batch with all its pairs -log P, of a block what it adds to log(1 / P - 1).
+  // A whole batch gives -log P; a block gives log sum exp, its share of log(1 / P - 1).
   const bool whole = problems[0].positives.defined();
   const auto statistic = [whole](acc_t max, acc_t sum) {
     return whole ? nll(max, sum) : log_odds(max, sum);
@@ -201,7 +205,7 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   const int64_t groups = at::divup(row_blocks, group_blocks);
   const int64_t count = problems.size();
   const auto options = factors[0].row_positives.options();
-  // max and sum of each column over the rows of a group [problems, groups, 2, padded(N)]
+  // max and sum of each column over the rows of a group: [problems, groups, 2, padded(N)]
   const auto partial = at::zeros({count, groups, 2, width}, options);
   acc_t* partial_data = partial.template mutable_data_ptr<acc_t>();
 
@@ -251,7 +255,7 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   });
 }
 
-// The gradient of a tile as the left factor of a product with the keys.
+// Returns the gradient of a tile as the left factor of the product with the keys.
 template <typename acc_t>
 const acc_t* as_factor(const acc_t* tile, int64_t, int64_t, acc_t*) {
   return tile;
@@ -263,7 +267,8 @@ const c10::BFloat16* as_factor(const float* tile, int64_t rows, int64_t width,
   return rounded;
 }
 
-// Its transpose, columns of a left factor of the products with the queries.
+// Writes the transposed gradient of a tile: columns of the left factor of the product with the
+// queries.
 template <typename acc_t>
 void transpose(const acc_t* tile, int64_t width, int64_t rows, int64_t columns, acc_t* out,
                int64_t stride) {
@@ -273,7 +278,7 @@ void transpose(const float* tile, int64_t width, int64_t rows, int64_t columns, 
                int64_t stride) {
   tile_loops().transpose_bfloat16(tile, width, rows, columns, reinterpret_cast<uint16_t*>(out),
                                   stride);
-  if (rows % 2 == 0) return;  // the last row of a problem: the other half of its pair is 0
+  if (rows % 2 == 0) return;  // rows are multiplied in pairs: pad an odd last row with 0
   for (int64_t j = 0; j < columns; ++j) out[j * stride + rows] = 0;
 }
 
@@ -292,13 +297,13 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
   const auto smoothing = static_cast<acc_t>(options.label_smoothing);
 
   const int64_t row_bytes = keys * static_cast<int64_t>(sizeof(gradient_t));
-  const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks a thread
+  const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks per thread
   const int64_t most = at::divup(samples, kRows) * kRows;
   const int64_t chunk =
       count > 1 ? most : std::min(most, std::max(least, kWorkspace / row_bytes / kRows * kRows));
   const auto options_of_acc = factors[0].row_positives.options();
   const auto options_of_factor = options_of_acc.dtype(c10::CppTypeToScalarType<gradient_t>::value);
-  // transposed factor dL/dS of a chunk of rows [problems, N, chunk]
+  // factor dL/dS of a chunk of rows, transposed: [problems, N, chunk]
   const auto workspace = at::empty({needs_key ? count * keys * chunk : 0}, options_of_factor);
   gradient_t* const turned = workspace.template mutable_data_ptr<gradient_t>();
   std::vector<at::Tensor> column_nll, column_weight;
@@ -372,7 +377,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
   return std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
 }
 
-// Calls run(problems of a group, factor_t{}, gradient_t{}) for groups that share the threads.
+// Calls run(group, factor_t{}, gradient_t{}) for each group of problems that share the threads.
 template <typename Run>
 void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
   if (problems.empty()) return;

@@ -1,4 +1,5 @@
-// The loops of InfoNCE, both directions at once. Logits exist a tile at a time.
+// InfoNCE in both directions, forward and backward, without materialising the logits: only one
+// tile per thread exists at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,29 +8,30 @@
 
 namespace himo::cpu {
 
-// S = scale query key^T, in which row i and column i + offset are a pair: all pairs of one batch
-// (M = N, offset 0), or a block of a batch that other processes hold the rest of. K is the inner
-// dimension. Tensors of results are allocated by the caller; acc is float, or double for double
-// features.
+// S = scale query key^T. Row i and column i + offset are a positive pair. The problem is either a
+// whole batch (M = N, offset 0) or one block of a batch whose other rows and columns are on other
+// processes. K is the inner dimension. The caller allocates the outputs; acc is float, or double
+// for double features.
 struct InfoNCE {
   at::Tensor query;  // [M, K], any strides
   at::Tensor key;    // [N, K], any strides, dtype of query
   int64_t offset = 0;
-  // S of each row's and each column's pair, which may be in another block. Undefined: of a batch,
-  // whose forward writes them to positives.
+  // Blocks only: S of each row's and each column's positive pair, which may be in another block.
+  // Undefined for a whole batch, whose forward writes them to positives.
   at::Tensor row_positives;     // [M] acc
   at::Tensor column_positives;  // [N] acc
   at::Tensor positives;         // [N] acc
-  // Written forward, read backward, where they are of the whole batch. The forward of a block
-  // writes log sum exp(S - positive) of what is no pair.
+  // Whole batch: written by the forward, read by the backward. The forward of a block instead
+  // writes log sum exp(S - positive) over the entries of the block that are not positive pairs;
+  // its backward reads the nll of the whole batch.
   at::Tensor row_nll;     // [M] acc, contiguous
   at::Tensor column_nll;  // [N] acc, contiguous
-  at::Tensor products;    // [M, N] acc: query key^T, kept from forward to backward; or undefined
+  at::Tensor products;    // [M, N] acc: query key^T, cached for the backward; or undefined
   // Backward only.
   at::Tensor row_weight;     // [M] acc, contiguous: dL/d of each nll
   at::Tensor column_weight;  // [N] acc
-  at::Tensor grad_query;     // [M, K] acc, contiguous, or undefined where it is not needed
-  at::Tensor grad_key;       // [N, K] acc, likewise
+  at::Tensor grad_query;     // [M, K] acc, contiguous; undefined if not needed
+  at::Tensor grad_key;       // [N, K] acc, contiguous; undefined if not needed
 };
 
 struct InfoNCEOptions {
@@ -37,11 +39,11 @@ struct InfoNCEOptions {
   double label_smoothing;
   bool differentiate_keys;
   int64_t total;      // samples of the whole batch
-  double factor;      // of the gradients of query and key: scale, or 1 for a caller that multiplies
-  bool add_to_query;  // grad_query holds another loss's, and is not written but added to
+  double factor;      // multiplies the gradients of query and key: scale, or 1 if the caller scales
+  bool add_to_query;  // accumulate into grad_query, which holds the gradient of another loss
 };
 
-// Problems of one shape, dtype and set of defined tensors.
+// All problems of a call have the same shape, dtype and set of defined tensors.
 void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale);
 // Returns the gradient of scale, summed over the problems.
 double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOptions& options);

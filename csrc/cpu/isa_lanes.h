@@ -1,7 +1,8 @@
-// One register of the instruction set that the including file is compiled for.
+// One vector register of the instruction set that the including file is compiled for.
 //
-// For the loops that are compiled for each (tile_loops_<instruction set>.cpp): nothing here may
-// instantiate a template of the standard library, which other files would then share.
+// The loops in tile_loops_body.h and row_loops_body.h are compiled once per instruction set, in
+// tile_loops_<instruction set>.cpp. Nothing here may instantiate a standard library template: the
+// linker could pick that copy, built for the wrong instruction set, for other files.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@
 namespace himo::cpu::HIMO_ISA {
 namespace {
 
-// One register of acc_t, and of integers of the same size.
+// A register of acc_t, and one of integers of the same width.
 template <typename acc_t>
 struct Lanes;
 template <>
@@ -45,10 +46,10 @@ HIMO_INLINE void store(acc_t* target, typename Lanes<acc_t>::type value) {
 
 template <typename acc_t>
 HIMO_INLINE typename Lanes<acc_t>::type fill(acc_t value) {
-  return value - typename Lanes<acc_t>::type{};  // x - 0 is x, for -0 and NaN too
+  return value - typename Lanes<acc_t>::type{};  // x - 0 = x, also for -0 and NaN
 }
 
-// The larger; b where a is NaN: what is computed next has to carry the NaN on.
+// Returns the larger of the two, and b if a is NaN: the caller must propagate NaN itself.
 template <typename lanes_t>
 HIMO_INLINE lanes_t larger(lanes_t a, lanes_t b) {
   return a > b ? a : b;

@@ -1,4 +1,4 @@
-// Which of the loops of tile_loops.h and row_loops.h are for this machine.
+// Selects the loops of tile_loops.h and row_loops.h for this machine.
 
 #include <ATen/Version.h>
 

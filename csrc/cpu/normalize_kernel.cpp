@@ -1,6 +1,6 @@
-// A row is read from memory once and from the first-level cache again; nothing is allocated but a
-// row for each thread where the entries of x are apart. Each row is summed by itself: results do
-// not depend on the number of threads.
+// Each row is read twice, from memory and then from L1. Nothing is allocated, except one row per
+// thread if the entries of x are not contiguous. A row is summed by one thread, so results do not
+// depend on the number of threads.
 
 #include "cpu/normalize_kernel.h"
 
@@ -26,7 +26,7 @@ double* elements(double* data) { return data; }
 auto* elements(c10::BFloat16* data) { return reinterpret_cast<BFloat16Bits*>(data); }
 auto* elements(c10::Half* data) { return reinterpret_cast<HalfBits*>(data); }
 
-// The rows of a tensor [*, N, D] in turn, each with its entries side by side.
+// Gives access to the rows of a tensor [*, N, D] as contiguous arrays, copying them if necessary.
 template <typename element_t>
 class Rows {
  public:
@@ -51,7 +51,7 @@ class Rows {
   std::vector<element_t> copy_;
 };
 
-// Calls row_range(begin, end) on the rows of x [*, N, D], by several threads where they are many.
+// Calls row_range(begin, end) on ranges of rows of x [*, N, D], in parallel if there are many.
 template <typename function_t>
 void over_rows(const at::Tensor& x, const function_t& row_range) {
   if (x.numel() == 0) return;

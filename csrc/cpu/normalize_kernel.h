@@ -1,4 +1,4 @@
-// The loops of normalize over the rows, for any strides.
+// normalize on the CPU, for inputs with any strides.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// The decomposition in float64: eigenvalues, eigenvectors, rank and components, and the gradient of
-// `pca`. Kept and dropped directions are slices: nothing is masked.
+// The decomposition in float64 (eigenvalues, eigenvectors, rank and components) and the gradient of
+// `pca`. The rank is known on the host, so kept and dropped directions are slices, not masks.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -21,11 +21,12 @@ namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// The smallest r whose share of the trace reaches the threshold, README (2). shift is the part of
-// sum(x^2) that centring takes away, N mean^2.
+// Returns the smallest r whose share of the trace reaches the threshold, README (2), or n if the
+// batch has no variance, README (2'). shift is N |mean|^2, the part of sum(x^2) that centring
+// removes.
 int64_t choose_rank(const double* eigenvalues, int64_t n, double shift, double threshold,
                     const std::pair<double, double>& floor) {
-  double trace = 0;  // summed as the cumulative sum is: the last share is 1, so tau = 1 is reached
+  double trace = 0;  // same order as the cumulative sum: the last share is exactly 1 (tau = 1)
   for (int64_t i = 0; i < n; ++i) trace += eigenvalues[i];
   if (!(trace > floor.first * (trace + shift) + floor.second)) return n;
   double sum = eigenvalues[0];
@@ -38,8 +39,8 @@ bool is_finite(const double* values, int64_t count) {
   return std::all_of(values, values + count, [](double value) { return std::isfinite(value); });
 }
 
-// The weights of README (9): F_i0 of kept i with a direction of variance 0, and
-// lambda_R (F_ij - F_i0) / lambda_j, which goes with two vectors a, each divided by sqrt(lambda_R).
+// The weights of README (9): F_i0, which pairs kept i with a direction of variance 0, and
+// lambda_R (F_ij - F_i0) / lambda_j, for which both vectors a_j are divided by sqrt(lambda_R).
 double null_weight(const Spectrum& spectrum, int64_t i, double gap_eps) {
   return regularised_inverse(spectrum.eigenvalues[i] / spectrum.unit(), gap_eps) / spectrum.unit();
 }
@@ -52,13 +53,13 @@ double null_correction(const Spectrum& spectrum, int64_t i, int64_t j, double ga
   return (gap * kept - square) / ((gap * gap + square) * (kept * kept + square)) / unit;
 }
 
-// What pca_bwd has of one problem, beside x.
+// The incoming gradients of one problem.
 struct Incoming {
   const double* eigenvalues;        // [n]
   Matrix<const double> components;  // [P, D], of the present components
 };
 
-// turn += (F * (g Q)) Q^T over the dropped directions; README (8).
+// Returns H = (F * (g Q)) Q^T over the dropped directions Q; README (8).
 at::Tensor turn_of_features(const Spectrum& spectrum, const Incoming& grad, double gap_eps) {
   const int64_t n = spectrum.n, kept = spectrum.rank, dropped = n - kept;
   const auto turn = at::zeros({kept, n}, at::kDouble);
@@ -78,7 +79,7 @@ at::Tensor turn_of_features(const Spectrum& spectrum, const Incoming& grad, doub
   return turn;
 }
 
-// dX = X (2 V diag(gl) V^T + H^T P + P^T H), README (10), by blocks of rows.
+// dX = X (2 V diag(gl) V^T + H^T P + P^T H), README (10), in blocks of rows.
 void features_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
                   const Incoming& grad, double gap_eps,
                   Matrix<double> out) {  // [N, D]
@@ -107,7 +108,7 @@ void features_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spec
   }
 }
 
-// dX = 2 V diag(gl) V^T X + (X H^T) P + (X P^T) H with the rows of H as in README (9).
+// dX = 2 V diag(gl) V^T X + (X H^T) P + (X P^T) H with the rows of H from README (9).
 void samples_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
                  const Incoming& grad, double gap_eps,
                  Matrix<double> out) {  // [N, D]
@@ -256,7 +257,8 @@ void pca_bwd(const at::Tensor& grad_mean, const at::Tensor& grad_eigenvalues,
                             row_major(grad_components.const_data_ptr<double>() + b * n * features,
                                       present_components(spectrum, feature_side(x)), features)};
         Output<double> output(grad_x, b, sides, sums);
-        // The rows of X add up to zero, and so do those of dX, which weights of noise may hide.
+        // The rows of X sum to zero, so those of dX must too; the large weights of kept noise
+        // directions amplify rounding there, so the column means are set explicitly.
         std::vector<double> means(features, 0.0);
         const auto out = output.begin_at(means.data(), 0, samples);
         if (feature_side(x)) {

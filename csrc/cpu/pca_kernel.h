@@ -1,7 +1,7 @@
-// The arithmetic of pca, project_reconstruct and pca_reconstruct. x and incoming gradients have any
-// leading dimensions and strides; everything else comes contiguous, with its leading dimensions
-// flattened to B. n = min(N, D); V holds the eigenvectors of the small side, X^T X when D <= N and
-// X X^T when N < D, in columns. Equation numbers are those of himo_kernels/pca/README.md.
+// CPU kernels of pca, project_reconstruct and pca_reconstruct. x and incoming gradients may have
+// any leading dimensions and strides; all other tensors are contiguous, with leading dimensions
+// flattened to B. n = min(N, D). The columns of V are the eigenvectors of the small side: X^T X
+// when D <= N, X X^T when N < D. Equation numbers refer to himo_kernels/pca/README.md.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,8 @@
 
 namespace himo::cpu {
 
-// Replaces the moments of the small side by V and finds eigenvalues and rank; README (2). NaN in a
-// moment gives NaN eigenvalues and V, and rank n.
+// Overwrites the moments of the small side with V and writes eigenvalues and rank; README (2). NaN
+// or inf in a moment gives NaN eigenvalues, NaN V and rank n.
 void decompose(const at::Tensor& moments,               // [B, n, n] float64, becomes V
                const at::Tensor& means,                 // [B, D] float64
                int64_t samples,                         // N
@@ -70,8 +70,8 @@ void pca_reconstruct_bwd(const at::Tensor& grad,          // [*, N, D]
                          bool differentiate_basis,        //
                          const at::Tensor& grad_x);       // [B, N, D], as x
 
-// The same of M rows of a larger batch, D <= N of it, from its decomposition: B = 1 below. Products
-// are float64.
+// The same for M rows of a larger batch with D <= N, given the decomposition of the whole batch.
+// B = 1 below. Products are float64.
 void moment_reconstruct(const at::Tensor& x,                // [M, D]
                         const at::Tensor& mean,             // [D] float64
                         const at::Tensor& eigenvalues,      // [B, D] float64
@@ -86,11 +86,11 @@ void moment_grad_projector(const at::Tensor& grad,  // [M, D]
                            const at::Tensor& out);  // [D, D] float64
 
 void moment_bwd(const at::Tensor& grad,            // [M, D]
-                const at::Tensor& grad_mean,       // [D] float64, of the batch
+                const at::Tensor& grad_mean,       // [D] float64, over the whole batch
                 const at::Tensor& x,               // [M, D]
                 const at::Tensor& mean,            // [D] float64
-                const at::Tensor& grad_projector,  // [D, D] float64: B + B^T of the batch;
-                                                   // undefined: the basis is a constant
+                const at::Tensor& grad_projector,  // [D, D] float64: B + B^T of the whole batch;
+                                                   // undefined if the basis is constant
                 const at::Tensor& eigenvalues,     // [B, D] float64
                 const at::Tensor& eigenvectors,    // [B, D, D] float64
                 const at::Tensor& rank,            // [B] int64

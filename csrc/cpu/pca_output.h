@@ -1,4 +1,4 @@
-// An output [N, D] of one problem, summed up in T block by block and rounded once to its own dtype.
+// An output [N, D] of one problem, accumulated in T block by block and rounded once to its dtype.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -13,7 +13,8 @@ namespace himo::cpu {
 template <typename T>
 class Output {
  public:
-  // Problem b of `tensor` [B, N, D], contiguous. In T, sums are made in place, else in `scratch`.
+  // Problem b of `tensor` [B, N, D], contiguous. If its dtype is T, accumulates in place, otherwise
+  // in `scratch`.
   Output(const at::Tensor& tensor, int64_t b, const Sides& sides, Buffer<T>& scratch)
       : sides_(sides),
         dtype_(tensor.scalar_type()),
@@ -22,7 +23,7 @@ class Output {
               b * tensor.size(1) * features_ * tensor.element_size()),
         scratch_(scratch) {}
 
-  // Begins the lines at what `x` has there; returns them as [lines, n].
+  // Initialises the lines with those of `x`; returns them as [lines, n].
   Matrix<T> begin_at(const at::Tensor& x, int64_t b, int64_t line, int64_t lines) {
     open(line, lines);
     auto source = block_;
@@ -31,7 +32,7 @@ class Output {
     return view();
   }
 
-  // Begins every row at the mean [D].
+  // Initialises every row with the mean [D].
   Matrix<T> begin_at(const double* mean, int64_t line, int64_t lines) {
     open(line, lines);
     parallel_rows([&](int64_t i) {
@@ -42,7 +43,7 @@ class Output {
     return view();
   }
 
-  // Writes the sums of the lines begun last.
+  // Writes the lines of the last begin_at to the output.
   void end() {
     if (in_place()) return;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype_, "output", [&] {
@@ -91,7 +92,7 @@ class Output {
   int64_t stride_ = 0;
 };
 
-// Fills problem b of `tensor` [B, N, D] with NaN, or with the values of x.
+// Fill problem b of `tensor` [B, N, D] with NaN or with the values of x.
 inline void fill_nan(const at::Tensor& tensor, int64_t b) {
   tensor.select(0, b).fill_(std::numeric_limits<double>::quiet_NaN());
 }

@@ -1,4 +1,4 @@
-// What the passes over one problem share.
+// Types and helpers shared by the passes over one problem.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,7 +14,7 @@ namespace himo::cpu {
 
 inline bool feature_side(const at::Tensor& x) { return x.size(-1) <= x.size(-2); }  // D <= N
 
-// FLOPs of one problem, for the cut of a batch.
+// FLOPs of one problem, used to divide a batch among threads.
 inline double problem_flops(const at::Tensor& x) {
   const auto n = static_cast<double>(std::min(x.size(-1), x.size(-2)));
   return 10 * n * n * n + 10 * n * static_cast<double>(x.size(-1) * x.size(-2));
@@ -39,41 +39,42 @@ struct Spectrum {
     for (int64_t i = 0; i < n; ++i) sum += eigenvalues[i];
     return sum;
   }
-  // Whether a kept direction holds variance: at tau = 1 the last ones are rounding noise.
+  // Whether a kept direction has variance: at tau = 1 the last ones are rounding noise.
   bool is_nonzero(int64_t i) const {
     return eigenvalues[i] > eigenvalues[0] * static_cast<double>(n) * 0x1p-52;
   }
-  // lambda_R, the unit of pair weights: squares of eigenvalues overflow.
+  // lambda_R. Pair weights use eigenvalues divided by it, since squares of eigenvalues overflow.
   double unit() const { return eigenvalues[rank - 1] > 0 ? eigenvalues[rank - 1] : 1.0; }
 };
 
-// F_ij delta of a gap in units of lambda_R, README below (7); 0 at a gap of 0, where it is the
-// limit for every gap_eps > 0. A gap is 0 or at least 2^-53: its square does not underflow.
+// Returns lambda_R F_ij (README, after (7)) for a gap delta / lambda_R. 0 at a gap of 0, the limit
+// for every gap_eps > 0. A nonzero gap is at least 2^-53, so its square does not underflow.
 inline double regularised_inverse(double gap, double gap_eps) {
   return gap == 0 ? 0.0 : gap / (gap * gap + gap_eps * gap_eps);
 }
 
-// Kept directions that have a component. On the sample side one without variance has none:
-// X^T v / sqrt(lambda) is 0 / 0. Eigenvalues descend, so they are the first ones.
+// Returns the number of kept directions that have a component. On the sample side a direction
+// without variance has none: X^T v / sqrt(lambda) is 0 / 0. Eigenvalues descend, so the directions
+// with a component come first.
 int64_t present_components(const Spectrum& spectrum, bool features);
 
-// The first `count` eigenvectors of X^T X in rows: those of P that are present.
+// Writes the first `count` eigenvectors of X^T X as rows: the present rows of P.
 void write_components(const at::Tensor& x, int64_t b, const double* mean, const Spectrum& spectrum,
                       int64_t count,
                       double* out);  // [count, D]
 
-// A power of two that makes the entries of X / scale about 1: float32 products neither overflow nor
-// underflow whatever the length of the rows, and no bit changes.
+// A power of two that makes the entries of X / scale about 1, so that float32 products neither
+// overflow nor underflow for rows of any length. Scaling by it is exact.
 inline double entry_scale(const at::Tensor& x, const Spectrum& spectrum) {
   const double mean_square = spectrum.trace() / static_cast<double>(x.size(-1) * x.size(-2));
   return mean_square > 0 ? std::exp2(std::round(0.5 * std::log2(mean_square))) : 1.0;
 }
 
-// Memory that one thread uses for one problem after the other.
+// Scratch memory that one thread reuses from problem to problem.
 template <typename T>
 class Buffer {
  public:
-  // Returns uninitialised memory; what an earlier call returned is gone.
+  // Returns uninitialised memory and invalidates the pointer of the previous call.
   T* get(int64_t elements) {
     if (!memory_.defined() || memory_.numel() < elements) {
       memory_ = at::empty({elements}, at::TensorOptions(c10::CppTypeToScalarType<T>::value));
@@ -85,10 +86,10 @@ class Buffer {
   at::Tensor memory_;
 };
 
-// A problem's x, gradient or output seen from its small side: as [m, n], m its long side. It is
-// walked by blocks of the m lines.
+// A view of a problem's x, gradient or output as [m, n] with m = max(N, D), n = min(N, D). Passes
+// run over blocks of the m lines.
 struct Sides {
-  bool features;  // the small side is that of the features: [m, n] is [N, D], else its transpose
+  bool features;  // the features are the small side: [m, n] is [N, D], otherwise its transpose
   int64_t m, n;
 
   Sides(const at::Tensor& x, bool small_side_is_features)
@@ -102,7 +103,7 @@ struct Sides {
   }
 };
 
-// Returns lines of (x - mean) / scale, [lines, n].
+// Returns the given lines of (x - mean) / scale as [lines, n].
 template <typename T>
 Matrix<T> centred_lines(const at::Tensor& x, const double* mean, const Sides& sides, int64_t b,
                         int64_t line, int64_t lines, double scale, Buffer<T>& buffer) {
@@ -114,7 +115,7 @@ Matrix<T> centred_lines(const at::Tensor& x, const double* mean, const Sides& si
   return sides.features ? natural : natural.t();
 }
 
-// Shifts every column to this mean over the rows.
+// Shifts every column so that its mean over the rows is the given one.
 template <typename T>
 void set_column_means(Matrix<T> matrix,  // rows of column_stride 1
                       const std::vector<double>& means) {

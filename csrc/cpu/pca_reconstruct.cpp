@@ -1,11 +1,11 @@
-// Projection onto the kept directions and its gradients. Products are made in float32 for float32
-// and lower input, from float64 eigenvectors: rounding that is divided by a gap stands beside a
-// derivative that is divided by it too. Two things would break that, and are done in float64: few
-// pairs across the cut, which may cancel by themselves (sum_near_pairs), and a problem whose kept
-// eigenvalues span too much (fits_float32).
+// Projection onto the kept directions and its gradients. For float32 and lower input, products are
+// float32 with eigenvectors rounded from float64. That suffices because error and derivative are
+// both divided by the eigenvalue gap. Two cases need float64: the few pairs next to the cut, which
+// may be small by chance (sum_near_pairs), and kept eigenvalues that span too wide a range
+// (fits_float32).
 //
-// Of the kept and the dropped directions, the fewer are multiplied by: S [n, k], k <= n / 2, and O
-// the others. X Pi = X S S^T when S is kept, X - X S S^T when it is dropped.
+// S [n, k], k <= n / 2, is the smaller of the kept and the dropped directions; O holds the others.
+// X Pi = X S S^T when S is kept, X - X S S^T when S is dropped.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -20,14 +20,14 @@
 namespace himo::cpu {
 namespace {
 
-// In float32, a direction of X is rounded to about eps sqrt(trace / n) and the gradient divides by
-// sqrt(lambda_R): lambda_R >= trace / (16 n) keeps that to 4 eps. (1 - tau) / n of the trace is a
-// lower bound of lambda_R, so that tau <= 0.93 always passes.
+// In float32 the rounding error of X along a direction is about eps sqrt(trace / n), and the
+// gradient divides it by sqrt(lambda_R): lambda_R >= trace / (16 n) limits the error to 4 eps.
+// lambda_R is at least (1 - tau) trace / n, so tau <= 0.93 always passes.
 constexpr double kSpread = 16;
 
-// Directions on either side of the cut whose pairs are summed in float64. A narrow gap makes one or
-// two pairs the whole gradient, and those may be small by chance beside their rounding; of the
-// pairs beyond, 8 at least are alike, which are not small together.
+// Number of directions on each side of the cut whose pairs are summed in float64. With a narrow gap
+// one or two pairs dominate the gradient, and their values may by chance be small relative to
+// their rounding. At least 8 of the farther pairs have similar weights and are not all small.
 constexpr int64_t kNear = 4;
 
 bool fits_float32(const Spectrum& spectrum) {
@@ -40,7 +40,7 @@ HIMO_WIDE void convert(const double* in, int64_t size, T* out) {
   for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(in[i]);
 }
 
-// What one thread needs for one problem.
+// Scratch buffers of one thread.
 template <typename T>
 struct Workspace {
   Buffer<T> vectors, x, grad, sums, along, products, factors, turned;
@@ -52,10 +52,10 @@ struct Workspaces {
   Workspace<double> wide;
 };
 
-// The smaller side of the eigenvectors and the other, in T.
+// S and O in T.
 template <typename T>
 struct Basis {
-  bool dropped;                    // the smaller side is the dropped one
+  bool dropped;                    // S holds the dropped directions
   Matrix<const T> smaller, other;  // S [n, k], O [n, n - k]
 
   Basis(const Spectrum& spectrum, Buffer<T>& buffer) : dropped(2 * spectrum.rank > spectrum.n) {
@@ -96,7 +96,7 @@ void project(const at::Tensor& values,  // [*, N, D]
   }
 }
 
-// products[i][j] *= F, README (5), with rows over O and columns over S; F in units of 1 / scale^2.
+// products[i][j] *= scale^2 F, README (5), with rows over O and columns over S.
 template <typename T>
 HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double unit, double gap_eps,
                            double scale, bool dropped, Matrix<T> products) {  // [n - k, k]
@@ -107,14 +107,14 @@ HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double unit,
   for (int64_t i = 0; i < products.rows; ++i) {
     T* row = products.data + i * products.row_stride;
     for (int64_t j = 0; j < products.columns; ++j) {
-      const double gap = (of_rows[i] - of_columns[j]) * sign;  // kept less dropped
+      const double gap = (of_rows[i] - of_columns[j]) * sign;  // kept minus dropped
       row[j] =
           static_cast<T>(static_cast<double>(row[j]) * regularised_inverse(gap, gap_eps) * factor);
     }
   }
 }
 
-// Replaces p_i^T (B + B^T) q_j of the pairs next to the cut by its float64 sum.
+// Recomputes p_i^T (B + B^T) q_j in float64 for the pairs next to the cut.
 template <typename T>
 void sum_near_pairs(const at::Tensor& grad, const double* grad_mean, const at::Tensor& x, int64_t b,
                     const double* mean, const Spectrum& spectrum, double scale, bool dropped,
@@ -145,12 +145,13 @@ void sum_near_pairs(const at::Tensor& grad, const double* grad_mean, const at::T
   }
 }
 
-// README (4) to (7) through thin products, none of them n x n:
+// README (4) to (7) with thin products only, none of them n x n:
 //   E = (B + B^T) S = X^T (G S) + G^T (X S)                       [n, k]
 //   K = O (F * (O^T E))                                           [n, k]
 //   dC = K S^T + S K^T,  dX = +-(G S + X K) S^T + (X S) K^T
-// with G centred. The rows of X add up to zero and so do those of dX: the mean of G passes as it
-// is. Where these are some of a batch's rows, B + B^T of all is given, and grad_mean is of all.
+// with G centred. The rows of X sum to zero, and so do those of dX, so the mean of G is added
+// unchanged. For rows of a larger batch, of_all is B + B^T and grad_mean the mean of the whole
+// batch.
 template <typename T>
 void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, const double* mean,
                      const double* grad_mean, const Sides& sides, const Spectrum& spectrum,
@@ -189,7 +190,7 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   for (int64_t i = 0; i < n; ++i) {
     std::copy_n(basis.smaller.data + i * basis.smaller.row_stride, k, factors.data + i * 2 * k);
   }
-  const auto turn = factors.column_block(k, k);
+  const auto turn = factors.column_block(k, k);  // K
   multiply(basis.other, pairs, turn);
 
   for (int64_t line = 0; line < sides.m; line += step) {
@@ -200,8 +201,8 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
     const auto along = both.row_block(line, lines);
     multiply(centred, turn, along.column_block(0, k), 1, basis.dropped ? -1 : 1);
   }
-  // Where noise is kept, weights are large enough to bring out that the rows of X add up to zero
-  // but for rounding: make those of dX do, through its factor along the samples.
+  // When noise directions are kept, the weights amplify the rounding error in the sum of the rows
+  // of X. Centre the factor along the samples so that the rows of dX sum to zero.
   if (of_all == nullptr && !fits_float32(spectrum)) {
     set_column_means(sides.features ? both : factors, std::vector<double>(2 * k, 0.0));
   }
@@ -216,7 +217,7 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   }
 }
 
-// G Pi alone, in float64. Pi is that of the features: on the sample side it needs the components.
+// Only G Pi, in float64. Pi acts on the features, so the sample side needs the components.
 void constant_basis_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, const double* mean,
                         const Spectrum& spectrum, Workspace<double>& work,
                         const at::Tensor& grad_x) {
@@ -300,7 +301,7 @@ void pca_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const at::
   });
 }
 
-// Of some rows of a batch, whose decomposition is that of D x D whatever their number.
+// For some rows of a batch: the decomposition is always of the D x D side.
 
 void moment_reconstruct(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& eigenvalues,
                         const at::Tensor& eigenvectors, const at::Tensor& rank,
@@ -389,8 +390,7 @@ void project_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const 
       const auto grad_rows = row_major(out, kept, features);
       std::fill_n(out + kept * features, (stored - kept) * features, scalar_t{0});
 
-      // dL/dmean = (sum of G) (I - P^T P): what it reaches directly, less what leaves with x -
-      // mean.
+      // dL/dmean = (sum of G) (I - P^T P): mean is added to the output and subtracted from x.
       auto through_mean = column_means(grad, b, 1);
       for (double& value : through_mean) value *= static_cast<double>(samples);
       leave_along(rows, through_mean);

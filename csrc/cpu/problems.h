@@ -1,4 +1,4 @@
-// The loop over the independent problems of a batch.
+// Parallel loop over the independent problems of a batch.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -11,21 +11,21 @@
 
 namespace himo::cpu {
 
-// A thread takes up problems of this much work at least: a fork costs about 10 us.
+// Minimum work per thread: forking costs about 10 us.
 constexpr double kForkFlops = 1e5;
-// A problem from which on all threads share the BLAS and LAPACK calls of one with profit.
+// From this size on, one problem gains from BLAS and LAPACK calls that use all threads.
 constexpr double kSharedFlops = 1e7;
 
-// Calls body(b, workspace) for the problems 0 to batch, of this many FLOPs each, with a Workspace
-// of each thread's own. Threads take whole problems, in which BLAS and LAPACK then run on one
-// thread; large problems that are left over when every thread has as many, a single one above all,
-// are solved one by one on all threads. Ctrl-C ends the call between problems. The cut depends on
-// the shape and the number of threads alone.
+// Calls body(b, workspace) for every problem b in [0, batch), of `flops` FLOPs each, with one
+// Workspace per thread. Each thread solves whole problems, with single-threaded BLAS and LAPACK
+// calls. Large problems that do not divide evenly among the threads (such as a single problem) are
+// solved one after the other, each on all threads. Ctrl-C ends the call between problems. The
+// split depends only on the shape and the number of threads.
 template <typename Workspace, typename Body>
 void for_each_problem(int64_t batch, double flops, const Body& body) {
   Interrupt interrupt;
   const auto run = [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;  // a worker has none of the caller's
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;  // workers do not inherit the caller's
     Workspace workspace;
     for (int64_t b = begin; b < end && !interrupt.poll(); ++b) body(b, workspace);
   };

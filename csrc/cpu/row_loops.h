@@ -1,5 +1,5 @@
-// Loops over one row of contiguous entries: division by its length, and the gradient of that.
-// Compiled and chosen as those of tile_loops.h.
+// Loops over one contiguous row: L2 normalisation and its gradient. Compiled for the same
+// instruction sets, and selected in the same way, as tile_loops.h.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace himo::cpu {
 
-// 16-bit numbers by their bits: c10's types would bring conversions that other files share.
+// The bits of 16-bit numbers. c10's types would instantiate inline conversions here, which the
+// linker could share with files compiled for another instruction set.
 struct BFloat16Bits {
   uint16_t bits;
 };
@@ -16,8 +17,8 @@ struct HalfBits {
   uint16_t bits;
 };
 
-// Sums are float, or double of doubles. A row of zeros gives zeros and has no gradient; one with
-// NaN or inf gives NaN in every entry.
+// Sums are float, or double for double. A zero row gives zeros and a zero gradient. A row with NaN
+// or inf gives NaN in every entry.
 template <typename element_t>
 struct RowLoops {
   // unit = x / |x|
@@ -34,7 +35,7 @@ struct RowLoopsOfEach {
   RowLoops<HalfBits> float16;
 };
 
-// Those for this machine.
+// Returns the loops for this machine.
 const RowLoopsOfEach& row_loops();
 
 namespace default_isa {

@@ -1,5 +1,5 @@
-// The loops of row_loops.h. Included once by each tile_loops_<instruction set>.cpp, under the rule
-// of isa_lanes.h. Equation numbers are those of himo_kernels/normalize/README.md.
+// The loops of row_loops.h. Included once by each tile_loops_<instruction set>.cpp; the rule in
+// isa_lanes.h applies. Equation numbers refer to himo_kernels/normalize/README.md.
 
 #include <cstdint>
 
@@ -46,13 +46,13 @@ HIMO_INLINE FloatLanes raised(const HalfBits* x) {
   constexpr uint32_t kShift = (127 - 15) << 23;  // from half's bias to float's
   const Words normal = magnitude + kShift;
   const Words special = normal + kShift;  // infinity and NaN
-  // A subnormal takes half's smallest exponent, and loses the leading one that this adds.
+  // A subnormal has half's smallest exponent and no implicit leading one: subtract that one.
   const FloatLanes subnormal = (FloatLanes)(normal + (1 << 23)) - 0x1p-14f;
   const Words finite = exponent == 0 ? (Words)subnormal : normal;
   return (FloatLanes)(sign | (exponent == 0x7c00 ? special : finite));
 }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 HIMO_INLINE void lower(FloatLanes value, float* out) { store<float>(out, value); }
 HIMO_INLINE void lower(Lanes<double>::type value, double* out) { store<double>(out, value); }
 HIMO_INLINE void lower(FloatLanes value, BFloat16Bits* out) {
@@ -65,14 +65,14 @@ HIMO_INLINE void lower(FloatLanes value, HalfBits* out) {
   constexpr uint32_t kShift = (127 - 15) << 23, kSmallestNormal = (127 - 14) << 23;
   constexpr uint32_t kInfinity = 0x7f800000, kTooLarge = (127 + 16) << 23;
   const Words normal = (magnitude - kShift + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Adding a number whose last digit is half's smallest rounds to that.
+  // The ulp of 0.5f is half's smallest subnormal, so this addition rounds to a multiple of it.
   const Words subnormal = (Words)((FloatLanes)magnitude + 0.5f) - 0x3f000000;
   const Words finite = magnitude < kSmallestNormal ? subnormal : normal;
   const Words special = magnitude > kInfinity ? Words{} + 0x7e00 : Words{} + 0x7c00;
   store_halves(out, (magnitude >= kTooLarge ? special : finite) | (sign >> 16));
 }
 
-// The entries of a row from j on, 0 past its end.
+// Loads the entries of a row from j on, zero-padded.
 template <typename element_t>
 HIMO_INLINE lanes_of<element_t> last_entries(const element_t* x, int64_t j, int64_t size) {
   element_t last[Lanes<sums_t<element_t>>::count] = {};
@@ -104,8 +104,7 @@ struct Number<double> {
   static constexpr double kMax = __DBL_MAX__, kNaN = __builtin_nan("");
 };
 
-// The power of two that brings a number near 1: its exponent negated, if that and its inverse are
-// normal numbers.
+// Returns 2^-e, with e the exponent of `largest`, clamped so that 2^-e and 2^e are normal numbers.
 template <typename acc_t>
 HIMO_INLINE acc_t power_that_scales(acc_t largest) {  // >= 0
   using N = Number<acc_t>;
@@ -120,7 +119,7 @@ HIMO_INLINE acc_t power_that_scales(acc_t largest) {  // >= 0
   return scale;
 }
 
-// Largest magnitude of a row without NaN.
+// Largest magnitude in a row; the row must not contain NaN.
 template <typename element_t>
 sums_t<element_t> largest_entry(const element_t* x, int64_t size) {
   using acc_t = sums_t<element_t>;
@@ -135,8 +134,8 @@ sums_t<element_t> largest_entry(const element_t* x, int64_t size) {
   return largest<acc_t>(most);
 }
 
-// |x|^2 of the rows that are summed as they are. Of others squares may underflow or overflow, and
-// so may their products with a gradient where the result, a quotient of the two, does neither.
+// Rows with |x|^2 in this range are not rescaled. For other rows the squares, or the products with
+// a gradient, may underflow or overflow although the result, which is their quotient, does not.
 constexpr float kLeastSquares = 0x1p-20f, kMostSquares = 0x1p40f;
 
 template <typename acc_t>
@@ -146,7 +145,7 @@ struct Row {
   acc_t along;    // grad . u
 };
 
-// In several chains: a sum waits for the one before it.
+// Sums in four independent chains to hide the latency of an addition.
 template <bool kWithGrad, typename element_t>
 HIMO_INLINE Row<sums_t<element_t>> sum_up(const element_t* x, const element_t* grad, int64_t size,
                                           sums_t<element_t> scale) {
@@ -185,7 +184,7 @@ HIMO_INLINE Row<sums_t<element_t>> measure(const element_t* x, const element_t* 
   return sum_up<kWithGrad>(x, grad, size, power_that_scales(largest_entry(x, size)));
 }
 
-// 1 / |u|, rounded once; NaN where the row has one, or an infinity.
+// 1 / |u|, rounded once; NaN if the row contains NaN or infinity.
 template <typename acc_t>
 HIMO_INLINE acc_t inverse_length(const Row<acc_t>& row) {
   if (!(row.squares <= Number<acc_t>::kMax)) return Number<acc_t>::kNaN;
@@ -217,7 +216,7 @@ void normalize_gradient(const element_t* grad, const element_t* x, int64_t size,
   if (row.squares == 0) return set_zero(grad_x, size);
   const auto inverse = inverse_length(row);
   const auto share = row.along * inverse * inverse;
-  // (3). Both factors at once, scale / |u|, may leave the range where the result does not.
+  // (3). Two multiplications, because scale / |u| may overflow although the result does not.
   const auto of = [&](lanes_of<element_t> incoming, lanes_of<element_t> value) {
     return (incoming - value * row.scale * share) * inverse * row.scale;
   };

@@ -1,9 +1,9 @@
-// An eigenvalue is a root of f(x) = 1 / rho + sum_j z_j^2 / (d_j - x), one between each two poles.
-// It is sought as its distance from the nearer of them, so that the differences d_j - x, of which
-// the vectors are made, keep all their digits; the two sums, of the poles on either side, are
-// interpolated by a pole each (Li, LAPACK Working Note 89, 1994). From the roots follows the z of
-// which they are the exact roots, and with it the vectors are orthogonal (Gu and Eisenstat, SIAM J.
-// Matrix Anal. Appl. 16, 1995).
+// An eigenvalue is a root of f(x) = 1 / rho + sum_j z_j^2 / (d_j - x), with one root between each
+// two adjacent poles. A root is computed as its distance from the nearer pole, so that the
+// differences d_j - x, which determine the vectors, keep full accuracy. f is split into the sums
+// over the poles below and above x, each interpolated by one pole (Li, LAPACK Working Note 89,
+// 1994). The vectors use the z for which the computed roots are exact: this makes them orthogonal
+// (Gu and Eisenstat, SIAM J. Matrix Anal. Appl. 16, 1995).
 
 #include "cpu/secular.h"
 
@@ -19,17 +19,17 @@ namespace himo::cpu {
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon() / 2;
-constexpr int kSteps = 24;         // of interpolation; 3 or 4 are usual
-constexpr int kBisections = 1200;  // more than halve the range of a double to nothing
-constexpr int64_t kGrain = 16384;  // divisions below which a second thread does not pay
+constexpr int kSteps = 24;         // limit of interpolation steps; 3 or 4 are usual
+constexpr int kBisections = 1200;  // limit of all steps; enough to bisect the range of a double
+constexpr int64_t kGrain = 16384;  // with fewer divisions a second thread does not pay off
 
-// The two sums of f at some x, over the poles below and above it, their derivatives, and f.
+// f at some x, its two sums over the poles below and above x, and the derivatives of the sums.
 struct Sums {
   double below, above, below_slope, above_slope, value;
 
   double slope() const { return below_slope + above_slope; }
 
-  // Returns whether f is 0 but for the rounding of its terms and of x.
+  // Returns whether f is 0 to within the rounding of its terms and of x.
   bool vanish(double rho, double shift) const {
     const double terms = 1 / rho + std::abs(below) + std::abs(above);
     return std::abs(value) <= kEps * (8 * terms + std::abs(shift) * slope());
@@ -40,7 +40,7 @@ struct PartialSums {
   Lanes below, above, below_slope, above_slope;
 };
 
-// Adds the terms of poles j to j + 8 at x = origin + shift; `below` takes those up to `split`.
+// Adds the terms of poles [j, j + 8) at x = origin + shift; poles up to `split` count as below x.
 HIMO_AVX512_INLINE void add_terms(const Secular& problem, int64_t j, double origin, double shift,
                                   double split, PartialSums& sums) {
   const Lanes d = load(problem.d + j), z = load(problem.z + j), none{};
@@ -68,8 +68,8 @@ HIMO_AVX512 Sums evaluate(const Secular& problem, double origin, double shift, d
   return sums;
 }
 
-// The root of c y^2 - a y + b that is nearer to the pole the interpolation has on its side; NaN or
-// infinite where there is none, which is then outside of every bracket.
+// Returns the root of c y^2 - a y + b on the side of the interpolation's pole. If there is none it
+// returns NaN or inf, which lies outside every bracket.
 double interpolation_root(double a, double b, double c, bool last) {
   const double root = std::sqrt(std::abs(a * a - 4 * b * c));
   if (last) return a >= 0 ? (a + root) / (2 * c) : 2 * b / (a - root);
@@ -83,16 +83,17 @@ HIMO_AVX512 void write_differences(const Secular& problem, double origin, double
   }
 }
 
-// The bracket of a root, as distances from the pole at `origin`, and the two poles of which the
-// interpolation of f is made: those around the root, or the last two.
+// The bracket of a root, as distances from the pole at `origin`, and the two poles of the
+// interpolation of f: the two adjacent to the root, or the last two for the last root.
 struct Bracket {
   double left, right, left_square, right_square;  // poles, and their z^2
   bool last;
   double origin, low, high;
 
-  // Returns a distance of the root from `shift` at which the interpolation is 0. f is matched with
-  // its slope: by `fixed`, with the nearer pole's own weight and one for all else, or by a weight
-  // for the poles of each side. Where the answer is on the wrong side, Newton's.
+  // Returns the distance from `shift` to the root of the interpolation, which matches f and its
+  // slope. With `fixed` the nearer pole keeps its own weight and one weight covers the rest;
+  // otherwise the poles of each side share a weight. Falls back to a Newton step if the result has
+  // the wrong sign.
   double step(const Sums& sums, double shift, bool fixed) const {
     const double p = (left - origin) - shift, q = (right - origin) - shift;
     const double slope = sums.slope(), value = sums.value;
@@ -109,7 +110,7 @@ struct Bracket {
   }
 };
 
-// Returns root i, and d - root as `differences`.
+// Returns root i and writes d - root to `differences`.
 double find_root(const Secular& problem, int64_t i, double* differences) {
   const auto square = [&](int64_t j) { return problem.z[j] * problem.z[j]; };
   const bool last = i == problem.count - 1;
@@ -121,12 +122,12 @@ double find_root(const Secular& problem, int64_t i, double* differences) {
   }
   const int64_t l = last ? problem.sorted[i - 1] : own, r = last ? own : problem.sorted[i + 1];
   const double gap = problem.d[r] - problem.d[l];
-  // The last root is at most rho |z|^2 above its pole, and |z| <= 1 but for rounding.
+  // The last root is at most rho |z|^2 above its pole, and |z| <= 1 up to rounding.
   const double reach = last ? problem.rho * (1 + 1e-9) : gap;
   Bracket bracket{problem.d[l], problem.d[r], square(l), square(r), last, problem.d[own], 0, reach};
 
-  // f half way tells the nearer pole; what it is there without the two poles is about what it is at
-  // the root, which is the first guess.
+  // The sign of f half way tells which pole is nearer. For the first guess, the sum of f without
+  // the two poles is assumed to be the same at the root as half way.
   double shift = reach / 2;
   Sums sums = evaluate(problem, bracket.origin, shift, bracket.left);
   (sums.value < 0 ? bracket.low : bracket.high) = shift;
@@ -150,13 +151,13 @@ double find_root(const Secular& problem, int64_t i, double* differences) {
   for (int step = 0; step < kBisections && !sums.vanish(problem.rho, shift); ++step) {
     if (!(guess > bracket.low && guess < bracket.high) || step >= kSteps) {
       guess = bracket.low + (bracket.high - bracket.low) / 2;
-      if (guess <= bracket.low || guess >= bracket.high) break;  // neighbours
+      if (guess <= bracket.low || guess >= bracket.high) break;  // low and high are adjacent
     }
     if (guess == shift) break;
     shift = guess;
     sums = evaluate(problem, bracket.origin, shift, bracket.left);
     (sums.value < 0 ? bracket.low : bracket.high) = shift;
-    if (std::abs(sums.value) > 0.1 * before) fixed = !fixed;  // it is slow
+    if (std::abs(sums.value) > 0.1 * before) fixed = !fixed;  // slow convergence
     before = std::abs(sums.value);
     guess = shift + bracket.step(sums, shift, fixed);
   }
@@ -164,14 +165,14 @@ double find_root(const Secular& problem, int64_t i, double* differences) {
   return bracket.origin + shift;
 }
 
-// d - pole, and 1 for the pole itself.
+// d - pole, or 1 where d is the pole itself.
 HIMO_AVX512_INLINE Lanes distance(Lanes d, double pole) {
   const Lanes value = d - pole;
   return value == 0.0 ? Lanes{} + 1.0 : value;
 }
 
-// weights[from:to] = the z of which the roots are exact, by Loewner's formula
-// z_j^2 = (root_j - d_j) prod_{i != j} (root_i - d_j) / (d_i - d_j), but for a factor.
+// weights[from:to] = the z for which the roots are exact, up to a constant factor, by Loewner's
+// formula z_j^2 = (root_j - d_j) prod_{i != j} (root_i - d_j) / (d_i - d_j).
 HIMO_AVX512 void recover_weights(const Secular& problem, const double* rows, int64_t stride,
                                  int64_t from, int64_t to, double* weights) {
   for (int64_t j = from; j < to; j += kLaneCount) {
@@ -179,7 +180,7 @@ HIMO_AVX512 void recover_weights(const Secular& problem, const double* rows, int
     Lanes product = Lanes{} + 1.0;
     const auto* poles = problem.sorted;
     int64_t i = 0;
-    for (; i + 4 <= problem.count; i += 4) {  // four to a division; see Secular
+    for (; i + 4 <= problem.count; i += 4) {  // four factors per division; see Secular
       const double* row = rows + i * stride + j;
       const Lanes above =
           (load(row) * load(row + stride)) * (load(row + 2 * stride) * load(row + 3 * stride));
@@ -199,7 +200,7 @@ HIMO_AVX512 void recover_weights(const Secular& problem, const double* rows, int
   }
 }
 
-// row = weights / row, of length 1.
+// row = weights / row, normalised to length 1.
 HIMO_AVX512 void make_vector(const double* weights, int64_t width, double* row) {
   Lanes sums{};
   for (int64_t j = 0; j < width; j += kLaneCount) {

@@ -5,9 +5,10 @@
 
 namespace himo::cpu {
 
-// Entries are at most of order 1, |z| is 1 or less. No two d are closer than 1e-32 and no z is
-// smaller: products of four differences neither overflow nor vanish. The arrays are in any order
-// and padded to a multiple of 8, with z = 0 and with d beyond every eigenvalue.
+// Entries are at most of order 1 and |z| <= 1. The distance of any two d and the magnitude of every
+// z is at least 1e-32, so that products of four differences neither overflow nor underflow. The
+// arrays need not be sorted. They are padded to a multiple of 8, with z = 0 and d greater than
+// every eigenvalue.
 struct Secular {
   int64_t count;
   double rho;             // > 0
@@ -15,7 +16,7 @@ struct Secular {
   const int64_t* sorted;  // [count]; d[sorted[i]] ascends
 };
 
-// Writes the eigenvalues, ascending, and orthonormal eigenvectors in rows.
+// Writes the eigenvalues in ascending order and orthonormal eigenvectors as rows.
 void solve_secular(const Secular& problem,
                    double* eigenvalues,  // [count]
                    double* rows,         // [count, stride]

@@ -29,7 +29,7 @@ HIMO_AVX512 double largest(const double* values, int64_t count) {
   return result;
 }
 
-// out[i][k] = columns[k][i], by whole cache lines of either side.
+// out[i][k] = columns[k][i], in whole cache lines of both sides.
 HIMO_AVX512 void write_columns(const double* const* columns, int64_t count, int64_t n,
                                double* out) {
   for (int64_t i = 0; i < n; ++i) {
@@ -59,7 +59,7 @@ void solve_symmetric_wide(double* matrix, double* eigenvalues, int64_t n, double
   double* factors = off_diagonal + round_up(n);
   double* rows = factors + round_up(n);  // [n, stride]
   double* scratch = rows + n * stride;
-  // By a power of two, so that squares neither overflow nor vanish.
+  // Scale by a power of two, so that squares neither overflow nor underflow.
   const double size = largest(matrix, n * n);
   int exponent = 0;
   if (size > 0) std::frexp(size, &exponent);

@@ -1,23 +1,23 @@
 // Element-wise loops over one tile of products v_i . u_j: running softmax statistics, and the
-// gradient of the logits. Compiled for AVX-512, AVX2 and the compiler's default, and chosen by
-// ATen's CPU capability (ATEN_CPU_CAPABILITY narrows it).
+// gradient of the logits. Compiled for AVX-512, AVX2 and the compiler's default; ATen's CPU
+// capability selects one at run time (ATEN_CPU_CAPABILITY can lower it).
 //
 // acc_t is float or double. Arrays over the columns of a tile are read and written up to the next
-// multiple of kTilePadding: the caller allocates them so.
+// multiple of kTilePadding, so the caller must allocate that much.
 #pragma once
 
 #include <cstdint>
 
 namespace himo::cpu {
 
-constexpr int64_t kTilePadding = 16;  // floats in a 64-byte vector, the widest
+constexpr int64_t kTilePadding = 16;  // floats in the widest vector, 64 bytes
 
 constexpr int64_t padded(int64_t size) {
   return (size + kTilePadding - 1) / kTilePadding * kTilePadding;
 }
 
-// For row i, over the columns j other than its positive: max M_i of 0 and S_ij - p_i, and
-// sum exp(S_ij - p_i - M_i); likewise for column j. Both directions are updated in place.
+// Updates the running statistics of both directions in place. Row i, over all columns j but its
+// positive: the maximum M_i of 0 and S_ij - p_i, and sum_j exp(S_ij - p_i - M_i). Columns likewise.
 template <typename acc_t>
 struct StatisticsTile {
   const acc_t* products;  // [rows, products_stride]
@@ -35,8 +35,9 @@ struct StatisticsTile {
   acc_t* column_old_max;          // [padded(columns)], scratch
 };
 
-// factor * dL/dS of the tile. Row part: row_weight (P - (1 - smoothing) I - share), column part
-// likewise with the softmax of the columns; row_part holds their sum where column_part is null.
+// factor * dL/dS of the tile. The row part is factor row_weight (P - (1 - smoothing) I - share);
+// the column part is the same with the softmax over columns. If column_part is null, row_part
+// receives the sum of both.
 template <typename acc_t>
 struct GradientTile {
   const acc_t* products;  // [rows, products_stride]
@@ -51,8 +52,8 @@ struct GradientTile {
   const acc_t* column_positives;  // [padded(columns)]
   const acc_t* column_nll;        // [padded(columns)]
   const acc_t* column_weight;     // [padded(columns)]
-  acc_t* row_part;                // [rows, padded(columns)]; 0 past columns
-  acc_t* column_part;             // [rows, padded(columns)] or null; 0 past columns
+  acc_t* row_part;                // [rows, padded(columns)]; zero-padded
+  acc_t* column_part;             // [rows, padded(columns)] or null; zero-padded
 };
 
 template <typename acc_t>
@@ -67,14 +68,14 @@ struct Loops {
 struct TileLoops {
   Loops<float> float32;
   Loops<double> float64;
-  // Rounded to bfloat16, to nearest: out[j, i] = tile[i, j], and out[i, j] = tile[i, j].
+  // Both round to nearest bfloat16: out[j, i] = tile[i, j] and out[i, j] = tile[i, j].
   void (*transpose_bfloat16)(const float* tile, int64_t stride, int64_t rows, int64_t columns,
                              uint16_t* out, int64_t out_stride);
   void (*round_bfloat16)(const float* tile, int64_t stride, int64_t rows, int64_t columns,
                          uint16_t* out, int64_t out_stride);
 };
 
-// Those for this machine.
+// Returns the loops for this machine.
 const TileLoops& tile_loops();
 
 namespace default_isa {

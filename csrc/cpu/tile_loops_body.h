@@ -1,6 +1,6 @@
-// The loops of tile_loops.h. Included once by each tile_loops_<instruction set>.cpp, inside which
-// the instruction set is on for all that follows: nothing here may instantiate a template of the
-// standard library, which other files would then share.
+// The loops of tile_loops.h. Each tile_loops_<instruction set>.cpp enables its instruction set and
+// then includes this file. Nothing here may instantiate a standard library template: the linker
+// could pick that copy, built for the wrong instruction set, for other files.
 
 #include <cstdint>
 
@@ -10,8 +10,8 @@
 namespace himo::cpu::HIMO_ISA {
 namespace {
 
-// The product, rounded: a fused multiply-subtract would take S off p by more digits in one pass
-// than in the other, and the probabilities of a row would not add up to 1.
+// Returns the rounded product and prevents contraction into a fused multiply-subtract. If only one
+// of the passes used an unrounded S in S - p, the probabilities of a row would not sum to 1.
 template <typename acc_t>
 HIMO_INLINE typename Lanes<acc_t>::type rounded_product(typename Lanes<acc_t>::type a, acc_t b) {
   auto product = a * b;
@@ -25,9 +25,9 @@ HIMO_INLINE typename Lanes<acc_t>::type rounded_product(typename Lanes<acc_t>::t
   return product;
 }
 
-// exp(x) = 2^n exp(r), n the integer nearest x / ln 2, |r| <= ln 2 / 2. ln 2 is split so that
-// n * kLn2High is exact; r's polynomial is the series to the term below an ulp. Below kSmallest the
-// result is 0, above kLargest infinity; NaN stays NaN.
+// exp(x) = 2^n exp(r) with n the integer nearest to x / ln 2, so |r| <= ln 2 / 2. ln 2 is split in
+// two so that n * kLn2High is exact. exp(r) is its Taylor series up to the first term below one
+// ulp. The result is 0 below kSmallest, infinity above kLargest, and NaN for NaN.
 template <typename acc_t>
 struct Exponential;
 template <>
@@ -77,7 +77,7 @@ HIMO_INLINE typename Lanes<acc_t>::type exponential(typename Lanes<acc_t>::type 
   for (int k = E::kDegree - 1; k >= 0; --k) {
     series = series * r + static_cast<acc_t>(kInverseFactorials[k]);
   }
-  // The low bits of `rounded` hold n: moved to the exponent, they make 2^n.
+  // The low bits of `rounded` hold n; shifted into the exponent, they give 2^n.
   const bits_t power = ((bits_t)rounded << E::kMantissa) + E::kOne;
   const lanes_t value = series * (lanes_t)power;
   const lanes_t bounded = x > E::kLargest ? fill<acc_t>(__builtin_inf()) : value;
@@ -140,7 +140,7 @@ void statistics(const StatisticsTile<acc_t>& tile) {
     lanes_t row_sum{};
     for (int64_t j = 0; j < width; j += step) {
       const lanes_t logit = load<acc_t>(logits + j);
-      // Two subtractions: S - p is exact where the two are close, p + M would round.
+      // Two subtractions, because S - p is exact where the two are close; p + M would be rounded.
       row_sum += exponential<acc_t>((logit - positive) - row_max);
       const lanes_t column =
           (logit - load<acc_t>(tile.column_positives + j)) - load<acc_t>(tile.column_max + j);
@@ -151,7 +151,7 @@ void statistics(const StatisticsTile<acc_t>& tile) {
   }
 }
 
-// P_ii - (1 - smoothing) - share of the positive: P_ii - 1 = expm1(-nll), which keeps its digits.
+// P_ii - (1 - smoothing) - share at the positive. P_ii - 1 = expm1(-nll) avoids cancellation.
 template <typename acc_t>
 HIMO_INLINE acc_t positive_part(acc_t nll, acc_t smoothing, acc_t share) {
   return static_cast<acc_t>(__builtin_expm1(-static_cast<double>(nll))) + smoothing - share;
@@ -170,7 +170,7 @@ double gradient(const GradientTile<acc_t>& tile) {
     const lanes_t row_positive = fill<acc_t>(tile.row_positives[i]);
     const lanes_t row_nll = fill<acc_t>(tile.row_nll[i]);
     const int64_t positive = tile.diagonal + i;
-    // Writes the columns from j on, and adds to the gradient of scale.
+    // Writes one vector of columns from j on and adds to the gradient of scale.
     lanes_t sum{};
     const auto step_at = [&](int64_t j, lanes_t product) {
       const lanes_t logit = rounded_product<acc_t>(product, tile.scale);
@@ -199,7 +199,7 @@ double gradient(const GradientTile<acc_t>& tile) {
     };
     for (int64_t j = 0; j < whole; j += step) step_at(j, load<acc_t>(products + j));
     for (int64_t j = whole; j < width; j += step) {
-      acc_t last[step];  // products end with the columns
+      acc_t last[step];  // the products are not padded
       for (int64_t k = 0; k < step; ++k) {
         last[k] = j + k < tile.columns ? products[j + k] : acc_t{0};
       }
@@ -219,7 +219,7 @@ HIMO_INLINE uint16_t convert(float value, uint16_t*) {
   return static_cast<uint16_t>((value != value ? 0x7fc00000 : rounded) >> 16);
 }
 
-// By strips of which the rows read stay in the first-level cache.
+// In strips of rows that stay in L1 while they are read.
 template <typename acc_t, typename out_t>
 void transpose(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns, out_t* out,
                int64_t out_stride) {

@@ -23,8 +23,7 @@ bool multiplies_bfloat16() {
 
 namespace {
 
-// Whether oneDNN's micro-kernel takes bfloat16, which it does on processors with AMX, while
-// torch.backends.mkldnn is enabled.
+// Whether oneDNN's micro-kernel takes bfloat16: it needs AMX and torch.backends.mkldnn enabled.
 bool multiplies_bfloat16_by_matrix() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   return multiplies_bfloat16() && at::native::cpublas::could_pack(at::kBFloat16);
@@ -57,7 +56,7 @@ template <>
 RightFactor<double>::RightFactor(const at::Tensor& matrix)  // [K, N]
     : storage_(matrix.to(at::kDouble).contiguous()) {}
 
-// Rows a multiple of 4096 bytes apart share few sets of the first-level cache.
+// Rows a multiple of 4096 bytes apart map to few L1 sets and evict each other.
 constexpr int64_t kAliasing = 4096 / sizeof(float);
 
 template <>
@@ -68,12 +67,12 @@ RightFactor<float>::RightFactor(const at::Tensor& matrix) {
     storage_ = source, panel_stride_ = kColumns, row_stride_ = columns;
     return;
   }
-  // [ceil(N / 256), K, 256]; what is past N is not read.
+  // [ceil(N / 256), K, 256]; columns past N are not read.
   const int64_t panels = at::divup(columns, kColumns), width = std::min(columns, kColumns);
   storage_ = at::empty({panels, inner, width}, source.options());
   panel_stride_ = inner * width, row_stride_ = width;
   if (source.stride(0) == 1 && !source.is_contiguous()) {
-    // A matrix [N, K] that was turned: by blocks that fit the first-level cache, on all threads.
+    // The transpose of a row-major matrix [N, K]: copy it in blocks that fit L1, on all threads.
     constexpr int64_t kBlock = 64;
     const auto* from = source.const_data_ptr<float>();
     auto* to = storage_.mutable_data_ptr<float>();
@@ -88,7 +87,7 @@ RightFactor<float>::RightFactor(const at::Tensor& matrix) {
     });
     return;
   }
-  // On the calling thread: grad mode and inference mode are not those of the others.
+  // On the calling thread, because ATen calls on workers would miss its grad and inference mode.
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t column = panel * kColumns, count = std::min(width, columns - column);
     storage_[panel].narrow(1, 0, count).copy_(source.narrow(1, column, count));
@@ -121,8 +120,8 @@ RightFactor<c10::BFloat16>::RightFactor(const at::Tensor& matrix) {
 
 namespace {
 
-// By ATen's own product, for what has no micro-kernel. Inside a parallel region it runs on one
-// thread.
+// Fallback to ATen's product where there is no micro-kernel. It runs on one thread inside a
+// parallel region.
 template <typename factor_t>
 void multiply_by_aten(const factor_t* left, int64_t left_stride, int64_t rows,
                       const at::Tensor& block,  // [inner, columns]
@@ -144,13 +143,13 @@ void RightFactor<double>::multiply(const double* left, int64_t left_stride, int6
                    product_stride);
 }
 
-// oneDNN's micro-kernel. It uses the widest registers on every processor that has them, where MKL,
-// ATen's BLAS, uses half of their width on those that are not Intel's.
+// oneDNN's micro-kernel. It uses the widest registers that the processor has; MKL, which is ATen's
+// BLAS, uses only half their width on processors that are not Intel's.
 template <>
 void RightFactor<float>::multiply(const float* left, int64_t left_stride, int64_t rows, int64_t row,
                                   int64_t inner, int64_t column, int64_t columns, bool add,
                                   float* product, int64_t product_stride) const {
-  // Rows of a panel that are multiplied at a time: 512 KiB, which stay in the second-level cache.
+  // Rows of a panel per micro-kernel call: 512 KiB, which stay in L2.
   constexpr int64_t kInner = 512;
   for (int64_t j = 0; j < columns; j += kColumns) {
     const int64_t panel = (column + j) / kColumns, first = (column + j) % kColumns;
@@ -183,8 +182,8 @@ void RightFactor<c10::BFloat16>::multiply(const c10::BFloat16* left, int64_t lef
   if (pairs > 0 && multiplies_bfloat16_by_matrix()) {
     const auto* panel =
         storage_.const_data_ptr<c10::BFloat16>() + column / kPanel * panel_stride + row * kPanel;
-    // brgemm asks again, and throws before it writes, where another thread has turned mkldnn off
-    // since: what is left of the columns is for our own product.
+    // If another thread has disabled mkldnn since the check above, brgemm throws before it writes.
+    // The remaining columns are then multiplied by our own kernel.
     try {
       for (; columns > 0; columns -= kPanel, column += kPanel, product += kPanel) {
         at::native::cpublas::brgemm(rows, std::min(kPanel, columns), 2 * pairs, left_stride, kPanel,

@@ -1,4 +1,5 @@
-// Products of tiles by one thread, accumulated in float (of float or bfloat16 factors) or double.
+// Single-threaded matrix products of tiles. Accumulates in float for float and bfloat16 factors,
+// in double for double.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,41 +13,41 @@ namespace himo::cpu {
 template <typename factor_t>
 using accumulator_t = std::conditional_t<std::is_same_v<factor_t, double>, double, float>;
 
-// Returns whether this machine multiplies bfloat16 (AVX-512 BF16) and ATen's CPU capability admits
-// it. Without it, bfloat16 features are raised to float.
+// Returns whether this machine multiplies bfloat16 (AVX-512 BF16) and ATen's CPU capability allows
+// it. Otherwise bfloat16 features are converted to float.
 bool multiplies_bfloat16();
 
-// Returns the matrix [M, K] as a left factor: rows contiguous, of even length for bfloat16, which
-// is multiplied in pairs (0 in the last column).
+// Returns the matrix [M, K] as a left factor with contiguous rows. bfloat16 is multiplied in pairs:
+// odd rows are padded with one 0.
 template <typename factor_t>
 at::Tensor left_factor(const at::Tensor& matrix);
 
-// A matrix [K, N] laid out as a right factor: of float by rows, or panels of 256 columns by rows;
-// of bfloat16 panels of 32, in which two rows are interleaved; of double by rows. Copies only where
-// the layout differs.
+// A matrix [K, N] laid out as a right factor. float: row-major, or panels of 256 columns, each
+// row-major. bfloat16: panels of 32 columns with pairs of rows interleaved (VNNI). double:
+// row-major. Copies only if the layout differs.
 template <typename factor_t>
 class RightFactor {
  public:
-  static constexpr int64_t kColumns = 256;  // products are taken this many columns at a time
+  static constexpr int64_t kColumns = 256;  // columns of a panel, and of one product
 
   RightFactor() = default;
   explicit RightFactor(const at::Tensor& matrix);  // [K, N]
 
-  // product = left block, or += if add, with block the rows [row, row + inner) and columns [column,
-  // column + columns) of this matrix. row is even, column a multiple of 32 and the block inside one
-  // panel of 256 columns, or from the first column of one on.
+  // product = left block, or += if add, where block is rows [row, row + inner) and columns [column,
+  // column + columns) of this matrix. row must be even and column a multiple of 32. The block must
+  // either lie inside one panel of 256 columns or begin at the first column of a panel.
   void multiply(const factor_t* left, int64_t left_stride, int64_t rows, int64_t row, int64_t inner,
                 int64_t column, int64_t columns, bool add, accumulator_t<factor_t>* product,
                 int64_t product_stride) const;
 
  private:
   at::Tensor storage_;
-  int64_t panel_stride_ = 0, row_stride_ = 0;  // elements, of float
+  int64_t panel_stride_ = 0, row_stride_ = 0;  // in elements; float only
 };
 
-// What a thread may hold between products, matrix registers (AMX) among it, is given back at the
-// end of a scope of them, and by release() before other code runs inside one: that configures those
-// anew or gives them back itself, and the next product, of either, would be wrong or trap.
+// Releases the AMX tile state of this thread when the scope ends. Call release() before other code
+// runs inside a scope: that code may configure or release the tiles itself, and the next product
+// would then be wrong or trap.
 struct ProductScope {
   ProductScope() = default;
   ProductScope(const ProductScope&) = delete;
@@ -58,8 +59,9 @@ struct ProductScope {
 namespace avx512_bf16 {
 constexpr int64_t kPanel = 32;  // columns of a panel: two registers of float
 
-// product [rows, columns] = left [rows, 2 * pairs] times panels [pairs, 32, 2], panel_stride
-// elements apart; columns past a multiple of 32 are computed from the panel and not stored.
+// product [rows, columns] = left [rows, 2 * pairs] times panels [pairs, 32, 2], which are
+// panel_stride elements apart. The last panel is multiplied in full; columns past `columns` are not
+// stored.
 void multiply(const uint16_t* left, int64_t left_stride, int64_t rows, const uint16_t* panels,
               int64_t panel_stride, int64_t pairs, int64_t columns, bool add, float* product,
               int64_t product_stride);

@@ -1,7 +1,7 @@
-// Columns are reduced by panels: within one, A stands as it was at the panel's start, and
-// A - V W^T - W V^T is what it is by now, W from the products A v. What is left of A is read once
-// for each column, half of it, and written once for each panel. A row of the upper half is a column
-// of the lower: all runs along rows.
+// Columns are reduced in panels. Within a panel A is not updated; its current value is
+// A - V W^T - W V^T, where W comes from the products A v. Each column reads the upper half of the
+// trailing matrix once, and each panel writes it once. By symmetry a row of the upper half is a
+// column of the lower half, so all accesses run along rows.
 
 #include "cpu/tridiagonal.h"
 
@@ -19,20 +19,20 @@ namespace himo::cpu {
 namespace {
 
 constexpr int64_t kPanel = 16;       // columns reduced between two updates of the matrix
-constexpr int64_t kUpdateRows = 48;  // of a block of the update, whose lower half is in vain
-// Reflections applied at once: more read the vectors less often, and cost more of their own.
+constexpr int64_t kUpdateRows = 48;  // rows of an update block; its lower triangle is wasted work
+// Reflections applied at once: a larger block reads the vectors less often but costs more to form.
 constexpr int64_t kWyBlock = 72;
 int64_t wy_block(int64_t n) { return n < 512 ? 24 : kWyBlock; }
 constexpr int64_t kStrip = 8;  // rows of a register tile
-// Columns left below which a second thread costs more than it saves: in one product A v, and in the
-// back-transformation as a whole.
+// Number of remaining columns below which a second thread costs more than it saves: in one product
+// A v, and in the whole back-transformation.
 constexpr int64_t kForkSide = 256;
 constexpr int64_t kBackForkSide = 128;
-constexpr int64_t kCopyGrain = 32768;  // entries copied by a thread at least
+constexpr int64_t kCopyGrain = 32768;  // minimum number of entries one thread copies
 
-// out += A x, of A the rows from `from` to `to` of the upper half and their mirror image. Columns
-// left of `from` are not read: x is 0 there, as it is for rows that are done. Bounds are multiples
-// of 8.
+// out += A x, restricted to rows `from` to `to` of the upper half of A and their mirror image.
+// Columns left of `from` are not read: x is 0 there, as for all rows already reduced. Bounds are
+// multiples of 8.
 HIMO_AVX512 void multiply_symmetric(const double* matrix, int64_t stride, int64_t from, int64_t to,
                                     int64_t width, const double* x, double* out) {
   for (int64_t i = from; i < to; i += kStrip) {
@@ -69,7 +69,7 @@ HIMO_AVX512 void dot_rows(const double* rows, int64_t stride, int64_t from, int6
   for (int64_t r = 0; r < 4; ++r) out[r] = total(sums[r]);
 }
 
-// What one pass over V and W takes off two rows: a combination of theirs.
+// Arguments of one pass over V and W that subtracts combinations of their rows from two rows.
 struct Pass {
   const double *v, *w;  // [count, stride]
   int64_t stride, count;
@@ -126,9 +126,9 @@ HIMO_AVX512 void add(double* out, const double* x, int64_t from, int64_t width) 
   for (int64_t k = from; k < width; k += kLaneCount) store(out + k, load(out + k) + load(x + k));
 }
 
-// Returns the factor of the reflection that leaves of x[j + 1:] its first entry alone, the
-// off-diagonal one of T. x becomes v, 0 up to j and 1 at j + 1. Entries whose squares could vanish
-// are 0 beside a matrix of entries of order 1.
+// Returns the factor of the reflection that zeroes x[j + 1:] except its first entry, which becomes
+// the off-diagonal entry of T. Overwrites x with v, which is 0 up to j and 1 at j + 1. Entries
+// whose squares could underflow are treated as 0, since the entries of the matrix are of order 1.
 double reflect(double* x, int64_t j, int64_t width, double& off_diagonal) {
   const int64_t from = round_down(j + 1);
   const double first = x[j + 1];
@@ -144,16 +144,16 @@ double reflect(double* x, int64_t j, int64_t width, double& off_diagonal) {
 struct Reduction {
   double* matrix;  // a copy, [width, stride]; rows and columns from n to width are 0
   int64_t width, stride, threads;
-  double *v, *w, *v_again;  // [kPanel, stride] each, one behind the other
+  double *v, *w, *v_again;  // [kPanel, stride] each, contiguous in this order
   double* products;         // [threads, stride]
-  double dots[2 * kPanel];  // of V, and of W
+  double dots[2 * kPanel];  // of V, then of W
 
   // products[0] = A v, dots = (V, W) . v
   void multiply(const double* x, int64_t j, int64_t count) {
     const int64_t from = round_down(j + 1), left = width - from;
     const int64_t tasks = left < kForkSide || at::in_parallel_region() ? 1 : threads;
     const int64_t groups = at::divup(count, 4), each = at::divup(2 * groups, tasks);
-    // Rows from which on a share of the triangle's area is left.
+    // First row of a task, chosen so that all tasks cover equal areas of the triangle.
     const auto bound = [&](int64_t task) {
       const double share = std::sqrt(1 - static_cast<double>(task) / static_cast<double>(tasks));
       return task == tasks ? width : width - round_down(std::llround(share * left));
@@ -180,7 +180,7 @@ struct Reduction {
     }
   }
 
-  // Reduces the columns from `first` on, `count` of them.
+  // Reduces `count` columns, starting at `first`.
   void reduce_panel(int64_t first, int64_t count, double* diagonal, double* off_diagonal,
                     double* factors) {
     double v_next[kPanel], w_next[kPanel];
@@ -208,11 +208,11 @@ struct Reduction {
       std::fill(product + round_down(first), product + j + 1, 0.0);
       combine(1, next, -product[j + 1], x, from, width);
       combine(1, next, -1, product, from, width);
-      diagonal[j + 1] = next[j + 1];  // which stays where nothing is left to reduce
+      diagonal[j + 1] = next[j + 1];  // final after the last column
     }
   }
 
-  // A -= V W^T + W V^T from row `first` on, of the upper half and a little more.
+  // A -= V W^T + W V^T from row `first` on, in blocks that cover the upper half.
   void update(int64_t first) {
     std::copy(v, v + kPanel * stride, v_again);
     const Matrix<const double> left{v, 2 * kPanel, width, stride, 1};
@@ -223,7 +223,7 @@ struct Reduction {
       multiply_wide<double>(left.column_block(i, rows).t(), right.column_block(i, width - i),
                             {matrix + i * stride + i, rows, width - i, stride, 1}, -1, 1);
     };
-    // A long block of rows and a short one make a task.
+    // A task is a long and a short block of rows, which balances the load.
     const int64_t grain = width - first < kForkSide ? pairs : 1;
     at::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -234,8 +234,9 @@ struct Reduction {
   }
 };
 
-// H_0 H_1 ... = I - V^T T V with v_j in rows: triangle = T^T, from gram = V V^T, by one reflection
-// after the other (Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10, 1989).
+// Computes triangle = T^T of the compact form H_0 H_1 ... = I - V^T T V, v_j in rows, from
+// gram = V V^T, one reflection at a time (Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10,
+// 1989).
 void wy_triangle(const double* factors, int64_t count, const double* gram, double* triangle) {
   std::fill(triangle, triangle + count * count, 0.0);
   for (int64_t i = 0; i < count; ++i) {
@@ -268,7 +269,8 @@ void tridiagonalise(double* matrix, int64_t n, double scale, double* diagonal, d
     for (int64_t i = begin; i < end; ++i) {
       double* row = work + i * stride;
       const int64_t from = round_down(i);
-      // Blocks of the update, from up to kUpdateRows to the left, take no garbage along in vain.
+      // Update blocks reach up to kUpdateRows left of the diagonal: zero the entries there, so that
+      // they do not compute with uninitialised memory.
       std::fill(row + std::max<int64_t>(0, from - kUpdateRows), row + width, 0.0);
       if (i >= n) continue;
       for (int64_t k = from; k < i; ++k) row[k] = scale * matrix[k * n + i];
@@ -295,8 +297,8 @@ void back_transform(const double* reflections, const double* factors, int64_t n,
   const int64_t work_stride = solver_stride(n);
   double* combined = work;
   double* products = work + n * work_stride;  // [n, size]
-  // H_first ... of `count` reflections is I - V^T T V: v the rows of V from where they begin, at
-  // `column`, and combined T^T V.
+  // The product of `count` reflections is I - V^T T V. v holds V from its first nonzero column,
+  // `column`, and combined holds T^T V.
   struct Block {
     int64_t count, column, columns;
     Matrix<const double> v;
@@ -313,7 +315,7 @@ void back_transform(const double* reflections, const double* factors, int64_t n,
   };
   const auto combine_block = [&](int64_t index) {
     const Block block = block_at(index);
-    std::vector<double> memory(2 * block.count * block.count);  // threads have little stack
+    std::vector<double> memory(2 * block.count * block.count);  // too large for thread stacks
     const auto gram = row_major(memory.data(), block.count, block.count);
     const auto triangle = row_major(&memory[block.count * block.count], block.count, block.count);
     multiply_wide<double>(block.v, block.v.t(), gram, 1, 0);
@@ -322,7 +324,7 @@ void back_transform(const double* reflections, const double* factors, int64_t n,
   };
   const int64_t pairs = at::divup(blocks, 2), grain = n < kBackForkSide ? blocks : 1;
   at::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {  // a long block and a short one
+    for (int64_t task = begin; task < end; ++task) {  // a long and a short block
       combine_block(task);
       if (blocks - 1 - task != task) combine_block(blocks - 1 - task);
     }

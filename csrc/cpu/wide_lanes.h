@@ -1,4 +1,5 @@
-// One AVX-512 register of float64, in functions compiled for it whatever the rest of the file is.
+// One AVX-512 register of float64. Functions marked HIMO_AVX512 are compiled for AVX-512 even in a
+// file that is not.
 #pragma once
 
 #include <cstdint>

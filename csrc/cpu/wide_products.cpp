@@ -1,6 +1,6 @@
-// A block of the product is made by one thread, from the first to the last of the inner dimension:
-// a block of b is packed into panels of three registers, and register tiles of 8 rows run down it.
-// Rows of a are read where they lie, or packed where they are not contiguous.
+// One thread computes a block of the product, over the whole inner dimension in order. It packs a
+// block of b into panels that are three registers wide, and multiplies each by register tiles of 8
+// rows. Rows of a are read in place, or packed if they are not contiguous.
 
 #include "cpu/wide_products.h"
 
@@ -27,10 +27,10 @@ bool multiplies_wide() {
 namespace {
 
 constexpr int64_t kStrip = 8;       // rows of a register tile
-constexpr int64_t kVectors = 3;     // by 3 vectors: 24 sums, 3 of b and a broadcast of 32 registers
-constexpr int64_t kInner = 192;     // rows of a panel: 36 KiB, which the first-level cache holds
-constexpr int64_t kPanels = 8;      // of a block: 288 KiB in the second level
-constexpr int64_t kRows = 512;      // of a block at most, as much again in float32
+constexpr int64_t kVectors = 3;     // vectors per row: 24 sums + 3 of b + 1 broadcast, of 32
+constexpr int64_t kInner = 192;     // rows of a panel: 36 KiB, which fit L1
+constexpr int64_t kPanels = 8;      // panels per block: 288 KiB, which fit L2
+constexpr int64_t kRows = 512;      // maximum rows of a block; 384 KiB in float32
 constexpr double kForkFlops = 2e6;  // below, a second thread costs more than it saves
 
 template <typename T>
@@ -38,15 +38,16 @@ constexpr int64_t kLanes = 64 / sizeof(T);
 template <typename T>
 constexpr int64_t kPanel = kVectors * kLanes<T>;  // columns
 
-// Where entry (i, k) of a factor lies.
+// A factor with arbitrary strides: entry (i, k) is data[i * row + k * column].
 template <typename T>
 struct Factor {
   const T* data;
   int64_t row, column;  // strides
 };
 
-// out [rows <= 8, columns] = alpha a b + beta out, with b packed, [inner][vectors]. Rows of a come
-// packed, [inner][8], or contiguous. Absent rows repeat the last and are not stored.
+// out [rows <= 8, columns] = alpha a b + beta out, with b packed as [inner][vectors] and a either
+// packed as [inner][8] or with contiguous rows. If rows < 8, the last row is repeated; the repeated
+// results are not stored.
 template <typename T, int vectors, bool packed>
 HIMO_AVX512 void register_tile(int64_t rows, int64_t columns, int64_t inner, T alpha,
                                const Factor<T>& a, const T* b, T beta, T* out, int64_t stride) {
@@ -87,7 +88,7 @@ HIMO_AVX512 void register_tile(int64_t rows, int64_t columns, int64_t inner, T a
   }
 }
 
-// packed[k][j] = b(k, j), and 0 from `columns` to `width`.
+// packed[k][j] = b(k, j), with zeros from `columns` to `width`.
 template <typename T>
 HIMO_AVX512 void pack_panel(const Factor<T>& b, int64_t inner, int64_t columns, int64_t width,
                             T* packed) {
@@ -97,7 +98,7 @@ HIMO_AVX512 void pack_panel(const Factor<T>& b, int64_t inner, int64_t columns, 
     }
     return;
   }
-  for (int64_t first = 0; first < inner; first += kStrip) {  // whole cache lines of either side
+  for (int64_t first = 0; first < inner; first += kStrip) {  // whole cache lines on both sides
     const int64_t last = std::min(first + kStrip, inner);
     for (int64_t j = 0; j < columns; ++j) {
       for (int64_t k = first; k < last; ++k) {
@@ -110,7 +111,7 @@ HIMO_AVX512 void pack_panel(const Factor<T>& b, int64_t inner, int64_t columns, 
   }
 }
 
-// packed[k][i] = a(i, k) for 8 rows, of which absent ones repeat the last.
+// packed[k][i] = a(i, k) for 8 rows; if rows < 8, the last row is repeated.
 template <typename T>
 HIMO_AVX512 void pack_strip(const Factor<T>& a, int64_t rows, int64_t inner, T* packed) {
   if (rows == kStrip && a.row == 1) {
@@ -139,7 +140,7 @@ void multiply_panel(int64_t rows, int64_t columns, int64_t inner, T alpha, Facto
   }
 }
 
-// out = alpha a b + beta out, of at most kRows by kPanels panels.
+// out = alpha a b + beta out, for at most kRows rows and kPanels panels of columns.
 template <typename T>
 void multiply_block(int64_t rows, int64_t columns, int64_t inner, T alpha, const Factor<T>& a,
                     const Factor<T>& b, T beta, T* out, int64_t stride) {
@@ -180,7 +181,7 @@ void multiply_wide(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha,
   const int64_t threads = alone ? 1 : at::get_num_threads();
   int64_t row_blocks = at::divup(out.rows, kRows);
   int64_t column_blocks = at::divup(out.columns, kPanels * kPanel<T>);
-  if (row_blocks * column_blocks % threads != 0) {  // as many for each thread, of the longer side
+  if (row_blocks * column_blocks % threads != 0) {  // give all threads equally many blocks
     int64_t& blocks = out.rows >= out.columns ? row_blocks : column_blocks;
     blocks = at::divup(blocks, threads) * threads;
   }

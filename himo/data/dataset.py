@@ -1,7 +1,8 @@
-"""Captioned images as tensors, and the account of the samples that could not be read."""
+"""Captioned images as tensors, and the count of the samples that could not be read."""
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -16,9 +17,9 @@ from himo.transforms import ImageError, Preprocess, Reason
 
 # What `Sample.reason` means; 0 is a good image.
 REASONS: tuple[str, ...] = ("good", *get_args(Reason), TextError.reason)
-# Of independent draws from a data set with 1 % bad samples, all fail once in 1e32.
+# With 1 % bad samples, so many independent draws all fail once in 1e32.
 _ATTEMPTS = 16
-_KEPT = 5  # examples of bad samples
+_EXAMPLES = 5  # of bad samples, in a message
 
 
 class Sample(NamedTuple):
@@ -26,17 +27,17 @@ class Sample(NamedTuple):
 
     image: Tensor  # uint8 [3, R, R]
     tokens: Tensor  # as the tokenizer gives them [L]
-    row: int | Tensor  # position in the data set that was asked for
-    reason: int | Tensor  # position in REASONS; not 0 if another sample stands in for it
+    row: int | Tensor  # the requested position in the data set
+    reason: int | Tensor  # position in REASONS; not 0 if another sample replaces it
 
 
 class CaptionedImages(Dataset[Sample]):
     """The samples of an index, decoded, preprocessed and tokenised.
 
-    Where the image or the caption cannot be read, another sample stands in for it, image and
-    caption, and says so by its `reason`. Which one is a function of seed and position alone: the
-    same in every epoch, for any number of workers and after a resume. `BadSamples` counts and
-    limits what was replaced.
+    A sample whose image or caption cannot be read is replaced by another, both image and caption,
+    and `reason` says so. Seed and position alone choose the replacement: it is the same in every
+    epoch, for any number of workers and after a resume. `BadSamples` counts the replaced samples
+    and limits their number.
 
     Args:
         index: the samples.
@@ -72,7 +73,7 @@ class CaptionedImages(Dataset[Sample]):
         return self.tokenize(short or record.caption)[0]
 
     def replacement(self, index: int, attempt: int) -> int:
-        """The sample that stands in for a bad one, for the attempt-th time: any but itself."""
+        """The sample that replaces a bad one at the attempt-th try: any but itself."""
         if len(self) == 1:
             return index
         state = struct.pack("<qqq", self.seed, index, attempt)
@@ -81,10 +82,10 @@ class CaptionedImages(Dataset[Sample]):
         return other + (other >= index)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`, or another in its place.
+        """The sample at `index`, or its replacement.
 
         Raises:
-            HimoError: neither it nor any of 16 replacements can be read, as where a disk is gone.
+            HimoError: neither it nor any of 16 replacements can be read, as when a disk is gone.
         """
         reason, row = 0, index
         for attempt in range(_ATTEMPTS + 1):
@@ -102,12 +103,12 @@ class CaptionedImages(Dataset[Sample]):
 class BadSamples:
     """Counts the samples that could not be read, from the batches that the main process gets.
 
-    Each position counts once, however many epochs meet it. In a run of several processes each one
-    counts the samples that it met.
+    Each position counts once in all epochs. In a run of several processes each one counts its own
+    samples.
 
     Args:
         index: the samples, for messages.
-        max_bad_fraction: the most of them, as a fraction, that may be bad.
+        max_bad_fraction: the largest fraction of them that may be bad.
     """
 
     def __init__(self, index: SampleIndex, max_bad_fraction: float = 0.01) -> None:
@@ -125,22 +126,22 @@ class BadSamples:
         reason = torch.as_tensor(batch.reason)
         if not reason.any():
             return
-        indices = torch.as_tensor(batch.row)[reason != 0].tolist()
-        for index, code in zip(indices, reason[reason != 0].tolist(), strict=True):
-            self.reasons.setdefault(index, REASONS[code])
+        rows = torch.as_tensor(batch.row)[reason != 0].tolist()
+        for row, code in zip(rows, reason[reason != 0].tolist(), strict=True):
+            self.reasons.setdefault(row, REASONS[code])
         if len(self.reasons) > self.max_bad_fraction * len(self.index):
             limit = f"the limit is {100 * self.max_bad_fraction:g} %"
             raise HimoError(f"too many bad samples, {limit}: {self.summary()}")
 
     def counts(self) -> dict[str, int]:
         """How many positions are bad, by reason."""
-        reasons = list(self.reasons.values())
-        return {reason: reasons.count(reason) for reason in REASONS if reason in reasons}
+        found = Counter(self.reasons.values())
+        return {reason: found[reason] for reason in REASONS if reason in found}
 
     def summary(self) -> str:
-        """One line: how many by reason, and where the first of them stand."""
+        """One line: how many by reason, and where the first of them are."""
         counts = ", ".join(f"{count} {reason}" for reason, count in self.counts().items())
-        first = ", ".join(self.index.describe(index) for index in list(self.reasons)[:_KEPT])
+        first = ", ".join(self.index.describe(index) for index in list(self.reasons)[:_EXAMPLES])
         total = f"{len(self.reasons)} of {len(self.index)} samples could not be read"
         return f"{total} ({counts}); first: {first}" if self.reasons else total
 

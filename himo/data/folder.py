@@ -19,23 +19,8 @@ from himo.data.records import (
 from himo.errors import HimoError, quoted
 from himo.files import open_regular, os_reason
 
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-    ]
-)
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"])
+IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 _LAYOUTS = (("image", "caption"), ("images", "captions"))
 
 
@@ -43,14 +28,14 @@ class Folder(Source):
     """Images and captions as `<name>.jpg` and `<name>.txt`, in one of two layouts.
 
     With subfolders `image` and `caption` (Urban1k; or `images` and `captions`), the names below
-    each are paired; else the two files stand side by side, at any depth. The order is that of the
-    sorted names. An image without a caption and a caption without an image are bad records. Hidden
-    files are not looked at; any other file, and a folder behind a link, is counted in `ignored`.
-    The text file is the caption; its lines are joined by spaces.
+    each are paired; otherwise the two files lie next to each other, at any depth. Records are in
+    the order of the sorted names. An image without a caption and a caption without an image are bad
+    records. Hidden files are skipped; other files and folders behind a link count in `ignored`. The
+    text file is the caption; its lines are joined by spaces.
 
     Args:
         path: the folder.
-        first_line: takes the first line of each text file alone, as the protocol of Urban1k does.
+        first_line: takes only the first line of each text file, as Urban1k's protocol does.
         follow_links: see `ImageRoot`; also for the text files.
     """
 
@@ -58,19 +43,12 @@ class Folder(Source):
     unit = " files"
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        first_line: bool = False,
-        follow_links: bool = False,
+        self, path: str | os.PathLike[str], first_line: bool = False, follow_links: bool = False
     ) -> None:
         super().__init__(path)
-        self.first_line = first_line
+        self.first_line, self.image_root = first_line, self.path
         self.root = ImageRoot(path, follow_links)
         self._files: list[tuple[str, str]] | None = None
-
-    @property
-    def image_root(self) -> str | None:
-        return self.path
 
     def options(self) -> dict[str, Any]:
         return {"first_line": self.first_line}
@@ -80,7 +58,7 @@ class Folder(Source):
         for image, text in self._scan():
             try:
                 status = os.stat(os.path.join(self.path, text or image), follow_symlinks=False)
-            except OSError:  # it is gone since the folder was listed: `read` counts it
+            except OSError:  # removed since the folder was listed: `read` counts it
                 continue
             line = f"{image}\0{text}\0{status.st_size}\0{status.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
@@ -111,14 +89,14 @@ class Folder(Source):
             raise RecordError("too_long", f"caption file is longer than {MAX_RECORD:,} bytes")
         caption = decode_file(data)
         if self.first_line:
-            caption = caption.split("\n", 1)[0]
-        return " ".join(caption.split("\n"))
+            caption = caption.partition("\n")[0]
+        return caption.replace("\n", " ")
 
     def _scan(self) -> list[tuple[str, str]]:
-        """Relative paths of each image and its text file, sorted; "" for what is not there."""
+        """Relative paths of each image and its text file, sorted; "" for one that is missing."""
         if self._files is not None:
             return self._files
-        layout = next((x for x in _LAYOUTS if all(self._has(name) for name in x)), ("", ""))
+        layout = next((names for names in _LAYOUTS if all(map(self._has, names))), ("", ""))
         images: dict[str, list[str]] = {}
         texts: dict[str, list[str]] = {}
         self.ignored = {"other files": 0, "folders behind a link": 0}
@@ -143,7 +121,7 @@ class Folder(Source):
         return self._files
 
     def _walk(self) -> Iterator[str]:
-        """The paths of all files, relative to the folder; counts the folders not gone into."""
+        """The paths of all files, relative to the folder; counts the folders behind links."""
 
         def failed(error: OSError) -> None:
             raise HimoError(f"{error.filename}: cannot be listed: {os_reason(error)}") from error

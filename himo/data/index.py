@@ -1,12 +1,12 @@
 """The sample index: a data set's records in one file, built once and read row by row.
 
-Reading 1.25 million records anew takes seconds and gigabytes in every process; the index opens in
-milliseconds, and all processes share the system's copy of its pages. By hand because a library's
-format brings a large dependency, and trusts the file more than this does.
+Parsing 1.25 million records takes seconds and gigabytes in every process; the index opens in
+milliseconds, and all processes share the system's copy of its pages. A library's format would bring
+a large dependency, and would trust the file more than this one does.
 
-The file lies beside the data, where anyone may have put or changed it. So it is trusted no more
-than the data: no link is followed to it, it says nothing about where files lie, and whatever is
-wrong in it is a DamagedIndex. Layout, little-endian:
+The file lies next to the data, where anyone may have put or changed it, so it is trusted no more
+than the data: no link to it is followed, it does not say where files are, and any fault in it is a
+DamagedIndex. Layout, little-endian:
 
     8 bytes    b"HIMOIDX2"
     text       of each row: image path, caption, short caption, UTF-8, one after the other
@@ -21,6 +21,8 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -46,28 +48,28 @@ from himo.transforms import ImageError, Reason, open_image
 
 _MAGIC, _END_MAGIC = b"HIMOIDX2", b"IDX1"
 # Offset of the text; bytes of path, caption and short caption; line; shard, offset and size of the
-# image in it; CRC-32 of the text and of what comes before in the row.
+# image in it; CRC-32 of the text and of the row's earlier fields.
 _ROW = struct.Struct("<qiiiqiqqI")
 _CRC = struct.Struct("<I")
 _END = struct.Struct("<qqI4s")
-_MAX_HEADER = 1 << 21  # bytes; with a thousand folders of the longest names it has a fourth
+_MAX_HEADER = 1 << 21  # bytes; a thousand folders of the longest names take a fourth of it
 _MAX_TEXT = 4 * (MAX_RECORD + 2 * MAX_CAPTION)  # bytes of the text of one row
 _PROGRESS_DELAY_S = 2.0
-_OPEN_SHARDS = 64  # descriptors kept open in each process, of the usual limit of 1024
+_OPEN_SHARDS = 64  # descriptors that stay open in each process, of the usual limit of 1024
 
 
 class DamagedIndex(HimoError):
-    """An index file that is not one, or no longer."""
+    """A file that is not an index, or a damaged one."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What an index is of. It comes from the caller, never from the index file.
+    """The data set of an index. It comes from the caller, never from the index file.
 
     Attributes:
-        source: the data set, and
+        source: path of the data set, for messages.
         kind: its format, for messages.
-        root: where its images lie; None if `shards` hold them.
+        root: where its images are; None if `shards` hold them.
         shards: paths of the tar files.
     """
 
@@ -87,16 +89,16 @@ def write_index(
     max_bad_fraction: float,
     progress: bool,
 ) -> None:
-    """Reads `source` through and writes its index to `path`, whole or not at all.
+    """Reads all of `source` and writes its index to `path`, whole or not at all.
 
     Args:
         path: the index file.
         source: the data set.
-        root: where its images lie; None if the source holds them itself.
+        root: where its images are; None if the source holds them itself.
         key: identifies source and options; `SampleIndex.is_current` compares it.
         skip_missing_images: leaves out records whose image does not exist, instead of an error.
-        max_bad_fraction: the most records, as a fraction, that may be bad.
-        progress: shows a bar once it has taken 2 seconds.
+        max_bad_fraction: the largest fraction of the records that may be bad.
+        progress: shows a bar after 2 seconds.
 
     Raises:
         HimoError: as `IndexReport.check` and `check_missing`; a source that is not of its format.
@@ -113,10 +115,6 @@ def write_index(
         delay=_PROGRESS_DELAY_S,
         disable=not progress,
     )
-
-    def advance(done: int) -> None:
-        bar.update(done - bar.n)
-
     with (
         bar,
         atomic_path(path, follow_links=False) as temporary,
@@ -124,7 +122,7 @@ def write_index(
     ):
         file.write(_MAGIC)
         offset = len(_MAGIC)
-        for item in source.read(advance):
+        for item in source.read(lambda done: bar.update(done - bar.n)):
             if isinstance(item, BadRecord):
                 report.add_bad(item.reason, item.message)
                 continue
@@ -144,25 +142,24 @@ def write_index(
         report.check(max_bad_fraction)
         if not skip_missing_images:
             report.check_missing()
-        header = json.dumps(
-            {"key": key, "stamp": stamp, "rows": offset, "report": report.to_dict()}
-        ).encode()
+        values = {"key": key, "stamp": stamp, "rows": offset, "report": report.to_dict()}
+        header = json.dumps(values).encode()
         file.write(rows + header)
         file.write(_END.pack(offset + len(rows), len(header), zlib.crc32(header), _END_MAGIC))
 
 
 def _has_image(root: ImageRoot, record: Record, source: str, report: IndexReport) -> bool:
-    is_missing = False
+    is_there = True
     try:
         root.resolve(record.image)
     except MissingImage:
-        is_missing = True
+        is_there = False
     except RecordError as error:
         place = f"{source}:{record.line}" if record.line else source
         report.add_bad(error.reason, f"{place}: {error}")
         return False
-    report.add_image(root.relative(record.image), is_missing)
-    return not is_missing
+    report.add_image(root.relative(record.image), not is_there)
+    return is_there
 
 
 class SampleIndex(Sequence[Record]):
@@ -172,10 +169,10 @@ class SampleIndex(Sequence[Record]):
 
     Args:
         path: a file that `write_index` has written.
-        origin: what it is of; None gives the captions, and no image.
+        origin: its data set; None gives the captions, but no image.
 
     Raises:
-        DamagedIndex: there is none, or not a whole one.
+        DamagedIndex: there is no index, or a damaged one.
     """
 
     def __init__(self, path: str | os.PathLike[str], origin: Origin | None = None) -> None:
@@ -204,46 +201,39 @@ class SampleIndex(Sequence[Record]):
             raise self._damaged("has a damaged header") from error
 
     def _read_header(self, header: Any, end: int) -> None:
-        """Takes up a decoded header that stands at `end`; ValueError if it is none of ours."""
+        """Takes the values of a decoded header at offset `end`; ValueError if one is wrong."""
         if not isinstance(header, dict) or header.keys() != {"key", "stamp", "rows", "report"}:
             raise ValueError("other keys")
         self.key, self.stamp, self._rows = header["key"], header["stamp"], header["rows"]
-        source, kind = (
-            (self.origin.source, self.origin.kind) if self.origin else (self.path, "index")
-        )
-        self.report = IndexReport.from_dict(source, kind, header["report"])
-        if type(self._rows) is not int or self._rows < len(_MAGIC):
+        origin = self.origin or Origin(self.path, "index")
+        self.report = IndexReport.from_dict(origin.source, origin.kind, header["report"])
+        size = self.report.records * _ROW.size
+        if type(self._rows) is not int or not len(_MAGIC) <= self._rows == end - size:
             raise ValueError("rows")
-        if self._rows + self.report.records * _ROW.size != end:
-            raise ValueError("records")
 
     def is_current(self, key: str, stamp: str) -> bool:
-        """Whether it was made of this source, unchanged, and no image missing then is there now."""
-        return (self.key, self.stamp) == (key, stamp) and not any(
-            map(self._is_there, self.report.missing_examples)
-        )
+        """Whether the source is the same and unchanged, and the missing images are still missing.
 
-    def _is_there(self, image: str) -> bool:
-        try:
-            return self.origin is not None and bool(
-                self.origin.root and self.origin.root.resolve(image)
-            )
-        except RecordError:
-            return False
+        Of the missing images the examples in the report are looked for.
+        """
+        root = self.origin.root if self.origin else None
+        if root is not None:
+            for image in self.report.missing_examples:
+                with suppress(RecordError):
+                    root.resolve(image)
+                    return False
+        return (self.key, self.stamp) == (key, stamp)
 
     def select(self, rows: Iterable[int]) -> "SampleIndex":
         """The samples at these positions, as an index of their own over the same file.
 
-        `select(range(1000))` holds out what ShareGPT4V's users validate on.
+        `select(range(1000))` holds out the pairs that ShareGPT4V's users validate on.
         """
         chosen = numpy.asarray(list(rows), dtype=numpy.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise HimoError(
-                f"select: expected rows from 0 to {len(self) - 1}, got {chosen.min()} to "
-                f"{chosen.max()}"
-            )
-        selected = SampleIndex(self.path, self.origin)
-        selected._check_same(self.report.sha256)
+            got = f"{chosen.min()} to {chosen.max()}"
+            raise HimoError(f"select: expected rows from 0 to {len(self) - 1}, got {got}")
+        selected = copy(self)
         selected._selected = chosen if self._selected is None else self._selected[chosen]
         return selected
 
@@ -267,29 +257,28 @@ class SampleIndex(Sequence[Record]):
         return record
 
     def _record(self, row: int) -> Record | None:
-        """The record in a row of the file; None if `write_index` cannot have written it."""
+        """The record in a row of the file; None if `write_index` did not write it so."""
         data = self._bytes(self._rows + _ROW.size * row, _ROW.size)
         start, *lengths, line, shard, offset, size, crc = _ROW.unpack(data)
         end = start + sum(lengths)
-        if min(lengths) < 0 or not len(_MAGIC) <= start <= end <= min(
-            self._rows, start + _MAX_TEXT
-        ):
+        most = min(self._rows, start + _MAX_TEXT)
+        if min(lengths) < 0 or not len(_MAGIC) <= start <= end <= most:
             return None
         text = self._bytes(start, end - start)
         if zlib.crc32(data[: -_CRC.size], zlib.crc32(text)) != crc:
             return None
         image, caption = lengths[0], lengths[0] + lengths[1]
         fields = text[:image], text[image:caption], text[caption:]
+        if shard < -1 or offset < 0 or not 0 <= size <= MAX_IMAGE:
+            return None
         try:
             record = make_record(line, *(field.decode() for field in fields))
         except (UnicodeDecodeError, RecordError):
             return None
-        if shard < -1 or offset < 0 or not 0 <= size <= MAX_IMAGE:
-            return None
         return replace(record, shard=shard, offset=offset, size=size)
 
     def _bytes(self, offset: int, length: int) -> bytes:
-        # Not a mapping: a file that is cut off meanwhile would then kill the process.
+        # Not by mmap: a file that is truncated meanwhile would then kill the process.
         try:
             data = os.pread(self._file, length, offset)
         except (OSError, OverflowError) as error:
@@ -299,7 +288,7 @@ class SampleIndex(Sequence[Record]):
         return data
 
     def image_source(self, index: int) -> str | bytes:
-        """The path of an image, known to lie inside the image root, or its bytes out of a shard.
+        """The path of an image, checked to be inside the image root, or its bytes from a shard.
 
         Raises:
             ImageError: it is missing, not a regular file, or cut off.
@@ -321,7 +310,7 @@ class SampleIndex(Sequence[Record]):
         return open_image(self.image_source(index))
 
     def describe(self, index: int) -> str:
-        """Where the record stands, for a message: file, line and image."""
+        """Where the record is, for a message: file, line and image."""
         record = self[index]
         line = f":{record.line}" if record.line else ""
         return printable(f"{self.report.source}{line}: {record.image}")
@@ -336,7 +325,6 @@ class SampleIndex(Sequence[Record]):
                     os.close(self._descriptors.pop(next(iter(self._descriptors))))
                 flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
                 self._descriptors[record.shard] = os.open(shard, flags)
-            # Not a mapping: a shard that is cut off meanwhile would then kill the process.
             data = os.pread(self._descriptors[record.shard], record.size, record.offset)
         except OSError as error:
             raise ImageError(f"{shard}: {os_reason(error)}", "missing") from error
@@ -351,18 +339,14 @@ class SampleIndex(Sequence[Record]):
         if self.report.sha256 != sha256:
             raise HimoError(f"{self.path}: the data set was indexed anew while it was in use")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "origin": self.origin,
-            "sha256": self.report.sha256,
-            "selected": self._selected,
-        }
+    def __getstate__(self) -> tuple[str, Origin | None, str, numpy.ndarray | None]:
+        return self.path, self.origin, self.report.sha256, self._selected
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        SampleIndex.__init__(self, state["path"], state["origin"])
-        self._check_same(state["sha256"])
-        self._selected = state["selected"]
+    def __setstate__(self, state: tuple[str, Origin | None, str, numpy.ndarray | None]) -> None:
+        path, origin, sha256, selected = state
+        SampleIndex.__init__(self, path, origin)
+        self._check_same(sha256)
+        self._selected = selected
 
     def __del__(self) -> None:
         for descriptor in [getattr(self, "_file", -1), *self._descriptors.values()]:

@@ -1,12 +1,12 @@
-"""What an index was made of: how many records there are, and what was left out and why."""
+"""How many records an index has, and how many were left out and why."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from himo.errors import HimoError, printable
 
-_KEPT = 5  # examples of each kind of trouble
-_MAX_GROUPS = 1000  # top folders that are counted one by one
+_EXAMPLES = 5  # of bad records and of missing images
+_MAX_GROUPS = 1000  # top folders that are counted separately
 _SHOWN_GROUPS = 10
 
 
@@ -23,8 +23,8 @@ class IndexReport:
         missing: [missing, all] images by their first folder: `coco`, `sam`, ...
         missing_examples: paths of the first missing ones.
         ignored: files of a folder or shard that belong to no sample, by kind.
-        sha256: digest of every path and caption kept, in order: two runs with the same digest
-            trained on the same subset.
+        sha256: digest of every path and caption in the index, in order: two runs with the same
+            digest trained on the same subset.
     """
 
     source: str
@@ -38,14 +38,14 @@ class IndexReport:
     sha256: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` takes: all but what the data set is."""
+        """The argument of `from_dict`: all fields but `source` and `kind`."""
         value = asdict(self)
         del value["source"], value["kind"]
         return value
 
     @staticmethod
     def from_dict(source: str, kind: str, value: Any) -> "IndexReport":
-        """The report that a file holds; ValueError if it is none that `to_dict` can have given."""
+        """The report in a file; ValueError if `to_dict` cannot have given it."""
         if not isinstance(value, dict) or value.keys() != IndexReport("", "").to_dict().keys():
             raise ValueError("other fields")
         report = IndexReport(source, kind, **value)
@@ -58,8 +58,8 @@ class IndexReport:
             and all(isinstance(x, dict) and all(map(_is_count, x.values())) for x in counts)
             and isinstance(report.missing, dict)
             and all(_is_share(x) for x in report.missing.values())
-            and len(report.bad_examples) == min(_KEPT, report.bad_count)
-            and len(report.missing_examples) == min(_KEPT, report.missing_count)
+            and len(report.bad_examples) == min(_EXAMPLES, report.bad_count)
+            and len(report.missing_examples) == min(_EXAMPLES, report.missing_count)
             and report.records > 0
         ):
             raise ValueError("other values")
@@ -75,12 +75,12 @@ class IndexReport:
 
     @property
     def total(self) -> int:
-        """Records read, whatever became of them."""
+        """All records read: in the index, bad or without their image."""
         return self.records + self.bad_count + self.missing_count
 
     def add_bad(self, reason: str, message: str) -> None:
         self.bad[reason] = self.bad.get(reason, 0) + 1
-        if len(self.bad_examples) < _KEPT:
+        if len(self.bad_examples) < _EXAMPLES:
             self.bad_examples.append(message)
 
     def add_image(self, path: str, is_missing: bool) -> None:
@@ -90,11 +90,11 @@ class IndexReport:
         counts = self.missing.setdefault(group, [0, 0])
         counts[0] += is_missing
         counts[1] += 1
-        if is_missing and len(self.missing_examples) < _KEPT:
+        if is_missing and len(self.missing_examples) < _EXAMPLES:
             self.missing_examples.append(path)
 
     def check(self, max_bad_fraction: float) -> None:
-        """HimoError if more than that share of the records is bad, or no sample is left."""
+        """HimoError if more than this fraction of the records is bad, or no sample is left."""
         if self.bad_count > max_bad_fraction * self.total:
             share = f"{100 * self.bad_count / self.total:.3g} %"
             raise HimoError(
@@ -103,7 +103,7 @@ class IndexReport:
                 f"{self.bad_examples[0]}"
             )
         if self.records == 0:
-            message = f"{self.source}: no sample is left{_sentence(self._left_out())}"
+            message = f"{self.source}: no sample is left{self._left_out()}"
             if self.missing_count:
                 message += "; image_root (--image-root) names where they are"
             if self.bad_examples:
@@ -120,11 +120,12 @@ class IndexReport:
 
     def summary(self) -> str:
         """One line: samples, format and what was left out."""
-        left_out = _sentence(self._left_out())
-        return printable(f"{self.source}: {self.records} samples ({self.kind}){left_out}")
+        samples = f"{self.source}: {self.records} samples ({self.kind})"
+        return printable(samples + self._left_out())
 
-    def _left_out(self) -> list[str]:
-        parts = []
+    def _left_out(self) -> str:
+        """The records left out, to follow a sentence; "" if there are none."""
+        parts = [""]
         if self.bad_count:
             parts.append(f"{self.bad_count} bad records ({_listed(self.bad)})")
         if self.missing_count:
@@ -132,7 +133,7 @@ class IndexReport:
         ignored = {kind: count for kind, count in self.ignored.items() if count}
         if ignored:
             parts.append(f"ignored: {_listed(ignored)}")
-        return parts
+        return "; ".join(parts)
 
     def missing_images(self) -> str:
         """How many images are missing, by their first folder, and the first of them."""
@@ -161,7 +162,3 @@ def _is_share(value: Any) -> bool:
 
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _sentence(parts: list[str]) -> str:
-    return f"; {'; '.join(parts)}" if parts else ""

@@ -2,52 +2,43 @@
 
 import re
 from collections.abc import Iterator
+from io import BufferedReader
 from typing import Any
 
 from himo.data.records import (
     DECODER,
     MAX_RECORD,
-    BadRecord,
-    KeyedSource,
+    ObjectSource,
     Progress,
-    Record,
     RecordError,
     json_error,
     lines,
-    record_of_mapping,
 )
-from himo.files import open_regular
 
-# Between objects. Files that were joined have a byte order mark, or no line break, in between.
+# Between objects. Where files were joined there is a byte order mark, or no line break.
 _SPACE = re.compile("[ \t\n\r\ufeff]*")
-# Where an object ends and another begins. In JSON only a string can hold the like.
+# Where an object ends and the next begins. In valid JSON only a string can hold this.
 _NEXT_OBJECT = re.compile('(?<=})[ \t\ufeff]*(?={[ \t]*")')
 
 
-class JsonLines(KeyedSource):
+class JsonLines(ObjectSource):
     """Objects such as `{"image": "a.jpg", "caption": "A red door."}`, one on each line.
 
-    The image key is `filepath`, `image` or `img_path` and the caption key `title` or `caption`,
-    whichever is there first, unless named; a conversation is read as in `ShareGPT4V`.
+    By default the image key is the first of `filepath`, `image` and `img_path` that is there, and
+    the caption key the first of `title` and `caption`; a conversation is read as in `ShareGPT4V`.
     `caption_short` is optional. Empty lines are skipped, and a line may hold several objects.
     """
 
     kind = "jsonl"
 
-    def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
-        with open_regular(self.path) as file:
-            for number, line in lines(self.path, file, progress):
-                for value in _values(line):
-                    try:
-                        if isinstance(value, RecordError):
-                            raise value
-                        yield record_of_mapping(value, number, self.image_key, self.caption_key)
-                    except RecordError as error:
-                        yield error.at(f"{self.path}:{number}")
+    def values(self, file: BufferedReader, progress: Progress) -> Iterator[tuple[int, Any]]:
+        for number, line in lines(self.path, file, progress):
+            for value in _values(line):
+                yield number, value
 
 
 def _values(line: str | None) -> Iterator[Any]:
-    """The JSON values on a line; a RecordError for what is none, to the next object."""
+    """The JSON values on a line; a RecordError for the text up to the next object if not JSON."""
     if line is None:
         yield RecordError("too_long", f"line is longer than {MAX_RECORD:,} bytes")
         return
@@ -57,7 +48,7 @@ def _values(line: str | None) -> Iterator[Any]:
             value, position = DECODER.raw_decode(line, position)
         except (ValueError, RecursionError) as error:
             yield json_error(error)
-            # Each by itself, for what the decoder raises has read all of its text before.
+            # Each by itself: a decoding error costs time linear in the whole text it is given.
             for following in _NEXT_OBJECT.split(line[position:])[1:]:
                 yield from _values(following)
             return

@@ -1,4 +1,4 @@
-"""Batches from worker processes, without a trace in the global random state."""
+"""Batches from worker processes, without a change to the global random state."""
 
 import signal
 import weakref
@@ -16,13 +16,13 @@ _GRACE_S = 10  # seconds from SIGTERM to the end of a worker
 
 
 class BatchLoader:
-    """Yields the batches of an epoch, counts its bad samples and moves its sampler on.
+    """Yields the batches of an epoch, counts its bad samples and advances its sampler.
 
-    When a batch is handed out, `sampler.position` lies behind it: a state saved after the step on
-    that batch resumes with the next one. Batches that workers have ready do not count.
+    When a batch is handed out, `sampler.position` is behind it: a state saved after the step on
+    that batch resumes with the next one. Batches that workers have prefetched do not count.
 
-    The workers stay for the next epoch. They are stopped when the iteration ends in any other way
-    than by its last batch, and started anew by the next one.
+    The workers are reused in the next epoch. If an iteration ends before its last batch, they are
+    stopped, and the next iteration starts new ones.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class BatchLoader:
     ) -> None:
         self._make = make
         self._loader = make()
-        self._running: list[Iterator[Sample]] = []  # whose workers there are
-        # Also at exit, before multiprocessing ends them by a signal that they outlive for a while.
+        self._running: list[Iterator[Sample]] = []  # the iterator that has workers
+        # Also at exit, before multiprocessing sends the signal that workers outlive for a while.
         weakref.finalize(self, _stop, self._running)
         self.sampler, self.bad = sampler, bad
 
@@ -61,23 +61,26 @@ class BatchLoader:
 
 
 def _stop(running: list[Iterator[Sample]]) -> None:
-    # By name, because a DataLoader that the garbage collector finds in a cycle, as with the frames
-    # of an exception, has lost the queues through which it stops its workers, and waits 5 seconds
-    # for each of them.
+    # Explicitly, because a DataLoader that is collected in a cycle, as with the frames of an
+    # exception, has lost the queues that stop its workers, and waits 5 seconds for each.
     for batches in running:
         getattr(batches, "_shutdown_workers", lambda: None)()
     running.clear()
 
 
 def _next(batches: Iterator[Sample]) -> Sample | None:
-    """The next batch, or None at the end; what the loader raises about its workers is HimoError."""
+    """The next batch, or None at the end; HimoError if a worker died or raised one."""
     try:
         return next(batches, None)
     except HimoError as error:
-        raise _from_worker(error) from error
+        # DataLoader puts the traceback of the worker in the message: the error is its last line.
+        name = f"{type(error).__name__}: "
+        if "Original Traceback" not in str(error) or name not in str(error):
+            raise
+        raise HimoError(str(error).rpartition(name)[2].removesuffix("\\n")) from error
     except RuntimeError as error:
-        # DataLoader's own words about its workers begin with its name; what was raised in a worker
-        # begins with "Caught" and is a fault to be seen whole.
+        # DataLoader's own messages about its workers begin with its name; an exception in a worker
+        # begins with "Caught", is a bug, and keeps its traceback.
         if not str(error).startswith("DataLoader"):
             raise
         raise HimoError(_stopped(error)) from error
@@ -85,13 +88,13 @@ def _next(batches: Iterator[Sample]) -> Sample | None:
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Makes one line of the death of a worker, wherever the main process learns of it.
+    """Turns torch's error about the death of a worker into one line.
 
-    torch raises an error where the signal finds the main thread: in a step of the model as well as
-    in the loader.
+    torch raises it wherever the main thread is at the signal: in a step of the model or in the
+    loader.
 
     Raises:
-        HimoError: a worker died, as one that the system kills where memory runs out.
+        HimoError: a worker died, for example because the system killed it when memory ran out.
     """
     try:
         yield
@@ -105,7 +108,7 @@ def worker_deaths() -> Iterator[None]:
 
 
 def _death(error: BaseException | None) -> BaseException | None:
-    """Torch's word about a dead worker among an error and what caused it."""
+    """torch's error about a dead worker, among an error and its causes."""
     while error is not None:
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
             return error
@@ -131,15 +134,15 @@ def make_loader(
 ) -> BatchLoader:
     """The batches of a data set in the order of a sampler.
 
-    The batches are the same for any number of workers. `iter` of a DataLoader draws from the
-    global random generator, which changes every later dropout mask of a run that was resumed
-    within an epoch; this one draws from a generator of its own.
+    The batches are the same for any number of workers. By default `iter` of a DataLoader draws from
+    the global random generator, which would change every later dropout mask of a run resumed within
+    an epoch; this one has a generator of its own.
 
     Args:
         dataset: the samples.
         sampler: its length is that of `dataset`.
         workers: processes that decode; 0 decodes in this one.
-        seed: of the generator that the workers are seeded from.
+        seed: of the generator that seeds the workers.
         max_bad_fraction: see `BadSamples`.
         timeout_s: seconds to wait for a batch of the workers.
         pin_memory: copies batches to page-locked memory, for a GPU.
@@ -165,17 +168,9 @@ def make_loader(
 
 
 def _outlive_a_stop_request(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM go to the whole process group. The training process ends
-    # its run in order, with a checkpoint; a worker that died at once would turn that into a
-    # crash. It does die a little later: SIGTERM is also how a parent that exits ends it.
+    # Ctrl-C and a scheduler's SIGTERM go to the whole process group. The training process then
+    # writes a checkpoint before it ends; a worker that died at once would make it crash. The worker
+    # dies a little later, because a parent that exits ends its workers by SIGTERM too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever the parent had set
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not the parent's handler
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_S))
-
-
-def _from_worker(error: HimoError) -> HimoError:
-    """The error as it was raised: DataLoader puts the traceback of the worker in its message."""
-    name = f"{type(error).__name__}: "
-    if "Original Traceback" not in str(error) or name not in str(error):
-        return error
-    return HimoError(str(error).rpartition(name)[2].removesuffix("\\n"))

@@ -1,8 +1,7 @@
-"""Image paths out of an annotation file, kept inside the image root.
+"""Image paths of an annotation file, confined to the image root.
 
-An annotation file is data, and it may come from anyone: a path in it never leaves the image
-root, is never expanded or fetched, and never names anything but a regular file. An absolute path
-is held to the same: it has to lie below the root.
+An annotation file is untrusted: a path in it never leaves the image root, is never expanded or
+fetched, and names nothing but a regular file. An absolute path has to be below the root too.
 """
 
 import os
@@ -19,33 +18,28 @@ _MAX_NAME, _MAX_PATH = 255, 4095  # bytes, of Linux file systems
 
 
 class MissingImage(RecordError):
-    """The path is a good one, but there is no file."""
+    """The path is valid, but there is no such file."""
 
 
 def check_form(path: str) -> None:
-    """Refuses a path whose form means something else than a file, here or below the image root.
+    """Refuses a path that by its form is not a file below the image root.
 
     Raises:
         RecordError: with reason "path".
     """
-    problem = None
-    parts = path.split("/")
-    if _CONTROL.search(path):
-        problem = "holds a control character"
-    elif path.startswith("~"):
-        problem = "starts with ~, which is not expanded"
-    elif _SCHEME.match(path):
-        problem = "is a URL or has a drive letter, expected a path below the image root"
-    elif "\\" in path:
-        problem = "has a backslash, expected / between folders"
-    elif ".." in parts:
-        problem = "goes up with .., expected one below the image root"
-    elif len(name := path.encode(errors="surrogatepass")) > _MAX_PATH or any(
-        len(part) > _MAX_NAME for part in name.split(b"/")
+    has_scheme = _SCHEME.match(path)
+    name = path.encode(errors="surrogatepass")
+    too_long = len(name) > _MAX_PATH or max(map(len, name.split(b"/"))) > _MAX_NAME
+    for wrong, problem in (
+        (_CONTROL.search(path), "holds a control character"),
+        (path.startswith("~"), "starts with ~, which is not expanded"),
+        (has_scheme, "is a URL or has a drive letter, expected a path below the image root"),
+        ("\\" in path, "has a backslash, expected / between folders"),
+        (".." in path.split("/"), "goes up with .., expected one below the image root"),
+        (too_long, "is too long for a file name"),
     ):
-        problem = "is too long for a file name"
-    if problem is not None:
-        raise RecordError("path", f"image path {quoted(path)} {problem}")
+        if wrong:
+            raise RecordError("path", f"image path {quoted(path)} {problem}")
 
 
 class ImageRoot:
@@ -53,8 +47,8 @@ class ImageRoot:
 
     Args:
         root: the directory of the images.
-        follow_links: lets symbolic links below the root lead out of it, as where parts of a data
-            set lie on several disks. The files linked to are then as trusted as the root.
+        follow_links: lets symbolic links below the root lead out of it, for a data set on several
+            disks. The files linked to are then as trusted as the root.
 
     Raises:
         HimoError: `root` is not a directory.
@@ -72,7 +66,7 @@ class ImageRoot:
         return (ImageRoot, (self._spelled[0], self.follow_links))
 
     def relative(self, path: str) -> str:
-        """`path` as seen from the root, which an absolute one has to lie below.
+        """`path` relative to the root; an absolute one has to be below the root.
 
         Raises:
             RecordError: with reason "path".
@@ -91,7 +85,7 @@ class ImageRoot:
         return os.path.relpath(os.path.join(real, name), self.root)
 
     def resolve(self, path: str) -> str:
-        """The absolute path of the image `path`, which is a regular file inside the root.
+        """The absolute path of the image `path`, a regular file inside the root.
 
         Raises:
             MissingImage: there is no such file.
@@ -107,7 +101,7 @@ class ImageRoot:
         except OSError as error:
             message = f"image {quoted(path)}: {os_reason(error)}"
             raise RecordError("not_a_file", message) from error
-        except ValueError as error:  # lone surrogates, which no name of a file can hold
+        except ValueError as error:  # lone surrogates, which no file name can hold
             raise RecordError("encoding", f"image path {quoted(path)}: {error}") from error
 
     def _regular(self, path: str) -> str:
@@ -127,9 +121,9 @@ class ImageRoot:
         return full
 
     def _directory(self, directory: str) -> str | None:
-        # A data set has many images in few directories: their links are followed once.
+        # Cached: a data set has many images in few directories.
         if directory not in self._directories:
-            if len(self._directories) > 100_000:  # names that lead nowhere must not fill memory
+            if len(self._directories) > 100_000:  # names of no directory must not fill the memory
                 self._directories.clear()
             full = os.path.realpath(os.path.join(self.root, directory))
             self._directories[directory] = full if self._inside(full) else None

@@ -1,8 +1,8 @@
-"""What a data set on disk says, record by record, and what is refused of it.
+"""The records of a data set on disk, and the checks that each one has to pass.
 
 Every format is a `Source` that yields a `Record` for each good record and a `BadRecord` for each
-other one. An annotation file is data from anywhere: nothing in it may stop the reader, fill the
-memory or take long.
+other one. An annotation file is untrusted: nothing in it may stop the reader, fill the memory or
+take long.
 """
 
 import io
@@ -10,33 +10,34 @@ import json
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, ClassVar
 
 from himo.errors import HimoError, quoted
-from himo.files import os_reason
+from himo.files import open_regular, os_reason
 from himo.tokenizer import MAX_CLEANED, TextError, default_tokenizer
 
 # Longest record of a text file, in characters. ShareGPT4V's are about 1,100 and the longest known
 # conversations 50,000; a limit keeps a file without any line break from filling the memory.
 MAX_RECORD = 1 << 20
 
-# Longest caption, in characters. The text towers read 248 tokens, some 1,200 characters; and what
-# is no plain ASCII takes time to clean that grows with the square of its length at worst.
+# Longest caption, in characters. The text towers read 248 tokens, some 1,200 characters; cleaning a
+# text that is not plain ASCII takes time quadratic in its length at worst.
 MAX_CAPTION = MAX_CLEANED
 
-MAX_IMAGE = 1 << 26  # bytes of one image in a shard, which is read whole before it is looked at
+MAX_IMAGE = 1 << 26  # bytes of one image in a shard, which is read whole before it is checked
 
-# Names of the fields where none is given: open_clip's csv, ShareGPT4V and jsonl, HiMo-Docci.
+# Default names of the fields: open_clip's csv, ShareGPT4V and jsonl, HiMo-Docci.
 IMAGE_KEYS = ("filepath", "image", "img_path")
 CAPTION_KEYS = ("title", "caption")
 SHORT_CAPTION_KEY = "caption_short"
 CONVERSATION_KEYS = ("conversations", "messages")  # of LLaVA and ShareGPT4V, and of OpenAI
 _ASSISTANTS = frozenset(["gpt", "chatgpt", "assistant", "model", "bot"])
 
-Progress = Callable[[int], None]  # is told how much is read so far, in the unit of the source
+Progress = Callable[[int], None]  # gets how much has been read so far, in `Source.unit`
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,9 @@ class Record:
     """One image and its caption.
 
     Attributes:
-        line: where it stands in the annotation file, from 1; 0 where there is none.
-        image: path of the image below the image root, as the file spells it. In a tar shard:
-            the name of the member.
+        line: its line in the annotation file, from 1; 0 where there is no such file.
+        image: path of the image below the image root, as the file spells it; in a tar shard, the
+            name of the member.
         caption: the caption, on one line.
         caption_short: a shorter caption of the same image, or "".
         shard: number of the tar shard that holds the image, or -1.
@@ -65,20 +66,21 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """One record that is left out: `reason` is what it counts as, `message` is one line."""
+    """A record that is left out: `reason` is the word to count it by, `message` is one line."""
 
     reason: str
     message: str
 
 
 class RecordError(Exception):
-    """Says why a value is no record: `reason` is one word to count by."""
+    """A value is not a usable record: `reason` is one word to count by."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
     def at(self, place: str) -> BadRecord:
+        """The bad record at `place`, the file and line."""
         return BadRecord(self.reason, f"{place}: {self}")
 
 
@@ -86,33 +88,26 @@ class Source(ABC):
     """A captioned data set on disk, read once from its beginning to its end."""
 
     kind: ClassVar[str]  # as --dataset-type names it
-    unit: ClassVar[str] = "B"  # of `size` and of what `read` tells of its progress
+    unit: ClassVar[str] = "B"  # of measure, for `size` and the progress of `read`
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self.ignored: dict[str, int] = {}  # files passed over, by kind, once `read` is through
-
-    @property
-    def image_root(self) -> str | None:
-        """Directory of the images where the user names none; None if the source holds them."""
-        return os.path.dirname(os.path.abspath(self.path))
-
-    @property
-    def shards(self) -> list[str]:
-        """Absolute paths of the tar files that hold the images."""
-        return []
+        # Default directory of the images; None if the source holds the images itself.
+        self.image_root: str | None = os.path.dirname(os.path.abspath(self.path))
+        self.shards: list[str] = []  # absolute paths of the tar files that hold the images
+        self.ignored: dict[str, int] = {}  # files skipped, by kind, once `read` has finished
 
     def options(self) -> dict[str, Any]:
-        """What changes the records besides the files: part of the key of a cached index."""
+        """The options that change the records: part of the key of a cached index."""
         return {}
 
     def stamp(self) -> str:
-        """Differs when the files have changed: size and modification time."""
+        """Changes when the files change: size and modification time."""
         status = regular_file(self.path)
         return f"{status.st_size}-{status.st_mtime_ns}"
 
     def size(self) -> int:
-        """How much `read` goes through, in `unit`s."""
+        """How much `read` reads in all, in `unit`."""
         return regular_file(self.path).st_size
 
     @abstractmethod
@@ -121,7 +116,7 @@ class Source(ABC):
 
 
 class KeyedSource(Source):
-    """A file of objects, whose image and caption are under the keys given, or the usual ones."""
+    """A file whose image and caption are under the keys given, or under the default ones."""
 
     def __init__(
         self,
@@ -136,8 +131,30 @@ class KeyedSource(Source):
         return {"image_key": self.image_key, "caption_key": self.caption_key}
 
 
+class ObjectSource(KeyedSource):
+    """A file of JSON objects, one for each record."""
+
+    def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
+        with open_regular(self.path) as file:
+            for number, (line, value) in enumerate(self.values(file, progress), start=1):
+                try:
+                    if isinstance(value, RecordError):
+                        raise value
+                    yield record_of_mapping(value, line, self.image_key, self.caption_key)
+                except RecordError as error:
+                    yield error.at(self.place(line, number))
+
+    @abstractmethod
+    def values(self, file: BufferedReader, progress: Progress) -> Iterator[tuple[int, Any]]:
+        """Yields the line and the value of each record; a RecordError for what is not JSON."""
+
+    def place(self, line: int, number: int) -> str:
+        """Where record `number` is, for messages."""
+        return f"{self.path}:{line}"
+
+
 def regular_file(path: str) -> os.stat_result:
-    """The status of a regular file; HimoError where there is none."""
+    """The status of a regular file; HimoError if there is none."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
@@ -157,7 +174,7 @@ def list_directory(path: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Twice:
-    """The value of a key that an object gives twice: which one was meant is not known."""
+    """The value of a key that an object gives twice: neither is taken."""
 
     key: str
 
@@ -165,25 +182,22 @@ class _Twice:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                value[key] = _Twice(key)
-            seen.add(key)
+        counts = Counter(key for key, _ in pairs)
+        value |= {key: _Twice(key) for key, count in counts.items() if count > 1}
     return value
 
 
 def _integer(digits: str) -> int | float:
-    # Python refuses to convert more than 640 digits where it is set to, and 4,300 by default.
+    # Python refuses to convert more digits than its limit: 4,300 by default, 640 at the least.
     return int(digits) if len(digits) <= 640 else float(digits)
 
 
-# What no field of a record uses costs nothing: NaN, an endless number, a key given twice.
+# NaN, an endless number and a key given twice are errors only in a field that is used.
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def json_error(error: Exception) -> RecordError:
-    """What the decoder raised, as a reason to leave a record out."""
+    """An exception of the decoder, as the reason to leave a record out."""
     if isinstance(error, RecursionError):
         return RecordError("syntax", "nested too deeply")
     text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
@@ -191,7 +205,7 @@ def json_error(error: Exception) -> RecordError:
 
 
 def check_text(text: Any, what: str) -> str:
-    """`text` as one stripped line; RecordError unless it is text that UTF-8 can hold."""
+    """`text` as one stripped line; RecordError unless it is text that UTF-8 can encode."""
     if isinstance(text, _Twice):
         raise RecordError("syntax", f"key {quoted(text.key)} is given twice")
     if not isinstance(text, str):
@@ -216,7 +230,7 @@ def check_caption(text: Any, what: str = "caption") -> str:
 
 
 def check_encodable(texts: Sequence[str]) -> None:
-    """RecordError if the tokenizer cannot read one of the texts: takes as long as to encode it."""
+    """RecordError if the tokenizer cannot read one of the texts; encodes each of them."""
     try:
         for text in texts:
             default_tokenizer().encode(text)
@@ -225,7 +239,7 @@ def check_encodable(texts: Sequence[str]) -> None:
 
 
 def make_record(line: int, image: Any, caption: Any, caption_short: Any = None) -> Record:
-    """The record of the fields as they were read; RecordError if one cannot be used."""
+    """The record of the fields as read; RecordError if one cannot be used."""
     name = check_text(image, "image path")
     long = check_caption(caption)
     short = "" if caption_short is None else check_caption(caption_short, SHORT_CAPTION_KEY)
@@ -235,28 +249,28 @@ def make_record(line: int, image: Any, caption: Any, caption_short: Any = None) 
 
 
 def pick(fields: Any, key: str | None, defaults: tuple[str, ...], what: str) -> str:
-    """The name of the field to read: `key`, or the first of `defaults` that is there."""
-    found = [name for name in ([key] if key is not None else defaults) if name in fields]
-    if found:
-        return found[0]
-    wanted = " or ".join(map(repr, [key] if key is not None else defaults))
-    there = ", ".join(quoted(name) for name in list(fields)[:10]) or "nothing"
-    raise RecordError("missing_key", f"no {what} {wanted}; there is {there}")
+    """The name of the field to read: `key`, or the first of `defaults` in `fields`."""
+    names = defaults if key is None else (key,)
+    for name in names:
+        if name in fields:
+            return name
+    there = ", ".join(map(quoted, list(fields)[:10])) or "nothing"
+    raise RecordError("missing_key", f"no {what} {' or '.join(map(repr, names))}; there is {there}")
 
 
 def record_of_mapping(
     value: Any, line: int, image_key: str | None, caption_key: str | None
 ) -> Record:
-    """The record of a decoded JSON object; RecordError if a field is missing or no text."""
+    """The record of a decoded JSON object; RecordError if a field is missing or not text."""
     caption = caption_of_mapping(value, caption_key)
     image = value[pick(value, image_key, IMAGE_KEYS, "image key")]
     return make_record(line, image, caption, value.get(SHORT_CAPTION_KEY))
 
 
 def caption_of_mapping(value: Any, caption_key: str | None) -> Any:
-    """The caption of a decoded JSON object, as it stands there.
+    """The caption of a decoded JSON object, unchecked.
 
-    It is the value of `caption_key`; without one, what the assistant says in its conversation;
+    It is the value of `caption_key`; by default what the assistant says in the conversation, or,
     without a conversation, the value of the first of CAPTION_KEYS.
     """
     if not isinstance(value, dict):
@@ -268,7 +282,7 @@ def caption_of_mapping(value: Any, caption_key: str | None) -> Any:
 
 
 def _assistant_words(turns: Any) -> Any:
-    """What the first turn of the assistant says: found by its role, wherever it stands."""
+    """What the assistant's first turn says; the turn is found by its role, not its position."""
     for turn in turns if isinstance(turns, list) else ():
         role = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
         if isinstance(role, str) and role.strip().lower() in _ASSISTANTS:
@@ -284,7 +298,7 @@ def _assistant_words(turns: Any) -> Any:
 def decode(data: bytes) -> str:
     """Text of UTF-8 bytes; each byte that is not UTF-8 becomes a lone surrogate.
 
-    So a damaged byte spoils its record and not the file: `check_text` refuses surrogates.
+    A damaged byte then costs its record, not the file: `check_text` refuses surrogates.
     """
     return data.decode("utf-8", errors="surrogateescape")
 
@@ -311,14 +325,14 @@ _COMPRESSED = {
 
 
 def check_uncompressed(path: str, start: bytes) -> None:
-    """HimoError if the first bytes of a file are those of a compressed one."""
+    """HimoError if a file starts as a compressed one does."""
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise HimoError(f"{path}: is compressed ({name}), expected it uncompressed: unpack it")
 
 
 def check_start(path: str, start: bytes) -> int:
-    """Bytes of the byte order mark at the start of a text file.
+    """The length of the byte order mark at the start of a text file, in bytes.
 
     Raises:
         HimoError: the file is compressed, or UTF-16.

@@ -12,18 +12,18 @@ from himo.errors import HimoError
 class EpochSampler(Sampler[list[int]]):
     """Yields, for one rank, the lists of sample numbers of each batch of an epoch.
 
-    The order of an epoch is one permutation of all samples, whatever the number of ranks; global
-    batch k is its k-th stretch of `batch_size * world_size` samples, of which rank r takes the
-    r-th part. So no sample comes twice in an epoch and none is added to fill up a batch, which in
-    a contrastive loss would be a false negative.
+    The order of an epoch is one permutation of all samples, for any number of ranks; global batch k
+    is its k-th slice of `batch_size * world_size` samples, of which rank r takes the r-th part. No
+    sample comes twice in an epoch, and none is repeated to fill a batch: in a contrastive loss it
+    would be a false negative.
 
-    What is left over at the end is dropped with `drop_last`, for training: every rank then has
-    the same number of full batches. Without, for evaluation, it is given out in order: the last
-    batch of a rank may be smaller, and some ranks may have one batch less.
+    With `drop_last`, for training, the samples that do not fill a global batch are dropped: every
+    rank has the same number of full batches. Without it, for evaluation, they follow in order: the
+    last batch of a rank may be smaller, and some ranks may have one batch less.
 
     To resume within an epoch, save `state_dict` and load it into a sampler of the same length and
-    seed: iteration goes on with the first sample not yet handed out, also with another batch size
-    or number of ranks.
+    seed: iteration continues with the first sample not yet handed out, also with another batch
+    size or number of ranks.
 
     Args:
         length: number of samples.
@@ -31,7 +31,7 @@ class EpochSampler(Sampler[list[int]]):
         seed: of the permutations, at least 0.
         rank: this process, from 0.
         world_size: number of processes.
-        drop_last: leaves out what fills no global batch.
+        drop_last: drops the samples that do not fill a global batch.
         shuffle: False keeps the order of the data set in every epoch.
 
     Raises:
@@ -70,14 +70,14 @@ class EpochSampler(Sampler[list[int]]):
         self.epoch, self.position = epoch, 0
 
     def advance(self) -> None:
-        """Counts one global batch as handed out; what iterates ahead does not count."""
+        """Counts one global batch as handed out; a batch that workers prefetch does not count."""
         self.position = min(self.position + self.batch_size * self.world_size, self.length)
 
     def order(self) -> numpy.ndarray:
         """All samples in the order of this epoch, int64 [length]."""
         if not self.shuffle:
             return numpy.arange(self.length)
-        # RandomState, because numpy promises that its stream never changes; Generator's may.
+        # RandomState, because numpy guarantees its stream; Generator's may change.
         bits = numpy.random.MT19937(numpy.random.SeedSequence([self.seed, self.epoch]))
         return numpy.random.RandomState(bits).permutation(self.length)
 
@@ -99,25 +99,20 @@ class EpochSampler(Sampler[list[int]]):
         return full + (not self.drop_last and rest > self.rank * self.batch_size)
 
     def global_batches(self) -> int:
-        """Batches of all ranks together from the position to the end of the epoch."""
+        """Global batches from the position to the end of the epoch."""
         left, step = self.length - self.position, self.batch_size * self.world_size
         return left // step if self.drop_last else -(-left // step)
 
     def state_dict(self) -> dict[str, int]:
-        """What `load_state_dict` needs, as plain numbers."""
-        return {
-            "length": self.length,
-            "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-        }
+        """The argument of `load_state_dict`, as plain numbers."""
+        return {name: getattr(self, name) for name in ("length", "seed", "epoch", "position")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to where another sampler was.
+        """Goes to the position of another sampler.
 
         Raises:
-            HimoError: the other one had another length or seed, so that its order was another, or
-                no sampler was there.
+            HimoError: the other one had another length or seed, so another order, or the position
+                does not exist.
         """
         for name in ("length", "seed"):
             if state[name] != getattr(self, name):

@@ -1,4 +1,4 @@
-"""ShareGPT4V annotations: one JSON list of records, read without holding it in memory.
+"""ShareGPT4V annotations: one JSON list of records, never held in memory as a whole.
 
 The full file is 1.39 GB and takes 2.6 GB once decoded; here one record is decoded at a time.
 """
@@ -6,22 +6,19 @@ The full file is 1.39 GB and takes 2.6 GB once decoded; here one record is decod
 import codecs
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 from himo.data.records import (
     DECODER,
     MAX_RECORD,
-    BadRecord,
-    KeyedSource,
+    ObjectSource,
     Progress,
-    Record,
     RecordError,
     check_start,
     json_error,
-    record_of_mapping,
 )
 from himo.errors import HimoError, quoted
-from himo.files import open_regular
 
 _CHUNK = 1 << 18  # bytes read at a time
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's, which are fewer than those of Unicode
@@ -32,14 +29,13 @@ _SCALAR_END = re.compile(r"[,\]\s]")
 _MAX_KEYS = 100  # that records begin with
 
 
-class ShareGPT4V(KeyedSource):
+class ShareGPT4V(ObjectSource):
     """Records `{"image": path, "conversations": [{...}, {"from": "gpt", "value": caption}]}`.
 
     The caption is what the first turn of the assistant says, with line breaks as spaces: in
     ShareGPT4V the second turn, which HiMo-CLIP and Long-CLIP train on. A turn is found by its role
-    (`from` or `role`: gpt, assistant, ...) and its words are its `value` or `content`. Records
-    without conversations but with a caption key, as other JSON lists of captioned images have, are
-    read by it.
+    (`from` or `role`: gpt, assistant, ...); its text is its `value` or `content`. A record without
+    conversations, as in other JSON lists of captioned images, is read by its caption key.
 
     Args:
         path: the file.
@@ -50,48 +46,39 @@ class ShareGPT4V(KeyedSource):
 
     kind = "sharegpt4v"
 
-    def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
-        with open_regular(self.path) as file:
-            for number, (line, value) in enumerate(_elements(self.path, file, progress), start=1):
-                try:
-                    if isinstance(value, RecordError):
-                        raise value
-                    yield record_of_mapping(value, line, self.image_key, self.caption_key)
-                except RecordError as error:
-                    yield error.at(f"{self.path}:{line}: record {number}")
+    def values(self, file: BufferedReader, progress: Progress) -> Iterator[tuple[int, Any]]:
+        """Yields the line and the value of each element of the JSON list in `file`.
 
-
-def _elements(path: str, file: BinaryIO, progress: Progress) -> Iterator[tuple[int, Any]]:
-    """Yields the line and the value of each element of the JSON list in `file`.
-
-    An element that is no JSON but whose end can be told yields a RecordError as its value;
-    HimoError where the rest of the file cannot be read.
-    """
-    text = _Text(path, file, progress)
-    if text.skip_space() != "[":
-        raise text.error(f"expected a JSON list of records, got {quoted(text.peek(20))}")
-    text.move(text.position + 1)
-    more = text.skip_space() != "]"
-    if not more:
+        An element that is not JSON but whose end can be found yields a RecordError as its value;
+        HimoError where the rest of the file cannot be read.
+        """
+        text = _Text(self.path, file, progress)
+        if text.skip_space() != "[":
+            raise text.error(f"expected a JSON list of records, got {quoted(text.peek(20))}")
         text.move(text.position + 1)
-    while more:
-        line = text.line
-        yield line, text.element()
         separator = text.skip_space()
-        if separator not in {",", "]"}:
-            came = quoted(text.peek(20)) if separator else "the end of the file"
-            raise text.error(f"expected , or ] after a record, got {came}")
-        text.move(text.position + 1)
-        more = separator == ","
-        text.skip_space()
-    if text.skip_space():
-        raise text.error(f"expected nothing after the list, got {quoted(text.peek(20))}")
+        if separator == "]":
+            text.move(text.position + 1)
+        while separator != "]":
+            line = text.line
+            yield line, text.element()
+            separator = text.skip_space()
+            if separator not in {",", "]"}:
+                came = quoted(text.peek(20)) if separator else "the end of the file"
+                raise text.error(f"expected , or ] after a record, got {came}")
+            text.move(text.position + 1)
+            text.skip_space()
+        if text.skip_space():
+            raise text.error(f"expected nothing after the list, got {quoted(text.peek(20))}")
+
+    def place(self, line: int, number: int) -> str:
+        return f"{super().place(line, number)}: record {number}"
 
 
 class _Text:
     """A window on the text of a file that moves forward and counts lines."""
 
-    def __init__(self, path: str, file: BinaryIO, progress: Progress) -> None:
+    def __init__(self, path: str, file: BufferedReader, progress: Progress) -> None:
         self.path, self.file, self.progress = path, file, progress
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
         start = file.read(_CHUNK)
@@ -113,7 +100,7 @@ class _Text:
         return self.window[self.position : self.position + length]
 
     def fill(self) -> None:
-        """Reads on, in proportion to what is left, so that a long record is not read anew often."""
+        """Reads on, at least as much as is left, so that a long record takes few attempts."""
         rest = len(self.window) - self.position
         data = self.file.read(max(_CHUNK, rest))
         self.read += len(data)
@@ -132,7 +119,7 @@ class _Text:
             self.fill()
 
     def element(self) -> Any:
-        """Decodes the element at the position and moves past it; a RecordError if it is no JSON."""
+        """Decodes the element at the position and moves past it; a RecordError if not JSON."""
         if self.peek(1) in {",", "]", "}"}:
             raise self.error(f"expected a record, got {self.peek(1)!r}: is a comma left over?")
         while True:
@@ -145,7 +132,7 @@ class _Text:
                 opening = _FIRST_KEY.match(self.window, self.position)
                 if opening is not None and len(self._first_keys) < _MAX_KEYS:
                     self._first_keys.add(opening[1])
-            # A number at the end of the window may go on after it.
+            # A number at the end of the window may continue behind it.
             if 0 <= end < len(self.window) or (self.ended and end > 0):
                 if end - self.position > MAX_RECORD:
                     value = RecordError("too_long", f"record is longer than {MAX_RECORD:,} bytes")
@@ -158,17 +145,17 @@ class _Text:
             self.fill()
 
     def _end(self) -> int:
-        """Where the broken element at the position ends; -1 if not in sight.
+        """Where the broken element at the position ends; -1 if not in the window.
 
-        It ends by its brackets and quotes. A stray quote puts these out of step, and they would
-        take good records along: it ends before the next object that begins with the same key, or
-        with one that a good record began with.
+        It ends where its brackets close. A stray quote would move that end past good records, so
+        it ends at the latest before the next object whose first key is its own, or that of a good
+        record.
         """
         opening = _FIRST_KEY.match(self.window, self.position)
         if opening is None:
             return self._closing_bracket(len(self.window))
         start = opening.end()
-        reach = 1 << 10  # grows, so that the search takes as long as the nearer of the two is far
+        reach = 1 << 10  # grows, so that the time is linear in the distance to the nearer end
         while True:
             limit = min(start + reach, len(self.window))
             end = self._closing_bracket(limit)
@@ -180,7 +167,7 @@ class _Text:
             reach *= 4
 
     def _closing_bracket(self, limit: int) -> int:
-        """Where the brackets and quotes of the element are in order; -1 if not before `limit`."""
+        """Where the brackets and quotes of the element are closed; -1 if not before `limit`."""
         first = self.peek(1)
         if first not in {"{", "[", '"'}:
             match = _SCALAR_END.search(self.window, self.position, limit)

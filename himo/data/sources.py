@@ -1,4 +1,4 @@
-"""Opens a data set of any format that is known, building its index where there is none."""
+"""Opens a data set of any known format, and builds its index if there is none."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from himo.data.webdataset import WebDataset, is_shard
 from himo.errors import HimoError
 from himo.files import open_regular, os_reason
 
-# By --dataset-type: the class, and the options that mean something to it.
+# By --dataset-type: the class, and the options that it takes.
 _KEYS = ("image_key", "caption_key")
 _FORMATS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
     "sharegpt4v": (ShareGPT4V, _KEYS),
@@ -28,13 +28,8 @@ _FORMATS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
 }
 DATASET_TYPES = ("auto", *_FORMATS)
 
-_SUFFIXES = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".jsonl": "jsonl",
-    ".jsonlines": "jsonl",
-    ".ndjson": "jsonl",
-}
+_SUFFIXES = dict.fromkeys([".csv", ".tsv"], "csv")
+_SUFFIXES |= dict.fromkeys([".jsonl", ".jsonlines", ".ndjson"], "jsonl")
 
 
 def open_dataset(
@@ -55,20 +50,20 @@ def open_dataset(
     """The index of a captioned data set, from its cache or built now.
 
     The cache is rebuilt when the source has changed (size or modification time), the index is
-    damaged, or an image that was missing is there; a link in its place is replaced. Images
+    damaged, or an image that was missing is there; a link at its path is replaced. Images
     themselves are not watched: one that disappears is counted when it is read.
 
     Args:
         source: an annotation file, a folder, a tar shard or a pattern of shards.
         dataset_type: one of DATASET_TYPES; auto goes by the name and, for .json, the first byte.
-        image_root: where the paths begin; by default the directory of the annotation file.
+        image_root: directory of the image paths; by default that of the annotation file.
         image_key, caption_key: names of the fields; by default those of `himo.data.records`.
         separator: of csv; by default whichever of tab, comma and semicolon gives the columns.
         first_line: of a folder; see `Folder`.
         skip_missing_images: leaves out images that do not exist, which is otherwise an error.
         follow_links: lets links below the image root lead out of it.
-        max_bad_fraction: the most records, as a fraction, that may be malformed.
-        cache_dir: where the index is kept; by default next to the source, or in
+        max_bad_fraction: the largest fraction of the records that may be malformed.
+        cache_dir: where the index is stored; by default next to the source, or in
             $XDG_CACHE_HOME/himo (~/.cache/himo) where that is not writable.
         progress: shows a bar when building takes more than 2 seconds.
 
@@ -86,16 +81,12 @@ def open_dataset(
         "follow_links": follow_links,
     }
     reader = _reader(path, dataset_type, given)
-    if reader.kind not in ("folder", "webdataset"):  # which look for their parts themselves
+    if reader.kind not in ("folder", "webdataset"):
         regular_file(path)
-    root = None
-    if reader.image_root is not None and reader.kind != "folder":
-        root = ImageRoot(image_root or reader.image_root, follow_links)
     elif image_root is not None:
         raise HimoError(f"image_root: a {reader.kind} data set holds its images, leave it out")
-    elif reader.image_root is not None:
-        root = ImageRoot(reader.image_root, follow_links)
-
+    directory = image_root or reader.image_root
+    root = ImageRoot(directory, follow_links) if directory is not None else None
     identity = {
         "kind": reader.kind,
         "path": os.path.realpath(path),
@@ -160,9 +151,9 @@ def _detect(path: str) -> str:
 
 
 def _cache_directory(path: str, given: str | os.PathLike[str] | None) -> str:
-    beside = os.path.dirname(path)
-    if given is None and os.path.isdir(beside) and os.access(beside, os.W_OK):
-        return beside
+    parent = os.path.dirname(path)
+    if given is None and os.path.isdir(parent) and os.access(parent, os.W_OK):
+        return parent
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     directory = os.fspath(given) if given is not None else os.path.join(home, "himo")
     try:
@@ -176,10 +167,10 @@ def _cache_directory(path: str, given: str | os.PathLike[str] | None) -> str:
 def _cached(
     file: str, origin: Origin, key: str, stamp: str, max_bad_fraction: float
 ) -> SampleIndex | None:
-    """The index in `file`; None if it is to be built: it is not there, damaged, or out of date."""
+    """The index in `file`; None if it is missing, damaged or out of date."""
     try:
         index = SampleIndex(file, origin)
-        index.report.check(max_bad_fraction)  # too many are said to be bad: see what the data say
+        index.report.check(max_bad_fraction)  # where too many were bad, the data are read again
     except HimoError:
         return None
     return index if index.is_current(key, stamp) else None

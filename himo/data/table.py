@@ -13,10 +13,10 @@ from himo.data.records import (
     MAX_RECORD,
     SHORT_CAPTION_KEY,
     BadRecord,
+    KeyedSource,
     Progress,
     Record,
     RecordError,
-    Source,
     lines,
     make_record,
     pick,
@@ -28,21 +28,21 @@ _SEPARATORS = ("\t", ",", ";")
 _QUOTED = re.compile(r'([^"]*+(?:""[^"]*+)*+)("?)')  # up to the quote that closes it, if there
 # Numbers, and the hexadecimal ones of a digest or a UUID.
 _NUMBER = re.compile(r"[0-9a-fA-F]{4,}|\d+")
-# Lines over which one row goes on at most: each is read again where the quote was a stray one. In
-# a file of stray quotes that look like no row, rows go on no more after so many lines read again.
+# Longest row, in lines: each line is read again if the quote was a stray one. After so many lines
+# read again, in a file full of stray quotes, no row continues on further lines.
 _MAX_LINES = 500
-_MAX_AGAIN, _MAX_AGAIN_SHARE = 10_000, 10  # and ten times the lines of the file up to there
+_MAX_AGAIN, _MAX_AGAIN_SHARE = 10_000, 10  # plus ten times the lines of the file up to there
 _MAX_SHAPES = 1000  # of image paths
 
 
-class Table(Source):
+class Table(KeyedSource):
     """A table with a column of image paths and one of captions, as open_clip reads.
 
-    Fields may be quoted with `"`, and a quoted field may go on over several lines. A row with
-    more or fewer fields than the header is bad: most often an unquoted separator in a caption.
+    Fields may be quoted with `"`, and a quoted field may span several lines. A row with more or
+    fewer fields than the header is bad: most often a caption has an unquoted separator.
 
-    A quote that is never closed costs its own row: a quoted field ends, and its row is bad, where
-    the next line reads as a row of its own, with the path of an image in its place.
+    A quote that is never closed costs only its own row: the quoted field ends, and its row is bad,
+    where the next line reads as a row of its own, with an image path in its place.
 
     Args:
         path: the file.
@@ -62,31 +62,25 @@ class Table(Source):
         image_key: str | None = None,
         caption_key: str | None = None,
     ) -> None:
-        super().__init__(path)
+        super().__init__(path, image_key, caption_key)
         # A quote as separator would never be found.
         if separator is not None and (len(separator) != 1 or separator in '"\r\n\0'):
             raise HimoError(f"separator: expected one character such as ',', got {separator!r}")
-        self.separator, self.image_key, self.caption_key = separator, image_key, caption_key
+        self.separator = separator
 
     def options(self) -> dict[str, Any]:
-        return {
-            "separator": self.separator,
-            "image_key": self.image_key,
-            "caption_key": self.caption_key,
-        }
+        return {"separator": self.separator, **super().options()}
 
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
         with open_regular(self.path) as file:
             source = _Lines(lines(self.path, file, progress))
             separator, header = self._header(next(source, (1, ""))[1])
-            image = pick(header, self.image_key, IMAGE_KEYS, "column")
-            caption = pick(header, self.caption_key, CAPTION_KEYS, "column")
-            for column in (image, caption):
-                if header.count(column) > 1:
-                    raise HimoError(f"{self.path}:1: two columns are named {quoted(column)}")
-            columns = [header.index(image), header.index(caption)]
-            if SHORT_CAPTION_KEY in header:
-                columns.append(header.index(SHORT_CAPTION_KEY))
+            names = self._names(header)
+            for name in names:
+                if header.count(name) > 1:
+                    raise HimoError(f"{self.path}:1: two columns are named {quoted(name)}")
+            names += [SHORT_CAPTION_KEY] if SHORT_CAPTION_KEY in header else []
+            columns = [header.index(name) for name in names]
             rows = _Rows(source, separator, len(header), columns[0])
             for number, line in source:
                 try:
@@ -109,19 +103,25 @@ class Table(Source):
             header: list[str] = []
             try:
                 header = _fields(line, separator, 1, iter(()))
-                pick(header, self.image_key, IMAGE_KEYS, "column")
-                pick(header, self.caption_key, CAPTION_KEYS, "column")
+                self._names(header)
             except RecordError as error:
-                if len(header) > most:  # what is said is of the likeliest separator
+                if len(header) > most:  # the message is about the likeliest separator
                     problem, most = error, len(header)
             else:
                 return separator, header
         given = f"separator {self.separator!r}" if self.separator else "tab, comma or semicolon"
         raise HimoError(f"{self.path}:1: header split at {given}: {problem}")
 
+    def _names(self, header: list[str]) -> list[str]:
+        """The columns of the image and of the caption; RecordError if one is not there."""
+        return [
+            pick(header, self.image_key, IMAGE_KEYS, "column"),
+            pick(header, self.caption_key, CAPTION_KEYS, "column"),
+        ]
+
 
 class _Lines(Iterator[tuple[int, str | None]]):
-    """Numbered lines, some of which may be put back."""
+    """Numbered lines that can be put back."""
 
     def __init__(self, source: Iterator[tuple[int, str | None]]) -> None:
         self._source = source
@@ -150,16 +150,16 @@ class _Rows:
         self._again = 0  # lines put back so far
 
     def learn(self, image: str) -> None:
-        """Takes up the path of a good record as an example of what such a path looks like."""
+        """Learns from the path of a good record what image paths look like."""
         if len(self._shapes) < _MAX_SHAPES:
             self._shapes.add(_shape(image))
 
     def read(self, number: int, line: str) -> list[str]:
-        """The fields of the row that begins with `line`, of which there are `width`.
+        """The `width` fields of the row that begins with `line`.
 
         Raises:
-            RecordError: there are not, or quotes are not in order. The lines below that can be
-                rows of their own are then put back.
+            RecordError: there are more or fewer fields, or a quote is wrong. The lines below that
+                may be rows of their own are then put back.
         """
         taken: list[tuple[int, str | None]] = []
         known = self._shapes
@@ -181,7 +181,7 @@ class _Rows:
     def _below(
         self, line: str, known: Set[str], taken: list[tuple[int, str | None]]
     ) -> Iterator[str]:
-        """The lines after `line` that may be of the same row; `taken` gets these and the next."""
+        """The lines after `line` that may belong to its row; `taken` gets them and the next."""
         rows, size = int(self._is_row(line, known)), len(line)
         for number, below in self.source:
             taken.append((number, below))
@@ -195,10 +195,10 @@ class _Rows:
             yield below
 
     def _put_back(self, line: str, known: Set[str], taken: list[tuple[int, str | None]]) -> None:
-        """Puts back the lines that are not of the row that is lost.
+        """Puts back the lines that do not belong to the row that is lost.
 
-        Of it are those up to the first with an image path, and those after it that can begin no
-        row: they have one field, and no quote at their start.
+        To it belong the lines up to the first with an image path, and those after it that cannot
+        begin a row: they have one field, and no quote at their start.
         """
         texts = [line, *(below or "" for _, below in taken)]
         first = next((at for at, text in enumerate(texts) if self._is_row(text, known)), 0)
@@ -210,12 +210,12 @@ class _Rows:
                 break
 
     def _is_row(self, line: str, known: Set[str]) -> bool:
-        """Whether a line, read without regard to quotes, has the path of an image in its place.
+        """Whether a line, split without regard to quotes, has an image path in its place.
 
-        known: what such paths look like.
+        known: the shapes of such paths.
         """
         fields = line.split(self.separator)
-        # Counted from the end too, for captions with a separator in them.
+        # Counted from the end too, because a caption may hold a separator.
         places = {self.image, self.image - self.width + len(fields)}
         return len(fields) > 1 and any(
             _shape(fields[place].strip('" \r\n')) in known
@@ -235,8 +235,8 @@ def _fields(line: str, separator: str, width: int, below: Iterator[str]) -> list
     Args:
         line: its first line.
         separator: of fields.
-        width: a field beyond so many is not read on below.
-        below: the lines on which a quoted field may go on.
+        width: a field beyond so many does not continue on further lines.
+        below: the lines on which a quoted field may continue.
 
     Raises:
         RecordError: a quote is not closed, or something follows the one that closes a field.

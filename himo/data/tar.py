@@ -1,22 +1,21 @@
 """Tar archives: where the data of each member lies.
 
-By hand, not with tarfile, because that takes a few microseconds a member, and because what a
-damaged or hostile header can raise is then known: HimoError alone.
+By hand instead of by tarfile: it takes a few microseconds a member, and a damaged or hostile header
+raises HimoError and nothing else.
 """
 
 import errno
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from himo.data.records import RecordError, check_uncompressed, decode
 from himo.errors import HimoError, quoted
 
 _OCTAL = re.compile(rb"[0-7]{1,8}")
 _BLOCK = 512
-_ZEROS = 1 << 20  # bytes looked at in one go
+_ZEROS = 1 << 20  # bytes searched at a time
 _MAX_EXTENDED = 1 << 16  # bytes of a header that holds a long name
 
 
@@ -24,33 +23,26 @@ class Member(NamedTuple):
     name: str
     offset: int  # bytes from the start of the shard to the data
     size: int  # bytes
-    is_file: bool  # and no link, device or the like
-    archive: int  # which of the archives that were joined
-
-
-@dataclass
-class _Extended:
-    """What the headers before a member say about it: names and sizes that its own cannot hold."""
-
-    name: str | None = None
-    size: int | None = None
+    is_file: bool  # not a link, a device or the like
+    archive: int  # number of the archive, where several were joined
 
 
 def members(shard: str, descriptor: int) -> Iterator[Member]:
     """Yields the members of an uncompressed tar archive, or of several joined: ustar, GNU or pax.
 
-    All but directories: what is a link or a device has no data here, and says so.
+    Directories are skipped; `is_file` tells links and devices, which have no data here.
 
     Raises:
         HimoError: the archive is compressed, a header is damaged or the file ends early. How much
-            is lost then is not known, so that it cannot be counted against a limit.
-        RecordError: after the last member, if no mark of the end follows: a writer that was
-            stopped, or a copy that was cut off between two members, leaves such a file.
+            is lost is then unknown, so it cannot be counted against a limit.
+        RecordError: after the last member, if there is no end mark: the writer was stopped, or the
+            copy was cut off between two members.
     """
     check_uncompressed(shard, os.pread(descriptor, 8, 0))
     total = os.fstat(descriptor).st_size
     position = archive = 0
-    extended = _Extended()
+    # Name and size from the headers before a member, where its own cannot hold them.
+    extended: dict[str, Any] = {}
     has_ended = False
     while position < total:
         header = os.pread(descriptor, _BLOCK, position)
@@ -63,37 +55,36 @@ def members(shard: str, descriptor: int) -> Iterator[Member]:
             kind, name, size = _header(header)
             if kind in b"123456":  # links, devices, directories: no data, whatever the size says
                 size = 0
-            kept = None
+            is_member = kind not in b"xLSgK"  # g and K may lie between a long name and its file
             if kind in b"xL":
                 if size > _MAX_EXTENDED:
                     raise ValueError(f"header of {size:,} bytes")
                 _extend(extended, kind, os.pread(descriptor, size, start))
             elif kind == b"S":
                 raise ValueError("sparse files are not read")
-            elif kind not in b"gK":  # these stand between a long name and its file
-                kept, extended = extended, _Extended()
-                size = size if kept.size is None else kept.size
+            elif is_member:
+                name, size = extended.get("name", name), extended.get("size", size)
+                extended = {}
         except ValueError as error:
             raise HimoError(f"{shard}: damaged at byte {position:,}: {error}") from error
         position = start + -(-size // _BLOCK) * _BLOCK
         if position > total:
             raise HimoError(f"{shard}: ends in the middle of a file: is it complete?")
-        if kept is not None and kind != b"5":
-            name = name if kept.name is None else kept.name
+        if is_member and kind != b"5":
             yield Member(name, start, size, kind in b"0\x007", archive)
     if not has_ended:
         raise RecordError("cut_off", "ends without the mark of its end: is it complete?")
 
 
 def _after_zeros(descriptor: int, position: int, total: int) -> int:
-    """The first block from `position` on that holds anything; `total` if there is none."""
+    """The first block from `position` on that is not all zeros; `total` if there is none."""
     while position < total:
         try:
-            data = os.lseek(descriptor, position, os.SEEK_DATA)  # past a hole, however large
+            data = os.lseek(descriptor, position, os.SEEK_DATA)  # skips a hole of any size
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing else follows
                 break
-            data = position  # a file system that does not tell
+            data = position  # a file system that does not support it
         position = max(position, data - data % _BLOCK)
         zeros = os.pread(descriptor, _ZEROS, position)
         if rest := zeros.lstrip(b"\0"):
@@ -128,10 +119,10 @@ def _number(field: bytes) -> int:
     return value
 
 
-def _extend(extended: _Extended, kind: bytes, data: bytes) -> None:
+def _extend(extended: dict[str, Any], kind: bytes, data: bytes) -> None:
     """Reads a GNU long name or the `path` and `size` of a pax header."""
     if kind == b"L":
-        extended.name = decode(data.rstrip(b"\0"))
+        extended["name"] = decode(data.rstrip(b"\0"))
         return
     position = 0
     while position < len(data):
@@ -144,9 +135,9 @@ def _extend(extended: _Extended, kind: bytes, data: bytes) -> None:
         if key.startswith(b"GNU.sparse."):
             raise ValueError("sparse files are not read")
         if key == b"path":
-            extended.name = decode(value)
+            extended["name"] = decode(value)
         elif key == b"size":
             if not value.isdigit() or len(value) > 18:
                 raise ValueError("damaged pax header")
-            extended.size = int(value)
+            extended["size"] = int(value)
         position = end

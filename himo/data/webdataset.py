@@ -1,14 +1,14 @@
 """Tar shards as webdataset writes them: `{key}.jpg` next to `{key}.txt` or `{key}.json`.
 
-Only the headers and the captions are read to make the index; an image is then one read at its
-byte offset.
+The index is made from the headers and the captions alone; an image is then one read at its byte
+offset.
 """
 
 import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from himo.data.folder import IMAGE_SUFFIXES
@@ -32,8 +32,8 @@ from himo.data.tar import Member, members
 from himo.errors import HimoError, quoted
 from himo.files import open_regular
 
-# As webdataset has it: the key ends at the first dot of the base name. A name without a key (a
-# hidden file, or one without a dot) belongs to no sample, and does not end the one around it.
+# As in webdataset, the key ends at the first dot of the base name. A file without a key (a hidden
+# one, or one without a dot) belongs to no sample, and does not end the sample around it.
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__(?:$|/)")
 _SHARD = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4|lzma|Z|br))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -43,13 +43,13 @@ _MAX_SHARDS = 1_000_000
 
 
 class WebDataset(Source):
-    """Tar shards with samples whose files share the name up to its first dot and follow each other.
+    """Tar shards; the files of a sample are adjacent and share the name up to its first dot.
 
     In a sample, `a.jpg` goes with `a.txt` or `a.json`, or else with the only other caption, such as
-    `a.cap.txt`; and `a.v2.jpg` goes with `a.v2.txt`. Where an image is there in several formats,
-    the first of jpg, png, jpeg and webp is taken, as open_clip does. Other files of a sample are
-    counted in `ignored`. A file that comes twice begins a new sample, and so does the next of
-    several archives that were joined.
+    `a.cap.txt`; and `a.v2.jpg` goes with `a.v2.txt`. Of an image in several formats the first of
+    jpg, png, jpeg and webp is taken, as open_clip does. Other files of a sample are counted in
+    `ignored`. A file that comes twice begins a new sample, and so does the next of several joined
+    archives.
 
     Args:
         path: an uncompressed shard, a directory of `*.tar`, or a numbered pattern such as
@@ -62,32 +62,24 @@ class WebDataset(Source):
 
     def __init__(self, path: str | os.PathLike[str], caption_key: str | None = None) -> None:
         super().__init__(path)
-        self.caption_key = caption_key
-        self._shards = [os.path.abspath(shard) for shard in _expand(self.path)]
-
-    @property
-    def image_root(self) -> str | None:
-        return None
-
-    @property
-    def shards(self) -> list[str]:
-        return self._shards
+        self.caption_key, self.image_root = caption_key, None
+        self.shards = [os.path.abspath(shard) for shard in _expand(self.path)]
 
     def options(self) -> dict[str, Any]:
         return {"caption_key": self.caption_key}
 
     def stamp(self) -> str:
-        states = [(shard, regular_file(shard)) for shard in self._shards]
+        states = [(shard, regular_file(shard)) for shard in self.shards]
         text = repr([(shard, state.st_size, state.st_mtime_ns) for shard, state in states])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def size(self) -> int:
-        return sum(regular_file(shard).st_size for shard in self._shards)
+        return sum(regular_file(shard).st_size for shard in self.shards)
 
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
         done = 0
         self.ignored = {"other files": 0}
-        for number, shard in enumerate(self._shards):
+        for number, shard in enumerate(self.shards):
             with open_regular(shard) as file:
                 sample = _Sample(number, file.fileno())
                 try:
@@ -111,14 +103,14 @@ class WebDataset(Source):
                 done += os.fstat(file.fileno()).st_size
 
     def _records(self, sample: "_Sample") -> Iterator[Record | BadRecord]:
-        """What the files of one key give: each image with a caption, or else a bad record."""
+        """The records of one key: each image with its caption, or a bad record."""
         if not sample.files:
             if sample.others < 2:  # a file by itself is no sample
                 self.ignored["other files"] += sample.others
             else:
                 yield BadRecord(
                     "missing_key",
-                    f"{self._shards[sample.shard]}: {quoted(sample.place[1])} has {sample.others} "
+                    f"{self.shards[sample.shard]}: {quoted(sample.place[1])} has {sample.others} "
                     "files, but no image and no .txt or .json",
                 )
             return
@@ -145,16 +137,15 @@ class WebDataset(Source):
                 raise RecordError("too_long", f"image is longer than {MAX_IMAGE:,} bytes")
             caption = self._caption(sample.descriptor, part)
             record = make_record(0, _readable(image).name, caption)
-            place = (sample.shard, image.offset, image.size)
-            return Record(0, record.image, record.caption, "", *place)
+            return replace(record, shard=sample.shard, offset=image.offset, size=image.size)
         except RecordError as error:
-            return error.at(f"{self._shards[sample.shard]}: {quoted(name)}")
+            return error.at(f"{self.shards[sample.shard]}: {quoted(name)}")
 
     def _caption(self, descriptor: int, part: "_Part") -> Any:
-        order = ("json", "txt") if self.caption_key is not None else ("txt", "json")
-        kind = next((kind for kind in order if kind in part.captions), None)
-        if kind is None:
+        if not part.captions:
             raise RecordError("missing_key", "image has no .txt or .json beside it")
+        first = "json" if self.caption_key is not None else "txt"
+        kind = first if first in part.captions else next(iter(part.captions))
         member = _readable(part.captions[kind])
         if member.size > MAX_RECORD:
             raise RecordError("too_long", f".{kind} is longer than {MAX_RECORD:,} bytes")
@@ -176,20 +167,20 @@ def _readable(member: Member) -> Member:
 
 @dataclass
 class _Part:
-    """The files of a sample that have one name but for the last suffix, by that suffix."""
+    """The files of a sample that differ only in the last suffix, by that suffix."""
 
-    images: dict[str, Member]
-    captions: dict[str, Member]
+    images: dict[str, Member] = field(default_factory=dict)
+    captions: dict[str, Member] = field(default_factory=dict)
 
     def image(self) -> Member:
         """The image that open_clip takes where there are several."""
-        first = [suffix for suffix in _IMAGE_ORDER if suffix in self.images]
-        return self.images[[*first, *self.images][0]]
+        order = (*_IMAGE_ORDER, *self.images)
+        return self.images[next(suffix for suffix in order if suffix in self.images)]
 
 
 @dataclass
 class _Sample:
-    """The members of one key that follow each other: image and caption files by suffix."""
+    """Adjacent members of one key: image and caption files by suffix."""
 
     shard: int
     descriptor: int
@@ -198,18 +189,17 @@ class _Sample:
     others: int = 0
 
     def parts(self) -> dict[str, _Part]:
-        """The files by what stands between the key and the last suffix: "" in `a.jpg`."""
+        """The files by the name between the key and the last suffix: "" in `a.jpg`."""
         parts: dict[str, _Part] = {}
         for suffix, member in self.files.items():
             name, _, last = suffix.rpartition(".")
-            part = parts.setdefault(name, _Part({}, {}))
-            kind = part.images if _kind(suffix) == "image" else part.captions
-            kind[last] = member
+            part = parts.setdefault(name, _Part())
+            (part.images if _kind(suffix) == "image" else part.captions)[last] = member
         return parts
 
 
 def _is_beside_another(name: str, parts: dict[str, _Part]) -> bool:
-    """Whether the files of a part only add to another: `a.mask.png` to `a.jpg`."""
+    """Whether the files of a part belong to another: `a.mask.png` to `a.jpg`."""
     words = name.split(".", 16) if name else []
     return any(".".join(words[:end]) in parts for end in range(len(words)))
 
@@ -222,26 +212,22 @@ def _kind(suffix: str) -> str | None:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file of this name is to be read as a shard, if only to say that it cannot be."""
+    """Whether a file of this name is opened as a shard; a compressed one is refused by name."""
     return not name.startswith(".") and _SHARD.search(name) is not None
 
 
 def _expand(path: str) -> list[str]:
-    """The shards that `path` names; HimoError if there are none or one is not there."""
+    """The shards that `path` names; HimoError if there are none or one is missing."""
     if _RANGE.search(path) is None and os.path.isdir(path):
         names = sorted(filter(is_shard, list_directory(path)))
         if not names:
             raise HimoError(f"{path}: expected a directory with .tar shards, found none")
         return [os.path.join(path, name) for name in names]
-    ranges = list(_RANGE.finditer(path))
-    count = 1
-    for given in ranges:  # before any is made
-        count *= max(0, int(given[2]) - int(given[1]) + 1)
-        if not 0 < count <= _MAX_SHARDS:
-            raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {given[0]}")
     paths = [path]
-    for given in ranges:
+    for given in _RANGE.finditer(path):
         numbers = range(int(given[1]), int(given[2]) + 1)
+        if not 0 < len(paths) * len(numbers) <= _MAX_SHARDS:
+            raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {given[0]}")
         names = [f"{number:0{len(given[1])}}" for number in numbers]
         paths = [_RANGE.sub(name, x, count=1) for x in paths for name in names]
     missing = [shard for shard in paths if not os.path.exists(shard)]

@@ -1,7 +1,7 @@
-"""Image files nobody has looked at: whatever they hold, a decoded image or an `ImageError`.
+"""Untrusted image files: whatever they hold, the result is a decoded image or an `ImageError`.
 
-Each format has a reader of its own structure. It checks the size before memory is allocated, and
-hands Pillow no more than the first image, its size and work bounded by `limits`.
+Each format has a reader of its structure. It checks the size before memory is allocated, and passes
+Pillow only the first image, whose size and work `limits` bounds.
 """
 
 from himo.images.grey import eight_bits

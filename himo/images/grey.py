@@ -1,6 +1,6 @@
-"""Greys of more than 8 bits as greys of 8, by one rule.
+"""Conversion of greys of more than 8 bits to 8 bits.
 
-Pillow and torchvision cut such values off at 255, which makes most of these pictures white.
+Pillow and torchvision clip such values at 255, which makes most of these pictures white.
 """
 
 import numpy as np
@@ -9,15 +9,15 @@ from PIL import Image
 from himo.images.limits import ImageError
 
 _DEEP = ("I", "F")  # and all that begin with "I;"
-# The largest values of 8 bits, and of what cameras, scanners and detectors give.
+# The largest values of 8 bits and of the depths that cameras, scanners and detectors give.
 _WHITES = (255, 1023, 4095, 16_383, 65_535)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """An image whose channels have 8 bits: itself, or the grey image `L` of one with deeper greys.
+    """An image of 8 bits a channel: the image itself, or mode `L` for one with deeper greys.
 
-    Black is 0, and white the largest value of 8, 10, 12, 14 or 16 bits, whichever is the first that
-    no pixel exceeds; for floats also 1. Where a pixel is negative or above 65,535, black and white
+    Black is 0; white is the largest value of 8, 10, 12, 14 or 16 bits, the first of these that no
+    pixel exceeds, and for floats also 1. If a pixel is negative or above 65,535, black and white
     are the least and the greatest value. Values are rounded to the nearest of 256 levels, half to
     even. NaN is black; infinities are black and white.
 
@@ -47,7 +47,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """The least and the greatest value that is finite."""
+    """The least and the greatest finite value."""
     if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
         values = values[finite]
         if not values.size:

@@ -1,4 +1,4 @@
-"""JPEG: what of a file its decoder needs."""
+"""JPEG: the parts of a file that its decoder needs."""
 
 import io
 import re
@@ -8,18 +8,18 @@ from PIL import JpegImagePlugin
 
 from himo.images.limits import SLOW, ImageError, Reader
 
-# Each scan of a progressive JPEG passes over the whole image, and an empty one takes ten bytes of
-# the file. Encoders write about ten scans; this many are read at the limit of pixels.
+# Each scan of a progressive JPEG decodes the whole image, and an empty one takes ten bytes of the
+# file. Encoders write about ten scans; an image at the limit of pixels may have this many.
 _MAX_SCANS = 20
 # Bytes of all scans of a progressive JPEG; each byte takes about 40 ns.
 _MAX_SCAN_BYTES = 40_000_000
-_CHANNELS = 4  # at most, and so many scans of a sequential JPEG
-# Of the segments of one file: an encoder writes up to a few hundred, for metadata that is long.
+_CHANNELS = 4  # at most, and at most so many scans of a sequential JPEG
+# Of one file: an encoder writes up to a few hundred, for long metadata.
 _MAX_SEGMENTS = 4096
 
-# Of the scans of any JPEG, beside 2 bytes for each pixel at the limit.
+# Of the scans of any JPEG, in addition to 2 bytes for each pixel at the limit.
 _MIN_BYTES = 1 << 20
-# libjpeg starts a run of padding again where its input, handed over in blocks, ends within it.
+# libjpeg rescans a run of padding from its start where a block of its input ends within it.
 _PADDING = bytes([0xFF]) * 4096
 
 _START_OF_SCAN, _END = 0xDA, 0xD9
@@ -81,16 +81,15 @@ def scans_of(data: bytes) -> tuple[int, int | None]:
 
 
 def check_scans(reader: Reader, size: tuple[int, int], scans: int, length: int) -> None:
-    """Refuses an image whose scans, of so many bytes in all, would take too long."""
+    """Refuses an image whose scans, of `length` bytes in all, would take too long."""
     share = size[0] * size[1] / reader.max_pixels
     if scans * share > _MAX_SCANS or (scans > _CHANNELS and length > _MAX_SCAN_BYTES):
-        raise ImageError(
-            f"{scans} scans of {size[0]} x {size[1]} pixels in {length:,} bytes", "too_large"
-        )
+        text = f"{scans} scans of {size[0]} x {size[1]} pixels in {length:,} bytes"
+        raise ImageError(text, "too_large")
 
 
 def _next_marker(reader: Reader) -> int:
-    """The second byte of the next marker; what lies between segments is passed over."""
+    """The second byte of the next marker; bytes between segments are skipped."""
     byte = reader.exactly(1)
     while True:
         while byte != b"\xff":

@@ -1,8 +1,8 @@
-"""What one image may cost, and the error of every file that cannot be used.
+"""Limits on the cost of one image, and the error of every file that cannot be used.
 
-The limits are numbers in the file, never the time it took: which images of a data set are bad is
-then the same on every machine and after every resume. They are chosen so that reading one image
-takes at most 2 s of a processor and 64 MiB and 32 bytes a pixel of memory.
+The limits are on numbers in the file, not on time: the same images of a data set are then bad on
+every machine and after every resume. With them, reading one image takes at most 2 s of a processor
+and 64 MiB plus 32 bytes a pixel of memory.
 """
 
 import os
@@ -13,16 +13,15 @@ from himo.errors import HimoError
 Reason = Literal["missing", "not_a_file", "too_large", "truncated", "unknown_format", "corrupt"]
 
 MAX_PIXELS = 50_000_000
-_MAX_SIDE = 65_535  # the most of JPEG and GIF: beyond it are strips that no crop is taken from
-# Bytes that are read of a file: one and a half times those of its pixels, as noise takes after LZW
-# or in the best JPEG, and more for its structure.
+_MAX_SIDE = 65_535  # the largest of JPEG and GIF; a longer side belongs to a strip, not a picture
+# Bytes read of a file: 1.5 times those of its pixels, which noise takes after LZW or in the best
+# JPEG, and more for its structure.
 _EXPANSION = 1.5
-_LEAST_BITS = 8  # of a pixel: two levels, dithered, are longer after the coding of a fax
+_LEAST_BITS = 8  # of a pixel: fax coding makes dithered pixels of two levels longer
 _SPARE_BYTES = 1 << 20
 _MAX_PIECES = 100_000
-USUAL_BITS = 24  # of a pixel, which costs 1
-# The cost of a pixel that Pillow or its libraries take up to a microsecond for.
-SLOW = 50
+USUAL_BITS = 24  # of a pixel of cost 1
+SLOW = 50  # the cost of a pixel that takes Pillow or its libraries up to a microsecond
 
 
 class ImageError(HimoError):
@@ -35,15 +34,15 @@ class ImageError(HimoError):
 
     reason: Reason
 
-    # One positional argument makes an exception that pickles, and that a DataLoader can raise
-    # again in the main process.
+    # Only one argument is required, so that the exception can be pickled, and a DataLoader can
+    # raise it again in the main process.
     def __init__(self, message: str, reason: Reason = "corrupt") -> None:
         super().__init__(message)
         self.reason = reason
 
 
 class Reader:
-    """An image file that is read in pieces, so many of them and so many bytes and no more.
+    """Reads an image file in pieces, with a limit on their number and on their bytes.
 
     Args:
         file: the file, at its start.
@@ -63,19 +62,16 @@ class Reader:
             width: in pixels.
             height: in pixels.
             bits: of a pixel, before compression.
-            cost: how many times as long as usual a pixel of this kind takes; so many times fewer
-                may there be.
+            cost: time of a pixel of this kind relative to a usual one; the limit on pixels is
+                divided by it.
         """
         if max(width, height) > _MAX_SIDE:
-            raise ImageError(
-                f"{width} x {height} pixels, a side of more than {_MAX_SIDE:,}", "too_large"
-            )
+            text = f"{width} x {height} pixels, a side of more than {_MAX_SIDE:,}"
+            raise ImageError(text, "too_large")
         if width * height * cost > self.max_pixels:
             work = f" that take {cost:.3g} times as long as usual" if cost > 1 else ""
-            raise ImageError(
-                f"{width} x {height} pixels{work}, more than max_pixels = {self.max_pixels:,}",
-                "too_large",
-            )
+            text = f"{width} x {height} pixels{work}, more than max_pixels = {self.max_pixels:,}"
+            raise ImageError(text, "too_large")
         allowed = int(_EXPANSION * width * height * max(bits, _LEAST_BITS) / 8)
         self._bytes += max(0, allowed - self._allowed)  # a file may state several sizes
         self._allowed = max(allowed, self._allowed)
@@ -97,17 +93,17 @@ class Reader:
         return data
 
     def rest(self, most: int | None = None) -> tuple[bytes, bool]:
-        """The rest of the file up to the limit on bytes, and whether that is all of it."""
+        """The rest of the file up to the limit on bytes, and whether it is complete."""
         data = self.take(min(self._bytes, self.size, self.size if most is None else most))
         return data, self._file.tell() >= self.size
 
     def skip(self, count: int) -> None:
-        """Passes over bytes that need not be there."""
+        """Skips bytes, which may lie beyond the end of the file."""
         self._count_piece()
         self._file.seek(count, os.SEEK_CUR)
 
     def goto(self, position: int) -> None:
-        """Goes on at a position from the start of the file."""
+        """Moves to a position from the start of the file."""
         self._count_piece()
         self._file.seek(position)
 

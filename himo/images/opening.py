@@ -1,4 +1,4 @@
-"""From a path or bytes to a decoded image of 8 bits a channel."""
+"""Decodes the image at a path or in bytes to 8 bits a channel."""
 
 import errno
 import io
@@ -20,8 +20,8 @@ from himo_kernels.process_state import Borrowed
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
-# The formats read, by how a file starts. Pillow's plug-ins are called one by one and not through
-# Image.open, whose limit on pixels belongs to the whole process and warns before it refuses.
+# The formats read, by the start of a file. Pillow's plug-ins are called directly: the limit on
+# pixels of Image.open holds for the whole process, and warns before it refuses.
 _FORMATS: tuple[tuple[re.Pattern[bytes], Callable[[Reader], Image.Image]], ...] = (
     (re.compile(rb"\xff\xd8\xff"), jpeg.read),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), png.read),
@@ -38,11 +38,11 @@ _FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP, TIFF or binary PPM"
 def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame of an image file, decoded, in the mode of the file or `L` for deeper greys.
 
-    Reads JPEG, PNG, WebP, GIF, BMP, TIFF and binary PPM. What it may cost is checked before memory
-    is allocated; see `himo.images.limits`. Greys of more than 8 bits become 8; see
-    `himo.images.grey`. Metadata is passed over, and so the EXIF orientation is not applied, as in
-    CLIP's own preprocessing; Pillow applies that of TIFF. A truncated file is refused even where
-    Pillow has been told to load such files.
+    Reads JPEG, PNG, WebP, GIF, BMP, TIFF and binary PPM. The cost is checked before memory is
+    allocated; see `himo.images.limits`. Greys of more than 8 bits become 8; see `himo.images.grey`.
+    Metadata is skipped, so the EXIF orientation is not applied, as in CLIP's own preprocessing;
+    Pillow applies that of TIFF. A truncated file is refused even if Pillow is set to load such
+    files.
 
     Args:
         source: a path, which has to be a regular file, or the bytes of a file.
@@ -55,7 +55,7 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return decode(source, max_pixels)[0]
 
 
-# Pillow has one for the process. What a user's own code loads of cut images stays theirs to say.
+# One setting of Pillow for the process: it is set for the decoding, and restored for other code.
 _loads_truncated = Borrowed(
     False,
     lambda: ImageFile.LOAD_TRUNCATED_IMAGES,
@@ -86,14 +86,14 @@ def decode(
         number = cause.errno if isinstance(cause, OSError) else None
         missing = isinstance(cause, ValueError) or number not in (None, errno.ENXIO)
         raise ImageError(str(error), "missing" if missing else "not_a_file") from error
-    except Exception as error:  # the plug-ins raise what they come upon, from KeyError on
+    except Exception as error:  # the plug-ins raise anything, KeyError included
         raise ImageError(
             f"{source_name(source)}: {error or type(error).__name__}", _reason(error)
         ) from error
 
 
 def source_name(source: Source) -> str:
-    """The path, or what the bytes are."""
+    """The path, or the number of bytes."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     return f"image of {len(source):,} bytes"
@@ -117,13 +117,10 @@ def _decode(
 
 
 def _reason(error: Exception) -> Reason:
-    """The kind of what a plug-in of Pillow raised, as far as it can be told."""
+    """The kind of an exception from a plug-in of Pillow, as far as it can be told."""
     text = str(error).lower()
-    if isinstance(
-        error, MemoryError | Image.DecompressionBombError | Image.DecompressionBombWarning
-    ):
-        return "too_large"
-    if "too large" in text or "too much memory" in text:
+    large = (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+    if isinstance(error, large) or "too large" in text or "too much memory" in text:
         return "too_large"
     short = (EOFError, IndexError, struct.error)
     if isinstance(error, short) or isinstance(error.__cause__, short) or "truncated" in text:

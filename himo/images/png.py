@@ -1,4 +1,4 @@
-"""PNG: what of a file its decoder needs."""
+"""PNG: the parts of a file that its decoder needs."""
 
 import io
 import struct
@@ -7,23 +7,23 @@ from PIL import PngImagePlugin
 
 from himo.images.limits import USUAL_BITS, ImageError, Reader
 
-_KEPT = (b"PLTE", b"tRNS")
-_MAX_KEPT = 1 << 16  # bytes of one of them
+_NEEDED = (b"PLTE", b"tRNS")
+_MAX_NEEDED = 1 << 16  # bytes of one of them
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 
 
 def read(reader: Reader) -> PngImagePlugin.PngImageFile:
     """The image of a PNG file, or the default image of an animated one, to be decoded.
 
-    Chunks are read up to the end of the image, but metadata, which may be compressed, is not. All
-    pixels are handed over as one chunk, for Pillow reads each in Python.
+    Chunks are read up to the end of the image, except metadata, which may be compressed. All pixels
+    are passed on as one chunk, because Pillow reads each chunk in Python.
     """
     before, pixels, after = [reader.exactly(8)], list[bytes](), list[bytes]()
     while len(header := reader.take(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         if kind == b"IDAT":
             pixels.append(reader.take(length))
-            reader.skip(4)  # the checksum, which Pillow does not look at
+            reader.skip(4)  # the checksum, which Pillow does not check
             continue
         if kind == b"IHDR":
             chunk = reader.take(length + 4)
@@ -35,7 +35,7 @@ def read(reader: Reader) -> PngImagePlugin.PngImageFile:
         elif not kind.isalnum():  # Pillow says so, or takes it as the end
             after.append(header)
             break
-        elif kind in _KEPT and length <= _MAX_KEPT:
+        elif kind in _NEEDED and length <= _MAX_NEEDED:
             chunk = reader.take(length + 4)
         else:
             reader.skip(length + 4)

@@ -1,4 +1,4 @@
-"""WebP, GIF, BMP and binary PPM: what of a file its decoder needs."""
+"""WebP, GIF, BMP and binary PPM: the parts of a file that its decoder needs."""
 
 import io
 import re
@@ -9,7 +9,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, WebPImagePlugin
 
 from himo.images.limits import SLOW, ImageError, Reader
 
-_RLE_SPARE = 1 << 16  # bytes of run lengths, beside 2 for each pixel
+_RLE_SPARE = 1 << 16  # bytes of run lengths, in addition to 2 for each pixel
 _WEBP_CHUNKS = (b"VP8X", b"ANIM", b"ALPH", b"VP8 ", b"VP8L", b"ANMF")
 _WEBP_FLAGS = 0x10 | 0x02  # of VP8X: alpha and animation, not the metadata
 _WEBP_COST = 1.6  # of a pixel, measured against PNG
@@ -112,7 +112,7 @@ _PPM_HEADER = 1 << 14  # bytes, most of them comments
 def read_ppm(reader: Reader) -> Image.Image:
     """The image of a binary PBM, PGM or PPM file: bilevel, grey of 8 or 16 bits, or RGB of 8.
 
-    Pillow decodes values of any other range than 0 to 255 in Python.
+    By numpy, because Pillow decodes values of any range but 0 to 255 in Python.
     """
     start = reader.take(_PPM_HEADER)
     found = _PPM.match(start)

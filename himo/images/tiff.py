@@ -1,8 +1,8 @@
 """TIFF: the first image of a file, as a file of its own.
 
-Pillow reads every tag of a TIFF, those of its metadata too, and libtiff the file itself. Here they
-get a small file of the tags that describe pixels, checked, and of the pixels: there is nothing left
-to warn about, and nothing that costs more than pixels do.
+Pillow reads every tag of a TIFF, metadata included, and libtiff reads the file itself. Here they
+get a small file with only the pixels and the checked tags that describe them: nothing in it causes
+a warning, and nothing costs more than pixels do.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import math
 import struct
 from contextlib import suppress
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from PIL import TiffImagePlugin, _imaging
@@ -23,8 +24,7 @@ _STRIP_OFFSETS, _STRIP_BYTES, _STRIP_ROWS = 273, 279, 278
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTES = 322, 323, 324, 325
 _PHOTOMETRIC, _FORMAT = 262, 339
 _SEGMENTS = {_STRIP_OFFSETS, _STRIP_BYTES, _STRIP_ROWS, _TILE_OFFSETS, _TILE_BYTES}
-# Also fill order, orientation, two kinds of fax, predictor, and the
-# position of the colours of YCbCr.
+# Also fill order, orientation, two kinds of fax, predictor, and the position of YCbCr's colours.
 _OF_ONE_VALUE = {_WIDTH, _LENGTH, _COMPRESSION, _SAMPLES, _PLANES, _TILE_WIDTH, _TILE_LENGTH}
 _OF_ONE_VALUE |= {_PHOTOMETRIC, 266, 274, 292, 293, 317, 531}
 # Also colour map, extra samples, JPEG tables, and more about YCbCr.
@@ -52,12 +52,8 @@ def read(reader: Reader) -> TiffImagePlugin.TiffImageFile:
     bits, samples = directory.number(_BITS, 1), directory.number(_SAMPLES, 1)
     if samples > TiffImagePlugin.MAX_SAMPLESPERPIXEL:
         raise ImageError(f"{samples:,} samples a pixel", "unknown_format")
-    reader.check_pixels(
-        width,
-        length,
-        bits * samples,
-        max(SLOW if compression == _LZMA else 1, bits * samples / USUAL_BITS),
-    )
+    cost = max(SLOW if compression == _LZMA else 1, bits * samples / USUAL_BITS)
+    reader.check_pixels(width, length, bits * samples, cost)
     tiled = _STRIP_OFFSETS not in directory.entries
     if tiled:
         columns, rows = directory.number(_TILE_WIDTH), directory.number(_TILE_LENGTH)
@@ -75,7 +71,7 @@ def read(reader: Reader) -> TiffImagePlugin.TiffImageFile:
         raise ImageError(f"{count:,} strips or tiles, more than {_MAX_SEGMENTS:,}", "too_large")
 
     offsets = directory.numbers(_TILE_OFFSETS if tiled else _STRIP_OFFSETS, count)
-    if compression == _NONE:  # as Pillow, which does not look at the numbers of bytes
+    if compression == _NONE:  # as in Pillow, which ignores the stated numbers of bytes
         row_bytes = math.ceil(columns * bits * (samples // planes) / 8)
         heights = [rows] * down if tiled else [min(rows, length - rows * n) for n in range(down)]
         sizes = [row_bytes * height for height in heights for _ in range(across)] * planes
@@ -99,19 +95,17 @@ def read(reader: Reader) -> TiffImagePlugin.TiffImageFile:
 
 
 def _check_deep(directory: "_Directory", bits: int, compression: int, planes: int) -> None:
-    """Refuses values of more than 8 bits that Pillow reads as another picture, without a word."""
-    kind = directory.number(_FORMAT, _UNSIGNED)
-    problem = None
-    if directory.number(_PHOTOMETRIC, 1) == 0:
-        problem = "with white at 0"
-    elif planes > 1:
-        problem = "with a plane for each channel"
-    elif bits == 32 and kind == _UNSIGNED:  # from 2 ** 31 on they come out negative
-        problem = "without a sign"
-    elif directory.order == ">" and compression != _NONE and kind != _UNSIGNED:
-        problem = "signed or floats, big-endian and compressed"
-    if problem is not None:
-        raise ImageError(f"values of {bits} bits {problem} are not read", "unknown_format")
+    """Refuses values of more than 8 bits that Pillow silently misreads."""
+    unsigned = directory.number(_FORMAT, _UNSIGNED) == _UNSIGNED
+    compressed_big_endian = directory.order == ">" and compression != _NONE
+    for is_misread, values in (
+        (directory.number(_PHOTOMETRIC, 1) == 0, "with white at 0"),
+        (planes > 1, "with a plane for each channel"),
+        (bits == 32 and unsigned, "without a sign"),  # from 2 ** 31 on they become negative
+        (compressed_big_endian and not unsigned, "signed or floats, big-endian and compressed"),
+    ):
+        if is_misread:
+            raise ImageError(f"values of {bits} bits {values} are not read", "unknown_format")
 
 
 class _Directory:
@@ -124,8 +118,8 @@ class _Directory:
         reader.goto(self._unpack("I", start[4:])[0])
         wanted = _OF_ONE_VALUE | _OF_VALUES | _SEGMENTS
         self.entries: dict[int, tuple[int, int, bytes]] = {}
-        # As Pillow: the end of the file ends the tags, those larger than the file are passed over,
-        # and the first of several holds.
+        # As in Pillow, the end of the file ends the tags, tags larger than the file are skipped,
+        # and the first of several counts.
         for _ in range(self._unpack("H", reader.exactly(2))[0]):
             if len(entry := reader.take(12)) < 12:
                 break
@@ -168,10 +162,7 @@ def _file(
     tags |= {offsets: (_LONG, packed), sizes: (_LONG, packed)}  # offsets: as long, filled in below
     values_at = 8 + 2 + 12 * len(tags) + 4
     position = values_at + sum(len(data) for _, data in tags.values() if len(data) > 4)
-    starts = []
-    for segment in segments:
-        starts.append(position)
-        position += len(segment)
+    starts = list(accumulate(map(len, segments[:-1]), initial=position))
     tags[offsets] = (_LONG, struct.pack(f"{order}{len(segments)}I", *starts))
     entries, values = bytearray(), bytearray()
     for tag, (kind, data) in sorted(tags.items()):
@@ -187,9 +178,9 @@ def _file(
 
 @cache
 def _silence_libtiff() -> None:
-    # libtiff writes its errors to stderr itself, whatever becomes of the exception that Pillow
-    # raises for each. Pillow turns off its warnings, for the whole process too, but not these.
-    with suppress(OSError, AttributeError):  # a Pillow that keeps its libtiff to itself
+    # libtiff writes its errors to stderr, even where the exception that Pillow raises is caught.
+    # Pillow turns off libtiff's warnings for the whole process, but not its errors.
+    with suppress(OSError, AttributeError):  # a Pillow that does not export libtiff
         handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
         handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
         handler(None)

@@ -13,7 +13,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,7 +37,7 @@ class _Job(NamedTuple):
 
     path: str
     scene: Scene
-    seed: str  # of what a caption does not tell: exact positions and angles
+    seed: str  # of the exact positions and angles, which a caption does not tell
 
 
 def synthesize(
@@ -51,20 +51,20 @@ def synthesize(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Writes a data set of rendered scenes; no scene comes twice, in either split.
+    """Writes a data set of rendered scenes, all of them different, in both splits together.
 
     Args:
         out: the directory, new or empty.
         num: scenes to train on.
         seed: of everything random.
         resolution: pixels of a side, 16 to 1024.
-        workers: processes that render; by default as many as there are cores for this one.
+        workers: processes that render; by default one for each core that this one may use.
         held_out: further scenes, for evaluation.
-        overwrite: replaces a data set that is already in `out`; other files there stay.
+        overwrite: replaces a data set in `out`; other files there stay.
         progress: shows a bar.
 
     Raises:
-        HimoError: an argument out of range, a directory that holds something, a full disk.
+        HimoError: an argument out of range, a directory that is not empty, a full disk.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, value, low, high in (
@@ -80,46 +80,40 @@ def synthesize(
     _prepare(folder, overwrite)
 
     jobs: list[_Job] = []
-    records: dict[str, list[dict[str, object]]] = {}
+    records: dict[str, list[str]] = {split: [] for split in _SPLITS}
     seen: set[Scene] = set()
     for split, count in zip(_SPLITS, (held_out, num), strict=True):
-        records[split] = []
         for number in range(count):
             job, sentences = _job(seed, split, number, seen)
             records[split].append(_record(split, number, job.path, sentences, resolution))
             jobs.append(job._replace(path=str(folder / job.path)))
     _render_all(jobs, resolution, min(workers, len(jobs)), progress)
-    for split in _SPLITS:
-        lines = ",\n".join(map(json.dumps, records[split]))
-        write_text(folder / f"{split}.json", f"[\n{lines}\n]\n" if lines else "[]\n")
+    for split, lines in records.items():
+        text = ",\n".join(lines)
+        write_text(folder / f"{split}.json", f"[\n{text}\n]\n" if lines else "[]\n")
 
 
 def _prepare(folder: Path, overwrite: bool) -> None:
-    """Makes the directories, empty of an earlier data set."""
+    """Makes the directories, and removes an earlier data set from them."""
     try:
         if folder.is_dir() and any(folder.iterdir()):
             if not overwrite:
                 raise HimoError(f"{folder}: is not empty; --overwrite replaces the data set in it")
-            # The lists of images first: from here on there is no data set until the new one is.
+            # The lists of images first: without them there is no data set until the new one.
             for split in _SPLITS:
                 (folder / f"{split}.json").unlink(missing_ok=True)
-            for image in _images(folder):
-                image.unlink()
+            for split in _SPLITS:
+                for image in (folder / "images" / split).glob("*.png"):
+                    if _IMAGE_NAME.fullmatch(image.name):
+                        image.unlink()
         for split in _SPLITS:
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HimoError(f"{folder}: cannot be written: {os_reason(error)}") from error
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    for split in _SPLITS:
-        for path in (folder / "images" / split).glob("*.png"):
-            if _IMAGE_NAME.fullmatch(path.name):
-                yield path
-
-
 def _job(seed: int, split: str, number: int, seen: set[Scene]) -> tuple[_Job, list[str]]:
-    """A scene that is not among `seen`, which it joins, and the sentences of its caption."""
+    """A scene that is not in `seen`, to which it is added, and the sentences of its caption."""
     attempt = 0
     while True:
         # A text as seed: its digest is the same in every process and version of Python.
@@ -133,10 +127,9 @@ def _job(seed: int, split: str, number: int, seen: set[Scene]) -> tuple[_Job, li
         attempt += 1
 
 
-def _record(
-    split: str, number: int, path: str, sentences: list[str], resolution: int
-) -> dict[str, object]:
-    return {
+def _record(split: str, number: int, path: str, sentences: list[str], resolution: int) -> str:
+    """A record of ShareGPT4V, as JSON."""
+    record = {
         "id": f"{split}_{number:06}",
         "image": path,
         "width": resolution,
@@ -146,13 +139,14 @@ def _record(
             {"from": "gpt", "value": " ".join(sentences)},
         ],
     }
+    return json.dumps(record)
 
 
 def _render_all(jobs: list[_Job], resolution: int, workers: int, progress: bool) -> None:
     context = multiprocessing.get_context()
     running: dict[Connection, BaseProcess] = {}
     try:
-        # Before the bar, which starts a thread: a process that is forked should have none.
+        # Before the bar, which starts a thread: a process should fork without threads.
         for worker in range(workers if workers > 1 else 0):
             receiver, sender = context.Pipe(duplex=False)
             process: BaseProcess = context.Process(
@@ -160,7 +154,7 @@ def _render_all(jobs: list[_Job], resolution: int, workers: int, progress: bool)
             )
             process.start()
             running[receiver] = process
-            sender.close()  # the worker's is now the only one, and its end the end of the pipe
+            sender.close()  # so that the pipe ends when the worker does
         with tqdm(total=len(jobs), desc="render", unit=" images", disable=not progress) as bar:
             if running:
                 _follow(running, bar.update)
@@ -175,7 +169,7 @@ def _render_all(jobs: list[_Job], resolution: int, workers: int, progress: bool)
 
 
 def _follow(running: dict[Connection, BaseProcess], advance: Callable[[int], object]) -> None:
-    """Waits until every worker is through; HimoError if one fails or dies."""
+    """Waits until every worker has finished; HimoError if one fails or dies."""
     open_pipes = set(running)
     while open_pipes:
         for pipe in multiprocessing.connection.wait(list(open_pipes)):
@@ -197,22 +191,20 @@ def _follow(running: dict[Connection, BaseProcess], advance: Callable[[int], obj
 
 
 def _work(sender: Connection, jobs: list[_Job], resolution: int) -> None:
-    """Renders the share of one process; sends how many more are done, or a message of failure."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    """Renders the jobs of one process; sends how many more are done, or an error message."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
     parent = multiprocessing.parent_process()
-    done = 0
-    for job in jobs:
+    for done, job in enumerate(jobs, start=1):
         if parent is None or not parent.is_alive():
-            return  # it was killed, and nobody will use the rest
+            return  # it was killed, so the rest is not needed
         try:
             _render(job, resolution)
         except HimoError as error:
             sender.send(str(error))
             return
-        done += 1
         if done % _REPORT_EVERY == 0:
             sender.send(_REPORT_EVERY)
-    sender.send(done % _REPORT_EVERY)
+    sender.send(len(jobs) % _REPORT_EVERY)
 
 
 def _render(job: _Job, resolution: int) -> None:

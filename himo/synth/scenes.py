@@ -1,10 +1,9 @@
 """Random scenes of simple objects, their pictures, and captions from general to detailed.
 
-A scene has two to five objects on a background. The first sentence of its caption says how many
-there are and on what, each further one names something more: the largest object, the others by
-size, the pattern of the background, a frame, an outline. Together they say all that a picture
-shows, so that a model can learn to tell pictures apart by their captions alone, and to tell apart a
-caption from one that says less.
+A scene has two to five objects on a background. The first sentence of its caption gives their
+number and the background; each further one adds a detail: the largest object, the others by size,
+the pattern of the background, a frame, an outline. Together they describe the whole picture, so a
+model can learn to tell pictures apart by their captions, and a full caption from a shorter one.
 """
 
 import math
@@ -105,7 +104,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """All that a caption tells of a picture. The first object is the largest."""
+    """The facts in a caption. The first object is the largest."""
 
     background: str
     pattern: str
@@ -119,7 +118,7 @@ def draw_scene(rng: random.Random) -> Scene:
     ground = BACKGROUNDS[background]
     colours = [name for name, rgb in COLOURS.items() if math.dist(rgb, ground) >= _CONTRAST]
     count = rng.randint(2, 5)
-    details = _MAX_SENTENCES - 1 - count  # sentences left for them
+    details = _MAX_SENTENCES - 1 - count  # most sentences about pattern, frame and outline
     has_outline = rng.random() < 0.4
     frames = [name for name in _FRAMES if math.dist(COLOURS[name], ground) >= _CONTRAST]
     frame = rng.choice(frames) if rng.random() < 0.35 and details > has_outline else None
@@ -175,9 +174,8 @@ def caption(scene: Scene, rng: random.Random) -> list[str]:
         sentences.append(pick(forms))
     if scene.pattern != "plain":
         pattern = pick(PATTERNS[scene.pattern])
-        sentences.append(
-            pick([f"the {behind} has {pattern}", f"{pattern} {_fill(pattern)} the {behind}"])
-        )
+        cover = "covers" if pattern.startswith("a ") else "cover"
+        sentences.append(pick([f"the {behind} has {pattern}", f"{pattern} {cover} the {behind}"]))
     if scene.frame is not None:
         sentences.append(
             pick(
@@ -202,17 +200,13 @@ def _a(words: str) -> str:
     return f"{'an' if words[0] in 'aeio' else 'a'} {words}"
 
 
-def _fill(pattern: str) -> str:
-    return "covers" if pattern.startswith("a ") else "cover"
-
-
 def render(scene: Scene, rng: random.Random, resolution: int) -> Image.Image:
-    """The picture of a scene, RGB [resolution, resolution]; `rng` moves and turns its objects."""
+    """A scene as RGB [resolution, resolution]; `rng` shifts and rotates its objects."""
     side = resolution * _SUPERSAMPLING
     ground = BACKGROUNDS[scene.background]
     image = Image.new("RGB", (side, side), ground)
     if scene.pattern != "plain":
-        # Towards black on a light background and towards white on a dark one.
+        # Darker on a light background, lighter on a dark one.
         other = _blend(ground, (0, 0, 0) if sum(ground) > 330 else (255, 255, 255), 0.17)
         image.paste(other, mask=_pattern_mask(scene.pattern, side))
     if scene.frame is not None:
@@ -241,7 +235,7 @@ def _paste(
     if thing.outline is not None:
         image.paste(COLOURS[thing.outline], (left, top), mask)
         mask = _shape_mask(thing.shape, half, 0.72 * radius, angle)
-    # Lit from above: flat areas of one colour look like a chart, not like things.
+    # Lit from above, because flat areas of one colour look like a chart.
     light = Image.linear_gradient("L").resize(mask.size)
     bright, dim = _blend(colour, (255, 255, 255), 0.16), _blend(colour, (0, 0, 0), 0.14)
     shaded = Image.composite(
@@ -251,14 +245,14 @@ def _paste(
 
 
 def _shape_mask(shape: str, half: int, radius: float, angle: float) -> Image.Image:
-    """A white shape on black, mode L, of side 2 * half, whose centre is the shape's."""
+    """A white shape in the centre of a black image of mode L and side 2 * half."""
     mask = Image.new("L", (2 * half, 2 * half))
     draw = ImageDraw.Draw(mask)
 
     def fill(points: _Points, value: int = 255) -> None:
         cos, sin = math.cos(angle) * radius, math.sin(angle) * radius
-        turned = [(half + x * cos - y * sin, half + x * sin + y * cos) for x, y in points]
-        draw.polygon(turned, fill=value)
+        rotated = [(half + x * cos - y * sin, half + x * sin + y * cos) for x, y in points]
+        draw.polygon(rotated, fill=value)
 
     if shape == "ring":
         fill(_regular(48))
@@ -292,7 +286,7 @@ def _heart() -> _Points:
 
 _ARM = 0.36
 _QUARTER = [(-_ARM, -1.05), (_ARM, -1.05), (_ARM, -_ARM)]
-# Corners about the centre, y downwards, for a radius of 1; the areas are alike.
+# Corners around the centre, y downwards, for a radius of 1; the areas are similar.
 _OUTLINE_POINTS: dict[str, _Points] = {
     "circle": _regular(48),
     "square": _regular(4, 1.24, 0.5),

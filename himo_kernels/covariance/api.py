@@ -18,15 +18,15 @@ def covariance(
     """Mean and centred second moment of the features, the D x D side of an in-batch PCA.
 
     Equal to `X = x.to(dtype) - x.to(dtype).mean(-2, keepdim=True); X.mT @ X`. Differs from
-    `torch.cov(x.T)` by the factor N - 1: unscaled, the eigenvalues of covariance and gram are both
-    the squared singular values of X, and N = 1 gives zeros rather than 0 / 0.
+    `torch.cov(x.T)` by the factor N - 1. Without it the nonzero eigenvalues of covariance and gram
+    are both the squared singular values of X, and N = 1 gives zeros instead of 0 / 0.
 
     Args:
         x: Samples in rows, [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
-        dtype: Dtype of the sums and of the result, float32 or float64; by default float32, and
-            float64 for float64 input. A PCA wants float64 (HiDe loses half its digits otherwise).
-        check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
+        dtype: Dtype of the sums and the result, float32 or float64. Default: float64 for float64
+            input, otherwise float32. Use float64 for a PCA (HiDe loses half its digits otherwise).
+        check_finite: Raise on NaN or inf in x (syncs with the device) instead of returning NaN.
+        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
         mean [*, D] and covariance [*, D, D], in dtype. First-order differentiable in x.
@@ -48,8 +48,8 @@ def gram(
 ) -> tuple[Tensor, Tensor]:
     """Mean and centred inner products of the samples, the N x N side of an in-batch PCA.
 
-    Equal to `X = x.to(dtype) - x.to(dtype).mean(-2, keepdim=True); X @ X.mT`: the smaller of the
-    two sides when N < D. Arguments and errors as in `covariance`.
+    Equal to `X = x.to(dtype) - x.to(dtype).mean(-2, keepdim=True); X @ X.mT`. Smaller than
+    covariance if N < D. Arguments and errors as in `covariance`.
 
     Returns:
         mean [*, D] and gram [*, N, N], in dtype. First-order differentiable in x.

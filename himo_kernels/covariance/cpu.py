@@ -1,8 +1,8 @@
 """The `cpu` backend of covariance and gram: csrc/covariance.cpp, for any strides.
 
-Differs from the reference in memory and work, not in the formula: blocks are centred one at a time,
-which needs no [N, D] copy of x in dtype, and only one triangle of the product is computed where it
-is wider than 48. The results are exactly symmetric.
+Same formula as the reference with less work and memory. Blocks are centred one at a time, which
+avoids an [N, D] copy of x in dtype. If the product is wider than 48, only one triangle of it is
+computed. Results are exactly symmetric.
 """
 
 import torch
@@ -29,8 +29,8 @@ def suits_gram(x: Tensor, *_: Tensor) -> bool:
 
 
 def _suits(x: Tensor, side: int) -> bool:
-    # Below, exact symmetry costs more than half a product saves: the reference is up to 1.4 times
-    # as fast forward at N = 8, and 1.2 times with a batch of 32 x 64.
+    # For smaller inputs exact symmetry costs more than half a product saves: the forward of the
+    # reference is up to 1.4 times as fast at N = 8, and 1.2 times with a batch of 32 x 64.
     return side >= 96 and x.shape[-2] * x.shape[-1] >= 2**14
 
 

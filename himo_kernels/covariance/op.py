@@ -68,7 +68,7 @@ _BWD = {
 
 
 class CentredMoment(torch.autograd.Function):
-    """covariance or gram. Saves x and its mean; the backward centres again rather than keep X."""
+    """covariance or gram. Saves x and its mean; the backward recomputes X instead of saving it."""
 
     @staticmethod
     def forward(

@@ -50,12 +50,12 @@ def gram_bwd(
 
 
 def _centre(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x = x.to(dtype)  # before centring: in bfloat16 the subtraction itself loses the digits
+    x = x.to(dtype)  # before centring: a subtraction in bfloat16 would lose digits
     mean = x.mean(-2)
     return mean, x - mean.unsqueeze(-2)
 
 
 def _uncentre(grad_centred: Tensor, grad_mean: Tensor) -> Tensor:
-    # x = X + mean, so the mean of dX leaves through X and dmean / N comes back to every row.
+    # X = x - mean, so the mean of dX is subtracted, and grad_mean / N is added to every row.
     samples = grad_centred.shape[-2]
     return grad_centred + (grad_mean / samples - grad_centred.mean(-2)).unsqueeze(-2)

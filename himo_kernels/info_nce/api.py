@@ -30,8 +30,9 @@ from himo_kernels.info_nce.op import (
 )
 
 LOGITS_VARIABLE = "HIMO_KERNELS_LOGITS_MIB"
-# Read once: a compiled graph must not depend on a variable that changes under it. 64 MiB hold both
-# losses up to N = 2896; beyond, the memory counts more than the quarter of the products saved.
+# Read once at import: a compiled graph must not depend on a variable that can change later. 64 MiB
+# hold both losses up to N = 2896; beyond that, the memory matters more than saving a quarter of the
+# products.
 _default_logits_mib = os.environ.get(LOGITS_VARIABLE, "64")
 
 
@@ -46,11 +47,11 @@ def info_nce(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """InfoNCE of images against texts and of texts against images, averaged: eq. (2).
+    """InfoNCE, mean of images against texts and texts against images (HiMo-CLIP eq. (2)).
 
     Equal to `(F.cross_entropy(S, arange(N), label_smoothing=eps) + F.cross_entropy(S.T, ...)) / 2`
-    with `S = logit_scale * image_features @ text_features.T`. Row i of the images belongs to row i
-    of the texts. Features are used as they are: normalise them first for cosine similarities.
+    with `S = logit_scale * image_features @ text_features.T`. Row i of the images and row i of the
+    texts are a pair. Features are not normalised here: do so first for cosine similarities.
 
     Args:
         image_features: [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
@@ -60,18 +61,17 @@ def info_nce(
             one element or a number.
         label_smoothing: eps in [0, 1].
         differentiate_keys: False treats the texts as constants in the loss of images against
-            texts, and the images in the other one: the gradient of the released code, whose
-            all-gather returns constants.
-        keep_logits_mib: Keep the logits from the forward for the backward while they take at most
-            this many MiB (4 N^2 bytes for each loss), rather than form them again; by default the
-            environment variable HIMO_KERNELS_LOGITS_MIB as read at import, or 64. Only the `cpu`
-            backend keeps any.
-        check_finite: Raise on NaN or inf (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
+            texts, and the images as constants in the loss of texts against images. This is the
+            gradient of the released code, whose all-gather returns constants.
+        keep_logits_mib: Cache the logits for the backward, instead of recomputing them, if they
+            take at most this many MiB (4 N^2 bytes per loss). Default: the environment variable
+            HIMO_KERNELS_LOGITS_MIB as read at import, or 64. Only the `cpu` backend caches.
+        check_finite: Raise on NaN or inf instead of returning NaN (synchronises with the device).
+        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
-        Loss [*], float32, or float64 for float64 features; logits and sums have that dtype too.
-        Differentiable to first order in the features and logit_scale.
+        Loss [*], float32, or float64 for float64 features. Logits and sums have the same dtype.
+        Differentiable once with respect to the features and logit_scale.
 
     Raises:
         ValueError: wrong shape or value. TypeError: wrong type or dtype.
@@ -104,11 +104,11 @@ def dual_info_nce(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """MoLo's two terms, eq. (2) and (3): images against texts, and against their components.
+    """MoLo's two terms: images against texts, and against their components (eq. (2) and (3)).
 
-    Equal to `info_nce(image, text, s), info_nce(image, component, s)` in one operator, which can
-    share the image tiles. Arguments and errors as in `info_nce`; component_features [*, N, D] are
-    the texts reconstructed from their principal components.
+    Equal to `info_nce(image, text, s), info_nce(image, component, s)` as one operator. Arguments
+    and errors are those of `info_nce`; component_features [*, N, D] are the texts reconstructed
+    from their principal components.
 
     Returns:
         global_loss [*] and component_loss [*]; MoLo is `global_loss + weight * component_loss`.
@@ -146,18 +146,18 @@ def dual_info_nce_low_rank(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """dual_info_nce of the low-rank component_features = coefficients @ basis.
+    """dual_info_nce with low-rank component_features = coefficients @ basis.
 
-    For a PCA the mean is one more row of the basis:
+    For a PCA, make the mean one more row of the basis:
     `coefficients = cat([ones, (text - mean) @ components.mT], -1)`,
-    `basis = cat([mean[None], components])`, `rank = pca.rank + 1`. A factor for each row of
-    coefficients normalises component_features and keeps the rank.
+    `basis = cat([mean[None], components])`, `rank = pca.rank + 1`. To normalise component_features,
+    scale each row of coefficients; the rank does not change.
 
     Args:
         coefficients: [*, N, K], dtype and device of image_features.
-        basis: [*, K, D], likewise.
-        rank: [*] int64: columns of coefficients and rows of basis at and past it are ignored (but
-            by check_finite); None, and anything above K, uses all K, anything below 1 none.
+        basis: [*, K, D], dtype and device of image_features.
+        rank: [*] int64. Columns of coefficients and rows of basis from this index on are ignored
+            (except by check_finite). None or a value above K uses all K, a value below 1 none.
         Others as in `info_nce`.
 
     Returns:
@@ -220,7 +220,7 @@ def _losses(
 
 
 def check_keep_logits_mib(operator: str, value: object) -> float:
-    """Returns the budget of kept logits in MiB, >= 0 or inf; that of the environment for None."""
+    """Returns the budget of cached logits in MiB, >= 0 or inf; None reads the environment's."""
     name = "keep_logits_mib"
     if value is None:
         name = LOGITS_VARIABLE
@@ -248,10 +248,10 @@ def check_logit_scale(operator: str, value: Tensor | float, features: Tensor) ->
 def bias_and_flag(
     operator: str, logit_bias: Tensor | float | bool | None, output_dict: bool
 ) -> tuple[Tensor | float | None, bool]:
-    """Returns logit_bias and output_dict of a call in the words of open_clip, checked.
+    """Returns the checked logit_bias and output_dict of a call with open_clip's signature.
 
-    They are the fourth and fifth arguments of its losses; before it knew a bias, output_dict was
-    the fourth, and a bool in its place is that.
+    They are the fourth and fifth arguments of its losses. In older versions, without a bias,
+    output_dict was the fourth, so a bool in the fourth place is output_dict.
     """
     check_flag(operator, "output_dict", output_dict)
     if isinstance(logit_bias, bool):
@@ -260,7 +260,7 @@ def bias_and_flag(
         return None, logit_bias
     if isinstance(logit_bias, Tensor):
         check_tensor(operator, "logit_bias", logit_bias)
-        if logit_bias.numel() != 1:  # the softmax would see it
+        if logit_bias.numel() != 1:  # it would change the softmax
             raise_shape(operator, "logit_bias", "[] or [1]", logit_bias)
     elif logit_bias is not None:
         check_number(operator, "logit_bias", logit_bias)
@@ -268,9 +268,10 @@ def bias_and_flag(
 
 
 def with_logit_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
-    """Returns the loss of logits to all of which the bias is added: the same, for a finite one.
+    """Returns the loss of the logits plus the bias: unchanged, if the bias is finite.
 
-    DistributedDataParallel waits for a gradient of every parameter: the bias gets 0.
+    The bias gets a gradient of 0, because DistributedDataParallel waits for a gradient of every
+    parameter.
     """
     if logit_bias is None:
         return loss

@@ -1,9 +1,9 @@
-"""A block of the logits of a larger batch: what one process computes of a loss over several.
+"""A block of the logits of a larger batch: the part of a loss over ranks that one rank computes.
 
-Rows [M, D] of images against keys [N, D], of which row i and column i + offset are a pair where
-there is such a column. Positives are S of each row's and each column's own pair, wherever that is:
-probabilities are formed relative to them, as in reference.py. No autograd, no schema: the loss over
-ranks (himo_kernels/distributed/loss.py) has its own.
+Images [M, D] against keys [N, D]; row i and column i + offset are a pair, if there is such a
+column. The positives are S of the pair of each row and of each column, on whichever rank it is, and
+probabilities are computed relative to them, as in reference.py. There is no autograd and no schema
+here: the loss over ranks (himo_kernels/distributed/loss.py) has its own.
 """
 
 import torch
@@ -37,9 +37,9 @@ def block_fwd(
     offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns log sum exp(S_ij - positive) of the rows [M] and of the columns [N], without pairs.
+    """Returns log sum exp(S_ij - positive) over the negatives of rows [M] and of columns [N].
 
-    Positives and results are float32, float64 for float64 features.
+    Positives and results are float32, or float64 for float64 features.
     """
     if len(image_features) == 0 or len(keys) == 0:
         return (
@@ -55,7 +55,7 @@ def block_bwd(
     keys: Tensor,  # [N, D]
     logit_scale: Tensor,  # []
     row_positives: Tensor,  # [M]
-    row_nll: Tensor,  # [M], of the whole batch, as all of these
+    row_nll: Tensor,  # [M], over the whole batch, like every nll here
     row_weight: Tensor,  # [M], gradient of each nll
     column_positives: Tensor,  # [N]
     column_nll: Tensor,  # [N]
@@ -70,8 +70,8 @@ def block_bwd(
 
     Args:
         label_smoothing: eps, spread over the `total` samples of the batch.
-        differentiate_keys: False gives images the gradient of the rows alone, and keys that of
-            the columns alone: what is a key in the other direction is a constant there.
+        differentiate_keys: False gives images only the gradient of the rows and keys only the
+            gradient of the columns, because the keys of each direction are constants.
     """
     if len(image_features) == 0 or len(keys) == 0:
         dtype = row_nll.dtype

@@ -1,8 +1,8 @@
-"""The three operators from one loss: a backend gives `fwd` and `bwd` of a Loss, no more.
+"""Builds the three operators from one loss, of which a backend implements only `fwd` and `bwd`.
 
-Each operator is a list of losses that share the images and the logit scale (LOSSES). Their
-gradients of both are handed from one loss to the next, which adds its own: one rounding for the
-sum, and room for one gradient.
+Each operator is a list of losses that share the images and the logit scale (LOSSES). The gradients
+of images and scale are passed from one loss to the next, which adds its own: the sum is rounded
+once, and only one gradient is allocated.
 """
 
 import itertools
@@ -21,22 +21,22 @@ LOSSES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 class Factors(NamedTuple):
-    """Keys U = C B of which the first `rank` columns of C and rows of B count."""
+    """Keys U = C B, using only the first `rank` columns of C and rows of B."""
 
     coefficients: Tensor  # C [*, N, K]
     basis: Tensor  # B [*, K, D]
-    rank: Tensor  # [*] int64; above K: all, below 1: none
+    rank: Tensor  # [*] int64; above K means K, below 0 means 0
 
 
 class Settings(NamedTuple):
-    """What the losses of a call share beside tensors."""
+    """Arguments other than tensors that the losses of a call share."""
 
     label_smoothing: float
-    differentiate_keys: bool = True  # the forward does not read it
+    differentiate_keys: bool = True  # used by the backward only
 
 
 class Loss(NamedTuple):
-    """One InfoNCE: logits S = s V U^T."""
+    """One InfoNCE loss with logits S = s V U^T."""
 
     image_features: Tensor  # V [*, N, D]
     keys: Tensor | Factors  # U [*, N, D]
@@ -46,7 +46,7 @@ class Loss(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What is saved of a loss, and the gradient that comes back to it."""
+    """The saved statistics of a loss, and the gradient of its output."""
 
     row_nll: Tensor  # [*, N]
     column_nll: Tensor  # [*, N]
@@ -54,25 +54,26 @@ class Statistics(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward makes."""
+    """Which gradients a backward computes."""
 
     images: bool
-    keys: tuple[bool, ...]  # one, or those of coefficients and basis
+    keys: tuple[bool, ...]  # (keys,) or (coefficients, basis)
     scale: bool
-    # Whether no loss adds to those of images and scale after this one. Before, they have any
-    # layout that suits the backend; at last, the shape of their inputs.
+    # Whether this is the last loss to add to the gradients of images and scale. The last returns
+    # the shapes of their inputs; earlier ones may use any layout that suits the backend.
     last: bool = True
 
 
 class Gradients(NamedTuple):
-    """Gradients in any dtype: they are rounded to their inputs' here. What is unneeded is unread.
+    """Gradients in any dtype; this module rounds them to the dtype of their inputs.
 
-    Those of images and scale include what the losses before left in add_to.
+    Gradients that are not needed are ignored. Those of images and scale include the gradients of
+    earlier losses, passed as add_to.
     """
 
     images: Tensor | None = None  # [*, N, D]
     scale: Tensor | None = None  # []
-    keys: tuple[Tensor | None, ...] = ()  # one, or those of coefficients and basis
+    keys: tuple[Tensor | None, ...] = ()  # (keys,) or (coefficients, basis)
 
 
 class Forward(Protocol):
@@ -82,7 +83,7 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-    """Returns the gradients of a loss, added to those of the losses before."""
+    """Returns the gradients of a loss, added to the gradients of earlier losses."""
 
     def __call__(
         self, loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients
@@ -90,19 +91,19 @@ class Backward(Protocol):
 
 
 def input_names(operator: str) -> tuple[str, ...]:
-    """Returns the inputs of an operator in the order of its schema. rank has no gradient."""
+    """Returns the inputs of an operator in schema order. All but rank are differentiable."""
     return "image_features", *itertools.chain(*LOSSES[operator]), "logit_scale"
 
 
 def passes(operator: str, fwd: Forward, bwd: Backward) -> dict[str, Callable[..., Any]]:
-    """Returns the passes of an operator, with its schemas' arguments, from those of one loss."""
+    """Returns the `fwd` and `bwd` of an operator, with its schema's arguments."""
     return {"fwd": partial(_fwd, operator, fwd), "bwd": partial(_bwd, operator, bwd)}
 
 
 def _fwd(
     operator: str, fwd: Forward, *arguments: Any, products: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    # (loss, row nll, column nll) of each loss.
+    # Returns (loss, row nll, column nll) of each loss, concatenated.
     *inputs, label_smoothing = arguments
     named = dict(zip(input_names(operator), inputs, strict=True))
     losses = _losses(operator, named, Settings(label_smoothing), products)
@@ -112,7 +113,7 @@ def _fwd(
 def _bwd(
     operator: str, bwd: Backward, *arguments: Any, products: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    # One gradient for each input but rank, in its dtype; empty where it is not needed.
+    # Returns one gradient for each input except rank, in its dtype; empty if not needed.
     *tensors, label_smoothing, differentiate_keys, needs_grad = arguments
     names, count = input_names(operator), len(LOSSES[operator])
     grad_losses, tensors = tensors[:count], tensors[count:]

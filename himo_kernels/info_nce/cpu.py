@@ -1,7 +1,7 @@
 """The `cpu` backend of info_nce and its dual forms: csrc/info_nce.cpp, one loss at a time.
 
-Differs from the reference in memory and work: logits exist a tile at a time, both directions read
-each tile once, and the low-rank form multiplies K columns where the dense one multiplies D.
+It computes the logits in tiles instead of materialising them, both directions share each tile, and
+the low-rank form multiplies K columns instead of D.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def fwd(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bwd(loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients) -> Gradients:
-    """Returns the gradients in the accumulation dtype; that of images is written to add_to's."""
+    """Returns the gradients in the accumulation dtype; accumulates images in place in add_to."""
     if isinstance(loss.keys, Factors):
         return _low_rank_bwd(loss, loss.keys, statistics, needs, add_to)
     images, keys, scale = extension.load().info_nce_bwd(
@@ -81,8 +81,8 @@ def _low_rank_bwd(
         loss, factors, images, coefficients, basis, *statistics
     ):
         rank = own_factors.basis.shape[0]
-        # The gradient of the projections V B^T carries that of V and of B. With constant keys V
-        # and B take different halves of dS, and only the dense form has both.
+        # dV and dB both follow from the gradient of the projections V B^T, unless keys are
+        # constants: V and B then need different halves of dS, which only the dense form computes.
         project = loss.settings.differentiate_keys and _projects(own_factors)
         grads = bwd(
             _dense(own, own_factors, project),
@@ -90,7 +90,7 @@ def _low_rank_bwd(
             Needs(images=True, keys=(True,), scale=True),
             Gradients(None if project else grad_images, scale),
         )
-        grad_query, grad_key = cast(Tensor, grads.images), cast(Tensor, grads.keys[0])  # as needed
+        grad_query, grad_key = cast(Tensor, grads.images), cast(Tensor, grads.keys[0])  # requested
         scale = grads.scale
         if project:
             grad_images.addmm_(grad_query, own_factors.basis)
@@ -103,7 +103,7 @@ def _low_rank_bwd(
 
 
 def _dense(loss: Loss, factors: Factors, project: bool) -> Loss:
-    # V (C B)^T = (V B^T) C^T: a problem of inner dimension R where V is projected, D where not.
+    # V (C B)^T = (V B^T) C^T: the inner dimension is R if V is projected, else D.
     image, (coefficients, basis, _) = loss.image_features, factors
     query, key = (image @ basis.mT, coefficients) if project else (image, coefficients @ basis)
     return loss._replace(image_features=query, keys=key)
@@ -116,8 +116,8 @@ def _projects(factors: Factors) -> bool:
 
 
 def _problems(loss: Loss, factors: Factors, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-    # Each problem as a loss, its first R coefficients and rows of the basis, all in the
-    # accumulation dtype, and views of the others [*, ...]. A rank on the CPU is no wait to read.
+    # Yields each problem: its loss, its first R coefficients and rows of the basis, all in the
+    # accumulation dtype, and views of the others [*, ...]. Reading a rank on the CPU needs no sync.
     dtype = accumulation_dtype(loss.image_features.dtype)
     coefficients, basis, rank = factors
 
@@ -128,13 +128,13 @@ def _problems(loss: Loss, factors: Factors, *others: Tensor) -> Iterator[tuple[A
         of_each, (loss.image_features, coefficients, basis, *others)
     )
     products = None if loss.products is None else of_each(loss.products)
-    for index, kept in enumerate(rank.clamp(0, coefficients.shape[-1]).reshape(-1).tolist()):
+    for index, own_rank in enumerate(rank.clamp(0, coefficients.shape[-1]).reshape(-1).tolist()):
         own = loss._replace(
             image_features=images[index].to(dtype),
             products=None if products is None else products[index],
         )
         own_factors = Factors(
-            coefficients[index, :, :kept].to(dtype), basis[index, :kept].to(dtype), rank
+            coefficients[index, :, :own_rank].to(dtype), basis[index, :own_rank].to(dtype), rank
         )
         yield own, own_factors, *(tensor[index] for tensor in flat)
 
@@ -147,7 +147,7 @@ def info_nce_block_fwd(
     column_positives: Tensor,  # [N]
     offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns log sum exp(S_ij - positive) of rows [M] and of columns [N], without pairs."""
+    """Returns log sum exp(S_ij - positive) over the negatives of rows [M] and of columns [N]."""
     return extension.load().info_nce_block_fwd(
         image_features, keys, logit_scale, row_positives, column_positives, offset
     )

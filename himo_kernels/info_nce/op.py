@@ -31,10 +31,10 @@ DUAL_INFO_NCE_LOW_RANK = _operator("dual_info_nce_low_rank")
 
 
 def _define(operator: Operator) -> tuple[Any, Any]:
-    # Forward: (loss, row_nll, column_nll), once or, in the dual forms, twice.
-    # Backward: (grad of each loss, inputs, nlls, ...) -> one gradient for each input but rank.
-    # products [losses, *, N, N], logits before the scale: written forward and read backward, by the
-    # backends that keep them.
+    # Forward: returns (loss, row_nll, column_nll), twice in the dual forms.
+    # Backward: (grad of each loss, inputs, nlls, ...) -> one gradient for each input except rank.
+    # products [losses, *, N, N]: logits before scaling. Backends that cache them write them in the
+    # forward and read them in the backward.
     inputs = compose.input_names(operator.name)
     losses = len(compose.LOSSES[operator.name])
     differentiable = [index for index, name in enumerate(inputs) if name != "rank"]
@@ -83,11 +83,11 @@ _KERNELS = {
 }
 
 
-# Backends that can keep the logits between the passes.
-KEEPING = ("cpu",)
+# Backends that can cache the logits for the backward.
+CACHING_BACKENDS = ("cpu",)
 
 
-def _room_for_products(operator: str, image_features: Tensor, budget: float) -> Tensor | None:
+def _allocate_products(operator: str, image_features: Tensor, budget: float) -> Tensor | None:
     *batch, samples, _ = image_features.shape
     shape = (len(compose.LOSSES[operator]), *batch, samples, samples)
     dtype = accumulation_dtype(image_features.dtype)
@@ -97,10 +97,10 @@ def _room_for_products(operator: str, image_features: Tensor, budget: float) -> 
 
 
 class ContrastiveLoss(torch.autograd.Function):
-    """The losses of an operator named above. Saves its inputs and nlls [*, N].
+    """The losses of one of the operators above. Saves the inputs and nlls [*, N].
 
-    Logits, before the scale, are kept for the backward where a backend takes them and they fit
-    logits_budget bytes.
+    Also saves the logits before scaling, if the backend can cache them and they fit logits_budget
+    bytes.
     """
 
     @staticmethod
@@ -115,13 +115,13 @@ class ContrastiveLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         fwd, _ = _KERNELS[operator]
         products = None
-        if backend in KEEPING and any(ctx.needs_input_grad):
-            products = _room_for_products(operator, inputs[0], logits_budget)
+        if backend in CACHING_BACKENDS and any(ctx.needs_input_grad):
+            products = _allocate_products(operator, inputs[0], logits_budget)
         outputs = fwd(*inputs, label_smoothing, backend, products=products)
         nlls = [output for index, output in enumerate(outputs) if index % 3]
-        kept = [] if products is None else [products]
-        ctx.save_for_backward(*inputs, *nlls, *kept)
-        ctx.kept = len(kept)
+        cached = [] if products is None else [products]
+        ctx.save_for_backward(*inputs, *nlls, *cached)
+        ctx.cached = len(cached)
         ctx.operator, ctx.label_smoothing, ctx.backend = operator, label_smoothing, backend
         ctx.differentiate_keys = differentiate_keys
         return tuple(outputs[::3])
@@ -137,12 +137,12 @@ class ContrastiveLoss(torch.autograd.Function):
         saved = ctx.saved_tensors
         computed = bwd(
             *grad_losses,
-            *saved[: len(saved) - ctx.kept],
+            *saved[: len(saved) - ctx.cached],
             ctx.label_smoothing,
             ctx.differentiate_keys,
             list(needs_grad.values()),
             ctx.backend,
-            products=saved[-1] if ctx.kept else None,
+            products=saved[-1] if ctx.cached else None,
         )
         grads = dict(zip(needs_grad, computed, strict=True))
         return *(None,) * settings, *(

@@ -1,9 +1,9 @@
-"""The specification of a loss of info_nce and of its blocks: plain PyTorch, any float dtype.
+"""The specification of one info_nce loss and of its blocks: plain PyTorch, any float dtype.
 
-S = s V U^T [*, N, N]. Every probability is formed relative to the positive, S_ij - S_ii, and what
-is kept of a row is nll_i = -log P_ii = log(1 + sum_{j != i} exp(S_ij - S_ii)). A confident
-positive (P_ii = 0.999 at s = 100) keeps all its digits that way; log-sum-exp minus S_ii, two
-numbers near 100, leaves two or three of them in float32.
+S = s V U^T [*, N, N]. Probabilities are computed relative to the positive, from S_ij - S_ii, and
+each row saves nll_i = -log P_ii = log(1 + sum_{j != i} exp(S_ij - S_ii)). This is accurate for a
+confident positive (P_ii = 0.999 at s = 100). Log-sum-exp minus S_ii, the difference of two numbers
+near 100, has only two or three correct digits in float32.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from torch import Tensor
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.info_nce.compose import Factors, Gradients, Loss, Needs, Statistics
 
-# Logits of a block that exist at once, as long as its features are not larger: 16 MiB in float32.
+# Maximum number of logits of a block computed at once, or the size of its images if that is larger:
+# 16 MiB in float32.
 _BLOCK_LOGITS = 1 << 22
 
 
@@ -25,13 +26,13 @@ def fwd(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
     positives = logits.diagonal(dim1=-2, dim2=-1)  # [*, N]
     row_nll = _nll(logits, positives)
     column_nll = _nll(logits.mT, positives)
-    # HiMo-CLIP eq. (2); both directions share the smoothing term, the mean of all logits.
+    # HiMo-CLIP eq. (2). Both directions share the smoothing term, which has the mean of all logits.
     smoothing = loss.settings.label_smoothing * (positives.mean(-1) - logits.mean((-2, -1)))
     return (row_nll + column_nll).mean(-1) / 2 + smoothing, row_nll, column_nll
 
 
 def bwd(loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients) -> Gradients:
-    """Returns all gradients in the dtype of the logits, needed or not."""
+    """Returns all gradients in the dtype of the logits, ignoring needs."""
     label_smoothing, differentiate_keys = loss.settings
     image, keys, scale = _operands(loss)
     products = image @ keys.mT
@@ -63,9 +64,9 @@ def info_nce_block_fwd(
     column_positives: Tensor,  # [N]
     offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns log sum exp(S_ij - positive) of the rows [M] and of the columns [N], without pairs.
+    """Returns log sum exp(S_ij - positive) over the negatives of rows [M] and of columns [N].
 
-    Row i and column i + offset are a pair, where there is such a column.
+    Row i and column i + offset are a pair, if there is such a column.
     """
     images, keys, scale = _raised(image_features, keys, logit_scale)
     rows = torch.empty_like(row_positives)
@@ -100,7 +101,7 @@ def info_nce_block_bwd(
     for part in _parts(images, keys):
         logits = scale * (images[part] @ keys.mT)
         pairs = _pairs(logits, part.start + offset)
-        first = max(0, part.start + offset)  # of the columns that have their pair here
+        first = max(0, part.start + offset)  # first column whose pair is in this part
         columns = slice(first, first + len(pairs))
         rows = slice(first - offset, first - offset + len(pairs))
         # dL/dS of the rows: P - (1 - eps) I - eps / N, with P_ii - 1 = expm1(-nll_i).
@@ -118,21 +119,21 @@ def info_nce_block_bwd(
 
 
 def _parts(images: Tensor, keys: Tensor) -> Iterator[slice]:
-    # Of the rows, so many that their logits are within bounds.
+    # Slices of the rows, so short that their logits fit the limit.
     step = max(1, max(_BLOCK_LOGITS, images.numel()) // len(keys))
     for start in range(0, len(images), step):
         yield slice(start, min(start + step, len(images)))
 
 
 def _pairs(logits: Tensor, offset: int) -> Tensor:
-    # The entries (i, i + offset) that lie in logits, as a view; none of them where none do.
+    # The entries (i, i + offset) of logits as a view, which may be empty.
     rows, columns = logits.shape
     first, last = max(0, -offset), min(rows, columns - offset)
     return logits[first : max(first, last)].diagonal(offset + first)
 
 
 def _operands(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
-    # V, U and s, raised.
+    # V, U and s in the accumulation dtype.
     image, keys = loss.image_features, loss.keys
     if isinstance(keys, Factors):
         coefficients, basis = _first_factors(keys, accumulation_dtype(image.dtype))
@@ -141,7 +142,7 @@ def _operands(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _raised(image: Tensor, keys: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Logits and all sums in float32, in float64 for float64 features.
+    # Logits and sums are float32, or float64 for float64 features.
     dtype = accumulation_dtype(image.dtype)
     return image.to(dtype), keys.to(dtype), scale.to(dtype)
 
@@ -161,11 +162,11 @@ def _grad_logits(logits: Tensor, positives: Tensor, nll: Tensor, label_smoothing
 
 
 def _first_factors(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # Both with zeros at and past the rank: 0 * NaN of memory that nobody filled would be NaN. The
-    # gradients there, products with these zeros, are zero as well.
+    # Zeros both from the rank on, since uninitialised memory there may be NaN, and 0 * NaN is NaN.
+    # The gradients there are products with these zeros, so they are zero too.
     coefficients, basis, rank = factors
-    kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank.unsqueeze(-1)  # [*, K]
+    used = torch.arange(coefficients.shape[-1], device=rank.device) < rank.unsqueeze(-1)  # [*, K]
     return (
-        torch.where(kept.unsqueeze(-2), coefficients, 0.0).to(dtype),
-        torch.where(kept.unsqueeze(-1), basis, 0.0).to(dtype),
+        torch.where(used.unsqueeze(-2), coefficients, 0.0).to(dtype),
+        torch.where(used.unsqueeze(-1), basis, 0.0).to(dtype),
     )

@@ -15,16 +15,16 @@ def normalize(
     """Rows divided by their L2 length, in the dtype of the features.
 
     Equal to `x / x.norm(dim=-1, keepdim=True)` with `x = features.float()` (`double()` for
-    float64), rounded once. Differs from `F.normalize`, which divides by 1e-12 there, in rows
-    shorter than that: they get length 1, and a row of zeros gives zeros and gets no gradient. A
-    length may be too large or too small for the dtype where no entry is: squares neither overflow
-    nor underflow. A row with NaN or inf is NaN in every entry, and so is its gradient; the other
-    rows are what they are without it.
+    float64), rounded once. `F.normalize` divides rows shorter than 1e-12 by 1e-12; here they get
+    length 1 too. A row of zeros gives zeros, with a gradient of zero. Squares neither overflow nor
+    underflow, even if the length of a row is out of the range of the dtype. A row with NaN or inf
+    becomes NaN in every entry, and so does its gradient; other rows are not affected.
 
     Args:
         features: Rows [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
-        check_finite: Raise on NaN or inf in features (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
+        check_finite: Raise on NaN or inf in features (syncs with the device) instead of returning
+            NaN.
+        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
         [*, N, D], contiguous. First-order differentiable in features.

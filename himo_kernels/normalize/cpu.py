@@ -1,7 +1,6 @@
 """The `cpu` backend of normalize: csrc/normalize.cpp, for any strides.
 
-One pass over memory in each direction, where the reference writes an [N, D] tensor for each of its
-operations.
+One pass over memory in each direction; the reference writes an [N, D] tensor for each operation.
 """
 
 from torch import Tensor

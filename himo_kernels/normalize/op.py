@@ -36,10 +36,10 @@ _BWD = NORMALIZE.define("bwd", _BWD_SCHEMA, _bwd_fake, multiplies=False)
 
 
 class Normalize(torch.autograd.Function):
-    """normalize. Saves the features alone: what else the backward needs follows from a row of them.
+    """normalize. Saves only the features, from which the backward recomputes the rest.
 
-    Not the output, whose digits bfloat16 has rounded off, nor the length, which the dtype may not
-    hold.
+    The output would not do, because bfloat16 rounds it, nor the length, which may overflow the
+    dtype.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """The `triton` backend of normalize, for any strides. Not yet run on hardware.
 
-One kernel in each direction. The first 32 KiB of a row, as a rule all, stay in registers between
-its sums and its result; the rest is read once for each. A row is summed in one order
-whatever its neighbours: the same bits in every run. Equation numbers are those of README.md.
+One kernel in each direction. The first 32 KiB of a row, usually the whole row, stay in registers
+between the sums and the result; the rest is read once for each of them. The order of a row's sum is
+fixed, so results are bitwise equal from run to run. Equation numbers refer to README.md.
 """
 
 import math
@@ -19,21 +19,21 @@ from himo_kernels._numerics import accumulation_dtype
 from himo_kernels._triton_jit import raised, rounded
 from himo_kernels.aot import Case
 
-# Bytes of a row, raised, that a program holds at a time, and the fewest that it holds, of several
-# rows where one has less; 32 to a thread, up to 16 warps. Chosen from the compiler's figures (no
-# spill); not yet measured on hardware.
+# A program holds at most WIDEST_BYTES of a row in the accumulation dtype, and at least LEAST_BYTES,
+# from several rows if one is shorter. A thread holds 32 bytes, up to 16 warps. Chosen from compiler
+# output (no spills); not yet measured on hardware.
 WIDEST_BYTES = 32 * 1024
 LEAST_BYTES = 2048
 WARP_BYTES = 1024
 MOST_WARPS = 16
-Options = dict[str, Any]  # of a launch
+Options = dict[str, Any]  # options of a kernel launch
 
 
 def normalize_fwd(
     features: Tensor,  # [*, N, D]
 ) -> Tensor:
     """Returns the rows divided by their length [*, N, D]."""
-    features = features.resolve_neg()  # a kernel reads memory, where its lazy minus sign is not
+    features = features.resolve_neg()  # a kernel reads memory, which ignores a lazy negation
     out = features.new_empty(features.shape)
     x = _flat(features)
     if x.numel():
@@ -57,13 +57,13 @@ def normalize_bwd(
     return out
 
 
-def _flat(x: Tensor) -> Tensor:  # [P, N, D]; a copy only where no stride expresses that
+def _flat(x: Tensor) -> Tensor:  # [P, N, D]; copies only if a view is impossible
     *batch, samples, features = x.shape
     return x.reshape(math.prod(batch), samples, features)
 
 
 def _launch(x: Tensor) -> tuple[tuple[int], tuple[int, int, int], Options]:
-    # Grid, sizes and constants for x [P, N, D].
+    # Returns grid, sizes and options of a launch for x [P, N, D].
     problems, samples, features = x.shape
     size = accumulation_dtype(x.dtype).itemsize
     block = min(triton.next_power_of_2(features), WIDEST_BYTES // size)
@@ -80,15 +80,15 @@ def _launch(x: Tensor) -> tuple[tuple[int], tuple[int, int, int], Options]:
 
 @triton.jit
 def _row_offsets(rows, samples, stride_p, stride_n, ROWS: tl.constexpr):
-    # Rows of this program, whether they exist, and where they begin; int64, for a matrix may hold
-    # more than 2^31 elements.
+    # Returns the rows of this program, their mask and their offsets; int64, because a matrix may
+    # hold more than 2^31 elements.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return row, row < rows, row // samples * stride_p + row % samples * stride_n
 
 
 @triton.jit
 def _entries(ptr, starts, row_valid, first, features, stride_d, BLOCK: tl.constexpr):
-    # [ROWS, BLOCK] from column first on, raised; 0 past the end.
+    # Loads [ROWS, BLOCK] from column first on, in the accumulation dtype; 0 past the end.
     at = (first + tl.arange(0, BLOCK)).to(tl.int64)
     valid = row_valid[:, None] & (at < features)[None, :]
     return raised(tl.load(ptr + starts[:, None] + at[None, :] * stride_d, mask=valid, other=0.0))
@@ -104,8 +104,8 @@ def _store(out_ptr, row, row_valid, first, features, value, BLOCK: tl.constexpr)
 
 @triton.jit
 def _power_that_scales(largest):
-    # The power of two that brings a number >= 0 near 1: its exponent negated, if that and its
-    # inverse are normal numbers. Multiplying by it rounds nothing that counts.
+    # The power of two that scales a number >= 0 to about 1, clamped so that it and its inverse are
+    # normal numbers. Multiplying by it is exact except for entries that underflow.
     if largest.dtype == tl.float64:
         exponent = largest.to(tl.int64, bitcast=True) >> 52
         exponent = tl.minimum(tl.maximum(exponent, 1), 2045)
@@ -119,7 +119,7 @@ def _power_that_scales(largest):
 
 @triton.jit
 def _inverse_length(squares):
-    # 1 / |u|; 0 for a row of zeros, NaN where the row has one, or an infinity.
+    # 1 / |u|; 0 for a row of zeros, NaN for a row with NaN or inf.
     if squares.dtype == tl.float64:
         inverse = 1.0 / tl.sqrt(squares)
     else:
@@ -162,7 +162,7 @@ def _normalize_fwd_kernel(
 
 @triton.jit
 def _gradient(grad, u, scale, inverse, share):
-    # (3). Both factors at once, scale / |u|, may leave the range where the result does not.
+    # (3). Multiply by the factors one by one: scale / |u| may be out of range when dx is not.
     return tl.where(inverse == 0, 0.0, (grad - u * share) * inverse * scale)
 
 

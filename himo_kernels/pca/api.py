@@ -40,7 +40,7 @@ class PCA(NamedTuple):
     mean: Tensor  # [*, D]
     eigenvalues: Tensor  # [*, n], of X^T X, descending: squared singular values of X
     components: Tensor  # [*, n, D], orthonormal rows; rows at and past rank are zero
-    rank: Tensor  # [*], smallest number of components that reach the variance threshold
+    rank: Tensor  # [*], smallest number of components that reaches the variance threshold
     explained_variance_ratio: Tensor  # [*, n], eigenvalues / trace; 0 where there is no variance
 
 
@@ -56,30 +56,30 @@ def pca(
     """PCA of the rows of x, cut at a cumulative share of the variance.
 
     The rank is the smallest r with `eigenvalues[:r].sum() / eigenvalues.sum() >= tau`, chosen from
-    float64 eigenvalues; every shape follows from x's. It is scikit-learn's
-    `PCA(n_components=tau)` but where a share equals tau: r components that hold exactly tau of the
-    variance are enough here, and there one more is taken, for a share > tau.
+    float64 eigenvalues. Output shapes depend only on the shape of x. scikit-learn's
+    `PCA(n_components=tau)` differs only at a share of exactly tau: it requires a share > tau and
+    keeps one more component.
 
-    A batch without variance (one row, or equal ones: see variance_floor) keeps rank n; with N < D
-    components without an eigenvalue are zero, and unlike in pca_reconstruct a projection onto them
-    is the mean.
+    A batch without variance (one row, or equal rows; see variance_floor) has rank n. If N < D,
+    components without variance are zero: a projection onto them gives the mean, unlike
+    pca_reconstruct, which returns x.
 
-    Differentiable to first order in mean, eigenvalues, explained_variance_ratio, and in components
-    as far as they span a subspace: exact for every function that is unchanged when the kept
-    components are rotated among themselves (projections, reconstructions), in which pairs of kept
-    eigenvalues never divide. The gradient of a single eigenvector is not given.
+    Mean, eigenvalues and explained_variance_ratio are differentiable to first order. So are
+    components as a subspace: the gradient is exact for every function that does not change when the
+    kept components are rotated among themselves (projections, reconstructions), and never divides
+    by a difference of kept eigenvalues. The gradient of a single eigenvector is not provided.
 
     Args:
         x: Samples in rows, [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
         variance_threshold: tau in (0, 1].
-        variance_floor: The sum of the eigenvalues (the squared distances of the rows from their
-            mean) at or below which the batch has no variance, >= 0; "relative" is
-            `(8 eps)^2 * (x**2).sum()`, with the eps of x's dtype, so that a rank does not depend
-            on the unit of x.
-        gap_eps: Relative floor of the eigenvalue gap at the cut, in the backward; see
+        variance_floor: A batch has no variance if the sum of its eigenvalues (the squared distances
+            of the rows from their mean) is at or below this number, >= 0. "relative" means
+            `(8 eps)^2 * (x**2).sum()` with the eps of x's dtype: the rank then does not depend on
+            the scale of x.
+        gap_eps: Relative floor of the eigenvalue gap at the cut in the backward; see
             pca_reconstruct.
-        check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
+        check_finite: Raise on NaN or inf in x (syncs with the device) instead of returning NaN.
+        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Raises:
         ValueError: wrong shape or value. TypeError: wrong type or dtype.
@@ -102,13 +102,15 @@ def project_reconstruct(
     """x projected onto the kept components and reconstructed, [*, M, D] in x's dtype.
 
     Equal to `(x - mean) @ P.mT @ P + mean` with P the first rank rows of components. x need not be
-    the batch that the PCA was made of. Differentiable to first order in x, mean and components.
+    the batch that the PCA was computed from. Differentiable to first order in x, mean and
+    components.
 
     Args:
-        x: Samples in rows, [*, M, D]; leading dimensions, D and device as the PCA's.
-        pca: What `pca` returned for features of x's dtype; `pca._replace(rank=...)` keeps fewer.
-        check_finite: Raise on NaN or inf in x or in pca (reads the device).
-        backend: as in `pca`.
+        x: Samples in rows, [*, M, D]; same leading dimensions, D and device as the PCA.
+        pca: Result of `pca` for features of x's dtype. `pca._replace(rank=...)` keeps fewer
+            components.
+        check_finite: Raise on NaN or inf in x or in pca (syncs with the device).
+        backend: As in `pca`.
 
     Raises:
         ValueError: wrong shape or value. TypeError: wrong type or dtype.
@@ -151,26 +153,28 @@ def pca_reconstruct(
 ) -> tuple[Tensor, Tensor]:
     """HiDe: x reconstructed from the leading principal components of its own batch, eq. (1).
 
-    Equal to `project_reconstruct(x, pca(x, tau))` in one operator, with float64 inside: rows up to
-    1e150 in length, beyond which squares overflow and NaN comes out. Any two
-    equal rows, a rank below n and equal eigenvalues give finite values and gradients. A batch
-    without variance (N = 1, equal rows: see variance_floor) and rank = n are the identity map.
+    Equal to `project_reconstruct(x, pca(x, tau))` in one operator, decomposed in float64. Rows may
+    be up to 1e150 in length; beyond that squares overflow and the result is NaN. Values and
+    gradients are finite for equal rows, rank-deficient batches and equal eigenvalues. The operator
+    is the identity if rank = n or the batch has no variance (N = 1, equal rows; see
+    variance_floor).
 
     Args:
         x: Text features in rows, [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
-            Leading dimensions are independent problems: `x.view(8, 128, D)` is what 8 ranks with
-            a local PCA compute.
-        variance_threshold: tau in (0, 1], as in `pca`, and so is variance_floor.
-        gap_eps: The backward divides by the gap between kept and dropped eigenvalues; 1 / delta
-            is replaced by delta / (delta^2 + (gap_eps lambda_R)^2), which bounds the gradient by
-            (3 + 1 / gap_eps) times the incoming one. 0 is the exact derivative.
-        differentiate_basis: False treats the projector as a constant (an ablation: the part of the
-            gradient that comes through the basis is missing).
-        check_finite: Raise on NaN or inf in x (reads the device) rather than return NaN.
-        backend: "auto", "reference", "cpu" or "triton". A named one never falls back.
+            Leading dimensions are independent problems: `x.view(8, 128, D)` gives what 8 ranks with
+            a local PCA each compute.
+        variance_threshold: tau in (0, 1], as in `pca`.
+        variance_floor: As in `pca`.
+        gap_eps: The backward divides by the gap delta between kept and dropped eigenvalues. It uses
+            delta / (delta^2 + (gap_eps lambda_R)^2) instead of 1 / delta, which bounds the norm of
+            the gradient by (3 + 1 / gap_eps) times the incoming one. 0 gives the exact derivative.
+        differentiate_basis: False treats the projector as a constant (an ablation that drops the
+            gradient through the basis).
+        check_finite: Raise on NaN or inf in x (syncs with the device) instead of returning NaN.
+        backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
-        reconstruction [*, N, D] in x's dtype, and rank [*], int64, on the device.
+        reconstruction [*, N, D] in x's dtype and rank [*], int64, on the device.
         Differentiable to first order in x.
 
     Raises:
@@ -185,14 +189,14 @@ def pca_reconstruct(
 
 
 def reconstruct_above(
-    floor: tuple[float, float],  # of floor_of
+    floor: tuple[float, float],  # from floor_of
     x: Tensor,  # [*, N, D]
     variance_threshold: float,
     gap_eps: float,
     differentiate_basis: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """pca_reconstruct of arguments that are checked, with a floor that x's dtype does not set."""
+    """pca_reconstruct with checked arguments and a given floor, independent of x's dtype."""
     backend = PCA_RECONSTRUCT.resolve(backend, x)
     threshold = as_tensor(float(variance_threshold), torch.float64, x.device)
     return PCAReconstruct.apply(x, threshold, floor, gap_eps, differentiate_basis, backend)
@@ -205,7 +209,7 @@ def _check(
     variance_floor: float | str,
     check_finite: bool,
 ) -> tuple[float, float]:
-    # Returns the floor in the form of the backends.
+    # Returns the floor as the backends expect it: (f, g) of floor_of.
     check_features(operator, "x", x)
     check_variance_threshold(operator, variance_threshold)
     floor = floor_of(x.dtype, check_variance_floor(operator, variance_floor))

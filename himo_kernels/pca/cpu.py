@@ -1,8 +1,8 @@
 """The `cpu` backend of pca, project_reconstruct and pca_reconstruct: csrc/pca.cpp, any strides.
 
-Differs from the reference in work and memory, not in the formula: kept and dropped directions are
-slices of the eigenvectors, products go through the fewer of the two, and of float32 and lower input
-they are float32 products of float64 eigenvectors. Problems of a batch run in parallel.
+Same formula as the reference with less work and memory. Kept and dropped directions are slices of
+the eigenvectors, and products use the smaller of the two. For float32 and lower input the products
+of pca_reconstruct are float32; its decomposition is float64. Problems of a batch run in parallel.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def why_not_decompose(x: Tensor, *_: Tensor) -> str | None:
 def pca_fwd(
     x: Tensor,  # [*, N, D]
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n]."""
     return extension.load().pca_fwd(x, variance_threshold.item(), floor)
@@ -51,7 +51,7 @@ def pca_bwd(
     rank: Tensor,  # [*] int64
     gap_eps: float,
 ) -> Tensor:
-    """Returns the gradient of x [*, N, D], README.md equations (8) to (10), in float64."""
+    """Returns the gradient of x [*, N, D], computed in float64: README.md (8) to (10)."""
     saved = (mean, eigenvalues, eigenvectors, rank)
     return extension.load().pca_bwd(
         grad_mean, grad_eigenvalues, grad_components, x, *saved, gap_eps
@@ -82,7 +82,7 @@ def project_reconstruct_bwd(
 def pca_reconstruct_fwd(
     x: Tensor,  # [*, N, D]
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     return extension.load().pca_reconstruct_fwd(x, variance_threshold.item(), floor)
@@ -110,7 +110,7 @@ def moment_decompose(
     mean: Tensor,  # [D] float64
     samples: int,  # N
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D], eigenvectors [D, D], rank []."""
     threshold = variance_threshold.item()

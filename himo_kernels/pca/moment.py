@@ -1,8 +1,8 @@
-"""pca_reconstruct by parts: of some rows of a batch, from the moment of all of them.
+"""The steps of pca_reconstruct for some rows of a batch, given the moment of the whole batch.
 
-What one process computes of HiDe over several: X [M, D] are its rows, maybe none, and the mean, the
-moment C = X^T X [D, D] and its decomposition those of the whole batch. No autograd, no schema: HiDe
-over ranks (himo_kernels/distributed/moments.py) has its own. Equations are those of README.md.
+One process of distributed HiDe runs these. X [M, D] holds its own rows (M may be 0); the mean, the
+moment C = X^T X [D, D] and its decomposition are those of the whole batch. Autograd and schemas are
+in himo_kernels/distributed/moments.py. Equation numbers refer to README.md.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def decompose(
     mean: Tensor,  # [D] float64
     samples: int,  # N
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D] descending, eigenvectors [D, D] in columns, rank []: eq. (2)."""
@@ -50,7 +50,7 @@ def decompose(
 
 def reconstruct(
     x: Tensor,  # [M, D]
-    mean: Tensor,  # [D] float64, as all that follows
+    mean: Tensor,  # [D] float64, like the decomposition below
     eigenvalues: Tensor,  # [D]
     eigenvectors: Tensor,  # [D, D]
     rank: Tensor,  # [] int64
@@ -68,7 +68,7 @@ def grad_projector(
     mean: Tensor,  # [D]
     backend: str,
 ) -> Tensor:
-    """Returns B = X^T G [D, D] float64 of these rows: eq. (4)."""
+    """Returns B = X^T G [D, D] float64, summed over these rows: eq. (4)."""
     if x.shape[0] == 0:
         return mean.new_zeros(x.shape[1], x.shape[1])
     return MOMENT.run("grad_projector", grad, x, mean, backend)
@@ -76,10 +76,10 @@ def grad_projector(
 
 def bwd(
     grad: Tensor,  # [M, D]
-    grad_mean: Tensor,  # [D], of the batch
+    grad_mean: Tensor,  # [D], over the whole batch
     x: Tensor,  # [M, D]
     mean: Tensor,  # [D]
-    symmetric: Tensor | None,  # [D, D]: B + B^T of the batch; None: the basis is a constant
+    symmetric: Tensor | None,  # [D, D]: B + B^T of the whole batch; None if the basis is constant
     eigenvalues: Tensor,  # [D]
     eigenvectors: Tensor,  # [D, D]
     rank: Tensor,  # []

@@ -1,7 +1,7 @@
 """Schemas, fakes and autograd of pca, project_reconstruct and pca_reconstruct.
 
-pca and pca_reconstruct save x, the mean, the eigenvalues and the eigenvectors of the small side,
-in float64 whatever the backend: any backend's backward accepts any backend's forward.
+pca and pca_reconstruct save x, and the mean, eigenvalues and eigenvectors of the small side in
+float64. All backends save the same tensors, so the backward may use another backend.
 """
 
 from collections.abc import Sequence
@@ -127,7 +127,7 @@ _pca_reconstruct_bwd = PCA_RECONSTRUCT.define(
 def _explained_variance(
     eigenvalues: Tensor, mean: Tensor, samples: int, floor: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    # eigenvalues / trace [*, n] and the trace [*, 1]; 0 and inf where there is no variance.
+    # Returns eigenvalues / trace [*, n] and trace [*, 1]; 0 and inf for a batch without variance.
     trace = eigenvalues.sum(-1)
     varies = reference.has_variance(trace, mean, samples, floor) | trace.isnan()
     trace = torch.where(varies, trace, torch.inf).unsqueeze(-1)
@@ -142,7 +142,7 @@ class Decompose(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # [*, N, D]
         variance_threshold: Tensor,  # [] float64
-        floor: Sequence[float],  # of reference.floor_of
+        floor: Sequence[float],  # from reference.floor_of
         gap_eps: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -154,7 +154,7 @@ class Decompose(torch.autograd.Function):
         ctx.floor, ctx.gap_eps, ctx.backend = floor, gap_eps, backend
         ctx.mark_non_differentiable(rank)
         dtype = accumulation_dtype(x.dtype)
-        # The ratio is of float64 eigenvalues: those of large rows overflow float32.
+        # The ratio uses float64 eigenvalues: with large rows they overflow float32.
         return mean.to(dtype), eigenvalues.to(dtype), components.to(dtype), rank, ratio.to(dtype)
 
     @staticmethod
@@ -211,14 +211,14 @@ class ProjectReconstruct(torch.autograd.Function):
 
 
 class PCAReconstruct(torch.autograd.Function):
-    """pca_reconstruct: U' and its rank; keeps nothing of size N x D but x itself."""
+    """pca_reconstruct: U' and its rank. x is the only saved tensor of size N x D."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # [*, N, D]
         variance_threshold: Tensor,  # [] float64
-        floor: Sequence[float],  # of reference.floor_of
+        floor: Sequence[float],  # from reference.floor_of
         gap_eps: float,
         differentiate_basis: bool,
         backend: str,

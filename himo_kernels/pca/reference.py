@@ -1,8 +1,8 @@
 """The specification of pca, project_reconstruct and pca_reconstruct: plain PyTorch.
 
-Everything inside a PCA is float64: an X^T X summed and solved in float32 loses the digits that an
-SVD of X keeps, up to 1.8e-1 of the gradient at 1024 x 768. Notation of README.md: X = x - mean,
-V the eigenvectors of the small side (X^T X when D <= N, X X^T when N < D), n = min(N, D).
+A PCA is computed in float64. An X^T X summed and solved in float32 loses digits that an SVD of X
+keeps: the gradient error reaches 1.8e-1 at 1024 x 768. Notation of README.md: X = x - mean,
+V holds the eigenvectors of the small side (X^T X when D <= N, X X^T when N < D), n = min(N, D).
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def floor_of(dtype: torch.dtype, variance_floor: float | str) -> tuple[float, float]:
-    """Returns f and g: a batch has no variance where trace <= f sum(x^2) + g, README.md (2').
+    """Returns f and g: a batch has no variance if trace <= f sum(x^2) + g, README.md (2').
 
-    Rounding of equal rows leaves a trace of some eps^2 sum(x^2): "relative" is above that, in
-    whatever unit x is. A number takes its place.
+    For equal rows, rounding leaves a trace of a few eps^2 sum(x^2). "relative" is above that at any
+    scale of x. A number sets g, with f = 0.
     """
     if isinstance(variance_floor, str):  # "relative"
         return (8 * torch.finfo(dtype).eps) ** 2, 0.0
@@ -26,17 +26,17 @@ def has_variance(
     trace: Tensor,  # [*]
     mean: Tensor,  # [*, D] float64
     samples: int,  # N
-    floor: Sequence[float],  # of floor_of
+    floor: Sequence[float],  # from floor_of
 ) -> Tensor:
-    """Returns whether the trace is above the floor [*]; sum(x^2) = trace + N mean^2."""
+    """Returns whether the trace is above the floor [*]; sum(x^2) = trace + N |mean|^2."""
     energy = trace + samples * mean.square().sum(-1)
-    return trace > floor[0] * energy + floor[1]  # not so for NaN
+    return trace > floor[0] * energy + floor[1]  # False for NaN
 
 
 def pca_fwd(
     x: Tensor,  # [*, N, D]
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of floor_of
+    floor: Sequence[float],  # from floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n].
 
@@ -69,22 +69,22 @@ def pca_bwd(
     grad_components = torch.where(_present(x, eigenvalues, kept), grad_components, 0.0)
     if _feature_side(x):
         pair_weights = _pair_weights(eigenvalues, kept, gap_eps)  # F [*, n, n]
-        turn = (pair_weights * (grad_components @ eigenvectors)) @ eigenvectors.mT  # h, eq. (8)
+        h = (pair_weights * (grad_components @ eigenvectors)) @ eigenvectors.mT  # eq. (8)
         axes = centred @ eigenvectors  # [*, N, n]
         grad_centred = 2 * (axes * grad_eigenvalues.unsqueeze(-2)) @ eigenvectors.mT
     else:
-        # D - N directions have variance 0 and no eigenvector here: eq. (9) takes them all at
-        # once, as the complement of P, and corrects the dropped ones by a bounded weight.
+        # D - N directions have variance 0 and no eigenvector here. Eq. (9) treats them together,
+        # as the complement of P, and corrects the dropped directions with a bounded weight.
         null_weights = _null_weights(eigenvalues, kept, gap_eps).unsqueeze(-1)
         outside = grad_components - (grad_components @ components.mT) @ components
-        axes = eigenvectors.mT @ centred  # a_j in rows [*, n, D]
+        axes = eigenvectors.mT @ centred  # rows a_j [*, n, D]
         scaled_axes = axes / _last_kept(eigenvalues, kept).sqrt().unsqueeze(-1)
         overlaps = grad_components @ scaled_axes.mT
         corrections = _null_corrections(eigenvalues, kept, gap_eps) * overlaps
-        turn = null_weights * outside + corrections @ scaled_axes
+        h = null_weights * outside + corrections @ scaled_axes  # eq. (9)
         grad_centred = 2 * eigenvectors @ (axes * grad_eigenvalues.unsqueeze(-1))
-    grad_centred = grad_centred + (centred @ turn.mT) @ components  # eq. (10)
-    grad_centred = grad_centred + (centred @ components.mT) @ turn
+    grad_centred = grad_centred + (centred @ h.mT) @ components  # eq. (10)
+    grad_centred = grad_centred + (centred @ components.mT) @ h
     return _uncentre(grad_centred, grad_mean / x.shape[-2]).to(x.dtype)
 
 
@@ -120,7 +120,7 @@ def project_reconstruct_bwd(
 def pca_reconstruct_fwd(
     x: Tensor,  # [*, N, D]
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of floor_of
+    floor: Sequence[float],  # from floor_of
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     mean, centred = _centre(x)
@@ -169,7 +169,7 @@ def _grad_moment(
     rank: Tensor,  # [*] int64
     gap_eps: float,
 ) -> Tensor:
-    """Returns dL/dC of the moment, C or Gram, that was decomposed: equations (5) and (6)."""
+    """Returns the gradient of the decomposed moment, X^T X or X X^T: equations (5) and (6)."""
     in_basis = eigenvectors.mT @ grad_projector @ eigenvectors
     in_basis = in_basis * _pair_weights(eigenvalues, _kept_columns(eigenvalues, rank), gap_eps)
     return eigenvectors @ (in_basis + in_basis.mT) @ eigenvectors.mT
@@ -182,7 +182,7 @@ def moment_reconstruct(
     eigenvectors: Tensor,  # [D, D] float64
     rank: Tensor,  # [] int64
 ) -> Tensor:
-    """Returns U' of some rows of the batch that was decomposed [M, D], in x's dtype."""
+    """Returns U' [M, D] of some rows of the decomposed batch, in x's dtype."""
     centred = x.double() - mean
     basis = torch.where(_kept_columns(eigenvalues, rank), eigenvectors, 0.0)
     reconstruction = (centred @ basis) @ basis.mT + mean
@@ -195,23 +195,23 @@ def moment_grad_projector(
     x: Tensor,  # [M, D]
     mean: Tensor,  # [D] float64
 ) -> Tensor:
-    """Returns B = X^T G of these rows [D, D] float64: eq. (4)."""
+    """Returns B = X^T G [D, D] float64, summed over these rows: eq. (4)."""
     return (x.double() - mean).mT @ grad.double()
 
 
 def moment_bwd(
     grad: Tensor,  # [M, D]
-    grad_mean: Tensor,  # [D] float64, of the batch
+    grad_mean: Tensor,  # [D] float64, over the whole batch
     x: Tensor,  # [M, D]
     mean: Tensor,  # [D] float64
-    symmetric: Tensor | None,  # [D, D] float64: B + B^T of the batch; None: a constant basis
+    symmetric: Tensor | None,  # [D, D] float64: B + B^T of the whole batch; None: constant basis
     eigenvalues: Tensor,  # [D] float64
     eigenvectors: Tensor,  # [D, D] float64
     rank: Tensor,  # [] int64
     gap_eps: float,
 ) -> Tensor:
-    """Returns dX of these rows [M, D], in x's dtype: eq. (5) to (7)."""
-    # The centred rows of all ranks sum to 0, so only G Pi has a mean.
+    """Returns dX [M, D] of these rows, in x's dtype: eq. (5) to (7)."""
+    # The centred rows of the whole batch sum to 0, so only G Pi has a mean.
     basis = torch.where(_kept_columns(eigenvalues, rank), eigenvectors, 0.0)
     grad_x = ((grad.double() - grad_mean) @ basis) @ basis.mT + grad_mean
     if symmetric is not None:
@@ -232,7 +232,8 @@ def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _uncentre(grad_centred: Tensor, grad_mean: Tensor) -> Tensor:
-    # The mean is subtracted and added back: dU = dX - mean(dX) + (what reaches the mean) / N.
+    # The mean is subtracted and added back: dU = dX - mean(dX) + grad_mean, the gradient of the
+    # added mean divided by N.
     return grad_centred + (grad_mean - grad_centred.mean(-2)).unsqueeze(-2)
 
 
@@ -241,17 +242,17 @@ def moment_decompose(
     mean: Tensor,  # [*, D] float64
     samples: int,  # N
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of floor_of
+    floor: Sequence[float],  # from floor_of
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [*, n] descending, eigenvectors [*, n, n] in columns, rank [*]."""
-    # LAPACK raises on NaN, for all problems of the batch: solve zeros there and return NaN.
+    # LAPACK raises for the whole batch on NaN: solve zeros for such a problem and return NaN.
     finite = moment.isfinite().all(-1).all(-1)
     eigenvalues, eigenvectors = torch.linalg.eigh(
         torch.where(finite[..., None, None], moment, torch.zeros_like(moment))
     )
-    eigenvalues = eigenvalues.flip(-1).clamp(min=0)  # of a positive semi-definite matrix
+    eigenvalues = eigenvalues.flip(-1).clamp(min=0)  # the matrix is positive semi-definite
     cumulative = _cumulative_sum(eigenvalues)
-    trace = cumulative[..., -1]  # the same sum: the last ratio is 1, so that tau = 1 is reached
+    trace = cumulative[..., -1]  # the same sum, so the last ratio is exactly 1 (for tau = 1)
     rank = 1 + (cumulative / trace.unsqueeze(-1) < variance_threshold).sum(-1)
     varies = has_variance(trace, mean, samples, floor)
     rank = torch.where(varies, rank, eigenvalues.shape[-1])
@@ -260,7 +261,7 @@ def moment_decompose(
 
 
 def _cumulative_sum(values: Tensor) -> Tensor:
-    # A product with a triangle of ones: torch.cumsum has no deterministic CUDA kernel.
+    # A product with a triangular matrix: torch.cumsum has no deterministic CUDA kernel.
     ones = torch.ones(values.shape[-1:] * 2, dtype=values.dtype, device=values.device)
     return (values.unsqueeze(-2) @ ones.triu()).squeeze(-2)
 
@@ -276,9 +277,9 @@ def _kept_columns(eigenvalues: Tensor, rank: Tensor) -> Tensor:
 
 
 def _nonzero(eigenvalues: Tensor, kept: Tensor) -> Tensor:
-    # Kept directions that hold variance: at tau = 1 the last ones are rounding noise.
+    # Kept directions with variance: at tau = 1 the last ones are rounding noise.
     noise = eigenvalues[..., :1] * eigenvalues.shape[-1] * torch.finfo(eigenvalues.dtype).eps
-    return kept & ~(eigenvalues <= noise)  # true for NaN, which must come through
+    return kept & ~(eigenvalues <= noise)  # True for NaN, which must propagate
 
 
 def _present(x: Tensor, eigenvalues: Tensor, kept: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ def _present(x: Tensor, eigenvalues: Tensor, kept: Tensor) -> Tensor:
 
 
 def _components(centred: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank: Tensor) -> Tensor:
-    # P [*, n, D]: kept eigenvectors of X^T X in rows, zero past rank.
+    # P [*, n, D]: kept eigenvectors of X^T X as rows, zero past rank.
     present = _present(centred, eigenvalues, _kept_columns(eigenvalues, rank))
     if _feature_side(centred):
         rows = eigenvectors.mT
@@ -299,13 +300,13 @@ def _components(centred: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, rank
 
 
 def _is_identity(eigenvalues: Tensor, rank: Tensor) -> Tensor:
-    """Returns True for problems of which every direction is kept, [*, 1, 1]; not for NaN."""
+    """Returns whether every direction of a problem is kept, [*, 1, 1]; False for NaN."""
     identity = (rank == eigenvalues.shape[-1]) & eigenvalues.isfinite().all(-1)
     return identity[..., None, None]
 
 
 def _project(values: Tensor, eigenvectors: Tensor, kept: Tensor) -> Tensor:
-    # values Pi [*, N, D]. On the sample side X Pi = W W^T X, which needs no component.
+    # values Pi [*, N, D]. On the sample side X Pi = W W^T X, which needs no components.
     basis = torch.where(kept.unsqueeze(-2), eigenvectors, 0.0)
     if _feature_side(values):
         return (values @ basis) @ basis.mT
@@ -313,13 +314,13 @@ def _project(values: Tensor, eigenvectors: Tensor, kept: Tensor) -> Tensor:
 
 
 def _last_kept(eigenvalues: Tensor, kept: Tensor) -> Tensor:
-    # lambda_R [*, 1], the unit of the weights below: squares of eigenvalues overflow.
+    # lambda_R [*, 1]. The weights below divide eigenvalues by it, since their squares may overflow.
     last_kept = torch.where(kept, eigenvalues, torch.inf).amin(-1, keepdim=True)
-    return torch.where(last_kept == 0, 1.0, last_kept)  # nothing of weight is dropped then
+    return torch.where(last_kept == 0, 1.0, last_kept)  # if 0, the rank is n: nothing is dropped
 
 
 def _gaps(eigenvalues: Tensor, last_kept: Tensor) -> Tensor:
-    # delta_ij / lambda_R [*, n, n]; subtracted first, which is exact where it matters.
+    # delta_ij / lambda_R [*, n, n]. Subtract first: the difference of close values is exact.
     return (eigenvalues.unsqueeze(-1) - eigenvalues.unsqueeze(-2)) / last_kept.unsqueeze(-1)
 
 
@@ -329,7 +330,7 @@ def _pairs(kept: Tensor) -> Tensor:
 
 def _pair_weights(eigenvalues: Tensor, kept: Tensor, gap_eps: float) -> Tensor:
     # F_ij = delta / (delta^2 + (gap_eps lambda_R)^2) for i kept, j dropped; 0 for every other
-    # pair, and at delta = 0, where it is the limit for every gap_eps > 0.
+    # pair, and at delta = 0, the limit for every gap_eps > 0.
     last_kept = _last_kept(eigenvalues, kept)
     gaps = _gaps(eigenvalues, last_kept)
     valid = _pairs(kept) & (gaps != 0)
@@ -347,8 +348,8 @@ def _null_weights(eigenvalues: Tensor, kept: Tensor, gap_eps: float) -> Tensor:
 
 
 def _null_corrections(eigenvalues: Tensor, kept: Tensor, gap_eps: float) -> Tensor:
-    # lambda_R (F_ij - F_i0) / lambda_j, written so that no small lambda_j divides. It goes with
-    # products of two vectors a, each divided by sqrt(lambda_R).
+    # lambda_R (F_ij - F_i0) / lambda_j, without a division by lambda_j: eq. (9). It multiplies two
+    # vectors a_j, each divided by sqrt(lambda_R).
     last_kept = _last_kept(eigenvalues, kept)
     gaps = _gaps(eigenvalues, last_kept)
     kept_values = (eigenvalues / last_kept).unsqueeze(-1)

@@ -26,7 +26,7 @@ from info_nce_cases import (
 from torch import Tensor
 
 from himo_kernels.dispatch import OPERATORS
-from himo_kernels.info_nce.op import KEEPING
+from himo_kernels.info_nce.op import CACHING_BACKENDS
 from himo_kernels.testing import relative_error
 
 EXACT = 1e-12
@@ -154,7 +154,7 @@ class TestDerivatives:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             target(**leaves_of(inputs), keep_logits_mib=keep_logits_mib)
         logits = losses * samples * samples
-        if keep_logits_mib and target.backend in KEEPING:
+        if keep_logits_mib and target.backend in CACHING_BACKENDS:
             assert saved.pop() == logits
         assert saved
         assert max(saved) < samples * samples

@@ -1,8 +1,8 @@
 """The `triton` backend of covariance and gram, for any strides. Not yet run on hardware.
 
-The mean is one reduction; the moment one product that subtracts it on the way in. A product with
-few tiles is split along its inner dimension and the parts are added in a fixed order: no atomics,
-the same bits in every run.
+The mean is one reduction and the moment one product, which subtracts the mean as it loads x. A
+product with few tiles is split along its inner dimension, and the parts are added in a fixed order:
+without atomics, results are bitwise equal from run to run.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def covariance_bwd(
     """Returns the gradient of x [*, N, D], computed in the dtype of mean."""
     x_flat, mean = flat(x), flat(mean, 1)
     grads = flat(grad_covariance + grad_covariance.mT)
-    # The columns of X (G + G^T) sum to 0 as those of X do: only the mean's own gradient is added.
+    # The columns of X (G + G^T) sum to 0, as those of X do: only the mean's gradient is added.
     add = flat(grad_mean, 1).unsqueeze(-2) / x.shape[-2]
     out = x.new_empty(x_flat.shape)
     matmul(x_flat, grads, mean.dtype, mean=mean, a_mean="inner", add=add, out=out)
@@ -60,7 +60,7 @@ def gram_bwd(
     """Returns the gradient of x [*, N, D], computed in the dtype of mean."""
     x_flat, mean = flat(x), flat(mean, 1)
     grads = flat(grad_gram + grad_gram.mT)
-    grads = grads - grads.mean(-2, keepdim=True)  # takes the mean of dX over the samples from it
+    grads = grads - grads.mean(-2, keepdim=True)  # subtracts the mean of dX over the samples
     add = flat(grad_mean, 1).unsqueeze(-2) / x.shape[-2]
     out = x.new_empty(x_flat.shape)
     matmul(grads, x_flat, mean.dtype, mean=mean, b_mean="columns", add=add, out=out)

@@ -1,12 +1,12 @@
-"""One matrix product, with what centred moments and projections ask of it.
+"""The matrix product of centred moments and projections.
 
-Operands of any strides and dtype are raised to the dtype of the sums before anything else. A mean
-may leave an operand on its way in, so that no centred copy exists. Rows, columns or the inner
-dimension may end at a number that only the device knows, the rank: programs past it return at once,
-and the loop over the inner dimension stops there.
+Operands may have any strides and dtype and are converted to the dtype of the sums as they are
+loaded. A mean can be subtracted from an operand then, so that no centred copy exists. Rows, columns
+or the inner dimension may end at the rank, which only the device knows: programs past it return at
+once, and the loop over the inner dimension stops there.
 
-float64 products use the float64 tensor cores of sm_80 and later. float32 products are three TF32
-products each, which keeps float32's digits; plain TF32 is never used.
+float64 products use the float64 tensor cores of sm_80 and later. A float32 product is computed as
+three TF32 products, which keeps float32 accuracy; plain TF32 is never used.
 """
 
 import math
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from himo_kernels import _triton
 
-# A program holds 64 x 64 sums, 64 registers of a thread in float64. Chosen from the compiler's
-# figures (no spill, two programs on an SM); not yet measured on hardware.
+# A program holds 64 x 64 sums, 64 registers per thread in float64. Chosen from compiler output (no
+# spills, two programs per SM); not yet measured on hardware.
 BLOCK = 64
 BLOCK_INNER = 16
 WARPS = 4
-WARPS_RAGGED = 8  # where each element has an address and a mask of its own, which take registers
-PROGRAMS = 264  # that a product is split into, where it is: two for each SM of an H100
-LEAST_SPLIT = 256  # inner elements of a split: partial sums must cost less than they save
-SYMMETRIC_FROM = 4  # tiles on a side from which the upper half is not worth computing
+WARPS_RAGGED = 8  # ragged shapes need registers for an address and a mask per element
+PROGRAMS = 264  # target of splitting the inner dimension: two programs per SM of an H100
+LEAST_SPLIT = 256  # minimum inner elements per split: partial sums must cost less than they save
+SYMMETRIC_FROM = 4  # minimum tiles per side for which computing only the lower half pays off
 
 
 @triton.jit
@@ -70,9 +70,9 @@ def _matmul_kernel(
     add_stride_p,
     add_stride_m,
     add_stride_n,
-    A_MEAN: tl.constexpr,  # the mean of a runs along its "rows" or "inner" dimension, or "none"
-    B_MEAN: tl.constexpr,  # that of b along "inner" or "columns", or "none"
-    LIMITED: tl.constexpr,  # "rows", "columns", "inner" or "add" end at limit, or "none"
+    A_MEAN: tl.constexpr,  # dimension of a that its mean is indexed by: "rows", "inner" or "none"
+    B_MEAN: tl.constexpr,  # dimension of b that its mean is indexed by: "inner", "columns", "none"
+    LIMITED: tl.constexpr,  # what ends at limit: "rows", "columns", "inner", "add" or "none"
     ADD: tl.constexpr,
     ALPHA: tl.constexpr,
     BETA: tl.constexpr,
@@ -118,9 +118,9 @@ def _matmul_kernel(
     b_ptrs = b_ptr + problem * b_stride_p + k[:, None] * b_stride_k + n[None, :] * b_stride_n
     means = mean_ptr + problem * mean_length
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
-    # Tiles are loaded one step ahead, by hand, and carried as they are: Triton 3.6 cannot multiply
-    # float64 operands that it sees come from loads of a narrower dtype. Loads are bounded by inner,
-    # not by end: a bound that is no multiple of 16 would split each of them.
+    # Tiles are prefetched by one step and converted only when used: Triton 3.6 cannot multiply
+    # float64 operands that it can trace to loads of a narrower dtype. Loads are masked by inner
+    # instead of end: a bound that is not a multiple of 16 would prevent vectorised loads.
     next_a, next_b = _tiles(
         a_ptrs, b_ptrs, start, k, m_valid, n_valid, inner, a_stride_k, b_stride_k
     )
@@ -163,9 +163,9 @@ def _matmul_kernel(
 
 
 def flat(tensor: Tensor, dims: int = 2) -> Tensor:
-    """Returns tensor with all but its last dims dimensions as one, the problems.
+    """Flattens all but the last dims dimensions into one, the problems.
 
-    A copy is made only where no stride expresses that.
+    Copies only if the result cannot be expressed as a view.
     """
     (*batch,) = tensor.shape[: tensor.dim() - dims]
     return tensor.reshape(math.prod(batch), *tensor.shape[tensor.dim() - dims :])
@@ -189,21 +189,21 @@ def matmul(
 ) -> Tensor:
     """Returns alpha (a - mean) @ (b - mean) + beta add [P, M, N], summed in float32 or float64.
 
-    a_mean names the dimension of a ("rows" or "inner") that the mean runs along, b_mean that of b
-    ("inner" or "columns"). With limited = "inner" the sum ends at limit. With "rows" or "columns"
-    nothing is written at and past limit: the caller never reads it, or gives an out with zeros.
-    With "add" the rows of add end there. alpha and beta are constants of the kernel.
-    symmetric=True says that the product is; both halves are then equal to the last bit.
+    a_mean names the dimension of a that the mean is indexed by ("rows" or "inner"), b_mean the one
+    of b ("inner" or "columns"). limited="inner" ends the sum at limit. "rows" or "columns" writes
+    nothing at and past limit: the caller must not read it or must pass an out filled with zeros.
+    "add" adds only the rows of add before limit. alpha and beta are compile-time constants.
+    symmetric=True declares the product symmetric; both halves are then bitwise equal.
     """
     problems, rows, inner = a.shape
     columns = b.shape[-1]
-    # The kernel reads them by their number alone: one of another stride, or one that was expanded.
+    # The kernel assumes contiguous mean and limit, which may be strided or expanded.
     mean = None if mean is None else mean.contiguous()
     limit = None if limit is None else limit.contiguous()
     tiles = triton.cdiv(rows, BLOCK) * triton.cdiv(columns, BLOCK)
     if problems == 0:
         return a.new_empty((problems, rows, columns), dtype=sums) if out is None else out
-    # To which the interpreter truncates.
+    # The interpreter truncates to bfloat16 instead of rounding: store in sums, then convert.
     if _triton.INTERPRETED and out is not None and out.dtype == torch.bfloat16:
         rounded = matmul(
             a,
@@ -219,7 +219,7 @@ def matmul(
             beta=beta,
         )
         return out.copy_(rounded)
-    # Shapes alone decide the number of splits: the same sums on every device and in every run.
+    # The number of splits depends only on shapes: sums are the same on every device and run.
     splits = 1
     if limited == "none" and add is None and alpha == 1:
         splits = min(triton.cdiv(PROGRAMS, tiles * problems), triton.cdiv(inner, LEAST_SPLIT))
@@ -236,8 +236,8 @@ def matmul(
     ragged = any(length % 16 for length in lengths if length != 1)
     options: dict[str, Any] = {
         "num_warps": WARPS_RAGGED if ragged else WARPS,
-        "maxnreg": 255,  # ptxas spills a few to fit more programs on an SM
-        "num_stages": 1,  # the kernel loads ahead by itself
+        "maxnreg": 255,  # otherwise ptxas spills registers to fit more programs on an SM
+        "num_stages": 1,  # the kernel prefetches explicitly
         "enable_fp_fusion": True,
     }
     _matmul_kernel[(splits * problems * tiles,)](

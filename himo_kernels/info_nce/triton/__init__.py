@@ -1,8 +1,8 @@
 """The `triton` backend of info_nce, its dual forms and its blocks. Not yet run on hardware.
 
-logits.py holds one loss as the kernels take it, losses.py pass 1, grad_logits.py and gradients.py
-pass 2, low_rank.py the factors and their products, tiles.py the tile sizes; kernels follow their
-launchers.
+logits.py defines the operands of one loss, losses.py is pass 1, grad_logits.py and gradients.py are
+pass 2, low_rank.py has the factors and their products, tiles.py the tile sizes. In each file the
+kernels follow the functions that launch them.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from himo_kernels.info_nce.triton import gradients as pass_2
 from himo_kernels.info_nce.triton import losses as pass_1
 from himo_kernels.info_nce.triton.grad_logits import Direction
 from himo_kernels.info_nce.triton.logits import features_branch
-from himo_kernels.info_nce.triton.low_rank import bounded_product, factors_branch, kept_factors
+from himo_kernels.info_nce.triton.low_rank import bounded_product, factors_branch, masked_factors
 
 __all__ = [
     "aot_cases",
@@ -45,7 +45,7 @@ def fwd(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
     image, keys = loss.image_features, loss.keys
     if isinstance(keys, Factors):
-        branch = factors_branch(kept_factors(image, keys), loss.logit_scale)
+        branch = factors_branch(masked_factors(image, keys), loss.logit_scale)
     else:
         branch = features_branch(image, keys, loss.logit_scale)
     value, row_nll, column_nll = pass_1.losses(branch, loss.settings.label_smoothing)
@@ -55,7 +55,7 @@ def fwd(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bwd(loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients) -> Gradients:
-    """Returns the gradients; that of images is padded [B, N, W] and float32 before the last."""
+    """Returns the gradients. Before the last loss, images is padded [B, N, W] and float32."""
     image, keys = loss.image_features, loss.keys
     if isinstance(keys, Factors):
         return _low_rank_bwd(loss, keys, statistics, needs, add_to)
@@ -74,7 +74,7 @@ def bwd(loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients) -> 
 def _low_rank_bwd(
     loss: Loss, keys: Factors, statistics: Statistics, needs: Needs, add_to: Gradients
 ) -> Gradients:
-    factors = kept_factors(loss.image_features, keys)
+    factors = masked_factors(loss.image_features, keys)
     needs_coefficients, needs_basis = needs.keys
     grads = pass_2.gradients(
         factors_branch(factors, loss.logit_scale),
@@ -88,8 +88,8 @@ def _low_rank_bwd(
         ),
         add_to=pass_2.Gradients(scale=add_to.scale),
     )
-    # X = V B^T: dV = dX B and dB = dX^T V. B belongs to the texts, so what it gets where keys are
-    # constants is the part of dX in which the texts are queries: that of the columns.
+    # X = V B^T: dV = dX B and dB = dX^T V. With constant keys the basis, which is part of the
+    # texts, gets only the column part of dX, in which the texts are the queries.
     images = add_to.images
     if grads.left is not None:
         if images is None:
@@ -107,7 +107,7 @@ def _low_rank_bwd(
 
 
 def _unpadded(grad: Tensor | None, value: Tensor) -> Tensor | None:
-    # The gradient [B, N, W] in the shape of value.
+    # Returns the gradient [B, N, W] in the shape of value.
     if grad is None:
         return None
     return grad[:, : value.shape[-2], : value.shape[-1]].reshape(value.shape)
@@ -128,7 +128,7 @@ def info_nce_block_fwd(
     column_positives: Tensor,  # [N] float32
     offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns log sum exp(S_ij - positive) of rows [M] and of columns [N], without pairs."""
+    """Returns log sum exp(S_ij - positive) over the negatives of rows [M] and of columns [N]."""
     branch = features_branch(image_features, keys, logit_scale, offset)
     return pass_1.log_odds(branch, row_positives, column_positives)
 
@@ -137,7 +137,7 @@ def info_nce_block_bwd(
     image_features: Tensor,  # [M, D]
     keys: Tensor,  # [N, D]
     logit_scale: Tensor,  # []
-    row_positives: Tensor,  # [M] float32, as all of these
+    row_positives: Tensor,  # [M] float32, like all vectors here
     row_nll: Tensor,  # [M]
     row_weight: Tensor,  # [M]
     column_positives: Tensor,  # [N]
@@ -149,14 +149,14 @@ def info_nce_block_bwd(
     differentiate_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
-    # In units of the largest weight: those of a mean over N are too small for float16.
-    unit = torch.cat([row_weight, column_weight]).abs().amax(0, keepdim=True)
-    unit = unit.clamp_min(torch.finfo(unit.dtype).tiny)  # [1]
+    # Divided by the largest weight, because the weights of a mean over N are too small for float16.
+    largest = torch.cat([row_weight, column_weight]).abs().amax(0, keepdim=True)
+    largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)  # [1]
     grad_images, grad_keys = pass_2.block_gradients(
         features_branch(image_features, keys, logit_scale, offset),
-        _direction(row_positives, row_nll, row_weight / unit),
-        _direction(column_positives, column_nll, column_weight / unit),
-        unit,
+        _direction(row_positives, row_nll, row_weight / largest),
+        _direction(column_positives, column_nll, column_weight / largest),
+        largest,
         Settings(label_smoothing, differentiate_keys),
         total,
     )
@@ -169,13 +169,13 @@ def _direction(*vectors: Tensor) -> Direction:  # [n] each
 
 
 def aot_cases() -> Iterator[Case]:
-    """The launches that himo_kernels.aot compiles: both tiles, every dtype and kind of branch."""
+    """Yields the launches that himo_kernels.aot compiles: both tiles, all dtypes and branches."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for samples in (8192, 128):
             label = f"info_nce {str(dtype)[6:]}, N={samples}"
             yield Case(label, partial(_info_nce, samples, dtype))
             yield Case(f"{label}, low rank", partial(_low_rank, samples, dtype))
-        # Of two ranks; the rows of the smaller are no multiple of 16, and so is where they begin.
+        # Blocks of two ranks. The smaller one has a row count and an offset not divisible by 16.
         for rows, keys, offset in ((4096, 8192, 4096), (120, 257, 137)):
             label = f"info_nce_block {str(dtype)[6:]}, {rows}x{keys}"
             run = partial(_block, rows, keys, offset, dtype)

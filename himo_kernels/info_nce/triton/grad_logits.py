@@ -1,6 +1,6 @@
-"""Pass 2: the logits again, and dS of them, a chunk of rows at a time in a bounded workspace.
+"""Pass 2: recomputes the logits and writes dS, one chunk of rows at a time, to a bounded workspace.
 
-Nothing here reads a value on the host: shapes alone decide, so a CUDA graph can hold all of it.
+No value is read on the host, so a CUDA graph can capture all launches.
 """
 
 from collections.abc import Iterator
@@ -15,21 +15,22 @@ from himo_kernels._triton_jit import rounded
 from himo_kernels.info_nce.compose import Settings
 from himo_kernels.info_nce.triton.logits import Branch, tile_products, up_to_rank
 
-# dS of as many rows as fit. Large enough that the products with it are of some thousand rows at
-# N = 32768, where they run at the rate of large ones.
+# Holds dS of as many rows as fit. At N = 32768 that is a few thousand rows, enough for matmuls to
+# run at their full rate.
 WORKSPACE_BYTES = 256 * 2**20
-# Samples from which dS of 16-bit features has 16 bits, for the tensor cores. Below, its products
-# cost nothing beside the launches, and the gradients are rounded once, to the features' dtype.
+# From this many samples on, dS of 16-bit features is stored in 16 bits for the tensor cores. Below,
+# its products take less time than their launches, and float32 rounds the gradients only once, to
+# the dtype of the features.
 ROUNDED_FROM = 128
 
 
 @dataclass(frozen=True)
 class Direction:
-    """The softmax of the rows, or of the columns; all float32 and contiguous."""
+    """The softmax over rows or over columns; all tensors are float32 and contiguous."""
 
-    positives: Tensor  # [B, n]: S of the pair of each
+    positives: Tensor  # [B, n]: S of the pair of each row (column)
     nll: Tensor  # [B, n]
-    weight: Tensor | None = None  # [B, n]: gradient of each nll; None: 1
+    weight: Tensor | None = None  # [B, n]: gradient of each nll; None means 1
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.positives, self.nll, self.weight
@@ -37,14 +38,14 @@ class Direction:
 
 @dataclass(frozen=True)
 class GradLogits:
-    """2 N dS of one loss, or of a block of one."""
+    """2 N dS of one loss, or of a block of it."""
 
     branch: Branch
     rows: Direction
     columns: Direction
     settings: Settings
     total: int  # samples of the batch
-    scale_partials: Tensor | None = None  # [B, row blocks, column tiles], of a whole batch
+    scale_partials: Tensor | None = None  # [B, row blocks, column tiles], whole batches only
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,18 +53,18 @@ class GradLogits:
 
     @property
     def gain(self) -> float:
-        # float16 has no digits left for a probability of 1e-5, float32 and bfloat16 have.
+        # Probabilities of 1e-5 are subnormal in float16, but not in float32 and bfloat16.
         return 1024.0 if self.dtype == torch.float16 else 1.0
 
     def chunks(self, parts: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields rows, and 2 N dS of them [B, rows, N], of the rows' and the columns' softmax.
+        """Yields (rows, row part, column part): gain * 2 N dS [B, rows, N], with zeros at pairs.
 
-        Times the gain, with zeros at the pairs. With one part both are one tensor, their sum; with
-        none nothing is yielded, and only the gradient of s is made.
+        With parts=1 both parts are the same tensor, which holds their sum. With parts=0 nothing is
+        yielded and only the gradient of s is computed.
         """
         branch, tile, dtype = self.branch, self.branch.tile, self.dtype
         problems, columns, row_blocks = branch.problems, branch.columns, branch.row_blocks
-        pitch = 64 * triton.cdiv(columns, 64)  # rows begin at whole cache lines
+        pitch = 64 * triton.cdiv(columns, 64)  # align rows to cache lines
         block_bytes = parts * problems * tile.rows * pitch * dtype.itemsize
         fitting = WORKSPACE_BYTES // block_bytes if block_bytes else row_blocks
         at_once = max(1, min(row_blocks, fitting))
@@ -121,13 +122,13 @@ def grad_logits_kernel(
     scale_ptr,  # []
     row_positives_ptr,  # [B, M] float32
     row_nll_ptr,  # [B, M] float32
-    row_weight_ptr,  # [B, M] float32, or None: 1
+    row_weight_ptr,  # [B, M] float32; None means 1
     column_positives_ptr,  # [B, N] float32
     column_nll_ptr,  # [B, N] float32
-    column_weight_ptr,  # [B, N] float32, or None: 1
-    grad_rows_ptr,  # [B, chunk, pitch], or None: (P - eps / total) GAIN of rows, 0 at pairs, ...
-    grad_columns_ptr,  # [B, chunk, pitch], or None: ... and of C; None: their sum in grad_rows
-    scale_partials_ptr,  # [B, row blocks, column tiles] float32, of a whole batch, or None
+    column_weight_ptr,  # [B, N] float32; None means 1
+    grad_rows_ptr,  # [B, chunk, pitch] or None: GAIN * weight * (P - eps / total), 0 at pairs
+    grad_columns_ptr,  # [B, chunk, pitch]: same for C; if None, grad_rows receives the sum
+    scale_partials_ptr,  # [B, row blocks, column tiles] float32, whole batches only, or None
     row_count,  # M
     column_count,  # N
     pair_offset,
@@ -136,19 +137,19 @@ def grad_logits_kernel(
     total,  # samples of the batch
     pitch,
     chunk_rows,
-    first_block,  # of this launch
-    row_blocks,  # of this launch
+    first_block,  # first row block of this launch
+    row_blocks,  # row blocks of this launch
     all_row_blocks,
     TERMS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
-    GROUP: tl.constexpr,  # blocks of rows that are walked column by column, for L2
+    GROUP: tl.constexpr,  # row blocks that share a column tile in consecutive programs, for L2
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass 2: S again, a tile of 2 N dS into a workspace, and its part of ds."""
+    """Pass 2: recomputes a tile of S, writes 2 N dS to the workspace, and its part of ds."""
     tiles = tl.cdiv(column_count, BLOCK_COLUMNS)
     problem = (tl.program_id(0) // (row_blocks * tiles)).to(tl.int64)
     program = tl.program_id(0) % (row_blocks * tiles)
@@ -199,7 +200,7 @@ def grad_logits_kernel(
 
     if scale_partials_ptr is not None:
         part = tl.sum((grad_rows + grad_columns) * products)
-        if first_row // BLOCK_COLUMNS == tile:  # a whole batch: BLOCK_ROWS divides BLOCK_COLUMNS
+        if first_row // BLOCK_COLUMNS == tile:  # holds the diagonal: offset 0, whole batch
             diagonal = grad_positive(row_nll_ptr, None, at_rows, row_mask, total, SMOOTHING)
             diagonal += grad_positive(column_nll_ptr, None, at_rows, row_mask, total, SMOOTHING)
             part += tl.sum(diagonal * tl.sum(tl.where(pairs, products, 0.0), 1))
@@ -237,9 +238,9 @@ def positives_kernel(
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S_ii of a whole batch by the tiles that hold them, not by N dot products.
+    """Computes S_ii of a whole batch from the diagonal tiles, not from N dot products.
 
-    The same bits as S_ij of equal rows in pass 2, whose gradient is then zero to the last bit.
+    S_ii then has the same bits as S_ij of equal rows in pass 2, whose gradient is exactly zero.
     """
     first_row = (tl.program_id(0) % row_blocks) * BLOCK_ROWS
     problem = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -270,14 +271,14 @@ def positives_kernel(
 @triton.jit
 def grad_positive(
     nll_ptr,  # float32
-    weight_ptr,  # float32, or None: 1
+    weight_ptr,  # float32; None means 1
     at,  # [BLOCK]
     mask,  # [BLOCK]
     total,  # samples of the batch
     SMOOTHING: tl.constexpr,
 ):
-    """2 N dS of the positives of one direction, eq. (6): w (P_ii - (1 - eps) - eps / N)."""
-    # P_ii - 1 = expm1(-nll): one less a probability near one would lose the digits.
+    """Returns 2 N dS at the positives of one direction: w (P_ii - (1 - eps) - eps / N), eq. (6)."""
+    # P_ii - 1 = expm1(-nll) avoids cancellation for P_ii near 1.
     nll = tl.load(nll_ptr + at, mask=mask, other=0.0)
     gradient = _expm1(-nll) + (SMOOTHING - SMOOTHING / total)
     if weight_ptr is not None:
@@ -287,7 +288,7 @@ def grad_positive(
 
 @triton.jit
 def _expm1(x):
-    # exp(x) - 1 for x <= 0, all digits: near 0 by its series, to x^11.
+    # exp(x) - 1 for x <= 0 to full precision; for x > -1 by its Taylor series up to x^11.
     series = 1 + x * (1.0 / 11)
     for index in tl.static_range(10, 1, -1):
         series = 1 + x * (1.0 / index) * series

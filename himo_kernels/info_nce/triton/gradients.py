@@ -1,6 +1,6 @@
-"""Pass 2, from dS to the gradients: its products, and the epilogues that add the pairs to them.
+"""Pass 2, from dS to the gradients: matrix products, and epilogues that add the positives.
 
-Nothing here reads a value on the host: shapes alone decide, so a CUDA graph can hold all of it.
+No value is read on the host, so a CUDA graph can capture all launches.
 """
 
 from dataclasses import dataclass
@@ -28,21 +28,21 @@ _SCALE = {"BLOCK": 4096, "num_warps": 8, **FUSED}
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients pass 2 makes."""
+    """Which gradients pass 2 computes."""
 
     left: bool = False  # of X
-    left_keys: bool = False  # of X where X is the key: of the columns alone if keys are constants
+    left_keys: bool = False  # of X as the key: only the column part if keys are constants
     right: bool = False  # of Y
     scale: bool = False
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What was asked for; None where it was not."""
+    """The requested gradients; None if not requested."""
 
-    left: Tensor | None = None  # [B, M, W], float32 unless another dtype was asked for
+    left: Tensor | None = None  # [B, M, W], float32 unless left_dtype says otherwise
     left_keys: Tensor | None = None  # [B, M, W] float32
-    right: Tensor | None = None  # [B, N, W], in the dtype of Y unless another was asked for
+    right: Tensor | None = None  # [B, N, W], in the dtype of Y
     scale: Tensor | None = None  # [] float32
 
 
@@ -57,7 +57,7 @@ def gradients(
 ) -> Gradients:
     """Returns the gradients of X, Y and s of a whole batch: eq. (6) and (7).
 
-    Those of X and s include what another loss has left in add_to, in float32.
+    The gradients of X and s include those of an earlier loss, passed as float32 in add_to.
     """
     if needs == Needs():
         return Gradients()
@@ -72,11 +72,11 @@ def gradients(
         scale_partials = branch.new_empty(branch.problems, branch.row_blocks, branch.column_tiles)
     pass_2 = _Pass2(
         GradLogits(branch, rows, columns, settings, samples, scale_partials),
-        unit=statistics.grad_loss.reshape(-1).float().contiguous(),
+        multiplier=statistics.grad_loss.reshape(-1).float().contiguous(),
         divisor=2 * samples,
         scale=branch.scale,
     )
-    # Of keys that are differentiated, left and left_keys are one gradient.
+    # If keys are differentiated, left and left_keys are the same gradient.
     one_left = needs.left_keys and settings.differentiate_keys
     left = left_keys = right = None
     if needs.left or one_left:
@@ -89,7 +89,7 @@ def gradients(
     pass_2.write(left, left_keys, right, add_to.left)
     scale = None
     if scale_partials is not None:
-        scale = _scale_gradient(scale_partials, pass_2.unit, pass_2.divisor, add_to.scale)
+        scale = _scale_gradient(scale_partials, pass_2.multiplier, pass_2.divisor, add_to.scale)
     return Gradients(left if needs.left else None, left if one_left else left_keys, right, scale)
 
 
@@ -97,12 +97,12 @@ def block_gradients(
     branch: Branch,  # of one problem
     rows: Direction,
     columns: Direction,
-    unit: Tensor,  # [1]: what the weights of both are in units of
+    multiplier: Tensor,  # [1]: multiplies the weights of both directions
     settings: Settings,
     total: int,  # samples of the batch
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients [1, M, W] of X and [1, N, W] of Y, float32, without the factor s."""
-    pass_2 = _Pass2(GradLogits(branch, rows, columns, settings, total), unit)
+    pass_2 = _Pass2(GradLogits(branch, rows, columns, settings, total), multiplier)
     left, right = branch.new_empty(*branch.left.shape[1:]), branch.new_empty(*branch.right.shape)
     pass_2.write(left, None, right, None)
     return left, right
@@ -110,21 +110,21 @@ def block_gradients(
 
 @dataclass(frozen=True)
 class _Pass2:
-    """The products with 2 N dS of one loss, or of a block of one."""
+    """The products with 2 N dS of one loss, or of a block of it."""
 
     grad_logits: GradLogits
-    unit: Tensor  # [B] float32: what all is multiplied by, ...
-    divisor: int = 1  # ... and divided by
-    scale: Tensor | None = None  # s, where the gradients of X and Y are to have it
+    multiplier: Tensor  # [B] float32: all gradients are scaled by multiplier / divisor
+    divisor: int = 1
+    scale: Tensor | None = None  # s, if the gradients of X and Y include it
 
     def write(
         self,
         left: Tensor | None,  # [B, M, W]: of X
-        left_keys: Tensor | None,  # [B, M, W]: of X as the key, by the columns
+        left_keys: Tensor | None,  # [B, M, W]: of X as the key, from the column part
         right: Tensor | None,  # [B, N, W]: of Y
         add_to_left: Tensor | None,  # [B, M, W]
     ) -> None:
-        """Writes the gradients that are given."""
+        """Writes those gradients that are not None."""
         branch = self.grad_logits.branch
         rows, columns = self.grad_logits.rows, self.grad_logits.columns
         parts = 1 if self.grad_logits.settings.differentiate_keys else 2
@@ -134,7 +134,7 @@ class _Pass2:
         if right is not None:
             in_place = right.dtype == torch.float32
             products = right if in_place else branch.new_empty(*right.shape)
-        x = branch.left[0]  # the first term, X rounded to its dtype, beside dS of 16 bits
+        x = branch.left[0]  # the first term is X rounded to 16 bits, enough for a 16-bit dS
         if self.grad_logits.dtype == torch.float32 and branch.left.shape[0] > 1:
             x = branch.left.sum(0, dtype=torch.float32)
         for chunk, grad_rows, grad_columns in self.grad_logits.chunks(parts):
@@ -156,7 +156,7 @@ class _Pass2:
 
     def _finish(
         self,
-        out: Tensor,  # [B, M, W]: the rows of it are written
+        out: Tensor,  # [B, M, W]: only `rows` are written
         product: Tensor,  # [B, rows, W] float32
         factors: Tensor,  # [TERMS, B, N, W]
         own: Direction,  # of the rows of out
@@ -177,7 +177,7 @@ class _Pass2:
             own.weight,
             pair.nll if self.grad_logits.settings.differentiate_keys else None,
             pair.weight if self.grad_logits.settings.differentiate_keys else None,
-            self.unit,
+            self.multiplier,
             self.divisor,
             self.scale,
             count,
@@ -197,16 +197,16 @@ class _Pass2:
 
 def _scale_gradient(
     partials: Tensor,  # [B, row blocks, column tiles]
-    unit: Tensor,  # [B]
+    multiplier: Tensor,  # [B]
     divisor: int,
     add_to: Tensor | None,  # []
 ) -> Tensor:
-    # The gradient of s [], added to add_to.
+    # Returns the gradient of s [], accumulated into add_to.
     out = partials.new_empty(()) if add_to is None else add_to
     scale_gradient_kernel[(1,)](
         out,
         partials,
-        unit,
+        multiplier,
         divisor,
         partials.shape[1] * partials.shape[2],
         partials.numel(),
@@ -223,11 +223,11 @@ def _multiply(
     out: Tensor,  # [B, M, W] float32
     accumulate: bool = False,
 ) -> None:
-    # out = x y, or out += x y, in float32 sums
+    # out = x y, or out += x y, accumulated in float32
     if branch.rank is not None:
         bounded_product(x, y, branch.rank, "columns", out, accumulate=accumulate)
     elif x.is_cuda and x.dtype != torch.float32:
-        beta = int(accumulate)  # 0: out is not read
+        beta = int(accumulate)  # with 0, out is not read
         torch.baddbmm(out, x, y, out_dtype=torch.float32, beta=beta, out=out)
     else:
         torch.baddbmm(out, x.float(), y.float(), beta=int(accumulate), out=out)
@@ -235,17 +235,17 @@ def _multiply(
 
 @triton.jit
 def gradient_kernel(
-    out_ptr,  # [B, M, W]: `rows` rows of it are written
-    product_ptr,  # [B, rows, W] float32: Y times GAIN times 2 N dS without the pairs
-    factors_ptr,  # [TERMS, B, N, W]: Y, the sum of its terms
+    out_ptr,  # [B, M, W]: `rows` rows from first_row on are written
+    product_ptr,  # [B, rows, W] float32: GAIN * 2 N dS Y, with zeros for the pairs in dS
+    factors_ptr,  # [TERMS, B, N, W]: Y as a sum of terms
     add_ptr,  # [B, M, W] float32, or None
     nll_ptr,  # [B, M] float32, of the rows of out
     weight_ptr,  # [B, M] float32, or None
-    pair_nll_ptr,  # [B, N] float32, of the rows of Y, or None: dS is of one softmax
+    pair_nll_ptr,  # [B, N] float32, of the rows of Y; None if dS has only one direction
     pair_weight_ptr,  # [B, N] float32, or None
-    unit_ptr,  # [B] float32: what all is multiplied by, ...
-    divisor,  # ... and divided by
-    scale_ptr,  # [], or None: 1
+    multiplier_ptr,  # [B] float32: the gradient is scaled by multiplier / divisor
+    divisor,
+    scale_ptr,  # []; None means 1
     count,  # M
     pair_count,  # N
     pair_offset,  # row i of out and row i + pair_offset of Y are a pair
@@ -260,10 +260,10 @@ def gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """s dS Y + add, eq. (7), from the product that leaves out the positives.
+    """Writes s dS Y + add, eq. (7), given the product without the positives.
 
-    They are added in float32: the largest entries of dS, and their rounding to 16 bits would be
-    most of the error.
+    The positives are added in float32: they are the largest entries of dS, and rounding them to 16
+    bits would cause most of the error.
     """
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     column_blocks = tl.cdiv(width, BLOCK_COLUMNS)
@@ -292,7 +292,7 @@ def gradient_kernel(
     at_product = (problem * rows + row)[:, None] * width + column[None, :]
     gradient = tl.load(product_ptr + at_product, mask=mask, other=0.0) * (1.0 / GAIN)
     gradient += positive[:, None] * factors
-    weight = tl.load(unit_ptr + problem) / divisor
+    weight = tl.load(multiplier_ptr + problem) / divisor
     if scale_ptr is not None:
         weight *= tl.load(scale_ptr).to(tl.float32)
     gradient *= weight
@@ -304,20 +304,20 @@ def gradient_kernel(
 @triton.jit
 def scale_gradient_kernel(
     grad_scale_ptr,  # [] float32
-    partials_ptr,  # [B, parts] float32: of the sum of 2 N dS_ij (x_i . y_j)
-    unit_ptr,  # [B] float32: what all is multiplied by, ...
-    divisor,  # ... and divided by
+    partials_ptr,  # [B, parts] float32: partial sums of 2 N dS_ij (x_i . y_j)
+    multiplier_ptr,  # [B] float32: the gradient is scaled by multiplier / divisor
+    divisor,
     parts,
     count,  # B parts
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ds, eq. (7), added to grad_scale or written to it. One program: there are (N / 128)^2."""
+    """Writes or accumulates ds, eq. (7). One program, since there are only (N / 128)^2 parts."""
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
         entries = start + tl.arange(0, BLOCK)
         valid = entries < count
-        weight = tl.load(unit_ptr + entries // parts, mask=valid, other=0.0) / divisor
+        weight = tl.load(multiplier_ptr + entries // parts, mask=valid, other=0.0) / divisor
         sums += weight * tl.load(partials_ptr + entries, mask=valid, other=0.0)
     gradient = tl.sum(sums)
     if ACCUMULATE:

@@ -1,10 +1,10 @@
-"""One loss as the kernels take it, S = s X Y^T, and the product of a tile of it.
+"""The operands of one loss, S = s X Y^T, and the product of one tile.
 
-X [TERMS, B, M, W] is the sum of its terms: one for features, more for a product that 16 bits cannot
-hold. X and Y are contiguous and W is a multiple of 16, so that loads are whole vectors. `rank`
-bounds the inner dimension on the device, and both are zero past it. Row i and column
-i + pair_offset are a pair, where there is such a column: of a whole batch M = N and the offset is
-0. Offsets of problems and of blocks are int64, inside a block int32.
+X [TERMS, B, M, W] is a sum of terms: one term for features, several for a low-rank product that
+needs more than 16 bits. X and Y are contiguous and W is a multiple of 16, so that loads are whole
+vectors. `rank` bounds the inner dimension on the device; X and Y are zero past it. Row i and column
+i + pair_offset are a pair, if there is such a column; for a whole batch M = N and the offset is 0.
+Offsets of problems and blocks are int64, offsets inside a block int32.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from himo_kernels.info_nce.triton.tiles import Tile, precision_for, tile_for
 
 @dataclass(frozen=True)
 class Branch:
-    """One loss, or a block of its logits: S = s X Y^T, with X the sum of its terms."""
+    """One loss, or a block of its logits: S = s X Y^T, with X a sum of terms."""
 
     left: Tensor  # [TERMS, B, M, W]
     right: Tensor  # [B, N, W]
     scale: Tensor  # []
-    rank: Tensor | None = None  # [B] int64, at least 0 and at most W: what is not zero of W
-    pair_offset: int = 0  # row i and column i + pair_offset are a pair, where there is one
+    rank: Tensor | None = None  # [B] int64, in [0, W]: X and Y are zero from this column on
+    pair_offset: int = 0  # row i and column i + pair_offset are a pair, if there is such a column
 
     @property
     def problems(self) -> int:
@@ -54,12 +54,12 @@ class Branch:
         return triton.cdiv(self.columns, self.tile.columns)
 
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """Returns M, N, the offset of the pairs, W and the stride of a term."""
+        """Returns M, N, the pair offset, W and the stride between terms."""
         width = self.right.shape[-1]
         return self.rows, self.columns, self.pair_offset, width, self.left.stride(0)
 
     def new_empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns uninitialised memory on the branch's device."""
+        """Returns an uninitialised tensor on the device of the branch."""
         return torch.empty(shape, dtype=dtype, device=self.right.device)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -74,14 +74,14 @@ class Branch:
 
 
 def features_branch(image: Tensor, text: Tensor, scale: Tensor, pair_offset: int = 0) -> Branch:
-    """Returns the loss of image [*, N, D] against text [*, N, D], or a block of other shapes."""
+    """Returns the branch of image against text, [*, N, D] each, or of a block [M, D], [N, D]."""
     return Branch(padded(image).unsqueeze(0), padded(text), scale, pair_offset=pair_offset)
 
 
 def padded(x: Tensor, rows: bool = False) -> Tensor:
-    """Returns [*, N, D] as [B, N, W], contiguous, W the next multiple of 16; N too if rows.
+    """Returns [*, N, D] as contiguous [B, N, W], with W (and N if rows) padded to multiples of 16.
 
-    Rows then begin where a load of whole vectors can. A copy only where x is not so already.
+    Rows are then aligned for whole vector loads. Copies only if x is not already in this layout.
     """
     x = x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
     columns_missing, rows_missing = -x.shape[-1] % 16, -x.shape[-2] % 16 if rows else 0
@@ -99,7 +99,7 @@ def tile_products(
     row_count,  # M
     column_count,  # N
     width,
-    inner,  # columns of W that count
+    inner,  # the first `inner` columns of W are multiplied
     term_stride,
     TERMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -119,20 +119,20 @@ def tile_products(
     column_mask = (first_column + columns < column_count)[None, :]
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, inner, BLOCK_INNER):
-        kept = start + depth < inner
-        y = tl.load(right + start, mask=kept[:, None] & column_mask, other=0.0)
+        in_bounds = start + depth < inner
+        y = tl.load(right + start, mask=in_bounds[:, None] & column_mask, other=0.0)
         for term in tl.static_range(TERMS):
             x_ptr = left + term * tl.cast(term_stride, tl.int64) + start
-            x = tl.load(x_ptr, mask=kept[None, :] & row_mask, other=0.0)
+            x = tl.load(x_ptr, mask=in_bounds[None, :] & row_mask, other=0.0)
             accumulator = dot(x, y, accumulator, PRECISION)
     return accumulator
 
 
 @triton.jit
 def up_to_rank(rank_ptr, problem, width):
-    """rank rounded up to whole vectors of 16, or the width where there is none.
+    """Returns the rank rounded up to a multiple of 16, or the width if there is no rank.
 
-    What lies between is zero, and masks of whole vectors keep loads whole.
+    Masks then cover whole vectors, so loads stay vectorised; columns past the rank are zero.
     """
     if rank_ptr is None:
         inner = width

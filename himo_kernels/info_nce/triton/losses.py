@@ -1,8 +1,7 @@
-"""Pass 1: statistics of the logits, and what a loss or a block of a larger one makes of them.
+"""Pass 1: statistics of the logits, and from them a loss, or log odds for a block of a loss.
 
-The logits are formed a tile at a time and never stored. Sums have one order: the same bits in
-every run. Nothing here reads a value on the host: shapes alone decide, so a CUDA graph can hold
-all of it.
+The logits are computed tile by tile and never stored. The order of all sums is fixed, so every run
+gives the same bits. No value is read on the host, so a CUDA graph can capture all launches.
 """
 
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from torch import Tensor
 from himo_kernels.info_nce.triton.logits import Branch, tile_products, up_to_rank
 from himo_kernels.info_nce.triton.tiles import FUSED
 
-# Blocks of rows in one launch. Column partials take 8 bytes for each of them and each column:
-# 1 KiB a sample, less than bfloat16 features of width 768, whatever N is.
+# Row blocks per launch. Column partials take 8 bytes per row block and column, so at most 1 KiB per
+# sample, less than bfloat16 features of width 768, for any N.
 ROW_BLOCKS_AT_ONCE = 128
-# Programs that the pass is split into where there are fewer blocks of rows: eight for each
-# multiprocessor of the largest chips, so that the last wave is short.
+# Number of programs to split the pass into if there are fewer row blocks: eight per multiprocessor
+# of the largest GPUs, so that the last wave is short.
 PROGRAMS = 1024
 
 _MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4, **FUSED}
@@ -31,7 +30,7 @@ class _Partials:
 
     rows: Tensor  # [B, splits, 2, M] float32
     columns: Tensor  # [B, slots, 2, N] float32
-    filled: int  # of the slots, from the first on
+    filled: int  # the first `filled` slots hold results
 
 
 def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,40 +66,40 @@ def log_odds(
     row_positives: Tensor,  # [M] float32
     column_positives: Tensor,  # [N] float32
 ) -> tuple[Tensor, Tensor]:
-    """Returns log sum exp(S_ij - positive) of a block's rows [M] and columns [N], without pairs."""
+    """Returns log sum exp(S_ij - positive) over the negatives of a block's rows and columns."""
     partials = _statistics(branch, None)
-    found = []
-    for positives, of_one, count in (
+    results = []
+    for positives, direction, count in (
         (row_positives, partials.rows, partials.rows.shape[1]),
         (column_positives, partials.columns, partials.filled),
     ):
         entries = len(positives)
-        found.append(branch.new_empty(entries))
+        results.append(branch.new_empty(entries))
         log_odds_kernel[(triton.cdiv(entries, _MERGE["BLOCK"]),)](
-            of_one, positives.contiguous(), found[-1], entries, count, **_MERGE
+            direction, positives.contiguous(), results[-1], entries, count, **_MERGE
         )
-    return found[0], found[1]
+    return results[0], results[1]
 
 
 def _statistics(branch: Branch, positives: Tensor | None) -> _Partials:
-    # Statistics of all negatives; of a whole batch S_ii is written to positives [B, N].
+    # Returns the statistics of all negatives. For a whole batch, writes S_ii to positives [B, N].
     problems, columns, row_blocks = branch.problems, branch.columns, branch.row_blocks
     at_once = min(row_blocks, ROW_BLOCKS_AT_ONCE)
     launches = triton.cdiv(row_blocks, at_once)
     splits = min(branch.column_tiles, triton.cdiv(PROGRAMS, max(problems, 1) * at_once))
-    # Slots of the column partials: one for each launch folded, then those of a launch.
+    # Slots of the column partials: one folded slot per launch, then those of the current launch.
     folded = launches if launches > 1 else 0
     slots = folded + at_once
-    of_rows = branch.new_empty(problems, splits, 2, branch.rows)
-    of_columns = branch.new_empty(problems, slots, 2, columns)
+    row_partials = branch.new_empty(problems, splits, 2, branch.rows)
+    column_partials = branch.new_empty(problems, slots, 2, columns)
     for launch in range(launches):
         first_block = launch * at_once
         blocks = min(at_once, row_blocks - first_block)
         statistics_kernel[(problems * splits * blocks,)](
             *branch.operands(),
             positives,
-            of_rows,
-            of_columns,
+            row_partials,
+            column_partials,
             *branch.sizes(),
             slots,
             folded,
@@ -111,9 +110,9 @@ def _statistics(branch: Branch, positives: Tensor | None) -> _Partials:
         )
         if folded:
             fold_kernel[(problems * triton.cdiv(columns, _MERGE["BLOCK"]),)](
-                of_columns, columns, slots, folded, blocks, launch, **_MERGE
+                column_partials, columns, slots, folded, blocks, launch, **_MERGE
             )
-    return _Partials(of_rows, of_columns, folded or at_once)
+    return _Partials(row_partials, column_partials, folded or at_once)
 
 
 def _mean_logit(branch: Branch) -> Tensor:
@@ -138,18 +137,18 @@ def statistics_kernel(
     width,
     term_stride,
     slots,
-    first_slot,  # of the column partials of this launch
-    first_block,  # of this launch
-    row_blocks,  # of this launch
-    splits,  # programs that share a block of rows, each with some of its columns
+    first_slot,  # first column slot of this launch
+    first_block,  # first row block of this launch
+    row_blocks,  # row blocks of this launch
+    splits,  # programs that share a row block, each with some of the columns
     TERMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass 1: row and column statistics of the negatives, and the positives, from one S."""
-    # Neighbouring programs walk the same columns: those come from L2 for all but the first.
+    """Pass 1: computes the statistics of both directions, and the positives, from one S."""
+    # Neighbouring programs visit the same columns, so all but the first read them from L2.
     program = tl.program_id(0)
     block = program % row_blocks
     split = (program // row_blocks) % splits
@@ -187,12 +186,12 @@ def statistics_kernel(
             PRECISION,
         )
         pairs = rows[:, None] + pair_offset == columns[None, :]
-        first_pair = first_row + pair_offset  # its column
+        first_pair = first_row + pair_offset  # column of the first row's pair
         has_pairs = (first_pair < first_column + BLOCK_COLUMNS) & (
             first_pair + BLOCK_ROWS > first_column
         )
         if positives_ptr is not None:
-            if has_pairs:  # all of the rows': BLOCK_ROWS divides BLOCK_COLUMNS
+            if has_pairs:  # the pairs of all rows, since BLOCK_ROWS divides BLOCK_COLUMNS
                 positives = tl.sum(tl.where(pairs, logits, 0.0), 1)
                 at = positives_ptr + problem * row_count + rows
                 tl.store(at, positives, mask=rows < row_count)
@@ -220,7 +219,7 @@ def statistics_kernel(
 
 @triton.jit
 def _finite_shift(maximum):
-    """What to subtract before exp: -inf, the maximum of nothing, less itself would be NaN."""
+    """Returns the maximum to subtract before exp, with 0 for -inf: -inf - -inf would be NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
@@ -229,12 +228,12 @@ def _merged(
     partials_ptr,  # [slots, 2, N] of one problem
     first_slot,
     count,
-    entries,  # [BLOCK] int, which of N
+    entries,  # [BLOCK] int, indices into N
     samples,
     SLOTS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Maximum and sum [BLOCK] over the slots, in their order: the same bits in every run.
+    # Maximum and sum [BLOCK] over the slots, merged in order: every run gives the same bits.
     total_max = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, SLOTS_AT_ONCE):
@@ -263,7 +262,7 @@ def fold_kernel(
     SLOTS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merges the column partials of one launch into one slot, so that the next can use theirs."""
+    """Merges the column partials of one launch into one slot, to reuse its slots."""
     blocks = tl.cdiv(samples, BLOCK)
     entries = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     problem = (tl.program_id(0) // blocks).to(tl.int64)
@@ -287,12 +286,12 @@ def nll_kernel(
     samples,
     row_slots,
     column_slots,
-    column_count,  # of the column slots, from the first on
+    column_count,  # number of filled column slots
     SMOOTHING: tl.constexpr,
     SLOTS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """nll of both directions, and a block's part of the loss, but for the mean logit of eq. (5)."""
+    """Writes nll of both directions, and the block's part of eq. (5) without the mean logit."""
     blocks = tl.cdiv(samples, BLOCK)
     entries = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     problem = (tl.program_id(0) // blocks).to(tl.int64)
@@ -320,11 +319,11 @@ def log_odds_kernel(
     positives_ptr,  # [N] float32
     log_odds_ptr,  # [N] float32
     samples,  # N
-    count,  # of the slots, from the first on
+    count,  # number of filled slots
     SLOTS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """log sum exp(S_ij - S_ii) of the negatives of one direction: what blocks of a batch add up."""
+    """Writes log sum exp(S_ij - S_ii) over the negatives of one direction, to add over blocks."""
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = entries < samples
     positives = tl.load(positives_ptr + entries, mask=valid, other=0.0)
@@ -334,7 +333,8 @@ def log_odds_kernel(
 
 @triton.jit
 def _log_odds(maximum, total, positives):
-    # The difference of two logits near 100 first: it is exact, and small where it matters.
+    # Subtract the two logits, both near 100, first: the difference is exact, and small where
+    # accuracy matters.
     return (maximum - positives) + tl.log(total)
 
 
@@ -347,7 +347,7 @@ def _nll(maximum, total, positives):
 
 @triton.jit
 def _log1p(x):
-    # log(1 + x) for 0 <= x <= 1, all digits: 2 artanh z, z = x / (2 + x) <= 1 / 3, to z^15.
+    # log(1 + x) for 0 <= x <= 1 to full precision: 2 artanh z, z = x / (2 + x) <= 1 / 3, to z^15.
     z = x / (2 + x)
     square = z * z
     series = 1.0 / 13 + square * (1.0 / 15)

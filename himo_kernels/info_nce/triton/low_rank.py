@@ -1,8 +1,8 @@
-"""The low-rank branch: its factors, and the matrix products that a rank on the device bounds.
+"""The low-rank branch: its factors, and matrix products bounded by a rank on the device.
 
-torch.bmm reads every column of its operands whatever the rank is; here a block past the rank costs
-one store of zeros, and an inner loop ends at the rank. All other products are torch's. The bounded
-dimension is a multiple of 16, and what bounds it zero past the rank.
+torch.bmm reads all columns of its operands, whatever the rank. In bounded_product a block past the
+rank only stores zeros, and inner loops end at the rank. All other products are torch's. The bounded
+dimension is a multiple of 16, and the operands are zero past the rank.
 """
 
 from dataclasses import dataclass
@@ -17,41 +17,42 @@ from himo_kernels.info_nce.compose import Factors
 from himo_kernels.info_nce.triton.logits import Branch, padded, up_to_rank
 from himo_kernels.info_nce.triton.tiles import Tile, precision_for, product_tile_for
 
-# What the sum of X's terms holds of a float32 number: 24 bits, 22 bits, all.
+# Number of terms that represent X: 24 bits of float32, 22 bits, exact.
 _TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 
 
 @dataclass(frozen=True)
-class KeptFactors:
-    """V, C and B of component_features = C B, all with zeros past the rank."""
+class MaskedFactors:
+    """V, and C and B of component_features = C B with zeros past the rank; padded."""
 
     image: Tensor  # [B, N, W of D]
     coefficients: Tensor  # [B, N, W]
     basis: Tensor  # [B, W, W of D]
-    rank: Tensor  # [B] int64, at least 0 and at most W
+    rank: Tensor  # [B] int64, in [0, W]
 
 
-def kept_factors(
+def masked_factors(
     image: Tensor,  # [*, N, D]
     factors: Factors,
-) -> KeptFactors:
-    """Returns the factors with what is past the rank set to zero: nobody need have filled it."""
+) -> MaskedFactors:
+    """Returns the factors with zeros past the rank, where they may be uninitialised."""
     coefficients, basis = padded(factors.coefficients), padded(factors.basis, rows=True)
     rank = factors.rank.reshape(-1).clamp(0, coefficients.shape[-1])
-    kept = torch.arange(coefficients.shape[-1], device=rank.device) < rank[:, None]  # [B, W]
-    return KeptFactors(
+    used = torch.arange(coefficients.shape[-1], device=rank.device) < rank[:, None]  # [B, W]
+    return MaskedFactors(
         padded(image),
-        torch.where(kept[:, None, :], coefficients, 0.0),
-        torch.where(kept[:, :, None], basis, 0.0),
+        torch.where(used[:, None, :], coefficients, 0.0),
+        torch.where(used[:, :, None], basis, 0.0),
         rank,
     )
 
 
-def factors_branch(factors: KeptFactors, scale: Tensor) -> Branch:
-    """Returns the loss of images against coefficients @ basis, inside the K columns of a factor.
+def factors_branch(factors: MaskedFactors, scale: Tensor) -> Branch:
+    """Returns the branch of images against coefficients @ basis, with X = V B^T and Y = C.
 
-    V (C B)^T = (V B^T) C^T, whose inner dimension is the rank. V B^T in 16 bits would cost the
-    logits their digits, so it is kept in terms of 16 bits. In float16 it must stay below 65504.
+    V (C B)^T = (V B^T) C^T, whose inner dimension is the rank. One 16-bit number for V B^T would
+    make the logits inaccurate, so it is a sum of 16-bit terms. In float16, V B^T must stay below
+    65504.
     """
     dtype, shape = factors.image.dtype, factors.coefficients.shape
     left = torch.empty((_TERMS[dtype], *shape), dtype=dtype, device=factors.image.device)
@@ -61,19 +62,19 @@ def factors_branch(factors: KeptFactors, scale: Tensor) -> Branch:
 
 def bounded_product(
     x: Tensor,  # [B, M, K]
-    y: Tensor,  # [B, K, L], of the dtype of x, or narrower where x is float32
-    rank: Tensor,  # [B] int64, at least 0 and at most the bounded dimension
+    y: Tensor,  # [B, K, L], dtype of x, or a narrower dtype if x is float32
+    rank: Tensor,  # [B] int64, between 0 and the bounded dimension
     bound: str,  # "rows", "columns" or "inner"
-    out: Tensor,  # [B, M, L], or [TERMS, B, M, L] for a product in parts; last dimension contiguous
+    out: Tensor,  # [B, M, L], or [TERMS, B, M, L] as a sum of terms; last dimension contiguous
     *,
     accumulate: bool = False,
 ) -> None:
-    """Writes x @ y to out, or adds it, where the rank of each problem bounds M, L or K."""
+    """Writes x @ y to out, or adds it to out; the rank of each problem bounds M, L or K."""
     parts = out if out.dim() == 4 else out.unsqueeze(0)
     terms, problems, rows, columns = parts.shape
     tile: Tile = product_tile_for(x)
     grid = (problems * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-    # float32 beside 16-bit features: three TF32 products keep 22 bits, at tensor core speed.
+    # float32 times 16-bit features: three TF32 products give 22 bits, on the tensor cores.
     mixed = x.dtype == torch.float32 and y.dtype != torch.float32
     bounded_product_kernel[grid](
         x,
@@ -112,7 +113,7 @@ def bounded_product_kernel(
     out_term_stride,
     out_problem_stride,
     out_row_stride,
-    BOUND: tl.constexpr,  # "rows", "columns" or "inner": what ends at the rank
+    BOUND: tl.constexpr,  # "rows", "columns" or "inner": the dimension that ends at the rank
     TERMS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -120,10 +121,10 @@ def bounded_product_kernel(
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """X Y with zeros past the rank, added to out or written to it as the sum of TERMS parts.
+    """Adds X Y, with zeros past the rank, to out, or writes it to out as a sum of TERMS terms.
 
-    Both are multiplied in the dtype of X. A part is the rest so far, rounded to the dtype of out:
-    three of bfloat16 hold 24 bits.
+    Multiplies in the dtype of X. Each term is the remainder after the earlier terms, rounded to the
+    dtype of out; three bfloat16 terms hold 24 bits.
     """
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
@@ -146,14 +147,14 @@ def bounded_product_kernel(
     y_ptr += problem * y_problem_stride + first_column * y_column_stride
     x_at = in_row[:, None] * x_row_stride + depth[None, :] * x_inner_stride
     y_at = depth[:, None] * y_inner_stride + in_column[None, :] * y_column_stride
-    row_kept = first_row + in_row < row_limit
-    column_kept = first_column + in_column < column_limit
+    row_mask = first_row + in_row < row_limit
+    column_mask = first_column + in_column < column_limit
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     if (first_row < row_limit) & (first_column < column_limit):
         for start in range(0, inner_limit, BLOCK_INNER):
-            kept = start + depth < inner_limit
-            x = tl.load(x_ptr + x_at, mask=row_kept[:, None] & kept[None, :], other=0.0)
-            y = tl.load(y_ptr + y_at, mask=kept[:, None] & column_kept[None, :], other=0.0)
+            in_bounds = start + depth < inner_limit
+            x = tl.load(x_ptr + x_at, mask=row_mask[:, None] & in_bounds[None, :], other=0.0)
+            y = tl.load(y_ptr + y_at, mask=in_bounds[:, None] & column_mask[None, :], other=0.0)
             if x_ptr.dtype.element_ty == tl.float32:
                 y = y.to(tl.float32)
             accumulator = dot(x, y, accumulator, PRECISION)

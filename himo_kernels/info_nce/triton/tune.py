@@ -1,8 +1,9 @@
-"""Times tiles for the table of tiles.py, forward and backward of one loss, on the GPU at hand.
+"""Times tiles for the table in tiles.py: forward and backward of one loss on the available GPU.
 
 python -m himo_kernels.info_nce.triton.tune --samples 32768 --features 768 --dtype bfloat16
 
-Prints one row a tile, fastest first: what the table should hold for this architecture and dtype.
+Prints one row per tile, fastest first. The first row belongs in the table for this architecture and
+dtype.
 """
 
 import argparse
@@ -33,7 +34,7 @@ CANDIDATES = (
 
 
 def parse_tile(text: str) -> Tile:
-    """Returns the tile of `rows x columns x inner:warps:stages`."""
+    """Parses `ROWSxCOLUMNSxINNER:WARPS:STAGES`."""
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+):(\d+):(\d+)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNSxINNER:WARPS:STAGES, got {text!r}")
@@ -44,7 +45,7 @@ def parse_tile(text: str) -> Tile:
 
 
 def time_ms(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Returns the median time of a step, after one to compile and one to warm up."""
+    """Returns the median time of a step, after one step to compile and one to warm up."""
     times = []
     for repeat in range(repeats + 2):
         if device.type == "cuda":
@@ -59,7 +60,7 @@ def time_ms(step: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def forward_and_backward(image: Tensor, text: Tensor, scale: Tensor) -> None:
-    """One loss and its gradients, without what autograd adds."""
+    """Runs one loss and its gradients, without the overhead of autograd."""
     branch = features_branch(image, text, scale)
     loss, row_nll, column_nll = losses(branch, 0.0)
     needs = Needs(left=True, right=True, scale=True)
@@ -68,7 +69,7 @@ def forward_and_backward(image: Tensor, text: Tensor, scale: Tensor) -> None:
 
 
 def main() -> None:
-    """Times the tiles of the command line."""
+    """Times the tiles given on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=32768)
     parser.add_argument("--features", type=int, default=768)
@@ -96,7 +97,7 @@ def main() -> None:
         step = partial(forward_and_backward, image, text, scale)
         try:
             timed.append((time_ms(step, device, arguments.repeats), tile))
-        except Exception as error:  # too much shared memory, mostly: Triton has no one type for it
+        except Exception as error:  # usually too much shared memory; Triton has no single type
             print(f"{tile} does not run: {str(error).splitlines()[0]}")
     for milliseconds, tile in sorted(timed, key=lambda row: row[0]):
         print(f"{tile} {milliseconds:.3f} ms")

@@ -1,8 +1,8 @@
 """The `triton` backend of pca, project_reconstruct and pca_reconstruct. Not yet run on hardware.
 
-Products are float64, as in the reference, on float64 tensor cores; project_reconstruct follows the
-dtype of its PCA. Everything after the eigensolver reads the rank on the device: loops end at it,
-and programs past it return at once. Equation numbers are those of himo_kernels/pca/README.md.
+Products are float64, as in the reference, on float64 tensor cores; project_reconstruct uses the
+dtype of its PCA. Kernels after the eigensolver read the rank on the device: loops end at it, and
+programs past it return at once. Equation numbers refer to himo_kernels/pca/README.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ __all__ = [
 def pca_fwd(
     x: Tensor,  # [*, N, D]
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, ...]:
     """Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*], V [*, n, n].
 
@@ -72,8 +72,8 @@ def pca_bwd(
 ) -> Tensor:
     """Returns the gradient of x [*, N, D]; equations (8) to (10).
 
-    The columns of every term of (10) sum to 0 as those of X do: only the mean's own gradient is
-    added.
+    The columns of every term of (10) sum to 0, as those of X do, so only the gradient of the mean
+    is added.
     """
     shape, x, mean, rank = x.shape, flat(x), flat(mean, 1), flat(rank, 0)
     eigenvalues, eigenvectors = flat(eigenvalues, 1), flat(eigenvectors)
@@ -84,28 +84,29 @@ def pca_bwd(
     scaled = eigenvectors * (2 * flat(grad_eigenvalues, 1).unsqueeze(-2))
     kept: Options = {"limit": rank}
     if _feature_side(x):
-        turn = matmul(grads, eigenvectors, F64, limited="rows", **kept)
-        weigh_pairs(turn, eigenvalues, rank, gap_eps)
-        turn = matmul(turn, eigenvectors.mT, F64, limited="rows", **kept)  # h, eq. (8)
-        turned = matmul(turn.mT, components, F64, limited="inner", **kept)
-        moment = matmul(scaled, eigenvectors.mT, F64, add=turned + turned.mT)
+        h = matmul(grads, eigenvectors, F64, limited="rows", **kept)
+        weigh_pairs(h, eigenvalues, rank, gap_eps)
+        h = matmul(h, eigenvectors.mT, F64, limited="rows", **kept)  # eq. (8)
+        product = matmul(h.mT, components, F64, limited="inner", **kept)
+        moment = matmul(scaled, eigenvectors.mT, F64, add=product + product.mT)
         return finished(shape, x, x, moment, mean=mean, a_mean="inner", add=add)
     centred: Options = {"mean": mean, "b_mean": "columns"}
-    unit = torch.where(eigenvalues > 0, eigenvalues, 1.0).gather(-1, rank.unsqueeze(-1) - 1)
-    axes = matmul(eigenvectors.mT, x, F64, **centred) / unit.sqrt().unsqueeze(-1)  # a_j, scaled
+    last_kept = torch.where(eigenvalues > 0, eigenvalues, 1.0).gather(-1, rank.unsqueeze(-1) - 1)
+    root = last_kept.sqrt().unsqueeze(-1)
+    axes = matmul(eigenvectors.mT, x, F64, **centred) / root  # a_j / sqrt(lambda_R)
     overlaps = matmul(grads, components.mT, F64)
     outside = matmul(overlaps, components, F64, add=grads, alpha=-1.0)
     corrections = matmul(grads, axes.mT, F64)
     weigh_pairs(corrections, eigenvalues, rank, gap_eps, null=True)
     weights = null_weights(eigenvalues, rank, present, gap_eps)
-    # h, eq. (9), zero past rank as weights are
-    turn = matmul(corrections, axes, F64, add=weights.unsqueeze(-1) * outside)
-    turn = torch.where(present.unsqueeze(-1), turn, 0.0)
-    left = matmul(x, turn.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
+    # Eq. (9), zero past rank
+    h = matmul(corrections, axes, F64, add=weights.unsqueeze(-1) * outside)
+    h = torch.where(present.unsqueeze(-1), h, 0.0)
+    left = matmul(x, h.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
     add = matmul(left, components, F64, limited="inner", add=add, **kept)
     left = matmul(x, components.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
-    add = matmul(left, turn, F64, limited="inner", add=add, **kept)
-    return finished(shape, x, scaled * unit.sqrt().unsqueeze(-1), axes, add=add)
+    add = matmul(left, h, F64, limited="inner", add=add, **kept)
+    return finished(shape, x, scaled * root, axes, add=add)
 
 
 def project_reconstruct_fwd(
@@ -142,7 +143,7 @@ def project_reconstruct_bwd(
     )
     grad_coefficients = matmul(grad, components.mT, sums, limited="columns", **kept)
     grad_x = finished(shape, x, grad_coefficients, components, limited="inner", **kept)
-    # The sum of G - G Pi over the samples, from the sum of G: one row.
+    # The sum of G - G Pi over the samples, computed from the sum of G, one row.
     total = grad.sum(-2, keepdim=True, dtype=sums)
     along = matmul(total, components.mT, sums, limited="columns", **kept)
     grad_mean = total - matmul(along, components, sums, limited="inner", **kept)
@@ -156,7 +157,7 @@ def project_reconstruct_bwd(
 def pca_reconstruct_fwd(
     x: Tensor,  # [*, N, D]
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, ...]:
     """Returns U' [*, N, D] in x's dtype, rank [*], mean [*, D], eigenvalues [*, n], V [*, n, n]."""
     shape, x = x.shape, flat(x)
@@ -187,7 +188,7 @@ def pca_reconstruct_bwd(
 ) -> Tensor:
     """Returns the gradient of x [*, N, D]; equations (4) to (7).
 
-    The mean of dX over the samples leaves before the last product, as the mean of its left factor.
+    The mean of dX over the samples is subtracted from the left factor of the last product.
     """
     shape, grad, x, mean = x.shape, flat(grad_reconstruction), flat(x), flat(mean, 1)
     eigenvalues, eigenvectors, rank = flat(eigenvalues, 1), flat(eigenvectors), flat(rank, 0)
@@ -195,15 +196,15 @@ def pca_reconstruct_bwd(
     grad_mean = grad.mean(-2, dtype=F64)
     add = grad_mean.unsqueeze(-2)
     if differentiate_basis and not _feature_side(x):
-        # In the eigenbasis: V^T B V = (V^T G) (V^T X)^T, and dX = V ((H + H^T) V^T X + K V^T G)
-        # with K = 1 for the kept.
-        turned_grad = matmul(eigenvectors.mT, grad, F64)
-        turned_x = matmul(eigenvectors.mT, x, F64, mean=mean, b_mean="columns")
-        pairs = matmul(turned_grad, turned_x.mT, F64)
+        # In the eigenbasis, V^T B V = (V^T G) (V^T X)^T and dX = V ((H + H^T) V^T X + K V^T G),
+        # where K is 1 for kept and 0 for dropped directions.
+        basis_grad = matmul(eigenvectors.mT, grad, F64)
+        basis_x = matmul(eigenvectors.mT, x, F64, mean=mean, b_mean="columns")
+        pairs = matmul(basis_grad, basis_x.mT, F64)
         weigh_pairs(pairs, eigenvalues, rank, gap_eps, symmetric=True)
-        turned = matmul(pairs, turned_x, F64, limited="add", add=turned_grad, **kept)
+        basis_grad_x = matmul(pairs, basis_x, F64, limited="add", add=basis_grad, **kept)
         centred: Options = {"mean": eigenvectors.mean(-2), "a_mean": "inner"}
-        return finished(shape, x, eigenvectors, turned, add=add, **centred)  # eq. (7)
+        return finished(shape, x, eigenvectors, basis_grad_x, add=add, **centred)  # eq. (7)
     centred_grad: Options = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **kept}
     if not differentiate_basis:
         present = _present(x, eigenvalues, rank)
@@ -212,8 +213,9 @@ def pca_reconstruct_bwd(
         grad_x = finished(x.shape, x, left, components, limited="inner", add=add, **kept)
         return torch.where(identity(eigenvalues, rank), grad, grad_x).view(shape)
     grad_projector = matmul(x.mT, grad, F64, mean=mean, a_mean="rows")  # B, eq. (4)
-    turn = grad_moment(grad_projector + grad_projector.mT, eigenvalues, eigenvectors, rank, gap_eps)
-    add = matmul(x, turn, F64, mean=mean, a_mean="inner", add=add)
+    symmetric = grad_projector + grad_projector.mT
+    grad_c = grad_moment(symmetric, eigenvalues, eigenvectors, rank, gap_eps)  # dC
+    add = matmul(x, grad_c, F64, mean=mean, a_mean="inner", add=add)
     left, right = matmul(grad, eigenvectors, F64, **centred_grad), eigenvectors.mT
     return finished(shape, x, left, right, limited="inner", add=add, **kept)  # eq. (7)
 
@@ -236,9 +238,9 @@ def _components(
     eigenvalues: Tensor,
     eigenvectors: Tensor,
     rank: Tensor,
-    present: Tensor,  # of _present
+    present: Tensor,  # from _present
 ) -> Tensor:
-    # P [P, n, D]: kept eigenvectors of X^T X in rows, zero past rank.
+    # Components [P, n, D] of P problems: kept eigenvectors of X^T X as rows, zero past rank.
     if _feature_side(x):
         return torch.where(present.unsqueeze(-1), eigenvectors.mT, 0.0)
     inverse_norms = torch.where(present, eigenvalues, torch.inf).rsqrt().unsqueeze(-2)
@@ -250,8 +252,8 @@ def _components(
 
 
 def _present(x: Tensor, eigenvalues: Tensor, rank: Tensor) -> Tensor:
-    # Rows of components that are not zero [P, n]. On the sample side a direction without variance,
-    # rounding noise at tau = 1, has none; NaN must come through.
+    # Whether a row of components is nonzero [P, n]. On the sample side a direction without
+    # variance (rounding noise, at tau = 1) has no component. NaN must propagate.
     size = eigenvalues.shape[-1]
     kept = torch.arange(size, device=rank.device) < rank.unsqueeze(-1)
     if _feature_side(x):

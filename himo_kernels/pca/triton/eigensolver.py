@@ -1,20 +1,20 @@
-"""Eigenvalues, eigenvectors and rank of small symmetric matrices, without a word to the host.
+"""Eigenvalues, eigenvectors and rank of small symmetric matrices, without host synchronisation.
 
-n <= 128, one problem a program or several, all in float64:
+Steps for n <= 128, all in float64:
 
-1. Householder reflectors make A tridiagonal, A = Q T Q^T, in one pass over what is left of A for
-   each: the last update and the next product.
-2. Sturm counts bracket each eigenvalue: 32 points cut a bracket to a 33rd, 11 times.
-3. Twice: a step of inverse iteration, by elimination with row exchanges, and Gram-Schmidt over all
-   vectors. The first starts from random numbers of its own for each vector: equal eigenvalues then
-   give independent vectors, and the second step heals what their Gram-Schmidt magnified.
-4. Back to A by Q, and one Newton-Schulz step V (3 I - V^T V) / 2, which squares what is left of
+1. Householder reflectors reduce A to tridiagonal form, A = Q T Q^T. Each makes one pass over the
+   trailing matrix, which applies the last update and computes the next product.
+2. Sturm counts bracket each eigenvalue: 32 points reduce a bracket to 1/33 of its width, 11 times.
+3. Two rounds of inverse iteration, by elimination with row exchanges, and Gram-Schmidt over all
+   vectors. Each vector starts from its own random numbers, so equal eigenvalues give independent
+   vectors. The second round removes the errors that the first Gram-Schmidt amplified.
+4. Back-transformation by Q and one Newton-Schulz step V (3 I - V^T V) / 2, which squares
    V^T V - I.
-5. Rayleigh quotients are the eigenvalues. A problem is certified when max |V^T V - I| and
-   max |A V - V L| are rounding; one that is not is solved again by Jacobi rotations (jacobi.py).
-   The same program sorts what it has and chooses the rank.
+5. The eigenvalues are Rayleigh quotients. A problem is certified if max |V^T V - I| and
+   max |A V - V L| are at rounding level; otherwise it is solved again by Jacobi rotations
+   (jacobi.py). The same program sorts the eigenpairs and chooses the rank.
 
-Larger n: torch.linalg.eigh, which waits for the host once.
+Larger n uses torch.linalg.eigh, which synchronises with the host once.
 """
 
 from collections.abc import Sequence
@@ -31,32 +31,32 @@ from himo_kernels.covariance.triton.matmul import matmul
 from himo_kernels.pca.triton.jacobi import SWEEPS, solve_by_rotations
 from himo_kernels.pca.triton.tridiagonal import approximate_eigenvectors
 
-LINES = 8  # rows or columns of a matrix in registers at a time
-LARGEST = 128  # steps 1 and 3 have one SM for a problem, and time grows as n^3 beyond
+LINES = 8  # rows or columns of a matrix held in registers at a time
+LARGEST = 128  # steps 1 and 3 use one SM per problem, and their time grows as n^3
 
-# Largest accepted |V^T V - I| and |A V - V L| / scale, per n: what rounding leaves is about 1.
+# Largest accepted |V^T V - I| and |A V - V L| / scale, divided by n. Rounding gives about 1 eps.
 CERTIFIED = 16 * 2.0**-52
 
 
 class Solution(NamedTuple):
-    """Eigenvalues and eigenvectors of P problems, and how many of them to keep."""
+    """Eigenvalues, eigenvectors and rank of P problems."""
 
     eigenvalues: Tensor  # [P, n], descending and >= 0
-    eigenvectors: Tensor  # [P, n, n], in columns
+    eigenvectors: Tensor  # [P, n, n], as columns
     rank: Tensor  # [P] int64
-    complete: Tensor  # [P] bool: every direction is kept, and none is NaN
+    complete: Tensor  # [P] bool: every direction is kept and all values are finite
 
 
 class Rule(NamedTuple):
-    """How many directions to keep: README.md (2)."""
+    """The rule that chooses the rank: README.md (2) and (2')."""
 
     variance_threshold: Tensor  # [] float64
-    floor: Sequence[float]  # of reference.floor_of: bits, for it is one of few
+    floor: Sequence[float]  # from reference.floor_of; kernels receive it as bits
     mean: Tensor  # [P, D] float64
     samples: int  # N
 
     def arguments(self) -> tuple[object, ...]:
-        """Returns what a kernel is given: threshold, mean, N, D, and the bits of both floors."""
+        """Returns the kernel arguments: threshold, mean, N, D, and the bits of both floors."""
         floor = (_triton.float64_bits(value) for value in self.floor)
         mean = self.mean.contiguous()
         return (self.variance_threshold, mean, self.samples, mean.shape[-1], *floor)
@@ -68,9 +68,9 @@ def solve(
 ) -> Solution:
     """Returns the eigenpairs and the smallest ranks that reach the threshold.
 
-    The rank is n where the trace is not above the floor. Eigenpairs are NaN for a problem that
-    holds NaN or inf. Symmetric up to rounding is enough. n > 128 waits for the host once, in
-    torch.linalg.eigh.
+    The rank is n if the trace is not above the floor. Eigenpairs of a problem with NaN or inf are
+    NaN. The moment may be symmetric only up to rounding. n > 128 synchronises with the host once,
+    in torch.linalg.eigh.
     """
     problems, size, _ = moment.shape
     if size <= LARGEST and moment.numel():
@@ -88,7 +88,7 @@ def choose_rank(
     eigenvalues: Tensor,  # [P, n], descending
     rule: Rule,
 ) -> tuple[Tensor, Tensor]:
-    """Returns rank and complete of a Solution, both [P]."""
+    """Returns rank and complete as in Solution, both [P]."""
     problems, size = eigenvalues.shape
     rank = eigenvalues.new_empty(problems, dtype=torch.int64)
     complete = eigenvalues.new_empty(problems, dtype=torch.bool)
@@ -107,7 +107,7 @@ def choose_rank(
 
 
 def _eigh_by_torch(moment: Tensor) -> tuple[Tensor, Tensor]:
-    # LAPACK raises on NaN, for all problems of the batch: solve zeros there and return NaN.
+    # LAPACK raises for the whole batch on NaN: solve zeros for such a problem and return NaN.
     finite = moment.isfinite().all(-1).all(-1)[:, None, None]
     values, vectors = torch.linalg.eigh(torch.where(finite, moment, 0.0))
     nan = torch.where(finite, 0.0, torch.nan)
@@ -115,8 +115,8 @@ def _eigh_by_torch(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _approximate(moment: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    # Steps 1 to 4: pairs [P, 2, n, n], of Z = V^T and the scaled A; their products with Z
-    # [P, n, 2 n], of Z Z^T and Z A; and the scales [P].
+    # Steps 1 to 4. Returns pairs [P, 2, n, n] of Z = V^T and the scaled A; their products with Z
+    # [P, n, 2 n], Z Z^T and Z A; and the scales [P].
     problems, size, _ = moment.shape
     pairs = moment.new_empty((problems, 2, size, size))
     z, scale = approximate_eigenvectors(moment, pairs[:, 1], block)
@@ -164,7 +164,7 @@ def _finish(
 def _finish_kernel(
     pairs_ptr,  # Z = V^T and A [P, 2, n, n]
     products_ptr,  # Z Z^T and Z A [P, n, 2 n]
-    scale_ptr,  # [P], by which A was divided; NaN where it was not finite
+    scale_ptr,  # [P], A was divided by it; NaN if A was not finite
     values_ptr,  # [P, n], scratch
     sorted_values_ptr,  # [P, n]
     sorted_vectors_ptr,  # V [P, n, n]
@@ -190,8 +190,8 @@ def _finish_kernel(
     sorted_vectors_ptr += problem * n * n
     scale = tl.load(scale_ptr + problem)
     certified = _certified(z_ptr, products_ptr, values_ptr, n, TOLERANCE, LINES, BLOCK)
-    tl.debug_barrier()  # what follows reads what other threads wrote
-    # Where scale is NaN there is nothing to solve again.
+    tl.debug_barrier()  # the code below reads what other threads wrote
+    # A NaN scale marks a problem without a solution: skip it.
     if (certified == 0) & (scale == scale):
         plane = n * n
         solve_by_rotations(
@@ -240,7 +240,7 @@ def _certified(
         tl.store(values_ptr + i, value, mask=i < n)
         identity = tl.where((i[:, None] == j[None, :]) & valid, 1.0, 0.0)
         residual = tl.abs(image - z * value[:, None]) + tl.abs(overlap - identity)
-        # Counted, for a maximum passes over NaN.
+        # Count failures: a maximum would ignore NaN.
         failures += tl.sum(tl.where(residual <= TOLERANCE, 0, 1), axis=1)
     return tl.where(tl.sum(failures) == 0, 1, 0)
 
@@ -259,7 +259,7 @@ def _sort(
     rows = tl.arange(0, BLOCK)
     nan = scale * 0.0
     one = tl.load(values_ptr + rows, mask=rows < n, other=-1.0)
-    one = tl.where(one > 0, one, 0.0)[:, None]  # of a positive semi-definite matrix; NaN in order
+    one = tl.where(one > 0, one, 0.0)[:, None]  # eigenvalues are >= 0; also makes NaN sortable
     for first in range(0, n, LINES):
         columns = first + tl.arange(0, LINES)
         valid = (rows < n)[:, None] & (columns < n)[None, :]
@@ -275,7 +275,7 @@ def _sort(
 
 @triton.jit
 def _shift(mean_ptr, samples, features, BLOCK: tl.constexpr):
-    # N mean^2, the part of sum(x^2) that centring takes away.
+    # N |mean|^2, the part of sum(x^2) that centring removes.
     squares = tl.zeros([BLOCK], tl.float64)
     for first in range(0, features, BLOCK):
         index = first + tl.arange(0, BLOCK)
@@ -286,11 +286,11 @@ def _shift(mean_ptr, samples, features, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rank(values_ptr, threshold, shift, relative, absolute, n, BLOCK: tl.constexpr):
-    # Of eigenvalues [n], descending: the rank, and whether all directions are kept and finite.
+    # Returns the rank for descending eigenvalues [n], and whether all are kept and finite.
     index = tl.arange(0, BLOCK)
     value = tl.load(values_ptr + index, mask=index < n, other=0.0)
     cumulative = tl.cumsum(value)
-    # The same sum: the last ratio is 1, so that a threshold of 1 is reached.
+    # The same sum, so the last ratio is exactly 1 and reaches a threshold of 1.
     trace = tl.sum(tl.where(index == n - 1, cumulative, 0.0))
     short = (cumulative / trace < threshold) & (index < n)
     has_variance = trace > relative * (trace + shift) + absolute  # false for NaN

@@ -1,14 +1,14 @@
-"""Jacobi rotations: the second try of the eigensolver, which no spectrum defeats.
+"""Jacobi rotations: the fallback of the eigensolver, which converges for every spectrum.
 
-A = V L V^T by plane rotations, n / 2 disjoint pairs at a time: round r turns the planes (i, i ^ r),
-and the n - 1 rounds of a sweep meet every pair once. Rotations keep V orthonormal whatever the
-spectrum. A sweep that meets no off-diagonal element above rounding is the last.
+Plane rotations compute A = V L V^T, n / 2 disjoint pairs at a time: round r rotates the planes
+(i, i ^ r), and the n - 1 rounds of a sweep visit every pair once. Rotations keep V orthonormal for
+every spectrum. The last sweep is the first that finds all off-diagonal elements at rounding level.
 """
 
 import triton
 import triton.language as tl
 
-SWEEPS = 24  # a bound; convergence is quadratic after a few, and takes 6 to 10
+SWEEPS = 24  # limit; convergence is quadratic after a few sweeps and takes 6 to 10
 
 _EPS = tl.constexpr(2.0**-52)
 
@@ -25,9 +25,9 @@ def solve_by_rotations(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes eigenvalues and eigenvectors, in rows, in no order. A is symmetric up to rounding."""
+    """Writes unsorted eigenvalues, and eigenvectors as rows. A is symmetric up to rounding."""
     j = tl.arange(0, BLOCK)
-    # A round reads one matrix and writes the other: no thread overwrites what another still reads.
+    # A round reads one matrix and writes the other, so no thread overwrites data still being read.
     next_a_ptr, a_ptr = a_ptr, other_a_ptr
     v_ptr, next_v_ptr = vectors_ptr, other_vectors_ptr
     for first in range(0, n, ROWS):
@@ -38,7 +38,7 @@ def solve_by_rotations(
         tl.store(a_ptr + i[:, None] * n + j[None, :], a, mask=valid)
         identity = tl.where(i[:, None] == j[None, :], 1.0, 0.0).to(tl.float64)
         tl.store(v_ptr + i[:, None] * n + j[None, :], identity, mask=valid)
-    tl.debug_barrier()  # what follows reads what other threads wrote
+    tl.debug_barrier()  # the code below reads what other threads wrote
 
     sweep = 0
     largest = tl.full([], 1.0, tl.float64)
@@ -51,11 +51,11 @@ def solve_by_rotations(
             for first in range(0, n, ROWS):
                 i = first + tl.arange(0, ROWS)
                 ci, si, _, _ = _rotation(a_ptr, i, r, n)
-                a = c[None, :] * _rows_turned(a_ptr, i, ci, si, j, r, n)
-                a += s[None, :] * _rows_turned(a_ptr, i, ci, si, partner, r, n)
+                a = c[None, :] * _rows_rotated(a_ptr, i, ci, si, j, r, n)
+                a += s[None, :] * _rows_rotated(a_ptr, i, ci, si, partner, r, n)
                 a = tl.where(i[:, None] == j[None, :], d[None, :], a)
                 a = tl.where(i[:, None] == partner[None, :], 0.0, a)
-                v = _rows_turned(v_ptr, i, ci, si, j, r, n)
+                v = _rows_rotated(v_ptr, i, ci, si, j, r, n)
                 valid = (i < n)[:, None] & (j < n)[None, :]
                 tl.store(next_a_ptr + i[:, None] * n + j[None, :], a, mask=valid)
                 tl.store(next_v_ptr + i[:, None] * n + j[None, :], v, mask=valid)
@@ -78,25 +78,25 @@ def _tile(ptr, i, j, n):
 
 
 @triton.jit
-def _rows_turned(a_ptr, i, ci, si, j, r, n):
+def _rows_rotated(a_ptr, i, ci, si, j, r, n):
     return ci[:, None] * _tile(a_ptr, i, j, n) + si[:, None] * _tile(a_ptr, i ^ r, j, n)
 
 
 @triton.jit
 def _rotation(a_ptr, i, r, n):
     # Row i becomes c row_i + s row_(i ^ r), which zeroes the off-diagonal element of the pair.
-    # Both rows of a pair compute the same c and opposite s. Returns c, s, the new diagonal and
-    # the element that is zeroed; an element of 0 leaves its pair alone.
+    # Both rows of a pair compute the same c and opposite s. Returns c, s, the new diagonal element
+    # and the zeroed element. A pair whose element is already 0 is not rotated.
     partner = i ^ r
     both = (i < n) & (partner < n)
     own = tl.load(a_ptr + i * n + i, mask=i < n, other=0.0)
     other = tl.load(a_ptr + partner * n + partner, mask=both, other=0.0)
     off_ptr = a_ptr + tl.minimum(i, partner) * n + tl.maximum(i, partner)
     off = tl.load(off_ptr, mask=both, other=0.0)
-    turns = off != 0.0
-    cotangent = (other - own) / (2 * tl.where(turns, off, 1.0))
+    rotates = off != 0.0
+    cotangent = (other - own) / (2 * tl.where(rotates, off, 1.0))
     positive = (cotangent > 0) | ((cotangent == 0) & (i < partner))
     tangent = 1 / (tl.abs(cotangent) + tl.sqrt(1 + cotangent * cotangent))
-    tangent = tl.where(turns, tl.where(positive, tangent, -tangent), 0.0)
+    tangent = tl.where(rotates, tl.where(positive, tangent, -tangent), 0.0)
     c = 1 / tl.sqrt(1 + tangent * tangent)
     return c, -tangent * c, own - tangent * off, off

@@ -1,6 +1,6 @@
-"""What follows the eigensolver on the feature side, of a whole batch or of some rows of one.
+"""The steps after the eigensolver on the feature side, for a whole batch or some of its rows.
 
-The parts of himo_kernels/pca/moment.py: signatures and results of reference.py.
+The moment_* functions implement himo_kernels/pca/moment.py, with signatures as in reference.py.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from himo_kernels.pca.triton.eigensolver import Rule, solve
 from himo_kernels.pca.triton.weights import weigh_pairs
 
 F64 = torch.float64
-Options = dict[str, Any]  # of matmul
+Options = dict[str, Any]  # keyword arguments of matmul
 
 
 def moment_decompose(
@@ -22,7 +22,7 @@ def moment_decompose(
     mean: Tensor,  # [D] float64
     samples: int,  # N
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of reference.floor_of
+    floor: Sequence[float],  # from reference.floor_of
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns eigenvalues [D], eigenvectors [D, D], rank []."""
     rule = Rule(variance_threshold, floor, mean.unsqueeze(0), samples)
@@ -37,7 +37,7 @@ def moment_reconstruct(
     eigenvectors: Tensor,  # [D, D] float64
     rank: Tensor,  # [] int64
 ) -> Tensor:
-    """Returns U' of some rows of the batch that was decomposed [M, D], in x's dtype."""
+    """Returns U' [M, D] of some rows of the decomposed batch, in x's dtype."""
     return _projected(x, mean, eigenvalues, eigenvectors, rank, mean)
 
 
@@ -46,27 +46,27 @@ def moment_grad_projector(
     x: Tensor,  # [M, D]
     mean: Tensor,  # [D] float64
 ) -> Tensor:
-    """Returns B = X^T G of these rows [D, D] float64: eq. (4)."""
+    """Returns B = X^T G [D, D] float64, summed over these rows: eq. (4)."""
     return matmul(x.mT[None], grad[None], F64, mean=mean[None], a_mean="rows")[0]
 
 
 def moment_bwd(
     grad: Tensor,  # [M, D]
-    grad_mean: Tensor,  # [D] float64, of the batch
+    grad_mean: Tensor,  # [D] float64, over the whole batch
     x: Tensor,  # [M, D]
     mean: Tensor,  # [D] float64
-    symmetric: Tensor | None,  # [D, D] float64: B + B^T of the batch; None: a constant basis
+    symmetric: Tensor | None,  # [D, D] float64: B + B^T of the whole batch; None: constant basis
     eigenvalues: Tensor,  # [D] float64
     eigenvectors: Tensor,  # [D, D] float64
     rank: Tensor,  # [] int64
     gap_eps: float,
 ) -> Tensor:
-    """Returns dX of these rows [M, D], in x's dtype: eq. (5) to (7)."""
+    """Returns dX [M, D] of these rows, in x's dtype: eq. (5) to (7)."""
     add = grad_mean[None, None]
     if symmetric is not None:
         decomposition = (eigenvalues[None], eigenvectors[None], rank[None])
-        turn = grad_moment(symmetric[None], *decomposition, gap_eps)
-        add = matmul(x[None], turn, F64, mean=mean[None], a_mean="inner", add=add)
+        grad_c = grad_moment(symmetric[None], *decomposition, gap_eps)  # dC
+        add = matmul(x[None], grad_c, F64, mean=mean[None], a_mean="inner", add=add)
     return _projected(grad, grad_mean, eigenvalues, eigenvectors, rank, add)
 
 
@@ -78,7 +78,7 @@ def _projected(
     rank: Tensor,  # []
     add: Tensor,  # broadcasts to [1, M, D]
 ) -> Tensor:
-    # (values - mean) Pi + add, in their dtype; values where every direction is kept.
+    # (values - mean) Pi + add in the dtype of values; values unchanged if every direction is kept.
     kept: Options = {"limit": rank[None]}
     vectors = eigenvectors[None]
     left = matmul(
@@ -95,7 +95,7 @@ def grad_moment(
     rank: Tensor,  # [P]
     gap_eps: float,
 ) -> Tensor:
-    """Returns dC [P, n, n], equations (5) and (6); only the first rank rows of H are formed."""
+    """Returns dC [P, n, n], equations (5) and (6). Forms only the first rank rows of H."""
     pairs = matmul(eigenvectors.mT, symmetric, F64, limited="rows", limit=rank)
     pairs = matmul(pairs, eigenvectors, F64, limited="rows", limit=rank)
     weigh_pairs(pairs, eigenvalues, rank, gap_eps)
@@ -105,13 +105,13 @@ def grad_moment(
 
 
 def identity(eigenvalues: Tensor, rank: Tensor) -> Tensor:
-    """Returns True for problems of which all is kept [P, 1, 1]; not for those that hold NaN."""
+    """Returns whether every direction of a problem is kept, [P, 1, 1]; False for NaN."""
     complete = (rank == eigenvalues.shape[-1]) & eigenvalues.isfinite().all(-1)
     return complete[..., None, None]
 
 
 def finished(shape: torch.Size, x: Tensor, a: Tensor, b: Tensor, **options: Any) -> Tensor:
-    """Returns a @ b + add in the dtype of x, in this shape; sums in the wider of their dtypes."""
+    """Returns a @ b + add in this shape and the dtype of x, summed in the wider of their dtypes."""
     out = x.new_empty(x.shape)
     sums = F64 if F64 in (a.dtype, b.dtype) else a.dtype
     return matmul(a, b, sums, out=out, **options).view(shape)

@@ -1,7 +1,7 @@
-"""Eigenvectors of small symmetric matrices by way of a tridiagonal one: steps 1 to 4 of the solver.
+"""Eigenvectors of small symmetric matrices through tridiagonal form: steps 1 to 4 of the solver.
 
-See eigensolver.py. A kernel has one program for a problem where it passes over a whole matrix, and
-one for 16 eigenvalues or vectors elsewhere.
+See eigensolver.py. A kernel that sweeps a whole matrix runs one program per problem. The others run
+one program per 16 eigenvalues or vectors.
 """
 
 import triton
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from himo_kernels import _triton
 
-LANES = 16  # eigenvalues of a program of the tridiagonal problem: n / 16 SMs share one matrix
-ROWS = 32  # of a matrix in registers at a time, of one that a program passes over
-WARPS = 8  # of such a program: 16 elements of a thread at a time
-SECTIONS = 32  # points in a bracket: with 16 lanes, four for each of 128 threads to overlap
-SWEEPS = 11  # 33^11 > 2^53: brackets of the width of a rounding error
+LANES = 16  # eigenvalues or vectors per program: n / 16 SMs share one matrix
+ROWS = 32  # rows held in registers while a program sweeps one matrix
+WARPS = 8  # warps of such a program: 16 elements per thread at a time
+SECTIONS = 32  # points per bracket: with 16 lanes, four independent chains for each of 128 threads
+SWEEPS = 11  # 33^11 > 2^53: brackets shrink to the width of a rounding error
 
 _EPS = tl.constexpr(2.0**-52)
 _SMALLEST_SCALE = tl.constexpr(2.0**-1000)
@@ -27,13 +27,13 @@ def approximate_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """Returns nearly orthonormal rows [P, n, n], by descending eigenvalue, and scales [P].
 
-    A scale is a power of two near the largest element, NaN where the matrix is not finite; scaled
-    is the moment divided by it, or 0 there. block is a power of two, n or above.
+    A scale is a power of two near the largest element, and scaled is the moment divided by it. If
+    the matrix is not finite, its scale is NaN and scaled is 0. block is a power of two >= n.
     """
     problems, size, _ = moment.shape
-    # Padded to the block: the address of an element is then a constant away from the first.
+    # Padded to the block, so that addresses are compile-time offsets from the first element.
     work, reflectors, vectors = moment.new_empty((3, problems, block, block))
-    images = moment.new_empty((problems, 2, block))  # scratch, for threads to share
+    images = moment.new_empty((problems, 2, block))  # scratch shared by the threads of a program
     factors, diagonal, off_diagonal = moment.new_empty((3, problems, size))
     scale = moment.new_empty(problems)
     rows = min(ROWS, block)
@@ -55,7 +55,7 @@ def approximate_eigenvectors(
         BLOCK=block,
         **wide,
     )
-    # Programs cost the interpreter more than lanes do.
+    # The interpreter is faster with few programs and many lanes.
     lanes = block if _triton.INTERPRETED else LANES
     parts = problems * triton.cdiv(size, lanes)
     shifts = moment.new_empty((problems, size))
@@ -92,12 +92,12 @@ def approximate_eigenvectors(
 def _tridiagonalise_kernel(
     moment_ptr,  # [P, n, n]
     scaled_ptr,  # [P, n, n], matrices contiguous
-    work_ptr,  # [P, BLOCK, BLOCK]: the matrix, with all updates but the last
+    work_ptr,  # [P, BLOCK, BLOCK]: the matrix with all updates except the last
     reflectors_ptr,  # [P, BLOCK, BLOCK], row k holds v_k
-    images_ptr,  # [P, 2, BLOCK]: A v and w, for threads to share
+    images_ptr,  # [P, 2, BLOCK]: A v and w, shared by threads
     factors_ptr,  # [P, n], 2 / v_k . v_k
     diagonal_ptr,  # [P, n]
-    off_diagonal_ptr,  # [P, n], the last of them undefined
+    off_diagonal_ptr,  # [P, n], the last entry is undefined
     scale_ptr,  # [P], a power of two; NaN where the matrix is not finite
     n,
     scaled_stride_p,
@@ -114,11 +114,11 @@ def _tridiagonalise_kernel(
     tl.store(scale_ptr + problem, scale)
 
     j = tl.arange(0, BLOCK)
-    v = tl.zeros([BLOCK], tl.float64)  # A - v w^T - w v^T is current
+    v = tl.zeros([BLOCK], tl.float64)  # the current matrix is A - v w^T - w v^T
     w = tl.zeros([BLOCK], tl.float64)
     tl.store(images_ptr + BLOCK + j, w)
     tl.debug_barrier()
-    last_ptr = images_ptr + BLOCK  # of v; zeros at first
+    last_ptr = images_ptr + BLOCK  # where v is stored; initially zeros
     for k in range(0, n):
         row = tl.load(work_ptr + k * BLOCK + j)
         row -= tl.load(last_ptr + k) * w + tl.load(images_ptr + BLOCK + k) * v
@@ -134,7 +134,7 @@ def _tridiagonalise_kernel(
         tl.store(off_diagonal_ptr + problem * n + k, end)
         tl.store(factors_ptr + problem * n + k, factor)
         tl.store(reflectors_ptr + k * BLOCK + j, next_v)
-        # One pass over what is left: the last update, and the product with the new reflector.
+        # One pass over the trailing matrix: the last update and the product with the reflector.
         for start in range((k + 1) // ROWS * ROWS, n, ROWS):
             i = start + tl.arange(0, ROWS)
             ptrs = work_ptr + i[:, None] * BLOCK + j[None, :]
@@ -144,7 +144,7 @@ def _tridiagonalise_kernel(
             a -= tl.load(images_ptr + BLOCK + i)[:, None] * v[None, :]
             tl.store(ptrs, a, mask=left)
             tl.store(images_ptr + i, factor * tl.sum(a * next_v[None, :], axis=1))
-        tl.debug_barrier()  # what follows reads what other threads wrote
+        tl.debug_barrier()  # the code below reads what other threads wrote
         image = tl.load(images_ptr + j, mask=(j > k) & (j < n), other=0.0)
         v = next_v
         w = image - (0.5 * factor * tl.sum(v * image)) * v
@@ -155,9 +155,9 @@ def _tridiagonalise_kernel(
 
 @triton.jit
 def _scaled_copies(moment_ptr, scaled_ptr, work_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    # Writes twice the matrix divided by a power of two near its largest element, which rounds
-    # nothing and keeps squares in range; returns that. Of a matrix that is not finite, zeros and
-    # NaN.
+    # Divides the matrix by a power of two near its largest element, which is exact and keeps
+    # squares in range. Writes the result to both outputs and returns the power; writes zeros and
+    # returns NaN if the matrix is not finite.
     j = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.float64)
     infinite = tl.zeros([BLOCK], tl.int32)
@@ -184,7 +184,7 @@ def _scaled_copies(moment_ptr, scaled_ptr, work_ptr, n, ROWS: tl.constexpr, BLOC
 @triton.jit
 def _bisect_kernel(
     diagonal_ptr,  # [P, n]
-    off_diagonal_ptr,  # [P, n], the last not read
+    off_diagonal_ptr,  # [P, n], the last entry is not read
     shifts_ptr,  # [P, n]: eigenvalues, descending
     n,
     LANES: tl.constexpr,
@@ -201,12 +201,12 @@ def _bisect_kernel(
     right = tl.load(e_ptr + rows, mask=rows < n - 1, other=0.0)
     left = tl.load(e_ptr + rows - 1, mask=(rows > 0) & (rows < n), other=0.0)
     middle = tl.load(d_ptr + rows, mask=rows < n, other=0.0)
-    bound = tl.max(tl.abs(middle) + tl.abs(left) + tl.abs(right))  # Gershgorin's
+    bound = tl.max(tl.abs(middle) + tl.abs(left) + tl.abs(right))  # Gershgorin bound
     bound = tl.maximum(bound * (1 + 8 * _EPS), 1.0)
     low = tl.zeros([LANES], tl.float64) - bound
     width = 2 * bound
     share = (tl.arange(0, SECTIONS) + 1).to(tl.float64) / (SECTIONS + 1)
-    least = bound * _EPS * _EPS  # of a pivot: bounds the quotient, moves an eigenvalue by nothing
+    least = bound * _EPS * _EPS  # smallest pivot: bounds the quotient, far below rounding of T
     for _ in range(SWEEPS):
         x = low[:, None] + (width * share)[None, :]
         count = tl.zeros([LANES, SECTIONS], tl.int32)  # eigenvalues below x: negative pivots
@@ -227,16 +227,16 @@ def _bisect_kernel(
 @triton.jit
 def _inverse_iteration_kernel(
     diagonal_ptr,  # [P, n]
-    off_diagonal_ptr,  # [P, n], the last not read
+    off_diagonal_ptr,  # [P, n], the last entry is not read
     shifts_ptr,  # [P, n]
-    vectors_ptr,  # [P, BLOCK, BLOCK], in rows
-    eliminated_ptr,  # [P, 4, n, n], for _solve
-    overlaps_ptr,  # [P, 2, BLOCK], for _orthonormalise
+    vectors_ptr,  # [P, BLOCK, BLOCK], as rows
+    eliminated_ptr,  # [P, 4, n, n], scratch of _solve
+    overlaps_ptr,  # [P, 2, BLOCK], scratch of _orthonormalise
     n,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One program for all vectors: a step waits for its own division, however many lanes share it.
+    # One program for all vectors: a step takes the latency of a division for any number of lanes.
     problem = tl.program_id(0).to(tl.int64)
     diagonal_ptr += problem * n
     off_diagonal_ptr += problem * n
@@ -248,7 +248,7 @@ def _inverse_iteration_kernel(
         _solve(
             diagonal_ptr, off_diagonal_ptr, shifts_ptr, vectors_ptr, eliminated_ptr, n, step, BLOCK
         )
-        tl.debug_barrier()  # what follows reads what other threads wrote
+        tl.debug_barrier()  # the code below reads what other threads wrote
         _orthonormalise(vectors_ptr, overlaps_ptr, n, ROWS, BLOCK)
         tl.debug_barrier()
 
@@ -256,15 +256,15 @@ def _inverse_iteration_kernel(
 @triton.jit
 def _solve(
     d_ptr,  # [n]
-    e_ptr,  # [n], the last not read
+    e_ptr,  # [n], the last entry is not read
     shifts_ptr,  # [n]
-    vectors_ptr,  # [BLOCK, BLOCK], in rows, in place
-    u_ptr,  # [4, n, n]: the three diagonals of U and the right-hand side, in rows
+    vectors_ptr,  # [BLOCK, BLOCK], as rows, in place
+    u_ptr,  # [4, n, n]: the three diagonals of U and the right-hand side, as rows
     n,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Row l becomes the solution of (T - shift_l) x = row l, at step 0 of random numbers.
+    # Row l becomes the solution of (T - shift_l) x = row l; at step 0, row l is random.
     lanes = tl.arange(0, BLOCK)
     inside = lanes < n
     x_ptr = vectors_ptr + lanes * BLOCK
@@ -282,7 +282,7 @@ def _solve(
         next_rhs = _right_hand_side(x_ptr, lanes, i + 1, inside, STEP)
         swap = tl.abs(p0) < tl.abs(e)
         u0 = tl.where(swap, e, p0)
-        u0 = tl.where(tl.abs(u0) < _EPS, _EPS, u0)  # the matrix is scaled: |T| is 1 or more
+        u0 = tl.where(tl.abs(u0) < _EPS, _EPS, u0)  # the matrix is scaled so that |T| >= 1
         u1 = tl.where(swap, next_d, p1)
         u2 = tl.where(swap, next_e, 0.0)
         y = tl.where(swap, next_rhs, rhs)
@@ -294,7 +294,7 @@ def _solve(
         tl.store(u_ptr + plane + i * n, u1, mask=inside)
         tl.store(u_ptr + 2 * plane + i * n, u2, mask=inside)
         tl.store(u_ptr + 3 * plane + i * n, y, mask=inside)
-    tl.debug_barrier()  # what follows reads what other threads wrote
+    tl.debug_barrier()  # the code below reads what other threads wrote
 
     x1 = rhs / tl.where(tl.abs(p0) < _EPS, _EPS, p0)
     x2 = tl.zeros_like(x1)
@@ -312,7 +312,7 @@ def _solve(
 @triton.jit
 def _right_hand_side(x_ptr, lanes, i, inside, STEP: tl.constexpr):
     if STEP == 0:
-        # Any start does that differs from lane to lane: bits of both indices, mixed.
+        # Any start that differs between lanes works: hash both indices.
         bits = (lanes * 1024 + i).to(tl.uint32)
         bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
         bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
@@ -323,8 +323,8 @@ def _right_hand_side(x_ptr, lanes, i, inside, STEP: tl.constexpr):
 
 @triton.jit
 def _orthonormalise(
-    vectors_ptr,  # [BLOCK, BLOCK], in rows, in place
-    overlaps_ptr,  # [2, BLOCK]: of each vector with the last finished one, by turns
+    vectors_ptr,  # [BLOCK, BLOCK], as rows, in place
+    overlaps_ptr,  # [2, BLOCK]: dot products with the last finished vector, double-buffered
     n,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -334,20 +334,20 @@ def _orthonormalise(
         i = start + tl.arange(0, ROWS)
         valid = (i < n)[:, None] & (j < n)[None, :]
         z = tl.load(vectors_ptr + i[:, None] * BLOCK + j[None, :], mask=valid, other=0.0)
-        largest = tl.max(tl.abs(z), axis=1)  # first: squares of the solutions may overflow
+        largest = tl.max(tl.abs(z), axis=1)  # scale first: squares of the solutions may overflow
         z *= (1 / tl.where(largest > 0, largest, 1.0))[:, None]
         z *= (1 / tl.sqrt(tl.where(largest > 0, tl.sum(z * z, axis=1), 1.0)))[:, None]
         tl.store(vectors_ptr + i[:, None] * BLOCK + j[None, :], z)
     tl.store(overlaps_ptr + j, tl.zeros([BLOCK], tl.float64))
     tl.debug_barrier()
 
-    q = tl.zeros([BLOCK], tl.float64)  # later rows still hold overlap times q
+    q = tl.zeros([BLOCK], tl.float64)  # overlap times q is still to be subtracted from later rows
     for k in range(0, n):
         last_ptr = overlaps_ptr + k % 2 * BLOCK
         next_ptr = overlaps_ptr + (k + 1) % 2 * BLOCK
         row = tl.load(vectors_ptr + k * BLOCK + j) - tl.load(last_ptr + k) * q
         next_q = row * (1 / tl.sqrt(tl.sum(row * row)))
-        # One pass over the later rows: out of q, and the overlap with the next one.
+        # One pass over the later rows: subtract q and compute the overlap with the next vector.
         for start in range((k + 1) // ROWS * ROWS, n, ROWS):
             i = start + tl.arange(0, ROWS)
             ptrs = vectors_ptr + i[:, None] * BLOCK + j[None, :]
@@ -355,14 +355,14 @@ def _orthonormalise(
             z = tl.load(ptrs, mask=later, other=0.0) - tl.load(last_ptr + i)[:, None] * q[None, :]
             tl.store(ptrs, z, mask=later)
             tl.store(next_ptr + i, tl.sum(z * next_q[None, :], axis=1))
-        tl.debug_barrier()  # what follows reads what other threads wrote
+        tl.debug_barrier()  # the code below reads what other threads wrote
         tl.store(vectors_ptr + k * BLOCK + j, next_q)
         q = next_q
 
 
 @triton.jit
 def _back_transform_kernel(
-    vectors_ptr,  # [P, BLOCK, BLOCK], in rows, in place
+    vectors_ptr,  # [P, BLOCK, BLOCK], as rows, in place
     reflectors_ptr,  # [P, BLOCK, BLOCK]
     factors_ptr,  # [P, n]
     n,

@@ -1,4 +1,4 @@
-"""The weights of pairs of eigenvectors in the projector's gradient, applied in place."""
+"""The weights of eigenvector pairs in the gradient of the projector, applied in place."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from himo_kernels import _triton
 from himo_kernels._triton_jit import float64_of
 
-BLOCK = 32  # entries on a side of a tile
+BLOCK = 32  # side of a tile
 
 
 def weigh_pairs(
@@ -20,11 +20,11 @@ def weigh_pairs(
     null: bool = False,
     symmetric: bool = False,
 ) -> None:
-    """Multiplies entry (i, j), i kept, by F_ij where j is dropped and by 0 where it is kept.
+    """Multiplies entry (i, j) of a kept row i by F_ij if j is dropped and by 0 if j is kept.
 
-    Rows past rank are left alone. With null=True the weight is that of eq. (9),
-    lambda_R (F_ij - F_i0) / lambda_j, in which no small lambda_j divides. With symmetric=True M
-    becomes H + H^T, H the weighted M + M^T of eq. (5).
+    Rows past rank are unchanged. null=True uses the weight of eq. (9),
+    lambda_R (F_ij - F_i0) / lambda_j, without a division by lambda_j. symmetric=True replaces M by
+    H + H^T, where H is the weighted M + M^T of eq. (5).
     """
     problems, size = eigenvalues.shape
     tiles = triton.cdiv(size, BLOCK)
@@ -49,7 +49,7 @@ def null_weights(
     present: Tensor,  # [P, n] bool
     gap_eps: float,
 ) -> Tensor:
-    """Returns F_i0 [P, n], the pair weight of i with a direction of variance 0."""
+    """Returns F_i0 [P, n], the pair weight of kept i with a direction of variance 0."""
     last_kept = eigenvalues.gather(-1, rank.unsqueeze(-1) - 1)
     last_kept = torch.where(last_kept == 0, 1.0, last_kept)
     relative = eigenvalues / last_kept
@@ -78,18 +78,18 @@ def _weigh_pairs_kernel(
         if (tile // tiles) * BLOCK >= rank:
             return
     values = eigenvalues_ptr + problem * n
-    # lambda_R is the unit: squares of eigenvalues overflow. Where it is 0 no pair has weight.
-    unit = tl.load(values + rank - 1)
-    unit = tl.where(unit == 0, 1.0, unit)
+    # Divide by lambda_R, since squares of eigenvalues may overflow. If it is 0, nothing is dropped.
+    last_kept = tl.load(values + rank - 1)
+    last_kept = tl.where(last_kept == 0, 1.0, last_kept)
     kept = tl.load(values + i, mask=i < rank, other=0.0)[:, None]
     dropped = tl.load(values + j, mask=j < n, other=0.0)[None, :]
     pairs = (i < rank)[:, None] & ((j >= rank) & (j < n))[None, :]
-    gap = (kept - dropped) / unit  # subtracted first, which is exact where it matters
-    weighs = pairs & (gap != 0)  # 0 is the limit at a gap of 0
+    gap = (kept - dropped) / last_kept  # subtract first: the difference of close values is exact
+    weighs = pairs & (gap != 0)  # the weight tends to 0 at a gap of 0
     gap_eps = float64_of(gap_eps_bits)
     square = gap_eps * gap_eps
     if NULL:
-        relative = kept / unit
+        relative = kept / last_kept
         noise = tl.load(values) * (n * 2.0**-52)
         weighs = weighs & ((kept <= noise) == 0)
         numerator = gap * relative - square
@@ -97,13 +97,13 @@ def _weigh_pairs_kernel(
     else:
         numerator = 1.0
         denominator = gap + square / tl.where(weighs, gap, 1.0)
-    weight = numerator / tl.where(weighs, denominator, 1.0) / unit
+    weight = numerator / tl.where(weighs, denominator, 1.0) / last_kept
     products_ptr += problem * n * n
     ptrs = products_ptr + i[:, None] * n + j[None, :]
     product = tl.load(ptrs, mask=pairs, other=0.0)
     written = (i < rank)[:, None] & (j < n)[None, :]
     if SYMMETRIC:
-        # A pair belongs to the program of (kept, dropped), which reads and writes both its entries.
+        # The program of tile (kept, dropped) reads and writes both entries of a pair.
         mirrored_ptrs = products_ptr + j[None, :] * n + i[:, None]
         product += tl.load(mirrored_ptrs, mask=pairs, other=0.0)
         tl.store(mirrored_ptrs, tl.where(weighs, product * weight, 0.0), mask=pairs)
