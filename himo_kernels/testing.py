@@ -309,9 +309,9 @@ def assert_within_budget(
 
 
 def separate_compile_cache() -> None:
-    """Gives torch.compile a cache of its own where ATEN_CPU_CAPABILITY lowers the processor.
+    """Gives torch.compile a separate cache if ATEN_CPU_CAPABILITY limits the instruction set.
 
-    Inductor's cache key leaves that variable out. A kernel compiled for AVX-512 would be loaded
+    Inductor's cache key lacks that variable. A kernel compiled for AVX-512 would be loaded
     under AVX2, whose vectors are half as long, and would skip half of the entries (torch 2.13).
     """
     capability = os.environ.get("ATEN_CPU_CAPABILITY")

@@ -2,7 +2,7 @@
 
 
 def devices_of(backend: str) -> tuple[str, ...]:
-    """Returns "cpu", "cuda" or both: nothing is listed that could run on no machine.
+    """Returns "cpu", "cuda" or both: only devices on which some machine can run the backend.
 
     Triton on a CPU is its interpreter, seconds a call: the test_*_triton.py files run it there.
     """

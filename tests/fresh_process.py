@@ -11,7 +11,7 @@ PACKAGE = Path(himo_kernels.__file__).parent
 
 
 def run_python(*arguments: str, **environment: str) -> str:
-    """Returns what `python *arguments` prints, stripped. Fails with its errors where it does.
+    """Returns the stripped output of `python *arguments`. Fails with its errors if it fails.
 
     It inherits the environment, with `environment` over it, and finds this himo_kernels.
     """

@@ -13,14 +13,14 @@ _CANARY = 1.2345678e30
 
 
 def between_nan(tensor: Tensor) -> Tensor:
-    """A copy with NaN around it: what is read there would show in the results."""
+    """A copy with NaN around it, which reads out of bounds carry into the results."""
     storage = tensor.new_full((tensor.numel() + 2 * _PAD,), math.nan)
     return storage[_PAD : storage.numel() - _PAD].view(tensor.shape).copy_(tensor)
 
 
 @contextmanager
 def guarded_allocations(least: int) -> Iterator[None]:
-    """Fails unless torch.empty was called `least` times in the block and nothing is written around.
+    """Fails unless the block calls torch.empty `least` times and writes nothing out of bounds.
 
     `least` is there because a kernel that allocates in another way is not guarded.
     """

@@ -35,7 +35,7 @@ SCALE = {"logit_scale": torch.tensor(10.0)}
 
 
 class Entry(NamedTuple):
-    """A public function, a good call of it, and the names that its messages give.
+    """A public function, a valid call of it, and the names in its messages.
 
     A module hands its arguments on to operators, which report them under their own names.
     """
@@ -101,7 +101,7 @@ LOSSES = ("info_nce", "dual_info_nce", "dual_info_nce_low_rank", "HiMoLoss")
 
 
 class Mistake(NamedTuple):
-    """What stands in place of a good argument, the exception, and what the message says came."""
+    """The value replacing a valid argument, the exception, and what its message says it got."""
 
     spoil: Callable[[Any], Any]
     error: type[Exception]
@@ -308,7 +308,7 @@ SETTING_MISTAKES = {
 
 
 class Row(NamedTuple):
-    """One bad call. `named` is the argument as the message spells it."""
+    """One invalid call. `named` is the argument's name in the message."""
 
     entry: str
     argument: str

@@ -33,7 +33,7 @@ def x(generator: torch.Generator) -> Tensor:
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Registers a covariance backend that does what the reference does and lists its passes."""
+    """Registers a covariance backend that wraps the reference and records its passes."""
 
     def register(name: str, **settings: Any) -> list[str]:
         passes: list[str] = []
@@ -57,7 +57,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def only_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves covariance its reference: what "auto" takes then depends on no machine."""
+    """Leaves covariance only its reference, so that "auto" is the same on every machine."""
     monkeypatch.setattr(COVARIANCE, "backends", {"reference": COVARIANCE.backends["reference"]})
 
 

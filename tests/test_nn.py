@@ -18,7 +18,7 @@ def features(generator, samples=24, width=40, dtype=torch.float64):
 
 
 def stated_loss(images, texts, scale, *, tau, smoothing, weight, normalize_components, constants):
-    """Semantics sections 1 to 3, in the words of torch.linalg.svd and F.cross_entropy."""
+    """Semantics sections 1 to 3, with torch.linalg.svd and F.cross_entropy."""
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
     components, _ = hkt.oracle_pca_reconstruct(texts, tau)
     if normalize_components:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command outside this tree, with none of the variables that would steer it."""
+    """Runs a command outside this tree, without environment variables that would affect it."""
     steering = ("HIMO_KERNELS_", "PYTHONPATH", "CXX", "CC")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(steering)}
     return subprocess.run(

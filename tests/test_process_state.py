@@ -31,9 +31,9 @@ def put(level: tuple[str, str], precision: str) -> None:
 
 
 def settings(levels: Sequence[tuple[str, str]] = LEVELS) -> list[str]:
-    """What each level is set to, from the top: one that is "none" takes that of the one above.
+    """The setting of each level, from the top; "none" inherits from the level above.
 
-    Only what is in force can be read. So each level is read where all above it are "none".
+    Only the value in effect can be read. So each level is read with all above it set to "none".
     """
     found = []
     for level in levels:
@@ -56,7 +56,7 @@ def _settings_as_found() -> Iterator[None]:
 
 
 def in_threads(*work: Callable[[], object]) -> list[object]:
-    """Runs all at once, in turns as short as can be; returns what they return, or raises."""
+    """Runs all concurrently with the shortest switch interval; returns their results, or raises."""
     start, turn = threading.Barrier(len(work)), sys.getswitchinterval()
 
     def run(one: Callable[[], object]) -> object:

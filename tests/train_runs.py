@@ -49,7 +49,7 @@ def photos(folder: Path) -> Path:
 
 
 def small_model(folder: Path) -> list[str]:
-    """The flags that start a run from a model of 0.8 million parameters, which it makes."""
+    """Makes a model of 0.8 million parameters; returns the flags to train it."""
     path = folder / "small.safetensors"
     torch.manual_seed(0)
     himo.save(HiMoCLIP(SMALL), path)
@@ -77,7 +77,7 @@ def train_here(pairs: Path, logs: Path, *flags: str) -> int:
 
 
 def refused(capsys, pairs: Path, logs: Path, *flags: str) -> str:
-    """What is said of flags that lead to no run, in one line; in this process."""
+    """The one-line error for flags that are refused, from a run in this process."""
     assert train_here(pairs, logs, *flags) == 2
     message = capsys.readouterr().err.strip()
     assert message.startswith("himo: error: ") and "\n" not in message
@@ -89,7 +89,7 @@ def lines(logs: Path) -> list[dict]:
 
 
 def digests(logs: Path) -> dict[str, str]:
-    """SHA-256 of the model and of the last training state, settings of place aside."""
+    """SHA-256 of the model and of the last training state, without settings of paths."""
     checkpoints = logs / "run/checkpoints"
     model, _ = himo.load(checkpoints / "epoch_2.safetensors")
     weights = hashlib.sha256()

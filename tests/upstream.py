@@ -17,7 +17,7 @@ OLDEST = Path(sys.prefix) / "open_clip_oldest" / "open_clip" / "loss.py"
 
 
 def module_of(name: str, path: Path) -> ModuleType:
-    """The file as a module of this name, run without its package."""
+    """The file as a module of this name, imported without its package."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -25,9 +25,9 @@ def module_of(name: str, path: Path) -> ModuleType:
 
 
 def open_clip_loss() -> ModuleType | None:
-    """open_clip's loss.py, or None where open_clip is not installed.
+    """open_clip's loss.py, or None if open_clip is not installed.
 
-    That file alone: the package imports torchvision, which cannot be imported beside a CPU's torch.
+    Only that file: the package imports torchvision, which a CPU build of torch cannot import.
     """
     if NAME not in sys.modules:
         package = importlib.util.find_spec("open_clip")
@@ -38,7 +38,7 @@ def open_clip_loss() -> ModuleType | None:
 
 
 def oldest_open_clip_loss() -> ModuleType | None:
-    """The loss.py of open_clip_torch 0.2.0, or None where `make setup` has not put it."""
+    """The loss.py of open_clip_torch 0.2.0, or None if `make setup` has not installed it."""
     return module_of(NAME, OLDEST) if OLDEST.exists() else None
 
 
@@ -117,7 +117,7 @@ class ReleasedCLIP(nn.Module):
 
 
 class Towers(nn.Module):
-    """What open_clip's trainer gives a ClipLoss: normalised features of two matrices, and exp."""
+    """As open_clip's trainer calls a ClipLoss: normalised features of two matrices, and exp."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()

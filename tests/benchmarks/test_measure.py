@@ -30,7 +30,7 @@ def cell(case: Case, **settings) -> worker.Cell:
 
 @pytest.fixture
 def unlimited(monkeypatch):
-    """Cells that run in the process of the tests, which must not be limited, and briefly."""
+    """Short cells in the tests' process, whose memory must not be limited."""
     monkeypatch.setattr(memory, "limit_to_free_memory", lambda: None)
     monkeypatch.setattr(measure, "LONG_MS", 0.0)  # one call per round
 

@@ -99,7 +99,7 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
     upstream = [1.0 - 0.3 * rank for rank in range(WORLD)]  # differs between ranks
 
     def alone(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The share of this rank, its gradients of both towers, and the whole one of the scale."""
+        """This rank's share, its gradients of both towers, and the scale's whole gradient."""
         joined = leaves(images.to(dtype), texts.to(dtype), scale.to(dtype))
         parts = shares(
             *joined,
@@ -156,7 +156,7 @@ def check_released(strategy: str) -> None:
 
 
 class Towers(nn.Module):
-    """Two small towers and a temperature: the least that DDP can wrap."""
+    """Two small towers and a temperature: a minimal model for DDP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def check_accumulation(dtype: str, parts: int) -> None:
 
 
 def runs(backend: str, *tensors: Tensor) -> bool:
-    """Whether the blocks of several ranks can take it; of two where Triton is interpreted."""
+    """Whether blocks over several ranks can run on it; over two if Triton is interpreted."""
     if backend == "triton" and WORLD != 2:
         return False
     return backend == "auto" or BLOCK.why_not(backend, *tensors) is None

@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(world: int, *program: str) -> list[str]:
-    """The command that runs `program` as so many ranks."""
+    """The command that runs `program` on this many ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,7 +36,7 @@ def torchrun(world: int, *program: str) -> list[str]:
 def found(
     worker: str, world: int, folder: Path, *arguments: str, **variables: str
 ) -> list[dict[str, Any]]:
-    """What each rank of a worker file wrote, in rank order; fails with its output if it failed."""
+    """The results of each rank of a worker file, in rank order; fails with its output on errors."""
     run = subprocess.run(
         torchrun(world, str(WORKERS / worker), str(folder), *arguments),
         capture_output=True,

@@ -22,7 +22,7 @@ def shares(
     normalize_components: bool = True,
     constants: bool = False,
 ) -> list[Tensor]:
-    """The share of each rank: its rows' mean loss, times its part of W N / N rows."""
+    """The share of each rank: its rows' mean loss times W times its fraction of the N rows."""
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
     pieces = (
         [texts] if scope == "global" else [piece for piece in texts.split(counts) if len(piece)]

@@ -31,7 +31,7 @@ def ranks(request, seed, tmp_path_factory):
 
 
 def assert_below(limit: float, ranks: list[dict], *words: str) -> None:
-    """Every check whose name begins with the first word and holds the others, on each rank."""
+    """Every check on each rank whose name begins with the first word and contains the others."""
     errors = [
         (error, f"rank {rank}: {name}")
         for rank, checks in enumerate(ranks)

@@ -68,7 +68,7 @@ def targets(*operators: str, dtype: torch.dtype = torch.float32) -> list[object]
 def targets_by_dtype(
     *operators: str, dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
 ) -> pytest.MarkDecorator:
-    """Parametrises `target, dtype` over every backend and each of these dtypes that it takes."""
+    """Parametrises `target, dtype` over every backend and those of the dtypes that it takes."""
     parameters = [
         pytest.param(*target.values, dtype, marks=target.marks, id=f"{target.id}-{str(dtype)[6:]}")
         for dtype in dtypes
@@ -110,7 +110,7 @@ def make_inputs(
 
     Not those of one feature, which would be 1 or -1: they have any length.
 
-    logit_scale is a tensor of the accumulation dtype, as a model's float32 parameter beside
+    logit_scale is a tensor of the accumulation dtype, like a model's float32 parameter with
     half-precision features.
     """
 
@@ -183,7 +183,7 @@ def losses_and_gradients(
 
 
 def in_float64(inputs: Mapping[str, Tensor]) -> Inputs:
-    """Returns the same numbers as float64 tensors: what the oracle reads."""
+    """Returns the same numbers as float64 tensors, for the oracle."""
     return {name: value.double() for name, value in inputs.items()}
 
 

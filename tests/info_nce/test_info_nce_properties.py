@@ -40,7 +40,7 @@ def batches(
     min_samples: int = 1,
     scales: st.SearchStrategy[float] = SCALES,
 ) -> tuple[Inputs, float]:
-    """Unit rows [N, D] around a common mean, a scale, and a label smoothing.
+    """Rows [N, D] of length 1 around a common mean, a scale, and a label smoothing.
 
     The numbers come from a seed: hypothesis looks for shapes and settings, not for digits.
     """

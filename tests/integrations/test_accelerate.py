@@ -41,7 +41,7 @@ def gradients(model: nn.Module, *losses: Tensor) -> list[Tensor]:
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The operators of this library that have been resolved to a backend, in their order."""
+    """Records the operators of this library that are resolved to a backend, in order."""
     calls: list[str] = []
     for operator in OPERATORS.values():
         resolve = operator.resolve

@@ -84,7 +84,7 @@ def farthest(model: nn.Module, other: nn.Module) -> float:
 
 
 class Unbiased(Towers):
-    """CLIP has no bias: rounding would be all of its gradient, and Adam would divide by it."""
+    """CLIP has no bias: its gradient would be pure rounding, and Adam would divide by it."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__(width, features)
@@ -109,7 +109,7 @@ def test_an_accelerated_loss_trains_the_same_model(train, accum_freq, generator)
 
 
 class Equation4(nn.Module):
-    """The loss of HiMo-CLIP as F.cross_entropy and an SVD have it, for the same trainer."""
+    """The loss of HiMo-CLIP with F.cross_entropy and an SVD, for the same trainer."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()

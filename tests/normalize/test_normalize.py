@@ -29,7 +29,7 @@ def rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator)
 
 
 def both(compute: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and the gradient of x for this incoming one."""
+    """The output, and the gradient of x for this incoming gradient."""
     x = x.detach().requires_grad_()
     y = compute(x)
     return y.detach(), torch.autograd.grad(y, x, grad.to(y.dtype))[0]

@@ -30,13 +30,13 @@ EVERY = pytest.mark.parametrize("backend, device", targets())
 
 
 def rule(x: Tensor, threshold: float) -> tuple[Tensor, tuple[float, float]]:
-    """The threshold and the floor by which the rank of x is chosen."""
+    """The threshold and the floor that determine the rank of x."""
     threshold_ = torch.tensor(threshold, dtype=torch.float64, device=x.device)
     return threshold_, reference.floor_of(x.dtype, "relative")
 
 
 class Batch:
-    """A whole batch, and what the reference makes of it."""
+    """A whole batch, and the reference's results."""
 
     def __init__(self, x: Tensor, threshold: float, generator: torch.Generator) -> None:
         self.x, self.threshold = x, threshold
