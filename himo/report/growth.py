@@ -126,15 +126,15 @@ def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> S
     over = halo = ""
     for run, scores, values in curves:
         fallen = falls(scores)
-        risen_at, fallen_at = [], []
+        marks: dict[bool, list[tuple[float, float, str]]] = {False: [], True: []}
         for k, value in zip(places, values, strict=True):
             if not math.isfinite(value):
                 continue
             told = f"{names[run]}, k = {k}: {number(scores[k - 1])}"
             if k in fallen:
                 told += f", not above k = {k - 1} ({number(scores[k - 2])})"
-            (fallen_at if k in fallen else risen_at).append((x.at(k), y.at(value), told))
-        over += dots(run, risen_at) + triangles(run, fallen_at)
+            marks[k in fallen].append((x.at(k), y.at(value), told))
+        over += dots(run, marks[False]) + triangles(run, marks[True])
         for k in fallen:
             shape = path(x, y, Line(run, (k - 1, k), values[k - 2 : k]))
             halo += f'<path class="run{run} fall" d="{shape}"/>'
