@@ -214,7 +214,9 @@ def table(plan: Plan) -> str:
     settings, memory = plan.settings, plan.memory
     of_many = f" in each of {plan.ranks} processes ({settings.exchange})" if plan.ranks > 1 else ""
     accumulated = f" x {settings.accum_freq} accumulated" if settings.accum_freq > 1 else ""
-    unit = max(memory.total, plan.limit) / _BAR
+    mark_bytes = max(memory.total, plan.limit) / _BAR
+    rows = [(kind, memory.parts[kind], "#") for kind in KINDS if memory.parts.get(kind)]
+    rows += [("total", memory.total, "#"), ("given", plan.limit, "=")]
     lines = [
         f"{settings.pretrained or settings.model}, {settings.loss} loss, {settings.precision}"
         + (", recomputed activations" if settings.grad_checkpointing else ""),
@@ -222,15 +224,11 @@ def table(plan: Plan) -> str:
         "",
         f"GiB of one process at its peak, {_PHASES.get(memory.phase, memory.phase)}",
     ]
-    for kind in KINDS:
-        size = memory.parts.get(kind, 0)
-        if size:
-            lines.append(f"  {kind:<23}{_gib(size):>9}  {'#' * round(size / unit)}".rstrip())
-    lines.append(f"  {'total':<23}{_gib(memory.total):>9}  {'#' * round(memory.total / unit)}")
-    lines.append(f"  {'given':<23}{_gib(plan.limit):>9}  {'=' * round(plan.limit / unit)}")
-    verdict = "fits" if plan.fits else "does not fit"
-    left = abs(plan.limit - memory.total)
-    lines += ["", f"{verdict}: {_gib(left)} GiB {'left' if plan.fits else 'too much'}"]
+    for name, size, mark in rows:
+        bar = mark * round(size / mark_bytes)
+        lines.append(f"  {name:<23}{_gib(size):>9}  {bar}".rstrip())
+    verdict, which = ("fits", "left") if plan.fits else ("does not fit", "too much")
+    lines += ["", f"{verdict}: {_gib(abs(plan.limit - memory.total))} GiB {which}"]
     if plan.largest_batch:
         lines.append(f"largest --batch-size that fits: {plan.largest_batch} pairs a process")
         if plan.largest_batch == _most_counted(settings, plan.ranks):

@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -69,16 +69,20 @@ def _records(settings: TrainConfig, index: SampleIndex, advice: str | None) -> C
     report = index.report
     found = f"{len(index):,} pairs ({report.kind}) of {report.total:,} records"
     if report.bad_count:
-        bad = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
+        bad = _by_reason(report.bad)
         found += f", {report.bad_count:,} bad ({bad}), first: {report.bad_examples[0]}"
-        if report.bad_count > settings.max_bad_fraction * report.total:
-            share = f"more than --max-bad-fraction {settings.max_bad_fraction:g}"
-            return Check("data", "problem", f"{found}; {share}: mend them, or raise it")
+    if report.bad_count > settings.max_bad_fraction * report.total:
+        share = f"more than --max-bad-fraction {settings.max_bad_fraction:g}"
+        return Check("data", "problem", f"{found}; {share}: mend them, or raise it")
     if advice is not None:
         return Check("data", "problem", f"{found}; {advice}")
     if report.bad_count:
         return Check("data", "warning", f"{found}; the trainer leaves them out")
     return Check("data", "ok", found)
+
+
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def _too_few(settings: TrainConfig, pairs: int) -> str | None:
@@ -116,8 +120,7 @@ def _images(settings: TrainConfig, dataset: CaptionedImages) -> Check:
     found = f"{len(rows) - len(bad)} of {len(rows)} looked at can be read"
     if not bad:
         return Check("images", "ok", found)
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    found += f" ({counts}), first: {', '.join(bad[:_EXAMPLES])}"
+    found += f" ({_by_reason(reasons)}), first: {', '.join(bad[:_EXAMPLES])}"
     if len(bad) > settings.max_bad_fraction * len(rows):
         share = f"more than --max-bad-fraction {settings.max_bad_fraction:g} ends a run"
         return Check("images", "problem", f"{found}; {share}: mend them, or raise it")
