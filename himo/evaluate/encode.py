@@ -1,6 +1,5 @@
 """Features of images and texts, a batch at a time, and a count of what could not be used."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -71,8 +70,6 @@ class Coverage:
 class Images(Protocol):
     """Where images come from; `himo.data.SampleIndex` is one."""
 
-    def __len__(self) -> int: ...
-
     def image_source(self, index: int, /) -> str | bytes:
         """A path or the bytes of a file; ImageError if there is none."""
 
@@ -87,9 +84,6 @@ class ImageFiles:
     root: ImageRoot
     names: Sequence[str]
     places: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def image_source(self, index: int, /) -> str:
         try:
@@ -202,17 +196,21 @@ class Encoder:
         self, images: Images, rows: Sequence[int], failed: Callable[[int, str, str], None]
     ) -> Iterator[tuple[list[int], list[Tensor]]]:
         """Yields batches of positions in `rows` and uint8 [3, R, R]; one batch is read ahead."""
-        ahead: deque[list[tuple[int, Future[Tensor] | ImageError]]] = deque()
-        starts = deque(range(0, len(rows), self.batch_size))
+        order = range(len(rows))
         pool = ThreadPoolExecutor(self.workers)
+        submitted = (
+            [
+                (at, self._submit(pool, images, rows[at]))
+                for at in order[start : start + self.batch_size]
+            ]
+            for start in order[:: self.batch_size]
+        )
         try:
-            while starts or ahead:
-                while starts and len(ahead) < 2:
-                    start = starts.popleft()
-                    chosen = range(start, min(start + self.batch_size, len(rows)))
-                    ahead.append([(at, self._submit(pool, images, rows[at])) for at in chosen])
+            ahead = next(submitted, None)
+            while ahead is not None:
+                batch, ahead = ahead, next(submitted, None)
                 positions, pixels = [], []
-                for at, future in ahead.popleft():
+                for at, future in batch:
                     try:
                         if isinstance(future, ImageError):
                             raise future

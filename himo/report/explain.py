@@ -151,9 +151,6 @@ class _OneImage:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __len__(self) -> int:
-        return 1
-
     def image_source(self, index: int, /) -> str:
         return self.path
 
