@@ -11,20 +11,11 @@ import torch
 from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.data import DATASET_TYPES, SampleIndex
 from himo.errors import HimoError
-from himo.evaluate.captions import CaptionScores, evaluate_captions, open_for_evaluation
+from himo.evaluate.captions import evaluate_captions, open_for_evaluation
 from himo.evaluate.cola import cola
 from himo.evaluate.encode import Coverage, Encoder
-from himo.evaluate.himo_k import PrefixScores, himo_k, read_himo_docci, score_himo_docci
-from himo.evaluate.metrics import (
-    SENTENCE_RULE,
-    SENTENCE_RULE_SHA256,
-    growth_correlation,
-    monotone_accuracy,
-    recall,
-    retrieval_ranks,
-    segment_boundaries,
-    split_sentences,
-)
+from himo.evaluate.himo_k import score_himo_docci
+from himo.evaluate.metrics import SENTENCE_RULE_SHA256
 from himo.evaluate.result import (
     add_himo_docci,
     caption_curves,
@@ -33,34 +24,11 @@ from himo.evaluate.result import (
     table,
     write_result,
 )
-from himo.evaluate.retrieval import retrieval
 from himo.files import sha256_file
 from himo.precision import products_dtype
 from himo_kernels import __version__
 
-__all__ = [
-    "SENTENCE_RULE",
-    "SENTENCE_RULE_SHA256",
-    "CaptionScores",
-    "Coverage",
-    "Encoder",
-    "PrefixScores",
-    "add_arguments",
-    "cola",
-    "evaluate_captions",
-    "growth_correlation",
-    "himo_k",
-    "monotone_accuracy",
-    "open_for_evaluation",
-    "read_himo_docci",
-    "recall",
-    "retrieval",
-    "retrieval_ranks",
-    "run",
-    "score_himo_docci",
-    "segment_boundaries",
-    "split_sentences",
-]
+__all__ = ["SENTENCE_RULE_SHA256", "Encoder", "evaluate_captions", "open_for_evaluation"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -107,24 +75,24 @@ def run(args: argparse.Namespace) -> int:
         raise HimoError("expected a data set to evaluate on: --data, --himo-docci or --cola")
     out = Path(args.out)
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise HimoError(f"--out {out}: cannot be written")  # said before an hour of work
-    opened = _open(args)  # before the model, because most mistakes are here
+        raise HimoError(f"--out {out}: cannot be written")  # before an hour of work
+    opened = _open(args)  # before the model: most mistakes are here
     model, preprocess = load(
         args.pretrained, args.device, _DTYPES[args.precision], **model_arguments(args)
     )
     products = products_dtype(model.dtype, model.logit_scale.device)
-    if products != model.dtype:  # the weights are rounded, the features those of the rounded model
+    if products != model.dtype:  # the same features: the weights stay rounded
         model.set_precision(products)
         print(f"himo: note: {args.precision} weights, float32 products: faster here")
     encoder = Encoder(model, preprocess, args.batch_size, args.workers)
 
-    # In the order of the file: what is read by people first, long lists last.
+    # In the order of the file: sections for people first, long lists last.
     result: dict[str, Any] = {"himo_version": __version__, "model": _describe(args, encoder)}
     curves: list[dict[str, Any]] = []
     if opened is not None:
         captions = evaluate_captions(encoder, *opened, args.captions_per_image)
         result |= captions.sections
-        result["protocol"]["dataset"] = args.data  # as given, and not where it lies here
+        result["protocol"]["dataset"] = args.data  # as given, not its path on this machine
         curves = caption_curves(captions)
         result["misses"] = caption_misses(captions)
     if args.himo_docci:
@@ -158,14 +126,15 @@ def _open(args: argparse.Namespace) -> tuple[SampleIndex, Coverage] | None:
 
 
 def _describe(args: argparse.Namespace, encoder: Encoder) -> dict[str, Any]:
-    """Which model it was: every setting that changes a feature."""
+    """The model: its files and every setting that changes a feature."""
     path = Path(args.pretrained)
     files = [path] if path.is_file() else sorted(x for x in path.iterdir() if x.is_file())
     digests = [sha256_file(file) for file in files]
-    together = hashlib.sha256("".join(digests).encode()).hexdigest()
+    if len(digests) != 1:
+        digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
     return {
         "path": args.pretrained,
-        "sha256": digests[0] if len(digests) == 1 else together,
+        "sha256": digests[0],
         "config": encoder.model.config.to_dict(),
         "precision": args.precision,
         "image_mode": encoder.preprocess.mode,

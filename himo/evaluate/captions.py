@@ -1,4 +1,4 @@
-"""Every measure of a captioned data set, from one encoding of its images and captions."""
+"""All measures of a captioned data set; its images and captions are encoded once."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from himo.evaluate.retrieval import CaptionedSet, group_by_image, retrieval
 
 @dataclass
 class CaptionScores:
-    """What `evaluate_captions` gives.
+    """The result of `evaluate_captions`.
 
     Attributes:
         index: the data set.
@@ -48,7 +48,7 @@ class CaptionScores:
 def open_for_evaluation(
     source: str | os.PathLike[str], *, allow_missing: bool, **options: Any
 ) -> tuple[SampleIndex, Coverage]:
-    """The index of a data set, and the account of the records that are not in it.
+    """The index of a data set, and how many records are left out of it.
 
     Args:
         source: as `himo.data.open_dataset`.
@@ -65,19 +65,14 @@ def open_for_evaluation(
         message = f"{report.bad_count} of {report.total} records are bad: {report.bad_examples[0]}"
         coverage.leave_out(reason, message, count)
     if report.missing_count:
-        message = (
-            f"{report.source}: {report.missing_count} of {report.total} images are missing: "
-            f"{report.missing_examples[0]}"
-        )
+        found = f"{report.missing_count} of {report.total} images are missing"
+        message = f"{report.source}: {found}: {report.missing_examples[0]}"
         coverage.leave_out("missing", message, report.missing_count)
     return index, coverage
 
 
 def evaluate_captions(
-    encoder: Encoder,
-    index: SampleIndex,
-    coverage: Coverage,
-    captions_per_image: int | None = None,
+    encoder: Encoder, index: SampleIndex, coverage: Coverage, captions_per_image: int | None = None
 ) -> CaptionScores:
     """Retrieval both ways, HiMo@2, HiMo@3 and HiMo@K.
 
@@ -86,11 +81,11 @@ def evaluate_captions(
 
     Args:
         encoder: the model.
-        index: the data set, from `open_for_evaluation`, as is its `coverage`.
+        index, coverage: from `open_for_evaluation`.
         captions_per_image: see `group_by_image`.
 
     Raises:
-        HimoError: what cannot be used, unless `coverage` allows it; nothing is left.
+        HimoError: an image or caption cannot be used, unless `coverage` allows it; none is left.
     """
     source = index.report.source
     captions = group_by_image(index, coverage, captions_per_image)
@@ -104,9 +99,8 @@ def evaluate_captions(
 
     image_features = encoder.images(index, captions.image_rows, leave_out)
     coverage.check(source)
-    kept = sorted({image for image in captions.caption_images if image not in failed})
+    image_features = image_features[sorted(set(captions.caption_images) - failed)]
     captions = captions.without(failed, set())
-    image_features = image_features[kept]
 
     series, scored, bad = _score_prefixes(encoder, captions, image_features)
     for caption in bad:
@@ -121,20 +115,16 @@ def evaluate_captions(
         series = [series[caption] for caption in left]
         captions = captions.without(set(), set(bad))
 
-    texts = captions.texts()
+    texts, device = captions.texts(), encoder.device
     ways = retrieval(
-        image_features.to(encoder.device),
-        text_features.to(encoder.device),
-        captions.caption_images,
-        texts,
+        image_features.to(device), text_features.to(device), captions.caption_images, texts
     )
     at_k = himo_k(series)
-    histogram = {"K": at_k.pop("K"), "rho": at_k.pop("rho")}
+    histogram = {key: at_k.pop(key) for key in ("K", "rho")}
+    shown = ("image_to_text", "text_to_image", "chance_R@1", "ties")
     sections = {
         "protocol": _protocol(index, captions, texts, ways, scored.cut),
-        "retrieval": {
-            name: ways[name] for name in ("image_to_text", "text_to_image", "chance_R@1", "ties")
-        },
+        "retrieval": {name: ways[name] for name in shown},
         "himo": {"HiMo@2": himo_at(series, 2), "HiMo@3": himo_at(series, 3), "HiMo@K": at_k},
         "coverage": coverage.to_dict(),
         "histogram": histogram,
@@ -170,7 +160,7 @@ def _protocol(
     ways: dict[str, Any],
     texts_cut: int,
 ) -> dict[str, Any]:
-    """What was measured and by which rules: the first section of eval.json."""
+    """The data and the rules of the measures: the first section of eval.json."""
     return {
         "dataset": os.fspath(index.report.source),
         "dataset_type": index.report.kind,

@@ -25,7 +25,7 @@ def cola(
 ) -> dict[str, Any]:
     """The percentage of groups [url1, caption1, url2, caption2] where each caption finds its image.
 
-    Correct is s(image1, caption1) > s(image2, caption1) and s(image2, caption2) >
+    A group counts where s(image1, caption1) > s(image2, caption1) and s(image2, caption2) >
     s(image1, caption2), both strictly. An image is the file in `image_root` with the name that ends
     its URL; nothing is fetched.
 
@@ -54,29 +54,27 @@ def cola(
         bad[names[position]] = reason, message
 
     features = encoder.images(images, range(len(names)), failed)
-    kept = []
+    used = []
     for group in groups:
         wrong = next((bad[name] for name in group[1] if name in bad), None)
         if wrong is None:
-            kept.append(group)
+            used.append(group)
         else:
             coverage.leave_out(*wrong)
     coverage.check(os.fspath(path))
 
     row = {name: position for position, name in enumerate(names)}
-    texts = [caption for _, _, captions in kept for caption in captions]
+    texts = [caption for _, _, captions in used for caption in captions]
     # Of each group: caption 1 with images 1 and 2, then caption 2 with images 1 and 2.
     pair_text = torch.arange(len(texts)).repeat_interleave(2)
-    pair_image = torch.tensor([row[name] for _, pair, _ in kept for name in (*pair, *pair)])
+    pair_image = torch.tensor([row[name] for _, pair, _ in used for name in (*pair, *pair)])
     scored = encoder.score_texts(texts, pair_text, pair_image, features, 0)
-    scores = scored.scores.view(-1, 2, 2)
-    finite = ~scored.not_finite.view(-1, 2).any(dim=1)
-    for position in (~finite).nonzero()[:, 0].tolist():
-        coverage.leave_out(
-            "not_finite", f"{kept[position][0]}: features of a caption are not finite"
-        )
+    not_finite = scored.not_finite.view(-1, 2).any(dim=1)
+    for position in not_finite.nonzero()[:, 0].tolist():
+        message = f"{used[position][0]}: features of a caption are not finite"
+        coverage.leave_out("not_finite", message)
     coverage.check(os.fspath(path))
-    scores = scores[finite]
+    scores = scored.scores.view(-1, 2, 2)[~not_finite]
     correct = (scores[:, 0, 0] > scores[:, 0, 1]) & (scores[:, 1, 1] > scores[:, 1, 0])
     return {
         "accuracy": 100 * int(correct.sum()) / len(correct),
@@ -115,9 +113,8 @@ def _read(path: str | os.PathLike[str], allow_missing: bool) -> tuple[list[_Grou
 
 def _group(place: str, value: Any) -> _Group:
     if not isinstance(value, list) or len(value) != 4:
-        raise RecordError(
-            "caption_count", f"expected [url, caption, url, caption], got {quoted(value)}"
-        )
+        message = f"expected [url, caption, url, caption], got {quoted(value)}"
+        raise RecordError("caption_count", message)
     texts = [check_caption(text, f"entry {number}") for number, text in enumerate(value, start=1)]
     try:
         names = [posixpath.basename(urlsplit(url).path) for url in texts[::2]]

@@ -1,6 +1,5 @@
-"""Features of images and texts, a batch at a time, and the account of what could not be used."""
+"""Features of images and texts, a batch at a time, and a count of what could not be used."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from himo.tokenizer import default_tokenizer
 from himo.transforms import ImageError, Preprocess, Reason
 
 _PROGRESS_DELAY_S = 2.0
-_KEPT = 5  # examples of what was left out
+_EXAMPLES = 5  # of what was left out
 _TOKENIZED = 4096  # texts at a time
 
 
@@ -48,7 +47,7 @@ class Coverage:
         if not self.allow_missing:
             raise HimoError(f"{message}; --allow-missing evaluates the rest and counts it")
         self.left_out[reason] = self.left_out.get(reason, 0) + count
-        if len(self.examples) < _KEPT:
+        if len(self.examples) < _EXAMPLES:
             self.examples.append(message)
 
     def set_aside(self, reason: str, count: int) -> None:
@@ -63,36 +62,28 @@ class Coverage:
             raise HimoError(f"{source}: none of {self.total} can be evaluated{first}")
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "used": self.used,
-            "total": self.total,
-            "left_out": dict(self.left_out),
-            "examples": list(self.examples),
-        }
+        """The section of eval.json."""
+        left_out, examples = dict(self.left_out), list(self.examples)
+        return {"used": self.used, "total": self.total, "left_out": left_out, "examples": examples}
 
 
 class Images(Protocol):
     """Where images come from; `himo.data.SampleIndex` is one."""
 
-    def __len__(self) -> int: ...
-
     def image_source(self, index: int, /) -> str | bytes:
         """A path or the bytes of a file; ImageError if there is none."""
 
     def describe(self, index: int, /) -> str:
-        """Where it stands, for a message."""
+        """Its place in the data set, for a message."""
 
 
 @dataclass
 class ImageFiles:
-    """Images by their paths below a root, as a file names them at `places`."""
+    """Images below a root; `places` are where a file names them, for messages."""
 
     root: ImageRoot
     names: Sequence[str]
     places: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def image_source(self, index: int, /) -> str:
         try:
@@ -148,7 +139,7 @@ class Encoder:
             for positions, pixels in self._decoded(images, rows, failed):
                 if positions:
                     batch = self.preprocess.normalize(torch.stack(pixels).to(self.device))
-                    encoded = _unit(self.model.encode_image(batch))
+                    encoded = _normalized(self.model.encode_image(batch))
                     for wrong in nonfinite_rows(encoded):
                         where = images.describe(rows[positions[wrong]])
                         failed(positions[wrong], "not_finite", f"{where}: features are not finite")
@@ -163,26 +154,26 @@ class Encoder:
         pair_text: Tensor,
         pair_image: Tensor,
         image_features: Tensor,
-        kept: int,
+        wanted: int,
     ) -> "TextScores":
         """Cosine similarities of pairs of a text and an image, and the features of some texts.
 
-        Texts with the same tokens are encoded once, and so have the same score. They are encoded
-        in the order of their length, because a batch takes as long as its longest text.
+        Texts with the same tokens are encoded once, and so have the same score. Texts are sorted
+        by length first, because a batch takes as long as its longest text.
 
         Args:
             texts: T texts.
             pair_text: int64 [P], from 0 to T - 1.
             pair_image: int64 [P], rows of image_features.
             image_features: float32 [N, E] on the CPU, L2-normalised.
-            kept: the features of texts[:kept] are kept.
+            wanted: the features of texts[:wanted] are returned.
         """
         tokens, row_of_text, cut = distinct_tokens(texts, self.model.context_length)
         scores = torch.empty(len(pair_text))
-        features = torch.empty(kept, self.model.config.embed_dim)
+        features = torch.empty(wanted, self.model.config.embed_dim)
         bad_row = torch.zeros(len(tokens), dtype=torch.bool)
         pair_row, pair_order = row_of_text[pair_text].sort()
-        kept_row, kept_order = row_of_text[:kept].sort()
+        wanted_row, wanted_order = row_of_text[:wanted].sort()
         with torch.no_grad(), self._bar("texts", len(tokens)) as bar:
             for start in range(0, len(tokens), self.batch_size):
                 stop = min(start + self.batch_size, len(tokens))
@@ -191,31 +182,35 @@ class Encoder:
                 pairs = _between(pair_row, start, stop)
                 chosen = image_features[pair_image[pair_order[pairs]]]
                 scores[pair_order[pairs]] = (chosen * encoded[pair_row[pairs] - start]).sum(dim=1)
-                keep = _between(kept_row, start, stop)
-                features[kept_order[keep]] = encoded[kept_row[keep] - start]
+                texts_here = _between(wanted_row, start, stop)
+                features[wanted_order[texts_here]] = encoded[wanted_row[texts_here] - start]
                 bar.update(stop - start)
         return TextScores(scores, features, bad_row[row_of_text], cut)
 
     def _encode_tokens(self, tokens: "np.ndarray[Any, np.dtype[np.uint16]]") -> Tensor:
         longest = int(tokens.argmax(axis=1).max()) + 1
         batch = torch.from_numpy(tokens[:, :longest].astype(np.int32)).to(self.device)
-        return _unit(self.model.encode_text(batch, max_length=longest))
+        return _normalized(self.model.encode_text(batch, max_length=longest))
 
     def _decoded(
         self, images: Images, rows: Sequence[int], failed: Callable[[int, str, str], None]
     ) -> Iterator[tuple[list[int], list[Tensor]]]:
         """Yields batches of positions in `rows` and uint8 [3, R, R]; one batch is read ahead."""
-        ahead: deque[list[tuple[int, Future[Tensor] | ImageError]]] = deque()
-        starts = deque(range(0, len(rows), self.batch_size))
+        order = range(len(rows))
         pool = ThreadPoolExecutor(self.workers)
+        submitted = (
+            [
+                (at, self._submit(pool, images, rows[at]))
+                for at in order[start : start + self.batch_size]
+            ]
+            for start in order[:: self.batch_size]
+        )
         try:
-            while starts or ahead:
-                while starts and len(ahead) < 2:
-                    start = starts.popleft()
-                    chosen = range(start, min(start + self.batch_size, len(rows)))
-                    ahead.append([(at, self._submit(pool, images, rows[at])) for at in chosen])
+            ahead = next(submitted, None)
+            while ahead is not None:
+                batch, ahead = ahead, next(submitted, None)
                 positions, pixels = [], []
-                for at, future in ahead.popleft():
+                for at, future in batch:
                     try:
                         if isinstance(future, ImageError):
                             raise future
@@ -230,7 +225,7 @@ class Encoder:
     def _submit(
         self, pool: ThreadPoolExecutor, images: Images, row: int
     ) -> Future[Tensor] | ImageError:
-        # Only the decoding is in the threads: the index shares descriptors of shards.
+        # Only decoding runs in the threads: the index shares descriptors of shards.
         try:
             return pool.submit(self.preprocess.read, images.image_source(row))
         except ImageError as error:
@@ -249,11 +244,11 @@ class Encoder:
 
 @dataclass
 class TextScores:
-    """What `Encoder.score_texts` gives.
+    """The result of `Encoder.score_texts`.
 
     Attributes:
         scores: float32 [P], cosine similarity of each pair.
-        features: float32 [kept, E], L2-normalised.
+        features: float32 [wanted, E], L2-normalised.
         not_finite: bool [T], texts whose features are not finite.
         cut: texts, each counted once, that are longer than the model's context.
     """
@@ -267,7 +262,7 @@ class TextScores:
 def distinct_tokens(
     texts: Sequence[str], context_length: int
 ) -> tuple["np.ndarray[Any, np.dtype[np.uint16]]", Tensor, int]:
-    """Token rows without repetition from short to long, the row of each text, texts that were cut.
+    """The distinct token rows from short to long, the row of each text, and how many were cut.
 
     Returns:
         uint16 [U, context_length], int64 [T], and how many different texts are longer than the
@@ -290,8 +285,8 @@ def distinct_tokens(
     return tokens[order], torch.from_numpy(rank[row_of_text]), len(cut)
 
 
-def _unit(features: Tensor) -> Tensor:
-    """Rows of length 1 in float32 on the CPU, whatever the model computes in."""
+def _normalized(features: Tensor) -> Tensor:
+    """L2-normalised rows in float32 on the CPU, whatever dtype the model computes in."""
     return F.normalize(features.float(), dim=-1).cpu()
 
 

@@ -1,4 +1,4 @@
-"""HiMo@K: whether the similarity of image and text grows with every detail the text adds."""
+"""HiMo@K: does the similarity of image and text grow with every detail the text adds?"""
 
 import os
 from collections.abc import Sequence
@@ -65,11 +65,11 @@ def himo_k(series: Sequence[Tensor], more_than: int = _MORE_THAN) -> dict[str, A
         two for each caption used.
     """
     lengths = [len(scores) for scores in series]
-    rho = torch.full((len(series),), torch.nan, dtype=torch.float64)
-    for length in {length for length in lengths if length > more_than}:
-        where = [position for position, other in enumerate(lengths) if other == length]
-        rho[where] = growth_correlation(torch.stack([series[position] for position in where]))
     used = [position for position, length in enumerate(lengths) if length > more_than]
+    rho = torch.full((len(series),), torch.nan, dtype=torch.float64)
+    for length in {lengths[position] for position in used}:
+        where = [position for position in used if lengths[position] == length]
+        rho[where] = growth_correlation(torch.stack([series[position] for position in where]))
     return {
         "value": rho[used].mean().item() if used else None,
         "used": len(used),
@@ -147,14 +147,14 @@ def score_himo_docci(
 
     features = encoder.images(images, range(len(records)), leave_out)
     coverage.check(os.fspath(path))
-    kept = [position for position in range(len(records)) if position not in failed]
-    texts = [text for position in kept for text in records[position].prefixes]
-    lengths = [len(records[position].prefixes) for position in kept]
-    pair_image = torch.tensor(kept).repeat_interleave(torch.tensor(lengths))
+    readable = [position for position in range(len(records)) if position not in failed]
+    texts = [text for position in readable for text in records[position].prefixes]
+    lengths = [len(records[position].prefixes) for position in readable]
+    pair_image = torch.tensor(readable).repeat_interleave(torch.tensor(lengths))
     scored = encoder.score_texts(texts, torch.arange(len(texts)), pair_image, features, 0)
     series = []
     for position, scores, wrong in zip(
-        kept, scored.scores.split(lengths), scored.not_finite.split(lengths), strict=True
+        readable, scored.scores.split(lengths), scored.not_finite.split(lengths), strict=True
     ):
         if wrong.any():
             message = f"{images.describe(position)}: features of a text are not finite"
@@ -162,13 +162,13 @@ def score_himo_docci(
         else:
             series.append(scores)
     coverage.check(os.fspath(path))
-    used = [position for position in kept if position not in failed]
+    used = [position for position in readable if position not in failed]
     return PrefixScores([records[x] for x in used], used, images, series, coverage, scored.cut)
 
 
 @dataclass
 class PrefixScores:
-    """What `score_himo_docci` gives: of each record used, the row of its image and its scores."""
+    """The result of `score_himo_docci`: records used, with the row of their image and scores."""
 
     records: list[PrefixedImage]
     rows: list[int]  # of `images`
@@ -179,11 +179,11 @@ class PrefixScores:
 
 
 def added_text(before: str, after: str) -> str:
-    """What `after` says beyond `before`; whole words where the two differ before the end."""
+    """The part of `after` that is not in `before`; whole words where they differ before the end."""
     pairs = enumerate(zip(before, after, strict=False))
     common = next((at for at, (old, new) in pairs if old != new), min(len(before), len(after)))
     if any(character.isalnum() for character in before[common:]):
-        common = after.rfind(" ", 0, common) + 1  # other words, and not only other punctuation
+        common = after.rfind(" ", 0, common) + 1  # other words, not only other punctuation
     return after[common:].strip()
 
 

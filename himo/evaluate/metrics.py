@@ -22,9 +22,9 @@ SENTENCE_RULE = r"(?<=[.!?])\s+"
 SENTENCE_RULE_SHA256 = hashlib.sha256(SENTENCE_RULE.encode()).hexdigest()
 _SENTENCE_END = re.compile(SENTENCE_RULE)
 
-# Parts of a caption whose prefixes are scored. Those of every sentence would take time that grows
-# with the square of their number, and a caption of 8 KB may have 2,700. It is a multiple of 2 and
-# 3, so that HiMo@2 and HiMo@3 are what they are without it.
+# Most parts of a caption whose prefixes are scored. The time grows with the square of their number,
+# and a caption of 8 KB may have 2,700 sentences. A multiple of 2 and 3: HiMo@2 and HiMo@3 do not
+# change.
 MAX_SEGMENTS = 120
 
 _TILE_BYTES = 64 << 20  # of scores at a time
@@ -45,10 +45,10 @@ def retrieval_ranks(
     largest score of a positive. So a tie counts against the model, and a query is a hit at k, with
     any of its positives, where its rank is at most k.
 
-    Scores are computed a block of queries at a time, so that no [Q, M] matrix exists, and s_i is
-    read from the same product as its competitors: a dot product computed apart is rounded
-    differently, and a positive can then lose to itself (R@1 62.8 instead of 99.8, measured).
-    Candidates that are equal bit for bit get equal scores.
+    Scores are computed for a block of queries at a time, so no [Q, M] matrix is formed. s_i is
+    read from the same product as its competitors: a separate dot product is rounded differently,
+    and a positive can then lose to itself (R@1 62.8 instead of 99.8, measured). Candidates that
+    are equal bit for bit get equal scores.
 
     Args:
         queries: float32, L2-normalised rows for cosine similarity.
@@ -56,10 +56,10 @@ def retrieval_ranks(
         positive_query: int64, in any order; every query occurs.
         positive_candidate: int64; query positive_query[p] and candidate positive_candidate[p]
             belong together. No pair comes twice.
-        tile_bytes: scores in memory at a time; at least one row of M.
+        tile_bytes: of the scores in memory at a time; at least one row of M.
 
     Returns:
-        int64 [Q], from 1, on the device of the queries. Waits for the device once for each tile.
+        int64 [Q], from 1, on the device of the queries. Syncs with the device once for each tile.
 
     Raises:
         HimoError: shapes, dtypes or indices that do not fit, a query without a positive, or a row
@@ -106,10 +106,10 @@ def ranks_and_ties(
             positive = scores[row, positive_candidate[pairs]]
             best = scores.new_full((stop - start,), -torch.inf)
             best.scatter_reduce_(0, row, positive, "amax")
-            # Of the positives only those equal to the best one are among the counted.
+            # Positives equal to the best one are counted below, other positives are not.
             equal = torch.zeros_like(best).index_add_(0, row, (positive == best[row]).float())
             tied[start:stop] = (scores == best[:, None]).sum(1) > equal
-            above = scores.ge_(best[:, None]).sum(1)  # in place; exact up to _MAX_CANDIDATES
+            above = scores.ge_(best[:, None]).sum(1)  # overwrites; exact up to _MAX_CANDIDATES
             ranks[start:stop] = (above - equal + 1).long()
             del scores  # before the next ones are made
     return ranks, tied
@@ -182,14 +182,14 @@ def growth_correlation(scores: Tensor) -> Tensor:
     series = series - series.mean(dim=1, keepdim=True)
     series = series / series.abs().amax(dim=1, keepdim=True)
     correlation = (series @ step) / (series.norm(dim=1) * step.norm())
-    # Compared as given: the mean of equal numbers may differ from them in the last bit.
+    # The scores themselves: the mean of equal numbers may differ from them in the last bit.
     constant = (scores == scores[:, :1]).all(dim=1)
     return correlation.masked_fill(constant, 0.0).clamp_(-1, 1)
 
 
 def nonfinite_rows(features: Tensor) -> list[int]:
     """The rows of [N, D] that hold a NaN or an infinity."""
-    # The largest magnitude, which NaN and infinity are: no mask of [N, D] is made.
+    # The largest magnitude of a row is NaN or infinite where an element is: no mask of [N, D].
     finite = torch.linalg.vector_norm(features, torch.inf, dim=1).isfinite()
     return [] if bool(finite.all()) else (~finite).nonzero()[:, 0].tolist()
 
@@ -253,22 +253,20 @@ def _check_pairs(query: Tensor, candidate: Tensor, count: int, total: int) -> Te
 
 
 def _distinct_rows(candidates: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The rows without repetition, and the one that each candidate is; None if none repeats.
+    """The distinct rows, and for each candidate its row among them; None if no row repeats.
 
-    A matrix product may round equal columns differently, by where in its blocks they fall.
+    A matrix product may round equal columns differently, depending on their place in its blocks.
     """
-    first: dict[bytes, int] = {}
-    kept: list[int] = []
-    which: list[int] = []
-    for index, row in enumerate(candidates.detach().cpu().numpy()):
-        digest = hashlib.blake2b(row.tobytes(), digest_size=16).digest()  # a row may take 4 kB
-        position = first.setdefault(digest, len(kept))
-        if position == len(kept):
-            kept.append(index)
-        which.append(position)
-    if len(kept) == len(which):
+    first: dict[bytes, int] = {}  # by digest: a row may take 4 kB
+    which = [
+        first.setdefault(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), index)
+        for index, row in enumerate(candidates.detach().cpu().numpy())
+    ]
+    if len(first) == len(which):
         return candidates, None
-    return candidates[kept], torch.tensor(which, device=candidates.device)
+    number = {index: position for position, index in enumerate(first.values())}
+    copies = torch.tensor([number[index] for index in which], device=candidates.device)
+    return candidates[list(number)], copies
 
 
 def _check_series(scores: Tensor) -> None:

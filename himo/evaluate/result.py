@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from himo.evaluate.captions import CaptionScores
@@ -19,22 +20,21 @@ from himo.evaluate.retrieval import RECALLS
 from himo.files import write_text
 from himo.transforms import open_image
 
-_CURVES = 6  # images whose growth of similarity is in the result
-_MISSES = 6  # captions that are in it with another image that fits better
+_CURVES = 6  # images with their growth of similarity in the result
+_MISSES = 6  # captions in the result with another image that fits better
 _THUMBNAIL = 160  # pixels of the longer side
 
 
 def caption_curves(scores: CaptionScores) -> list[dict[str, Any]]:
     """Growth curves of a fixed choice of captions, those of more than 3 sentences first."""
-    captions = scores.captions
+    captions, index = scores.captions, scores.index
     return [
-        _curve(
-            scores.index,
-            captions.image_rows[captions.caption_images[chosen]],
-            scores.index[captions.caption_rows[chosen]].image,
-            caption_segments(captions.captions[chosen]),
-            scores.series[chosen],
-        )
+        {
+            "image": index[captions.caption_rows[chosen]].image,
+            "thumbnail": thumbnail(index, captions.image_rows[captions.caption_images[chosen]]),
+            "segments": caption_segments(captions.captions[chosen]),
+            "scores": scores.series[chosen].tolist(),
+        }
         for chosen in _choice(scores.series)
     ]
 
@@ -42,13 +42,12 @@ def caption_curves(scores: CaptionScores) -> list[dict[str, Any]]:
 def prefix_curves(scores: PrefixScores) -> list[dict[str, Any]]:
     """Growth curves of a fixed choice of lines of HiMo-Docci."""
     return [
-        _curve(
-            scores.images,
-            scores.rows[chosen],
-            scores.records[chosen].image,
-            scores.records[chosen].segments(),
-            scores.series[chosen],
-        )
+        {
+            "image": scores.records[chosen].image,
+            "thumbnail": thumbnail(scores.images, scores.rows[chosen]),
+            "segments": scores.records[chosen].segments(),
+            "scores": scores.series[chosen].tolist(),
+        }
         for chosen in _choice(scores.series)
     ]
 
@@ -56,7 +55,7 @@ def prefix_curves(scores: PrefixScores) -> list[dict[str, Any]]:
 def caption_misses(scores: CaptionScores) -> list[dict[str, Any]]:
     """A fixed choice of captions whose image is not ranked first, and the nearest other image."""
     captions, ranks = scores.captions, scores.sections["ranks"]["text_to_image"]
-    first: dict[int, int] = {}  # the caption that stands for a text
+    first: dict[int, int] = {}  # the first caption of a text
     right: dict[int, list[int]] = {}  # the images of a text
     for caption, text in enumerate(captions.texts()):
         first.setdefault(text, caption)
@@ -87,11 +86,11 @@ def caption_misses(scores: CaptionScores) -> list[dict[str, Any]]:
 def add_himo_docci(
     result: dict[str, Any], path: str | os.PathLike[str], scores: PrefixScores
 ) -> None:
-    """Adds HiMo@K of HiMo-Docci: as HiMo@K where it is the only data set, else beside that."""
-    # The prefixes are given, so none is left out for being short: all K go through eq. (5).
+    """Adds HiMo@K of HiMo-Docci: as HiMo@K where it is the only data set, else next to it."""
+    # Its prefixes are given: none is left out for being short, and eq. (5) is used for every K.
     measure = himo_k(scores.series, more_than=1)
     measure["left_out"] = scores.coverage.total - measure["used"]
-    histogram = {"K": measure.pop("K"), "rho": measure.pop("rho")}
+    histogram = {key: measure.pop(key) for key in ("K", "rho")}
     coverage = scores.coverage.to_dict()
     if "protocol" in result:
         measure |= {"dataset": os.fspath(path), "coverage": coverage, "texts_cut": scores.cut}
@@ -108,17 +107,24 @@ def add_himo_docci(
         "k_rule": "K = prefixes of the image",
         "texts_cut": scores.cut,
     }
-    result["himo"] = {"HiMo@K": measure}
-    result["coverage"] = coverage
-    result["histogram"] = histogram
+    result |= {"himo": {"HiMo@K": measure}, "coverage": coverage, "histogram": histogram}
 
 
 def thumbnail(images: Images, row: int) -> str:
     """The image as the data URL of a JPEG of at most 160 pixels a side."""
-    image = open_image(images.image_source(row)).convert("RGB")
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return data_url(open_image(images.image_source(row)).convert("RGB"), _THUMBNAIL, 80)
+
+
+def data_url(image: Image.Image, side: int, quality: int) -> str:
+    """An RGB image, which this makes smaller in place, as the data URL of a JPEG.
+
+    Args:
+        side: pixels of the longer side, at most.
+        quality: of the JPEG, up to 95.
+    """
+    image.thumbnail((side, side))
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
+    image.save(data, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
@@ -134,43 +140,34 @@ def write_result(path: str | os.PathLike[str], result: dict[str, Any]) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The measures for a terminal, at most 80 columns wide."""
+    protocol, himo, cola = (result.get(name, {}) for name in ("protocol", "himo", "cola"))
     lines: list[str] = []
-    protocol = result.get("protocol", {})
-    for way in ("image_to_text", "text_to_image"):
-        if way not in result.get("retrieval", {}):
-            continue
-        if not lines:
-            lines += [*_size(protocol), "", _row("retrieval, %", [f"R@{k}" for k in RECALLS])]
-        values = result["retrieval"][way]
-        lines.append(_row(way.replace("_", " "), [f"{values[f'R@{k}']:.2f}" for k in RECALLS]))
-    if lines:
-        lines.append(_row("chance", [f"{result['retrieval']['chance_R@1']:.2f}", "", ""]))
-        ties = result["retrieval"]["ties"]
+    if retrieval := result.get("retrieval"):
+        ties = retrieval["ties"]
+        lines += [*_size(protocol), "", _row("retrieval, %", [f"R@{k}" for k in RECALLS])]
+        for way in ties:
+            recalls = [f"{retrieval[way][f'R@{k}']:.2f}" for k in RECALLS]
+            lines.append(_row(way.replace("_", " "), recalls))
+        lines.append(_row("chance", [f"{retrieval['chance_R@1']:.2f}", "", ""]))
         if any(ties.values()):
-            counts = [f"{ties[way]:,} {way.replace('_', ' ')}" for way in ties]
+            counts = [f"{count:,} {way.replace('_', ' ')}" for way, count in ties.items()]
             lines.append(f"ties, which count against the model: {', '.join(counts)}")
-    measures = list(result.get("himo", {}).items())
-    if measures:
+    if himo:
         lines += ["", _row("growth of similarity", ["value", "used", "left out"])]
-    for name, measure in measures:
-        is_percent = name in ("HiMo@2", "HiMo@3")
+    for name, measure in himo.items():
+        unit, decimals = ("%", 2) if name in ("HiMo@2", "HiMo@3") else ("correlation", 3)
         value = measure["value"]
-        text = "none" if value is None else f"{value:.2f}" if is_percent else f"{value:.3f}"
-        unit = "%" if is_percent else "correlation"
-        counts = [f"{measure[key]:,}" for key in ("used", "left_out")]
-        lines.append(_row(f"{name}, {unit}", [text, *counts]))
-    if "cola" in result:
-        groups = result["cola"]
-        counts = [f"{groups[key]:,}" for key in ("used", "left_out")]
+        text = "none" if value is None else f"{value:.{decimals}f}"
+        lines.append(_row(f"{name}, {unit}", [text, *_counts(measure)]))
+    if cola:
         lines += ["", _row("two images, two captions", ["value", "used", "left out"])]
-        lines.append(_row("COLA, %", [f"{groups['accuracy']:.2f}", *counts]))
-    coverage = result.get("coverage")
-    if coverage is not None:
+        lines.append(_row("COLA, %", [f"{cola['accuracy']:.2f}", *_counts(cola)]))
+    if coverage := result.get("coverage"):
         lines += ["", f"used {coverage['used']:,} of {coverage['total']:,} records"]
         lines += [f"  left out: {n:,} {why}" for why, n in coverage["left_out"].items()]
         lines += [f"  first: {example}" for example in coverage["examples"][:1]]
-    parts = {"": protocol, " of HiMo-Docci": result.get("himo", {}).get("HiMo-Docci", {})}
-    for of_what, part in (parts | {" of COLA": result.get("cola", {})}).items():
+    parts = {"": protocol, " of HiMo-Docci": himo.get("HiMo-Docci", {}), " of COLA": cola}
+    for of_what, part in parts.items():
         if part.get("texts_cut"):
             context = result["model"]["config"]["context_length"]
             lines.append(f"{part['texts_cut']:,} texts{of_what} were cut after {context} tokens")
@@ -179,8 +176,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _counts(measure: dict[str, Any]) -> list[str]:
+    return [f"{measure[key]:,}" for key in ("used", "left_out")]
+
+
 def _size(protocol: dict[str, Any]) -> list[str]:
-    """How many images and captions there are, and how many captions are no text of their own."""
+    """How many images and captions there are, and how many captions repeat a text."""
     lines = [f"{protocol['images']:,} images, {protocol['captions']:,} captions"]
     if protocol["texts"] < protocol["captions"]:
         lines[0] += f" of {protocol['texts']:,} distinct texts"
@@ -201,14 +202,3 @@ def _choice(series: Sequence[Tensor]) -> list[int]:
         if eligible:
             return sorted(random.Random(0).sample(eligible, min(_CURVES, len(eligible))))
     return []
-
-
-def _curve(
-    images: Images, row: int, name: str, segments: list[str], scores: Tensor
-) -> dict[str, Any]:
-    return {
-        "image": name,
-        "thumbnail": thumbnail(images, row),
-        "segments": segments,
-        "scores": scores.tolist(),
-    }

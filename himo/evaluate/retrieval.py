@@ -1,10 +1,10 @@
 """Image-text retrieval on a captioned set: R@1, R@5 and R@10 both ways.
 
-Each image and each text is there once. Records with the same path are one image, and captions with
+Each image and each text counts once. Records with the same path are one image, and captions with
 the same tokens, before any cut to the context, are one text. So every caption of an image is right
 for it, and every image of a text, however many records say so. Where all captions differ this is
-the retrieval of the literature. Different images or texts that score the same are ties, which count
-against the model and are counted.
+the retrieval of the literature. Different images or texts with the same score are ties, which count
+against the model and are reported.
 """
 
 import os
@@ -33,8 +33,8 @@ class CaptionedSet:
     Attributes:
         image_rows: N rows of the index, one for each image.
         captions: M captions, in the order of the data set, with single spaces.
-        caption_rows: the row of the index that each caption is from.
-        caption_images: the position in image_rows that each caption belongs to.
+        caption_rows: the row of the index of each caption.
+        caption_images: the position in image_rows of each caption's image.
     """
 
     image_rows: list[int]
@@ -66,7 +66,7 @@ class CaptionedSet:
         ]
 
     def shared(self, texts: Sequence[int]) -> int:
-        """How many captions are texts of several images too."""
+        """How many captions are texts of several images."""
         images = Counter(text for text, _ in set(zip(texts, self.caption_images, strict=True)))
         return sum(images[text] > 1 for text in texts)
 
@@ -108,17 +108,15 @@ def group_by_image(
         rows.setdefault((record.shard, record.offset, path), []).append(row)
     chosen: list[list[int]] = []
     for caption_rows in rows.values():
-        wanted = captions_per_image or len(caption_rows)
-        if len(caption_rows) < wanted:
-            coverage.leave_out(
-                "caption_count",
-                f"{index.describe(caption_rows[0])}: expected {wanted} captions, got "
-                f"{len(caption_rows)}",
-                len(caption_rows),
-            )
+        count = len(caption_rows)
+        wanted = captions_per_image or count
+        if count < wanted:
+            where = index.describe(caption_rows[0])
+            message = f"{where}: expected {wanted} captions, got {count}"
+            coverage.leave_out("caption_count", message, count)
             continue
         chosen.append(caption_rows[:wanted])
-        coverage.set_aside("further_captions", len(caption_rows) - wanted)
+        coverage.set_aside("further_captions", count - wanted)
     pairs = sorted((row, image) for image, group in enumerate(chosen) for row in group)
     return CaptionedSet(
         [group[0] for group in chosen],
@@ -150,7 +148,7 @@ def retrieval(
         {"image_to_text": {"R@1": ...}, "text_to_image": {...},
         "chance_R@1": of one guess, in percent, the same both ways: pairs / (N U); 1 / N where
         each text has one image,
-        "texts": U, "pairs": of an image and a text that belong together,
+        "texts": U, "pairs": matching pairs of an image and a text,
         "ties": {"image_to_text": queries that a wrong answer ties with, "text_to_image": ...},
         "ranks": {"image_to_text": N integers, "text_to_image": U integers}}.
 
@@ -164,7 +162,7 @@ def retrieval(
             raise HimoError(
                 f"retrieval: expected the {what} of each of {count} texts, got {len(given)}"
             )
-    first: dict[int, int] = {}  # the caption that stands for a text
+    first: dict[int, int] = {}  # the first caption of a text
     for caption, text in enumerate(numbers):
         first.setdefault(text, caption)
     if list(first) != list(range(len(first))):
@@ -180,9 +178,11 @@ def retrieval(
     result: dict[str, Any] = {
         way: {f"R@{k}": recall(ranks, k) for k in RECALLS} for way, (ranks, _) in ranked.items()
     }
-    # The mean of what share of all answers is right: that over images is that over texts.
-    result["chance_R@1"] = 100 * (len(together) / len(first)) / image_features.shape[0]
-    result["texts"], result["pairs"] = len(first), len(together)
-    result["ties"] = {way: int(tied.sum()) for way, (_, tied) in ranked.items()}
-    result["ranks"] = {way: ranks.tolist() for way, (ranks, _) in ranked.items()}
-    return result
+    return result | {
+        # The mean share of right answers, the same over images and over texts.
+        "chance_R@1": 100 * (len(together) / len(first)) / image_features.shape[0],
+        "texts": len(first),
+        "pairs": len(together),
+        "ties": {way: int(tied.sum()) for way, (_, tied) in ranked.items()},
+        "ranks": {way: ranks.tolist() for way, (ranks, _) in ranked.items()},
+    }

@@ -25,12 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="directories of runs (LOGS/NAME of himo train)"
     )
-    parser.add_argument(
-        "--out",
-        default="report.html",
-        metavar="FILE",
-        help="the page; its numbers go beside it as .csv and .json (default: %(default)s)",
-    )
+    text = "the page; its numbers go beside it as .csv and .json (default: %(default)s)"
+    parser.add_argument("--out", default="report.html", metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Writes the page about `runs`, and its numbers as csv and json beside it.
+    """Writes the page about `runs`, and its numbers as csv and json next to it.
 
     Args:
         runs: run directories, in the order they are shown.
@@ -56,12 +52,12 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """
     page = html_path(out)
     read = read_runs(runs)
-    text = report_page(read, versions(), datetime.now())
-    for suffix, content in (
-        (".csv", _csv_lines(read)),
-        (".json", json.dumps(_numbers(read), indent=1) + "\n"),
-        (".html", text),
-    ):
+    contents = {
+        ".csv": _csv_lines(read),
+        ".json": json.dumps(_finite({"runs": [_numbers(run_) for run_ in read]}), indent=1) + "\n",
+        ".html": report_page(read, versions(), datetime.now()),
+    }
+    for suffix, content in contents.items():
         write_text(page.with_suffix(suffix), content)
     return page
 
@@ -96,31 +92,26 @@ def _csv_lines(runs: Sequence[Run]) -> str:
     return buffer.getvalue()
 
 
-def _numbers(runs: Sequence[Run]) -> dict[str, Any]:
-    """Settings, results and notes of the runs as JSON; the thumbnails stay on the page."""
-    entries = []
-    for run_ in runs:
-        results = dict(run_.evaluation or {})
-        for name in ("ranks", "misses"):  # of every query, and pictures: they stay in eval.json
-            results.pop(name, None)
+def _numbers(run_: Run) -> dict[str, Any]:
+    """Settings, results and notes of a run as JSON."""
+    last: dict[str, float | None] = {"step": run_.step[-1]} if run_.step else {}
+    last |= {c: run_.columns[c][-1] for c in COLUMNS if c in run_.columns}
+    results = run_.evaluation
+    if results is not None:
+        # Without the rank of every query and without pictures: these stay in eval.json.
+        results = {k: v for k, v in results.items() if k not in ("ranks", "misses")}
         results["curves"] = [
             {"image": c.image, "segments": list(c.segments), "scores": list(c.scores)}
             for c in run_.curves
         ]
-        last: dict[str, float | None] = {"step": run_.step[-1]} if run_.step else {}
-        last |= {c: run_.columns[c][-1] for c in COLUMNS if c in run_.columns}
-        entries.append(
-            {
-                "run": run_.label,
-                "path": str(run_.path),
-                "config": run_.config,
-                "last_metrics": last or None,
-                "evaluation": results if run_.evaluation is not None else None,
-                "notes": run_.notes,
-            }
-        )
-    finite: dict[str, Any] = _finite({"runs": entries})
-    return finite
+    return {
+        "run": run_.label,
+        "path": str(run_.path),
+        "config": run_.config,
+        "last_metrics": last or None,
+        "evaluation": results,
+        "notes": run_.notes,
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -1,15 +1,13 @@
-"""The parts of a report that come from eval.json: headline, retrieval, HiMo@K."""
+"""The parts of a report that come from eval.json: main numbers, retrieval, what to know of them."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from himo.report.figures import Figure, Table
+from himo.report.figures import Figure, bar_figure
 from himo.report.runs import Run, as_number, lookup, plural
 from himo_charts.scales import finite_only, fit, fixed, is_finite, number
-from himo_charts.svg import bar_chart
 
 RECALLS = ("R@1", "R@5", "R@10")
 DIRECTIONS = (("image_to_text", "Image to text"), ("text_to_image", "Text to image"))
@@ -20,97 +18,67 @@ _COVERAGES = (
     (" on COLA", "cola", "coverage"),
 )
 _PROTOCOL = ("images", "captions", "positives", "sentence_rule_sha256", "k_rule")
+_R_AT_1 = ("retrieval", "image_to_text", "R@1")
+# Title, meaning, unit, decimals, and the keys of eval.json.
+_TILES = (
+    ("R@1, image to text", "the right caption first", "%", 1, _R_AT_1),
+    ("R@1, text to image", "the right image first", "%", 1, ("retrieval", "text_to_image", "R@1")),
+    ("HiMo@2", "rises over both halves", "%", 1, ("himo", "HiMo@2", "value")),
+    ("HiMo@3", "rises over all thirds", "%", 1, ("himo", "HiMo@3", "value")),
+    ("HiMo@K", "grows with length", "ρ", 3, ("himo", "HiMo@K", "value")),
+    ("Throughput", "median, in training", "/s", 0, ()),
+)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One number, and whether it is the best of several runs'."""
+class Cell(NamedTuple):
+    """One number, and whether it is the best of several runs."""
 
     shown: str
     best: bool = False
     unit: str = ""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A main number of all runs: a cell for each."""
+class Tile(NamedTuple):
+    """One of the main numbers, with a cell for each run."""
 
     title: str
     meaning: str
-    values: Sequence[Cell]
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Recalls both ways as charts, and the rows of their table: a row for each run."""
-
-    figures: Sequence[Figure]
-    rows: Sequence[Sequence[Cell]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """R@1 of each run as (name, percent), for a sentence."""
-
-    found: Sequence[tuple[str, str]]
-    among: str
-    chance: str
+    cells: Sequence[Cell]
 
 
 def tiles(runs: Sequence[Run]) -> list[Tile]:
-    """The main numbers, those that a run has."""
-    wanted: list[tuple[str, str, str, int, Callable[[Run], float | None], bool]] = [
-        (
-            "R@1, image to text", "the right caption first", "%", 1,
-            lambda run: run.result("retrieval", "image_to_text", "R@1"), True,
-        ),
-        (
-            "R@1, text to image", "the right image first", "%", 1,
-            lambda run: run.result("retrieval", "text_to_image", "R@1"), True,
-        ),
-        (
-            "HiMo@2", "rises over both halves", "%", 1,
-            lambda run: run.result("himo", "HiMo@2", "value"), True,
-        ),
-        (
-            "HiMo@3", "rises over all thirds", "%", 1,
-            lambda run: run.result("himo", "HiMo@3", "value"), True,
-        ),
-        (
-            "HiMo@K", "grows with length", "ρ", 3,
-            lambda run: run.result("himo", "HiMo@K", "value"), True,
-        ),
-        (
-            "Throughput", "median, in training", "/s", 0,
-            lambda run: median(finite_only(run.column("samples_per_s")) or [math.nan]), False,
-        ),
-    ]  # fmt: skip
+    """The main numbers that at least one run has."""
     shown = []
-    for title, meaning, unit, decimals, get, rank in wanted:
-        values = [get(run) for run in runs]
-        if not finite_only(values):
-            continue
-        top = _best(values) if rank else None
+    for title, meaning, unit, decimals, keys in _TILES:
+        values = [run.result(*keys) if keys else _throughput(run) for run in runs]
+        top = _best(values) if keys else None
         cells = [
             Cell(fixed(v, decimals), v is not None and v == top, unit if is_finite(v) else "")
             for v in values
         ]
-        shown.append(Tile(title, meaning, cells))
+        if finite_only(values):
+            shown.append(Tile(title, meaning, cells))
     return shown
 
 
+def _throughput(run: Run) -> float:
+    return median(finite_only(run.column("samples_per_s")) or [math.nan])
+
+
 def comparability(runs: Sequence[Run]) -> list[str]:
-    """Why the numbers of the runs may not be compared, and what they leave out: sentences."""
+    """Why the runs' numbers may not be compared, and which samples they leave out: sentences."""
     evaluated = [run for run in runs if run.evaluation is not None]
-    notes = []
-    same_data = "dataset_sha256" if all(_dataset_sha256(run) for run in evaluated) else "dataset"
+    protocols = [lookup(run.evaluation, "protocol") for run in evaluated]
+    digests = [lookup(protocol, "dataset_sha256") for protocol in protocols]
+    same_data = "dataset" if None in digests else "dataset_sha256"
     different = [
         key
         for key in (same_data, *_PROTOCOL)
-        if len({repr(lookup(run.evaluation, "protocol", key)) for run in evaluated}) > 1
+        if len({repr(lookup(protocol, key)) for protocol in protocols}) > 1
     ]
     if len({_texts(run) for run in evaluated}) > 1:
         different.append("texts")
+    notes = []
     if different:
         notes.append(
             "The runs were evaluated differently "
@@ -119,8 +87,7 @@ def comparability(runs: Sequence[Run]) -> list[str]:
     for run in evaluated:
         for what, *place in _COVERAGES:
             notes += _left_out(f"{run.label}{what}", lookup(run.evaluation, *place))
-        cut = run.result("protocol", "texts_cut")
-        if cut:
+        if cut := run.result("protocol", "texts_cut"):
             notes.append(
                 f"{run.label}: {number(cut)} texts were longer than the model's context and cut."
             )
@@ -129,7 +96,7 @@ def comparability(runs: Sequence[Run]) -> list[str]:
 
 
 def _shared(run: Run) -> list[str]:
-    """What in the data has more than one right answer, and which answers no score decides."""
+    """Which queries have more than one right answer, and how many no score decides."""
     notes = []
     captions, texts = run.result("protocol", "captions"), _texts(run)
     if texts != captions:
@@ -148,7 +115,7 @@ def _shared(run: Run) -> list[str]:
 
 
 def _texts(run: Run) -> float | None:
-    # Before captions of the same text were one text, each was one of its own.
+    # Older files do not count texts: there each caption was a text of its own.
     texts = run.result("protocol", "texts")
     return run.result("protocol", "captions") if texts is None else texts
 
@@ -158,74 +125,65 @@ def _left_out(label: str, coverage: Any) -> list[str]:
     used, total = as_number(lookup(coverage, "used")), as_number(lookup(coverage, "total"))
     if used is None or total is None or used == total:
         return []
-    reasons = lookup(coverage, "left_out")
-    why = (
-        ", ".join(f"{reason}: {number(as_number(count))}" for reason, count in reasons.items())
-        if isinstance(reasons, dict)
-        else ""
-    )
-    because = f" (left out: {why})" if why else ""
+    reasons, because = lookup(coverage, "left_out"), ""
+    if isinstance(reasons, dict) and reasons:
+        why = ", ".join(f"{name}: {number(as_number(count))}" for name, count in reasons.items())
+        because = f" (left out: {why})"
     return [f"{label}: evaluated on {number(used)} of {number(total)} samples{because}."]
 
 
-def retrieval(runs: Sequence[Run]) -> Retrieval | None:
-    """Recalls both ways; None where no run has any."""
+def retrieval(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """`figures`: recalls both ways; `rows`: a row of cells for each run. None without results."""
     if all(lookup(run.evaluation, "retrieval") is None for run in runs):
         return None
     columns = [(key, name) for key, _ in DIRECTIONS for name in RECALLS]
-    values = [[run.result("retrieval", key, name) for key, name in columns] for run in runs]
+    values = [[run.result("retrieval", *column) for column in columns] for run in runs]
     best = [_best(column) for column in zip(*values, strict=True)]
     rows = []
     for run, of_run in zip(runs, values, strict=True):
         chance = run.result("retrieval", "chance_R@1")
         times = of_run[0] / chance if of_run[0] is not None and chance else None
-        cells = [
+        recalls = (
             Cell(fixed(v, 2), v is not None and v == top)
             for v, top in zip(of_run, best, strict=True)
-        ]
+        )
         more = [fixed(chance, 2), "–" if times is None else f"{number(times, 3)}×"]
         more += [number(run.result("protocol", name)) for name in ("images", "captions")]
-        rows.append([*cells, *map(Cell, more)])
-    return Retrieval([_recall_chart(runs, key, title) for key, title in DIRECTIONS], rows)
-
-
-def _recall_chart(runs: Sequence[Run], key: str, title: str) -> Figure:
-    bars = [[run.result("retrieval", key, name) for name in RECALLS] for run in runs]
+        rows.append([*recalls, *map(Cell, more)])
     # Both directions on the same axis.
-    every = (run.result("retrieval", k, n) for run in runs for k, _ in DIRECTIONS for n in RECALLS)
-    y = fit(every, zero=True, margin=0.08)
-    if y is None or not finite_only(value for values in bars for value in values):
-        return Figure(title, "%", missing=f"No run has results for {key}.")
+    y = fit((value for of_run in values for value in of_run), zero=True, margin=0.08)
+    figures = []
+    for way, (key, title) in enumerate(DIRECTIONS):
+        bars = [of_run[3 * way : 3 * way + 3] for of_run in values]
+        if y is None or not finite_only(value for of_run in bars for value in of_run):
+            figures.append(Figure(title, "%", missing=f"No run has results for {key}."))
+            continue
+        guesses, caption = _guessing(runs, key)
+        figures.append(
+            bar_figure(
+                Figure(title, "% of queries", caption=caption),
+                key.replace("_", "-"),
+                f"Recall, {title.lower()}",
+                runs,
+                RECALLS,
+                bars,
+                y,
+                lambda value: f"{fixed(value, 2)} %",
+                chance=guesses,
+            )
+        )
+    return {"figures": figures, "rows": rows}
+
+
+def _guessing(runs: Sequence[Run], key: str) -> tuple[list[float | None], str]:
+    """R@1, R@5 and R@10 of guessing where they are known for all runs, and a caption."""
     chances = finite_only(run.result("retrieval", "chance_R@1") for run in runs)
-    chance = chances[0] if chances and len(set(chances)) == 1 else None
+    if len(set(chances)) != 1:
+        return [None] * 3, ""
     # k guesses find the one right answer k times as often; one of several, less.
     alone = all(_one_answer(run, key) for run in runs)
-    guesses = [
-        min(100.0, chance * k) if chance is not None and (alone or k == 1) else None
-        for k in (1, 5, 10)
-    ]
-    chart = bar_chart(
-        key.replace("_", "-"),
-        f"Recall, {title.lower()}",
-        "; ".join(
-            f"{run.label}: "
-            + ", ".join(f"{n} {fixed(v, 2)} %" for n, v in zip(RECALLS, values, strict=True))
-            for run, values in zip(runs, bars, strict=True)
-        ),
-        RECALLS,
-        bars,
-        y,
-        chance=guesses,
-    )
-    table = Table(
-        ["", *RECALLS],
-        [
-            [run.label, *(fixed(value, 2) for value in values)]
-            for run, values in zip(runs, bars, strict=True)
-        ],
-    )
-    caption = f"Dashed: guessing; its R@1 is {fixed(chance, 2)} %." if chance is not None else ""
-    return Figure(title, "% of queries", chart, table, caption=caption)
+    guesses = [min(100.0, chances[0] * k) if alone or k == 1 else None for k in (1, 5, 10)]
+    return guesses, f"Dashed: guessing; its R@1 is {fixed(chances[0], 2)} %."
 
 
 def _one_answer(run: Run, key: str) -> bool:
@@ -236,30 +194,24 @@ def _one_answer(run: Run, key: str) -> bool:
     return pairs == (run.result("protocol", "images") if key == "image_to_text" else _texts(run))
 
 
-def outcome(runs: Sequence[Run]) -> Outcome | None:
-    """What came out, for people; None where the runs cannot be compared in one sentence."""
-    evaluated = [run for run in runs if run.result("retrieval", "image_to_text", "R@1") is not None]
+def outcome(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """R@1 of each run for one sentence; None where the runs cannot be compared in one.
+
+    `found` holds (name, percent); `among` and `chance` are texts, empty where unknown.
+    """
+    evaluated = [run for run in runs if run.result(*_R_AT_1) is not None]
     if not evaluated or len(evaluated) > 4 or comparability(evaluated):
         return None
-    texts = _texts(evaluated[0])
-    chance = evaluated[0].result("retrieval", "chance_R@1")
-    return Outcome(
-        [
-            (run.label, fixed(run.result("retrieval", "image_to_text", "R@1"), 1))
-            for run in evaluated
-        ],
-        f", among {plural(int(texts), 'caption')}"
-        if texts is not None and math.isfinite(texts)
-        else "",
-        fixed(chance, 2) if is_finite(chance) else "",
-    )
+    texts, chance = _texts(evaluated[0]), evaluated[0].result("retrieval", "chance_R@1")
+    counted = texts is not None and math.isfinite(texts)
+    return {
+        "found": [(run.label, fixed(run.result(*_R_AT_1), 1)) for run in evaluated],
+        "among": f", among {plural(int(texts or 0), 'caption')}" if counted else "",
+        "chance": fixed(chance, 2) if is_finite(chance) else "",
+    }
 
 
 def _best(values: Sequence[float | None]) -> float | None:
     """The largest of at least two values; None where there is nothing to compare."""
     finite = finite_only(values)
     return max(finite) if len(finite) > 1 else None
-
-
-def _dataset_sha256(run: Run) -> bool:
-    return lookup(run.evaluation, "protocol", "dataset_sha256") is not None

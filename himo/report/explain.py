@@ -1,20 +1,18 @@
 """`himo explain`: how one image's similarity to a caption moves as the caption grows."""
 
 import argparse
-import base64
-import io
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 import torch
-from PIL import Image
 
 from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.errors import HimoError, printable
 from himo.evaluate.encode import Encoder
-from himo.evaluate.metrics import caption_segments
+from himo.evaluate.metrics import caption_segments, sentence_prefixes
+from himo.evaluate.result import data_url
 from himo.files import write_text
 from himo.report import html_path, versions
 from himo.report.growth import Example, card, falls, pearson
@@ -58,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         growth(checkpoint, args.image, segments, args.device, **model_arguments(args))
         for checkpoint in args.pretrained
     ]
-    example = Example(args.image, _data_url(picture), tuple(segments), tuple(enumerate(scores)))
+    shown = data_url(picture, _PICTURE, 85)
+    example = Example(args.image, shown, tuple(segments), tuple(enumerate(scores)))
     write_text(page, explain_page(example, names, args.pretrained, datetime.now()))
     print(table(segments, names, scores))
     print(f"page: {page.resolve()}")
@@ -66,14 +65,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cut(captions: Sequence[str]) -> list[str]:
-    """The segments of a caption: as `caption_segments`, or the texts as given if they are several.
+    """The segments of a caption as `caption_segments`; several texts are a segment each.
 
     Raises:
         HimoError: there are fewer than two.
     """
-    segments = (
-        caption_segments(captions[0]) if len(captions) == 1 else [c.strip() for c in captions]
-    )
+    several = len(captions) > 1
+    segments = [c.strip() for c in captions] if several else caption_segments(captions[0])
     if len(segments) < 2 or not all(segments):
         raise HimoError(
             f"caption: expected at least two sentences, or several texts, got {captions[0]!r}"
@@ -102,24 +100,22 @@ def growth(
         raise HimoError(message)
 
     features = encoder.images(_OneImage(image), [0], failed)
-    prefixes = [" ".join(segments[:k]) for k in range(1, len(segments) + 1)]
+    prefixes = sentence_prefixes(segments)
     of_image = torch.zeros(len(prefixes), dtype=torch.int64)
     scored = encoder.score_texts(prefixes, torch.arange(len(prefixes)), of_image, features, 0)
     if scored.not_finite.any():
         raise HimoError(f"{checkpoint}: its features of the caption are not finite")
     if scored.cut:
-        what = plural(scored.cut, "prefix is", "prefixes are")
-        print(
-            f"himo: {checkpoint}: {what} longer than {model.context_length} tokens and cut",
-            file=sys.stderr,
-        )
+        what = f"{plural(scored.cut, 'prefix is', 'prefixes are')} longer than"
+        message = f"himo: {checkpoint}: {what} {model.context_length} tokens and cut"
+        print(message, file=sys.stderr)
     return tuple(scored.scores.tolist())
 
 
 def explain_page(
     example: Example, names: Sequence[str], checkpoints: Sequence[str], now: datetime
 ) -> str:
-    """The page of one image; `names` are those of the models on the page."""
+    """The page of one image, which calls the models by `names`."""
     return render(
         "explain.html",
         noun="explain",
@@ -155,18 +151,8 @@ class _OneImage:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __len__(self) -> int:
-        return 1
-
     def image_source(self, index: int, /) -> str:
         return self.path
 
     def describe(self, index: int, /) -> str:
         return self.path
-
-
-def _data_url(picture: Image.Image) -> str:
-    picture.thumbnail((_PICTURE, _PICTURE))
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

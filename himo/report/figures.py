@@ -1,9 +1,11 @@
 """What a template shows of a chart: its title, unit, drawing and numbers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from himo_charts.svg import Svg
+from himo.report.runs import Run
+from himo_charts.scales import Scale, fixed
+from himo_charts.svg import Svg, bar_chart
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its numbers; or, where there are none, why.
+    """A chart with its numbers, or the reason why there is none.
 
-    `ends` are values of runs beside the title, as (run, value).
+    `ends` are values of runs next to the title, as (run, value).
     """
 
     title: str
@@ -30,3 +32,40 @@ class Figure:
     wide: bool = False
     caption: str = ""
     missing: str = ""
+
+
+def bar_figure(
+    figure: Figure,
+    ident: str,
+    heading: str,
+    runs: Sequence[Run],
+    names: Sequence[str],
+    bars: Sequence[Sequence[float | None]],
+    y: Scale,
+    spoken: Callable[[float | None], str],
+    *,
+    chance: Sequence[float | None],
+    decimals: int = 1,
+) -> Figure:
+    """`figure` with a bar of each run under each name, and a table of their values.
+
+    Args:
+        ident: unique on the page.
+        heading: the chart's own title, for those who hear it; `spoken` writes its values.
+        bars: for each run a value for each name.
+        chance: for each name the value of guessing, where one is known.
+        decimals: above the bars; the table has one more.
+    """
+    told = (
+        f"{run.label}: "
+        + ", ".join(f"{name} {spoken(value)}" for name, value in zip(names, values, strict=True))
+        for run, values in zip(runs, bars, strict=True)
+    )
+    chart = bar_chart(
+        ident, heading, "; ".join(told), names, bars, y, chance=chance, decimals=decimals
+    )
+    rows = [
+        [run.label, *(fixed(value, decimals + 1) for value in values)]
+        for run, values in zip(runs, bars, strict=True)
+    ]
+    return replace(figure, chart=chart, table=Table(["", *names], rows))

@@ -3,48 +3,19 @@
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from himo.report import evaluation, misses, monotonicity, training
+from himo.report import evaluation, monotonicity, training
 from himo.report.growth import card, examples
 from himo.report.rendering import render
 from himo.report.runs import Run, differing, lookup, plural
 
 _EXAMPLES = 8  # images of the growth curves
+_MISSES = 6  # of all runs together, and at least 2 of each
 _MAX_VALUE = 300  # characters of one setting
-# Settings that name a run, and do not say how it was trained.
+# Settings that name a run and do not say how it was trained.
 _NAMES = {"name", "logs", "command", "versions", "resume"}
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What was trained, and the settings in which the runs differ, as (key, values)."""
-
-    what: str
-    model: str | None
-    extent: str
-    differ: Sequence[tuple[str, Sequence[str]]] = ()
-    settings: str = ""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of all runs."""
-
-    key: str
-    cells: Sequence[str]
-    marked: bool = False
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings that differ, then those that are the same; `count` says how many these are."""
-
-    different: Sequence[Setting]
-    same: Sequence[Setting]
-    count: str
 
 
 def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
@@ -52,9 +23,12 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
 
     Args:
         versions: of the software that writes the page, for its foot.
-        now: the date it bears.
+        now: the date on the page.
     """
     names = [run.label for run in runs]
+    several = len(runs) > 1
+    notes = [f"{run.label}: {note}" if several else note for run in runs for note in run.notes]
+    of_each = max(2, _MISSES // len(runs))
     return render(
         "report.html",
         noun="report",
@@ -62,7 +36,7 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
         names=names,
         compared=_compared(runs),
         outcome=evaluation.outcome(runs),
-        warnings=_warnings(runs),
+        warnings=evaluation.comparability(runs) + notes,
         tiles=evaluation.tiles(runs),
         retrieval=evaluation.retrieval(runs),
         himo=monotonicity.himo(runs),
@@ -71,7 +45,7 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
             for i, example in enumerate(examples(runs, _EXAMPLES))
         ],
         pictures=max(len(run.curves) for run in runs),
-        misses=misses.shown([run.misses for run in runs]),
+        misses=[(i, miss) for i, run in enumerate(runs) for miss in run.misses[:of_each]],
         training=_training(runs),
         settings=_settings(runs),
         checkpoints=_checkpoints(runs),
@@ -91,21 +65,26 @@ def _training(runs: Sequence[Run]) -> dict[str, Any] | None:
     }
 
 
-def _compared(runs: Sequence[Run]) -> Compared:
+def _compared(runs: Sequence[Run]) -> dict[str, Any]:
+    """What was trained, and the settings in which the runs differ, as (key, values)."""
     models = {m for run in runs if isinstance(m := run.setting("model"), str)}
-    model = models.pop() if len(models) == 1 else None
-    what = "One run" if len(runs) == 1 else plural(len(runs), "run")
-    extent = _extent(runs)
-    if len(runs) < 2 or any(run.config is None for run in runs):
-        return Compared(what, model, extent)
-    keys = [key for key in differing(runs)[0] if key not in _NAMES]
-    if not keys:
-        return Compared(what, model, extent, settings=", with the same settings")
-    if len(keys) > 3:
-        many = f", with {len(keys)} different settings (last section)"
-        return Compared(what, model, extent, settings=many)
-    differ = [(key, [_value(run.setting(key)) for run in runs]) for key in keys]
-    return Compared(what, model, extent, differ)
+    differ: list[tuple[str, list[str]]] = []
+    settings = ""
+    if len(runs) > 1 and all(run.config is not None for run in runs):
+        keys = [key for key in differing(runs)[0] if key not in _NAMES]
+        if not keys:
+            settings = ", with the same settings"
+        elif len(keys) > 3:
+            settings = f", with {len(keys)} different settings (last section)"
+        else:
+            differ = [(key, [_value(run.setting(key)) for run in runs]) for key in keys]
+    return {
+        "what": "One run" if len(runs) == 1 else plural(len(runs), "run"),
+        "model": models.pop() if len(models) == 1 else None,
+        "extent": _extent(runs),
+        "differ": differ,
+        "settings": settings,
+    }
 
 
 def _extent(runs: Sequence[Run]) -> str:
@@ -116,33 +95,33 @@ def _extent(runs: Sequence[Run]) -> str:
         return ""
     steps, samples = longest
     extent = f", {plural(steps, 'step')}"
-    if samples is not None and samples == samples and abs(samples) < 1e15:
+    if samples is not None and abs(samples) < 1e15:  # NaN is not
         extent += f" and {plural(int(samples), 'sample')}"
     return extent + (" each" if len(runs) > 1 else "")
 
 
-def _warnings(runs: Sequence[Run]) -> list[str]:
-    notes = evaluation.comparability(runs)
-    return notes + [
-        f"{run.label}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes
-    ]
-
-
-def _settings(runs: Sequence[Run]) -> Settings | None:
-    """The settings of the runs, those that differ first and marked."""
+def _settings(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Rows of the settings that differ and of those that are the same; `count` of the latter."""
     if all(run.config is None for run in runs):
         return None
-
-    def rows(keys: Sequence[str], marked: bool = False) -> list[Setting]:
-        return [Setting(key, [_cell(run, key) for run in runs], marked) for key in keys]
-
     different, same = differing(runs) if len(runs) > 1 else ([], differing(runs)[1])
-    return Settings(
-        rows([key for key in different if key not in _NAMES], marked=True)
-        + rows([key for key in different if key in _NAMES]),
-        rows(same),
-        plural(len(same), "setting is the same", "settings are the same"),
-    )
+    different.sort(key=lambda key: key in _NAMES)
+
+    def rows(keys: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            {
+                "key": key,
+                "cells": [_cell(run, key) for run in runs],
+                "marked": key in different and key not in _NAMES,
+            }
+            for key in keys
+        ]
+
+    return {
+        "different": rows(different),
+        "same": rows(same),
+        "count": plural(len(same), "setting is the same", "settings are the same"),
+    }
 
 
 def _cell(run: Run, key: str) -> str:
@@ -160,7 +139,7 @@ def _value(value: Any) -> str:
 
 
 def _checkpoints(runs: Sequence[Run]) -> list[str]:
-    """Which checkpoint the results of each run are of."""
+    """Which checkpoint each run's results come from."""
     lines = []
     for run in runs:
         model = lookup(run.evaluation, "model")

@@ -1,4 +1,4 @@
-"""From templates and data to HTML. Whatever comes from data is escaped, without exception."""
+"""Fills templates. Text from data is always escaped."""
 
 from functools import cache
 from typing import Any

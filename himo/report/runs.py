@@ -1,42 +1,30 @@
-"""Reading run directories: whatever is in them, the result is a `Run` that says what is missing."""
+"""Reads run directories. A damaged file is no error: the `Run` says what is missing."""
 
 import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from himo.errors import HimoError
 from himo.files import json_value, open_regular
-from himo.report.misses import Miss
-from himo.report.misses import read as read_misses
 from himo.training_log import read_lines
 from himo.validation import COLUMNS as VALIDATION_COLUMNS
 
-# The columns of metrics.jsonl that are drawn; `step` is one of its own.
+# The columns of metrics.jsonl that are drawn, over `step`.
 COLUMNS = (
-    "epoch",
-    "samples",
-    "loss",
-    "contrastive_loss",
-    "component_loss",
-    "logit_scale",
-    "lr",
-    "grad_norm",
-    "rank",
-    "data_time_s",
-    "step_time_s",
-    "samples_per_s",
-    *VALIDATION_COLUMNS,
+    *("epoch", "samples", "loss", "contrastive_loss", "component_loss", "logit_scale", "lr"),
+    *("grad_norm", "rank", "data_time_s", "step_time_s", "samples_per_s", *VALIDATION_COLUMNS),
 )
 FILES = ("config.json", "metrics.jsonl", "eval.json")
 
 _MAX_BYTES = 256 << 20  # of one file: a longer one was not written by a run
-_MAX_RESUMED = 20  # resumed with changes or losses: the last ones are told
-_MAX_CHANGES, _MAX_NAME = 64, 80  # settings of each that are told, and characters of each
+_MAX_RESUMED = 20  # lines of a resume that are shown, the last ones
+_MAX_CHANGES, _MAX_NAME = 64, 80  # settings of each that are shown, and characters of each
 _MAX_COMPONENTS = 4096  # of one spectrum
 _MAX_THUMBNAIL = 400_000  # characters
 _THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
@@ -51,11 +39,11 @@ class Spectrum:
     ratios: tuple[float, ...]
 
     def cumulative(self) -> list[float]:
-        total, sums = 0.0, []
-        for ratio in self.ratios:
-            total += ratio
-            sums.append(total)
-        return sums
+        return list(accumulate(self.ratios))
+
+    def reaching(self, share: float) -> int | None:
+        """The smallest number of components that hold a share of the variance, if any does."""
+        return next((i for i, held in enumerate(self.cumulative(), 1) if held >= share), None)
 
 
 @dataclass(frozen=True)
@@ -66,6 +54,19 @@ class Curve:
     thumbnail: str | None  # a data: URL
     segments: tuple[str, ...]
     scores: tuple[float, ...]  # cosine similarities, one for each segment
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A caption that the model gives another image than its own.
+
+    The images are (name, thumbnail); a thumbnail that cannot be shown is None.
+    """
+
+    caption: str
+    rank: int
+    image: tuple[str, str | None]
+    first: tuple[str, str | None]
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Run:
     evaluation: dict[str, Any] | None = None
     curves: list[Curve] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what is missing or wrong, as sentences
+    notes: list[str] = field(default_factory=list)  # sentences on what is missing or wrong
 
     def column(self, name: str) -> list[float | None]:
         return self.columns[name] if name in self.columns else [None] * len(self.step)
@@ -110,7 +111,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def distinct_names(paths: Sequence[str | Path]) -> list[str]:
-    """As much of the end of each path as tells it from the others.
+    """The shortest ends of the paths that differ from each other.
 
     Raises:
         HimoError: a path is given twice.
@@ -129,28 +130,29 @@ def read_run(path: Path) -> Run:
     """Reads one run directory; parts that are missing or damaged become notes.
 
     Raises:
-        HimoError: there is no such directory, or none of a run's files is in it.
+        HimoError: there is no such directory, or it holds none of a run's files.
     """
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
         raise HimoError(f"{path}: {what}, expected the directory of a run")
-    present = [name for name in FILES if (path / name).exists()]
-    if not present:
-        inside = sorted(
-            child.name
-            for child in path.iterdir()
-            if child.is_dir() and any((child / name).exists() for name in FILES)
-        )
+    if not _holds_run(path):
+        inside = sorted(child.name for child in path.iterdir() if _holds_run(child))
         hint = f"; it holds runs ({', '.join(inside[:3])}): name those" if inside else ""
         raise HimoError(f"{path}: is not a run, expected {', '.join(FILES)} in it, none is{hint}")
     run = Run(path, path.name)
-    run.config = _read_object(run, "config.json", "the settings are unknown")
-    _read_metrics(run)
-    run.evaluation = _read_object(
-        run, "eval.json", "there are no evaluation results until himo eval has written some"
-    )
-    _read_pictures(run)
+    run.config = _read(run, "config.json", "the settings are unknown", _object)
+    metrics = _read(run, "metrics.jsonl", "there are no training curves", bytes)
+    if metrics is not None:
+        _read_metrics(run, metrics)
+    consequence = "there are no evaluation results until himo eval has written some"
+    run.evaluation = _read(run, "eval.json", consequence, _object)
+    if run.evaluation is not None:
+        _read_pictures(run, run.evaluation)
     return run
+
+
+def _holds_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in FILES)
 
 
 def lookup(value: Any, *keys: str) -> Any:
@@ -182,40 +184,36 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def _read_bytes(path: Path) -> bytes:
-    with open_regular(path) as file:
-        data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise HimoError(f"{path}: larger than {_MAX_BYTES >> 20} MiB")
-    return data
+_T = TypeVar("_T")
 
 
-def _read_object(run: Run, name: str, consequence: str) -> dict[str, Any] | None:
+def _read(run: Run, name: str, consequence: str, parse: Callable[[bytes], _T]) -> _T | None:
+    """A file of a run; None and a note where it is missing or cannot be read."""
     path = run.path / name
-    if not path.exists():
-        run.notes.append(f"{name} is missing: {consequence}.")
-        return None
-    try:
-        value = json_value(_read_bytes(path))
-    except ValueError as error:  # HimoError is one
-        run.notes.append(f"{name} cannot be read ({error}): {consequence}.")
-        return None
+    problem = "is missing"
+    if path.exists():
+        try:
+            with open_regular(path) as file:
+                data = file.read(_MAX_BYTES + 1)
+            if len(data) > _MAX_BYTES:
+                raise HimoError(f"{path}: larger than {_MAX_BYTES >> 20} MiB")
+            return parse(data)
+        except ValueError as error:  # HimoError is one
+            problem = f"cannot be read ({error})"
+        except TypeError as error:  # of `_object`
+            problem = str(error)
+    run.notes.append(f"{name} {problem}: {consequence}.")
+    return None
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    value = json_value(data)
     if not isinstance(value, dict):
-        run.notes.append(f"{name} holds {type(value).__name__}, not an object: {consequence}.")
-        return None
+        raise TypeError(f"holds {type(value).__name__}, not an object")
     return value
 
 
-def _read_metrics(run: Run) -> None:
-    path = run.path / "metrics.jsonl"
-    if not path.exists():
-        run.notes.append("metrics.jsonl is missing: there are no training curves.")
-        return
-    try:
-        data = _read_bytes(path)
-    except HimoError as error:
-        run.notes.append(f"metrics.jsonl cannot be read ({error}): there are no training curves.")
-        return
+def _read_metrics(run: Run, data: bytes) -> None:
     lines: dict[int, dict[str, Any]] = {}
     resumed = []
     bad = replaced = 0
@@ -227,33 +225,32 @@ def _read_metrics(run: Run) -> None:
             resumed.append(line)
             continue
         step = int(line["step"])
-        # A resumed run logs again the steps after its checkpoint: the later lines hold.
+        # A resumed run logs the steps after its checkpoint again; the later lines replace them.
         while lines and next(reversed(lines)) >= step:
             lines.popitem()
             replaced += 1
         lines[step] = line
-    truncated = " (the last one is cut off)" if bad and not data.endswith(b"\n") else ""
     if bad:
         what = plural(bad, "line")
+        truncated = "" if data.endswith(b"\n") else " (the last one is cut off)"
         run.notes.append(f"metrics.jsonl: {what} could not be read and left out{truncated}.")
     if replaced:
         what = plural(replaced, "line")
         run.notes.append(f"metrics.jsonl: {what} logged again after a resume; the later ones hold.")
-    # A start that is killed before its first checkpoint is told again by the next one.
+    # A start that is killed before its first checkpoint is logged again by the next one.
     run.notes += dict.fromkeys(n for line in resumed[-_MAX_RESUMED:] for n in _resumed(line))
     if not lines:
         run.notes.append("metrics.jsonl is empty: there are no training curves.")
         return
     run.step = list(lines)
     run.columns = {c: [as_number(line.get(c)) for line in lines.values()] for c in COLUMNS}
-    odd = {
-        column: count
+    odd = [
+        f"{column} ({count})"
         for column, values in run.columns.items()
         if (count := sum(v is not None and not math.isfinite(v) for v in values))
-    }
+    ]
     if odd:
-        which = ", ".join(f"{column} ({count})" for column, count in odd.items())
-        run.notes.append(f"metrics.jsonl: values that are NaN or infinite: {which}.")
+        run.notes.append(f"metrics.jsonl: values that are NaN or infinite: {', '.join(odd)}.")
     for step, line in lines.items():
         ratios = as_numbers(line.get("spectrum"))
         if ratios and all(math.isfinite(ratio) and ratio >= 0 for ratio in ratios):
@@ -279,59 +276,62 @@ def _resumed(line: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _read_pictures(run: Run) -> None:
-    if run.evaluation is None:
-        return
-    entries = run.evaluation.get("curves")
-    bad = 0
-    for entry in entries if isinstance(entries, list) else []:
-        segments, scores = lookup(entry, "segments"), as_numbers(lookup(entry, "scores"))
-        if (
-            not isinstance(segments, list)
-            or not scores
-            or len(segments) != len(scores)
-            or not all(isinstance(segment, str) for segment in segments)
-        ):
-            bad += 1
-            continue
-        thumbnail = lookup(entry, "thumbnail")
-        if not is_thumbnail(thumbnail):
-            thumbnail = None
-        image = lookup(entry, "image")
-        name = image if isinstance(image, str) else ""
-        run.curves.append(Curve(name, thumbnail, tuple(segments), tuple(scores)))
-    if bad:
+def _read_pictures(run: Run, evaluation: dict[str, Any]) -> None:
+    curves, misses = (_entries(evaluation, key) for key in ("curves", "misses"))
+    run.curves = [curve for entry in curves if (curve := _curve(entry)) is not None]
+    run.misses = [miss for entry in misses if (miss := _miss(entry)) is not None]
+    if bad := len(curves) - len(run.curves):
         what = plural(bad, "similarity curve")
         run.notes.append(f"eval.json: {what} could not be read and left out.")
-    elif not run.curves:
+    elif not curves:
         run.notes.append("eval.json holds no similarity curves.")
-    run.misses, bad = read_misses(run.evaluation.get("misses"), is_thumbnail)
-    if bad:
+    if bad := len(misses) - len(run.misses):
         what = plural(bad, "miss", "misses")
         run.notes.append(f"eval.json: {what} of retrieval could not be read and left out.")
 
 
-def is_thumbnail(value: Any) -> bool:
-    """Whether `value` is an image that can go into a page as it is, and fetches nothing."""
-    return (
-        isinstance(value, str)
-        and len(value) <= _MAX_THUMBNAIL
-        and _THUMBNAIL.fullmatch(value) is not None
-    )
+def _entries(evaluation: dict[str, Any], key: str) -> list[Any]:
+    entries = evaluation.get(key)
+    return entries if isinstance(entries, list) else []
+
+
+def _curve(entry: Any) -> Curve | None:
+    segments, scores = lookup(entry, "segments"), as_numbers(lookup(entry, "scores"))
+    if not isinstance(segments, list) or not all(isinstance(words, str) for words in segments):
+        return None
+    if not scores or len(segments) != len(scores):
+        return None
+    image = lookup(entry, "image")
+    name = image if isinstance(image, str) else ""
+    return Curve(name, _thumbnail(entry), tuple(segments), tuple(scores))
+
+
+def _miss(entry: Any) -> Miss | None:
+    caption, rank, *images = (lookup(entry, key) for key in ("caption", "rank", "image", "first"))
+    if not isinstance(caption, str) or type(rank) is not int:
+        return None
+    if not all(isinstance(image, dict) for image in images):
+        return None
+    own, other = ((str(image.get("name", "")), _thumbnail(image)) for image in images)
+    return Miss(caption, rank, own, other)
+
+
+def _thumbnail(entry: Any) -> str | None:
+    """The image of an entry, if it can go into a page as it is and fetches nothing."""
+    value = lookup(entry, "thumbnail")
+    if not isinstance(value, str) or len(value) > _MAX_THUMBNAIL:
+        return None
+    return value if _THUMBNAIL.fullmatch(value) else None
 
 
 def differing(runs: Iterable[Run]) -> tuple[list[str], list[str]]:
     """The settings of several runs by name: those that differ, and those that do not."""
     configs = [run.config for run in runs if run.config is not None]
     keys = list(dict.fromkeys(key for config in configs for key in config if key != "starts"))
-    missing = object()
     # JSON text and not ==, for which 1, 1.0 and true are the same setting.
     values = {
         key: {
-            json.dumps(value, sort_keys=True)
-            if (value := config.get(key, missing)) is not missing
-            else None
-            for config in configs
+            json.dumps(config[key], sort_keys=True) if key in config else None for config in configs
         }
         for key in keys
     }

@@ -1,4 +1,4 @@
-"""Long logged series for a chart: moving averages, fewer points, values at a step."""
+"""Logged series for a chart: moving averages, fewer points, values at a step."""
 
 import math
 from bisect import bisect_right
@@ -13,11 +13,10 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def smoothed(y: Sequence[float | None], window: int, places: Iterable[int]) -> list[float]:
-    """The moving average at some indices, with weights that fall off over a centred window.
+    """The moving average at some indices, with weights that fall linearly over a centred window.
 
-    The window shrinks on both sides alike near the ends, so that the curve does not lag and its
-    last value is the last one logged. Values that are not finite are passed over; NaN where the
-    window holds no other.
+    The window shrinks symmetrically near the ends, so the curve does not lag and its last value is
+    the last one logged. Values that are not finite are skipped; NaN where the window has no other.
     """
     values = np.array([math.nan if value is None else value for value in y])
     good = np.isfinite(values)
@@ -35,7 +34,7 @@ def smoothed(y: Sequence[float | None], window: int, places: Iterable[int]) -> l
 def thin(
     x: Sequence[float], y: Sequence[float | None], points: int
 ) -> tuple[list[float], list[float]]:
-    """At most about `points` of a curve: the least and the greatest value of each stretch.
+    """About `points` of a curve at most: the least and the greatest value of each stretch.
 
     None becomes NaN; a stretch without a finite value stays a gap.
     """
@@ -43,17 +42,12 @@ def thin(
     if len(x) <= points:
         return list(x), values
     stretch = math.ceil(len(x) / max(1, points // 2))
-    keep: list[int] = []
+    chosen = {0, len(x) - 1}
     for start in range(0, len(x), stretch):
         indices = range(start, min(start + stretch, len(x)))
-        finite = [i for i in indices if not math.isnan(values[i])]
-        if finite:
-            ends = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
-            keep.extend(sorted(ends))
-        else:
-            keep.append(start)
-    keep = sorted({0, *keep, len(x) - 1})
-    return [x[i] for i in keep], [values[i] for i in keep]
+        finite = [i for i in indices if not math.isnan(values[i])] or [start]
+        chosen |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+    return [x[i] for i in sorted(chosen)], [values[i] for i in sorted(chosen)]
 
 
 def spread(count: int, at_most: int) -> list[int]:

@@ -4,8 +4,9 @@ import argparse
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -27,13 +28,14 @@ _FLAGS = (
     *("max_bad_fraction", "image_mode", "workers", "model", "batch_size", "seed", "threads"),
 )
 _MAX_SECONDS = 3600.0
-_MAX_BATCHES = 10_000  # of the loader, beside the seconds: enough for any rate
+_MAX_BATCHES = 10_000  # of the loader, in addition to the seconds: enough for any rate
 _PROGRESS_DELAY_S = 2.0
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """So many samples went through a step in so many seconds."""
+    """The samples and the seconds of a step of reading."""
 
     step: str
     samples: int
@@ -45,7 +47,7 @@ class Rate:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what is measured, how long, and the trainer's flags for its data."""
+    """Adds what to measure, for how long, and the trainer's flags for its data."""
     parser.add_argument("what", choices=("data",), help="the reading of the training data")
     parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="for each part (default: 5)"
@@ -74,36 +76,28 @@ def by_step(dataset: CaptionedImages, rows: list[int], seconds: float) -> list[R
     """The rate of each step of reading in this process, over rows that can be read."""
     preprocess, index = dataset.preprocess, dataset.index
 
-    def decode_and_resize(row: int) -> Iterator[str]:
-        image = index.open_image(row)
-        yield "decode"
-        preprocess.uint8(image)
-        yield "resize and crop"
+    def stages(row: int) -> Iterator[str]:
+        if preprocess.mode == "exact":
+            image = index.open_image(row)
+            yield "decode"
+            preprocess.uint8(image)
+            yield "resize and crop"
+        else:  # the decoder itself may shrink the image
+            dataset.image(row)
+            yield "decode, resize and crop"
+        dataset.tokens(row)
+        yield "tokenise"
 
-    def read(row: int) -> Iterator[str]:  # where the decoder itself may shrink the image
-        dataset.image(row)
-        yield "decode, resize and crop"
-
-    stages: Callable[[int], Iterator[str]]
-    stages = decode_and_resize if preprocess.mode == "exact" else read
     taken: dict[str, float] = {}
     samples = 0
-    dataset.tokens(rows[0])  # the first one reads the vocabulary
+    dataset.tokens(rows[0])  # the first call reads the vocabulary
     began = time.perf_counter()
-    for row in tqdm(
-        iter(rows),  # of no length: the seconds end it, long before the last row
-        desc="by step",
-        unit="pair",
-        delay=_PROGRESS_DELAY_S,
-        disable=None,
-        leave=False,
-    ):
+    # An iterator has no length: the seconds end the loop, long before the last row.
+    for row in _bar(iter(rows), "by step", "pair"):
         with suppress(ImageError):
             parts, before = {}, time.perf_counter()
             for name in stages(row):
                 parts[name], before = time.perf_counter() - before, time.perf_counter()
-            dataset.tokens(row)
-            parts["tokenise"] = time.perf_counter() - before
             samples += 1
             taken = {name: taken.get(name, 0.0) + part for name, part in parts.items()}
         if time.perf_counter() - began > seconds:
@@ -116,23 +110,15 @@ def by_step(dataset: CaptionedImages, rows: list[int], seconds: float) -> list[R
 def loader(
     settings: TrainConfig, dataset: CaptionedImages, sampler: EpochSampler, seconds: float
 ) -> tuple[Rate, float]:
-    """The rate of the trainer's loader, and the seconds that its first batch takes.
+    """The rate of the trainer's loader, and the seconds until its first batch.
 
-    Batches that were ready when the first one came would flatter the rate: as many as the workers
-    hold, two each, are not counted.
+    The batches that the workers hold by then, two each, would flatter the rate and are not counted.
     """
     batches = training_loader(settings, dataset, sampler, pin_memory=False)
     ready, samples = 1 + 2 * settings.workers, 0
     asked = time.perf_counter()
     arrivals = []
-    bar = tqdm(
-        _over_epochs(batches, sampler),
-        desc="loader",
-        unit="batch",
-        delay=_PROGRESS_DELAY_S,
-        disable=None,
-        leave=False,
-    )
+    bar = _bar(_over_epochs(batches, sampler), "loader", "batch")
     for batch in bar:
         arrivals.append(time.perf_counter())
         if len(arrivals) <= ready:
@@ -144,8 +130,12 @@ def loader(
     return Rate("loader", samples, arrivals[-1] - arrivals[ready - 1]), arrivals[0] - asked
 
 
+def _bar(items: Iterator[_T], what: str, unit: str) -> "tqdm[_T]":
+    return tqdm(items, desc=what, unit=unit, delay=_PROGRESS_DELAY_S, disable=None, leave=False)
+
+
 def _over_epochs(batches: BatchLoader, sampler: EpochSampler) -> Iterator[Sample]:
-    # From the second on: files of the first are in the page cache, where the steps have read them.
+    # From the second epoch on: the page cache holds files of the first, which the steps have read.
     for epoch in itertools.count(1):
         sampler.set_epoch(epoch)
         yield from batches
@@ -164,9 +154,9 @@ def table(settings: TrainConfig, steps: list[Rate], whole: Rate, first_s: float)
     pairs = settings.batch_size
     step_s = pairs * whole.seconds / whole.samples
     if settings.workers:
-        lines += ["", f"{first} A step of {pairs} pairs"]
-        lines.append(f"waits for the loader where it takes less than {step_s:.3g} s.")
-    else:  # which reads nothing while a step runs
-        lines += ["", f"{first} Without workers a step of {pairs} pairs"]
-        lines.append(f"always waits for the loader, {step_s:.3g} s.")
-    return "\n".join(lines)
+        step = f"A step of {pairs} pairs"
+        waits = f"waits for the loader where it takes less than {step_s:.3g} s."
+    else:  # nothing is read while a step runs
+        step = f"Without workers a step of {pairs} pairs"
+        waits = f"always waits for the loader, {step_s:.3g} s."
+    return "\n".join([*lines, "", f"{first} {step}", waits])

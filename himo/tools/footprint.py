@@ -1,9 +1,9 @@
 """The memory of one training step, counted by running it on tensors without data.
 
-The trainer's own model, objective and optimizer run under torch's FakeTensorMode: every operation
-says the shapes of its results and allocates nothing. A storage counts from the operation that makes
-it until nothing refers to it any more, once however many tensors view it, as a caching allocator
-sees it. The peak is that of the counted step, not of a formula.
+The trainer's own model, objective and optimizer run under torch's FakeTensorMode: operations
+return shapes and allocate nothing. As in a caching allocator, a storage counts once however many
+tensors view it, from the operation that makes it until nothing refers to it. So the peak is counted
+and comes from no formula.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from himo.parallel import Ranks
 from himo.run import build_model
 from himo_kernels.dispatch import OPERATORS
 
-# What memory is for, in the order in which it is shown.
+# The uses of memory, in the order shown.
 PARAMETERS, GRADIENTS, STATE = "parameters", "gradients", "optimizer state"
 BUCKETS, BATCH = "DDP's gradient buckets", "images and tokens"
 IMAGE, TEXT, LOSS, EXCHANGE = "image tower", "text tower", "loss and HiDe", "exchange"
@@ -40,7 +40,7 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes alive at the peak of a step, by what they are for, and what the step then did."""
+    """Bytes in use at the peak of a step, by use, and the phase of the step at that moment."""
 
     parts: dict[str, int]
     phase: str
@@ -51,7 +51,7 @@ class Memory:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the storages of all tensors made while it is active, and keeps the highest sum."""
+    """Counts the storages of all tensors made while it is active, and records the highest sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
-        """Counts what is made in the body as of that kind."""
+        """Counts storages that the body makes as of that kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
             self._kind = before
 
     def during(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, what it makes being of that kind."""
+        """The function; storages that it makes count as of that kind."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.making(kind):
@@ -80,7 +80,7 @@ class Ledger(TorchDispatchMode):
         return run
 
     def become(self, kind: str) -> Callable[[Tensor], None]:
-        """A hook of a tensor: what is made after its gradient is of that kind."""
+        """A hook of a tensor: storages made after its gradient count as of that kind."""
 
         def hook(grad: Tensor) -> None:
             self._kind = kind
@@ -88,17 +88,15 @@ class Ledger(TorchDispatchMode):
         return hook
 
     def claim(self, tensors: Iterable[Any], kind: str) -> None:
-        """Counts tensors that are already there as of another kind."""
-        for tensor in tensors:
-            key = tensor.untyped_storage()._cdata
-            if key in self._owners:
-                before, size = self._owners[key]
-                self._owners[key] = kind, size
-                self._alive[before] -= size
-                self._alive[kind] += size
+        """Counts existing tensors as of another kind."""
+        for key in {tensor.untyped_storage()._cdata for tensor in tensors} & self._owners.keys():
+            before, size = self._owners[key]
+            self._owners[key] = kind, size
+            self._alive[before] -= size
+            self._alive[kind] += size
 
     def forget_peak(self) -> None:
-        """Begins anew: the peak is what is alive now."""
+        """Starts again: the peak is the memory in use now."""
         self._highest = 0
         self._keep_peak()
 
@@ -106,9 +104,9 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # a token's number, a step's: every number that the host asks for
+            return 1  # for every number that the host reads: of a token, of a step
         if func.namespace == "himo_kernels":
-            # With its body instead of its fake, which says nothing of the memory inside.
+            # Runs its body: its fake does not tell the memory inside.
             name, _, direction = func._opname.rpartition("_")
             with self:
                 return OPERATORS[name].run(direction, *args, **(kwargs or {}))
@@ -146,22 +144,22 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class _OneOfMany(Ranks):
-    """A process among `size` of them, none of which is there."""
+    """One process of `size`; the others do not exist."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
 
 class Rehearsal:
-    """Steps of a training run, as often as asked and with other settings.
+    """Steps of a training run, any number of them, each with its own settings.
 
-    A GPU is taken to run what it runs by default: AdamW on all tensors at once, where a CPU takes
-    one after the other, the operators' reference backend, and fused attention, which keeps no
-    scores [L, L]. Every caption has the context's length. A process of several has gradient
-    buckets as large as the gradients, which DistributedDataParallel keeps beside them.
+    Counts as a GPU runs by default: AdamW on all tensors at once (a CPU takes one after the other),
+    the operators' reference backend, and fused attention, which stores no scores [L, L]. Every
+    caption has the context's length. With several processes DistributedDataParallel adds gradient
+    buckets as large as the gradients.
 
     Args:
-        settings: of the run; the data, the device and what is written do not matter.
+        settings: of the run; data, device and files do not matter.
         ranks: processes of the run.
 
     Raises:
@@ -170,7 +168,7 @@ class Rehearsal:
 
     def __init__(self, settings: TrainConfig, ranks: int = 1) -> None:
         self.settings, self._ranks = settings, _OneOfMany(ranks)
-        # A new model is not filled with numbers; that of a checkpoint is read, and then let go.
+        # A new model gets no values; a checkpoint's are read and then freed.
         with torch.device("meta") if settings.pretrained is None else nullcontext():
             model = build_model(settings, torch.device("meta"))
         self._fake, self._ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
@@ -184,8 +182,8 @@ class Rehearsal:
         return self._update.total
 
     def step(self, **changes: Any) -> Memory:
-        """The memory at the peak of a step, with these settings changed that leave the model be."""
-        # Whether a loss is finite cannot be asked of tensors without data.
+        """The memory at the peak of a step; `changes` of settings that leave the model as it is."""
+        # "skip": tensors without data cannot tell whether a loss is finite.
         settings = dataclasses.replace(self.settings, on_nonfinite="skip", **changes)
         ledger, model = self._ledger, self._model
         rows, parts = settings.batch_size * settings.accum_freq, settings.accum_freq
@@ -206,7 +204,7 @@ class Rehearsal:
                 objective.backward(images, tokens, length, settings.batch_size)
             peak = ledger.peak
             model.zero_grad(set_to_none=True)
-            del objective.towers.forward, objective.losses  # which hold it, and so its tensors
+            del objective.towers.forward, objective.losses  # these hold it, and so its tensors
         update = Memory(self._update.parts | {BATCH: images.nbytes + tokens.nbytes}, UPDATE)
         return max(peak, update, key=lambda memory: memory.total)
 
@@ -238,12 +236,12 @@ class Rehearsal:
             group["foreach"] = True
         ledger.forget_peak()
         with ledger.making(UPDATE):
-            optimizer.step()  # makes its state first, then what it needs in passing
+            optimizer.step()  # makes its state first, then its temporary tensors
         states = [x for state in optimizer.state.values() for x in state.values()]
         ledger.claim(states, STATE)
-        kept = sum(state.nbytes for state in states)
+        size = sum(state.nbytes for state in states)
         parts = ledger.peak.parts
-        self._update = Memory(parts | {STATE: kept, UPDATE: parts[UPDATE] - kept}, UPDATE)
+        self._update = Memory(parts | {STATE: size, UPDATE: parts[UPDATE] - size}, UPDATE)
         self._optimizer = optimizer  # and with it the state
         model.zero_grad(set_to_none=True)
         for parameter in trained:
@@ -254,8 +252,8 @@ class Rehearsal:
 
 
 def _first_and_last(forward: Callable[..., Any], parts: int, width: int) -> Callable[..., Any]:
-    # Of micro-batches: the first makes the gradients, the second adds to them, before the last most
-    # embeddings are there. Those between take the memory of the second, and time.
+    # Runs the first micro-batch, which makes the gradients, the second, which adds to them, and the
+    # last, when most embeddings are in memory. The others take the memory of the second, and time.
     calls = 0
 
     def run(images: Tensor, tokens: Tensor, max_length: int) -> Any:
@@ -276,7 +274,7 @@ def _replace(module: nn.Module, name: str, function: Callable[..., Any]) -> None
 
 @contextmanager
 def _group_of(size: int) -> Iterator[None]:
-    # A process group whose collectives return at once: torch's, for tests of one rank of many.
+    # torch's process group for tests of one rank of many: its collectives return at once.
     if size == 1:
         yield
         return

@@ -24,16 +24,16 @@ from himo.tools.footprint import (
     Rehearsal,
 )
 
-# The flags of `himo train` that decide how much memory a step takes.
+# The flags of `himo train` that change the memory of a step.
 _FLAGS = (
     *("model", "pretrained", "lock_image", "lock_text", "grad_checkpointing", "loss", "preset"),
     *("batch_size", "accum_freq", "exchange", "precision"),
 )
 _LEAST_BATCH = 2  # of the trainer
-# Pairs of all processes in a step, and processes: counting so many takes a minute.
+# Pairs of all processes in a step, and processes: counting these takes a minute.
 _MAX_PAIRS, _MAX_RANKS = 1 << 20, 4096
 _GIB = 1 << 30
-_MAX_GIB = 100_000  # what the table has room for
+_MAX_GIB = 100_000  # the widest number of the table
 _WIDTH = 79  # columns
 _BAR = 40  # characters for the memory given, or the total where that is more
 _PHASES = {
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns 0 if the step fits and 1 if it does not."""
     settings = config.from_arguments(args, train_data="(none is read)")
-    if settings.precision == "auto":  # of a GPU, whose memory is counted
+    if settings.precision == "auto":  # as a GPU chooses
         settings = dataclasses.replace(settings, precision="amp_bf16")
     if not 0 < args.gpu_mem <= _MAX_GIB:
         raise HimoError(f"--gpu-mem: expected GiB above 0 and up to {_MAX_GIB}, got {args.gpu_mem}")
@@ -85,23 +85,23 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-    """Flags to change, and the memory of a step with them."""
+    """Flags to change, the memory of a step with them, and whether it fits."""
 
     changes: dict[str, Any]
     memory: Memory
+    fits: bool
 
     @property
     def flags(self) -> str:
-        flags = []
-        for name, value in self.changes.items():
-            flag = f"--{name.replace('_', '-')}"
-            flags.append(flag if value is True else f"{flag} {value}")
-        return " ".join(flags)
+        return " ".join(
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for name, value in self.changes.items()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one process needs, and what would need less where that is too much; bytes."""
+    """The bytes that one process needs; where they are too many, flags that need fewer."""
 
     settings: TrainConfig
     ranks: int
@@ -117,7 +117,7 @@ class Plan:
 
 def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
     """The plan of a run of `ranks` processes, each with `limit` bytes."""
-    # From the beginning: the first step, before which no bar with a delay is drawn, takes seconds.
+    # Without a delay: the first step takes seconds, and a delayed bar is drawn only after it.
     with tqdm(desc="counting", unit="step", disable=None, leave=False) as bar:
         rehearsal = Rehearsal(settings, ranks)
 
@@ -134,10 +134,10 @@ def make_plan(settings: TrainConfig, ranks: int, limit: int) -> Plan:
             return step(batch_size=batch).total
 
         found = largest_batch(total, (settings.batch_size, memory.total), fixed, limit, most)
-        others = []
-        if memory.total > limit:
-            others = _alternatives(settings, ranks, limit, step, fixed, found)
-    return Plan(settings, ranks, limit, memory, found, others)
+        plan = Plan(settings, ranks, limit, memory, found, [])
+        if not plan.fits:
+            plan.alternatives.extend(_alternatives(plan, step, fixed))
+    return plan
 
 
 def _most_counted(settings: TrainConfig, ranks: int) -> int:
@@ -160,7 +160,8 @@ def largest_batch(
         fits, fails = (max(fits, batch), fails) if size <= limit else (fits, min(fails, batch))
         if fails - fits <= 1:
             break
-        # Where the line through the last two meets the limit; the middle now and then, for a curve.
+        # Where the line through the last two meets the limit; every fourth time the middle, in case
+        # of a curve.
         rise = size - before[1]
         run = (limit - size) * (batch - before[0]) // rise if rise else 8 * batch
         guess = min(batch + run, 8 * batch) if tried % 4 else (fits + min(fails, 64 * fits)) // 2
@@ -170,52 +171,42 @@ def largest_batch(
     return fits if fits >= _LEAST_BATCH else 0
 
 
-def _alternatives(
-    settings: TrainConfig,
-    ranks: int,
-    limit: int,
-    step: Callable[..., Memory],
-    fixed: int,
-    found: int,
-) -> list[Alternative]:
+def _alternatives(plan: Plan, step: Callable[..., Memory], fixed: int) -> list[Alternative]:
     # One flag at a time; all of them, and smaller batches, where no single one is enough.
-    single: list[dict[str, Any]] = []
+    settings, limit = plan.settings, plan.limit
+
+    def tried(changes: dict[str, Any]) -> Alternative:
+        memory = step(**changes)
+        return Alternative(changes, memory, memory.total <= limit)
+
+    def accumulated(near: int, changes: dict[str, Any]) -> list[Alternative]:
+        # The same pairs contrasted together, in smaller batches. The other batches' gradients and
+        # embeddings take memory too, so one or two sizes below `near` may be needed.
+        pairs = settings.batch_size * settings.accum_freq
+        smaller = [n for n in range(min(near, settings.batch_size - 1), 1, -1) if pairs % n == 0]
+        for batch in smaller[:3]:
+            other = tried(changes | {"batch_size": batch, "accum_freq": pairs // batch})
+            if other.fits:
+                return [other]
+        return []
+
+    together: dict[str, Any] = {}
     if not settings.grad_checkpointing:
-        single.append({"grad_checkpointing": True})
+        together["grad_checkpointing"] = True
     if settings.precision == "fp32":
-        single.append({"precision": "amp_bf16"})
-    if ranks > 1 and settings.exchange == "gather":
-        single.append({"exchange": "ring"})
-    others = [Alternative(changes, step(**changes)) for changes in single]
-    others += _accumulated(settings, limit, step, found, {})
-    if not single or any(other.memory.total <= limit for other in others):
+        together["precision"] = "amp_bf16"
+    if plan.ranks > 1 and settings.exchange == "gather":
+        together["exchange"] = "ring"
+    others = [tried({name: value}) for name, value in together.items()]
+    others += accumulated(plan.largest_batch, {})
+    if not together or any(other.fits for other in others):
         return others
-    together = {name: value for changes in single for name, value in changes.items()}
-    both = Alternative(together, step(**together))
-    if both.memory.total <= limit:
+    both = tried(together)
+    if both.fits:
         return [*others, both]
-    # In proportion: near enough for a size that divides the batch.
+    # In proportion: close enough for a size that divides the batch.
     near = settings.batch_size * max(0, limit - fixed) // max(1, both.memory.total - fixed)
-    return others + _accumulated(settings, limit, step, near, together)
-
-
-def _accumulated(
-    settings: TrainConfig,
-    limit: int,
-    step: Callable[..., Memory],
-    near: int,
-    changes: dict[str, Any],
-) -> list[Alternative]:
-    # The same pairs contrasted together, in smaller batches. Those take a little more than they
-    # would alone, the gradients and embeddings of the others: the next smaller size may be needed.
-    pairs = settings.batch_size * settings.accum_freq
-    smaller = [n for n in range(min(near, settings.batch_size - 1), 1, -1) if pairs % n == 0]
-    for batch in smaller[:3]:
-        new = changes | {"batch_size": batch, "accum_freq": pairs // batch}
-        other = Alternative(new, step(**new))
-        if other.memory.total <= limit:
-            return [other]
-    return []
+    return others + accumulated(near, together)
 
 
 def table(plan: Plan) -> str:
@@ -223,7 +214,9 @@ def table(plan: Plan) -> str:
     settings, memory = plan.settings, plan.memory
     of_many = f" in each of {plan.ranks} processes ({settings.exchange})" if plan.ranks > 1 else ""
     accumulated = f" x {settings.accum_freq} accumulated" if settings.accum_freq > 1 else ""
-    unit = max(memory.total, plan.limit) / _BAR
+    mark_bytes = max(memory.total, plan.limit) / _BAR
+    rows = [(kind, memory.parts[kind], "#") for kind in KINDS if memory.parts.get(kind)]
+    rows += [("total", memory.total, "#"), ("given", plan.limit, "=")]
     lines = [
         f"{settings.pretrained or settings.model}, {settings.loss} loss, {settings.precision}"
         + (", recomputed activations" if settings.grad_checkpointing else ""),
@@ -231,15 +224,11 @@ def table(plan: Plan) -> str:
         "",
         f"GiB of one process at its peak, {_PHASES.get(memory.phase, memory.phase)}",
     ]
-    for kind in KINDS:
-        size = memory.parts.get(kind, 0)
-        if size:
-            lines.append(f"  {kind:<23}{_gib(size):>9}  {'#' * round(size / unit)}".rstrip())
-    lines.append(f"  {'total':<23}{_gib(memory.total):>9}  {'#' * round(memory.total / unit)}")
-    lines.append(f"  {'given':<23}{_gib(plan.limit):>9}  {'=' * round(plan.limit / unit)}")
-    verdict = "fits" if plan.fits else "does not fit"
-    left = abs(plan.limit - memory.total)
-    lines += ["", f"{verdict}: {_gib(left)} GiB {'left' if plan.fits else 'too much'}"]
+    for name, size, mark in rows:
+        bar = mark * round(size / mark_bytes)
+        lines.append(f"  {name:<23}{_gib(size):>9}  {bar}".rstrip())
+    verdict, which = ("fits", "left") if plan.fits else ("does not fit", "too much")
+    lines += ["", f"{verdict}: {_gib(abs(plan.limit - memory.total))} GiB {which}"]
     if plan.largest_batch:
         lines.append(f"largest --batch-size that fits: {plan.largest_batch} pairs a process")
         if plan.largest_batch == _most_counted(settings, plan.ranks):
@@ -249,9 +238,9 @@ def table(plan: Plan) -> str:
     if plan.alternatives:
         lines += ["", "instead, all else as it is (GiB)"]
         for other in plan.alternatives:
-            word = "fits" if other.memory.total <= plan.limit else "too much"
+            word = "fits" if other.fits else "too much"
             lines.append(f"  {_gib(other.memory.total):>9} {word:<9} {other.flags}")
-    if not plan.fits and not any(o.memory.total <= plan.limit for o in plan.alternatives):
+    if not plan.fits and not any(other.fits for other in plan.alternatives):
         lines.append("no flag is enough; a smaller model, --lock-image or --lock-text take less")
     said = (
         "Counted from the shapes of a step whose captions fill the context; no GPU was asked. "
@@ -261,7 +250,7 @@ def table(plan: Plan) -> str:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON holds it; sizes in bytes."""
+    """The plan as JSON; sizes in bytes."""
     return {
         "settings": {name: getattr(plan.settings, name) for name in _FLAGS},
         "ranks": plan.ranks,
@@ -272,11 +261,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parts": {kind: plan.memory.parts.get(kind, 0) for kind in KINDS},
         "largest_batch_size": plan.largest_batch,
         "alternatives": [
-            {
-                "flags": other.flags,
-                "total": other.memory.total,
-                "fits": other.memory.total <= plan.limit,
-            }
+            {"flags": other.flags, "total": other.memory.total, "fits": other.fits}
             for other in plan.alternatives
         ],
         "not_counted": list(NOT_COUNTED),

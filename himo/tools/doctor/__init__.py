@@ -17,14 +17,14 @@ from himo_kernels import info
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `himo train`, none of them required: its command line can be pasted."""
+    """Adds the flags of `himo train`, all optional: its command line can be pasted."""
     config.add_arguments(parser, [item.name for item in dataclasses.fields(TrainConfig)])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what there is and a line for each check; returns 1 if one found a problem, else 0."""
+    """Prints what is installed and a line for each check; returns 1 for a problem, else 0."""
     settings = config.from_arguments(args, train_data=args.train_data or "(none)")
-    named_config(settings.model)  # a wrong one is said before all else
+    named_config(settings.model)  # a wrong name is an error before any check
     print(info.report(), end="\n\n", flush=True)
     found = []
     for check in _checks(settings, bool(args.train_data)):
@@ -58,7 +58,7 @@ def _checks(settings: TrainConfig, has_data: bool) -> Iterator[Check]:
 
 def _line(check: Check) -> str:
     line = printable(f"{check.status:<8} {check.name:<13} {check.found}")
-    if not sys.stdout.isatty():  # in a file or an issue a line stays one
+    if not sys.stdout.isatty():  # in a file or an issue a check stays on one line
         return line
     width = shutil.get_terminal_size().columns - 1
     return textwrap.fill(line, max(width, 40), subsequent_indent=" " * 23, break_on_hyphens=False)

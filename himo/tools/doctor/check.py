@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, what was found, and whether it is in the way of training.
+    """What was checked, what was found, and whether it stops training.
 
     `found` is one sentence; for a warning or a problem it says what to do.
     """

@@ -1,9 +1,9 @@
-"""What a user gives a training run: the data set, as its reader opens it, and the checkpoint."""
+"""The inputs of a training run: the data set, as its reader opens it, and the checkpoint."""
 
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from himo.tokenizer import TextError, default_tokenizer
 from himo.tools.doctor.check import Check
 from himo.transforms import ImageError, Preprocess
 
-_IMAGES, _CAPTIONS = 100, 2000  # read, spread over the data set
+_IMAGES, _CAPTIONS = 100, 2000  # read, evenly over the data set
 _PROGRESS_DELAY_S = 2.0
-_KEPT = 3  # examples of bad images
+_EXAMPLES = 3  # of bad images
 
 
 def data_set(settings: TrainConfig, config: CLIPConfig, field: str) -> Iterator[Check]:
@@ -29,8 +29,8 @@ def data_set(settings: TrainConfig, config: CLIPConfig, field: str) -> Iterator[
     field: "train_data" or "val_data" of the settings.
     """
     prefix = "" if field == "train_data" else "val "
-    # Its index is not kept: nothing is left behind. Every record that is bad or whose image is
-    # missing is counted, where the trainer would stop.
+    # A temporary index leaves nothing behind. Every bad record and missing image is counted; the
+    # trainer would stop.
     with tempfile.TemporaryDirectory(prefix="himo-doctor-") as folder:
         try:
             index = open_dataset(
@@ -59,12 +59,8 @@ def _contents(
     yield _records(settings, index, advice)
     if index.report.missing_count:
         yield _missing(settings, index)
-    dataset = CaptionedImages(
-        index,
-        Preprocess.of(config, settings.image_mode),
-        _all_tokens,
-        short_captions=settings.short_captions,
-    )
+    preprocess, short = Preprocess.of(config, settings.image_mode), settings.short_captions
+    dataset = CaptionedImages(index, preprocess, _all_tokens, short_captions=short)
     yield _images(settings, dataset)
     yield _captions(dataset)
 
@@ -73,11 +69,11 @@ def _records(settings: TrainConfig, index: SampleIndex, advice: str | None) -> C
     report = index.report
     found = f"{len(index):,} pairs ({report.kind}) of {report.total:,} records"
     if report.bad_count:
-        bad = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
+        bad = _by_reason(report.bad)
         found += f", {report.bad_count:,} bad ({bad}), first: {report.bad_examples[0]}"
-        if report.bad_count > settings.max_bad_fraction * report.total:
-            share = f"more than --max-bad-fraction {settings.max_bad_fraction:g}"
-            return Check("data", "problem", f"{found}; {share}: mend them, or raise it")
+    if report.bad_count > settings.max_bad_fraction * report.total:
+        share = f"more than --max-bad-fraction {settings.max_bad_fraction:g}"
+        return Check("data", "problem", f"{found}; {share}: mend them, or raise it")
     if advice is not None:
         return Check("data", "problem", f"{found}; {advice}")
     if report.bad_count:
@@ -85,8 +81,12 @@ def _records(settings: TrainConfig, index: SampleIndex, advice: str | None) -> C
     return Check("data", "ok", found)
 
 
+def _by_reason(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+
+
 def _too_few(settings: TrainConfig, pairs: int) -> str | None:
-    # What is wrong with the number of pairs; None if nothing is.
+    # Why the pairs are too few; None if they are enough.
     first, count = settings.held_out, settings.train_num_samples
     if first >= pairs:
         return f"--held-out {first} leaves none"
@@ -120,8 +120,7 @@ def _images(settings: TrainConfig, dataset: CaptionedImages) -> Check:
     found = f"{len(rows) - len(bad)} of {len(rows)} looked at can be read"
     if not bad:
         return Check("images", "ok", found)
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    found += f" ({counts}), first: {', '.join(bad[:_KEPT])}"
+    found += f" ({_by_reason(reasons)}), first: {', '.join(bad[:_EXAMPLES])}"
     if len(bad) > settings.max_bad_fraction * len(rows):
         share = f"more than --max-bad-fraction {settings.max_bad_fraction:g} ends a run"
         return Check("images", "problem", f"{found}; {share}: mend them, or raise it")
@@ -133,7 +132,7 @@ def _captions(dataset: CaptionedImages) -> Check:
     longer = longest = 0
     for row in _progress(rows, "reading captions"):
         try:
-            length = len(dataset.tokens(row)) + 2  # and a start and an end
+            length = len(dataset.tokens(row)) + 2  # with start and end
         except TextError as error:
             where = dataset.index.describe(row)
             advice = "the trainer takes other pairs in the place of such"
@@ -151,7 +150,7 @@ def _all_tokens(caption: str) -> Tensor:  # [1, its length], not cut where the c
 
 
 def _spread(length: int, most: int) -> range:
-    # Evenly over the data set, whose parts come from several sources one after the other.
+    # Evenly, because a data set may hold one source after the other.
     return range(0, length, max(1, -(-length // most)))
 
 
@@ -160,7 +159,7 @@ def _progress(rows: range, what: str) -> "tqdm[int]":
 
 
 def checkpoint(path: str, settings: TrainConfig) -> tuple[Check, CLIPConfig | None]:
-    """What a checkpoint is and whether all of it loads to train; its sizes, if it does."""
+    """A checkpoint's format and whether all of it loads; its configuration, if it does."""
     given = {name: getattr(settings, name) for name in checkpoints.CHOICES}
     try:
         state, metadata = checkpoints.read_state_dict(path)

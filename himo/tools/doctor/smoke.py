@@ -1,4 +1,4 @@
-"""A miniature step of training on the device, as a user's run would take it."""
+"""A small training step on the device, as a user's run would take it."""
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ def step(settings: TrainConfig) -> Check:
         loss, taken_s = outputs["loss"].item(), time.perf_counter() - begun
     except HimoError as error:
         return Check(_NAME, "problem", f"none was taken: {error}")
-    # Whatever a broken driver or operator raises: to say it is what this is for.
+    # Whatever a broken driver or operator raises: this check exists to report it.
     except Exception as error:
         words = str(error).strip().partition("\n")[0]
         advice = "send this report with the traceback of `himo train` as an issue"

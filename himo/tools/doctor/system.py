@@ -1,4 +1,4 @@
-"""What the machine gives a training run: packages, devices, threads, memory, files and disk."""
+"""The machine of a training run: packages, devices, threads, memory, files and disk."""
 
 import importlib.metadata
 import math
@@ -21,10 +21,10 @@ from himo_kernels.extension import why_not as why_no_extension
 
 _DISTRIBUTION = "himo-kernels"
 _SHARED = Path("/dev/shm")
-# DataLoader has two batches under way for each worker, and one is in use.
+# DataLoader prefetches two batches for each worker; one more is in use.
 _PREFETCHED = 2
 _TENSORS = 4  # of a batch, each in a file of its own between processes
-_OTHER_FILES = 128  # shards kept open, 64, and what Python, torch and the log have
+_OTHER_FILES = 128  # 64 open shards, and the files of Python, torch and the log
 
 
 def packages() -> Iterator[Check]:
@@ -68,13 +68,10 @@ def device(settings: TrainConfig) -> Check:
             return Check("device", "warning", f"{target}, {properties.name}, {memory}; {advice}")
         return Check("device", "ok", f"{target}, {properties.name}, {memory}")
     if settings.device == "auto":
-        built = torch.version.cuda
-        why = (
-            f"torch is built for CUDA {built} and sees no GPU: check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES"
-            if built
-            else "this torch is built without CUDA: with a GPU here, install torch for CUDA"
-        )
+        why = "this torch is built without CUDA: with a GPU here, install torch for CUDA"
+        if built := torch.version.cuda:
+            advice = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+            why = f"torch is built for CUDA {built} and sees no GPU: {advice}"
         return Check("device", "warning", f"cpu; {why}")
     return Check("device", "ok", str(target))
 
@@ -108,7 +105,7 @@ def precision(settings: TrainConfig) -> Check:
 
 
 def shared_memory(settings: TrainConfig, config: CLIPConfig) -> Check:
-    """/dev/shm, through which workers hand over their batches."""
+    """/dev/shm, through which workers pass their batches."""
     if not settings.workers:
         return Check("shared memory", "ok", "no workers need it")
     rows = settings.batch_size * settings.accum_freq
@@ -127,7 +124,7 @@ def shared_memory(settings: TrainConfig, config: CLIPConfig) -> Check:
 
 
 def open_files(settings: TrainConfig) -> Check:
-    """The limit on open files, of which each tensor between processes is one."""
+    """The limit on open files; each tensor between processes is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _OTHER_FILES + _TENSORS * (_PREFETCHED * settings.workers + 1)
     limit = "no limit" if soft == resource.RLIM_INFINITY else f"a limit of {soft}"
@@ -152,7 +149,7 @@ def disk(settings: TrainConfig, config: CLIPConfig) -> Check:
     with torch.device("meta"):
         model = sum(parameter.nbytes for parameter in HiMoCLIP(config).parameters())
     epochs = math.ceil(settings.epochs / settings.save_frequency)
-    # A state is the model and AdamW's two moments; a new one is whole before an old one goes.
+    # A state is the model and AdamW's two moments; a new one is written before the oldest goes.
     states = settings.keep_checkpoints + 1 if settings.keep_checkpoints else epochs
     needed = epochs * model + states * 3 * model
     free = free_bytes(place)
@@ -164,8 +161,8 @@ def disk(settings: TrainConfig, config: CLIPConfig) -> Check:
 
 
 def _exists(path: Path) -> bool:
-    # Path.exists says "no", by version of Python, or raises where it is not known: a name too long,
-    # a directory that may not be searched.
+    # Path.exists returns False or raises, depending on Python's version, for a name too long or a
+    # directory that may not be searched.
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -174,7 +171,7 @@ def _exists(path: Path) -> bool:
 
 
 def _least_versions() -> dict[str, str]:
-    # As pyproject.toml has them: 'pillow>=13.0.0; extra == "himo"'.
+    # As in pyproject.toml: 'pillow>=13.0.0; extra == "himo"'.
     try:
         required = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # run from the source tree
@@ -184,5 +181,5 @@ def _least_versions() -> dict[str, str]:
 
 
 def _numbers(version: str) -> list[int]:
-    # Without zeros at the end: 13.0 is 13.0.0.
+    # Without trailing zeros: 13.0 is 13.0.0.
     return [int(part) for part in re.findall(r"\d+", re.sub(r"(\.0+)+$", "", version))]
