@@ -11,11 +11,20 @@ import torch
 from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.data import DATASET_TYPES, SampleIndex
 from himo.errors import HimoError
-from himo.evaluate.captions import evaluate_captions, open_for_evaluation
+from himo.evaluate.captions import CaptionScores, evaluate_captions, open_for_evaluation
 from himo.evaluate.cola import cola
 from himo.evaluate.encode import Coverage, Encoder
-from himo.evaluate.himo_k import score_himo_docci
-from himo.evaluate.metrics import SENTENCE_RULE_SHA256
+from himo.evaluate.himo_k import PrefixScores, himo_k, read_himo_docci, score_himo_docci
+from himo.evaluate.metrics import (
+    SENTENCE_RULE,
+    SENTENCE_RULE_SHA256,
+    growth_correlation,
+    monotone_accuracy,
+    recall,
+    retrieval_ranks,
+    segment_boundaries,
+    split_sentences,
+)
 from himo.evaluate.result import (
     add_himo_docci,
     caption_curves,
@@ -24,11 +33,34 @@ from himo.evaluate.result import (
     table,
     write_result,
 )
+from himo.evaluate.retrieval import retrieval
 from himo.files import sha256_file
 from himo.precision import products_dtype
 from himo_kernels import __version__
 
-__all__ = ["SENTENCE_RULE_SHA256", "Encoder", "evaluate_captions", "open_for_evaluation"]
+__all__ = [
+    "SENTENCE_RULE",
+    "SENTENCE_RULE_SHA256",
+    "CaptionScores",
+    "Coverage",
+    "Encoder",
+    "PrefixScores",
+    "add_arguments",
+    "cola",
+    "evaluate_captions",
+    "growth_correlation",
+    "himo_k",
+    "monotone_accuracy",
+    "open_for_evaluation",
+    "read_himo_docci",
+    "recall",
+    "retrieval",
+    "retrieval_ranks",
+    "run",
+    "score_himo_docci",
+    "segment_boundaries",
+    "split_sentences",
+]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
