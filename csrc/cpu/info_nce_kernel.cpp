@@ -29,8 +29,8 @@ namespace himo::cpu {
 namespace {
 
 // A row block (192 KiB of float at K = 768), a tile (64 KiB) and its gradient fit in L2 together.
-constexpr int64_t kRows = 64;
-constexpr int64_t kColumns = RightFactor<float>::kColumns;
+constexpr int64_t kRows = kTileRows, kColumns = kTileColumns;
+static_assert(kColumns == RightFactor<float>::kColumns);
 constexpr int64_t kGroups = 64;
 constexpr int64_t kWorkspace = 16 << 20;
 // With at least this many samples, bfloat16 features get their gradients from dL/dS rounded to

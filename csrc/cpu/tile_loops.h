@@ -10,6 +10,9 @@
 
 namespace himo::cpu {
 
+// The largest tile: a block of rows (192 KiB of float at K = 768), the tile (64 KiB) and its
+// gradient fit L2 together.
+constexpr int64_t kTileRows = 64, kTileColumns = 256;
 constexpr int64_t kTilePadding = 16;  // floats in the widest vector, 64 bytes
 
 constexpr int64_t padded(int64_t size) {

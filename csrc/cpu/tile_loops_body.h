@@ -103,6 +103,51 @@ void scale_tile(const StatisticsTile<acc_t>& tile) {
   }
 }
 
+// One exponential per entry serves both directions. With a_i = p_i + M_i of a row, b_j the same of
+// a column and c the largest a_i of the tile,
+//   exp(S_ij - b_j) = exp(S_ij - a_i) exp(a_i - c) exp(c - b_j),
+// and the last two factors are made once per row and column. exp(S_ij - a_i) underflows at -87,
+// where a column whose b_j is far below c may still need it: in_range is false in such a tile,
+// which takes two exponentials.
+template <typename acc_t>
+struct Ratios {
+  acc_t rows[kTileRows];        // exp(a_i - c)
+  acc_t columns[kTileColumns];  // exp(c - b_j), up to padded(columns); 1 if not in_range
+  bool in_range;
+
+  // a = row_positives + row_logs, b = column_positives + column_logs. In float64: at logits near
+  // 100, float32 would leave an error of 1e-5 in every entry of a row or column.
+  Ratios(int64_t row_count, int64_t column_count, const acc_t* row_positives, const acc_t* row_logs,
+         const acc_t* column_positives, const acc_t* column_logs) {
+    constexpr double kRange = 40;
+    double a[kTileRows] = {}, b[kTileColumns] = {};
+    double most = -__builtin_inf(), least = __builtin_inf();
+    for (int64_t i = 0; i < row_count; ++i) {
+      a[i] = static_cast<double>(row_positives[i]) + static_cast<double>(row_logs[i]);
+      most = a[i] > most ? a[i] : most;
+    }
+    for (int64_t j = 0; j < column_count; ++j) {
+      b[j] = static_cast<double>(column_positives[j]) + static_cast<double>(column_logs[j]);
+      least = b[j] < least ? b[j] : least;
+    }
+    in_range = most - least < kRange;  // false for NaN
+    for (int64_t i = 0; i < row_count; ++i) a[i] -= most;
+    for (int64_t j = 0; j < column_count; ++j) b[j] = in_range ? most - b[j] : 0;
+    exponentials(a, row_count, rows);
+    exponentials(b, padded(column_count), columns);
+  }
+
+ private:
+  static void exponentials(const double* x, int64_t count, acc_t* out) {
+    constexpr int64_t step = Lanes<double>::count;
+    for (int64_t k = 0; k < count; k += step) {
+      double values[step];
+      store<double>(values, exponential<double>(load<double>(x + k)));
+      for (int64_t lane = 0; lane < step; ++lane) out[k + lane] = static_cast<acc_t>(values[lane]);
+    }
+  }
+};
+
 template <typename acc_t>
 void statistics(const StatisticsTile<acc_t>& tile) {
   using lanes_t = typename Lanes<acc_t>::type;
@@ -133,6 +178,9 @@ void statistics(const StatisticsTile<acc_t>& tile) {
     store<acc_t>(tile.column_sum + j,
                  load<acc_t>(tile.column_sum + j) * exponential<acc_t>(change));
   }
+  const Ratios<acc_t> ratios(tile.rows, tile.columns, tile.row_positives, tile.row_max,
+                             tile.column_positives, tile.column_max);
+  acc_t sums[kTileColumns] = {};  // of exp(S - p_i - M_i) times its row's ratio
   for (int64_t i = 0; i < tile.rows; ++i) {
     const acc_t* logits = tile.logits + i * width;
     const lanes_t positive = fill<acc_t>(tile.row_positives[i]);
@@ -141,13 +189,20 @@ void statistics(const StatisticsTile<acc_t>& tile) {
     for (int64_t j = 0; j < width; j += step) {
       const lanes_t logit = load<acc_t>(logits + j);
       // Two subtractions, because S - p is exact where the two are close; p + M would be rounded.
-      row_sum += exponential<acc_t>((logit - positive) - row_max);
-      const lanes_t column =
-          (logit - load<acc_t>(tile.column_positives + j)) - load<acc_t>(tile.column_max + j);
-      store<acc_t>(tile.column_sum + j,
-                   load<acc_t>(tile.column_sum + j) + exponential<acc_t>(column));
+      const lanes_t power = exponential<acc_t>((logit - positive) - row_max);
+      row_sum += power;
+      lanes_t column = power * ratios.rows[i];
+      if (!ratios.in_range) {
+        column = exponential<acc_t>((logit - load<acc_t>(tile.column_positives + j)) -
+                                    load<acc_t>(tile.column_max + j));
+      }
+      store<acc_t>(sums + j, load<acc_t>(sums + j) + column);
     }
     tile.row_sum[i] += total<acc_t>(row_sum);
+  }
+  for (int64_t j = 0; j < width; j += step) {
+    store<acc_t>(tile.column_sum + j, load<acc_t>(tile.column_sum + j) +
+                                          load<acc_t>(sums + j) * load<acc_t>(ratios.columns + j));
   }
 }
 
@@ -162,6 +217,8 @@ double gradient(const GradientTile<acc_t>& tile) {
   using lanes_t = typename Lanes<acc_t>::type;
   constexpr int64_t step = Lanes<acc_t>::count;
   const int64_t width = padded(tile.columns), whole = tile.columns / step * step;
+  const Ratios<acc_t> ratios(tile.rows, tile.columns, tile.row_positives, tile.row_nll,
+                             tile.column_positives, tile.column_nll);
   double grad_scale = 0;
   for (int64_t i = 0; i < tile.rows; ++i) {
     const acc_t* products = tile.products + i * tile.products_stride;
@@ -174,10 +231,14 @@ double gradient(const GradientTile<acc_t>& tile) {
     lanes_t sum{};
     const auto step_at = [&](int64_t j, lanes_t product) {
       const lanes_t logit = rounded_product<acc_t>(product, tile.scale);
-      lanes_t row = exponential<acc_t>((logit - row_positive) - row_nll) - tile.share;
-      lanes_t column = exponential<acc_t>((logit - load<acc_t>(tile.column_positives + j)) -
-                                          load<acc_t>(tile.column_nll + j)) -
-                       tile.share;
+      const lanes_t power = exponential<acc_t>((logit - row_positive) - row_nll);
+      lanes_t row = power - tile.share;
+      lanes_t column = power * ratios.rows[i] * load<acc_t>(ratios.columns + j) - tile.share;
+      if (!ratios.in_range) {
+        column = exponential<acc_t>((logit - load<acc_t>(tile.column_positives + j)) -
+                                    load<acc_t>(tile.column_nll + j)) -
+                 tile.share;
+      }
       if (j <= positive && positive < j + step) {
         row[positive - j] = positive_part(tile.row_nll[i], tile.smoothing, tile.share);
         column[positive - j] = positive_part(tile.column_nll[positive], tile.smoothing, tile.share);

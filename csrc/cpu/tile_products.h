@@ -22,27 +22,26 @@ bool multiplies_bfloat16();
 template <typename factor_t>
 at::Tensor left_factor(const at::Tensor& matrix);
 
-// A matrix [K, N] laid out as a right factor. float: row-major, or panels of 256 columns, each
+// A matrix [K, N] laid out as a right factor. float: row-major, or panels of a few columns, each
 // row-major. bfloat16: panels of 32 columns with pairs of rows interleaved (VNNI). double:
 // row-major. Copies only if the layout differs.
 template <typename factor_t>
 class RightFactor {
  public:
-  static constexpr int64_t kColumns = 256;  // columns of a panel, and of one product
+  static constexpr int64_t kColumns = 256;  // of a tile, a multiple of every panel's width
 
   RightFactor() = default;
   explicit RightFactor(const at::Tensor& matrix);  // [K, N]
 
   // product = left block, or += if add, where block is rows [row, row + inner) and columns [column,
-  // column + columns) of this matrix. row must be even and column a multiple of 32. The block must
-  // either lie inside one panel of 256 columns or begin at the first column of a panel.
+  // column + columns) of this matrix. row must be even and column a multiple of 32.
   void multiply(const factor_t* left, int64_t left_stride, int64_t rows, int64_t row, int64_t inner,
                 int64_t column, int64_t columns, bool add, accumulator_t<factor_t>* product,
                 int64_t product_stride) const;
 
  private:
   at::Tensor storage_;
-  int64_t panel_stride_ = 0, row_stride_ = 0;  // in elements; float only
+  int64_t width_ = 0, panel_stride_ = 0, row_stride_ = 0;  // of panels, in elements; float only
 };
 
 // Releases the AMX tile state of this thread when the scope ends. Call release() before other code

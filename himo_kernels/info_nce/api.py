@@ -30,10 +30,8 @@ from himo_kernels.info_nce.op import (
 )
 
 LOGITS_VARIABLE = "HIMO_KERNELS_LOGITS_MIB"
-# Read once at import: a compiled graph must not depend on a variable that can change later. 64 MiB
-# hold both losses up to N = 2896; beyond that, the memory matters more than saving a quarter of the
-# products.
-_default_logits_mib = os.environ.get(LOGITS_VARIABLE, "64")
+# Read once at import: a compiled graph must not depend on a variable that can change later.
+_logits_mib = os.environ.get(LOGITS_VARIABLE)
 
 
 def info_nce(
@@ -65,7 +63,8 @@ def info_nce(
             gradient of the released code, whose all-gather returns constants.
         keep_logits_mib: Cache the logits for the backward, instead of recomputing them, if they
             take at most this many MiB (4 N^2 bytes per loss). Default: the environment variable
-            HIMO_KERNELS_LOGITS_MIB as read at import, or 64. Only the `cpu` backend caches.
+            HIMO_KERNELS_LOGITS_MIB as read at import, else a quarter of the available memory, at
+            most 1 GiB. Only the `cpu` backend caches.
         check_finite: Raise on NaN or inf instead of returning NaN (synchronises with the device).
         backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
@@ -210,7 +209,7 @@ def _losses(
     scale = check_logit_scale(name, logit_scale, image_features)
     label_smoothing = check_label_smoothing(name, label_smoothing)
     check_flag(name, "differentiate_keys", differentiate_keys)
-    logits_budget = 2**20 * check_keep_logits_mib(name, keep_logits_mib)
+    logits_budget = check_keep_logits_mib(name, keep_logits_mib)
     if check_flag(name, "check_finite", check_finite):
         check_finite_values(name, **features, **factors, logit_scale=scale)
     inputs = (*features.values(), *factors.values(), scale)
@@ -219,19 +218,21 @@ def _losses(
     return ContrastiveLoss.apply(name, *settings, *inputs)
 
 
-def check_keep_logits_mib(operator: str, value: object) -> float:
-    """Returns the budget of cached logits in MiB, >= 0 or inf; None reads the environment's."""
+def check_keep_logits_mib(operator: str, value: object) -> float | None:
+    """Returns the budget of cached logits in bytes, >= 0 or inf; None where nobody has set one."""
     name = "keep_logits_mib"
     if value is None:
+        if _logits_mib is None:
+            return None
         name = LOGITS_VARIABLE
         try:
-            value = float(_default_logits_mib)
+            value = float(_logits_mib)
         except ValueError:
-            raise_value(operator, name, "to be a number of MiB", _default_logits_mib)
+            raise_value(operator, name, "to be a number of MiB", _logits_mib)
     number = check_number(operator, name, value)
     if not number >= 0:
         raise_value(operator, name, "to be >= 0", value)
-    return number
+    return 2**20 * number
 
 
 def check_logit_scale(operator: str, value: Tensor | float, features: Tensor) -> Tensor:

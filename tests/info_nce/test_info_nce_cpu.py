@@ -1,5 +1,6 @@
 """Specific to the `cpu` backend: memory, instruction sets, wide bfloat16, Ctrl-C."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from info_nce_cases import (
     make_inputs,
 )
 
+import himo_kernels
 from himo_kernels import extension
+from himo_kernels._memory import available_memory
+from himo_kernels.info_nce import api, op
 from himo_kernels.testing import relative_error
 
 needs_extension = pytest.mark.skipif(
@@ -58,6 +62,56 @@ def test_memory_is_that_of_the_features_not_of_the_logits() -> None:
     bound_mib = 12 * feature_mib + 128 * 8192 * 4 / 2**20 + 16 + 16
     assert bound_mib < 8192**2 * 4 / 2**20 / 3
     assert float(run_python("-c", PEAK, HIMO_KERNELS_LOGITS_MIB="64")) <= bound_mib
+
+
+@pytest.mark.parametrize(
+    ("available_mib", "cached"), [(2048, True), (128, False), (0, False)], ids=str
+)
+def test_logits_are_cached_while_they_take_a_quarter_of_the_available_memory(
+    available_mib: int, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HIMO_KERNELS_LOGITS_MIB", raising=False)
+    monkeypatch.setattr(api, "_logits_mib", None)
+    monkeypatch.setattr(op, "available_memory", lambda: available_mib << 20)
+    # Both losses of 3100 samples take 73 MiB.
+    image, text, component = (torch.randn(3100, 8).requires_grad_() for _ in range(3))
+    losses = himo_kernels.dual_info_nce(image, text, component, 1.0, backend="cpu")
+    saved = losses[0].grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert ((2, 3100, 3100) in [tuple(tensor.shape) for tensor in saved]) == cached
+
+
+def test_the_available_memory_is_what_the_system_says() -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 1 << 20 < available_memory() <= total
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_logits_that_span_more_than_one_exponential(
+    side: str, spread: float, generator: torch.Generator
+) -> None:
+    # Log-sum-exps of a tile differ by up to 2 scale: from 40 on its two directions take an
+    # exponential each.
+    samples, features, scale = 150, 40, 200.0
+    image, text = (
+        torch.nn.functional.normalize(
+            torch.randn(samples, features, generator=generator) + 0.5, dim=-1
+        )
+        for _ in range(2)
+    )
+    lengths = spread ** -torch.rand(samples, 1, generator=generator)
+    image, text = (image * lengths, text) if side == "rows" else (image, text * lengths)
+    inputs = [image, text]
+
+    def run(*features: torch.Tensor, backend: str) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in features]
+        loss = himo_kernels.info_nce(*leaves, scale, backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    exact = run(*(x.double() for x in inputs), backend="reference")
+    bound = (1 + scale / 4) * torch.finfo(torch.float32).eps * samples**0.5
+    for got, expected in zip(run(*inputs, backend="cpu"), exact, strict=True):
+        assert relative_error(got, expected) <= bound
 
 
 needs_matrix_registers = pytest.mark.skipif(
