@@ -62,8 +62,7 @@ class Comparison:
 
     name: str  # of its folder
     changes: Sequence[Change]
-    before: Sequence[Row]  # all of its rows
-    same: Sequence[Row]  # those of this machine and number of threads
+    same: bool  # it has rows of this machine and number of threads
 
     @property
     def regressions(self) -> list[Change]:
@@ -220,7 +219,7 @@ def _memory(cell: Cell, found: dict[str, Row]) -> Figure | None:
         if row["peak_mib"]:
             mib = float(row["peak_mib"])
             bars.append(Bar(run, name, mib, f"{number(mib, 3)} MiB"))
-        elif row["status"] in ("out of memory", "left out"):
+        elif row["status"] == "out of memory":
             bars.append(Bar(run, name, None, _missing(row)))
     if not bars:
         return None
@@ -360,7 +359,7 @@ def _curves(curves: dict[str, list[float]]) -> Curves:
     steps = range(len(ours))
     x = Scale(0, max(1, len(ours) - 1))
     apart = [abs(a - b) for a, b in zip(ours, plain, strict=True)]
-    y = fit([*ours, *plain]) or Scale(0, 1)
+    y = fit([*ours, *plain], log=True) or Scale(0, 1)
     lines = [Line(1, steps, plain), Line(OURS, steps, ours, "dashed")]
     chart = line_chart("losses", "Loss by step", "nats", x, y, lines, x_label="step")
     scale = fit([0.0, *apart], zero=True)
