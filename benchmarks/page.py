@@ -360,8 +360,16 @@ def _curves(curves: dict[str, list[float]]) -> Curves:
     x = Scale(0, max(1, len(ours) - 1))
     apart = [abs(a - b) for a, b in zip(ours, plain, strict=True)]
     y = fit([*ours, *plain], log=True) or Scale(0, 1)
-    lines = [Line(1, steps, plain), Line(OURS, steps, ours, "dashed")]
-    chart = line_chart("losses", "Loss by step", "nats", x, y, lines, x_label="step")
+    marks = [
+        (x.at(step), y.at(ours[step]), f"step {step}: {number(ours[step], 6)}")
+        for step in steps[::5]
+        if math.isfinite(ours[step])
+    ]
+    over = dots(OURS, marks, 3.5)
+    plain_line = [Line(1, steps, plain)]
+    chart = line_chart(
+        "losses", "Loss by step", "nats", x, y, plain_line, x_label="step", over=over
+    )
     scale = fit([0.0, *apart], zero=True)
     difference = scale and line_chart(
         *("apart", "Difference by step", "nats", x, scale, [Line(OTHER, steps, apart)]),
