@@ -48,12 +48,12 @@ def read_folder(folder: Path) -> list[Row]:
     return found
 
 
-def cells(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """The forward + backward rows by cell, then candidate: cold L2, and a graph if there is one."""
+def cells(rows: list[Row], mode: str = "fwd+bwd") -> dict[tuple[str, ...], dict[str, Row]]:
+    """The rows of a mode by cell, then candidate: cold L2, and a graph if there is one."""
     names = ("op", "B", "N", "D", "dtype", "config")
     found: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        if row["mode"] == "fwd+bwd" and row["l2"] in ("", "cold"):
+        if row["mode"] == mode and row["l2"] in ("", "cold"):
             cell = found[tuple(row[name] for name in names)]
             if row["timing"] == "graph" or row["backend"] not in cell:
                 cell[row["backend"]] = row
@@ -66,8 +66,7 @@ def markdown(rows: list[Row]) -> str:
     parts = []
     for device, threads in devices:
         own = [row for row in rows if (row["device"], row["threads"]) == (device, threads)]
-        lines = [_line(cell, found) for cell, found in sorted(cells(own).items(), key=_place)]
-        lines = [line for line in lines if line]
+        lines = [f"| {' | '.join(columns)} |" for columns in table_rows(own)]
         if lines:
             parts.append("\n".join([HEAD, *lines, "", _caption(own)]))
     return "\n\n".join(parts)
@@ -83,7 +82,13 @@ def tables(name: str, rows: list[Row]) -> dict[str, str]:
     return {name: markdown(rows), f"{name}, in short": markdown(list(filter(in_short, rows)))}
 
 
-def _place(item: tuple[tuple[str, ...], object]) -> tuple:
+def table_rows(rows: list[Row]) -> list[list[str]]:
+    """The table of one device, a list of columns as in HEAD for each cell."""
+    found = (_columns(*item) for item in sorted(cells(rows).items(), key=place))
+    return [columns for columns in found if columns]
+
+
+def place(item: tuple[tuple[str, ...], object]) -> tuple:
     op, b, n, d, dtype, config = item[0]
     return (
         list(LABELS).index(op),
@@ -99,27 +104,26 @@ def _default(op: str) -> str:
     return Case(op, N=1).config if op in OPTIONS else ""
 
 
-def _line(cell: tuple[str, ...], found: dict[str, Row]) -> str:
-    own = next((row for row in found.values() if row["auto"] and _time(row)), None)
+def _columns(cell: tuple[str, ...], found: dict[str, Row]) -> list[str]:
+    own = next((row for row in found.values() if row["auto"] and quoted_ms(row)), None)
     if own is None:
-        return ""
+        return []
     others = [row for row in found.values() if row["backend"] not in (*LIBRARY, "released")]
     others = [row for row in others if not row["backend"].startswith("released+")]
-    timed = [row for row in others if _time(row)]
-    best = min(timed, key=_time, default=None)
-    columns = [
-        _work(cell),
+    timed = [row for row in others if quoted_ms(row)]
+    best = min(timed, key=quoted_ms, default=None)
+    return [
+        work(cell),
         own["dtype"],
         own["backend"],
-        f"{_time(own):.3g}",
+        f"{quoted_ms(own):.3g}",
         _ratio(own, found.get("released")),
         f"{_ratio(own, best)} ({best['backend']})" if best else "–",
         _memory(own, found.get("released")),
     ]
-    return f"| {' | '.join(columns)} |"
 
 
-def _work(cell: tuple[str, ...]) -> str:
+def work(cell: tuple[str, ...]) -> str:
     op, b, n, d, _, config = cell
     size = " x ".join([b, n, d] if b != "1" else [n, d])
     # Only options that differ from the operator's defaults.
@@ -128,7 +132,7 @@ def _work(cell: tuple[str, ...]) -> str:
     return " ".join([LABELS[op], size, *special])
 
 
-def _time(row: Row) -> float:
+def quoted_ms(row: Row) -> float:
     """Milliseconds: the minimum on a CPU, which other processes disturb; the median on a GPU. 0 if
     not timed."""
     return float(row["time_ms_min" if not row["l2"] else "time_ms_p50"] or 0)
@@ -137,9 +141,9 @@ def _time(row: Row) -> float:
 def _ratio(own: Row, other: Row | None) -> str:
     if other is None:
         return "–"
-    if not _time(other):
+    if not quoted_ms(other):
         return _why(other)
-    return f"{_time(other) / _time(own):.2f}x"
+    return f"{quoted_ms(other) / quoted_ms(own):.2f}x"
 
 
 def _why(row: Row) -> str:
@@ -209,7 +213,7 @@ def draw(rows: list[Row]) -> dict[str, str]:
             if len(own) < 3:
                 continue
             title = f"{LABELS[op]}, D = 768, {dtype}, forward + backward"
-            for kind, unit, value in (("time", "ms", _time), ("memory", "MiB", _peak)):
+            for kind, unit, value in (("time", "ms", quoted_ms), ("memory", "MiB", _peak)):
                 lines = _lines(own, value, oom=kind == "memory")
                 if any(len(points) > 1 for _, points, _ in lines):
                     curves = [charts.Line(*line) for line in lines]

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks import cases as grid
+from benchmarks import compare
 from benchmarks import rows as table
 from benchmarks.cases import Case
 from benchmarks.rows import LIBRARY, BenchmarkError, Row
@@ -130,7 +131,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(cases: list[Case], options: argparse.Namespace, log: TextIO) -> int:
-    """Measures the cases within the budget; returns 1 if a library backend is inaccurate."""
+    """Measures the cases; returns 1 if a library backend is inaccurate or fails the gate."""
+    rows = measure(cases, options, log)
+    if bad := inaccurate(rows):
+        warn(f"{len(bad)} rows of the library fail their accuracy check; see {options.out}")
+    slower = compare.gate(rows) if options.gate else 0
+    return 1 if bad or slower else 0
+
+
+def inaccurate(rows: list[Row]) -> list[Row]:
+    """The rows of the library that fail their accuracy check."""
+    return [row for row in rows if row["status"] == "inaccurate" and row["backend"] in LIBRARY]
+
+
+def measure(cases: list[Case], options: argparse.Namespace, log: TextIO) -> list[Row]:
+    """Measures the cases within the budget; returns their rows, also written to options.out."""
     end = time.monotonic() + 60 * options.budget_minutes
     for op in {case.op for case in cases}:
         table.read(options.out / f"{op}.csv")  # fails on a file of another format before measuring
@@ -138,7 +153,8 @@ def run(cases: list[Case], options: argparse.Namespace, log: TextIO) -> int:
         warn(f"load average {os.getloadavg()[0]:.1f}: something else runs here; the rows say so")
     worker = Worker(options.device, options.threads, log)
     facts = table.facts(options.device, options.threads)
-    bad, left_out = 0, []
+    measured: list[Row] = []
+    left_out = []
     try:
         (ceilings,) = worker.ask({"dtypes": sorted({case.dtype for case in cases})})
         print(f"ceilings: {json.dumps(ceilings)}", file=log, flush=True)
@@ -154,9 +170,9 @@ def run(cases: list[Case], options: argparse.Namespace, log: TextIO) -> int:
                     worker.stop()  # a fresh process for each cell
                 found = [facts | row for row in _measure(worker, case, options, ceilings)]
                 table.merge(options.out / f"{case.op}.csv", found)
+                measured += found
                 for row in found:
                     print(_line(row), file=log, flush=True)
-                    bad += row["status"] == "inaccurate" and row["backend"] in LIBRARY
                 bar.update()
     except WorkerDied as error:
         raise BenchmarkError(f"the ceilings cannot be measured: {error}") from error
@@ -166,9 +182,7 @@ def run(cases: list[Case], options: argparse.Namespace, log: TextIO) -> int:
         print(f"left out, the budget is used up: {name}", file=log)
     if left_out:
         warn(f"{len(left_out)} of {len(cases)} cells left out: the budget is used up")
-    if bad:
-        warn(f"{bad} rows of the library fail their accuracy check; see {options.out}")
-    return 1 if bad else 0
+    return measured
 
 
 def warn(text: str) -> None:
@@ -235,9 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="directory of the csv files and log.txt")
     add("--all", action="store_true", help="the cells of a full run, the most important first")
     add("--op", nargs="+", choices=tuple(grid.OPTIONS), metavar="OP", help=", ".join(grid.OPTIONS))
-    add("--n", nargs="+", type=_positive, help="samples")
-    add("--d", nargs="+", type=_positive, help="features; 768 by default")
-    add("--batch", nargs="+", type=_positive, help="independent problems; 1 by default")
+    add("--n", nargs="+", type=positive, help="samples")
+    add("--d", nargs="+", type=positive, help="features; 768 by default")
+    add("--batch", nargs="+", type=positive, help="independent problems; 1 by default")
     add("--dtype", nargs="+", choices=grid.DTYPES, help="float32 by default")
     add("--mode", nargs="+", choices=grid.MODES, help="both by default")
     add("--spectrum", nargs="+", choices=grid.SPECTRA, help="of the texts")
@@ -245,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", nargs="+", choices=grid.PRESETS, help="of the losses")
     add("--rank-share", nargs="+", type=_share, help="R / D of the low-rank loss")
     add("--backend", nargs="+", default=[], help="only these candidates, by name in the rows")
-    add("--threads", type=_positive, help="CPU threads; default 2, and all cores with a GPU")
+    add("--threads", type=positive, help="CPU threads; default 2, and all cores with a GPU")
     add("--seconds", type=float, default=1.0, help="of timing per candidate and mode; default 1")
     add(
         "--baseline-seconds",
@@ -256,10 +270,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget-minutes", type=float, default=60.0, help="no cell starts later; default 60")
     add("--no-compile", action="store_true", help="do not measure torch.compile")
     add("--no-memory", action="store_true", help="do not measure peak memory on a CPU")
+    add(
+        "--gate",
+        action="store_true",
+        help="print the speed of the automatic choice over the best plain PyTorch formula of each "
+        f"cell; status 1 if one is below {compare.GATE}",
+    )
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")

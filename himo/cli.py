@@ -18,7 +18,7 @@ _COMMANDS = {
     "eval": ("himo.evaluate", "retrieval and HiMo@K of a checkpoint"),
     "doctor": ("himo.tools.doctor", "what is installed, and what would stop a training run"),
     "plan": ("himo.tools.plan", "whether a training step fits the memory of a GPU"),
-    "bench": ("himo.tools.bench", "how fast the training data are read"),
+    "bench": ("himo.tools.bench", "how fast the training data are read, and the kernels"),
     "report": ("himo.report", "one HTML page of one or several runs"),
     "explain": ("himo.report.explain", "similarity of one image to a growing caption"),
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),

@@ -18,6 +18,7 @@ from himo_charts.scales import Scale, fixed, number, tick_labels
 
 COLOURS = 8  # s0 to s7 in colours.css; further runs reuse them
 HEIGHT = "180"  # default height of the plot area, in pixels
+_BAR_STEP = 22  # pixels from one bar of a list to the next
 _GRID = 1000  # width and height of the inner svg, in its own coordinates
 # Control characters, lone surrogates, and marks that change the direction of text.
 _UNFIT = re.compile(
@@ -33,6 +34,16 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     style: str = "solid"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a list: its name, its value, and what is written behind it. None: words alone."""
+
+    run: int
+    name: str
+    value: float | None
+    shown: str
 
 
 class Svg(str):
@@ -173,6 +184,37 @@ def bar_chart(
                 f'<line {ends} y1="{height}" y2="{height}"/>'
                 f'<line {ends} y1="{height}" y2="{height}"/></g>'
             )
+    return Svg("".join(parts) + "</svg>")
+
+
+def bar_list(
+    ident: str, title: str, description: str, bars: Sequence[Bar], *, full: float | None = None
+) -> Svg:
+    """Bars to the right from zero, one below the other.
+
+    Names are left of the area and values right of their bars: the page leaves room for both.
+
+    Args:
+        full: the value of a bar as wide as the area; None takes the largest.
+    """
+    full = full or max((bar.value for bar in bars if bar.value is not None), default=0.0) or 1.0
+    parts = [_open(ident, title, description, str(_BAR_STEP * len(bars)))]
+    for index, bar in enumerate(bars):
+        top = index * _BAR_STEP
+        middle = f'y="{top + _BAR_STEP // 2}" dy="4"'
+        parts.append(
+            f'<text class="tick" x="-8" {middle} text-anchor="end">{text(bar.name)}</text>'
+        )
+        if bar.value is None:
+            parts.append(f'<text class="tick" x="2" {middle}>{text(bar.shown)}</text>')
+            continue
+        width = _percent(min(1.0, bar.value / full))
+        parts.append(
+            f'<g class="{series_class(bar.run)}"><rect class="bar" x="0" y="{top + 3}" '
+            f'width="{width}" height="{_BAR_STEP - 6}"><title>{text(bar.name)}: {text(bar.shown)}'
+            f'</title></rect><text class="value" x="{width}" dx="6" {middle}>'
+            f"{text(bar.shown)}</text></g>"
+        )
     return Svg("".join(parts) + "</svg>")
 
 

@@ -1,11 +1,18 @@
-"""`himo bench data`: how fast images and captions are read, step by step and all together."""
+"""`himo bench data`: how fast images and captions are read, step by step and all together.
+
+`himo bench kernels` runs benchmarks/report.py, which is in the source tree alone.
+"""
 
 import argparse
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -47,16 +54,49 @@ class Rate:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what to measure, for how long, and the trainer's flags for its data."""
-    parser.add_argument("what", choices=("data",), help="the reading of the training data")
-    parser.add_argument(
+    """Adds what to measure: the data, with the trainer's flags for it, or the kernels."""
+    parts = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    data = parts.add_parser("data", help="the reading of the training data")
+    data.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="for each part (default: 5)"
     )
-    config.add_arguments(parser, _FLAGS)
+    config.add_arguments(data, _FLAGS)
+    kernels = parts.add_parser("kernels", help="the kernels beside PyTorch, as one HTML page")
+    # The flags of benchmarks.report, which checks them.
+    kernels.add_argument("--out", required=True, metavar="DIR", help="report.html and rows")
+    kernels.add_argument("--baseline", metavar="DIR", help="an earlier run to compare with")
+    kernels.add_argument("--minutes", help="of measuring; default 5")
+    kernels.add_argument("--threads", help="of the CPU; torch's own number by default")
+    kernels.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu")
+    kernels.add_argument(
+        "--fail-on-regression", action="store_true", help="status 1 where a cell became slower"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints a table, and returns 0."""
+    """Measures and prints; returns 0, or for the kernels the status of benchmarks.report."""
+    return _kernels(args) if args.what == "kernels" else _data(args)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    tree = Path(__file__).resolve().parents[2]
+    if not (tree / "benchmarks" / "report.py").is_file():
+        raise HimoError(
+            "bench kernels: the benchmarks are not part of the installed package; run "
+            f"`python -m benchmarks.report --out {args.out}` in a clone of the repository"
+        )
+    command = [sys.executable, "-m", "benchmarks.report"]
+    for name in ("out", "baseline", "minutes", "threads", "device"):
+        if (value := getattr(args, name)) is not None:
+            command += [f"--{name}={value}"]
+    command += ["--fail-on-regression"] if args.fail_on_regression else []
+    path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+    # Not the waiting that `himo` chooses for training: the benchmarks take torch's own.
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return subprocess.run(command, env={**kept, "PYTHONPATH": path}).returncode
+
+
+def _data(args: argparse.Namespace) -> int:
     settings = config.from_arguments(args)
     if not 0 < args.seconds <= _MAX_SECONDS:
         raise HimoError(f"--seconds: expected above 0 and up to 3600, got {args.seconds}")
