@@ -317,7 +317,7 @@ REFUSAL = (
 
 
 def _refuser(run: Run) -> str:
-    return run.name if run.name in OPERATORS else "dual_info_nce"  # the module's last operator
+    return run.name if run.name in OPERATORS else "himo_loss"  # the module's last operator
 
 
 @each_operator_and_module

@@ -57,7 +57,7 @@ class Texts(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """U' = C B, without a length (1) or each row divided by it: (2)."""
+    """U' = C B of (1), and the length of its rows, (2)."""
 
     centred: Tensor  # X [N, D]
     coefficients: Tensor  # C [N, R + 1], the last column 1
@@ -78,6 +78,7 @@ def himo_loss_fwd(
     label_smoothing: float,
     *,
     products: Tensor | None = None,  # [2, *, N, N]
+    factors: Tensor | None = None,  # [*, (2 N + D)(n + 1)]
 ) -> tuple[Tensor, ...]:
     """Returns loss [*] and nll [*, N] of rows and columns, twice, and the decomposition."""
     library = extension.load()
@@ -87,9 +88,11 @@ def himo_loss_fwd(
         image_features, text_features, logit_scale, label_smoothing, of_texts
     )
     component = [torch.empty_like(output) for output in contrastive]
-    problems = _problems(text_features, decomposition, image_features, *component, of_components)
-    for texts, images, *outputs, kept in problems:
-        query, keys = _operands(images, texts, normalize_components)[:2]
+    problems = _problems(
+        text_features, decomposition, image_features, factors, *component, of_components
+    )
+    for texts, images, room, *outputs, kept in problems:
+        query, keys = _operands(images, texts, normalize_components, room, filled=False)[:2]
         computed = library.info_nce_fwd(query, keys, logit_scale, label_smoothing, kept)
         for output, value in zip(outputs, computed, strict=True):
             output.copy_(value)
@@ -118,6 +121,7 @@ def himo_loss_bwd(
     needs_grad: Sequence[bool],
     *,
     products: Tensor | None = None,  # [2, *, N, N]
+    factors: Tensor | None = None,  # [*, (2 N + D)(n + 1)]
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of images, texts and logit_scale; empty where not needed."""
     needs_images, needs_texts, _ = needs_grad
@@ -138,6 +142,7 @@ def himo_loss_bwd(
     )
     batched = (
         image_features,
+        factors,
         grad_images if needs_images else None,
         grad_texts if needs_texts else None,
         grad_component_loss,
@@ -146,16 +151,16 @@ def himo_loss_bwd(
         of_components,
     )
     decomposition = (mean, eigenvalues, eigenvectors, rank)
-    for texts, images, own_images, own_texts, *loss in _problems(
+    for texts, images, room, own_images, own_texts, *loss in _problems(
         text_features, decomposition, *batched
     ):
-        operands = _operands(images, texts, normalize_components)
-        grads = _Backward(images, texts, operands, logit_scale, loss, settings)
-        grad_scale = grad_scale + grads.scale
+        operands = _operands(images, texts, normalize_components, room, filled=True)
+        component = _Backward(images, texts, operands, logit_scale, loss, settings)
+        grad_scale = grad_scale + component.scale
         if own_images is not None:
-            grads.add_to_images(own_images)
+            component.add_to_images(own_images)
         if own_texts is not None:
-            grads.add_to_texts(own_texts, normalize_components, differentiate_basis, gap_eps)
+            component.add_to_texts(own_texts, normalize_components, differentiate_basis, gap_eps)
     grads = (grad_images, grad_texts, grad_scale)
     inputs = (image_features, text_features, logit_scale)
     return tuple(
@@ -185,22 +190,42 @@ def _problems(
         yield Texts(features, mean, values, vectors, kept), *rest
 
 
+class Room:
+    """Memory of one problem that the forward fills and the backward reads."""
+
+    def __init__(self, memory: Tensor | None, like: Tensor, filled: bool) -> None:
+        self.memory, self.like = memory, like
+        self.filled = filled and memory is not None
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """Returns the next matrix [rows, columns]."""
+        if self.memory is None:
+            return self.like.new_empty(rows, columns)
+        taken, self.memory = self.memory.tensor_split([rows * columns])
+        return taken.view(rows, columns)
+
+
 def _operands(
-    images: Tensor, texts: Texts, normalize: bool
+    images: Tensor, texts: Texts, normalize: bool, memory: Tensor | None, *, filled: bool
 ) -> tuple[Tensor, Tensor, Factors | None]:
     """Returns query and keys of the component logits, and the factors where there are any.
 
-    Query and keys are [N, R + 1] where that is less work, else [N, D].
+    Query and keys are [N, R + 1] where that is less work, else [N, D]. memory is written, or read
+    where it is filled.
     """
     features = texts.features
     if texts.is_nan:
         return images, torch.full_like(features, torch.nan), None
     if texts.keeps_all:
         return images, extension.load().normalize_fwd(features) if normalize else features, None
-    factors = _factors(texts, normalize)
     dtype = accumulation_dtype(features.dtype)
+    centred = _centred(features, texts.mean, _dtype_of_products(texts))
+    room = Room(memory if centred.dtype == dtype else None, centred, filled)
+    factors = _factors(texts, normalize, centred, room)
     if _is_low_rank(texts):
-        query = images.to(factors.basis.dtype) @ factors.basis.mT  # (3)
+        query = room.take(len(images), texts.rank + 1)
+        if not room.filled:
+            torch.mm(images.to(query.dtype), factors.basis.mT, out=query)  # (3)
         return query.to(dtype), factors.keys.to(dtype), factors
     return images, (factors.keys @ factors.basis).to(features.dtype), factors
 
@@ -212,26 +237,25 @@ def _is_low_rank(texts: Texts) -> bool:
     return texts.rank + 1 < texts.features.shape[1]
 
 
-def _factors(texts: Texts, normalize: bool) -> Factors:
-    dtype = _dtype_of_products(texts)
-    features, mean, values, vectors, rank = texts
-    samples, width = features.shape
-    centred = _centred(features, mean, dtype)
-    coefficients = centred.new_empty(samples, rank + 1)
-    basis = centred.new_empty(rank + 1, width)
+def _factors(texts: Texts, normalize: bool, centred: Tensor, room: Room) -> Factors:
+    (samples, width), dtype = centred.shape, centred.dtype
+    _, mean, values, vectors, rank = texts
+    coefficients, basis = room.take(samples, rank + 1), room.take(rank + 1, width)
     own, rows = coefficients[:, :rank], basis[:rank]
-    if texts.feature_side:
-        rows.copy_(vectors[:, :rank].mT)
-        torch.mm(centred, rows.mT, out=own)
-        squares = inverse = None
-    else:
-        own.copy_(vectors[:, :rank])
-        torch.mm(own.mT, centred, out=rows)
+    if not room.filled:
+        if texts.feature_side:
+            rows.copy_(vectors[:, :rank].mT)
+            torch.mm(centred, rows.mT, out=own)
+        else:
+            own.copy_(vectors[:, :rank])
+            torch.mm(own.mT, centred, out=rows)
+        coefficients[:, rank] = 1
+        basis[rank] = mean
+    squares = inverse = None
+    if not texts.feature_side:
         squares = values[:rank]
         inverse = torch.where(squares > _noise(values), 1 / squares, 0.0).to(dtype)
         squares = squares.to(dtype)
-    coefficients[:, rank] = 1
-    basis[rank] = mean
     overlaps = rows @ basis[rank]
     if not normalize:
         return Factors(centred, coefficients, basis, squares, overlaps, None, coefficients)
@@ -311,9 +335,8 @@ class _Backward:
             self.of_query_for_basis = bwd(True, False)[0] - self.of_query
 
     def add_to_images(self, grad_images: Tensor) -> None:
-        if self.low_rank:
-            basis = self.factors.basis
-            grad_images.addmm_(self.of_query, basis.to(self.of_query.dtype))  # (5)
+        if self.low_rank and self.factors is not None:
+            grad_images.addmm_(self.of_query, self.factors.basis.to(self.of_query.dtype))  # (5)
         else:
             grad_images.add_(self.of_query)
 
@@ -349,68 +372,77 @@ class _Backward:
             along = own + overlaps if squares is None else torch.addcmul(overlaps, own, squares)
             grad_coefficients = (grad_coefficients * reciprocal).addcmul_(weights, along)
             shares = weights.mT @ coefficients  # [1, R + 1]
-            # What C^T diag(w) C B adds to the rows but along B, which _turn drops and (9) adds.
+            # What C^T diag(w) C B adds to the rows but along B, which _turn drops and (10) adds.
             grad_basis.addmm_(shares.mT, basis[rank:])
             grad_basis[rank:].addmm_(shares[:, :rank], basis[:rank])
         grad_coefficients = grad_coefficients - grad_coefficients.mean(0)
         grad_mean = grad_basis[rank] / len(features)
         grad_texts.add_(
-            self._through(grad_coefficients, grad_basis, grad_mean, weights, gap_eps)
+            _through(
+                texts, self.factors, grad_coefficients, grad_basis, grad_mean, weights, gap_eps
+            )
             if differentiate_basis
-            else self._with_constant_basis(grad_coefficients, grad_mean)
+            else _with_constant_basis(texts, self.factors, grad_coefficients, grad_mean)
         )
 
-    def _through(
-        self,
-        grad_coefficients: Tensor,  # dC [N, R], centred
-        grad_basis: Tensor,  # dB [R + 1, D]
-        grad_mean: Tensor,  # [D]
-        weights: Tensor | None,  # [N, 1]
-        gap_eps: float,
-    ) -> Tensor:
-        # (8) to (10)
-        texts, (centred, coefficients, basis, *_) = self.texts, self.factors
-        rank, rows, dtype = texts.rank, basis[: texts.rank], basis.dtype
-        grad_rows, own = grad_basis[:rank], coefficients[:, :rank]
-        turn = self._turn(grad_coefficients, grad_rows, gap_eps)
-        if texts.feature_side:
-            left = torch.cat([grad_coefficients.addmm_(centred, turn), coefficients], 1)
-            return left @ torch.cat([rows, turn.mT, grad_mean.unsqueeze(0)])
-        if weights is not None:
-            grad_rows = grad_rows.addmm_(own.mT @ (weights * own), rows)
-        right = torch.cat([grad_rows.addmm_(turn.mT, centred), grad_mean.unsqueeze(0), rows])
-        return torch.cat([coefficients, turn], 1).to(dtype) @ right
 
-    def _turn(self, grad_coefficients: Tensor, grad_rows: Tensor, gap_eps: float) -> Tensor:
-        # K = O (F * (O^T E)) [n, R], O the dropped directions: (8), (9).
-        texts, centred = self.texts, self.factors.centred
-        values, vectors, rank = texts.eigenvalues, texts.eigenvectors, texts.rank
-        if texts.feature_side:
-            long_side, of_long, of_small = centred.mT, grad_coefficients, grad_rows.mT
-        else:
-            long_side, of_long, of_small = centred, grad_rows.mT, grad_coefficients
-        dropped = vectors[:, rank:].to(centred.dtype)
-        pairs = dropped.mT @ torch.addmm(of_small, long_side, of_long)
-        unit = values[rank - 1].clamp(min=0)
-        unit = torch.where(unit > 0, unit, 1.0)
-        gaps = (values[:rank] - values[rank:].unsqueeze(1)).div_(unit)
-        if centred.dtype != torch.float64 and gaps[0, -1] < _NARROW:
-            first, last = max(0, rank - _NEAR), rank + _NEAR
-            near = vectors[:, rank:last]
-            across = long_side.double().mT @ near
-            pairs[:_NEAR, first:] = across.mT @ of_long[:, first:].double()
-            pairs[:_NEAR, first:] += near.mT @ of_small[:, first:].double()
-        pair_weights = gaps / gaps.square().add_(gap_eps**2).mul_(unit)
-        if gap_eps == 0:
-            pair_weights.nan_to_num_(0.0)  # 0 / 0 where two eigenvalues are equal
-        return dropped @ pairs.mul_(pair_weights)
+def _through(
+    texts: Texts,
+    factors: Factors,
+    grad_coefficients: Tensor,  # dC [N, R], centred
+    grad_basis: Tensor,  # dB [R + 1, D]
+    grad_mean: Tensor,  # [D]
+    weights: Tensor | None,  # [N, 1]
+    gap_eps: float,
+) -> Tensor:
+    # (8) to (10)
+    centred, coefficients, basis, *_ = factors
+    rank, rows, dtype = texts.rank, basis[: texts.rank], basis.dtype
+    grad_rows, own = grad_basis[:rank], coefficients[:, :rank]
+    turn = _turn(texts, centred, grad_coefficients, grad_rows, gap_eps)
+    if texts.feature_side:
+        left = torch.cat([grad_coefficients.addmm_(centred, turn), coefficients], 1)
+        return left @ torch.cat([rows, turn.mT, grad_mean.unsqueeze(0)])
+    # The last term of (6) along B = W^T X is a product with X, as K^T X is.
+    by_x = turn if weights is None else turn + own @ (own.mT @ (weights * own))
+    right = torch.cat([grad_rows.addmm_(by_x.mT, centred), grad_mean.unsqueeze(0), rows])
+    return torch.cat([coefficients, turn], 1).to(dtype) @ right
 
-    def _with_constant_basis(self, grad_coefficients: Tensor, grad_mean: Tensor) -> Tensor:
-        # G Pi alone. On the sample side the rows of B are components times sqrt(lambda).
-        texts, (_, _, basis, squares, *_) = self.texts, self.factors
-        if squares is not None:
-            values = texts.eigenvalues
-            present = values[: texts.rank] > _noise(values)
-            inverse = torch.where(present, 1 / values[: texts.rank], 0.0).to(basis.dtype)
-            grad_coefficients = grad_coefficients * inverse
-        return torch.addmm(grad_mean, grad_coefficients, basis[: texts.rank])
+
+def _turn(
+    texts: Texts, centred: Tensor, grad_coefficients: Tensor, grad_rows: Tensor, gap_eps: float
+) -> Tensor:
+    # K = O (F * (O^T E)) [n, R], O the dropped directions: (8), (9).
+    values, vectors, rank = texts.eigenvalues, texts.eigenvectors, texts.rank
+    if texts.feature_side:
+        long_side, of_long, of_small = centred.mT, grad_coefficients, grad_rows.mT
+    else:
+        long_side, of_long, of_small = centred, grad_rows.mT, grad_coefficients
+    dropped = vectors[:, rank:].to(centred.dtype)
+    pairs = dropped.mT @ torch.addmm(of_small, long_side, of_long)
+    unit = values[rank - 1].clamp(min=0)
+    unit = torch.where(unit > 0, unit, 1.0)
+    gaps = (values[:rank] - values[rank:].unsqueeze(1)).div_(unit)
+    if centred.dtype != torch.float64 and gaps[0, -1] < _NARROW:
+        first, last = max(0, rank - _NEAR), rank + _NEAR
+        near = vectors[:, rank:last]
+        across = long_side.double().mT @ near
+        pairs[:_NEAR, first:] = across.mT @ of_long[:, first:].double()
+        pairs[:_NEAR, first:] += near.mT @ of_small[:, first:].double()
+    pair_weights = gaps / gaps.square().add_(gap_eps**2).mul_(unit)
+    if gap_eps == 0:
+        pair_weights.nan_to_num_(0.0)  # 0 / 0 where two eigenvalues are equal
+    return dropped @ pairs.mul_(pair_weights)
+
+
+def _with_constant_basis(
+    texts: Texts, factors: Factors, grad_coefficients: Tensor, grad_mean: Tensor
+) -> Tensor:
+    # G Pi alone. On the sample side the rows of B are components times sqrt(lambda).
+    _, _, basis, squares, *_ = factors
+    if squares is not None:
+        values = texts.eigenvalues
+        present = values[: texts.rank] > _noise(values)
+        inverse = torch.where(present, 1 / values[: texts.rank], 0.0).to(basis.dtype)
+        grad_coefficients = grad_coefficients * inverse
+    return torch.addmm(grad_mean, grad_coefficients, basis[: texts.rank])

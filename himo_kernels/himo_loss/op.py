@@ -4,6 +4,7 @@ Saved are the inputs, the decomposition of the texts in float64 and nll of both 
 backend: any backend's backward accepts any other's forward.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,11 @@ class Settings(NamedTuple):
 
 
 def _fwd_fake(
-    image_features: Tensor, text_features: Tensor, *settings: Any, products: Tensor | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    *settings: Any,
+    products: Any = None,
+    factors: Any = None,
 ) -> tuple[Tensor, ...]:
     *batch, samples, features = text_features.shape
     small = min(samples, features)
@@ -54,7 +59,8 @@ def _bwd_fake(
     grad_contrastive: Tensor,
     grad_component: Tensor,
     *arguments: Any,
-    products: Tensor | None = None,
+    products: Any = None,
+    factors: Any = None,
 ) -> tuple[Tensor, ...]:
     inputs, needs_grad = arguments[:3], arguments[-2]
     return tuple(
@@ -63,13 +69,13 @@ def _bwd_fake(
     )
 
 
-# products [2, *, N, N]: the logits of both losses before the scale, written forward and read
-# backward, by the backends that keep them.
+# Written forward and read backward, by the backends that keep them: products [2, *, N, N], logits
+# of both losses before the scale; factors [*, (2 N + D)(n + 1)], C, B and A of README.md (1), (3).
 _FWD = HIMO_LOSS.define(
     "fwd",
     "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor variance_threshold, "
     "float[] floor, bool normalize_components, float label_smoothing, str backend, *, "
-    "Tensor(a!)? products=None) -> "
+    "Tensor(a!)? products=None, Tensor(b!)? factors=None) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
@@ -80,9 +86,24 @@ _BWD = HIMO_LOSS.define(
     "Tensor component_row_nll, Tensor component_column_nll, Tensor mean, Tensor eigenvalues, "
     "Tensor eigenvectors, Tensor rank, bool normalize_components, float label_smoothing, "
     "bool differentiate_keys, bool differentiate_basis, float gap_eps, bool[] needs_grad, "
-    "str backend, *, Tensor? products=None) -> (Tensor, Tensor, Tensor)",
+    "str backend, *, Tensor? products=None, Tensor? factors=None) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
+
+
+def _room(features: Tensor, budget: float) -> dict[str, Tensor]:
+    # What is kept between the passes, each where it fits the budget in bytes.
+    *batch, samples, width = features.shape
+    dtype = accumulation_dtype(features.dtype)
+    shapes = {
+        "products": (2, *batch, samples, samples),
+        "factors": (*batch, (2 * samples + width) * (min(samples, width) + 1)),
+    }
+    return {
+        name: features.new_empty(shape, dtype=dtype)
+        for name, shape in shapes.items()
+        if math.prod(shape) * dtype.itemsize <= budget
+    }
 
 
 class HiMoLossFunction(torch.autograd.Function):
@@ -99,12 +120,9 @@ class HiMoLossFunction(torch.autograd.Function):
         logit_scale: Tensor,  # []
         variance_threshold: Tensor,  # [] float64
     ) -> tuple[Tensor, Tensor, Tensor]:
-        *batch, samples, _ = image_features.shape
-        dtype = accumulation_dtype(image_features.dtype)
-        products = None
-        size = 2 * samples * image_features.shape[:-1].numel() * dtype.itemsize
-        if backend in KEEPING and any(ctx.needs_input_grad) and size <= logits_budget:
-            products = image_features.new_empty((2, *batch, samples, samples), dtype=dtype)
+        kept = {}
+        if backend in KEEPING and any(ctx.needs_input_grad):
+            kept = _room(image_features, logits_budget)
         inputs = (image_features, text_features, logit_scale)
         outputs = _FWD(
             *inputs,
@@ -113,13 +131,13 @@ class HiMoLossFunction(torch.autograd.Function):
             settings.normalize_components,
             settings.label_smoothing,
             backend,
-            products=products,
+            **kept,
         )
         contrastive_loss, *nll, component_loss = outputs[:4]
         *decomposition, rank = outputs[6:]
-        kept = [] if products is None else [products]
-        ctx.save_for_backward(*inputs, *nll, *outputs[4:6], *decomposition, rank, *kept)
-        ctx.settings, ctx.backend, ctx.kept = settings, backend, len(kept)
+        saved = (*inputs, *nll, *outputs[4:6], *decomposition, rank)
+        ctx.save_for_backward(*saved, *kept.values())
+        ctx.settings, ctx.backend, ctx.kept = settings, backend, tuple(kept)
         ctx.mark_non_differentiable(rank)
         return contrastive_loss, component_loss, rank
 
@@ -128,16 +146,18 @@ class HiMoLossFunction(torch.autograd.Function):
         ctx: Any, grad_contrastive_loss: Tensor, grad_component_loss: Tensor, grad_rank: None
     ) -> Any:
         refuse_double_backward("himo_loss")
-        saved = ctx.saved_tensors
+        tensors = ctx.saved_tensors  # once: a checkpoint unpacks no tensor twice
+        count = len(tensors) - len(ctx.kept)
+        saved, kept = tensors[:count], tensors[count:]
         needs_grad = ctx.needs_input_grad[3:6]
         grads = _BWD(
             grad_contrastive_loss,
             grad_component_loss,
-            *saved[: len(saved) - ctx.kept],
+            *saved,
             *ctx.settings[1:],
             list(needs_grad),
             ctx.backend,
-            products=saved[-1] if ctx.kept else None,
+            **dict(zip(ctx.kept, kept, strict=True)),
         )
         of_inputs = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
         return None, None, None, *of_inputs, None

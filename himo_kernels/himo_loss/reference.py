@@ -1,6 +1,7 @@
 """The specification of himo_loss: pca_reconstruct, normalize and InfoNCE, one after the other."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def himo_loss_bwd(
     differentiate_basis: bool,
     gap_eps: float,
     needs_grad: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Returns the gradients of images, texts and logit_scale; empty where not needed."""
     decomposition = (mean, eigenvalues, eigenvectors, rank)
     components = reconstruct(text_features, *decomposition)
@@ -71,15 +72,16 @@ def himo_loss_bwd(
         needs,
         contrastive,
     )
-    grad = component.keys[0].to(text_features.dtype)
+    grad_texts, grad_keys = cast(Tensor, contrastive.keys[0]), cast(Tensor, component.keys[0])
+    grad = grad_keys.to(text_features.dtype)
     if normalize_components:
         grad = normalize_bwd(grad, components)
     through_components = pca_reconstruct_bwd(
         grad, text_features, *decomposition, gap_eps, differentiate_basis
     )
-    grads = (component.images, contrastive.keys[0] + through_components, component.scale)
+    grads = (component.images, grad_texts + through_components, component.scale)
     inputs = (image_features, text_features, logit_scale)
     return tuple(
-        grad.to(value.dtype) if needed else value.new_empty(0)
+        cast(Tensor, grad).to(value.dtype) if needed else value.new_empty(0)
         for grad, value, needed in zip(grads, inputs, needs_grad, strict=True)
     )
