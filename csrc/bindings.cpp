@@ -6,6 +6,7 @@
 
 #include "covariance.h"
 #include "cpu/dense.h"
+#include "cpu/tile_products.h"
 #include "info_nce.h"
 #include "normalize.h"
 #include "pca.h"
@@ -76,6 +77,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
   // Whether this library solves an n x n eigenproblem itself; otherwise LAPACK does.
   m.def("solves_eigenproblem", &himo::cpu::solves_wide, py::arg("n"));
+  // Whether bfloat16 is multiplied as bfloat16 here; raised to float32 otherwise.
+  m.def("multiplies_bfloat16", &himo::cpu::multiplies_bfloat16);
+  m.def("pca_decompose", &himo::pca_decompose, py::arg("x"), py::arg("variance_threshold"),
+        py::arg("floor"), no_gil());
   m.def("pca_fwd", &himo::pca_fwd, py::arg("x"), py::arg("variance_threshold"), py::arg("floor"),
         no_gil());
   m.def("pca_bwd", &himo::pca_bwd, py::arg("grad_mean"), py::arg("grad_eigenvalues"),

@@ -78,6 +78,15 @@ Decomposition moment_decomposition(const at::Tensor& x, const at::Tensor& mean,
 
 }  // namespace
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_decompose(
+    const at::Tensor& x,  // [*, N, D]
+    double variance_threshold, const Floor& floor) {
+  const c10::NoGradGuard no_grad;
+  const auto [mean, eigenvalues, eigenvectors, rank] =
+      decompose("pca", x.resolve_neg(), variance_threshold, floor);
+  return {mean, eigenvalues, eigenvectors, rank};
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_fwd(
     const at::Tensor& input,  // [*, N, D]
     double variance_threshold, const Floor& floor) {

@@ -13,6 +13,11 @@ namespace himo {
 // f and g: a batch has no variance if trace <= f sum(x^2) + g; README (2').
 using Floor = std::pair<double, double>;
 
+// Returns mean [*, D], eigenvalues [*, n], V [*, n, n] and rank [*].
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_decompose(
+    const at::Tensor& x,  // [*, N, D]
+    double variance_threshold, const Floor& floor);
+
 // Returns mean [*, D], eigenvalues [*, n], components [*, n, D], rank [*] and V [*, n, n].
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_fwd(
     const at::Tensor& x,  // [*, N, D]

@@ -7,6 +7,7 @@ himo_kernels.info` prints which backends each operator has here, and why it lack
 from himo_kernels import nn
 from himo_kernels._version import __version__
 from himo_kernels.covariance import covariance, gram
+from himo_kernels.himo_loss import himo_loss
 from himo_kernels.info_nce import dual_info_nce, dual_info_nce_low_rank, info_nce
 from himo_kernels.integrations import accelerate
 from himo_kernels.normalize import normalize
@@ -20,6 +21,7 @@ __all__ = [
     "dual_info_nce",
     "dual_info_nce_low_rank",
     "gram",
+    "himo_loss",
     "info_nce",
     "nn",
     "normalize",

@@ -1,6 +1,6 @@
 """The batch of a HiMoLoss: the rows of one process, or those of all ranks joined.
 
-Both have the same four methods, so the code of the loss is the same for one process and for many.
+Both have the same methods, so the code of the loss is the same for one process and for many.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,11 @@ from himo_kernels.distributed import loss as loss_over_ranks
 from himo_kernels.distributed import moments
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.wire import Rows, members_of
+from himo_kernels.himo_loss import himo_loss
+from himo_kernels.himo_loss.op import HIMO_LOSS
 from himo_kernels.info_nce import dual_info_nce
 from himo_kernels.info_nce.api import check_logit_scale
+from himo_kernels.info_nce.op import DUAL_INFO_NCE
 from himo_kernels.normalize import normalize
 from himo_kernels.pca.api import reconstruct_above
 from himo_kernels.pca.reference import floor_of
@@ -38,11 +41,42 @@ def batch_of(loss: "HiMoLoss") -> "LocalBatch | JoinedBatch":
     return LocalBatch(loss) if dist.get_world_size(group) == 1 else JoinedBatch(loss)
 
 
-class LocalBatch:
-    """The rows of one process."""
+class Batch:
+    """What both batches share."""
 
     def __init__(self, loss: "HiMoLoss") -> None:
         self.loss = loss
+
+    def terms(
+        self,
+        images: Tensor,  # [N, D], normalised where the loss does that, as texts
+        text_features: Tensor,  # [N, D]
+        texts: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+    ) -> tuple[Tensor, ...]:
+        """Returns the contrastive loss, the component loss and the rank: eq. (1) to (3)."""
+        components, rank = self.reconstruct(text_features, texts)
+        if self.loss.normalize_components:
+            components = self.normalize(components)
+        return *self.losses(images, texts, components, logit_scale), rank
+
+    def normalize(self, features: Tensor) -> Tensor:  # [N, D] -> [N, D]
+        """Returns rows of length 1."""
+        raise NotImplementedError
+
+    def reconstruct(self, text_features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the component features [N, D] and the rank []: eq. (1)."""
+        raise NotImplementedError
+
+    def losses(
+        self, images: Tensor, texts: Tensor, components: Tensor, logit_scale: Tensor | float
+    ) -> tuple[Tensor, ...]:
+        """Returns the contrastive and the component loss: eq. (2) and (3)."""
+        raise NotImplementedError
+
+
+class LocalBatch(Batch):
+    """The rows of one process."""
 
     def check(
         self,
@@ -54,6 +88,36 @@ class LocalBatch:
         """Raises if an argument is wrong; check_others checks the caller's other arguments."""
         _check_arguments(self.loss, check_features, image_features, text_features, logit_scale)
         check_others()
+
+    def terms(
+        self,
+        images: Tensor,  # [N, D], normalised where the loss does that, as texts
+        text_features: Tensor,  # [N, D]
+        texts: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+    ) -> tuple[Tensor, ...]:
+        """Returns the contrastive loss, the component loss and the rank: eq. (1) to (3).
+
+        In one operator, where that has the backend.
+        """
+        loss, hide = self.loss, self.loss.hide
+        head = HIMO_LOSS.choose(loss.backend, images)
+        if head is None or head != DUAL_INFO_NCE.choose(loss.backend, images):
+            return super().terms(images, text_features, texts, logit_scale)
+        return himo_loss(
+            images,
+            texts,
+            logit_scale,
+            variance_threshold=hide.variance_threshold,
+            variance_floor=hide.variance_floor,
+            normalize_components=loss.normalize_components,
+            label_smoothing=loss.label_smoothing,
+            differentiate_keys=loss.gather_with_grad,
+            differentiate_basis=hide.differentiate_basis,
+            gap_eps=hide.gap_eps,
+            check_finite=loss.check_finite,
+            backend=head,
+        )
 
     def normalize(self, features: Tensor) -> Tensor:  # [N, D] -> [N, D]
         """Returns rows of length 1."""
@@ -86,16 +150,13 @@ class LocalBatch:
         )
 
 
-class JoinedBatch:
+class JoinedBatch(Batch):
     """The rows of all ranks of a group. This process owns [M, D] of them; M may be 0.
 
     Call check first: it exchanges the row counts that the other methods need.
     """
 
     rows: Rows
-
-    def __init__(self, loss: "HiMoLoss") -> None:
-        self.loss = loss
 
     def check(
         self,

@@ -119,13 +119,17 @@ class Operator:
             NotImplementedError: the named backend cannot take these tensors.
         """
         requested = _requested_backend(self.name, requested)
-        if requested == "auto":
-            chosen = self.preferred(*tensors)
-        else:
-            chosen = requested if self.why_not(requested, *tensors) is None else None
+        chosen = self.choose(requested, *tensors)
         if chosen is None:
             raise NotImplementedError(self._refusal(requested, *tensors))
         return chosen
+
+    def choose(self, requested: str, *tensors: Tensor) -> str | None:
+        """Returns the backend's name as `resolve` does, or None where that raises."""
+        requested = _requested_backend(self.name, requested)
+        if requested == "auto":
+            return self.preferred(*tensors)
+        return requested if self.why_not(requested, *tensors) is None else None
 
     def preferred(self, *tensors: Tensor) -> str | None:
         """Returns the choice of "auto": the first suitable backend that can take these tensors."""

@@ -255,12 +255,8 @@ class HiMoLoss(nn.Module):
         images, texts = image_features, text_features
         if self.normalize_features:
             images, texts = batch.normalize(images), batch.normalize(texts)
-        components, rank = batch.reconstruct(text_features, texts)  # HiMo-CLIP eq. (1)
-        if self.normalize_components:
-            components = batch.normalize(components)
-        # HiMo-CLIP eq. (2) and (3)
-        contrastive_loss, component_loss = batch.losses(images, texts, components, logit_scale)
-        return Terms(contrastive_loss, component_loss, rank)
+        # HiMo-CLIP eq. (1) to (3)
+        return Terms(*batch.terms(images, text_features, texts, logit_scale))
 
     def extra_repr(self) -> str:
         """Returns the settings shown by print(module)."""

@@ -78,6 +78,7 @@ ENTRIES = {
         {**FEATURES, "coefficients": _tensor(5, 2), "basis": _tensor(2, 3), **SCALE},
         ("dual_info_nce_low_rank",),
     ),
+    "himo_loss": Entry(himo_kernels.himo_loss, {**FEATURES, **SCALE}, ("himo_loss",)),
     "HiDe": Entry(
         _module(nn.HiDe, "text_features"),
         {"text_features": X},
@@ -87,7 +88,7 @@ ENTRIES = {
     "HiMoLoss": Entry(
         _module(nn.HiMoLoss, "image_features", "text_features", "logit_scale"),
         {**FEATURES, **SCALE},
-        ("HiMoLoss", "HiDe", "normalize", "pca_reconstruct", "dual_info_nce"),
+        ("HiMoLoss", "HiDe", "normalize", "himo_loss"),
         {"text_features": "x"},
     ),
 }
@@ -97,7 +98,7 @@ FEATURE_ARGUMENTS = [
     for argument, value in entry.arguments.items()
     if isinstance(value, Tensor) and argument != "logit_scale"
 ]
-LOSSES = ("info_nce", "dual_info_nce", "dual_info_nce_low_rank", "HiMoLoss")
+LOSSES = ("info_nce", "dual_info_nce", "dual_info_nce_low_rank", "himo_loss", "HiMoLoss")
 
 
 class Mistake(NamedTuple):
@@ -239,7 +240,7 @@ FLAGS = {
     "string": _instead("False", TypeError, "str"),
     "tensor": _instead(torch.tensor(True), TypeError, "Tensor"),
 }
-ALL, PCAS = tuple(ENTRIES), ("pca", "pca_reconstruct", "HiDe", "HiMoLoss")
+ALL, PCAS = tuple(ENTRIES), ("pca", "pca_reconstruct", "himo_loss", "HiDe", "HiMoLoss")
 SETTING_MISTAKES = {
     "variance_threshold": (
         PCAS,
@@ -261,10 +262,10 @@ SETTING_MISTAKES = {
         ("info_nce", "dual_info_nce", "dual_info_nce_low_rank"),
         {name: mistake for name, mistake in NUMBERS.items() if name != "inf"},
     ),
-    "differentiate_basis": (("pca_reconstruct", "HiDe", "HiMoLoss"), FLAGS),
-    "differentiate_keys": (("info_nce", "dual_info_nce", "dual_info_nce_low_rank"), FLAGS),
+    "differentiate_basis": (("pca_reconstruct", "himo_loss", "HiDe", "HiMoLoss"), FLAGS),
+    "differentiate_keys": (LOSSES[:-1], FLAGS),
     "normalize_features": (("HiMoLoss",), FLAGS),
-    "normalize_components": (("HiMoLoss",), FLAGS),
+    "normalize_components": (("himo_loss", "HiMoLoss"), FLAGS),
     "gather_with_grad": (("HiMoLoss",), FLAGS),
     "check_ranks": (("HiMoLoss",), FLAGS),
     "check_finite": (ALL, {**FLAGS, "None": _instead(None, TypeError, "NoneType")}),

@@ -128,10 +128,23 @@ def pca_reconstruct_fwd(
     eigenvalues, eigenvectors, rank = moment_decompose(
         moment, mean, x.shape[-2], variance_threshold, floor
     )
+    reconstruction = reconstruct(x, mean, eigenvalues, eigenvectors, rank)
+    return reconstruction, rank, mean, eigenvalues, eigenvectors
+
+
+def reconstruct(
+    x: Tensor,  # [*, N, D]
+    mean: Tensor,  # [*, D] float64
+    eigenvalues: Tensor,  # [*, n] float64
+    eigenvectors: Tensor,  # [*, n, n] float64
+    rank: Tensor,  # [*] int64
+) -> Tensor:
+    """Returns U' [*, N, D] in x's dtype from the decomposition of x."""
+    centred = x.double() - mean.unsqueeze(-2)
     projected = _project(centred, eigenvectors, _kept_columns(eigenvalues, rank))
     reconstruction = projected + mean.unsqueeze(-2)  # HiMo-CLIP eq. (1)
-    reconstruction = torch.where(_is_identity(eigenvalues, rank), x.double(), reconstruction)
-    return reconstruction.to(x.dtype), rank, mean, eigenvalues, eigenvectors
+    identity = _is_identity(eigenvalues, rank)
+    return torch.where(identity, x.double(), reconstruction).to(x.dtype)
 
 
 def pca_reconstruct_bwd(

@@ -1,0 +1,96 @@
+"""himo_loss: both losses of MoLo from features and texts alone (HiMo-CLIP sections 3.2, 3.3)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from himo_kernels._checks import (
+    check_features,
+    check_finite_values,
+    check_flag,
+    check_gap_eps,
+    check_label_smoothing,
+    check_same_as,
+    check_shape,
+    check_variance_floor,
+    check_variance_threshold,
+)
+from himo_kernels._numerics import as_tensor
+from himo_kernels.himo_loss.op import HIMO_LOSS, HiMoLossFunction, Settings
+from himo_kernels.info_nce.api import check_keep_logits_mib, check_logit_scale
+from himo_kernels.pca.reference import floor_of
+
+
+class HiMoTerms(NamedTuple):
+    """Both losses [*], float32 (float64 for float64 features), and the rank [*], int64."""
+
+    contrastive_loss: Tensor  # eq. (2)
+    component_loss: Tensor  # eq. (3)
+    rank: Tensor  # of the PCA, on the device
+
+
+def himo_loss(
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    variance_threshold: float = 0.9,
+    variance_floor: float | str = "relative",
+    normalize_components: bool = True,
+    label_smoothing: float = 0.0,
+    differentiate_keys: bool = True,
+    differentiate_basis: bool = True,
+    gap_eps: float = 1e-6,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> HiMoTerms:
+    """InfoNCE of images against texts, and against the texts' principal components.
+
+    Equal to `pca_reconstruct` of the texts, `normalize` of its result where normalize_components,
+    and `dual_info_nce` of images, texts and components, in one operator: the component loss may
+    stay in the R + 1 dimensions of the kept components, without an [N, D] reconstruction. Features
+    are used as they are: normalise them first for cosine similarities.
+
+    Args:
+        image_features: [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
+        text_features: [*, N, D], dtype and device of image_features; row i is the caption of
+            image i. Leading dimensions are independent problems.
+        logit_scale: The multiplier s itself, a tensor of one element or a number.
+        variance_threshold, variance_floor, gap_eps, differentiate_basis: as in `pca_reconstruct`.
+        normalize_components: L2-normalise the reconstructed texts.
+        label_smoothing, differentiate_keys: as in `info_nce`, for both losses.
+        check_finite: Raise on NaN or inf (reads the device) rather than return NaN.
+        backend: "auto", "reference" or "cpu". A named one never falls back.
+
+    Returns:
+        contrastive_loss and component_loss [*], and the rank [*]. First-order differentiable in
+        the features and logit_scale.
+
+    Raises:
+        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        NotImplementedError: the named backend cannot take the features.
+    """
+    name = HIMO_LOSS.name
+    features = {"image_features": image_features, "text_features": text_features}
+    for argument, value in features.items():
+        check_features(name, argument, value)
+        check_same_as(name, argument, value, "image_features", image_features)
+        check_shape(name, argument, value, image_features.shape)
+    scale = check_logit_scale(name, logit_scale, image_features)
+    check_variance_threshold(name, variance_threshold)
+    settings = Settings(
+        floor_of(text_features.dtype, check_variance_floor(name, variance_floor)),
+        check_flag(name, "normalize_components", normalize_components),
+        check_label_smoothing(name, label_smoothing),
+        check_flag(name, "differentiate_keys", differentiate_keys),
+        check_flag(name, "differentiate_basis", differentiate_basis),
+        check_gap_eps(name, gap_eps),
+    )
+    if check_flag(name, "check_finite", check_finite):
+        check_finite_values(name, **features, logit_scale=scale)
+    logits_budget = 2**20 * check_keep_logits_mib(name, None)
+    backend = HIMO_LOSS.resolve(backend, image_features, text_features)
+    threshold = as_tensor(float(variance_threshold), torch.float64, text_features.device)
+    inputs = (image_features, text_features, scale, threshold)
+    return HiMoTerms(*HiMoLossFunction.apply(settings, backend, logits_budget, *inputs))

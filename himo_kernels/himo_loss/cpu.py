@@ -1,0 +1,447 @@
+"""The `cpu` backend of himo_loss: the component loss in the R + 1 dimensions of its factors.
+
+Products are torch's and those of csrc/info_nce.cpp; the decomposition is csrc/pca.cpp. Equation
+numbers are those of README.md. The rank is on the CPU, so that kept and dropped directions are
+slices; problems of a batch run one after the other.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from himo_kernels import extension
+from himo_kernels._numerics import accumulation_dtype
+from himo_kernels.pca.cpu import why_not_decompose
+
+# As in csrc/cpu/pca_reconstruct.cpp: float32 holds the gradient where lambda_R >= trace / (16 n).
+_SPREAD = 16
+# Mean squares of the entries of X between which no product of float32 over- or underflows.
+_FLOAT32_RANGE = (1e-20, 1e20)
+
+# A gap, relative to lambda_R, below which few pairs next to the cut are most of the gradient: those
+# of this many directions on either side are summed in float64.
+_NARROW = 1e-2
+_NEAR = 4
+
+
+def why_not(image_features: Tensor, *_: Tensor) -> str | None:
+    """Returns why this backend cannot take the features, texts of whose shape are decomposed."""
+    return why_not_decompose(image_features)
+
+
+class Texts(NamedTuple):
+    """The texts of one problem and their decomposition."""
+
+    features: Tensor  # U [N, D]
+    mean: Tensor  # [D] float64
+    eigenvalues: Tensor  # [n] float64
+    eigenvectors: Tensor  # [n, n] float64
+    rank: int
+
+    @property
+    def feature_side(self) -> bool:
+        """Returns whether the eigenvectors are those of X^T X, not of X X^T."""
+        return self.features.shape[1] <= self.features.shape[0]
+
+    @property
+    def is_nan(self) -> bool:
+        """Returns whether the decomposition is NaN."""
+        return bool(self.eigenvalues[0].isnan())
+
+    @property
+    def keeps_all(self) -> bool:
+        """Returns whether U' = U."""
+        return self.rank == self.eigenvalues.shape[0]
+
+
+class Factors(NamedTuple):
+    """U' = C B of (1), and the length of its rows, (2)."""
+
+    centred: Tensor  # X [N, D]
+    coefficients: Tensor  # C [N, R + 1], the last column 1
+    basis: Tensor  # B [R + 1, D], the last row the mean
+    squares: Tensor | None  # l [R], the squared lengths of the rows of B but the last; None: 1
+    overlaps: Tensor  # m [R], their products with the mean
+    length: Tensor | None  # [N, 1], |u'|; None: not normalised
+    keys: Tensor  # C / |u'| [N, R + 1]
+
+
+def himo_loss_fwd(
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor,  # []
+    variance_threshold: Tensor,  # [] float64
+    floor: Sequence[float],  # of pca.reference.floor_of
+    normalize_components: bool,
+    label_smoothing: float,
+    *,
+    products: Tensor | None = None,  # [2, *, N, N]
+    factors: Tensor | None = None,  # [*, (2 N + D)(n + 1)]
+) -> tuple[Tensor, ...]:
+    """Returns loss [*] and nll [*, N] of rows and columns, twice, and the decomposition."""
+    library = extension.load()
+    decomposition = library.pca_decompose(text_features, variance_threshold.item(), floor)
+    of_texts, of_components = (None, None) if products is None else products.unbind(0)
+    contrastive = library.info_nce_fwd(
+        image_features, text_features, logit_scale, label_smoothing, of_texts
+    )
+    component = [torch.empty_like(output) for output in contrastive]
+    problems = _problems(
+        text_features, decomposition, image_features, factors, *component, of_components
+    )
+    for texts, images, room, *outputs, kept in problems:
+        query, keys = _operands(images, texts, normalize_components, room, filled=False)[:2]
+        computed = library.info_nce_fwd(query, keys, logit_scale, label_smoothing, kept)
+        for output, value in zip(outputs, computed, strict=True):
+            output.copy_(value)
+    return *contrastive, *component, *decomposition
+
+
+def himo_loss_bwd(
+    grad_contrastive_loss: Tensor,  # [*]
+    grad_component_loss: Tensor,  # [*]
+    image_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, N, D]
+    logit_scale: Tensor,  # []
+    row_nll: Tensor,  # [*, N]
+    column_nll: Tensor,  # [*, N]
+    component_row_nll: Tensor,  # [*, N]
+    component_column_nll: Tensor,  # [*, N]
+    mean: Tensor,  # [*, D] float64
+    eigenvalues: Tensor,  # [*, n] float64
+    eigenvectors: Tensor,  # [*, n, n] float64
+    rank: Tensor,  # [*] int64
+    normalize_components: bool,
+    label_smoothing: float,
+    differentiate_keys: bool,
+    differentiate_basis: bool,
+    gap_eps: float,
+    needs_grad: Sequence[bool],
+    *,
+    products: Tensor | None = None,  # [2, *, N, N]
+    factors: Tensor | None = None,  # [*, (2 N + D)(n + 1)]
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of images, texts and logit_scale; empty where not needed."""
+    needs_images, needs_texts, _ = needs_grad
+    of_texts, of_components = (None, None) if products is None else products.unbind(0)
+    settings = (label_smoothing, differentiate_keys)
+    grad_images, grad_texts, grad_scale = extension.load().info_nce_bwd(
+        grad_contrastive_loss,
+        image_features,
+        text_features,
+        logit_scale,
+        row_nll,
+        column_nll,
+        *settings,
+        needs_images,
+        needs_texts,
+        of_texts,
+        None,
+    )
+    batched = (
+        image_features,
+        factors,
+        grad_images if needs_images else None,
+        grad_texts if needs_texts else None,
+        grad_component_loss,
+        component_row_nll,
+        component_column_nll,
+        of_components,
+    )
+    decomposition = (mean, eigenvalues, eigenvectors, rank)
+    for texts, images, room, own_images, own_texts, *loss in _problems(
+        text_features, decomposition, *batched
+    ):
+        operands = _operands(images, texts, normalize_components, room, filled=True)
+        component = _Backward(images, texts, operands, logit_scale, loss, settings)
+        grad_scale = grad_scale + component.scale
+        if own_images is not None:
+            component.add_to_images(own_images)
+        if own_texts is not None:
+            component.add_to_texts(own_texts, normalize_components, differentiate_basis, gap_eps)
+    grads = (grad_images, grad_texts, grad_scale)
+    inputs = (image_features, text_features, logit_scale)
+    return tuple(
+        grad.to(value.dtype) if needed else value.new_empty(0)
+        for grad, value, needed in zip(grads, inputs, needs_grad, strict=True)
+    )
+
+
+def _problems(
+    text_features: Tensor,  # [*, N, D]
+    decomposition: Sequence[Tensor],  # mean, eigenvalues, eigenvectors, rank
+    *others: Tensor | None,  # [*, ...]
+) -> Iterator[tuple[Any, ...]]:
+    # The texts of each problem, and views of the others.
+    *tensors, rank = decomposition
+    lead = rank.dim()
+
+    def of_each(tensor: Tensor | None) -> Sequence[Tensor | None]:
+        if tensor is None:
+            return [None] * rank.numel()
+        return [tensor] if lead == 0 else tensor.flatten(0, lead - 1).unbind(0)
+
+    columns = zip(*map(of_each, (text_features, *tensors, *others)), strict=True)
+    for kept, (features, mean, values, vectors, *rest) in zip(
+        rank.flatten().tolist(), columns, strict=True
+    ):
+        yield Texts(features, mean, values, vectors, kept), *rest
+
+
+class Room:
+    """Memory of one problem that the forward fills and the backward reads."""
+
+    def __init__(self, memory: Tensor | None, like: Tensor, filled: bool) -> None:
+        self.memory, self.like = memory, like
+        self.filled = filled and memory is not None
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """Returns the next matrix [rows, columns]."""
+        if self.memory is None:
+            return self.like.new_empty(rows, columns)
+        taken, self.memory = self.memory.tensor_split([rows * columns])
+        return taken.view(rows, columns)
+
+
+def _operands(
+    images: Tensor, texts: Texts, normalize: bool, memory: Tensor | None, *, filled: bool
+) -> tuple[Tensor, Tensor, Factors | None]:
+    """Returns query and keys of the component logits, and the factors where there are any.
+
+    Query and keys are [N, R + 1] where that is less work, else [N, D]. memory is written, or read
+    where it is filled.
+    """
+    features = texts.features
+    if texts.is_nan:
+        return images, torch.full_like(features, torch.nan), None
+    if texts.keeps_all:
+        return images, extension.load().normalize_fwd(features) if normalize else features, None
+    dtype = accumulation_dtype(features.dtype)
+    centred = _centred(features, texts.mean, _dtype_of_products(texts))
+    room = Room(memory if centred.dtype == dtype else None, centred, filled)
+    factors = _factors(texts, normalize, centred, room)
+    if _is_low_rank(texts):
+        query = room.take(len(images), texts.rank + 1)
+        if not room.filled:
+            torch.mm(images.to(query.dtype), factors.basis.mT, out=query)  # (3)
+        return query.to(dtype), factors.keys.to(dtype), factors
+    return images, (factors.keys @ factors.basis).to(features.dtype), factors
+
+
+def _is_low_rank(texts: Texts) -> bool:
+    # The factors are multiplied in float32, at half the rate of bfloat16 where that is multiplied.
+    half_rate = texts.features.dtype == torch.bfloat16 and extension.load().multiplies_bfloat16()
+    return (texts.rank + 1) * (2 if half_rate else 1) < texts.features.shape[1]
+
+
+def _factors(texts: Texts, normalize: bool, centred: Tensor, room: Room) -> Factors:
+    (samples, width), dtype = centred.shape, centred.dtype
+    _, mean, values, vectors, rank = texts
+    coefficients, basis = room.take(samples, rank + 1), room.take(rank + 1, width)
+    own, rows = coefficients[:, :rank], basis[:rank]
+    if not room.filled:
+        if texts.feature_side:
+            rows.copy_(vectors[:, :rank].mT)
+            torch.mm(centred, rows.mT, out=own)
+        else:
+            own.copy_(vectors[:, :rank])
+            torch.mm(own.mT, centred, out=rows)
+        coefficients[:, rank] = 1
+        basis[rank] = mean
+    squares = inverse = None
+    if not texts.feature_side:
+        squares = values[:rank]
+        inverse = torch.where(squares > _noise(values), 1 / squares, 0.0).to(dtype)
+        squares = squares.to(dtype)
+    overlaps = rows @ basis[rank]
+    if not normalize:
+        return Factors(centred, coefficients, basis, squares, overlaps, None, coefficients)
+    # (2): u' = (C + m / l) B + what of the mean is across B, both parts orthogonal: no cancellation
+    along = overlaps if inverse is None else overlaps * inverse
+    across = torch.addmv(basis[rank], rows.mT, along, alpha=-1)
+    shifted = (own + along).square_()
+    length = shifted.sum(1) if squares is None else shifted @ squares
+    length = length.add_(across.dot(across)).sqrt_().unsqueeze(1)
+    keys = coefficients / length
+    if not length.all():  # a row of zeros has no direction, as in normalize
+        keys = torch.where(length == 0, 0.0, keys)
+    return Factors(centred, coefficients, basis, squares, overlaps, length, keys)
+
+
+def _dtype_of_products(texts: Texts) -> torch.dtype:
+    values, entries = texts.eigenvalues, texts.features.numel()
+    if texts.features.dtype == torch.float64:
+        return torch.float64
+    trace = float(values.sum())
+    fits = float(values[texts.rank - 1]) * len(values) * _SPREAD >= trace
+    low, high = _FLOAT32_RANGE
+    return torch.float32 if fits and low <= trace / entries <= high else torch.float64
+
+
+def _noise(eigenvalues: Tensor) -> Tensor:
+    # At or below which an eigenvalue is rounding of the largest.
+    return eigenvalues[0] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+
+
+def _centred(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float64:
+        return features.double() - mean
+    # The float64 mean as two numbers of float32: the first difference loses nothing that counts.
+    high = mean.to(dtype)
+    return (features - high).sub_((mean - high).to(dtype))
+
+
+class _Backward:
+    """Gradients of the component loss of one problem, from its logits to its features."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        texts: Texts,
+        operands: tuple[Tensor, Tensor, Factors | None],
+        logit_scale: Tensor,
+        loss: Sequence[Tensor],  # its gradient, nll of rows and of columns, products
+        settings: tuple[float, bool],
+    ) -> None:
+        self.images, self.texts = images, texts
+        query, keys, self.factors = operands
+        self.low_rank = self.factors is not None and query is not images
+        grad_loss, row_nll, column_nll, products = loss
+        label_smoothing, differentiate_keys = settings
+
+        def bwd(both: bool, needs_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
+            return extension.load().info_nce_bwd(
+                grad_loss,
+                query,
+                keys,
+                logit_scale,
+                row_nll,
+                column_nll,
+                label_smoothing,
+                both,
+                True,
+                needs_keys,
+                products,
+                None,
+            )
+
+        self.of_query, self.of_keys, self.scale = bwd(differentiate_keys, True)
+        # With constant keys V gets the row half of dS, and B, a part of the texts, the column half.
+        self.of_query_for_basis = self.of_query
+        if self.low_rank and not differentiate_keys:
+            self.of_query_for_basis = bwd(True, False)[0] - self.of_query
+
+    def add_to_images(self, grad_images: Tensor) -> None:
+        if self.low_rank and self.factors is not None:
+            grad_images.addmm_(self.of_query, self.factors.basis.to(self.of_query.dtype))  # (5)
+        else:
+            grad_images.add_(self.of_query)
+
+    def add_to_texts(
+        self, grad_texts: Tensor, normalize: bool, differentiate_basis: bool, gap_eps: float
+    ) -> None:
+        texts, features = self.texts, self.texts.features
+        if texts.is_nan:
+            grad_texts.fill_(torch.nan)
+            return
+        if self.factors is None:
+            grad = self.of_keys
+            if normalize:
+                grad = extension.load().normalize_bwd(grad, features.to(grad.dtype))
+            grad_texts.add_(grad)
+            return
+        _, coefficients, basis, squares, overlaps, length, keys = self.factors
+        rank, dtype = texts.rank, basis.dtype
+        if self.low_rank:
+            grad_keys, grad_query = self.of_keys.to(dtype), self.of_query_for_basis.to(dtype)
+            grad_basis = grad_query.mT @ self.images.to(dtype)  # (6)
+        else:
+            grad = self.of_keys.to(dtype)
+            grad_keys = grad @ basis.mT
+            grad_basis = keys.mT @ grad
+        # (7)
+        grad_coefficients = grad_keys[:, :rank]
+        weights = None
+        if length is not None:
+            reciprocal = torch.where(length == 0, 0.0, 1 / length)
+            weights = (grad_keys * keys).sum(1, keepdim=True).mul_(reciprocal).mul_(-reciprocal)
+            own = coefficients[:, :rank]
+            along = own + overlaps if squares is None else torch.addcmul(overlaps, own, squares)
+            grad_coefficients = (grad_coefficients * reciprocal).addcmul_(weights, along)
+            shares = weights.mT @ coefficients  # [1, R + 1]
+            # What C^T diag(w) C B adds to the rows but along B, which _turn drops and (10) adds.
+            grad_basis.addmm_(shares.mT, basis[rank:])
+            grad_basis[rank:].addmm_(shares[:, :rank], basis[:rank])
+        grad_coefficients = grad_coefficients - grad_coefficients.mean(0)
+        grad_mean = grad_basis[rank] / len(features)
+        grad_texts.add_(
+            _through(
+                texts, self.factors, grad_coefficients, grad_basis, grad_mean, weights, gap_eps
+            )
+            if differentiate_basis
+            else _with_constant_basis(texts, self.factors, grad_coefficients, grad_mean)
+        )
+
+
+def _through(
+    texts: Texts,
+    factors: Factors,
+    grad_coefficients: Tensor,  # dC [N, R], centred
+    grad_basis: Tensor,  # dB [R + 1, D]
+    grad_mean: Tensor,  # [D]
+    weights: Tensor | None,  # [N, 1]
+    gap_eps: float,
+) -> Tensor:
+    # (8) to (10)
+    centred, coefficients, basis, *_ = factors
+    rank, rows, dtype = texts.rank, basis[: texts.rank], basis.dtype
+    grad_rows, own = grad_basis[:rank], coefficients[:, :rank]
+    turn = _turn(texts, centred, grad_coefficients, grad_rows, gap_eps)
+    if texts.feature_side:
+        left = torch.cat([grad_coefficients.addmm_(centred, turn), coefficients], 1)
+        return left @ torch.cat([rows, turn.mT, grad_mean.unsqueeze(0)])
+    # The last term of (6) along B = W^T X is a product with X, as K^T X is.
+    by_x = turn if weights is None else turn + own @ (own.mT @ (weights * own))
+    right = torch.cat([grad_rows.addmm_(by_x.mT, centred), grad_mean.unsqueeze(0), rows])
+    return torch.cat([coefficients, turn], 1).to(dtype) @ right
+
+
+def _turn(
+    texts: Texts, centred: Tensor, grad_coefficients: Tensor, grad_rows: Tensor, gap_eps: float
+) -> Tensor:
+    # K = O (F * (O^T E)) [n, R], O the dropped directions: (8), (9).
+    values, vectors, rank = texts.eigenvalues, texts.eigenvectors, texts.rank
+    if texts.feature_side:
+        long_side, of_long, of_small = centred.mT, grad_coefficients, grad_rows.mT
+    else:
+        long_side, of_long, of_small = centred, grad_rows.mT, grad_coefficients
+    dropped = vectors[:, rank:].to(centred.dtype)
+    pairs = dropped.mT @ torch.addmm(of_small, long_side, of_long)
+    unit = values[rank - 1].clamp(min=0)
+    unit = torch.where(unit > 0, unit, 1.0)
+    gaps = (values[:rank] - values[rank:].unsqueeze(1)).div_(unit)
+    if centred.dtype != torch.float64 and gaps[0, -1] < _NARROW:
+        first, last = max(0, rank - _NEAR), rank + _NEAR
+        near = vectors[:, rank:last]
+        across = long_side.double().mT @ near
+        pairs[:_NEAR, first:] = across.mT @ of_long[:, first:].double()
+        pairs[:_NEAR, first:] += near.mT @ of_small[:, first:].double()
+    pair_weights = gaps / gaps.square().add_(gap_eps**2).mul_(unit)
+    if gap_eps == 0:
+        pair_weights.nan_to_num_(0.0)  # 0 / 0 where two eigenvalues are equal
+    return dropped @ pairs.mul_(pair_weights)
+
+
+def _with_constant_basis(
+    texts: Texts, factors: Factors, grad_coefficients: Tensor, grad_mean: Tensor
+) -> Tensor:
+    # G Pi alone. On the sample side the rows of B are components times sqrt(lambda).
+    _, _, basis, squares, *_ = factors
+    if squares is not None:
+        values = texts.eigenvalues
+        present = values[: texts.rank] > _noise(values)
+        inverse = torch.where(present, 1 / values[: texts.rank], 0.0).to(basis.dtype)
+        grad_coefficients = grad_coefficients * inverse
+    return torch.addmm(grad_mean, grad_coefficients, basis[: texts.rank])

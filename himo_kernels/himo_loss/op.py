@@ -1,0 +1,163 @@
+"""Schemas, fakes and autograd of himo_loss.
+
+Saved are the inputs, the decomposition of the texts in float64 and nll of both losses, whatever the
+backend: any backend's backward accepts any other's forward.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from himo_kernels._numerics import accumulation_dtype
+from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
+from himo_kernels.himo_loss import cpu, reference
+
+HIMO_LOSS = Operator(
+    "himo_loss",
+    {
+        "cpu": Backend({"fwd": cpu.himo_loss_fwd, "bwd": cpu.himo_loss_bwd}, cpu.why_not),
+        "reference": Backend({"fwd": reference.himo_loss_fwd, "bwd": reference.himo_loss_bwd}),
+    },
+)
+# Backends that can keep the logits between the passes.
+KEEPING = ("cpu",)
+
+
+class Settings(NamedTuple):
+    """What a call is told beside tensors."""
+
+    floor: tuple[float, float]  # of pca.reference.floor_of
+    normalize_components: bool
+    label_smoothing: float
+    differentiate_keys: bool
+    differentiate_basis: bool
+    gap_eps: float
+
+
+def _fwd_fake(
+    image_features: Tensor,
+    text_features: Tensor,
+    *settings: Any,
+    products: Any = None,
+    factors: Any = None,
+) -> tuple[Tensor, ...]:
+    *batch, samples, features = text_features.shape
+    small = min(samples, features)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return text_features.new_empty((*batch, *shape), dtype=dtype)
+
+    dtype = accumulation_dtype(text_features.dtype)
+    losses = [empty(*shape, dtype=dtype) for shape in ((), (samples,), (samples,)) * 2]
+    rank = empty(dtype=torch.int64)
+    return (*losses, empty(features), empty(small), empty(small, small), rank)
+
+
+def _bwd_fake(
+    grad_contrastive: Tensor,
+    grad_component: Tensor,
+    *arguments: Any,
+    products: Any = None,
+    factors: Any = None,
+) -> tuple[Tensor, ...]:
+    inputs, needs_grad = arguments[:3], arguments[-2]
+    return tuple(
+        value.new_empty(value.shape if needed else 0)
+        for value, needed in zip(inputs, needs_grad, strict=True)
+    )
+
+
+# Written forward and read backward, by the backends that keep them: products [2, *, N, N], logits
+# of both losses before the scale; factors [*, (2 N + D)(n + 1)], C, B and A of README.md (1), (3).
+_FWD = HIMO_LOSS.define(
+    "fwd",
+    "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor variance_threshold, "
+    "float[] floor, bool normalize_components, float label_smoothing, str backend, *, "
+    "Tensor(a!)? products=None, Tensor(b!)? factors=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+_BWD = HIMO_LOSS.define(
+    "bwd",
+    "(Tensor grad_contrastive_loss, Tensor grad_component_loss, Tensor image_features, "
+    "Tensor text_features, Tensor logit_scale, Tensor row_nll, Tensor column_nll, "
+    "Tensor component_row_nll, Tensor component_column_nll, Tensor mean, Tensor eigenvalues, "
+    "Tensor eigenvectors, Tensor rank, bool normalize_components, float label_smoothing, "
+    "bool differentiate_keys, bool differentiate_basis, float gap_eps, bool[] needs_grad, "
+    "str backend, *, Tensor? products=None, Tensor? factors=None) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+def _room(features: Tensor, budget: float) -> dict[str, Tensor]:
+    # What is kept between the passes, each where it fits the budget in bytes.
+    *batch, samples, width = features.shape
+    dtype = accumulation_dtype(features.dtype)
+    shapes = {
+        "products": (2, *batch, samples, samples),
+        "factors": (*batch, (2 * samples + width) * (min(samples, width) + 1)),
+    }
+    return {
+        name: features.new_empty(shape, dtype=dtype)
+        for name, shape in shapes.items()
+        if math.prod(shape) * dtype.itemsize <= budget
+    }
+
+
+class HiMoLossFunction(torch.autograd.Function):
+    """himo_loss: both losses and the rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: Settings,
+        backend: str,
+        logits_budget: float,  # bytes
+        image_features: Tensor,  # [*, N, D]
+        text_features: Tensor,  # [*, N, D]
+        logit_scale: Tensor,  # []
+        variance_threshold: Tensor,  # [] float64
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kept = {}
+        if backend in KEEPING and any(ctx.needs_input_grad):
+            kept = _room(image_features, logits_budget)
+        inputs = (image_features, text_features, logit_scale)
+        outputs = _FWD(
+            *inputs,
+            variance_threshold,
+            settings.floor,
+            settings.normalize_components,
+            settings.label_smoothing,
+            backend,
+            **kept,
+        )
+        contrastive_loss, *nll, component_loss = outputs[:4]
+        *decomposition, rank = outputs[6:]
+        saved = (*inputs, *nll, *outputs[4:6], *decomposition, rank)
+        ctx.save_for_backward(*saved, *kept.values())
+        ctx.settings, ctx.backend, ctx.kept = settings, backend, tuple(kept)
+        ctx.mark_non_differentiable(rank)
+        return contrastive_loss, component_loss, rank
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_contrastive_loss: Tensor, grad_component_loss: Tensor, grad_rank: None
+    ) -> Any:
+        refuse_double_backward("himo_loss")
+        tensors = ctx.saved_tensors  # once: a checkpoint unpacks no tensor twice
+        count = len(tensors) - len(ctx.kept)
+        saved, kept = tensors[:count], tensors[count:]
+        needs_grad = ctx.needs_input_grad[3:6]
+        grads = _BWD(
+            grad_contrastive_loss,
+            grad_component_loss,
+            *saved,
+            *ctx.settings[1:],
+            list(needs_grad),
+            ctx.backend,
+            **dict(zip(ctx.kept, kept, strict=True)),
+        )
+        of_inputs = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
+        return None, None, None, *of_inputs, None
