@@ -1,6 +1,8 @@
-"""How much memory a process may still allocate."""
+"""How much memory an operator may keep between its passes."""
 
 from pathlib import Path
+
+import torch
 
 # cgroup v2: the limit of a container and what it uses, both in bytes.
 _CGROUP = Path("/sys/fs/cgroup")
@@ -24,3 +26,23 @@ def available_memory() -> int:
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return available
     return min(available, max(0, limit - used))
+
+
+# By default what is kept may take a quarter of the available memory and 1 GiB at most. Up to _SMALL
+# nobody is asked: that takes 30 us.
+_SMALL, _MOST = 16 << 20, 1 << 30
+# A compiled graph cannot ask the system, and takes what was available at import.
+_available_at_import = available_memory()
+
+
+def fits(size: int, budget: float | None) -> bool:
+    """Returns whether this many bytes may be kept. budget: in bytes, or None for the default."""
+    if budget is not None:
+        return size <= budget
+    if size <= _SMALL:
+        return True
+    if torch.compiler.is_compiling():
+        available = _available_at_import
+    else:
+        available = available_memory()
+    return size <= min(_MOST, available // 4)

@@ -89,7 +89,7 @@ def himo_loss(
     )
     if check_flag(name, "check_finite", check_finite):
         check_finite_values(name, **features, logit_scale=scale)
-    logits_budget = 2**20 * check_keep_logits_mib(name, None)
+    logits_budget = check_keep_logits_mib(name, None)
     backend = HIMO_LOSS.resolve(backend, image_features, text_features)
     threshold = as_tensor(float(variance_threshold), torch.float64, text_features.device)
     inputs = (image_features, text_features, scale, threshold)

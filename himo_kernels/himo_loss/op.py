@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from himo_kernels._memory import fits
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.himo_loss import cpu, reference
@@ -22,7 +23,7 @@ HIMO_LOSS = Operator(
     },
 )
 # Backends that can keep the logits between the passes.
-KEEPING = ("cpu",)
+CACHING_BACKENDS = ("cpu",)
 
 
 class Settings(NamedTuple):
@@ -91,7 +92,7 @@ _BWD = HIMO_LOSS.define(
 )
 
 
-def _room(features: Tensor, budget: float) -> dict[str, Tensor]:
+def _room(features: Tensor, budget: float | None) -> dict[str, Tensor]:
     # What is kept between the passes, each where it fits the budget in bytes.
     *batch, samples, width = features.shape
     dtype = accumulation_dtype(features.dtype)
@@ -102,7 +103,7 @@ def _room(features: Tensor, budget: float) -> dict[str, Tensor]:
     return {
         name: features.new_empty(shape, dtype=dtype)
         for name, shape in shapes.items()
-        if math.prod(shape) * dtype.itemsize <= budget
+        if fits(math.prod(shape) * dtype.itemsize, budget)
     }
 
 
@@ -114,14 +115,14 @@ class HiMoLossFunction(torch.autograd.Function):
         ctx: Any,
         settings: Settings,
         backend: str,
-        logits_budget: float,  # bytes
+        logits_budget: float | None,  # bytes; None: the default
         image_features: Tensor,  # [*, N, D]
         text_features: Tensor,  # [*, N, D]
         logit_scale: Tensor,  # []
         variance_threshold: Tensor,  # [] float64
     ) -> tuple[Tensor, Tensor, Tensor]:
         kept = {}
-        if backend in KEEPING and any(ctx.needs_input_grad):
+        if backend in CACHING_BACKENDS and any(ctx.needs_input_grad):
             kept = _room(image_features, logits_budget)
         inputs = (image_features, text_features, logit_scale)
         outputs = _FWD(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._memory import available_memory
+from himo_kernels._memory import fits
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.info_nce import compose, cpu, reference
@@ -88,20 +88,6 @@ _KERNELS = {
 CACHING_BACKENDS = ("cpu",)
 
 
-# Cached logits save a quarter of the products. By default they may take a quarter of the available
-# memory and 1 GiB at most; less than _SMALL is not worth the 30 us that asking the system takes.
-_SMALL, _MOST = 16 << 20, 1 << 30
-# A compiled graph cannot ask, and takes what was available at import.
-_available_at_import = available_memory()
-
-
-def _default_budget(size: int) -> float:
-    if size <= _SMALL:
-        return size
-    compiling = torch.compiler.is_compiling()
-    return min(_MOST, (_available_at_import if compiling else available_memory()) // 4)
-
-
 def _allocate_products(
     operator: str, image_features: Tensor, budget: float | None
 ) -> Tensor | None:
@@ -109,7 +95,7 @@ def _allocate_products(
     shape = (len(compose.LOSSES[operator]), *batch, samples, samples)
     dtype = accumulation_dtype(image_features.dtype)
     size = math.prod(shape) * dtype.itemsize
-    if size > (_default_budget(size) if budget is None else budget):
+    if not fits(size, budget):
         return None
     return image_features.new_empty(shape, dtype=dtype)
 

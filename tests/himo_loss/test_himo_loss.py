@@ -282,7 +282,7 @@ def test_unit_of_the_texts_does_not_matter(backend, generator):
 @per_switch
 def test_any_backward_accepts_any_forward(switches, generator, monkeypatch):
     # Without kept logits, which a backend passes to itself alone.
-    monkeypatch.setattr(sys.modules["himo_kernels.info_nce.api"], "_default_logits_mib", "0")
+    monkeypatch.setattr(sys.modules["himo_kernels.info_nce.api"], "_logits_mib", "0")
     inputs = inputs_of(generator, 40, 24)
     expected = gradients(himo_loss(*inputs, backend="reference", **switches)[:2], inputs)
     for forward, backward in (("cpu", "reference"), ("reference", "cpu")):
