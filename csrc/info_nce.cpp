@@ -99,6 +99,19 @@ std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor&
   return problems;
 }
 
+// In float64, in the order of the values. A tensor operation would take longer than a small loss.
+double sum_of(const at::Tensor& values) {  // [N] acc, contiguous
+  const auto sum = [](const auto* data, int64_t size) {
+    double total = 0;
+    for (int64_t i = 0; i < size; ++i) total += static_cast<double>(data[i]);
+    return total;
+  };
+  if (values.scalar_type() == at::kDouble) {
+    return sum(values.const_data_ptr<double>(), values.numel());
+  }
+  return sum(values.const_data_ptr<float>(), values.numel());
+}
+
 // mean_ij S_ij [*] in O(N K): sum_ij v_i . u_j = (sum_i v_i) . (sum_j u_j).
 at::Tensor mean_logit(const at::Tensor& query, const at::Tensor& key, double scale) {
   const auto dtype = accumulation_dtype(query);
@@ -126,10 +139,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   check_products(products, query);
   const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
   cpu::info_nce_statistics(problems, scale);
-  // HiMo-CLIP eq. (2); both directions share the smoothing term. The positives are added even if
-  // label_smoothing is 0: 0 * inf is NaN, so infinite features never give a finite loss.
-  auto loss = row_nll.add(column_nll).mean(-1, false, at::kDouble).div(2);
-  loss.add_(positives.mean(-1, false, at::kDouble), label_smoothing);
+  // HiMo-CLIP eq. (2); both directions share the smoothing term. An infinite positive times a
+  // smoothing of 0 is NaN, so the loss of infinite features is never finite.
+  const auto loss = at::empty(query.sizes().slice(0, query.dim() - 2), options.dtype(at::kDouble));
+  const auto samples = static_cast<double>(query.size(-2));
+  for (size_t b = 0; b < problems.size(); ++b) {
+    const double nll = sum_of(problems[b].row_nll) + sum_of(problems[b].column_nll);
+    loss.mutable_data_ptr<double>()[b] =
+        (nll / 2 + label_smoothing * sum_of(problems[b].positives)) / samples;
+  }
   if (label_smoothing != 0) loss.sub_(mean_logit(query, key, scale), label_smoothing);
   return {loss.to(dtype), row_nll, column_nll};
 }

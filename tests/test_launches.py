@@ -88,6 +88,7 @@ from himo_kernels import _triton
 from himo_kernels.aot import device_launches
 from himo_kernels.covariance.triton import covariance_bwd, covariance_fwd
 from himo_kernels.info_nce import triton as info_nce
+from himo_kernels.info_nce.compose import Direction, Settings
 from himo_kernels.pca import triton as pca
 
 _triton.aot_target = 90  # its tiles are used
@@ -124,8 +125,8 @@ keys, shape = torch.empty(1024, 768, device="meta"), (128, 1024)
 of_rows, of_keys = torch.empty(128, device="meta"), torch.empty(1024, device="meta")
 forward, backward = info_nce.info_nce_block_fwd, info_nce.info_nce_block_bwd
 count("info_nce_block_fwd", shape, forward, x, keys, scale, of_rows, of_keys, 256)
-directions = (of_rows,) * 3 + (of_keys,) * 3
-settings = (256, 0.1, 1024, True)
+directions = (Direction(*(of_rows,) * 3), Direction(*(of_keys,) * 3))
+settings = (256, Settings(0.1, True), 1024)
 count("info_nce_block_bwd", shape, backward, x, keys, scale, *directions, *settings)
 print(json.dumps(counts))
 """

@@ -24,6 +24,7 @@ from himo_kernels.distributed.exchange import STRATEGIES
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.info_nce import api as of_one
 from himo_kernels.info_nce.block import BLOCK, block_bwd, block_fwd
+from himo_kernels.info_nce.compose import Direction, Settings
 
 
 def info_nce(
@@ -249,16 +250,11 @@ class JoinedLoss(torch.autograd.Function):
                     image_features,
                     key,
                     scale,
-                    positives[:, k],
-                    row_nll[:, k],
-                    weights[:, k],
-                    of_keys[:, 0, k],
-                    of_keys[:, 1, k],
-                    of_keys[:, 2, k],
+                    Direction(positives[:, k], row_nll[:, k], weights[:, k]),
+                    Direction(*of_keys[:, :, k].unbind(1)),
                     offset,
-                    ctx.smoothing,
+                    Settings(ctx.smoothing, ctx.differentiate_keys),
                     rows.total,
-                    ctx.differentiate_keys,
                     ctx.backend,
                 )
                 grad_image += to_images

@@ -1,8 +1,8 @@
 """The `cpu` backend of himo_loss: the component loss in the R + 1 dimensions of its factors.
 
-Products are torch's and those of csrc/info_nce.cpp; the decomposition is csrc/pca.cpp. Equation
-numbers are those of README.md. The rank is on the CPU, so that kept and dropped directions are
-slices; problems of a batch run one after the other.
+Matmuls are torch's, losses csrc/info_nce.cpp's, the decomposition is csrc/pca.cpp's. Equation
+numbers refer to README.md. The rank is on the CPU, so kept and dropped directions are slices.
+Problems of a batch run one after the other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,19 @@ from himo_kernels import extension
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.pca.cpu import why_not_decompose
 
-# As in csrc/cpu/pca_reconstruct.cpp: float32 holds the gradient where lambda_R >= trace / (16 n).
+# As in csrc/cpu/pca_reconstruct.cpp: float32 suffices for the gradient if lambda_R >= trace / 16 n.
 _SPREAD = 16
-# Mean squares of the entries of X between which no product of float32 over- or underflows.
+# If the mean square of X is in this range, no float32 product overflows or underflows.
 _FLOAT32_RANGE = (1e-20, 1e20)
 
-# A gap, relative to lambda_R, below which few pairs next to the cut are most of the gradient: those
-# of this many directions on either side are summed in float64.
+# Below this gap, relative to lambda_R, a few pairs next to the cut are most of the gradient. The
+# pairs of this many directions on either side are summed in float64.
 _NARROW = 1e-2
 _NEAR = 4
 
 
 def why_not(image_features: Tensor, *_: Tensor) -> str | None:
-    """Returns why this backend cannot take the features, texts of whose shape are decomposed."""
+    """Returns why this backend cannot decompose texts of this shape, or None."""
     return why_not_decompose(image_features)
 
 
@@ -57,14 +57,14 @@ class Texts(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """U' = C B of (1), and the length of its rows, (2)."""
+    """U' = C B of (1), and the lengths of its rows, (2)."""
 
     centred: Tensor  # X [N, D]
     coefficients: Tensor  # C [N, R + 1], the last column 1
     basis: Tensor  # B [R + 1, D], the last row the mean
-    squares: Tensor | None  # l [R], the squared lengths of the rows of B but the last; None: 1
-    overlaps: Tensor  # m [R], their products with the mean
-    length: Tensor | None  # [N, 1], |u'|; None: not normalised
+    squares: Tensor | None  # l [R], squared lengths of the first R rows of B; None means 1
+    overlaps: Tensor  # m [R], products of these rows with the mean
+    length: Tensor | None  # [N, 1], |u'|; None if not normalised
     keys: Tensor  # C / |u'| [N, R + 1]
 
 
@@ -83,17 +83,17 @@ def himo_loss_fwd(
     """Returns loss [*] and nll [*, N] of rows and columns, twice, and the decomposition."""
     library = extension.load()
     decomposition = library.pca_decompose(text_features, variance_threshold.item(), floor)
-    of_texts, of_components = (None, None) if products is None else products.unbind(0)
+    text_products, component_products = (None, None) if products is None else products.unbind(0)
     contrastive = library.info_nce_fwd(
-        image_features, text_features, logit_scale, label_smoothing, of_texts
+        image_features, text_features, logit_scale, label_smoothing, text_products
     )
     component = [torch.empty_like(output) for output in contrastive]
     problems = _problems(
-        text_features, decomposition, image_features, factors, *component, of_components
+        text_features, decomposition, image_features, factors, *component, component_products
     )
-    for texts, images, room, *outputs, kept in problems:
+    for texts, images, room, *outputs, own_products in problems:
         query, keys = _operands(images, texts, normalize_components, room, filled=False)[:2]
-        computed = library.info_nce_fwd(query, keys, logit_scale, label_smoothing, kept)
+        computed = library.info_nce_fwd(query, keys, logit_scale, label_smoothing, own_products)
         for output, value in zip(outputs, computed, strict=True):
             output.copy_(value)
     return *contrastive, *component, *decomposition
@@ -125,7 +125,7 @@ def himo_loss_bwd(
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of images, texts and logit_scale; empty where not needed."""
     needs_images, needs_texts, _ = needs_grad
-    of_texts, of_components = (None, None) if products is None else products.unbind(0)
+    text_products, component_products = (None, None) if products is None else products.unbind(0)
     settings = (label_smoothing, differentiate_keys)
     grad_images, grad_texts, grad_scale = extension.load().info_nce_bwd(
         grad_contrastive_loss,
@@ -137,7 +137,7 @@ def himo_loss_bwd(
         *settings,
         needs_images,
         needs_texts,
-        of_texts,
+        text_products,
         None,
     )
     batched = (
@@ -148,7 +148,7 @@ def himo_loss_bwd(
         grad_component_loss,
         component_row_nll,
         component_column_nll,
-        of_components,
+        component_products,
     )
     decomposition = (mean, eigenvalues, eigenvectors, rank)
     for texts, images, room, own_images, own_texts, *loss in _problems(
@@ -184,14 +184,14 @@ def _problems(
         return [tensor] if lead == 0 else tensor.flatten(0, lead - 1).unbind(0)
 
     columns = zip(*map(of_each, (text_features, *tensors, *others)), strict=True)
-    for kept, (features, mean, values, vectors, *rest) in zip(
+    for own_rank, (features, mean, values, vectors, *rest) in zip(
         rank.flatten().tolist(), columns, strict=True
     ):
-        yield Texts(features, mean, values, vectors, kept), *rest
+        yield Texts(features, mean, values, vectors, own_rank), *rest
 
 
 class Room:
-    """Memory of one problem that the forward fills and the backward reads."""
+    """Memory for the factors of one problem: the forward fills it, the backward reads it."""
 
     def __init__(self, memory: Tensor | None, like: Tensor, filled: bool) -> None:
         self.memory, self.like = memory, like
@@ -208,10 +208,10 @@ class Room:
 def _operands(
     images: Tensor, texts: Texts, normalize: bool, memory: Tensor | None, *, filled: bool
 ) -> tuple[Tensor, Tensor, Factors | None]:
-    """Returns query and keys of the component logits, and the factors where there are any.
+    """Returns query and keys of the component logits, and the factors if they are used.
 
-    Query and keys are [N, R + 1] where that is less work, else [N, D]. memory is written, or read
-    where it is filled.
+    Query and keys are [N, R + 1] if that is less work, else [N, D]. memory is written, or read if
+    filled.
     """
     features = texts.features
     if texts.is_nan:
@@ -231,7 +231,7 @@ def _operands(
 
 
 def _is_low_rank(texts: Texts) -> bool:
-    # The factors are multiplied in float32, at half the rate of bfloat16 where that is multiplied.
+    # Factors are float32, at half the rate of bfloat16 products.
     half_rate = texts.features.dtype == torch.bfloat16 and extension.load().multiplies_bfloat16()
     return (texts.rank + 1) * (2 if half_rate else 1) < texts.features.shape[1]
 
@@ -258,7 +258,7 @@ def _factors(texts: Texts, normalize: bool, centred: Tensor, room: Room) -> Fact
     overlaps = rows @ basis[rank]
     if not normalize:
         return Factors(centred, coefficients, basis, squares, overlaps, None, coefficients)
-    # (2): u' = (C + m / l) B + what of the mean is across B, both parts orthogonal: no cancellation
+    # (2): u' = (C + m / l) B + the part of the mean orthogonal to B, so nothing cancels.
     along = overlaps if inverse is None else overlaps * inverse
     across = torch.addmv(basis[rank], rows.mT, along, alpha=-1)
     shifted = (own + along).square_()
@@ -281,14 +281,14 @@ def _dtype_of_products(texts: Texts) -> torch.dtype:
 
 
 def _noise(eigenvalues: Tensor) -> Tensor:
-    # At or below which an eigenvalue is rounding of the largest.
+    # An eigenvalue at or below this is a rounding error of the largest.
     return eigenvalues[0] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
 
 
 def _centred(features: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
         return features.double() - mean
-    # The float64 mean as two numbers of float32: the first difference loses nothing that counts.
+    # The float64 mean as the sum of two float32 numbers, so the subtraction rounds only once.
     high = mean.to(dtype)
     return (features - high).sub_((mean - high).to(dtype))
 
@@ -328,7 +328,7 @@ class _Backward:
             )
 
         self.of_query, self.of_keys, self.scale = bwd(differentiate_keys, True)
-        # With constant keys V gets the row half of dS, and B, a part of the texts, the column half.
+        # With constant keys, V gets the row half of dS and B, a part of the texts, the column half.
         self.of_query_for_basis = self.of_query
         if self.low_rank and not differentiate_keys:
             self.of_query_for_basis = bwd(True, False)[0] - self.of_query
@@ -371,7 +371,7 @@ class _Backward:
             along = own + overlaps if squares is None else torch.addcmul(overlaps, own, squares)
             grad_coefficients = (grad_coefficients * reciprocal).addcmul_(weights, along)
             shares = weights.mT @ coefficients  # [1, R + 1]
-            # What C^T diag(w) C B adds to the rows but along B, which _turn drops and (10) adds.
+            # The part of C^T diag(w) C B that is not along B. (10) adds the rest where needed.
             grad_basis.addmm_(shares.mT, basis[rank:])
             grad_basis[rank:].addmm_(shares[:, :rank], basis[:rank])
         grad_coefficients = grad_coefficients - grad_coefficients.mean(0)
@@ -398,17 +398,17 @@ def _through(
     centred, coefficients, basis, *_ = factors
     rank, rows, dtype = texts.rank, basis[: texts.rank], basis.dtype
     grad_rows, own = grad_basis[:rank], coefficients[:, :rank]
-    turn = _turn(texts, centred, grad_coefficients, grad_rows, gap_eps)
+    basis_grad = _basis_grad(texts, centred, grad_coefficients, grad_rows, gap_eps)
     if texts.feature_side:
-        left = torch.cat([grad_coefficients.addmm_(centred, turn), coefficients], 1)
-        return left @ torch.cat([rows, turn.mT, grad_mean.unsqueeze(0)])
-    # The last term of (6) along B = W^T X is a product with X, as K^T X is.
-    by_x = turn if weights is None else turn + own @ (own.mT @ (weights * own))
+        left = torch.cat([grad_coefficients.addmm_(centred, basis_grad), coefficients], 1)
+        return left @ torch.cat([rows, basis_grad.mT, grad_mean.unsqueeze(0)])
+    # The part of (6) along B = W^T X is a product with X, like K^T X.
+    by_x = basis_grad if weights is None else basis_grad + own @ (own.mT @ (weights * own))
     right = torch.cat([grad_rows.addmm_(by_x.mT, centred), grad_mean.unsqueeze(0), rows])
-    return torch.cat([coefficients, turn], 1).to(dtype) @ right
+    return torch.cat([coefficients, basis_grad], 1).to(dtype) @ right
 
 
-def _turn(
+def _basis_grad(
     texts: Texts, centred: Tensor, grad_coefficients: Tensor, grad_rows: Tensor, gap_eps: float
 ) -> Tensor:
     # K = O (F * (O^T E)) [n, R], O the dropped directions: (8), (9).
@@ -419,16 +419,16 @@ def _turn(
         long_side, of_long, of_small = centred, grad_rows.mT, grad_coefficients
     dropped = vectors[:, rank:].to(centred.dtype)
     pairs = dropped.mT @ torch.addmm(of_small, long_side, of_long)
-    unit = values[rank - 1].clamp(min=0)
-    unit = torch.where(unit > 0, unit, 1.0)
-    gaps = (values[:rank] - values[rank:].unsqueeze(1)).div_(unit)
+    last_kept = values[rank - 1].clamp(min=0)  # the scale of all gaps: squares of lambda overflow
+    last_kept = torch.where(last_kept > 0, last_kept, 1.0)
+    gaps = (values[:rank] - values[rank:].unsqueeze(1)).div_(last_kept)
     if centred.dtype != torch.float64 and gaps[0, -1] < _NARROW:
         first, last = max(0, rank - _NEAR), rank + _NEAR
         near = vectors[:, rank:last]
         across = long_side.double().mT @ near
         pairs[:_NEAR, first:] = across.mT @ of_long[:, first:].double()
         pairs[:_NEAR, first:] += near.mT @ of_small[:, first:].double()
-    pair_weights = gaps / gaps.square().add_(gap_eps**2).mul_(unit)
+    pair_weights = gaps / gaps.square().add_(gap_eps**2).mul_(last_kept)
     if gap_eps == 0:
         pair_weights.nan_to_num_(0.0)  # 0 / 0 where two eigenvalues are equal
     return dropped @ pairs.mul_(pair_weights)
@@ -437,7 +437,7 @@ def _turn(
 def _with_constant_basis(
     texts: Texts, factors: Factors, grad_coefficients: Tensor, grad_mean: Tensor
 ) -> Tensor:
-    # G Pi alone. On the sample side the rows of B are components times sqrt(lambda).
+    # G Pi only. On the sample side the rows of B are the components times sqrt(lambda).
     _, _, basis, squares, *_ = factors
     if squares is not None:
         values = texts.eigenvalues

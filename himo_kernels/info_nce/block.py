@@ -12,6 +12,7 @@ from torch import Tensor
 from himo_kernels import _triton
 from himo_kernels.dispatch import Backend, Operator
 from himo_kernels.info_nce import cpu, reference
+from himo_kernels.info_nce.compose import Direction, Settings
 
 _TRITON = "himo_kernels.info_nce.triton"
 
@@ -54,42 +55,22 @@ def block_bwd(
     image_features: Tensor,  # [M, D]
     keys: Tensor,  # [N, D]
     logit_scale: Tensor,  # []
-    row_positives: Tensor,  # [M]
-    row_nll: Tensor,  # [M], over the whole batch, like every nll here
-    row_weight: Tensor,  # [M], gradient of each nll
-    column_positives: Tensor,  # [N]
-    column_nll: Tensor,  # [N]
-    column_weight: Tensor,  # [N]
+    rows: Direction,  # [M] each
+    columns: Direction,  # [N] each
     offset: int,
-    label_smoothing: float,
+    settings: Settings,
     total: int,
-    differentiate_keys: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s.
 
     Args:
-        label_smoothing: eps, spread over the `total` samples of the batch.
-        differentiate_keys: False gives images only the gradient of the rows and keys only the
-            gradient of the columns, because the keys of each direction are constants.
+        settings: eps is spread over the `total` samples of the batch. differentiate_keys=False
+            gives images only the gradient of the rows and keys only the gradient of the columns,
+            because the keys of each direction are constants.
     """
     if len(image_features) == 0 or len(keys) == 0:
-        dtype = row_nll.dtype
+        dtype = rows.nll.dtype
         return torch.zeros_like(image_features, dtype=dtype), torch.zeros_like(keys, dtype=dtype)
-    return BLOCK.run(
-        "bwd",
-        image_features,
-        keys,
-        logit_scale,
-        row_positives,
-        row_nll,
-        row_weight,
-        column_positives,
-        column_nll,
-        column_weight,
-        offset,
-        label_smoothing,
-        total,
-        differentiate_keys,
-        backend,
-    )
+    inputs = (image_features, keys, logit_scale, rows, columns, offset, settings, total)
+    return BLOCK.run("bwd", *inputs, backend)

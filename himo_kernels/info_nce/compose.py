@@ -35,6 +35,14 @@ class Settings(NamedTuple):
     differentiate_keys: bool = True  # used by the backward only
 
 
+class Direction(NamedTuple):
+    """The softmax over rows or over columns, and the gradient that comes back to it."""
+
+    positives: Tensor  # [*, n]: S of the pair of each row (column)
+    nll: Tensor  # [*, n], over the whole batch
+    weight: Tensor | None = None  # [*, n]: gradient of each nll; None, of a whole batch, means 1
+
+
 class Loss(NamedTuple):
     """One InfoNCE loss with logits S = s V U^T."""
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from himo_kernels import extension
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.info_nce.compose import Factors, Gradients, Loss, Needs, Statistics
+from himo_kernels.info_nce.compose import (
+    Direction,
+    Factors,
+    Gradients,
+    Loss,
+    Needs,
+    Settings,
+    Statistics,
+)
 
 
 def why_not(image_features: Tensor, *_: Tensor) -> str | None:
@@ -157,30 +165,21 @@ def info_nce_block_bwd(
     image_features: Tensor,  # [M, D]
     keys: Tensor,  # [N, D]
     logit_scale: Tensor,  # []
-    row_positives: Tensor,  # [M]
-    row_nll: Tensor,  # [M]
-    row_weight: Tensor,  # [M]
-    column_positives: Tensor,  # [N]
-    column_nll: Tensor,  # [N]
-    column_weight: Tensor,  # [N]
+    rows: Direction,  # [M] each
+    columns: Direction,  # [N] each
     offset: int,
-    label_smoothing: float,
+    settings: Settings,
     total: int,
-    differentiate_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
     return extension.load().info_nce_block_bwd(
         image_features,
         keys,
         logit_scale,
-        row_positives,
-        row_nll,
-        row_weight,
-        column_positives,
-        column_nll,
-        column_weight,
+        *rows,
+        *columns,
         offset,
-        label_smoothing,
+        settings.label_smoothing,
         total,
-        differentiate_keys,
+        settings.differentiate_keys,
     )

@@ -7,12 +7,21 @@ near 100, has only two or three correct digits in float32.
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.info_nce.compose import Factors, Gradients, Loss, Needs, Statistics
+from himo_kernels.info_nce.compose import (
+    Direction,
+    Factors,
+    Gradients,
+    Loss,
+    Needs,
+    Settings,
+    Statistics,
+)
 
 # Maximum number of logits of a block computed at once, or the size of its images if that is larger:
 # 16 MiB in float32.
@@ -83,33 +92,31 @@ def info_nce_block_bwd(
     image_features: Tensor,  # [M, D]
     keys: Tensor,  # [N, D]
     logit_scale: Tensor,  # []
-    row_positives: Tensor,  # [M]
-    row_nll: Tensor,  # [M]
-    row_weight: Tensor,  # [M]
-    column_positives: Tensor,  # [N]
-    column_nll: Tensor,  # [N]
-    column_weight: Tensor,  # [N]
+    rows: Direction,  # [M] each
+    columns: Direction,  # [N] each
     offset: int,
-    label_smoothing: float,
+    settings: Settings,
     total: int,
-    differentiate_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
     images, keys, scale = _raised(image_features, keys, logit_scale)
     grad_images, grad_keys = torch.empty_like(images), torch.zeros_like(keys)
+    label_smoothing, differentiate_keys = settings
+    row_weight, column_weight = cast(Tensor, rows.weight), cast(Tensor, columns.weight)
     share = label_smoothing / total
     for part in _parts(images, keys):
         logits = scale * (images[part] @ keys.mT)
         pairs = _pairs(logits, part.start + offset)
         first = max(0, part.start + offset)  # first column whose pair is in this part
-        columns = slice(first, first + len(pairs))
-        rows = slice(first - offset, first - offset + len(pairs))
+        own_columns = slice(first, first + len(pairs))
+        own_rows = slice(first - offset, first - offset + len(pairs))
         # dL/dS of the rows: P - (1 - eps) I - eps / N, with P_ii - 1 = expm1(-nll_i).
-        grad_rows = (logits - row_positives[part, None]).sub_(row_nll[part, None]).exp_()
-        _pairs(grad_rows, part.start + offset).copy_(torch.expm1(-row_nll[rows]) + label_smoothing)
+        grad_rows = (logits - rows.positives[part, None]).sub_(rows.nll[part, None]).exp_()
+        own_pairs = _pairs(grad_rows, part.start + offset)
+        own_pairs.copy_(torch.expm1(-rows.nll[own_rows]) + label_smoothing)
         grad_rows.sub_(share).mul_(row_weight[part, None])
-        grad_columns = logits.sub_(column_positives).sub_(column_nll).exp_()
-        pairs.copy_(torch.expm1(-column_nll[columns]) + label_smoothing)
+        grad_columns = logits.sub_(columns.positives).sub_(columns.nll).exp_()
+        pairs.copy_(torch.expm1(-columns.nll[own_columns]) + label_smoothing)
         grad_columns.sub_(share).mul_(column_weight)
         if differentiate_keys:
             grad_rows = grad_columns = grad_rows + grad_columns

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.info_nce.block import block_bwd, block_fwd
+from himo_kernels.info_nce.compose import Direction, Settings
 from himo_kernels.testing import power_law
 
 SAMPLES, FEATURES, SMOOTHING = 45, 10, 0.1
@@ -101,16 +102,11 @@ def joined_bwd(
             batch.image[row],
             batch.text[key],
             batch.scale,
-            positives[row],
-            row_nll[row],
-            row_weight[row],
-            positives[key],
-            column_nll[key],
-            column_weight[key],
+            Direction(positives[row], row_nll[row], row_weight[row]),
+            Direction(positives[key], column_nll[key], column_weight[key]),
             row.start - key.start,
-            SMOOTHING,
+            Settings(SMOOTHING, differentiate_keys),
             len(batch.image),
-            differentiate_keys,
             backend,
         )
         for whole, at, part in zip(found, (row, key), parts, strict=True):

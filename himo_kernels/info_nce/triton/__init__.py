@@ -7,13 +7,14 @@ kernels follow the functions that launch them.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from himo_kernels.aot import Case
 from himo_kernels.info_nce.compose import (
+    Direction,
     Factors,
     Gradients,
     Loss,
@@ -24,7 +25,6 @@ from himo_kernels.info_nce.compose import (
 )
 from himo_kernels.info_nce.triton import gradients as pass_2
 from himo_kernels.info_nce.triton import losses as pass_1
-from himo_kernels.info_nce.triton.grad_logits import Direction
 from himo_kernels.info_nce.triton.logits import features_branch
 from himo_kernels.info_nce.triton.low_rank import bounded_product, factors_branch, masked_factors
 
@@ -137,34 +137,32 @@ def info_nce_block_bwd(
     image_features: Tensor,  # [M, D]
     keys: Tensor,  # [N, D]
     logit_scale: Tensor,  # []
-    row_positives: Tensor,  # [M] float32, like all vectors here
-    row_nll: Tensor,  # [M]
-    row_weight: Tensor,  # [M]
-    column_positives: Tensor,  # [N]
-    column_nll: Tensor,  # [N]
-    column_weight: Tensor,  # [N]
+    rows: Direction,  # [M] float32 each
+    columns: Direction,  # [N] float32 each
     offset: int,
-    label_smoothing: float,
+    settings: Settings,
     total: int,
-    differentiate_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of image_features [M, D] and keys [N, D], without the factor s."""
     # Divided by the largest weight, because the weights of a mean over N are too small for float16.
-    largest = torch.cat([row_weight, column_weight]).abs().amax(0, keepdim=True)
+    weights = cast(Tensor, rows.weight), cast(Tensor, columns.weight)
+    largest = torch.cat(weights).abs().amax(0, keepdim=True)
     largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)  # [1]
     grad_images, grad_keys = pass_2.block_gradients(
         features_branch(image_features, keys, logit_scale, offset),
-        _direction(row_positives, row_nll, row_weight / largest),
-        _direction(column_positives, column_nll, column_weight / largest),
+        _direction(rows, weights[0] / largest),
+        _direction(columns, weights[1] / largest),
         largest,
-        Settings(label_smoothing, differentiate_keys),
+        settings,
         total,
     )
     features = image_features.shape[1]
     return grad_images[0, :, :features], grad_keys[0, :, :features]
 
 
-def _direction(*vectors: Tensor) -> Direction:  # [n] each
+def _direction(direction: Direction, weight: Tensor) -> Direction:
+    # As a batch of one problem, [1, n] each, with this weight.
+    vectors = (direction.positives, direction.nll, weight)
     return Direction(*(vector.unsqueeze(0).contiguous() for vector in vectors))
 
 
@@ -210,8 +208,8 @@ def _block(
     features = _meta(rows, 768, dtype=dtype), _meta(keys, 768, dtype=dtype)
     of_rows, of_keys = _meta(rows), _meta(keys)
     info_nce_block_fwd(*features, _meta(), of_rows, of_keys, offset)
-    directions = (of_rows,) * 3 + (of_keys,) * 3
-    settings = (offset, 0.1, keys, differentiate_keys)
+    directions = (Direction(*(of_rows,) * 3), Direction(*(of_keys,) * 3))
+    settings = (offset, Settings(0.1, differentiate_keys), keys)
     arguments: tuple[Any, ...] = (*features, _meta(), *directions, *settings)
     info_nce_block_bwd(*arguments)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from himo_kernels._triton_jit import rounded
-from himo_kernels.info_nce.compose import Settings
+from himo_kernels.info_nce.compose import Direction, Settings
 from himo_kernels.info_nce.triton.logits import Branch, tile_products, up_to_rank
 
 # Holds dS of as many rows as fit. At N = 32768 that is a few thousand rows, enough for matmuls to
@@ -22,18 +22,6 @@ WORKSPACE_BYTES = 256 * 2**20
 # its products take less time than their launches, and float32 rounds the gradients only once, to
 # the dtype of the features.
 ROUNDED_FROM = 128
-
-
-@dataclass(frozen=True)
-class Direction:
-    """The softmax over rows or over columns; all tensors are float32 and contiguous."""
-
-    positives: Tensor  # [B, n]: S of the pair of each row (column)
-    nll: Tensor  # [B, n]
-    weight: Tensor | None = None  # [B, n]: gradient of each nll; None means 1
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.positives, self.nll, self.weight
 
 
 @dataclass(frozen=True)
@@ -74,8 +62,8 @@ class GradLogits:
             blocks = min(at_once, row_blocks - first_block)
             grad_logits_kernel[(problems * blocks * branch.column_tiles,)](
                 *branch.operands(),
-                *self.rows.operands(),
-                *self.columns.operands(),
+                *self.rows,
+                *self.columns,
                 workspace[0] if parts else None,
                 workspace[1] if parts == 2 else None,
                 self.scale_partials,

@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from himo_kernels._triton_jit import rounded
-from himo_kernels.info_nce.compose import Settings, Statistics
+from himo_kernels.info_nce.compose import Direction, Settings, Statistics
 from himo_kernels.info_nce.triton.grad_logits import (
-    Direction,
     GradLogits,
     grad_positive,
     positives_of,
