@@ -1,8 +1,8 @@
-"""Checkpoints of HiMo-CLIP, Long-CLIP, OpenAI's CLIP, open_clip and Hugging Face, read and written.
+"""Reads and writes checkpoints of HiMo-CLIP, Long-CLIP, OpenAI's CLIP, open_clip, Hugging Face.
 
-`pickles`, `torch_files` and `safetensors_files` read bytes, and `places` finds them; `layouts`
-knows the names of tensors and `configurations` those of settings; `loading` and `conversion` are
-what users call. No file is ever executed: pickles are read as data.
+`places` finds the files; `pickles`, `torch_files` and `safetensors_files` read their bytes.
+`layouts` maps the names of tensors, `configurations` those of settings. Users call `loading` and
+`conversion`. No file is ever executed: pickles are read as data.
 """
 
 from himo.checkpoint.conversion import add_arguments, convert, run

@@ -1,7 +1,7 @@
-"""The configurations beside weights, of Hugging Face and open_clip: read, and written.
+"""Reads and writes the configurations of Hugging Face and open_clip, which lie next to weights.
 
-What a configuration states is used, or the same as what himo computes, or refused by its name: a
-field that is not known here may change every feature.
+A field is used, or checked to be what himo computes, or refused by its name: a field that is not
+known here may change every feature.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,12 @@ from himo.checkpoint.configuration_fields import (
     OPEN_CLIP_VISION,
     Fields,
 )
-from himo.clip_config import MEAN, STD, CLIPConfig
+from himo.clip_config import ACTIVATIONS, MEAN, STD, CLIPConfig
 from himo.errors import HimoError, quoted, shortened
 
 Stated = dict[str, Any]  # fields of CLIPConfig
 
+_CLIP_IMAGES: Stated = {"image_mean": [*MEAN], "image_std": [*STD]}
 _HF_PROCESSOR = {"processor_class", "image_processor", "tokenizer"}
 _HF_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}  # as Hugging Face numbers them
@@ -36,11 +37,9 @@ def of_open_clip(config: Mapping[str, Any], path: str) -> Stated:
         HimoError: the model computes something else than a HiMoCLIP with the same weights.
     """
     model = config.get("model_cfg")
-    vision, text = (
-        model.get(f"{tower}_cfg") if isinstance(model, dict) else None
-        for tower in ("vision", "text")
-    )
-    if not (isinstance(model, dict) and isinstance(vision, dict) and isinstance(text, dict)):
+    model = model if isinstance(model, dict) else {}
+    vision, text = model.get("vision_cfg"), model.get("text_cfg")
+    if not isinstance(vision, dict) or not isinstance(text, dict):
         raise HimoError(f"{path}: not the configuration of a CLIP of open_clip")
     preprocess = config.get("preprocess_cfg") or {}
     if not isinstance(preprocess, dict):
@@ -50,24 +49,27 @@ def of_open_clip(config: Mapping[str, Any], path: str) -> Stated:
     stated = (
         _stated(model, "model_cfg", OPEN_CLIP_MODEL, path)
         | _stated(vision, "vision_cfg", OPEN_CLIP_VISION, path)
-        | {"text_heads": 8}  # open_clip's default
         | _stated(text, "text_cfg", OPEN_CLIP_TEXT, path)
     )
-    of_images = _stated(preprocess, "preprocess_cfg", OPEN_CLIP_PREPROCESS, path)
-    _require_same(of_images, stated, f"{path}: preprocess_cfg", "vision_cfg")
-    if of_images.get("interpolation") == "random":  # of training; images are encoded as with
-        of_images["interpolation"] = "bicubic"
-    width, of_a_head = vision.get("width", 768), vision.get("head_width", 64)
-    if not all(type(value) is int and value > 0 for value in (width, of_a_head)):
+    images = _stated(preprocess, "preprocess_cfg", OPEN_CLIP_PREPROCESS, path)
+    stated = merged(stated, images, f"{path}: preprocess_cfg", "vision_cfg")
+    if stated.get("interpolation") == "random":  # in training; open_clip encodes with bicubic
+        stated["interpolation"] = "bicubic"
+    width, head_width = vision.get("width", 768), vision.get("head_width", 64)
+    if not all(type(value) is int and value > 0 for value in (width, head_width)):
         raise HimoError(
             f"{path}: expected vision_cfg.width and head_width to be positive integers, "
-            f"got {quoted(width)} and {quoted(of_a_head)}"
+            f"got {quoted(width)} and {quoted(head_width)}"
         )
-    heads = {"vision_heads": width // of_a_head}
-    # open_clip's default is GELU.
-    activation = {"activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    images = {"image_mean": MEAN, "image_std": STD, "interpolation": "bicubic"}
-    return stated | heads | activation | images | {"resize_mode": "shortest"} | of_images
+    return {
+        "text_heads": 8,  # this and the next three are open_clip's defaults
+        **_CLIP_IMAGES,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        **stated,
+        "vision_heads": width // head_width,
+        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+    }
 
 
 def of_hugging_face(config: Mapping[str, Any], path: str) -> Stated:
@@ -76,38 +78,37 @@ def of_hugging_face(config: Mapping[str, Any], path: str) -> Stated:
     Raises:
         HimoError: the model computes something else than a HiMoCLIP with the same weights.
     """
-    towers = {}
-    for tower in ("vision", "text"):
-        part = config.get(f"{tower}_config")
+    towers: dict[str, Any] = {tower: config.get(f"{tower}_config") for tower in ("vision", "text")}
+    for tower, part in towers.items():
         if not isinstance(part, dict):
             raise HimoError(f"{path}: not the configuration of a CLIPModel: no {tower}_config")
-        # What files of old versions had, and what it said where both do.
+        # The name of the same fields in files of old versions, some of which have both.
         earlier = config.get(f"{tower}_config_dict")
         for key, value in earlier.items() if isinstance(earlier, dict) else ():
             if part.get(key) != value:
                 raise HimoError(f"{path}: two values of {shortened(key)} for the {tower} tower")
-        towers[tower] = part
-    vision, text = towers["vision"], towers["text"]
+    vision, text = towers.values()
     stated = _stated(config, "", HF_MODEL, path)
     for tower, fields, heads in (("vision", HF_VISION, 12), ("text", HF_TEXT, 8)):
         part = _stated(towers[tower], f"{tower}_config", fields, path)
-        part.pop("embed_dim", None)  # the projection of a tower alone; the model has its own
+        part.pop("embed_dim", None)  # used by a tower without the other; the model has its own
         stated |= {f"{tower}_heads": heads} | part
-    activations = [part.get("hidden_act", "quick_gelu") for part in (vision, text)]
-    for tower, activation in zip(("vision", "text"), activations, strict=True):
-        if activation not in ("quick_gelu", "gelu") or activation != activations[0]:
+    stated["activation"] = vision.get("hidden_act", "quick_gelu")
+    for tower, part in towers.items():
+        activation = part.get("hidden_act", "quick_gelu")
+        if activation not in ACTIVATIONS or activation != stated["activation"]:
             raise HimoError(
                 f"{path}: expected {tower}_config.hidden_act to be quick_gelu or gelu, the same "
                 f"for both towers, got {quoted(activation)}"
             )
     end, last = text.get("eos_token_id", 49407), text.get("vocab_size", 49408)
-    # 2: what old files say and Hugging Face reads as the highest id
+    # Old files say 2, which Hugging Face reads as the highest id.
     if type(last) is not int or end not in (last - 1, 2):
         raise HimoError(
             f"{path}: expected text_config.eos_token_id to be the highest token, one below "
             f"{quoted(last)}, got {quoted(end)}"
         )
-    return stated | {"activation": activations[0]}
+    return stated
 
 
 def of_image_processor(config: Mapping[str, Any], path: str) -> Stated:
@@ -117,11 +118,10 @@ def of_image_processor(config: Mapping[str, Any], path: str) -> Stated:
         HimoError: it is no processor of a CLIP, or prepares images as himo does not.
     """
     if "image_processor" in config or config.keys() <= _HF_PROCESSOR:
-        # The processor_config.json of newer versions, of older ones without it.
+        # A processor_config.json: of a newer version, or of an older one without image_processor.
         nested = config.get("image_processor")
         return of_image_processor(nested, path) if isinstance(nested, dict) and nested else {}
     stated = _stated(config, "", HF_PREPROCESSOR, path)
-    images: Stated = {"image_mean": MEAN, "image_std": STD}
     resample = config.get("resample", 3)
     if type(resample) is not int or resample not in _PILLOW_FILTERS:
         raise HimoError(
@@ -139,8 +139,13 @@ def of_image_processor(config: Mapping[str, Any], path: str) -> Stated:
         )
     if not cropped and not squash:
         raise HimoError(f"{path}: expected do_center_crop to be True, got {quoted(cropped)}")
-    images |= {"image_resolution": side, "interpolation": _PILLOW_FILTERS[resample]}
-    return images | {"resize_mode": "squash" if squash else "shortest"} | stated
+    return {
+        **_CLIP_IMAGES,
+        "image_resolution": side,
+        "interpolation": _PILLOW_FILTERS[resample],
+        "resize_mode": "squash" if squash else "shortest",
+        **stated,
+    }
 
 
 def require_clip_tokenizer(config: Mapping[str, Any], path: str) -> None:
@@ -156,51 +161,38 @@ def require_clip_tokenizer(config: Mapping[str, Any], path: str) -> None:
 
 
 def merged(first: Stated, second: Stated, path: str, other: str) -> Stated:
-    """Both; HimoError where they state one field differently."""
-    _require_same(second, first, path, other)
+    """Both; HimoError where they state different values of a field."""
+    for field in second.keys() & first.keys():
+        if second[field] != first[field]:
+            raise HimoError(
+                f"{path}: {field} is {quoted(second[field])}, but {quoted(first[field])} in {other}"
+            )
     return first | second
 
 
 def hf_config(config: CLIPConfig) -> dict[str, Any]:
     """Hugging Face's `config.json` of a model."""
-    common = {
-        "hidden_act": config.activation,
-        "layer_norm_eps": 1e-5,
-        "attention_dropout": 0.0,
-        "projection_dim": config.embed_dim,
-    }
-    text = {
-        **common,
-        "model_type": "clip_text_model",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": config.context_length,
-        # CLIP's vocabulary ends with the start and the end of a text; 0 follows the end.
-        "bos_token_id": config.vocab_size - 2,
-        "eos_token_id": config.vocab_size - 1,
-        "pad_token_id": 0,
-    }
-    vision = {
-        **common,
-        "model_type": "clip_vision_model",
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": config.vision_heads,
-        "num_channels": 3,
-        "image_size": config.image_resolution,
-        "patch_size": config.vision_patch_size,
-    }
+    towers = {}
+    for tower, fields in (("text", HF_TEXT), ("vision", HF_VISION)):
+        named = _named(config, fields)
+        towers[tower] = {
+            "model_type": f"clip_{tower}_model",
+            **named,
+            "intermediate_size": 4 * named["hidden_size"],
+            "hidden_act": config.activation,
+            "layer_norm_eps": 1e-5,
+            "attention_dropout": 0.0,
+        }
+    # CLIP's vocabulary ends with the start and the end of a text; 0 follows the end.
+    last = config.vocab_size - 1
+    tokens = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": 0}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": config.embed_dim,
         "logit_scale_init_value": 2.6592,  # ln(1 / 0.07), CLIP's
-        "text_config": text,
-        "vision_config": vision,
+        "text_config": towers["text"] | tokens,
+        "vision_config": towers["vision"] | {"num_channels": 3},
     }
 
 
@@ -244,36 +236,28 @@ def hf_tokenizer_config(config: CLIPConfig) -> dict[str, Any]:
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     """The `open_clip_config.json` of a model, as open_clip reads it from a `local-dir:`."""
+    preprocess = _named(config, OPEN_CLIP_PREPROCESS)
+    del preprocess["size"]  # the vision_cfg has it
+    head_width = config.vision_width // config.vision_heads
     return {
         "model_cfg": {
             "embed_dim": config.embed_dim,
             "quick_gelu": config.activation == "quick_gelu",
-            "vision_cfg": {
-                "image_size": config.image_resolution,
-                "layers": config.vision_layers,
-                "width": config.vision_width,
-                "head_width": config.vision_width // config.vision_heads,
-                "patch_size": config.vision_patch_size,
-            },
-            "text_cfg": {
-                "context_length": config.context_length,
-                "vocab_size": config.vocab_size,
-                "width": config.text_width,
-                "heads": config.text_heads,
-                "layers": config.text_layers,
-            },
+            "vision_cfg": {**_named(config, OPEN_CLIP_VISION), "head_width": head_width},
+            "text_cfg": _named(config, OPEN_CLIP_TEXT),
         },
-        "preprocess_cfg": {
-            "mean": list(config.image_mean),
-            "std": list(config.image_std),
-            "interpolation": config.interpolation,
-            "resize_mode": config.resize_mode,
-        },
+        "preprocess_cfg": preprocess,
     }
 
 
+def _named(config: CLIPConfig, fields: Fields) -> dict[str, Any]:
+    """The values of CLIPConfig under the names that another project has for them."""
+    values = config.to_dict()
+    return {name: values[field] for name, field in fields.items() if isinstance(field, str)}
+
+
 def _stated(part: Mapping[str, Any], name: str, fields: Fields, path: str) -> Stated:
-    """What a part of a configuration states; HimoError for what himo does not compute."""
+    """The fields of CLIPConfig in a part of a configuration; HimoError as `of_open_clip`."""
     stated: Stated = {}
     for key, value in part.items():
         place = f"{name}.{shortened(key)}" if name else shortened(key)
@@ -296,21 +280,8 @@ def _stated(part: Mapping[str, Any], name: str, fields: Fields, path: str) -> St
     return stated
 
 
-def _require_same(stated: Stated, before: Stated, path: str, other: str) -> None:
-    for field in stated.keys() & before.keys():
-        if _plain(stated[field]) != _plain(before[field]):
-            raise HimoError(
-                f"{path}: {field} is {quoted(stated[field])}, but "
-                f"{quoted(before[field])} in {other}"
-            )
-
-
-def _plain(value: Any) -> Any:
-    return [*value] if isinstance(value, tuple) else value
-
-
 def _side(size: Any, *names: str) -> Any:
-    """The side in a size of Hugging Face, a number or these names with one; None in another."""
+    """The side of a size, which is a number or has one number under these names; else None."""
     if not isinstance(size, dict):
         return size
     same = size.keys() == {*names} and all(side == size[names[0]] for side in size.values())
@@ -318,6 +289,6 @@ def _side(size: Any, *names: str) -> Any:
 
 
 def _one_side(value: Any) -> Any:
-    """The side of a square that is given as its two sides."""
+    """The side of a square that is given as [side, side]; any other value unchanged."""
     square = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
     return value[0] if square else value

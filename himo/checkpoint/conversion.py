@@ -1,4 +1,4 @@
-"""`himo convert`: the checkpoint of one project as a checkpoint of another."""
+"""`himo convert`: writes the checkpoint of one project in the format of another."""
 
 import argparse
 import json
@@ -20,14 +20,12 @@ from himo.checkpoint.configurations import (
 from himo.checkpoint.layouts import LAYOUTS, State, from_himo
 from himo.checkpoint.loading import (
     add_model_arguments,
-    config_of,
     file_metadata,
     model_arguments,
     provenance_of,
-    read_state_dict,
+    read_model,
     require_fit,
     say_what_is_open,
-    stretched,
 )
 from himo.checkpoint.places import (
     CONFIG_FILE_DIGEST,
@@ -56,22 +54,23 @@ def convert(
     vision_heads: int | None = None,
     text_heads: int | None = None,
 ) -> None:
-    """Writes the checkpoint source as one of another project; no value and no dtype changes.
+    """Writes a checkpoint in the format of another project; no value and no dtype changes.
 
     A destination ending in `.safetensors`, or in `.pt`, `.pth` or `.bin` for `torch.load`, is one
-    file. Any other is a directory that must be new or empty. For "hf" it is whole: `CLIPModel` and
-    `AutoProcessor` open it with `from_pretrained`, the processor where the vocabulary is CLIP's.
-    Its processor prepares images and texts as Hugging Face does, which is not in all as himo does:
-    pixels become RGB before they are resized; the crop starts a pixel earlier where an odd number
-    of pixels is cut off; and texts are not repaired (ftfy, HTML entities) before they are cut.
-    For "open_clip" it has the configuration and the weights that `create_model("local-dir:...")`
-    reads. HiMo-CLIP's two tables of text positions become the one that the model reads.
+    file. Any other is a directory that must be new or empty. One for "hf" is complete: `CLIPModel`
+    and `AutoProcessor` open it with `from_pretrained`, the processor if the vocabulary is CLIP's.
+    Hugging Face's processor differs from himo's in three ways: pixels become RGB before they are
+    resized; the crop starts a pixel earlier where an odd number of pixels is cut off; and texts
+    are not repaired (ftfy, HTML entities) before they are cut.
+    A directory for "open_clip" has the configuration and the weights that
+    `create_model("local-dir:...")` reads. HiMo-CLIP's two tables of text positions become the one
+    that the model reads.
 
     Args:
         source, destination: paths.
         to: "himo", "open_clip" or "hf".
         stretch: make 248 text positions of the 77 of a CLIP, as in `load`.
-        activation, vision_heads, text_heads: what the source does not state, as in `load`.
+        activation, vision_heads, text_heads: fields that the source does not state, as in `load`.
 
     Raises:
         HimoError: the source is no complete CLIP, or the destination cannot be written.
@@ -79,11 +78,8 @@ def convert(
     if to not in LAYOUTS:
         raise HimoError(f"convert: expected to to be one of {', '.join(LAYOUTS)}, got {to!r}")
     source_name, target = os.fspath(source), os.fspath(destination)
-    state, metadata = read_state_dict(source)
     given = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
-    config = config_of(state, metadata, source_name, given)
-    if stretch:
-        state, config = stretched(state, config)
+    state, config, metadata = read_model(source_name, given, stretch)
     require_fit(state, config, source_name)
     say_what_is_open(metadata, given, source_name)
     tensors = from_himo(state, to)
@@ -118,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `himo convert`, says what was written, and returns the exit status."""
+    """Runs `himo convert` and returns the exit status."""
     convert(args.source, args.destination, args.to, **model_arguments(args))
     print(f"wrote {args.destination} ({args.to})")
     return 0
@@ -129,9 +125,9 @@ def _json(content: Mapping[str, Any]) -> str:
 
 
 def _processor_files(config: CLIPConfig) -> dict[str, str]:
-    """The files by name that Hugging Face's AutoProcessor reads."""
+    """The texts of the files that Hugging Face's AutoProcessor reads, by file name."""
     files = {PREPROCESSOR_FILE: _json(hf_preprocessor_config(config))}
-    if config.vocab_size == END_OF_TEXT + 1:  # CLIP's: himo has no other tokenizer
+    if config.vocab_size == END_OF_TEXT + 1:  # CLIP's, the only tokenizer of himo
         _, ids, merges = read_symbols()
         files[TOKENIZER_FILE] = _json(hf_tokenizer_config(config))
         files["vocab.json"] = json.dumps(ids, ensure_ascii=False)
@@ -154,33 +150,23 @@ def _write_directory(
     tensors: State,
     metadata: dict[str, str],
 ) -> None:
-    """Fills a new directory beside target and renames it: it is whole or absent.
+    """Fills a hidden directory next to target and renames it, so that target is whole or absent.
 
     The first of the texts is the configuration, whose digest the weights store.
     """
     path = Path(os.path.realpath(target))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise HimoError(f"{target}: exists, expected a new or an empty directory")
+    digest = sha256(next(iter(texts.values())).encode()).hexdigest()
+    metadata = {**metadata, CONFIG_FILE_DIGEST: digest}
     try:
         with hidden_directory(path.parent) as temporary:
             try:
-                _fill(temporary, texts, weights, tensors, metadata)
+                for name, text in texts.items():
+                    write_text(temporary / name, text)
+                write_safetensors(str(temporary / weights), tensors, metadata)
             except HimoError as error:
                 raise HimoError(str(error).replace(str(temporary), target)) from error
             temporary.rename(path)
     except OSError as error:
         raise HimoError(f"{target}: cannot be written: {error.strerror}") from error
-
-
-def _fill(
-    directory: Path,
-    texts: Mapping[str, str],
-    weights: str,
-    tensors: State,
-    metadata: dict[str, str],
-) -> None:
-    for name, text in texts.items():
-        write_text(directory / name, text)
-    digest = sha256(next(iter(texts.values())).encode()).hexdigest()
-    metadata = {**metadata, CONFIG_FILE_DIGEST: digest}
-    write_safetensors(str(directory / weights), tensors, metadata)

@@ -1,9 +1,9 @@
-"""The names under which a CLIP's tensors are stored, and the sizes that their shapes tell.
+"""Maps the names of a CLIP's tensors between projects, and deduces its sizes from their shapes.
 
-"himo" names are those of OpenAI's CLIP, and what the model itself uses; open_clip has one table
-of text positions where himo has two; Hugging Face's CLIPModel ("hf") has names of its own,
-separate query, key and value projections, and transposed output projections. Every mapping moves
-values and changes none, so there and back is the same bit for bit.
+"himo" names are those of OpenAI's CLIP and of `HiMoCLIP`. "open_clip" has one table of text
+positions instead of two. "hf", Hugging Face's CLIPModel, has other names, separate query, key and
+value projections, and transposed output projections. A mapping moves values and changes none, so a
+round trip is exact to the bit.
 """
 
 import re
@@ -22,9 +22,9 @@ LAYOUTS = ("himo", "open_clip", "hf")
 POSITIONS = "positional_embedding"
 TRAINED_POSITIONS = "positional_embedding_res"
 _CLIP_CONTEXT = 77
-# What data-parallel training, torch.compile and FSDP put into names.
+# Data-parallel training, torch.compile and FSDP insert these into names.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Numbers in OpenAI's files, and buffers in old files of the others, that the shapes tell.
+# Numbers in OpenAI's files and buffers in old files of others: the shapes tell the same.
 _IGNORED = {
     "input_resolution",
     "context_length",
@@ -33,7 +33,7 @@ _IGNORED = {
     "text_model.embeddings.position_ids",
     "vision_model.embeddings.position_ids",
 }
-_MARK = "visual.conv1.weight"  # which every CLIP with a ViT has, under its own prefix
+_MARK = "visual.conv1.weight"  # every CLIP with a ViT has it, after any prefix
 _MAX_MODELS = 8  # in one state dict
 _HF_MARK = "vision_model.embeddings.patch_embedding.weight"
 
@@ -62,31 +62,31 @@ _HF_BLOCK = {
     "mlp.c_proj": "mlp.fc2",
 }
 _TRANSPOSED = {"visual.proj", "text_projection"}
-_IN_PROJ = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)")
+_IN_PROJ = "attn.in_proj_"  # then "weight" or "bias"
 _BLOCK = re.compile(r"((?:visual\.)?transformer\.resblocks)\.(\d+)\.(.+)")
 
 
 def holds_clip(names: Iterable[str]) -> bool:
-    """Whether a CLIP's image tower, under whatever prefix, is among the names of a state dict."""
+    """Whether a state dict has a CLIP's image tower, under any prefix."""
     return any(name.endswith((_MARK, _HF_MARK)) for name in names)
 
 
 def to_himo(state: Mapping[str, Tensor]) -> tuple[State, str, list[str]]:
-    """(state dict under himo's names, layout it had, what to say), from any of the layouts.
+    """(state dict under himo's names, layout it had, notes for the user), from any layout.
 
-    Wrappers' names are taken out, and the prefix of the module that the CLIP was in. Both tables
-    of text positions become the one that the model reads: its first 20 rows from
-    `positional_embedding`, the others from `positional_embedding_res`. What a file has in the
-    other rows is never read, and may be uninitialised memory.
+    Removes the names of wrappers, and the prefix of the module that held the CLIP. Both tables of
+    text positions become the one that the model reads: 20 rows from `positional_embedding`, the
+    others from `positional_embedding_res`. A file's other rows are never read; they may be
+    uninitialised memory.
 
     Raises:
-        ValueError: two names are one without what wrappers put into them.
+        ValueError: two names are equal after the names of wrappers are removed.
     """
     state, notes = _unwrapped(state)
     state = {name: value for name, value in state.items() if name not in _IGNORED}
     if _HF_MARK in state:
         return _with_both_tables(_from_hf(state)), "hf", notes
-    if "text.token_embedding.weight" in state:  # open_clip's models with a text tower of their own
+    if "text.token_embedding.weight" in state:  # open_clip's models with a separate text tower
         state = {name.removeprefix("text."): value for name, value in state.items()}
     layout = "himo" if TRAINED_POSITIONS in state else "open_clip"
     return _with_both_tables(state), layout, notes
@@ -102,35 +102,35 @@ def from_himo(state: Mapping[str, Tensor], layout: str) -> State:
 
 
 def stretch_positions(state: State) -> State:
-    """The state dict with text positions of CLIP's 77 rows stretched to 248; others unchanged.
+    """The state dict with CLIP's 77 rows of text positions stretched to 248; others unchanged.
 
-    The first 20 rows are kept. Of rows 20 to 76 each becomes four, linear between it and the
-    next; the last one goes on as it came (Long-CLIP, arXiv 2403.15378, section 3.1).
+    Copies the first 20 rows. Each of rows 20 to 76 becomes four, by linear interpolation to the
+    next row; the last row is extrapolated (Long-CLIP, arXiv 2403.15378, section 3.1).
     """
     table = state.get(POSITIONS)
     if table is None or table.dim() != 2 or table.shape[0] != _CLIP_CONTEXT:
         return state
-    kept, rows = table[:KEPT_POSITIONS], table[KEPT_POSITIONS:].float()
+    first, rows = table[:KEPT_POSITIONS], table[KEPT_POSITIONS:].float()
     following = torch.cat([rows[1:], (2 * rows[-1:] - rows[-2:-1])])  # [57, W]
     weights = torch.arange(4).view(1, 4, 1) / 4
     stretched = (1 - weights) * rows[:, None] + weights * following[:, None]  # [57, 4, W]
-    table = torch.cat([kept, stretched.flatten(0, 1).to(table.dtype)])
+    table = torch.cat([first, stretched.flatten(0, 1).to(table.dtype)])
     assert table.shape[0] == CONTEXT_LENGTH
     return {**state, POSITIONS: table, TRAINED_POSITIONS: table.clone()}
 
 
 def deduce_config(state: Mapping[str, Tensor], stated: Mapping[str, Any], path: str) -> CLIPConfig:
-    """The configuration of the model that a state dict under himo's names belongs to.
+    """The configuration of the model of a state dict under himo's names.
 
     Args:
-        state: the state dict; a tensor may be missing where another one tells its shape.
-        stated: fields of the configuration that no shape tells, where something else does.
+        state: the state dict; a tensor may be missing if the shape of another tells its size.
+        stated: the fields that no shape tells, as far as they are known.
         path: for messages.
 
     Raises:
-        HimoError: a tensor without which the sizes are unknown is missing or misshapen.
+        HimoError: a tensor that tells a size is missing or misshapen.
     """
-    # Dimensions of the tensors that define the sizes.
+    # The tensors that tell the sizes, and their numbers of dimensions.
     ranks = {
         "visual.conv1.weight": 4,
         "visual.positional_embedding": 2,
@@ -188,7 +188,7 @@ def _unwrapped(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
         if short in named:
             raise ValueError(f"{quoted(short)} twice, once in a wrapper")
         named[short] = value
-    # In the order of the file, but averaged weights last: they stand beside those they are of.
+    # In the order of the file, but averaged weights last.
     prefixes = dict.fromkeys(
         name.removesuffix(mark)
         for name in sorted(named, key=lambda name: "ema" in name.lower())
@@ -199,55 +199,50 @@ def _unwrapped(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
         raise ValueError(f"{len(prefixes):,} models, expected at most {_MAX_MODELS}")
     prefix, *others = [*prefixes] or [""]
     inner = tuple(other for other in others if len(other) > len(prefix))
-    inside: State = {}
-    beside: list[str] = []
-    for name, value in named.items():
-        if name.startswith(prefix) and not (inner and name.startswith(inner)):
-            inside[name.removeprefix(prefix)] = value
-        else:
-            beside.append(name)
-    if not beside:
-        return inside, []
+    inside = {n: v for n, v in named.items() if n.startswith(prefix) and not n.startswith(inner)}
+    state = {name.removeprefix(prefix): value for name, value in inside.items()}
+    left = [shortened(name) for name in named if name not in inside]
+    if not left:
+        return state, []
     place = f"the model under {quoted(prefix)}" if prefix else "the model without a prefix"
-    first = ", ".join(shortened(name) for name in beside[:3])
-    more = ", ..." if len(beside) > 3 else ""
-    return inside, [f"read is {place}; {len(beside)} tensors are left alone: {first}{more}"]
+    few = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+    return state, [f"read is {place}; {len(left)} tensors are left alone: {few}"]
 
 
 def _with_both_tables(state: State) -> State:
-    kept, trained = state.get(POSITIONS), state.get(TRAINED_POSITIONS)
-    if kept is None:
+    frozen, trained = state.get(POSITIONS), state.get(TRAINED_POSITIONS)
+    if frozen is None:
         return state
-    table = kept
+    table = frozen
     if trained is not None:
-        if trained.shape != kept.shape or trained.dtype != kept.dtype or not kept.dim():
-            return state  # as it is: the check of shapes and dtypes tells what is wrong
-        table = torch.cat([kept[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
+        if trained.shape != frozen.shape or trained.dtype != frozen.dtype or not frozen.dim():
+            return state  # the check of shapes and dtypes will say what is wrong
+        table = torch.cat([frozen[:KEPT_POSITIONS], trained[KEPT_POSITIONS:]])
     return {**state, POSITIONS: table, TRAINED_POSITIONS: table.clone()}
 
 
 def _to_hf(state: State) -> State:
     renamed: State = {}
     for name, value in state.items():
-        in_proj, block = _IN_PROJ.fullmatch(name), _BLOCK.fullmatch(name)
-        if in_proj and block:
-            layer = f"{_HF_TOWERS[block[1]]}.{block[2]}"
-            for part, tensor in zip("qkv", value.chunk(3), strict=True):
-                renamed[f"{layer}.self_attn.{part}_proj.{in_proj[2]}"] = tensor.clone()
-        elif block:
-            module, _, parameter = block[3].rpartition(".")
-            layer = f"{_HF_TOWERS[block[1]]}.{block[2]}"
-            renamed[f"{layer}.{_HF_BLOCK[module]}.{parameter}"] = value
-        else:
+        block = _BLOCK.fullmatch(name)
+        if block is None:
             value = value.t().contiguous() if name in _TRANSPOSED else value
             renamed[_renamed(name, _HF_TOP)] = value
+            continue
+        layer, parameter = f"{_HF_TOWERS[block[1]]}.{block[2]}", block[3]
+        if parameter.startswith(_IN_PROJ):
+            kind = parameter.removeprefix(_IN_PROJ)
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"{layer}.self_attn.{part}_proj.{kind}"] = tensor.clone()
+        else:
+            renamed[f"{layer}.{_renamed(parameter, _HF_BLOCK)}"] = value
     return renamed
 
 
 def _from_hf(state: State) -> State:
-    towers = {hf: name for name, hf in _HF_TOWERS.items()}
-    modules = {hf: name for name, hf in _HF_BLOCK.items()}
-    top = {hf: name for name, hf in _HF_TOP.items()}
+    towers, modules, top = (
+        {hf: name for name, hf in names.items()} for names in (_HF_TOWERS, _HF_BLOCK, _HF_TOP)
+    )
     block_pattern = re.compile(f"({'|'.join(towers)})" + r"\.(\d+)\.(.+)\.(weight|bias)")
     renamed: State = {}
     for name, value in state.items():
@@ -265,14 +260,14 @@ def _from_hf(state: State) -> State:
             parts = [state.get(f"{prefix}{part}_proj.{parameter}") for part in "qkv"]
             if value.dim() and all(p is not None and p.shape == value.shape for p in parts):
                 joined = torch.cat([p for p in parts if p is not None])
-                renamed[f"{layer}.attn.in_proj_{parameter}"] = joined
+                renamed[f"{layer}.{_IN_PROJ}{parameter}"] = joined
         elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
-            renamed[name] = value  # unexpected, under the name it has
+            renamed[name] = value  # unexpected
     return renamed
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """The name by a table that has it whole, or the module that it is a parameter of."""
+    """The name by a table that has the whole name or that of the parameter's module."""
     module, _, parameter = name.rpartition(".")
     if name in names:
         return names[name]

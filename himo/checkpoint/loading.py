@@ -1,4 +1,4 @@
-"""Loads and saves models: any known file to a `HiMoCLIP`, and a `HiMoCLIP` to safetensors."""
+"""Loads a `HiMoCLIP` from any known file, and saves one as safetensors."""
 
 import argparse
 import json
@@ -32,16 +32,14 @@ from himo_kernels import __version__
 if TYPE_CHECKING:
     from himo.transforms import Preprocess
 
-# Metadata of the safetensors files that himo writes; the digest is added to them.
-CONFIG, LAYOUT, PROVENANCE, VERSION = (
-    f"himo_{name}" for name in ("config", "layout", "provenance", "version")
-)
+# Keys of the metadata in the safetensors files that himo writes; write_safetensors adds the digest.
+_CONFIG, _PROVENANCE = "himo_config", "himo_provenance"
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_NAMES = 8  # of each kind in an error message
-_MOST_INITIAL = 2  # how many times the values in a file a model may have that is not all there
-# What a file may leave open and its user may choose: the fields of CLIPConfig, for `load` by the
-# same name and for the command line with a help.
+_MOST_INITIAL = 2  # without strict, a model has at most this many times the values of its file
+# Fields of CLIPConfig that a file may not state: `load` takes them by name, the command line as
+# flags with this help.
 CHOICES = {
     "activation": "of the model, where the file does not state it",
     "vision_heads": "attention heads of the image tower, where the file does not state them",
@@ -63,24 +61,23 @@ def load(
     """(model, preprocess): the model of a checkpoint, in evaluation mode, and its preprocessing.
 
     Reads safetensors and `.pt` files and TorchScript archives of HiMo-CLIP, Long-CLIP, OpenAI's
-    CLIP, open_clip and Hugging Face's CLIPModel, and the directories of the last two. Nothing in a
-    file is ever executed. The sizes come from the shapes. What no shape tells (the heads, the
-    activation, the preprocessing) comes from the configuration that is in the file, in the
-    directory, or beside a file of either; what a configuration states and himo does not compute is
-    refused by its name. Where there is none, the standard error says in a line what is assumed:
-    one head for 64 channels, quick-GELU and CLIP's preprocessing.
+    CLIP, open_clip and Hugging Face's CLIPModel, and directories of the last two. No file is ever
+    executed. The sizes come from the shapes. What no shape tells (the heads, the activation, the
+    preprocessing) comes from the configuration in the file, in the directory, or next to a file of
+    open_clip or Hugging Face. A configuration of something that himo does not compute is refused
+    by name. Without a configuration, a line on the standard error says what is assumed: one head
+    for each 64 channels, quick-GELU and CLIP's preprocessing.
 
     Args:
         path: a file or a directory. Nothing is downloaded.
         device: where the model goes.
-        dtype: of the matrix products' weights (see `HiMoCLIP.set_precision`), whatever the file
-            holds.
-        strict: refuse a file that lacks a tensor, has another one or one of a wrong shape or
+        dtype: of the matrix products' weights (see `HiMoCLIP.set_precision`), whatever the file's.
+        strict: refuse a file with a missing or unexpected tensor, or one of a wrong shape or
             dtype. Otherwise such tensors keep the values of a new model, and a line on the
             standard error names each of them.
-        stretch: make 248 text positions of the 77 of a CLIP, as training does. Otherwise a CLIP
-            is what it was, and its texts end at 77 tokens.
-        activation, vision_heads, text_heads: what the file does not state; fields of CLIPConfig.
+        stretch: make 248 text positions of the 77 of a CLIP, as training does. Otherwise texts of
+            such a CLIP end at 77 tokens.
+        activation, vision_heads, text_heads: fields of CLIPConfig that the file does not state.
 
     Raises:
         HimoError: the file is missing, damaged, no CLIP or, with strict, does not fit; it is of
@@ -88,24 +85,21 @@ def load(
     """
     name = os.fspath(path)
     target = usable_device(device)
-    state, metadata = read_state_dict(path)
     given = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
-    config = config_of(state, metadata, name, given)
-    if stretch:
-        state, config = stretched(state, config)
+    state, config, metadata = read_model(name, given, stretch)
     model = _build(state, config, strict, name)
     model.provenance = provenance_of(metadata, name)
     say_what_is_open(metadata, given, name)
     if metadata["checksum"] == "none":
         _say(f"note: {name} carries no checksum: damage to its values would go unnoticed")
-    from himo.transforms import Preprocess  # images are of no use to those who only convert
+    from himo.transforms import Preprocess  # here: `himo convert` needs no image libraries
 
     model = model.set_precision(dtype).to(target).eval()
     return model, Preprocess.of(config)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags for what a checkpoint may leave open; `model_arguments` reads them."""
+    """Adds a flag for each field that a checkpoint may not state; `model_arguments` reads them."""
     for name, text in CHOICES.items():
         flag = f"--{name.replace('_', '-')}"
         if name == "activation":
@@ -132,14 +126,14 @@ def save(
 ) -> str:
     """Writes a model to a safetensors file, atomically, and returns the SHA-256 stored in it.
 
-    With the weights go the sizes, the version of himo, and the model's `provenance` with metadata
-    on top. Rows of the two tables of text positions that the model never reads are written
-    equal to those it reads.
+    The file also holds the sizes, the version of himo, and the model's `provenance` updated with
+    metadata. The model reads each row of text positions from one of two tables; both are written
+    with that row.
 
     Args:
-        model: the model, not wrapped in anything.
+        model: the model, without DDP or another wrapper.
         path: ends in `.safetensors`; replaced if it exists.
-        metadata: what else to keep, such as tau and the training data: anything JSON can hold.
+        metadata: anything else that JSON can hold, such as tau and the training data.
 
     Raises:
         HimoError: another suffix, no model, metadata that JSON cannot hold, or no space.
@@ -161,9 +155,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
 
     Metadata has `layout`: "himo", "open_clip" (OpenAI's too) or "hf"; `container`:
     "safetensors", "torch", "torchscript" or "torch legacy"; `checksum`: "sha256", "crc32" or
-    "none", whichever was verified; `config`: the fields of CLIPConfig that the file, or a
-    configuration with it, states; `provenance`: what `save` was given; `notes`: what to say of how
-    it was read.
+    "none", whichever was verified; `config`: the fields of CLIPConfig that the file or its
+    configuration states; `provenance`: what `save` was given; `notes`: sentences for the user on
+    what was left out.
 
     Raises:
         HimoError: the file is missing, damaged, of an unknown format, or without tensors by name;
@@ -177,29 +171,42 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
     except ValueError as error:
         raise HimoError(f"{name}: not read: {error}") from error
     try:
-        provenance = strict_json(stored[PROVENANCE].encode()) if PROVENANCE in stored else {}
+        provenance = strict_json(stored[_PROVENANCE].encode()) if _PROVENANCE in stored else {}
         of_file: Stated = {}
-        if CONFIG in stored:
-            of_file = CLIPConfig.from_dict(strict_json(stored[CONFIG].encode())).to_dict()
+        if _CONFIG in stored:
+            of_file = CLIPConfig.from_dict(strict_json(stored[_CONFIG].encode())).to_dict()
     except ValueError as error:
         raise HimoError(f"{name}: its metadata is wrong: {error}") from error
-    # A file that himo wrote says all itself.
-    alone = of_file and not os.path.isdir(name)
-    beside = {} if alone else places.configuration(name, layout, stored)
+    # A file that himo wrote states every field.
+    complete = of_file and not os.path.isdir(name)
+    others = {} if complete else places.configuration(name, layout, stored)
+    has_crc32 = found.container in ("torch", "torchscript")
     return state, {
         "layout": layout,
         "container": found.container,
-        "checksum": _checksum(found.container, stored),
-        "config": merged(of_file, beside, name, "the weights' metadata"),
+        "checksum": "sha256" if DIGEST in stored else "crc32" if has_crc32 else "none",
+        "config": merged(of_file, others, name, "the weights' metadata"),
         "provenance": provenance,
         "notes": [*found.notes, *notes],
     }
 
 
+def read_model(
+    path: str, given: Mapping[str, Any], stretch: bool
+) -> tuple[State, CLIPConfig, dict[str, Any]]:
+    """(state dict, configuration, metadata) of a checkpoint; arguments and errors as of `load`."""
+    state, metadata = read_state_dict(path)
+    config = config_of(state, metadata, path, given)
+    if stretch:
+        state = stretch_positions(state)
+        config = replace(config, context_length=state[POSITIONS].shape[0])
+    return state, config, metadata
+
+
 def config_of(
     state: State, metadata: Mapping[str, Any], path: str, given: Mapping[str, Any] | None = None
 ) -> CLIPConfig:
-    """The configuration: what the shapes tell, what the metadata state, and what the user gives.
+    """The configuration that the shapes, the metadata and the user's choices state together.
 
     Raises:
         HimoError: the shapes are no CLIP's, or two of the three differ.
@@ -217,14 +224,8 @@ def config_of(
     return config
 
 
-def stretched(state: State, config: CLIPConfig) -> tuple[State, CLIPConfig]:
-    """Both with CLIP's 77 text positions stretched to 248; with any other number as they are."""
-    state = stretch_positions(state)
-    return state, replace(config, context_length=state[POSITIONS].shape[0])
-
-
 def say_what_is_open(metadata: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:
-    """Says how a checkpoint was read, and what neither it nor its user states, on stderr."""
+    """Prints to stderr what was left out of a checkpoint, and what had to be assumed of it."""
     for line in metadata["notes"]:
         _say(f"note: {path} {line}")
     known = {*metadata["config"], *(name for name, value in given.items() if value is not None)}
@@ -237,12 +238,10 @@ def say_what_is_open(metadata: Mapping[str, Any], given: Mapping[str, Any], path
         _say(f"note: {path} does not state its {', '.join(unknown)}")
 
 
-def compare(state: State, config: CLIPConfig) -> tuple[list[str], list[str], list[str]]:
-    """Names that a model of this configuration (misses, does not know, has in another shape)."""
+def compare(state: State, config: CLIPConfig) -> dict[str, list[str]]:
+    """The tensors that are missing, unexpected and misshapen for a model, with their shapes."""
     with torch.device("meta"):
         expected = HiMoCLIP(config).state_dict()
-    missing = [f"{n} {list(expected[n].shape)}" for n in expected if n not in state]
-    unexpected = [f"{shortened(n)} {list(state[n].shape)}" for n in state if n not in expected]
     misshapen = []
     for name in expected.keys() & state.keys():
         got, want = state[name], expected[name]
@@ -250,15 +249,19 @@ def compare(state: State, config: CLIPConfig) -> tuple[list[str], list[str], lis
             misshapen.append(f"{name} {list(got.shape)}, expected {list(want.shape)}")
         elif got.dtype not in _WEIGHT_DTYPES:
             misshapen.append(f"{name} of {got.dtype}, expected floating point")
-    return missing, unexpected, sorted(misshapen)
+    return {
+        "missing": [f"{n} {list(expected[n].shape)}" for n in expected if n not in state],
+        "unexpected": [
+            f"{shortened(n)} {list(state[n].shape)}" for n in state if n not in expected
+        ],
+        "misshapen": sorted(misshapen),
+    }
 
 
 def require_fit(state: State, config: CLIPConfig, path: str) -> None:
     """Raises HimoError with the lists of `compare` unless all three are empty."""
     lists = []
-    for kind, names in zip(
-        ("missing", "unexpected", "misshapen"), compare(state, config), strict=True
-    ):
+    for kind, names in compare(state, config).items():
         if names:
             more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
             lists.append(f"{len(names)} {kind}: {', '.join(names[:_MAX_NAMES])}{more}")
@@ -267,7 +270,7 @@ def require_fit(state: State, config: CLIPConfig, path: str) -> None:
 
 
 def provenance_of(metadata: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """What the file says of where it comes from, or for a file of others what it is."""
+    """Where the weights come from, as himo's file says; the name and format of another's file."""
     return metadata["provenance"] or {
         "source": Path(path).name,
         "source_layout": metadata["layout"],
@@ -285,41 +288,35 @@ def file_metadata(config: CLIPConfig, layout: str, provenance: Mapping[str, Any]
         raise HimoError(f"save: expected at most {MAX_JSON:,} bytes of metadata, got {len(text):,}")
     return {
         "format": "pt",  # Hugging Face refuses a file that does not say so
-        VERSION: __version__,
-        LAYOUT: layout,
-        CONFIG: json.dumps(config.to_dict()),
-        PROVENANCE: text,
+        "himo_version": __version__,
+        "himo_layout": layout,
+        _CONFIG: json.dumps(config.to_dict()),
+        _PROVENANCE: text,
     }
 
 
 def _build(state: State, config: CLIPConfig, strict: bool, path: str) -> HiMoCLIP:
     if strict:
         require_fit(state, config, path)
-        with torch.device("meta"):  # nothing to initialise: every tensor comes from the file
+        with torch.device("meta"):  # every tensor comes from the file: initialise none
             model = HiMoCLIP(config)
         model.load_state_dict(state, assign=True)
         return model
-    missing, unexpected, misshapen = compare(state, config)
-    for kind, lines in (("missing", missing), ("misshapen", misshapen)):
-        for line in lines:
+    wrong = compare(state, config)
+    for kind in ("missing", "misshapen"):
+        for line in wrong[kind]:
             _say(f"left at its initial value, {kind} in {path}: {line}")
-    for line in unexpected:
+    for line in wrong["unexpected"]:
         _say(f"not used, unexpected in {path}: {line}")
     with torch.device("meta"):
         wanted = sum(tensor.numel() for tensor in HiMoCLIP(config).state_dict().values())
     if wanted > _MOST_INITIAL * sum(tensor.numel() for tensor in state.values()):
         raise HimoError(f"{path}: less than half of a model of {wanted:,} values")
     model = HiMoCLIP(config)
-    dropped = {line.split(" ", 1)[0] for line in misshapen}
+    dropped = {line.split(" ", 1)[0] for line in wrong["misshapen"]}
     usable = {name: value for name, value in state.items() if name not in dropped}
     model.load_state_dict(usable, strict=False, assign=True)
     return model
-
-
-def _checksum(container: str, file_data: Mapping[str, str]) -> str:
-    if container == "safetensors":
-        return "sha256" if DIGEST in file_data else "none"
-    return "none" if container == "torch legacy" else "crc32"
 
 
 def _say(line: str) -> None:

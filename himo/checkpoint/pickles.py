@@ -1,13 +1,12 @@
-"""Reads the pickles that torch writes as data: nothing in them is imported, called or built.
+"""Reads the pickles of torch as data: nothing in them is imported, called or built.
 
-A pickle is a program for a machine that can call any function. This is a machine that cannot:
-a global becomes its name, and the few names that a checkpoint of tensors is made of become
-records of what they describe. What any other name would build becomes an `Object`, which is left
-alone: a training script keeps its settings and its numbers beside the tensors. Hence neither
-`pickle` nor `torch.load` is needed, nor trusted: that is why it is written by hand.
+A pickle is a program for a stack machine that can call any function. The machine here can call
+none, which is why neither `pickle` nor `torch.load` is used. A global becomes its name. The few
+names that describe tensors become records. Any other name becomes an `Object`, which is ignored:
+training scripts store settings and numbers with the tensors.
 
-What a few bytes can describe may be large beyond measure, a tuple that holds itself twice a hundred
-times over. So nothing here is hashed, compared or shown but text and small numbers.
+A few bytes can describe a value of any size: a tuple that holds itself twice, a hundred times over.
+So only text and small numbers are hashed, compared or shown.
 """
 
 import pickletools
@@ -20,11 +19,11 @@ import torch
 from himo.checkpoint.safetensors_files import MAX_DIMENSIONS
 from himo.errors import quoted
 
-# Keys of dictionaries: text, and the small integers by which optimizer states number their
-# parameters. Under any other is nothing that a checkpoint of tensors is read for.
+# Keys of dictionaries are text, or the small integers by which optimizer states number parameters.
+# Other keys are ignored.
 _MAX_INT_KEY = 1 << 31
 _MAX_OPCODES = 250_000  # a second; a thousand tensors take 30,000
-_MAX_NUMBER = 1 << 48  # of a shape, a stride or an offset
+_MAX_NUMBER = 1 << 48  # in a shape, a stride or an offset
 
 STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -41,17 +40,16 @@ STORAGES = {
     "torch.ComplexDoubleStorage": torch.complex128,
 }
 
-
 REMEDY = "torch.save(model.state_dict(), PATH), where the model is, writes a file that is read"
 
 
 class PickleError(ValueError):
-    """What a pickle holds is not data, or is damaged."""
+    """A pickle holds more than data, or is damaged."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name, `module.attribute`, that a pickle wants looked up. It is not."""
+    """A name, `module.attribute`, that a pickle wants imported. It is not."""
 
     name: str
 
@@ -67,7 +65,7 @@ class StorageRecord:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TensorRecord:
-    """A strided tensor; offset and strides count values of the storage. Not checked against it."""
+    """A strided tensor. Offset and strides count values of the storage and may reach beyond it."""
 
     storage: StorageRecord
     offset: int
@@ -77,21 +75,21 @@ class TensorRecord:
 
 @dataclass(eq=False, slots=True)
 class Object:
-    """What a name would build: its items and attributes, as far as they are text and a value."""
+    """An instance of a class that is not built: its items and attributes under keys of text."""
 
     name: str
     attributes: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def is_script_module(self) -> bool:
-        """Whether it is a module of a TorchScript archive; its attributes are without its code."""
-        return self.name.startswith("__torch__.")  # classes that TorchScript generates
+        """Whether it is a module of a TorchScript archive, whose classes have generated names."""
+        return self.name.startswith("__torch__.")
 
 
 def _record_tensor(
     storage: Any, offset: Any, size: Any, stride: Any, *_requires_grad_and_hooks: Any
 ) -> TensorRecord | Object:
-    if isinstance(storage, Object):  # of a dtype that no weight has
+    if isinstance(storage, Object):  # a dtype that no weight has
         return storage
     if (
         not isinstance(storage, StorageRecord)
@@ -134,14 +132,14 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch.jit._pickle.build_tensorlist": _first,
     "torch.jit._pickle.restore_type_tag": _first,
 }
-# Modules of which no setting or number is made. Nothing is called whatever the name is; but a file
-# that asks for these was made to run code in other readers, and its user should hear of it.
+# Modules that hold no type of settings or numbers. Nothing is called whatever the name is, but a
+# file that names these was made to run code in other readers, and its user should know.
 _CODE = frozenset({
     "asyncio", "code", "codeop", "commands", "ctypes", "importlib", "multiprocessing", "nt", "os",
     "pdb", "pickle", "pip", "popen2", "posix", "pty", "runpy", "shutil", "socket", "subprocess",
     "sys", "timeit", "webbrowser",
 })  # fmt: skip
-# Of `builtins`, where eval and getattr are, only what holds values.
+# The names of `builtins` that hold values; eval and getattr are there too.
 _BUILTINS = frozenset({
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object",
     "long", "range", "set", "slice", "str", "tuple", "unicode", "xrange",
@@ -153,15 +151,14 @@ def read_pickle(
     storages: dict[str, StorageRecord] | None = None,
     most: int = _MAX_OPCODES,
 ) -> Any:
-    """What one pickle describes, in dictionaries, lists, tuples, numbers, text and records.
+    """The content of one pickle as dictionaries, lists, tuples, numbers, text and records.
 
-    The file is left at the end of the pickle. Give one of bounded size: a pickle may be as long
-    as its file.
+    Reads to the end of the pickle, which may be as long as the file: bound the file's size.
 
     Args:
-        file: where the pickle begins.
-        storages: is given every storage that the pickle names, by its key.
-        most: instructions that it may have.
+        file: its position is the start of the pickle.
+        storages: receives every storage that the pickle names, by its key.
+        most: the largest number of instructions.
 
     Raises:
         PickleError: the pickle asks for code to be run, or is damaged.
@@ -175,14 +172,14 @@ def read_pickle(
         return machine.stack.pop()
     except PickleError:
         raise
-    # What a malformed pickle leads to: wrong types, an empty stack, no such memo, bad text.
+    # A malformed pickle leads to these: wrong types, an empty stack, a missing memo, bad text.
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         cause = quoted(str(error)) if str(error) else type(error).__name__
         raise PickleError(f"a damaged pickle ({cause})") from error
 
 
 class _Machine:
-    """The stack, its marks and the memo, as `pickletools` describes them."""
+    """The stack, its marks and the memo that `pickletools` describes."""
 
     def __init__(self, storages: dict[str, StorageRecord]) -> None:
         self.storages = storages
@@ -212,7 +209,7 @@ class _Machine:
                 stack.append(argument)
             case "EMPTY_DICT":
                 stack.append({})
-            case "EMPTY_LIST" | "EMPTY_SET":  # a set as a list: its items are not hashed
+            case "EMPTY_LIST" | "EMPTY_SET":  # a set is a list here: its items are not hashed
                 stack.append([])
             case "EMPTY_TUPLE":
                 stack.append(())
@@ -222,11 +219,8 @@ class _Machine:
             case "TUPLE" | "FROZENSET":
                 items = self._pop_mark()
                 self.stack.append(tuple(items))
-            case "APPEND":
-                value = stack.pop()
-                _append(stack[-1], [value])
-            case "APPENDS" | "ADDITEMS":
-                items = self._pop_mark()
+            case "APPEND" | "APPENDS" | "ADDITEMS":
+                items = [stack.pop()] if name == "APPEND" else self._pop_mark()
                 _append(self.stack[-1], items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
@@ -250,12 +244,9 @@ class _Machine:
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_call(_expect(function, Global), _expect(arguments, tuple)))
-            case "NEWOBJ":
-                _, function = stack.pop(), stack.pop()
-                stack.append(_new(_expect(function, Global)))
-            case "NEWOBJ_EX":
-                _, _, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(_new(_expect(function, Global)))
+            case "NEWOBJ" | "NEWOBJ_EX":
+                *_, cls = [stack.pop() for _ in range(2 if name == "NEWOBJ" else 3)]
+                stack.append(_new(_expect(cls, Global)))
             case "BUILD":
                 _build(stack[-2], stack.pop())
             case "POP":
@@ -268,7 +259,7 @@ class _Machine:
                 raise PickleError(f"the instruction {name}, which torch never writes")
 
     def _persistent(self, kind: Any, first: Any, *others: Any) -> Any:
-        if kind == "module":  # a class of torch's flat format, with its source, which is not read
+        if kind == "module":  # a class in torch's flat format, with its source
             return _expect(first, Global)
         return self._storage(kind, first, *others)
 
@@ -300,7 +291,7 @@ def _expect(value: Any, kind: Any) -> Any:
 
 
 def _append(target: Any, items: list[Any]) -> None:
-    if not isinstance(target, Object):  # whose items, if it is a list of some kind, nobody reads
+    if not isinstance(target, Object):  # the items of an Object are not used
         _expect(target, list).extend(items)
 
 
@@ -317,7 +308,7 @@ def _build(target: Any, state: Any) -> None:
     if isinstance(target, Object):
         if isinstance(state, dict):
             target.attributes.update(state)
-    else:  # a state dict's `_metadata`, the versions of its modules
+    else:  # the state is a state dict's `_metadata`, the versions of its modules
         _expect(target, dict | list)
 
 
@@ -338,5 +329,4 @@ def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
 
 
 def _new(cls: Global) -> Any:
-    call = _CALLS.get(cls.name)
-    return {} if call is _ordered_dict else Object(cls.name)
+    return {} if _CALLS.get(cls.name) is _ordered_dict else Object(cls.name)

@@ -1,18 +1,15 @@
-"""Where a checkpoint's weights and configurations are: in one file, or in a directory of files."""
+"""Finds and reads the weights and configurations of a checkpoint, a file or a directory."""
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
-
-from torch import Tensor
 
 from himo.checkpoint import configurations
 from himo.checkpoint.configurations import Stated
 from himo.checkpoint.safetensors_files import MAX_TENSORS, read_safetensors
 from himo.checkpoint.strict_json import MAX_JSON, read_json
-from himo.checkpoint.torch_files import TorchFile, read_legacy, read_zip
+from himo.checkpoint.torch_files import Weights, read_legacy, read_zip
 from himo.clip_config import CONFIGS
 from himo.errors import HimoError, quoted, shortened
 from himo.files import open_regular
@@ -21,36 +18,21 @@ from himo.tokenizer import read_symbols
 # (configuration, weights) of the directories that himo writes.
 HF_FILES = ("config.json", "model.safetensors")
 OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
-CONFIG_FILE_DIGEST = "himo_config_file_sha256"  # in the weights' metadata, of the configuration
+CONFIG_FILE_DIGEST = "himo_config_file_sha256"  # key in the weights' metadata
 PREPROCESSOR_FILE, TOKENIZER_FILE = "preprocessor_config.json", "tokenizer_config.json"
 MERGES_FILE = "merges.txt"
-_WHOLE_TOKENIZER = "tokenizer.json"  # of newer versions, with the merges in it
+_WHOLE_TOKENIZER = "tokenizer.json"  # newer versions have the merges in it
 _MAX_TOKENIZER = 4 << 20  # bytes of one; CLIP's takes 3.6 million
-_PROCESSOR_FILE = "processor_config.json"  # of newer versions, with the image processor in it
+_PROCESSOR_FILE = "processor_config.json"  # newer versions have the image processor in it
 
 # Weights in a directory, in the order in which they are looked for.
-_HF_WEIGHTS = (HF_FILES[1], "pytorch_model.bin")
-_OPEN_CLIP_WEIGHTS = (OPEN_CLIP_FILES[1], "open_clip_pytorch_model.bin")
-_INDEX = ".index.json"  # after the name of weights that are in several files
+_WEIGHTS = (HF_FILES[1], "pytorch_model.bin", OPEN_CLIP_FILES[1], "open_clip_pytorch_model.bin")
+_INDEX = ".index.json"  # suffix after the name of weights in several files
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-@dataclass
-class Found:
-    """What was read: tensors under the names of their file, and what the files say of them."""
-
-    tensors: dict[str, Tensor]
-    container: str
-    metadata: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def find(name: str) -> Found:
-    """The weights of a checkpoint, which is a file or a directory.
-
-    Raises:
-        HimoError: there is none, or it is damaged.
-    """
+def find(name: str) -> Weights:
+    """The weights of a checkpoint; HimoError where there are none, or they are damaged."""
     if not os.path.isdir(name):
         if name in CONFIGS and not os.path.exists(name):
             raise HimoError(
@@ -58,7 +40,7 @@ def find(name: str) -> Found:
                 "a checkpoint"
             )
         return _read_file(name)
-    for weights in (*_HF_WEIGHTS, *_OPEN_CLIP_WEIGHTS):
+    for weights in _WEIGHTS:
         path = os.path.join(name, weights)
         if os.path.exists(path):
             return _read_file(path)
@@ -66,21 +48,24 @@ def find(name: str) -> Found:
             return _read_shards(name, path + _INDEX)
     others = [file for file in sorted(os.listdir(name)) if file.endswith(_WEIGHT_SUFFIXES)]
     there = f"; there is {', '.join(map(quoted, others[:3]))}: name the file" if others else ""
-    expected = ", ".join((*_HF_WEIGHTS, *_OPEN_CLIP_WEIGHTS))
-    raise HimoError(f"{name}: a directory without {expected}: expected a checkpoint{there}")
+    raise HimoError(
+        f"{name}: a directory without {', '.join(_WEIGHTS)}: expected a checkpoint{there}"
+    )
 
 
 def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated:
-    """What the configurations of a checkpoint state: in its directory, or beside its file.
+    """The fields of CLIPConfig that the configurations of a checkpoint state.
+
+    They are in its directory, or next to its file.
 
     Args:
         name: the file or directory.
-        layout: of the weights: which project's configurations are looked for.
+        layout: of the weights; decides which project's configurations are looked for.
         metadata: of the weights, which may have the digest of the configuration.
 
     Raises:
-        HimoError: a configuration states what himo does not compute, or is not the one of the
-            weights; or a directory has none.
+        HimoError: a configuration is of a model that himo does not compute, or of other weights;
+            or a directory has none.
     """
     directory = name if os.path.isdir(name) else os.path.dirname(os.path.abspath(name))
 
@@ -94,21 +79,21 @@ def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated
             raise HimoError(f"{name}: damaged: {file} is not the configuration of the weights")
         try:
             return of(content, path)
-        except RecursionError as error:  # of a comparison, where the JSON was just not too deep
+        except RecursionError as error:  # in a comparison of JSON that was just not too deep
             raise HimoError(f"{path}: JSON too deep") from error
 
     config_file = {"hf": HF_FILES[0], "open_clip": OPEN_CLIP_FILES[0]}.get(layout)
     if config_file is None:
         return {}
-    if layout == "open_clip":
-        stated: Stated | None = read(config_file, configurations.of_open_clip)
-    else:
-        stated = read(config_file, configurations.of_hugging_face)
+    is_hf = layout == "hf"
+    stated: Stated | None = read(
+        config_file, configurations.of_hugging_face if is_hf else configurations.of_open_clip
+    )
     if stated is None:
         if directory == name:
             raise HimoError(f"{name}: a directory without {config_file}, which its weights need")
         return {}
-    if layout == "hf":
+    if is_hf:
         read(TOKENIZER_FILE, configurations.require_clip_tokenizer)
         _require_clip_merges(directory)
         for file in (PREPROCESSOR_FILE, _PROCESSOR_FILE):
@@ -118,41 +103,41 @@ def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated
 
 
 def _require_clip_merges(directory: str) -> None:
-    """Raises HimoError where there are merges of a tokenizer, and they are not CLIP's."""
+    """Raises HimoError if the directory has merges of another tokenizer than CLIP's."""
     wrong = "expected the merges of CLIP's tokenizer: himo has no other"
+    ours = read_symbols()[2]
     path = os.path.join(directory, MERGES_FILE)
     if os.path.exists(path):
         with open_regular(path) as file:
             lines = file.read(MAX_JSON).splitlines()
         if lines and lines[0].startswith(b"#version"):
             lines = lines[1:]
-        if lines != [merge.encode() for merge in read_symbols()[2]]:
+        if lines != [merge.encode() for merge in ours]:
             raise HimoError(f"{path}: {wrong}")
     path = os.path.join(directory, _WHOLE_TOKENIZER)
     if os.path.exists(path):
         model = read_json(path, _MAX_TOKENIZER)[0].get("model")
         merges = model.get("merges") if isinstance(model, dict) else None
-        # Each as one text, or in newer files as two.
-        ours = read_symbols()[2]
+        # A merge is one text, or two in newer files.
         if merges not in (ours, [merge.split(" ") for merge in ours]):
             raise HimoError(f"{path}: {wrong}")
 
 
-def _read_file(name: str) -> Found:
-    """What is in one file, whose content, not suffix, tells its format."""
+def _read_file(name: str) -> Weights:
+    """The weights in one file. Its content, not its suffix, tells the format."""
     with open_regular(name) as file:
         start = file.read(64)
         file.seek(0)
         if not start:
             raise HimoError(f"{name}: empty")
-        # First, because it has no magic number: its header's length may look like another's.
+        # First, because it has no magic number: its first bytes, a length, may look like another's.
         if start[8:9] == b"{":
             tensors, metadata = read_safetensors(file, name)
-            return Found(tensors, "safetensors", metadata)
+            return Weights(tensors, "safetensors", metadata)
         if start.startswith(b"PK\x03\x04"):
-            return _found(read_zip(file, name))
+            return read_zip(file, name)
         if start.startswith(b"\x80"):
-            return _found(read_legacy(file, name))
+            return read_legacy(file, name)
         if start.startswith(b"version https://git-lfs"):
             raise HimoError(f"{name}: a pointer of Git LFS, not the file: run `git lfs pull`")
         file.seek(257)
@@ -164,12 +149,8 @@ def _read_file(name: str) -> Found:
     )
 
 
-def _found(file: TorchFile) -> Found:
-    return Found(file.tensors, file.container, notes=file.notes)
-
-
-def _read_shards(name: str, index: str) -> Found:
-    """The tensors that Hugging Face's index assigns to files, each from the file it is said in."""
+def _read_shards(name: str, index: str) -> Weights:
+    """The weights in the files of Hugging Face's index, which says what tensors each must have."""
     weight_map = read_json(index)[0].get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and os.path.basename(shard) == shard and shard
@@ -181,7 +162,7 @@ def _read_shards(name: str, index: str) -> Found:
     expected: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         expected.setdefault(shard, set()).add(tensor)
-    found = Found({}, "none")
+    found = Weights({}, "none")
     for shard in sorted(expected):
         path = os.path.join(name, shard)
         part = _read_file(path)

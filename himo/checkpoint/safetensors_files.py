@@ -1,9 +1,8 @@
-"""safetensors files by the library of that name, with a SHA-256 of those that himo writes.
+"""Reads and writes safetensors files; those that himo writes carry a SHA-256.
 
-The format (https://github.com/huggingface/safetensors#format) has no checksum and no reader of it
-notices a flipped bit. himo stores one in the header's metadata: the SHA-256 of the whole file in
-which its own 64 digits are zeros. A file of himo's that lacks it is refused; a file of others may
-lack it.
+The format (https://github.com/huggingface/safetensors#format) has no checksum, so a flipped bit
+goes unnoticed. himo stores the SHA-256 of the file in the header's metadata, computed with zeros
+for its own 64 digits. A file of himo without it is refused; other files may lack it.
 """
 
 import hashlib
@@ -17,7 +16,6 @@ from contextlib import ExitStack
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,41 +25,28 @@ from himo.errors import HimoError, quoted, shortened
 from himo.files import atomic_path, hidden_directory, lock
 
 DIGEST = "himo_sha256"
-MAX_TENSORS = 20_000  # of one file, of any format: four times those of the largest training state
+MAX_TENSORS = 20_000  # of a file of any format; the largest training state has a quarter of it
 MAX_DIMENSIONS = 8
 _OWN_PREFIX = "himo_"  # of the metadata keys that himo writes
 _MAX_HEADER = 4 << 20  # bytes; a thousand tensors take 150 kB
 _NO_DIGEST = "0" * 64
 _DIGEST_PATTERN = re.compile(b'"' + DIGEST.encode() + b'" *: *"([0-9a-f]{64})"')
-_MAX_CAUSE = 200  # characters of what the library says
+_MAX_CAUSE = 200  # characters of a message of the library
 _BLOCK = 8 << 20  # bytes hashed at a time
-_OS_ERROR = re.compile(r"os error (\d+)")  # how the library tells what the system said
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_OS_ERROR = re.compile(r"os error (\d+)")  # in a message of the library: the errno
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 def read_safetensors(file: BufferedReader, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, metadata) of a safetensors file whose digest, if it has one, is right.
+    """(tensors by name, metadata) of a safetensors file; its digest, if it has one, is checked.
 
-    What is in the header is bounded before the library reads it, and what it says of each tensor
+    The header's size is checked before the library reads it, and each tensor's dtype and shape
     before the tensor is read.
 
     Raises:
         HimoError: names the file and what is wrong with it.
     """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
+    size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(size - 8, _MAX_HEADER):
@@ -70,22 +55,22 @@ def read_safetensors(file: BufferedReader, path: str) -> tuple[dict[str, Tensor]
         )
     header = file.read(length)
     try:
-        require_no_duplicates(header)  # of which the library keeps the last one
-        # By its descriptor: the file that was looked at, whatever its name means by now.
+        require_no_duplicates(header)  # the library would take the last one
+        # By its descriptor: the path may be another file by now.
         with safe_open(f"/dev/fd/{file.fileno()}", "pt", backend="pread") as content:
             metadata = content.metadata() or {}
             _check_digest(file, header, metadata)
             tensors = _tensors(content)
-    # RuntimeError, TypeError: of torch, for shapes that it does not make.
+    # RuntimeError, TypeError: torch refuses a shape.
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise HimoError(f"{path}: damaged: {_cause(error)}") from error
     return tensors, metadata
 
 
 def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Writes a safetensors file atomically, and returns its digest, which it adds to metadata.
+    """Writes a safetensors file atomically with its digest in the metadata; returns the digest.
 
-    The same tensors and metadata give the same bytes. Tensors that share memory are written apart.
+    The same tensors and metadata give the same bytes. Tensors that share memory are copied.
 
     Raises:
         HimoError: there is no space, the directory is missing or read-only, or the tensors and
@@ -103,7 +88,7 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mappin
     if len(apart) > MAX_TENSORS:
         raise HimoError(f"{path}: {len(apart):,} tensors, expected at most {MAX_TENSORS:,}")
     needed = sum(tensor.nbytes for tensor in apart.values())
-    # The library's file takes the place of the temporary one, and so has a lock of its own.
+    # The library's file replaces the temporary one, so it needs a lock of its own.
     with ExitStack() as locked, atomic_path(path, needed=needed) as temporary:
         descriptor = _save(apart, temporary, {**metadata, DIGEST: _NO_DIGEST})
         locked.callback(os.close, descriptor)
@@ -111,10 +96,10 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> int:
-    """Replaces a file by one that the library writes, in its mode; returns what locks it.
+    """Replaces a file by one of the same mode from the library; returns a descriptor that locks it.
 
-    In a directory beside it, because the library has a temporary file of its own, under a name by
-    which nobody would know whose it is.
+    The library writes in a hidden directory next to it, because the library's own temporary file
+    has a name that `remove_abandoned` does not know.
     """
     with hidden_directory(path.parent) as folder:
         written = folder / path.name
@@ -132,7 +117,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> i
 
 
 def _check_digest(file: BufferedReader, header: bytes, metadata: Mapping[str, str]) -> None:
-    """Raises ValueError where the file has a digest and it is wrong, or is himo's and has none."""
+    """Raises ValueError for a wrong digest, or a file of himo without one."""
     if DIGEST not in metadata:
         if any(key.startswith(_OWN_PREFIX) for key in metadata):
             raise ValueError(f"himo wrote it, but its {DIGEST} is gone")
@@ -159,9 +144,9 @@ def _tensors(content: safe_open) -> dict[str, Tensor]:
 
 
 def _store_digest(temporary: Path, path: str) -> str:
-    """Puts the metadata of a file in order, for the library has none, and its digest in its place.
+    """Sorts a file's metadata, whose order the library leaves open, and writes its digest.
 
-    Both leave every length as it is.
+    Neither changes the length of the header.
     """
     with open(temporary, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -182,7 +167,7 @@ def _store_digest(temporary: Path, path: str) -> str:
 
 
 def _digest(header: bytes, file: BufferedReader | BufferedRandom) -> str:
-    """The SHA-256 of a file by its header and its data, which begin where the file is."""
+    """The SHA-256 of a file from its header and its data; the file's position is the data's."""
     digest = hashlib.sha256(struct.pack("<Q", len(header)) + header)
     while block := file.read(_BLOCK):
         digest.update(block)
@@ -197,6 +182,6 @@ def _find_digest(header: bytes) -> slice:
 
 
 def _cause(error: Exception) -> str:
-    """What is wrong, in a line that is not long, though the library may quote a name in it."""
+    """The first line of the library's message, shortened: it may quote a long name."""
     text = str(error).partition("\n")[0].removeprefix("Error while deserializing header: ")
     return shortened(text, _MAX_CAUSE)

@@ -1,4 +1,4 @@
-"""JSON of files that nobody has looked at: of one meaning, and bounded in what it costs to read."""
+"""Reads JSON from untrusted files: no ambiguity is accepted, and time and memory are bounded."""
 
 import json
 from collections import Counter
@@ -8,27 +8,26 @@ from typing import Any
 from himo.errors import HimoError, quoted
 from himo.files import open_regular
 
-MAX_VALUES = 1 << 19  # the tokenizer of CLIP takes 250,000
+MAX_VALUES = 1 << 19  # CLIP's tokenizer has 250,000
 MAX_JSON = 1 << 20  # bytes of one object; an index of 5,000 tensors takes half of it
 
 
 def strict_json(text: bytes, most: int = MAX_JSON) -> dict[str, Any]:
-    """The JSON object of a UTF-8 text of at most so many bytes.
+    """The JSON object in a UTF-8 text of at most `most` bytes.
 
     Raises:
-        ValueError: it is longer, no object, has a key twice, or a number that JSON does not know
-            (NaN).
+        ValueError: it is longer, no object, has a key twice, or a number outside JSON (NaN).
     """
     if len(text) > most:
         raise ValueError(f"more than {most:,} bytes of JSON")
-    # Each value is a Python object, of up to a hundred times its bytes.
+    # A Python object takes up to a hundred times the bytes of its JSON.
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError(f"more than {MAX_VALUES:,} values in JSON")
     return _object(text, _no_duplicates)
 
 
 def require_no_duplicates(text: bytes) -> None:
-    """Raises ValueError as `strict_json`, but keeps no value: the header of a file may be large."""
+    """Raises ValueError as `strict_json`, without limits: it stores no value."""
 
     def forget(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         _no_duplicates(pairs)
@@ -38,11 +37,7 @@ def require_no_duplicates(text: bytes) -> None:
 
 
 def read_json(path: str, most: int = MAX_JSON) -> tuple[dict[str, Any], bytes]:
-    """(JSON object, bytes) of a file of at most so many bytes.
-
-    Raises:
-        HimoError: the file is missing, too large, or its JSON is not as `strict_json` wants it.
-    """
+    """(JSON object, bytes) of a file; HimoError if it is missing or `strict_json` refuses it."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     try:
@@ -56,9 +51,9 @@ def _object(text: bytes, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]]
         content = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("JSON too deep") from error
-    except json.JSONDecodeError as error:  # its text quotes nothing
+    except json.JSONDecodeError as error:  # its message quotes nothing of the text
         raise ValueError(f"no JSON: {error}") from error
-    except UnicodeDecodeError as error:  # its text quotes all
+    except UnicodeDecodeError as error:  # its message quotes the whole text
         raise ValueError(f"no UTF-8 at byte {error.start}") from error
     if not isinstance(content, dict):
         raise ValueError(f"JSON of a {type(content).__name__}, expected an object")

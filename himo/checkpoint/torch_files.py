@@ -1,7 +1,7 @@
 """Reads the tensors of `.pt` files: zip archives, TorchScript archives, and the older flat format.
 
-What each holds beside a state dict (code, optimizer, settings) is not read. Every tensor is checked
-against the bytes that are there before memory is taken for it, and all of them together.
+Code, optimizer states and settings are not read. The sizes of all tensors are checked against the
+size of the file before memory is allocated for any of them.
 """
 
 import math
@@ -9,8 +9,9 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,56 +34,55 @@ _MAX_DIRECTORY = 2 << 20  # bytes of a zip archive's list of records; a thousand
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _LEGACY_PROTOCOL = 1001
 _BLOCK = 1 << 20  # bytes read at a time
-_MAX_DEPTH = 64  # of modules in modules
-_MAX_NAME = 1000  # characters; names are joined from those of the modules
+_MAX_DEPTH = 64  # of nested modules
+_MAX_NAME = 1000  # characters of the joined names of nested modules
 _MAX_WRAPPERS = 8  # dictionaries around a state dict
 
 # Reads the values of a storage: a tensor [numel] of its dtype.
 _Reader = Callable[[StorageRecord], Tensor]
 
 
-class TorchFile(NamedTuple):
-    """What was read: the state dict, "torch", "torchscript" or "torch legacy", and what to say."""
+@dataclass
+class Weights:
+    """The tensors of a checkpoint under the names of their file.
+
+    The container is "safetensors", "torch", "torchscript" or "torch legacy", or "none" for an empty
+    index. Notes are sentences for the user on what was left out.
+    """
 
     tensors: dict[str, Tensor]
     container: str
-    notes: list[str]
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
-class _StateDict(NamedTuple):
-    records: dict[str, TensorRecord]
-    notes: list[str]
-
-
-def read_zip(file: BinaryIO, path: str) -> TorchFile:
+def read_zip(file: BinaryIO, path: str) -> Weights:
     """The state dict in an archive of torch.save or torch.jit.save.
 
-    Each record read is checked against the CRC-32 that torch stores with it.
+    Each record is checked against its CRC-32, which torch stores.
 
     Raises:
         HimoError: names the file and what is wrong with it.
     """
     try:
         with zipfile.ZipFile(_ShortReads(file)) as archive:
-            return _read_archive(archive, _size(file))
+            return _read_archive(archive, os.fstat(file.fileno()).st_size)
     except (zipfile.BadZipFile, PickleError) as error:
         raise HimoError(f"{path}: not read: {error}") from error
-    # What zipfile raises for damaged fields, besides BadZipFile (RuntimeError: encrypted).
+    # zipfile raises these for damaged fields (RuntimeError: encrypted).
     except (EOFError, NotImplementedError, OSError, OverflowError, RuntimeError,
             ValueError, struct.error) as error:  # fmt: skip
         cause = quoted(str(error))
         raise HimoError(f"{path}: not read: a damaged zip archive ({cause})") from error
 
 
-def read_legacy(file: BinaryIO, path: str) -> TorchFile:
-    """The state dict in the flat format that torch.save wrote before 1.6.
-
-    Nothing in it is a checksum.
+def read_legacy(file: BinaryIO, path: str) -> Weights:
+    """The state dict in the flat format that torch.save wrote before 1.6, which has no checksum.
 
     Raises:
         HimoError: names the file and what is wrong with it.
     """
-    size = _size(file)
+    size = os.fstat(file.fileno()).st_size
     head = BytesIO(file.read(_MAX_PICKLE))
     storages: dict[str, StorageRecord] = {}
     try:
@@ -93,7 +93,7 @@ def read_legacy(file: BinaryIO, path: str) -> TorchFile:
         keys = read_pickle(head, most=4 * MAX_TENSORS)
         if protocol != _LEGACY_PROTOCOL or not isinstance(keys, list):
             raise PickleError(f"the legacy format in an unknown version, {quoted(protocol)}")
-        state = _state_dict(content)
+        records, notes = _state_dict(content)
         file.seek(head.tell())
         starts = _legacy_starts(file, keys, storages, size)
 
@@ -101,7 +101,7 @@ def read_legacy(file: BinaryIO, path: str) -> TorchFile:
             file.seek(starts[storage.key])
             return _read_values(file, storage)
 
-        return TorchFile(_tensors(state.records, size, read), "torch legacy", state.notes)
+        return Weights(_tensors(records, size, read), "torch legacy", notes=notes)
     except (LookupError, RuntimeError, TypeError, ValueError, struct.error) as error:
         cause = str(error) if isinstance(error, PickleError) else quoted(str(error))
         raise HimoError(f"{path}: not read: {cause}") from error
@@ -110,7 +110,7 @@ def read_legacy(file: BinaryIO, path: str) -> TorchFile:
 def _legacy_starts(
     file: BinaryIO, keys: list[Any], storages: Mapping[str, StorageRecord], size: int
 ) -> dict[str, int]:
-    """The first byte of each storage, from where the file is on."""
+    """The offset of each storage's first byte; the file's position is that of the first count."""
     starts: dict[str, int] = {}
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None
@@ -130,7 +130,7 @@ def _legacy_starts(
     return starts
 
 
-def _read_archive(archive: zipfile.ZipFile, size: int) -> TorchFile:
+def _read_archive(archive: zipfile.ZipFile, size: int) -> Weights:
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) < len(archive.infolist()):
         raise PickleError("a zip archive with two records of one name")
@@ -144,7 +144,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> TorchFile:
         entry = entries.get(root + name)
         if entry is None:
             raise PickleError(f"no record {quoted(name)}")
-        # torch stores what it needs to map. Only a bomb is worth compressing.
+        # torch never compresses, so that it can map records; a bomb would be compressed.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise PickleError(f"record {quoted(name)} is compressed, as torch.save never does")
         if entry.file_size > limit:
@@ -161,7 +161,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> TorchFile:
             raise PickleError(f"byte order {order!r}, expected b'little'")
     record, _ = open_record("data.pkl", min(_MAX_PICKLE, size))
     pickled = BytesIO(b"".join(iter(lambda: record.read(_BLOCK), b"")))
-    state = _state_dict(read_pickle(pickled))
+    records, notes = _state_dict(read_pickle(pickled))
 
     def read(storage: StorageRecord) -> Tensor:
         record, length = open_record(f"data/{storage.key}", size)
@@ -173,14 +173,14 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> TorchFile:
         return _read_values(record, storage)
 
     container = "torchscript" if root + "constants.pkl" in entries else "torch"
-    return TorchFile(_tensors(state.records, size, read), container, state.notes)
+    return Weights(_tensors(records, size, read), container, notes=notes)
 
 
-def _state_dict(content: Any) -> _StateDict:
-    """The state dict in what a pickle holds: the one with a CLIP's names, if there are several.
+def _state_dict(content: Any) -> tuple[dict[str, TensorRecord], list[str]]:
+    """(state dict, notes) of a pickle's content; of several, the first with a CLIP's names.
 
-    Training scripts put it under a key ("model", "state_dict", ...), with others around it and
-    averaged weights beside it. Of several CLIPs the first is taken whose keys do not say "ema".
+    Training scripts put it under a key ("model", "state_dict", ...), in other dictionaries and
+    next to averaged weights. A CLIP under a key with "ema" is taken only if there is no other.
     """
     found = [(keys, values) for keys, values in _named_tensors(content) if holds_clip(values)]
     found.sort(key=lambda item: any("ema" in key.lower() for key in item[0]))  # keeps the order
@@ -202,14 +202,14 @@ def _state_dict(content: Any) -> _StateDict:
             f"holds {len(found)} models: read is {_place(keys)}, "
             f"not {', '.join(_place(keys) for keys, _ in others[:3])}"
         )
-    return _StateDict(records, notes)
+    return records, notes
 
 
 def _named_tensors(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """(keys that lead there, names and values) of each dictionary or module with tensors in it."""
+    """(keys to it, names and values) of each dictionary or module that holds tensors."""
     seen: set[int] = set()
     todo: list[tuple[tuple[str, ...], Any]] = [((), content)]
-    for keys, value in todo:  # grows: wrappers before what they wrap
+    for keys, value in todo:  # grows: a wrapper comes before its content
         if id(value) in seen or len(keys) > _MAX_WRAPPERS:
             continue
         seen.add(id(value))
@@ -227,7 +227,7 @@ def _named_tensors(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, An
 
 
 def _flatten(module: Object) -> dict[str, TensorRecord]:
-    """The tensors of a module of TorchScript, or of a pickled one, and of those in it, by name."""
+    """The tensors of a TorchScript or pickled module and its submodules, by dotted name."""
     tensors: dict[str, TensorRecord] = {}
     seen: set[int] = set()
     todo = [("", module, 0)]
@@ -264,7 +264,7 @@ def _kind(value: Any) -> str:
 
 
 def _tensors(records: Mapping[str, TensorRecord], size: int, read: _Reader) -> dict[str, Tensor]:
-    """The tensors by name, each storage read once."""
+    """The tensors by name. Each storage is read once."""
     if len(records) > MAX_TENSORS:
         raise PickleError(f"{len(records):,} tensors, expected at most {MAX_TENSORS:,}")
     storages: dict[str, StorageRecord] = {}
@@ -284,7 +284,7 @@ def _tensors(records: Mapping[str, TensorRecord], size: int, read: _Reader) -> d
         values = read(storages[key])
         for name in sharing:
             part = _part(records[name], name, values)
-            # A copy where the tensor is not all of its storage, or not laid out row by row.
+            # Copied if it is a part of its storage or not contiguous.
             whole = len(sharing) == 1 and part.numel() == values.numel()
             part = part.contiguous()
             tensors[name] = part if whole else part.clone()
@@ -319,7 +319,7 @@ def _read_values(file: Any, storage: StorageRecord) -> Tensor:
 
 
 class _ShortReads:
-    """A file for zipfile, which reads the list of an archive's records at once: not a long one."""
+    """Bounds what zipfile reads at once, because it reads an archive's list of records whole."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
@@ -330,10 +330,3 @@ class _ShortReads:
         if len(content) == most:
             raise PickleError(f"a zip archive with a list of more than {_MAX_DIRECTORY:,} bytes")
         return content
-
-
-def _size(file: BinaryIO) -> int:
-    position = file.tell()
-    size = file.seek(0, os.SEEK_END)
-    file.seek(position)
-    return size
