@@ -16,7 +16,7 @@ from himo_kernels.nn import PRESETS
 
 _PICTURES = 64  # images compared per data set, evenly spaced
 _HEAD = 1 << 20  # bytes compared at the start of an image; its size is compared too
-# Flag: the switch of the preset that sets it if it is not given.
+# For each flag, the switch of the preset that applies if the flag is not given.
 _SWITCHES = {
     "tau": "variance_threshold",
     "lambda_comp": "component_weight",
@@ -149,7 +149,7 @@ def _pairs(state: Mapping[str, Any]) -> int:
 
 
 def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    # None means no validation; _settings reports a change of that as a change of the flag.
+    # None means no validation. _settings reports validation turned on or off, by the flag.
     if not before.get(name) or not now.get(name):
         return
     old, new, flag = before[name], now[name], f"--{name.replace('_', '-')}"
@@ -196,7 +196,7 @@ def _picture(index: SampleIndex, row: int) -> str | None:
 def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings, with the preset's value for each switch that was not given."""
     values = dict(settings)
-    # CLIP's loss has no preset: its switches are 0.
+    # CLIP's loss has no preset: switches that are not given are 0.
     switches = PRESETS.get(values["preset"], {}) if values["loss"] == "himo" else {}
     for name, switch in _SWITCHES.items():
         if values.get(name) is None:

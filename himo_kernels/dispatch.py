@@ -167,7 +167,7 @@ _default_backend = os.environ.get(BACKEND_VARIABLE, "auto")
 
 
 def default_backend() -> str:
-    """Returns the backend that "auto" stands for: HIMO_KERNELS_BACKEND at import, or "auto"."""
+    """Returns what replaces "auto": HIMO_KERNELS_BACKEND as it was at import, or "auto"."""
     return _default_backend
 
 

@@ -91,7 +91,7 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-    """Returns the gradients of a loss; those of images and scale are added to add_to."""
+    """Returns the gradients of a loss, with add_to added for images and scale."""
 
     def __call__(
         self, loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients
