@@ -1,4 +1,4 @@
-"""Two runs, cell by cell; and one run, held against plain PyTorch. Nothing is measured here."""
+"""Compares two runs cell by cell, or one run with plain PyTorch. Nothing is measured here."""
 
 import statistics
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from benchmarks.plot import cells, quoted_ms, work
 from benchmarks.registry import OPERATIONS
 from benchmarks.rows import COLUMNS, LIBRARY, Row
 
-GATE = 0.97  # of the best formula's speed: repeats of one call differ by up to 3 %
+GATE = 0.97  # least speed relative to the best formula: repeats of one call differ by up to 3 %
 LEAST_NOISE = 0.03
 SLOWER, FASTER, SAME, BROKEN = "slower", "faster", "within noise", "no longer runs"
 
 
 @dataclass(frozen=True)
 class Change:
-    """What the automatic choice took in one cell of two runs.
+    """The times of backend="auto" in one cell, in an earlier and a later run.
 
-    The baselines of a cell do not depend on this library: the median change of their times is the
-    machine's, `drift`; `ratio` is the library's own change, divided by it.
+    The baselines of a cell do not depend on this library, so the median ratio of their times,
+    `drift`, is due to the machine. `ratio` is the ratio of the library's times divided by `drift`.
     """
 
     work: str
@@ -26,7 +26,7 @@ class Change:
     before_ms: float
     after_ms: float  # 0 where it no longer runs
     drift: float
-    noise: float  # of both runs: how far the 80th percentile is above the quoted time
+    noise: float  # relative excess of the 80th percentile over the quoted time; the larger run's
     reason: str = ""
 
     @property
@@ -47,7 +47,7 @@ class Change:
 
 
 def changes(before: list[Row], after: list[Row]) -> list[Change]:
-    """The cells of forward + backward that both runs hold, of one device and number of threads."""
+    """Compares the forward + backward cells in both runs, of one device and number of threads."""
     earlier = cells(before)
     found = []
     for cell, new in cells(_with_crashes(after)).items():
@@ -77,12 +77,12 @@ def changes(before: list[Row], after: list[Row]) -> list[Change]:
 
 
 def automatic(found: dict[str, Row]) -> Row | None:
-    """The row of what backend="auto" takes."""
+    """Returns the row of the backend that backend="auto" chooses."""
     return next((row for row in found.values() if row["auto"]), None)
 
 
 def _with_crashes(rows: list[Row]) -> list[Row]:
-    # The row of a cell that died names no mode.
+    # If the process of a cell died, its row has no mode: take it as forward + backward.
     return [row | {"mode": row["mode"] or MODES[-1]} for row in map(_whole, rows)]
 
 
@@ -95,13 +95,13 @@ def _spread(row: Row) -> float:
 
 
 def formulas(op: str, found: dict[str, Row]) -> list[Row]:
-    """The rows of the plain PyTorch formulas, eager and compiled, without the released code."""
+    """Returns the rows of plain PyTorch formulas, eager and compiled, except the released code."""
     plain = set(OPERATIONS[op].baselines) - {"released"} if op in OPERATIONS else set()
     return [row for name, row in found.items() if name.removesuffix("+compile") in plain]
 
 
 def gate(rows: list[Row]) -> int:
-    """Prints the speed of each cell over the best formula; returns how many are below GATE."""
+    """Prints each cell's speed relative to the best formula; returns how many cells fail."""
     below = 0
     print(f"speed over the best plain PyTorch formula; below {GATE} fails, 3 % is noise")
     for mode in MODES:

@@ -1,7 +1,7 @@
-"""One HTML page of this machine: speed, memory, accuracy and loss curves beside the baselines.
+"""Measures this machine and writes one HTML page: speed, memory, accuracy and loss curves.
 
 python -m benchmarks.report --out report                         about five minutes
-python -m benchmarks.report --out report --baseline report       against what it held before
+python -m benchmarks.report --out report --baseline report       compares with the previous report
 """
 
 import argparse
@@ -23,28 +23,29 @@ from benchmarks.rows import BenchmarkError, Row
 OPS = ("himo_loss", "dual_info_nce", "pca_reconstruct")
 SIZES = (128, 1024, 4096)
 HALF_PRECISION = ("avx512_bf16", "amx_bf16")  # instructions that multiply bfloat16
-LAST_START = 0.8  # no cell begins after this share of the minutes
-# Of a CPU, for all baselines of a cell and each minute: 6 s of five, in which little compiles.
+LAST_START = 0.8  # no cell starts after this fraction of --minutes
+# On a CPU, seconds for all baselines of a cell, per minute of --minutes. By default this is 6 s,
+# too short to compile many of them.
 BASELINE_SECONDS = 1.2
-SECONDS = 0.3  # of timing, a candidate
+SECONDS = 0.3  # of timing per candidate
 CURVE = Case("himo_loss", N=256, D=128)
 CURVE_STEPS, CURVE_RATE = 100, 0.03
 
 
 def cpu_dtypes() -> tuple[str, ...]:
-    """float32, and bfloat16 where the processor multiplies it."""
+    """Returns float32, and bfloat16 if the processor multiplies it."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return grid.DTYPES[: 1 + any(known.get(name) for name in HALF_PRECISION)]
 
 
 def instructions() -> str:
-    """The vector instructions that torch uses, and AMX where the processor has it."""
+    """Returns the vector instructions that torch uses, and AMX if the processor has it."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.backends.cpu.get_cpu_capability() + (" and AMX" if known.get("amx_bf16") else "")
 
 
 def cells(ops: list[str], sizes: list[int], width: int, dtypes: tuple[str, ...]) -> list[Case]:
-    """The small sizes of every operator first: a budget that ends early leaves out the large."""
+    """Returns the cells by size, so that only the largest are left out when time runs out."""
     modes = ("fwd+bwd",)
     return [
         Case(op, n, width, dtype=dtype, modes=modes, memory=True)
@@ -54,9 +55,9 @@ def cells(ops: list[str], sizes: list[int], width: int, dtypes: tuple[str, ...])
 
 
 def curves(device: str, case: Case = CURVE, steps: int = CURVE_STEPS) -> dict[str, list[float]]:
-    """Losses of SGD on free features, by the library's loss and by the plain formula."""
+    """Returns the losses while SGD updates the features: the library's, and a plain formula's."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small products, for which threads that wait cost more than they help
+    torch.set_num_threads(1)  # for small products, waking more threads costs more than it saves
     try:
         return _curves(device, case, steps)
     finally:
@@ -69,7 +70,7 @@ def _curves(device: str, case: Case, steps: int) -> dict[str, list[float]]:
         if candidate.name not in ("auto", "eager"):
             continue
         inputs = make_inputs(case, device)
-        # Each image next to another's caption: there is something to learn.
+        # Pair each image with the caption of another, so that there is something to learn.
         inputs["image_features"] = inputs["image_features"].roll(1, 0)
         features = [inputs[name].requires_grad_() for name in ("image_features", "text_features")]
         optimizer = torch.optim.SGD(features, lr=CURVE_RATE)
@@ -85,7 +86,7 @@ def _curves(device: str, case: Case, steps: int) -> dict[str, list[float]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status, 2 for a mistake of the user."""
+    """Runs the command; returns its exit status, 2 for a user error."""
     options = _parser().parse_args(arguments)
     try:
         return report(options)
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Measures, writes the rows and the page; 1 with fail_on_regression where there is one."""
+    """Measures, writes rows and page; returns 1 if --fail-on-regression finds one, else 0."""
     on_cpu = options.device == "cpu"
     if not on_cpu and not torch.cuda.is_available():
         raise BenchmarkError("--device cuda: this torch sees no CUDA device")
@@ -113,7 +114,7 @@ def report(options: argparse.Namespace) -> int:
         seconds=SECONDS,
         baseline_seconds=BASELINE_SECONDS * options.minutes,
         budget_minutes=LAST_START * options.minutes,
-        no_compile=not on_cpu and options.minutes < 10,  # limits of time hold on a CPU alone
+        no_compile=not on_cpu and options.minutes < 10,  # only a CPU has time limits
         no_memory=False,
         backend=[],
     )
@@ -124,7 +125,7 @@ def report(options: argparse.Namespace) -> int:
             rows = run.measure(cases, settings, log)
     except OSError as error:
         raise BenchmarkError(f"--out {options.out}: {error.strerror}") from error
-    # A row has the columns that it needs, one read from a file has all.
+    # A measured row lacks the columns it does not need; a row read from a file has all.
     rows = [dict.fromkeys(table.COLUMNS, "") | row for row in rows]
     facts = table.facts(options.device, settings.threads)
     same = [row for row in before if all(row[n] == facts[n] for n in ("device", "threads"))]

@@ -1,4 +1,4 @@
-"""What a resumed run has to share with the run that its checkpoint is of."""
+"""Compares a resumed run with the run that wrote its checkpoint."""
 
 import dataclasses
 import hashlib
@@ -14,9 +14,9 @@ from himo.files import open_regular
 from himo.model import CLIPConfig
 from himo_kernels.nn import PRESETS
 
-_PICTURES = 64  # of a data set, spread evenly: those that are compared
-_HEAD = 1 << 20  # bytes of a picture that are compared, beside its size
-# The switch of the loss that each flag without a value leaves to the preset.
+_PICTURES = 64  # images compared per data set, evenly spaced
+_HEAD = 1 << 20  # bytes compared at the start of an image; its size is compared too
+# For each flag, the switch of the preset that applies if the flag is not given.
 _SWITCHES = {
     "tau": "variance_threshold",
     "lambda_comp": "component_weight",
@@ -31,16 +31,16 @@ def record(
     train: SampleIndex,
     validation: SampleIndex | None,
 ) -> dict[str, Any]:
-    """What decides a run, as JSON for its checkpoints.
+    """Returns everything that determines the result of a run, as JSON for its checkpoints.
 
-    The data are their digest, which the index holds, and those of a few pictures: nothing of a
-    large set is read anew.
+    For the data it holds the digest stored in the index and the digests of a few images, so a large
+    data set is not read again.
 
     Args:
-        processes: of the run.
-        model: its configuration.
+        processes: the number of processes.
+        model: the configuration of the model.
         train: the pairs to train on.
-        validation: those of --val-data.
+        validation: the pairs of --val-data, or None.
     """
     return {
         "settings": dataclasses.asdict(settings),
@@ -53,13 +53,13 @@ def record(
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One thing that is not as it was. `rule` is a key of AT_RESUME."""
+    """One difference from the checkpoint. `rule` is a key of AT_RESUME."""
 
     name: str
     rule: str
     before: Any
     now: Any
-    what: str  # as in a message, before its value: --lr
+    what: str  # its name in messages, followed by the value: --lr
 
     def refusal(self) -> str:
         return f"expected {self.what} {_shown(self.before)} as it began, got {_shown(self.now)}"
@@ -68,23 +68,23 @@ class Change:
         return f"{self.what} {_shown(self.now)} (before {_shown(self.before)})"
 
     def values(self) -> list[Any]:
-        """[before, now], as metrics.jsonl has them."""
+        """Returns [before, now], as written to metrics.jsonl."""
         return [self.before, self.now]
 
 
 def check(
     before: Mapping[str, Any], now: Mapping[str, Any], allowed: list[str], path: Path
 ) -> list[Change]:
-    """The changes that are allowed, each of which decides or may decide the result.
+    """Returns the allowed changes that may affect the result.
 
     Args:
-        before, now: of `record`; before may be of an older himo and lack parts, which are then
-            not compared.
-        allowed: names of settings that may change though they decide the result.
-        path: of the checkpoint, for messages.
+        before, now: outputs of `record`. An older himo did not write all parts of before; missing
+            parts are not compared.
+        allowed: settings that may change although they affect the result.
+        path: the path of the checkpoint, for messages.
 
     Raises:
-        HimoError: other changes, all in one message.
+        HimoError: there are changes that are not allowed; the message lists all of them.
     """
     changes = [
         *_settings(before, now),
@@ -108,7 +108,7 @@ def check(
 
 
 def unchecked(before: Mapping[str, Any]) -> str:
-    """What the checkpoint of an older himo does not tell; empty if it tells all."""
+    """Returns the parts that an older himo did not record, in words; empty if none is missing."""
     missing = {"train_data": "the data", "model": "the model's configuration"}
     return " and ".join(words for name, words in missing.items() if name not in before)
 
@@ -116,11 +116,13 @@ def unchecked(before: Mapping[str, Any]) -> str:
 def _settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
     old, new = before["settings"], now["settings"]
     if all(old.get(name) == new[name] for name in ("loss", "preset")):
-        old, new = _effective(old), _effective(new)  # else their switches differ with them
+        # Same loss and preset: compare the values in use. Else compare the flags as given, because
+        # the presets' values differ anyway.
+        old, new = _effective(old), _effective(new)
     for rule, names in AT_RESUME.items():
         for name in names:
-            # Not known before: of a run that began before the flag was. A path of data whose
-            # content is known is where they are, not what they are.
+            # A flag missing from the checkpoint did not exist yet. If the digests of the data are
+            # known, a new path only says that the files were moved; _data compares the digests.
             if name not in old or old[name] == new[name]:
                 continue
             moved = name in ("train_data", "val_data") and before.get(name) and now.get(name)
@@ -147,7 +149,7 @@ def _pairs(state: Mapping[str, Any]) -> int:
 
 
 def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    # None is no validation: that is a change of the flag.
+    # None means no validation. _settings reports validation turned on or off, by the flag.
     if not before.get(name) or not now.get(name):
         return
     old, new, flag = before[name], now[name], f"--{name.replace('_', '-')}"
@@ -155,7 +157,7 @@ def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
         before_, now_ = (
             f"{part['pairs']} pairs [SHA-256 {part['sha256'][:12]}]" for part in (old, new)
         )
-        # The order of the samples is one of so many.
+        # The order of the samples is a permutation of all pairs, so their number cannot change.
         rule = "never" if name == "train_data" and old["pairs"] != new["pairs"] else "refuse"
         yield Change(name, rule, before_, now_, f"{flag} of")
         return
@@ -178,7 +180,7 @@ def _content(index: SampleIndex) -> dict[str, Any]:
 
 
 def _picture(index: SampleIndex, row: int) -> str | None:
-    """A digest of a picture's size and beginning; None if it cannot be read."""
+    """Returns a digest of an image's size and first bytes; None if it cannot be read."""
     try:
         source = index.image_source(row)
         if isinstance(source, bytes):
@@ -192,9 +194,9 @@ def _picture(index: SampleIndex, row: int) -> str | None:
 
 
 def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with what the loss takes for each switch that no value is given for."""
+    """Returns the settings, with the preset's value for each switch that was not given."""
     values = dict(settings)
-    # Plain CLIP's loss has no preset.
+    # CLIP's loss has no preset: switches that are not given are 0.
     switches = PRESETS.get(values["preset"], {}) if values["loss"] == "himo" else {}
     for name, switch in _SWITCHES.items():
         if values.get(name) is None:

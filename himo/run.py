@@ -1,4 +1,4 @@
-"""A training run, set up: its data, model, optimizer and folder, from the start or a checkpoint."""
+"""Sets up a training run: data, model, optimizer and folder, for a new or a resumed run."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -34,15 +34,15 @@ from himo.validation import Validation
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What the loop works on; the same on every rank but for the validation, which is rank 0's.
+    """The state of the training loop. Only rank 0 has a validation and a record.
 
     Attributes:
-        settings: with the precision that the device computes in.
-        sampler: where the run is in its data.
-        record: what decides the run, of `resume.record`; on rank 0.
-        step: steps done.
-        steps_per_epoch: of a whole epoch.
-        total_steps: of the run at its end.
+        settings: the settings, in which precision is the one in use on the device.
+        sampler: the order of the samples, and the run's position in it.
+        record: the output of `resume.record`; empty on other ranks.
+        step: the number of steps done.
+        steps_per_epoch: the number of steps in a whole epoch.
+        total_steps: the value of step at the end of the run.
     """
 
     settings: TrainConfig
@@ -61,9 +61,9 @@ class TrainingRun:
     total_steps: int
 
     def batches(self) -> Iterator[Sample]:
-        """The batches of the epoch from where the sampler is, equally many on every rank."""
-        # What is left at an epoch's end may give some ranks none: those take part in the step with
-        # no rows.
+        """Yields the remaining batches of the epoch, equally many on every rank."""
+        # The last samples of an epoch may not reach every rank. A rank without samples gets an
+        # empty batch, so it still takes part in the step.
         steps, number = self.sampler.global_batches(), 0
         for number, batch in enumerate(self.loader, 1):  # noqa: B007
             yield batch
@@ -75,13 +75,13 @@ class TrainingRun:
             yield Sample(image, tokens, none, none)
 
     def save(self, *, ends_epoch: bool = False) -> None:
-        """Writes the training state, and at an epoch's end the model alone; drops older states.
+        """Writes the training state and deletes old ones; at an epoch's end also writes the model.
 
-        Every rank calls it.
+        Every rank must call it.
 
         Raises:
-            HimoError: a loss or gradient since the last line of the log is not finite; or the
-                files cannot be written.
+            HimoError: a loss or gradient since the last log line is not finite, or the files
+                cannot be written.
         """
         self.log.check_finite(self.step)
         reasons = self._bad_samples()
@@ -103,7 +103,7 @@ class TrainingRun:
             old.unlink()
 
     def report_end(self) -> None:
-        """Says which samples could not be read and where the model is; every rank calls it."""
+        """Prints unreadable samples and the path of the model. Every rank must call it."""
         self.loader.bad.load_state_dict({"reasons": self._bad_samples()})
         if not self.ranks.main:
             return
@@ -114,16 +114,16 @@ class TrainingRun:
         print(f"{folder}: done, {folder / run_folder.CHECKPOINTS / name}")
 
     def _bad_samples(self) -> dict[int, str]:
-        # Of all ranks.
+        # Row and reason, from all ranks.
         states = self.ranks.gather(self.loader.bad.state_dict())
         return {row: reason for state in states for row, reason in state["reasons"].items()}
 
 
 def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
-    """Sets up a run that begins, or goes on from its checkpoint, and says what it is.
+    """Sets up a new run, or resumes one from its checkpoint, and prints a summary.
 
     Raises:
-        HimoError: bad data or settings, or a checkpoint that is damaged or of another run.
+        HimoError: bad data or settings, a damaged checkpoint, or a checkpoint of another run.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -133,7 +133,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     settings = dataclasses.replace(settings, precision=precision)
     if said and ranks.main:
         note(said)
-    with ranks.main_first():  # which writes the index that the others read
+    with ranks.main_first():  # rank 0 writes the index, then the others read it
         index, held_out = open_data(settings, ranks)
     model = build_model(settings, device)
     pairs = training_pairs(settings, index, model.config)
@@ -167,7 +167,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         total_steps=0,
     )
     run.step = _begin(run)
-    # From here on: a run that goes on with more epochs than it began with has other steps behind.
+    # Steps done plus steps left, so that a run resumed with more --epochs gets the right total.
     epochs_left = settings.epochs - sampler.epoch - 1
     run.total_steps = run.step + sampler.global_batches() + run.steps_per_epoch * epochs_left
     if ranks.main:
@@ -176,7 +176,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
 
 
 def _begin(run: TrainingRun) -> int:
-    # Takes up the run where its checkpoint left it; returns the steps already done.
+    # Restores the checkpoint, if there is one; returns the number of steps done.
     settings, sampler = run.settings, run.sampler
     state, changes = run_folder.saved_state(settings), []
     if state is not None:
@@ -191,7 +191,7 @@ def _begin(run: TrainingRun) -> int:
             raise HimoError(
                 f"--epochs: expected at least {done}, begun before, got {settings.epochs}"
             )
-    run.ranks.barrier()  # every rank has seen what was there before
+    run.ranks.barrier()  # every rank has read the folder before rank 0 writes to it
     if run.ranks.main:
         run_folder.start(settings, state, changes)
     return 0 if state is None else state.step
@@ -217,7 +217,7 @@ def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
 
 
 def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
-    """The pairs to train on, and those to validate on; says what was left out."""
+    """Returns the pairs to train on and the pairs to validate on; prints which were left out."""
 
     def opened(source: str) -> SampleIndex:
         index = open_dataset(
@@ -254,7 +254,7 @@ def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleI
 def training_pairs(
     settings: TrainConfig, index: SampleIndex, config: CLIPConfig
 ) -> CaptionedImages:
-    """The pairs as a model of that configuration is trained on them."""
+    """Returns the pairs, preprocessed and tokenized for a model of this configuration."""
     return CaptionedImages(
         index,
         Preprocess.of(config, settings.image_mode),
@@ -267,7 +267,7 @@ def training_pairs(
 def training_loader(
     settings: TrainConfig, pairs: CaptionedImages, sampler: EpochSampler, *, pin_memory: bool
 ) -> BatchLoader:
-    """The batches of the pairs in the order of the sampler."""
+    """Returns a loader of the pairs in the order of the sampler."""
     return make_loader(
         pairs,
         sampler,
@@ -293,7 +293,7 @@ def _validation(
 
 
 def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
-    """The model that a run starts from; HimoError for an unknown name or a bad checkpoint."""
+    """Returns the model at step 0; raises HimoError for an unknown name or a bad checkpoint."""
     if settings.pretrained is not None:
         given = {name: getattr(settings, name) for name in checkpoint.CHOICES}
         model, _ = checkpoint.load(settings.pretrained, device="cpu", stretch=True, **given)
@@ -307,7 +307,7 @@ def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
         model.lock_text_tower()
     model.set_grad_checkpointing(settings.grad_checkpointing)
     model.to(device)
-    if settings.compile:  # in place: the names of the parameters stay
+    if settings.compile:  # in place, so parameter names do not change
         model.visual.compile()
         model.transformer.compile(dynamic=True)  # the longest caption of a batch varies
     return model

@@ -1,4 +1,4 @@
-"""`himo train`: one flat loop from captioned images to a checkpoint. himo/run.py sets it up."""
+"""`himo train`: the training loop. himo/run.py sets up the run."""
 
 import argparse
 import math
@@ -22,7 +22,7 @@ from himo.optimizer import MAX_LOG_SCALE, clamp_temperature, learning_rate, make
 from himo.parallel import Ranks
 from himo.run import TrainingRun, build_model, open_run
 
-# What a trainer of one's own is made of can be imported from here.
+# Import these to write your own trainer.
 __all__ = [
     "MAX_LOG_SCALE",
     "Objective",
@@ -39,7 +39,7 @@ add_arguments = config.add_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains as the flags say; returns the exit status."""
+    """Trains with these flags; returns the exit status."""
     settings = config.from_arguments(arguments)
     finished = train(settings)
     return 0 if finished else 130  # the status of an interrupted program
@@ -48,20 +48,21 @@ def run(arguments: argparse.Namespace) -> int:
 def train(settings: TrainConfig) -> bool:
     """Runs or resumes a training run; returns False if it was stopped by a signal.
 
-    Writes config.json, metrics.jsonl and checkpoints/ in settings.folder, which no other run may
-    write meanwhile.
+    Writes config.json, metrics.jsonl and checkpoints/ in settings.folder. The folder is locked:
+    no other run can write there at the same time.
 
     Raises:
-        HimoError: bad data or settings, a damaged checkpoint or that of another run, a folder in
-            use, a loss that is not finite, a worker of the loader that died. Under torchrun the
-            process ends instead, and says why.
+        HimoError: bad data or settings, a damaged checkpoint, a checkpoint of another run, a folder
+            in use, a loss that is not finite, a data loader worker that died. Under torchrun the
+            process prints the reason and exits instead.
     """
     with (
         parallel.join(settings.device, settings.rank_timeout) as ranks,
         worker_deaths(),
         run_folder.owned(settings.folder) if ranks.main else nullcontext(),
     ):
-        return _train(settings, ranks)  # whose run is gone before the ranks part
+        # The run is local to _train, so it is freed before the process group is destroyed.
+        return _train(settings, ranks)
 
 
 def _train(settings: TrainConfig, ranks: Ranks) -> bool:
@@ -73,7 +74,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
 
 
 def _take_steps(run: TrainingRun) -> bool:
-    """Takes the steps that are left, logs and saves; returns False if a signal stopped it."""
+    """Takes the remaining steps, logs and saves; returns False if a signal stopped the run."""
     settings, log = run.settings, run.log
     run.objective.train()
     first_epoch = run.sampler.epoch
@@ -116,10 +117,10 @@ def _take_steps(run: TrainingRun) -> bool:
 
 
 def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], Tensor, bool]:
-    """One step of the optimizer: (outputs of the objective, norm of the gradient, is finite).
+    """Takes one optimizer step; returns (outputs of the objective, gradient norm, is finite).
 
-    With --on-nonfinite skip, a gradient that is not finite changes no weight; otherwise the third
-    is True.
+    With --on-nonfinite skip, a gradient that is not finite changes no weight. Otherwise the norm is
+    not checked, and the third value is always True.
     """
     settings, optimizer = run.settings, run.optimizer
     max_length = longest_text(batch.tokens)  # on the CPU: no sync
@@ -131,7 +132,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     outputs = run.objective.backward(images, tokens, max_length, settings.batch_size)
     limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    # The same norm on each rank, after the mean. Asking makes the host wait.
+    # Gradients are averaged by now, so all ranks decide alike. The check synchronises the host.
     is_finite = settings.on_nonfinite != "skip" or bool(torch.isfinite(grad_norm))
     run.step += 1
     if is_finite:
@@ -142,7 +143,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
 
 
 def _validated(run: TrainingRun) -> dict[str, float]:
-    """The recalls on the held-out pairs where they are due after this step; else nothing."""
+    """Returns the recalls on the held-out pairs if validation is due after this step, else {}."""
     every = run.steps_per_epoch * run.settings.val_frequency
     is_due = _is_multiple(run.step, every) or run.step == run.total_steps
     if run.validation is None or not is_due:
@@ -157,11 +158,11 @@ def _is_logged(run: TrainingRun) -> bool:
 
 
 def _is_multiple(number: int, every: int) -> bool:
-    return every > 0 and number % every == 0  # 0 is never
+    return every > 0 and number % every == 0  # 0 means never
 
 
 def _progress(run: TrainingRun) -> "tqdm[Any]":
-    # In a log file every drawing stays: there the bar is drawn twice a minute.
+    # A log file keeps every redraw of the bar, so it is redrawn only twice a minute there.
     every_s = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=run.total_steps,
@@ -185,7 +186,7 @@ def _stop_requests() -> Iterator[_Stop]:
     stop = _Stop()
 
     def request(number: int, frame: Any) -> None:
-        if stop.requested:  # a second one means now
+        if stop.requested:  # the second signal ends the process at once
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.requested = True

@@ -1,6 +1,6 @@
-"""The batch of a HiMoLoss: the rows of one process, or those of all ranks joined.
+"""The batch of a HiMoLoss: the rows of one process, or the joined rows of all ranks.
 
-Both have the same methods, so the code of the loss is the same for one process and for many.
+Both classes have the same methods, so HiMoLoss has one code path for one process and for many.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def batch_of(loss: "HiMoLoss") -> "LocalBatch | JoinedBatch":
 
 
 class Batch:
-    """What both batches share."""
+    """The interface of both batches, and the composition of the three operators."""
 
     def __init__(self, loss: "HiMoLoss") -> None:
         self.loss = loss
@@ -98,7 +98,7 @@ class LocalBatch(Batch):
     ) -> tuple[Tensor, ...]:
         """Returns the contrastive loss, the component loss and the rank: eq. (1) to (3).
 
-        In one operator, where that has the backend.
+        Calls himo_loss if it has the backend that dual_info_nce would use.
         """
         loss, hide = self.loss, self.loss.hide
         head = HIMO_LOSS.choose(loss.backend, images)
@@ -151,7 +151,7 @@ class LocalBatch(Batch):
 
 
 class JoinedBatch(Batch):
-    """The rows of all ranks of a group. This process owns [M, D] of them; M may be 0.
+    """The rows of all ranks of a group. This rank has M of them; M may be 0.
 
     Call check first: it exchanges the row counts that the other methods need.
     """
@@ -193,16 +193,16 @@ class JoinedBatch(Batch):
         return normalize(features, backend=self.loss.backend)
 
     def reconstruct(self, text_features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the component features [M, D] of own rows, float64, and the rank []: eq. (1).
+        """Returns this rank's component features [M, D] in float64, and the rank []: eq. (1).
 
-        The PCA's texts stay float64. If they were rounded first, a narrow gap at the cut would move
-        the gradient more than 1e-6 from the gradient of one process on the joined batch.
+        The PCA gets float64 texts. With rounded texts and a narrow gap at the cut, the gradient
+        would differ by more than 1e-6 from the gradient of one process on the joined batch.
         """
         loss, hide = self.loss, self.loss.hide
         wide = text_features.double()
         if loss.normalize_features:
             wide = self.normalize(wide)
-        # The floor depends on the dtype of the caller's features, whose rounding it exceeds.
+        # The floor must exceed the rounding of the caller's features, so it uses their dtype.
         floor = floor_of(texts.dtype, hide.variance_floor)
         settings = (hide.variance_threshold, hide.gap_eps, hide.differentiate_basis, loss.backend)
         if loss.pca_scope == "global":

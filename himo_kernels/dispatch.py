@@ -1,7 +1,7 @@
 """Operators and their backends: torch.library schemas, and the choice of a backend per call.
 
-The backend is chosen in Python from shape, dtype and device alone, and is passed to the schema as a
-string. So `torch.compile(fullgraph=True)` sees the same operator for every backend.
+The backend is chosen in Python from shape, dtype and device alone. Its name is an argument of the
+operator, so `torch.compile(fullgraph=True)` sees the same operator for every backend.
 """
 
 import os
@@ -18,9 +18,9 @@ from himo_kernels.process_state import full_float32
 BACKEND_VARIABLE = "HIMO_KERNELS_BACKEND"
 
 OPERATORS: dict[str, "Operator"] = {}  # the public operators, by name
-_ALL: list["Operator"] = []  # their tables define the names of backends
+_ALL: list["Operator"] = []  # public or not; the valid backend names are those in any table
 
-NOT_RUN = "not yet run on hardware"  # the gate of backends whose hardware was not available
+NOT_RUN = "not yet run on hardware"  # gate of backends without hardware to test on
 
 _LIBRARY = torch.library.Library("himo_kernels", "DEF")
 
@@ -31,9 +31,9 @@ class Backend:
 
     kernels maps a pass of the operator, "fwd" or "bwd", to a function of the schema's arguments
     without the trailing backend name. why_not(*tensors) returns the reason why the backend cannot
-    take these tensors, or None. A backend with auto=False runs only when named; gate is the reason,
-    if there is one. auto may be a function of the tensors' shape, dtype and device: "auto" skips
-    the backend where it returns False, because a later backend is faster there.
+    take these tensors, or None. A backend with auto=False runs only when named; gate may state why.
+    auto may also be a function of the tensors' shape, dtype and device. "auto" skips the backend if
+    it returns False, because a later backend is faster for these tensors.
     """
 
     kernels: Mapping[str, Callable[..., object]]
@@ -49,8 +49,8 @@ class Backend:
 class Operator:
     """An operator: its kernels' schemas, and a table of the backends that implement them.
 
-    "auto" tries the backends in the order of the table. A name in any operator's table is valid for
-    all operators. An operator that is not public is part of others and has no schema.
+    "auto" tries the backends in the order of the table. A backend name in any operator's table is
+    accepted by all operators. A non-public operator is a part of others and has no schema.
     """
 
     def __init__(self, name: str, backends: Mapping[str, Backend], *, public: bool = True) -> None:
@@ -68,14 +68,15 @@ class Operator:
         *,
         multiplies: bool = True,
     ) -> torch._ops.OpOverload:
-        """Returns torch.ops.himo_kernels.<name>_<direction>; its last positional is `str backend`.
+        """Defines and returns torch.ops.himo_kernels.<name>_<direction>.
 
-        Keyword-only arguments of the schema are passed to the kernels unless they are None.
+        The last positional argument of the schema must be `str backend`. Keyword-only arguments are
+        passed to the kernels unless they are None.
 
         Outputs are made contiguous here, for every backend, so that the result has the strides of
-        the fake. Inside, dtypes follow the inputs and float32 matmuls are full float32.
-        multiplies=False says that the pass has no matmul, so precision flags are left alone; this
-        saves a quarter of a small call.
+        the fake. Kernels run without autocast and with full float32 matmuls. multiplies=False says
+        that the pass has no matmul, so precision flags are left alone; this saves a quarter of a
+        small call.
         """
 
         def run(*args: object, **optional: object) -> Any:
@@ -92,8 +93,8 @@ class Operator:
     ) -> Any:
         """Returns the outputs of a pass; the last of args is the backend's name.
 
-        The implementation of torch.ops.himo_kernels.<name>_<direction>, and the only way to run an
-        operator that is not public.
+        Implements torch.ops.himo_kernels.<name>_<direction>. A non-public operator can only be run
+        by calling this.
         """
         body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
@@ -125,7 +126,7 @@ class Operator:
         return chosen
 
     def choose(self, requested: str, *tensors: Tensor) -> str | None:
-        """Returns the backend's name as `resolve` does, or None where that raises."""
+        """Returns the backend's name like `resolve`, or None if it cannot take the tensors."""
         requested = _requested_backend(self.name, requested)
         if requested == "auto":
             return self.preferred(*tensors)
@@ -166,7 +167,7 @@ _default_backend = os.environ.get(BACKEND_VARIABLE, "auto")
 
 
 def default_backend() -> str:
-    """Returns the meaning of backend="auto": HIMO_KERNELS_BACKEND at import, or "auto"."""
+    """Returns what replaces "auto": HIMO_KERNELS_BACKEND as it was at import, or "auto"."""
     return _default_backend
 
 

@@ -38,7 +38,7 @@ constexpr int64_t kWorkspace = 16 << 20;
 // bfloat16, as under autocast, which takes half the time. With fewer, these products take little of
 // the time, and the sums are too short to average out the rounding.
 constexpr int64_t kRoundedSamples = 256;
-// Small problems run in groups that share the threads: at most this many rows per group.
+// Small problems run in groups that share the threads. A group has at most this many rows.
 constexpr int64_t kRowsAtATime = 4096;
 
 const auto& loops_of(float) { return tile_loops().float32; }
@@ -46,7 +46,7 @@ const auto& loops_of(double) { return tile_loops().float64; }
 
 // Zero-pads to [padded(N)].
 at::Tensor pad(const at::Tensor& values) {  // [N]
-  // By hand, because three tensor operations take longer than 128 numbers need.
+  // Not by tensor operations: for 128 numbers, three calls cost more than the copy itself.
   const auto source = values.contiguous();
   const auto result = at::empty({padded(values.size(0))}, values.options());
   const size_t bytes = source.nbytes();
@@ -147,11 +147,11 @@ void form_products(c10::ArrayRef<InfoNCE> problems,
   });
 }
 
-// Returns the factors of every problem; the factors of the logits only if their products have not
-// been computed yet (formed is false). For a whole batch this also fills the positives,
+// Returns the factors of every problem. If formed, the cached products are already computed, so the
+// factors of the logits are left out. For a whole batch this also fills the positives,
 // S_ii = scale q_i . k_i, with the same arithmetic as the tiles, so that S_ij - S_ii is exactly 0
-// where captions repeat. Cached products are computed here, because the positives are their
-// diagonal.
+// where captions repeat. If there is a cache, all products are computed here, because the positives
+// are their diagonal.
 template <typename factor_t, typename gradient_t>
 std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems, double scale,
                                                       bool formed, Interrupt& interrupt) {
@@ -192,11 +192,11 @@ std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> pro
 template <typename factor_t>
 void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const bool kept = problems[0].products.defined();
+  const bool cached = problems[0].products.defined();
   const auto factors = factors_of<factor_t, acc_t>(problems, scale, /*formed=*/false, interrupt);
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t offset = problems[0].offset, width = padded(keys);
-  // A whole batch gives -log P; a block gives log sum exp, its share of log(1 / P - 1).
+  // The statistic of a whole batch is -log P; of a block, the log of its part of 1 / P - 1.
   const bool whole = problems[0].positives.defined();
   const auto statistic = [whole](acc_t max, acc_t sum) {
     return whole ? nll(max, sum) : log_odds(max, sum);
@@ -211,7 +211,7 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   const int64_t groups = at::divup(row_blocks, group_blocks);
   const int64_t count = problems.size();
   const auto options = factors[0].row_positives.options();
-  // max and sum of each column over the rows of a group: [problems, groups, 2, padded(N)]
+  // maximum and sum of each column over the rows of a group: [problems, groups, 2, padded(N)]
   const auto partial = at::zeros({count, groups, 2, width}, options);
   acc_t* partial_data = partial.template mutable_data_ptr<acc_t>();
 
@@ -234,7 +234,7 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
           if (interrupt.poll()) return;
           const int64_t columns = std::min(kColumns, keys - column);
           const ProductTile<factor_t> tile(problem, row, column, logits + kRows * kColumns);
-          if (!kept) tile.form(own, row, rows, column, columns);
+          if (!cached) tile.form(own, row, rows, column, columns);
           loops_of(acc_t{}).statistics({tile.data, tile.stride, logits, rows, columns,
                                         row + offset - column, static_cast<acc_t>(scale),
                                         row_positives + row, column_positives + column, row_max,
@@ -273,8 +273,7 @@ const c10::BFloat16* as_factor(const float* tile, int64_t rows, int64_t width,
   return rounded;
 }
 
-// Writes the transposed gradient of a tile: columns of the left factor of the product with the
-// queries.
+// Writes the transposed gradient of a tile into the left factor of the product with the queries.
 template <typename acc_t>
 void transpose(const acc_t* tile, int64_t width, int64_t rows, int64_t columns, acc_t* out,
                int64_t stride) {

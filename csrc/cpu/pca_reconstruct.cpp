@@ -1,8 +1,8 @@
 // Projection onto the kept directions and its gradients. For float32 and lower input, products are
-// float32 with eigenvectors rounded from float64. That suffices because error and derivative are
-// both divided by the eigenvalue gap. Two cases need float64: the few pairs next to the cut, which
-// may be small by chance (sum_near_pairs), and kept eigenvalues that span too wide a range
-// (fits_float32).
+// float32 with eigenvectors rounded from float64. Float32 suffices because error and derivative are
+// both divided by the eigenvalue gap. Two cases need float64: the few pairs next to the cut, whose
+// values may be small by chance (sum_near_pairs), and kept eigenvalues below 1/16 of the mean
+// eigenvalue (fits_float32).
 //
 // S [n, k], k <= n / 2, is the smaller of the kept and the dropped directions; O holds the others.
 // X Pi = X S S^T when S is kept, X - X S S^T when S is dropped.
@@ -27,7 +27,8 @@ constexpr double kSpread = 16;
 
 // Number of directions on each side of the cut whose pairs are summed in float64. With a narrow gap
 // one or two pairs dominate the gradient, and their values may by chance be small relative to
-// their rounding. At least 8 of the farther pairs have similar weights and are not all small.
+// their rounding. Farther from the cut, at least 8 pairs have similar weights, and it is unlikely
+// that all of their values are small.
 constexpr int64_t kNear = 4;
 
 bool fits_float32(const Spectrum& spectrum) {
@@ -52,7 +53,7 @@ struct Workspaces {
   Workspace<double> wide;
 };
 
-// S and O in T.
+// S and O, converted to T.
 template <typename T>
 struct Basis {
   bool dropped;                    // S holds the dropped directions
@@ -98,12 +99,12 @@ void project(const at::Tensor& values,  // [*, N, D]
 
 // products[i][j] *= scale^2 F, README (5), with rows over O and columns over S.
 template <typename T>
-HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double unit, double gap_eps,
+HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double lambda_r, double gap_eps,
                            double scale, bool dropped, Matrix<T> products) {  // [n - k, k]
   const double* of_rows = eigenvalues + (dropped ? 0 : rank);
   const double* of_columns = eigenvalues + (dropped ? rank : 0);
-  const double sign = dropped ? 1 / unit : -1 / unit;
-  const double factor = scale / unit * scale;
+  const double sign = dropped ? 1 / lambda_r : -1 / lambda_r;
+  const double factor = scale / lambda_r * scale;
   for (int64_t i = 0; i < products.rows; ++i) {
     T* row = products.data + i * products.row_stride;
     for (int64_t j = 0; j < products.columns; ++j) {
@@ -149,9 +150,9 @@ void sum_near_pairs(const at::Tensor& grad, const double* grad_mean, const at::T
 //   E = (B + B^T) S = X^T (G S) + G^T (X S)                       [n, k]
 //   K = O (F * (O^T E))                                           [n, k]
 //   dC = K S^T + S K^T,  dX = +-(G S + X K) S^T + (X S) K^T
-// with G centred. The rows of X sum to zero, and so do those of dX, so the mean of G is added
-// unchanged. For rows of a larger batch, of_all is B + B^T and grad_mean the mean of the whole
-// batch.
+// with G centred. The rows of X sum to zero, and so do the rows of dX, so the mean of G is added
+// unchanged. If x holds only some rows of a batch, of_all is B + B^T of the whole batch, and
+// grad_mean is the mean of G over the whole batch.
 template <typename T>
 void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, const double* mean,
                      const double* grad_mean, const Sides& sides, const Spectrum& spectrum,
@@ -190,8 +191,8 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   for (int64_t i = 0; i < n; ++i) {
     std::copy_n(basis.smaller.data + i * basis.smaller.row_stride, k, factors.data + i * 2 * k);
   }
-  const auto turn = factors.column_block(k, k);  // K
-  multiply(basis.other, pairs, turn);
+  const auto basis_grad = factors.column_block(k, k);  // K
+  multiply(basis.other, pairs, basis_grad);
 
   for (int64_t line = 0; line < sides.m; line += step) {
     const int64_t lines = std::min(step, sides.m - line);
@@ -199,10 +200,10 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
       centred = centred_lines(x, mean, sides, b, line, lines, scale, work.x);
     }
     const auto along = both.row_block(line, lines);
-    multiply(centred, turn, along.column_block(0, k), 1, basis.dropped ? -1 : 1);
+    multiply(centred, basis_grad, along.column_block(0, k), 1, basis.dropped ? -1 : 1);
   }
-  // When noise directions are kept, the weights amplify the rounding error in the sum of the rows
-  // of X. Centre the factor along the samples so that the rows of dX sum to zero.
+  // The rows of X sum to zero only up to rounding. If kept eigenvalues are small, the weights
+  // amplify this error. Centre the factor along the samples, so that the rows of dX sum to zero.
   if (of_all == nullptr && !fits_float32(spectrum)) {
     set_column_means(sides.features ? both : factors, std::vector<double>(2 * k, 0.0));
   }
@@ -301,7 +302,7 @@ void pca_reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, const at::
   });
 }
 
-// For some rows of a batch: the decomposition is always of the D x D side.
+// The next three functions take some rows of a batch. They use the D x D side of the PCA.
 
 void moment_reconstruct(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& eigenvalues,
                         const at::Tensor& eigenvectors, const at::Tensor& rank,

@@ -1,4 +1,4 @@
-"""himo_loss: both losses of MoLo from features and texts alone (HiMo-CLIP sections 3.2, 3.3)."""
+"""himo_loss: HiDe and both losses of MoLo in one operator (HiMo-CLIP sections 3.2, 3.3)."""
 
 from typing import NamedTuple
 
@@ -45,23 +45,23 @@ def himo_loss(
     check_finite: bool = False,
     backend: str = "auto",
 ) -> HiMoTerms:
-    """InfoNCE of images against texts, and against the texts' principal components.
+    """InfoNCE of images against texts, and of images against the texts' principal components.
 
-    Equal to `pca_reconstruct` of the texts, `normalize` of its result where normalize_components,
-    and `dual_info_nce` of images, texts and components, in one operator: the component loss may
-    stay in the R + 1 dimensions of the kept components, without an [N, D] reconstruction. Features
-    are used as they are: normalise them first for cosine similarities.
+    Equal to `pca_reconstruct` of the texts, `normalize` of the reconstruction if
+    normalize_components is set, then `dual_info_nce` of images, texts and components. A backend may
+    compute the component loss in the R + 1 dimensions of the kept components, without the [N, D]
+    reconstruction. Features are not normalised: for cosine similarities, normalise them first.
 
     Args:
         image_features: [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
         text_features: [*, N, D], dtype and device of image_features; row i is the caption of
             image i. Leading dimensions are independent problems.
-        logit_scale: The multiplier s itself, a tensor of one element or a number.
+        logit_scale: The multiplier s, not its logarithm: a tensor of one element or a number.
         variance_threshold, variance_floor, gap_eps, differentiate_basis: as in `pca_reconstruct`.
         normalize_components: L2-normalise the reconstructed texts.
         label_smoothing, differentiate_keys: as in `info_nce`, for both losses.
-        check_finite: Raise on NaN or inf (reads the device) rather than return NaN.
-        backend: "auto", "reference" or "cpu". A named one never falls back.
+        check_finite: Raise on NaN or inf instead of returning NaN; synchronises with the device.
+        backend: "auto", "reference" or "cpu". A named backend never falls back to another.
 
     Returns:
         contrastive_loss and component_loss [*], and the rank [*]. First-order differentiable in

@@ -1,8 +1,8 @@
 """The `cpu` backend of himo_loss: the component loss in the R + 1 dimensions of its factors.
 
-Matmuls are torch's, losses csrc/info_nce.cpp's, the decomposition is csrc/pca.cpp's. Equation
-numbers refer to README.md. The rank is on the CPU, so kept and dropped directions are slices.
-Problems of a batch run one after the other.
+torch computes the matmuls, csrc/info_nce.cpp the losses and csrc/pca.cpp the decomposition.
+Equation numbers refer to README.md. The rank is on the CPU, so kept and dropped directions are
+slices. Problems of a batch run one after the other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ from himo_kernels import extension
 from himo_kernels.himo_loss.factors import Factors, Texts, component_operands, noise_level
 from himo_kernels.pca.cpu import why_not_decompose
 
-# Below this gap, relative to lambda_R, a few pairs next to the cut are most of the gradient. The
-# pairs of this many directions on either side are summed in float64.
+# If the gap at the cut, relative to lambda_R, is below _NARROW, a few pairs next to the cut make up
+# most of the gradient. Pairs of the _NEAR directions on each side are then summed in float64.
 _NARROW = 1e-2
 _NEAR = 4
 
@@ -31,14 +31,14 @@ def himo_loss_fwd(
     text_features: Tensor,  # [*, N, D]
     logit_scale: Tensor,  # []
     variance_threshold: Tensor,  # [] float64
-    floor: Sequence[float],  # of pca.reference.floor_of
+    floor: Sequence[float],  # from pca.reference.floor_of
     normalize_components: bool,
     label_smoothing: float,
     *,
     products: Tensor | None = None,  # [2, *, N, N]
     factors: Tensor | None = None,  # [*, (2 N + D)(n + 1)]
 ) -> tuple[Tensor, ...]:
-    """Returns loss [*] and nll [*, N] of rows and columns, twice, and the decomposition."""
+    """Returns loss [*], row and column nll [*, N] of both losses, then the decomposition."""
     library = extension.load()
     decomposition = library.pca_decompose(text_features, variance_threshold.item(), floor)
     text_products, component_products = (None, None) if products is None else products.unbind(0)
@@ -134,7 +134,7 @@ def _problems(
     decomposition: Sequence[Tensor],  # mean, eigenvalues, eigenvectors, rank
     *others: Tensor | None,  # [*, ...]
 ) -> Iterator[tuple[Any, ...]]:
-    # The texts of each problem, and views of the others.
+    # Yields the texts of each problem, and its slice of each other tensor.
     *tensors, rank = decomposition
     lead = rank.dim()
 
@@ -159,7 +159,7 @@ class _Backward:
         texts: Texts,
         operands: tuple[Tensor, Tensor, Factors | None],
         logit_scale: Tensor,
-        loss: Sequence[Tensor],  # its gradient, nll of rows and of columns, products
+        loss: Sequence[Tensor],  # gradient of the loss, row nll, column nll, products
         settings: tuple[float, bool],
     ) -> None:
         self.images, self.texts = images, texts
@@ -185,7 +185,8 @@ class _Backward:
             )
 
         self.of_query, self.of_keys, self.scale = bwd(differentiate_keys, True)
-        # With constant keys, V gets the row half of dS and B, a part of the texts, the column half.
+        # With constant keys, V gets only the row half of dS. The basis is part of the texts, so it
+        # gets only the column half: both halves minus the row half.
         self.of_query_for_basis = self.of_query
         if self.low_rank and not differentiate_keys:
             self.of_query_for_basis = bwd(True, False)[0] - self.of_query
@@ -228,7 +229,8 @@ class _Backward:
             along = own + overlaps if squares is None else torch.addcmul(overlaps, own, squares)
             grad_coefficients = (grad_coefficients * reciprocal).addcmul_(weights, along)
             shares = weights.mT @ coefficients  # [1, R + 1]
-            # The part of C^T diag(w) C B that is not along B. (10) adds the rest where needed.
+            # Adds M B with M = C^T diag(w) C, except M[:R, :R]: O^T removes that part, and (10)
+            # adds it where it is needed.
             grad_basis.addmm_(shares.mT, basis[rank:])
             grad_basis[rank:].addmm_(shares[:, :rank], basis[:rank])
         grad_coefficients = grad_coefficients - grad_coefficients.mean(0)
@@ -276,7 +278,7 @@ def _basis_grad(
         long_side, of_long, of_small = centred, grad_rows.mT, grad_coefficients
     dropped = vectors[:, rank:].to(centred.dtype)
     pairs = dropped.mT @ torch.addmm(of_small, long_side, of_long)
-    last_kept = values[rank - 1].clamp(min=0)  # the scale of all gaps: squares of lambda overflow
+    last_kept = values[rank - 1].clamp(min=0)  # divides gaps: lambda^2 may overflow
     last_kept = torch.where(last_kept > 0, last_kept, 1.0)
     gaps = (values[:rank] - values[rank:].unsqueeze(1)).div_(last_kept)
     if centred.dtype != torch.float64 and gaps[0, -1] < _NARROW:

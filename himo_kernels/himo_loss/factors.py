@@ -1,4 +1,4 @@
-"""The factors of the components, README.md (1) to (3), and the query and keys made of them."""
+"""Computes the factors of the components, and from them query and keys: README.md (1) to (3)."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from himo_kernels import extension
 from himo_kernels._numerics import accumulation_dtype
 
-# As in csrc/cpu/pca_reconstruct.cpp: float32 suffices for the gradient if lambda_R >= trace / 16 n.
+# As in csrc/cpu/pca_reconstruct.cpp: float32 suffices if lambda_R >= trace / (16 n).
 _SPREAD = 16
 # If the mean square of X is in this range, no float32 product overflows or underflows.
 _FLOAT32_RANGE = (1e-20, 1e20)
@@ -25,7 +25,7 @@ class Texts(NamedTuple):
 
     @property
     def feature_side(self) -> bool:
-        """Returns whether the eigenvectors are those of X^T X, not of X X^T."""
+        """Returns whether the eigenvectors belong to X^T X; if not, they belong to X X^T."""
         return self.features.shape[1] <= self.features.shape[0]
 
     @property
@@ -52,7 +52,10 @@ class Factors(NamedTuple):
 
 
 class Room:
-    """Memory for the factors of one problem: the forward fills it, the backward reads it."""
+    """The cached factors of one problem: the forward writes them, the backward reads them.
+
+    Without a cache, each matrix is allocated.
+    """
 
     def __init__(self, memory: Tensor | None, like: Tensor, filled: bool) -> None:
         self.memory, self.like = memory, like
@@ -71,8 +74,8 @@ def component_operands(
 ) -> tuple[Tensor, Tensor, Factors | None]:
     """Returns query and keys of the component logits, and the factors if they are used.
 
-    Query and keys are [N, R + 1] if that is less work, else [N, D]. memory is written, or read if
-    filled.
+    Query and keys are [N, R + 1] if that is less work, else [N, D]. memory is the cache of the
+    factors: read if filled, else written.
     """
     features = texts.features
     if texts.is_nan:
@@ -92,7 +95,7 @@ def component_operands(
 
 
 def _is_low_rank(texts: Texts) -> bool:
-    # Factors are float32, at half the rate of bfloat16 products.
+    # Products of factors are float32, which run at half the rate of bfloat16.
     half_rate = texts.features.dtype == torch.bfloat16 and extension.load().multiplies_bfloat16()
     return (texts.rank + 1) * (2 if half_rate else 1) < texts.features.shape[1]
 
@@ -119,7 +122,7 @@ def _factors(texts: Texts, normalize: bool, centred: Tensor, room: Room) -> Fact
     overlaps = rows @ basis[rank]
     if not normalize:
         return Factors(centred, coefficients, basis, squares, overlaps, None, coefficients)
-    # (2): u' = (C + m / l) B + the part of the mean orthogonal to B, so nothing cancels.
+    # (2): u' = (C + m / l) B + (part of the mean orthogonal to B). Orthogonal terms do not cancel.
     along = overlaps if inverse is None else overlaps * inverse
     across = torch.addmv(basis[rank], rows.mT, along, alpha=-1)
     shifted = (own + along).square_()

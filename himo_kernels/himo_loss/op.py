@@ -1,7 +1,7 @@
 """Schemas, fakes and autograd of himo_loss.
 
-Saved are the inputs, the decomposition of the texts in float64 and nll of both losses, whatever the
-backend: any backend's backward accepts any other's forward.
+Every backend saves the same tensors for the backward: the inputs, the float64 decomposition of the
+texts, and the nll of both losses. So any backend's backward accepts any other backend's forward.
 """
 
 import math
@@ -22,14 +22,14 @@ HIMO_LOSS = Operator(
         "reference": Backend({"fwd": reference.himo_loss_fwd, "bwd": reference.himo_loss_bwd}),
     },
 )
-# Backends that can keep the logits between the passes.
+# Backends that can cache the logits and factors for the backward.
 CACHING_BACKENDS = ("cpu",)
 
 
 class Settings(NamedTuple):
-    """What a call is told beside tensors."""
+    """The arguments of a call that are not tensors."""
 
-    floor: tuple[float, float]  # of pca.reference.floor_of
+    floor: tuple[float, float]  # from pca.reference.floor_of
     normalize_components: bool
     label_smoothing: float
     differentiate_keys: bool
@@ -70,8 +70,8 @@ def _bwd_fake(
     )
 
 
-# Written forward and read backward, by the backends that keep them: products [2, *, N, N], logits
-# of both losses before the scale; factors [*, (2 N + D)(n + 1)], C, B and A of README.md (1), (3).
+# Two caches, written by fwd and read by bwd. products [2, *, N, N]: the logits of both losses, not
+# yet scaled. factors [*, (2 N + D)(n + 1)]: C, B and A of README.md (1) and (3).
 _FWD = HIMO_LOSS.define(
     "fwd",
     "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor variance_threshold, "
@@ -93,7 +93,7 @@ _BWD = HIMO_LOSS.define(
 
 
 def _room(features: Tensor, budget: float | None) -> dict[str, Tensor]:
-    # What is kept between the passes, each where it fits the budget in bytes.
+    # Returns an empty tensor for each cache that fits the budget (in bytes) on its own.
     *batch, samples, width = features.shape
     dtype = accumulation_dtype(features.dtype)
     shapes = {
@@ -121,9 +121,9 @@ class HiMoLossFunction(torch.autograd.Function):
         logit_scale: Tensor,  # []
         variance_threshold: Tensor,  # [] float64
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kept = {}
+        caches = {}
         if backend in CACHING_BACKENDS and any(ctx.needs_input_grad):
-            kept = _room(image_features, logits_budget)
+            caches = _room(image_features, logits_budget)
         inputs = (image_features, text_features, logit_scale)
         outputs = _FWD(
             *inputs,
@@ -132,13 +132,13 @@ class HiMoLossFunction(torch.autograd.Function):
             settings.normalize_components,
             settings.label_smoothing,
             backend,
-            **kept,
+            **caches,
         )
         contrastive_loss, *nll, component_loss = outputs[:4]
         *decomposition, rank = outputs[6:]
         saved = (*inputs, *nll, *outputs[4:6], *decomposition, rank)
-        ctx.save_for_backward(*saved, *kept.values())
-        ctx.settings, ctx.backend, ctx.kept = settings, backend, tuple(kept)
+        ctx.save_for_backward(*saved, *caches.values())
+        ctx.settings, ctx.backend, ctx.caches = settings, backend, tuple(caches)
         ctx.mark_non_differentiable(rank)
         return contrastive_loss, component_loss, rank
 
@@ -147,9 +147,9 @@ class HiMoLossFunction(torch.autograd.Function):
         ctx: Any, grad_contrastive_loss: Tensor, grad_component_loss: Tensor, grad_rank: None
     ) -> Any:
         refuse_double_backward("himo_loss")
-        tensors = ctx.saved_tensors  # once: a checkpoint unpacks no tensor twice
-        count = len(tensors) - len(ctx.kept)
-        saved, kept = tensors[:count], tensors[count:]
+        tensors = ctx.saved_tensors  # read once: activation checkpointing unpacks it only once
+        count = len(tensors) - len(ctx.caches)
+        saved, caches = tensors[:count], tensors[count:]
         needs_grad = ctx.needs_input_grad[3:6]
         grads = _BWD(
             grad_contrastive_loss,
@@ -158,7 +158,7 @@ class HiMoLossFunction(torch.autograd.Function):
             *ctx.settings[1:],
             list(needs_grad),
             ctx.backend,
-            **dict(zip(ctx.kept, kept, strict=True)),
+            **dict(zip(ctx.caches, caches, strict=True)),
         )
         of_inputs = [grad if need else None for grad, need in zip(grads, needs_grad, strict=True)]
         return None, None, None, *of_inputs, None

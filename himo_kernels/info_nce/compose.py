@@ -1,8 +1,8 @@
-"""Builds the three operators from one loss, of which a backend implements only `fwd` and `bwd`.
+"""Builds the three operators from one loss. A backend implements its `fwd` and `bwd` only.
 
-Each operator is a list of losses that share the images and the logit scale (LOSSES). The gradients
-of images and scale are passed from one loss to the next, which adds its own: the sum is rounded
-once, and only one gradient is allocated.
+Each operator is a list of losses that share the images and the logit scale (LOSSES). Each loss adds
+its gradients of images and scale to the sum of the previous losses, so the sum is rounded once and
+only one gradient is allocated.
 """
 
 import itertools
@@ -29,18 +29,18 @@ class Factors(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Arguments other than tensors that the losses of a call share."""
+    """Arguments that are not tensors and are the same for all losses of a call."""
 
     label_smoothing: float
     differentiate_keys: bool = True  # used by the backward only
 
 
 class Direction(NamedTuple):
-    """The softmax over rows or over columns, and the gradient that comes back to it."""
+    """The saved statistics of the row or the column softmax, and its incoming gradient."""
 
-    positives: Tensor  # [*, n]: S of the pair of each row (column)
+    positives: Tensor  # [*, n]: logit of the positive of each row (column)
     nll: Tensor  # [*, n], over the whole batch
-    weight: Tensor | None = None  # [*, n]: gradient of each nll; None, of a whole batch, means 1
+    weight: Tensor | None = None  # [*, n]: gradient of each nll; None (a whole batch): 1
 
 
 class Loss(NamedTuple):
@@ -50,7 +50,7 @@ class Loss(NamedTuple):
     keys: Tensor | Factors  # U [*, N, D]
     logit_scale: Tensor  # s []
     settings: Settings
-    products: Tensor | None = None  # V U^T [*, N, N], written forward and read backward
+    products: Tensor | None = None  # V U^T [*, N, N]: cache, written by fwd, read by bwd
 
 
 class Statistics(NamedTuple):
@@ -67,16 +67,16 @@ class Needs(NamedTuple):
     images: bool
     keys: tuple[bool, ...]  # (keys,) or (coefficients, basis)
     scale: bool
-    # Whether this is the last loss to add to the gradients of images and scale. The last returns
-    # the shapes of their inputs; earlier ones may use any layout that suits the backend.
+    # Whether this is the last loss to add to the gradients of images and scale. The last loss must
+    # return them in the shapes of the inputs; earlier losses may use any layout.
     last: bool = True
 
 
 class Gradients(NamedTuple):
     """Gradients in any dtype; this module rounds them to the dtype of their inputs.
 
-    Gradients that are not needed are ignored. Those of images and scale include the gradients of
-    earlier losses, passed as add_to.
+    Gradients that are not needed are ignored. The gradients of images and scale include add_to, the
+    sum of the earlier losses.
     """
 
     images: Tensor | None = None  # [*, N, D]
@@ -85,13 +85,13 @@ class Gradients(NamedTuple):
 
 
 class Forward(Protocol):
-    """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
+    """Returns loss [*], row nll [*, N] and column nll [*, N]."""
 
     def __call__(self, loss: Loss) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Backward(Protocol):
-    """Returns the gradients of a loss, added to the gradients of earlier losses."""
+    """Returns the gradients of a loss, with add_to added for images and scale."""
 
     def __call__(
         self, loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients
