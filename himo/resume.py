@@ -1,4 +1,4 @@
-"""What a resumed run has to share with the run that its checkpoint is of."""
+"""Checks that a resumed run is the run of its checkpoint."""
 
 import dataclasses
 import hashlib
@@ -14,9 +14,9 @@ from himo.files import open_regular
 from himo.model import CLIPConfig
 from himo_kernels.nn import PRESETS
 
-_PICTURES = 64  # of a data set, spread evenly: those that are compared
-_HEAD = 1 << 20  # bytes of a picture that are compared, beside its size
-# The switch of the loss that each flag without a value leaves to the preset.
+_PICTURES = 64  # of a data set, spread evenly, are compared
+_HEAD = 1 << 20  # bytes of a picture that are compared, in addition to its size
+# The preset's switch for each flag without a value.
 _SWITCHES = {
     "tau": "variance_threshold",
     "lambda_comp": "component_weight",
@@ -31,16 +31,16 @@ def record(
     train: SampleIndex,
     validation: SampleIndex | None,
 ) -> dict[str, Any]:
-    """What decides a run, as JSON for its checkpoints.
+    """Everything that decides a run, as JSON for its checkpoints.
 
-    The data are their digest, which the index holds, and those of a few pictures: nothing of a
-    large set is read anew.
+    Data are stored as their digest, which the index has, and the digests of a few pictures, so
+    that a large set is not read again.
 
     Args:
         processes: of the run.
         model: its configuration.
         train: the pairs to train on.
-        validation: those of --val-data.
+        validation: the pairs of --val-data.
     """
     return {
         "settings": dataclasses.asdict(settings),
@@ -53,13 +53,13 @@ def record(
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One thing that is not as it was. `rule` is a key of AT_RESUME."""
+    """One difference from the checkpoint. `rule` is a key of AT_RESUME."""
 
     name: str
     rule: str
     before: Any
     now: Any
-    what: str  # as in a message, before its value: --lr
+    what: str  # its name in a message: --lr
 
     def refusal(self) -> str:
         return f"expected {self.what} {_shown(self.before)} as it began, got {_shown(self.now)}"
@@ -68,19 +68,18 @@ class Change:
         return f"{self.what} {_shown(self.now)} (before {_shown(self.before)})"
 
     def values(self) -> list[Any]:
-        """[before, now], as metrics.jsonl has them."""
+        """[before, now], for metrics.jsonl."""
         return [self.before, self.now]
 
 
 def check(
     before: Mapping[str, Any], now: Mapping[str, Any], allowed: list[str], path: Path
 ) -> list[Change]:
-    """The changes that are allowed, each of which decides or may decide the result.
+    """The allowed changes that may change the result.
 
     Args:
-        before, now: of `record`; before may be of an older himo and lack parts, which are then
-            not compared.
-        allowed: names of settings that may change though they decide the result.
+        before, now: of `record`. Parts that an older himo did not store are not compared.
+        allowed: names of settings that may change although they decide the result.
         path: of the checkpoint, for messages.
 
     Raises:
@@ -108,7 +107,7 @@ def check(
 
 
 def unchecked(before: Mapping[str, Any]) -> str:
-    """What the checkpoint of an older himo does not tell; empty if it tells all."""
+    """The parts that the checkpoint of an older himo lacks, in words; empty if none."""
     missing = {"train_data": "the data", "model": "the model's configuration"}
     return " and ".join(words for name, words in missing.items() if name not in before)
 
@@ -119,8 +118,7 @@ def _settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Cha
         old, new = _effective(old), _effective(new)  # else their switches differ with them
     for rule, names in AT_RESUME.items():
         for name in names:
-            # Not known before: of a run that began before the flag was. A path of data whose
-            # content is known is where they are, not what they are.
+            # A flag is missing if it is newer than the run. Data whose content is known may move.
             if name not in old or old[name] == new[name]:
                 continue
             moved = name in ("train_data", "val_data") and before.get(name) and now.get(name)
@@ -147,7 +145,7 @@ def _pairs(state: Mapping[str, Any]) -> int:
 
 
 def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    # None is no validation: that is a change of the flag.
+    # None means no validation; _settings reports that as a change of the flag.
     if not before.get(name) or not now.get(name):
         return
     old, new, flag = before[name], now[name], f"--{name.replace('_', '-')}"
@@ -155,14 +153,15 @@ def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
         before_, now_ = (
             f"{part['pairs']} pairs [SHA-256 {part['sha256'][:12]}]" for part in (old, new)
         )
-        # The order of the samples is one of so many.
+        # The order of the samples depends on their number.
         rule = "never" if name == "train_data" and old["pairs"] != new["pairs"] else "refuse"
         yield Change(name, rule, before_, now_, f"{flag} of")
         return
-    pairs = {image: (old["pictures"].get(image), now) for image, now in new["pictures"].items()}
-    compared = {image: pair for image, pair in pairs.items() if None not in pair}
-    others = {image: pair for image, pair in compared.items() if pair[0] != pair[1]}
-    for image, (digest, digest_now) in list(others.items())[:1]:
+    pairs = [(image, old["pictures"].get(image), now) for image, now in new["pictures"].items()]
+    compared = [pair for pair in pairs if None not in pair]
+    others = [pair for pair in compared if pair[1] != pair[2]]
+    if others:
+        image, digest, digest_now = others[0]
         many = f"{digest_now}; {len(others)} of {len(compared)} pictures looked at are others"
         yield Change(name, "refuse", digest, many, f"{flag} whose {image} is")
 
@@ -178,7 +177,7 @@ def _content(index: SampleIndex) -> dict[str, Any]:
 
 
 def _picture(index: SampleIndex, row: int) -> str | None:
-    """A digest of a picture's size and beginning; None if it cannot be read."""
+    """A digest of a picture's size and first bytes; None if it cannot be read."""
     try:
         source = index.image_source(row)
         if isinstance(source, bytes):
@@ -192,7 +191,7 @@ def _picture(index: SampleIndex, row: int) -> str | None:
 
 
 def _effective(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with what the loss takes for each switch that no value is given for."""
+    """The settings, with the preset's value for each switch that no flag sets."""
     values = dict(settings)
     # Plain CLIP's loss has no preset.
     switches = PRESETS.get(values["preset"], {}) if values["loss"] == "himo" else {}

@@ -1,4 +1,4 @@
-"""A training run, set up: its data, model, optimizer and folder, from the start or a checkpoint."""
+"""Sets up a training run: data, model, optimizer and folder, from the start or a checkpoint."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -34,12 +34,12 @@ from himo.validation import Validation
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What the loop works on; the same on every rank but for the validation, which is rank 0's.
+    """The state of the loop, the same on every rank except record and validation, on rank 0 only.
 
     Attributes:
         settings: with the precision that the device computes in.
-        sampler: where the run is in its data.
-        record: what decides the run, of `resume.record`; on rank 0.
+        sampler: the position of the run in its data.
+        record: everything that decides the run, from `resume.record`.
         step: steps done.
         steps_per_epoch: of a whole epoch.
         total_steps: of the run at its end.
@@ -61,9 +61,8 @@ class TrainingRun:
     total_steps: int
 
     def batches(self) -> Iterator[Sample]:
-        """The batches of the epoch from where the sampler is, equally many on every rank."""
-        # What is left at an epoch's end may give some ranks none: those take part in the step with
-        # no rows.
+        """The remaining batches of the epoch, equally many on every rank."""
+        # The last batch of an epoch may have no rows for some ranks, which take the step with none.
         steps, number = self.sampler.global_batches(), 0
         for number, batch in enumerate(self.loader, 1):  # noqa: B007
             yield batch
@@ -75,7 +74,7 @@ class TrainingRun:
             yield Sample(image, tokens, none, none)
 
     def save(self, *, ends_epoch: bool = False) -> None:
-        """Writes the training state, and at an epoch's end the model alone; drops older states.
+        """Writes the training state, and after an epoch also the model; removes older states.
 
         Every rank calls it.
 
@@ -103,7 +102,7 @@ class TrainingRun:
             old.unlink()
 
     def report_end(self) -> None:
-        """Says which samples could not be read and where the model is; every rank calls it."""
+        """Prints which samples could not be read and where the model is; every rank calls it."""
         self.loader.bad.load_state_dict({"reasons": self._bad_samples()})
         if not self.ranks.main:
             return
@@ -114,13 +113,12 @@ class TrainingRun:
         print(f"{folder}: done, {folder / run_folder.CHECKPOINTS / name}")
 
     def _bad_samples(self) -> dict[int, str]:
-        # Of all ranks.
         states = self.ranks.gather(self.loader.bad.state_dict())
         return {row: reason for state in states for row, reason in state["reasons"].items()}
 
 
 def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
-    """Sets up a run that begins, or goes on from its checkpoint, and says what it is.
+    """Sets up a run that begins or continues from its checkpoint, and prints a summary.
 
     Raises:
         HimoError: bad data or settings, or a checkpoint that is damaged or of another run.
@@ -133,7 +131,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     settings = dataclasses.replace(settings, precision=precision)
     if said and ranks.main:
         note(said)
-    with ranks.main_first():  # which writes the index that the others read
+    with ranks.main_first():  # rank 0 writes the index that the others read
         index, held_out = open_data(settings, ranks)
     model = build_model(settings, device)
     pairs = training_pairs(settings, index, model.config)
@@ -167,7 +165,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         total_steps=0,
     )
     run.step = _begin(run)
-    # From here on: a run that goes on with more epochs than it began with has other steps behind.
+    # Counted from here: the earlier part of a resumed run may have had other epochs.
     epochs_left = settings.epochs - sampler.epoch - 1
     run.total_steps = run.step + sampler.global_batches() + run.steps_per_epoch * epochs_left
     if ranks.main:
@@ -176,7 +174,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
 
 
 def _begin(run: TrainingRun) -> int:
-    # Takes up the run where its checkpoint left it; returns the steps already done.
+    # Restores the run from its checkpoint, if there is one; returns the steps already done.
     settings, sampler = run.settings, run.sampler
     state, changes = run_folder.saved_state(settings), []
     if state is not None:
@@ -191,7 +189,7 @@ def _begin(run: TrainingRun) -> int:
             raise HimoError(
                 f"--epochs: expected at least {done}, begun before, got {settings.epochs}"
             )
-    run.ranks.barrier()  # every rank has seen what was there before
+    run.ranks.barrier()  # every rank has read the folder before rank 0 changes it
     if run.ranks.main:
         run_folder.start(settings, state, changes)
     return 0 if state is None else state.step
@@ -217,7 +215,7 @@ def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
 
 
 def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
-    """The pairs to train on, and those to validate on; says what was left out."""
+    """(pairs to train on, pairs to validate on); prints what was left out."""
 
     def opened(source: str) -> SampleIndex:
         index = open_dataset(
@@ -241,20 +239,20 @@ def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleI
     if first:
         if first >= len(index):
             raise HimoError(f"--held-out: expected fewer than {len(index)} pairs, got {first}")
-        held_out = index[:first]
-    if count is not None and first + count > len(index):
-        raise HimoError(
-            f"--train-num-samples: expected at most {len(index) - first} pairs, got {count}"
-        )
-    if first or count is not None:
-        index = index[first:] if count is None else index[first : first + count]
+        held_out, index = index[:first], index[first:]
+    if count is not None:
+        if count > len(index):
+            raise HimoError(
+                f"--train-num-samples: expected at most {len(index)} pairs, got {count}"
+            )
+        index = index[:count]
     return index, held_out
 
 
 def training_pairs(
     settings: TrainConfig, index: SampleIndex, config: CLIPConfig
 ) -> CaptionedImages:
-    """The pairs as a model of that configuration is trained on them."""
+    """The pairs, preprocessed for a model of that configuration."""
     return CaptionedImages(
         index,
         Preprocess.of(config, settings.image_mode),
@@ -267,7 +265,7 @@ def training_pairs(
 def training_loader(
     settings: TrainConfig, pairs: CaptionedImages, sampler: EpochSampler, *, pin_memory: bool
 ) -> BatchLoader:
-    """The batches of the pairs in the order of the sampler."""
+    """The batches of the pairs, in the order of the sampler."""
     return make_loader(
         pairs,
         sampler,
@@ -293,7 +291,7 @@ def _validation(
 
 
 def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
-    """The model that a run starts from; HimoError for an unknown name or a bad checkpoint."""
+    """The initial model of a run; HimoError for an unknown name or a bad checkpoint."""
     if settings.pretrained is not None:
         given = {name: getattr(settings, name) for name in checkpoint.CHOICES}
         model, _ = checkpoint.load(settings.pretrained, device="cpu", stretch=True, **given)
@@ -307,7 +305,7 @@ def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
         model.lock_text_tower()
     model.set_grad_checkpointing(settings.grad_checkpointing)
     model.to(device)
-    if settings.compile:  # in place: the names of the parameters stay
+    if settings.compile:  # in place, which preserves the names of the parameters
         model.visual.compile()
         model.transformer.compile(dynamic=True)  # the longest caption of a batch varies
     return model

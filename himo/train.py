@@ -1,4 +1,4 @@
-"""`himo train`: one flat loop from captioned images to a checkpoint. himo/run.py sets it up."""
+"""`himo train`: the loop from captioned images to a checkpoint, which himo/run.py sets up."""
 
 import argparse
 import math
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from himo.optimizer import MAX_LOG_SCALE, clamp_temperature, learning_rate, make
 from himo.parallel import Ranks
 from himo.run import TrainingRun, build_model, open_run
 
-# What a trainer of one's own is made of can be imported from here.
+# A custom trainer can import its parts from here.
 __all__ = [
     "MAX_LOG_SCALE",
     "Objective",
@@ -40,28 +41,26 @@ add_arguments = config.add_arguments
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains as the flags say; returns the exit status."""
-    settings = config.from_arguments(arguments)
-    finished = train(settings)
+    finished = train(config.from_arguments(arguments))
     return 0 if finished else 130  # the status of an interrupted program
 
 
 def train(settings: TrainConfig) -> bool:
-    """Runs or resumes a training run; returns False if it was stopped by a signal.
+    """Runs or resumes a training run; returns False if a signal stopped it.
 
-    Writes config.json, metrics.jsonl and checkpoints/ in settings.folder, which no other run may
-    write meanwhile.
+    Writes config.json, metrics.jsonl and checkpoints/ in settings.folder and locks it.
 
     Raises:
-        HimoError: bad data or settings, a damaged checkpoint or that of another run, a folder in
+        HimoError: bad data or settings, a damaged checkpoint or one of another run, a folder in
             use, a loss that is not finite, a worker of the loader that died. Under torchrun the
-            process ends instead, and says why.
+            process prints it and ends instead.
     """
     with (
         parallel.join(settings.device, settings.rank_timeout) as ranks,
         worker_deaths(),
         run_folder.owned(settings.folder) if ranks.main else nullcontext(),
     ):
-        return _train(settings, ranks)  # whose run is gone before the ranks part
+        return _train(settings, ranks)  # a function, so that its run is freed before the group
 
 
 def _train(settings: TrainConfig, ranks: Ranks) -> bool:
@@ -73,7 +72,7 @@ def _train(settings: TrainConfig, ranks: Ranks) -> bool:
 
 
 def _take_steps(run: TrainingRun) -> bool:
-    """Takes the steps that are left, logs and saves; returns False if a signal stopped it."""
+    """Takes the remaining steps, logs and saves; returns False if a signal stopped it."""
     settings, log = run.settings, run.log
     run.objective.train()
     first_epoch = run.sampler.epoch
@@ -131,7 +130,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     outputs = run.objective.backward(images, tokens, max_length, settings.batch_size)
     limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    # The same norm on each rank, after the mean. Asking makes the host wait.
+    # DDP has averaged the gradients, so ranks agree. Reading the norm is a sync.
     is_finite = settings.on_nonfinite != "skip" or bool(torch.isfinite(grad_norm))
     run.step += 1
     if is_finite:
@@ -142,7 +141,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
 
 
 def _validated(run: TrainingRun) -> dict[str, float]:
-    """The recalls on the held-out pairs where they are due after this step; else nothing."""
+    """The recalls on the held-out pairs if they are due after this step; else empty."""
     every = run.steps_per_epoch * run.settings.val_frequency
     is_due = _is_multiple(run.step, every) or run.step == run.total_steps
     if run.validation is None or not is_due:
@@ -161,7 +160,7 @@ def _is_multiple(number: int, every: int) -> bool:
 
 
 def _progress(run: TrainingRun) -> "tqdm[Any]":
-    # In a log file every drawing stays: there the bar is drawn twice a minute.
+    # In a log file each redraw is a new line: there the bar is drawn twice a minute.
     every_s = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=run.total_steps,
@@ -175,24 +174,18 @@ def _progress(run: TrainingRun) -> "tqdm[Any]":
     )
 
 
-class _Stop:
-    requested = False
-
-
 @contextmanager
-def _stop_requests() -> Iterator[_Stop]:
+def _stop_requests() -> Iterator[SimpleNamespace]:
     # SIGINT and SIGTERM end the run after the current step, with a checkpoint.
-    stop = _Stop()
+    stop = SimpleNamespace(requested=False)
 
     def request(number: int, frame: Any) -> None:
-        if stop.requested:  # a second one means now
+        if stop.requested:  # a second signal ends it at once
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.requested = True
 
-    previous = {
-        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
