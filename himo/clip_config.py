@@ -30,7 +30,11 @@ def _three(name: str, values: Any, lowest: float) -> tuple[float, ...]:
         return tuple(float(x) for x in values)
     got = ", ".join(quoted(x) for x in values) if several else quoted(values)
     least = "" if lowest == -math.inf else f" above {lowest:g}"
-    raise HimoError(f"model configuration: expected {name} to be 3 numbers{least}, got {got}")
+    raise _expected(f"{name} to be 3 numbers{least}", got)
+
+
+def _expected(what: str, got: object) -> HimoError:
+    return HimoError(f"model configuration: expected {what}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,7 @@ class CLIPConfig:
         self._check_sizes()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise HimoError(
-                    f"model configuration: expected {name} to be {' or '.join(choices)}, got "
-                    f"{quoted(getattr(self, name))}"
-                )
+                raise _expected(f"{name} to be {' or '.join(choices)}", quoted(getattr(self, name)))
         for name, lowest in (("image_mean", -math.inf), ("image_std", 0.0)):
             object.__setattr__(self, name, _three(name, getattr(self, name), lowest))
 
@@ -82,22 +83,16 @@ class CLIPConfig:
             value = getattr(self, field.name)
             most = _MAX_LAYERS if field.name.endswith("layers") else _MAX_SIZE
             if field.type is int and (type(value) is not int or not 1 <= value <= most):
-                raise HimoError(
-                    f"model configuration: expected {field.name} to be an integer from 1 to "
-                    f"{most}, got {quoted(value)}"
-                )
+                raise _expected(f"{field.name} to be an integer from 1 to {most}", quoted(value))
         if self.image_resolution % self.vision_patch_size:
-            raise HimoError(
-                f"model configuration: expected image_resolution to be a multiple of "
-                f"vision_patch_size {self.vision_patch_size}, got {self.image_resolution}"
+            raise _expected(
+                f"image_resolution to be a multiple of vision_patch_size {self.vision_patch_size}",
+                self.image_resolution,
             )
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
-                raise HimoError(
-                    f"model configuration: expected {tower}_heads to divide {tower}_width "
-                    f"{width}, got {heads}"
-                )
+                raise _expected(f"{tower}_heads to divide {tower}_width {width}", heads)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as a checkpoint stores them."""

@@ -1,9 +1,9 @@
 """The processes of one training run under torchrun: set-up, heartbeats, and a common end.
 
 A process that is killed, is stopped or raises must not leave the others waiting in a collective.
-Each writes a heartbeat to torchrun's store every second and watches that of the next rank. A
-process that raises writes its reason there. A process that finds a reason, or no heartbeat, prints
-it and exits.
+Each writes a heartbeat to torchrun's store every second and watches the next rank's. A process
+that raises writes its reason there. A process that finds a reason, or no heartbeat, prints it and
+exits.
 
 torchrun alone acts only on an exit: a stopped rank stays for 83 s, `@record` tells no other rank
 the reason, and the run ends 19 s after a kill, 23 s after a raise.
@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -65,9 +65,9 @@ class Ranks:
         """The value of every rank, in rank order."""
         return [value]
 
-    def any(self, flag: bool) -> "Vote":
-        """Starts to find out whether the flag is set on any rank."""
-        return Vote(flag)
+    def any(self, flag: bool) -> Callable[[], bool]:
+        """Starts to find out whether the flag is set on any rank; the result waits and tells."""
+        return lambda: flag
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -80,16 +80,6 @@ class Ranks:
         yield
         if self.main:
             self.barrier()
-
-
-class Vote:
-    """Whether a flag is set on any rank; `result` waits for the answer."""
-
-    def __init__(self, flag: bool) -> None:
-        self._flag = flag
-
-    def result(self) -> bool:
-        return self._flag
 
 
 class _ManyRanks(Ranks):
@@ -131,21 +121,18 @@ class _ManyRanks(Ranks):
         dist.all_gather_object(values, value, group=self._control)
         return values
 
-    def any(self, flag: bool) -> Vote:
-        return _RunningVote(flag, self._control)
+    def any(self, flag: bool) -> Callable[[], bool]:
+        flags = torch.tensor(float(flag))
+        work = dist.all_reduce(flags, group=self._control, async_op=True)
+
+        def result() -> bool:
+            work.wait()
+            return bool(flags)
+
+        return result
 
     def barrier(self) -> None:
         dist.all_reduce(torch.zeros(1), group=self._control)
-
-
-class _RunningVote(Vote):
-    def __init__(self, flag: bool, group: dist.ProcessGroup | None) -> None:
-        self._flags = torch.tensor(float(flag))
-        self._work = dist.all_reduce(self._flags, group=group, async_op=True)
-
-    def result(self) -> bool:
-        self._work.wait()
-        return bool(self._flags)
 
 
 @contextmanager
@@ -188,7 +175,7 @@ def _store(use: str) -> PrefixStore:
 
 
 class _Watch:
-    """Writes the heartbeat of this process and watches that of the next rank."""
+    """Writes the heartbeat of this process and watches the next rank's."""
 
     def __init__(self, rank: int, size: int, timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s

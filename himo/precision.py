@@ -25,7 +25,9 @@ def resolve(
     if precision == "fp32":
         return precision, ""
     slower = not is_faster_than_float32(torch.bfloat16, device.type)
-    if ranks.any(slower).result() if ranks is not None else slower:
+    if ranks is not None:
+        slower = ranks.any(slower)()
+    if slower:
         why = f"bfloat16 products are slower than float32 on this {_kind(device)}"
         return "fp32", f"precision fp32: {why}"
     return "amp_bf16", "precision amp_bf16" if precision == "auto" else ""

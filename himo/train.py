@@ -84,7 +84,7 @@ def _take_steps(run: TrainingRun) -> bool:
             for batch in run.batches():
                 data_time_s = time.perf_counter() - ended
                 lr = learning_rate(run.step, run.total_steps, settings)
-                stopping = run.ranks.any(stop.requested)
+                is_stopping = run.ranks.any(stop.requested)
                 outputs, grad_norm, is_finite = _step(run, batch, lr)
                 log.add_time(data_time_s, time.perf_counter() - ended)
                 if is_finite:
@@ -99,7 +99,7 @@ def _take_steps(run: TrainingRun) -> bool:
                     loss, data_s = f"{line['loss']:.3f}", f"{line['data_time_s']:.3f}"
                     bar.set_postfix(loss=loss, data_s=data_s, refresh=False)
                 bar.update()
-                if stopping.result():
+                if is_stopping():
                     run.save()
                     if run.ranks.main:
                         tqdm.write(f"stopped at step {run.step}; go on with --resume latest")

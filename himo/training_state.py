@@ -69,7 +69,7 @@ def restore(
     """Restores model, optimizer and random state.
 
     Raises:
-        HimoError: the state is that of another model.
+        HimoError: the state is of another model.
         Exception: a part is missing or of another type; see `refuse_damage`.
     """
     tensors = state.tensors
