@@ -21,8 +21,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: `himo --help` and `himo synth` need no torch, and the command sets torch's
-    # environment before it is imported.
+    # Imported on first use: `himo --help` and `himo synth` need no torch, and the command sets
+    # torch's environment before torch is imported.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,8 +1,8 @@
 """GradCache: the exact gradient of a batch whose activations do not fit, by micro-batches.
 
-Gao et al., arXiv 2101.06983. Embeddings of all micro-batches are computed without a graph; the loss
-of the whole batch gives their gradients; then each micro-batch runs again with a graph and takes
-its share. Costs one more forward, and the memory of one micro-batch.
+Gao et al., arXiv 2101.06983. First the embeddings of all micro-batches are computed without a
+graph. The loss of the whole batch gives their gradients. Then each micro-batch runs again with a
+graph and propagates its part. Costs one more forward, and the memory of one micro-batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ def cached_backward(
     """Adds the gradient of losses(*embeddings)["loss"] to the parameters; returns the losses.
 
     Args:
-        encode: embeddings of a micro-batch: tensors [B, *], then one that all of them share, the
-            logit scale []. With DDP its gradients are averaged once, after the last micro-batch.
-        losses: of the embeddings of all micro-batches, joined along their rows.
-        parts: arguments of encode, one for each micro-batch; at least one.
+        encode: returns the embeddings [B, *] of a micro-batch, then the logit scale [], which all
+            micro-batches share. DDP averages its gradients once, after the last micro-batch.
+        losses: takes the embeddings of all micro-batches, concatenated along their rows.
+        parts: the arguments of encode for each micro-batch; at least one.
     """
     cached: list[tuple[Tensor, ...]] = []
     states = []
@@ -47,7 +47,7 @@ def cached_backward(
             with encode.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 embeddings = encode(*part)
                 pairs = [(e, g[number]) for e, g in zip(embeddings, grads, strict=False)]
-                if last:  # the scale is shared: its gradient enters once
+                if last:  # the scale is shared: its gradient is added once
                     pairs.append((embeddings[-1], leaves[-1].grad))
                 pairs = [(e, g) for e, g in pairs if e.requires_grad]
                 torch.autograd.backward([e for e, _ in pairs], [g for _, g in pairs])
@@ -55,7 +55,7 @@ def cached_backward(
 
 
 def _random_state(part: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
-    # Of the generators that a forward on these tensors may draw from.
+    # The states of the generators that a forward on these tensors may draw from.
     devices = {t.device.index or 0 for t in part if isinstance(t, Tensor) and t.is_cuda}
     return torch.get_rng_state(), {index: torch.cuda.get_rng_state(index) for index in devices}
 

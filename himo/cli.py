@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from himo.errors import HimoError
 from himo.printing import printable_output
 
-# Subcommand: (module with add_arguments and run, help). Imported when it is asked for: reading
-# --help or making a data set should not wait for torch.
+# Subcommand: (module with add_arguments and run, help). A module is imported when its subcommand
+# runs: --help and `himo synth` should not wait for torch.
 _COMMANDS = {
     "synth": ("himo.synth", "render a synthetic set of captioned scenes"),
     "train": ("himo.train", "train or fine-tune on captioned images"),
@@ -23,18 +23,18 @@ _COMMANDS = {
     "explain": ("himo.report.explain", "similarity of one image to a growing caption"),
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),
 }
-# Modules of torch and of the extra `himo`, of which `pip install .` without it brings torch alone.
+# Modules of torch and of the extra `himo`; `pip install .` without the extra installs torch alone.
 _NEEDED = ("PIL", "ftfy", "numpy", "regex", "safetensors", "torch", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns its exit status: 2 for what HimoError says, 1 after a traceback.
+    """Runs a subcommand; returns its exit status: 2 after a HimoError, 1 after a traceback.
 
-    What it prints is printable, whatever names and captions hold.
+    Output is escaped, whatever names and captions hold.
     """
     # Read when torch is imported. Threads that spin while they wait make steps up to ten times
-    # slower where something else runs on the cores: 5.8 s instead of 0.61 s for one of the demo,
-    # with two threads on two cores beside one busy process. Alone, not spinning costs it 7 %.
+    # slower on busy cores: a step of the demo took 5.8 s instead of 0.61 s with two threads on two
+    # cores and one busy process. On idle cores, not spinning costs 7 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     with printable_output():
@@ -44,14 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _status(given: list[str]) -> int:
     try:
         status = _run(given)
-        sys.stdout.flush()  # here, where it is known what to do if nobody reads
-    except HimoError as error:
-        print(f"himo: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # as with `himo eval ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit
+        sys.stdout.flush()  # here, so that a closed pipe is handled below
+    except BrokenPipeError:  # the reader has closed the pipe, as in `himo eval ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141  # the status of a program that SIGPIPE ends
-    except OSError as error:  # of a file, a disk or a device: its text says which and why
+    except (HimoError, OSError) as error:  # an OSError names its file, disk or device
         print(f"himo: error: {HimoError(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -62,7 +59,7 @@ def _status(given: list[str]) -> int:
             install = 'pip install --no-build-isolation -e ".[himo]"'
             print(f"himo: error: {error.name} is not installed: {install} has it", file=sys.stderr)
             return 2
-        traceback.print_exc()  # here: what a traceback quotes must be printable too
+        traceback.print_exc()  # here, where the output is escaped
         return 1
     return status
 

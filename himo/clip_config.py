@@ -1,16 +1,16 @@
-"""What a CLIP is beside its weights: sizes, heads, activation, and the preprocessing of images."""
+"""The configuration of a CLIP: sizes, heads, activation, and the preprocessing of images."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from himo.errors import HimoError, quoted, shortened
 
-# Rows of the text positions that stay as CLIP trained them (Long-CLIP, arXiv 2403.15378, 3.1).
+# Rows of the text positions that are frozen at CLIP's values (Long-CLIP, arXiv 2403.15378, 3.1).
 KEPT_POSITIONS = 20
-CONTEXT_LENGTH = 248  # 20 kept rows and the other 57 of CLIP's 77, each stretched to four
-# Far above any model, and low enough that a hostile configuration costs neither time nor memory.
+CONTEXT_LENGTH = 248  # these 20 rows, and the other 57 of CLIP's 77 stretched to four each
+# Far above any model, and low enough to bound the time and memory of a hostile configuration.
 _MAX_SIZE, _MAX_LAYERS = 1 << 20, 256
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, R, G, B in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,33 +23,25 @@ _CHOICES = {
 }
 
 
-# The fields of a configuration that no tensor's shape tells.
-UNSHAPED = (
-    "vision_heads",
-    "text_heads",
-    "activation",
-    "image_mean",
-    "image_std",
-    "interpolation",
-    "resize_mode",
-)
-
-
 def _three(name: str, values: Any, lowest: float) -> tuple[float, ...]:
-    """One number for each of R, G and B, all above lowest."""
+    """The values as floats; HimoError unless they are three numbers above lowest."""
     several = isinstance(values, tuple | list) and len(values) == 3
     if several and all(type(x) in (int, float) and lowest < x < math.inf for x in values):
         return tuple(float(x) for x in values)
     got = ", ".join(quoted(x) for x in values) if several else quoted(values)
     least = "" if lowest == -math.inf else f" above {lowest:g}"
-    raise HimoError(f"model configuration: expected {name} to be 3 numbers{least}, got {got}")
+    raise _expected(f"{name} to be 3 numbers{least}", got)
+
+
+def _expected(what: str, got: object) -> HimoError:
+    return HimoError(f"model configuration: expected {what}, got {got}")
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """All that decides the features of a model beside its weights.
+    """Everything but the weights that decides the features of a model.
 
-    Its sizes; the heads, 0 meaning one for each 64 channels; the activation of both towers; and the
+    Sizes; heads, where 0 means one for each 64 channels; the activation of both towers; and the
     preprocessing of images that the weights were trained with (`himo.transforms.Preprocess`).
 
     Raises:
@@ -68,7 +60,7 @@ class CLIPConfig:
     text_layers: int
     vision_heads: int = 0
     text_heads: int = 0
-    activation: str = "quick_gelu"  # x * sigmoid(1.702 x); or "gelu", x * its normal probability
+    activation: str = "quick_gelu"  # x * sigmoid(1.702 x); or "gelu", x * Phi(x)
     image_mean: tuple[float, ...] = MEAN  # R, G, B in [0, 1]
     image_std: tuple[float, ...] = STD
     interpolation: str = "bicubic"  # or "bilinear"
@@ -78,10 +70,7 @@ class CLIPConfig:
         self._check_sizes()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise HimoError(
-                    f"model configuration: expected {name} to be {' or '.join(choices)}, got "
-                    f"{quoted(getattr(self, name))}"
-                )
+                raise _expected(f"{name} to be {' or '.join(choices)}", quoted(getattr(self, name)))
         for name, lowest in (("image_mean", -math.inf), ("image_std", 0.0)):
             object.__setattr__(self, name, _three(name, getattr(self, name), lowest))
 
@@ -94,22 +83,16 @@ class CLIPConfig:
             value = getattr(self, field.name)
             most = _MAX_LAYERS if field.name.endswith("layers") else _MAX_SIZE
             if field.type is int and (type(value) is not int or not 1 <= value <= most):
-                raise HimoError(
-                    f"model configuration: expected {field.name} to be an integer from 1 to "
-                    f"{most}, got {quoted(value)}"
-                )
+                raise _expected(f"{field.name} to be an integer from 1 to {most}", quoted(value))
         if self.image_resolution % self.vision_patch_size:
-            raise HimoError(
-                f"model configuration: expected image_resolution to be a multiple of "
-                f"vision_patch_size {self.vision_patch_size}, got {self.image_resolution}"
+            raise _expected(
+                f"image_resolution to be a multiple of vision_patch_size {self.vision_patch_size}",
+                self.image_resolution,
             )
         for tower in ("vision", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
-                raise HimoError(
-                    f"model configuration: expected {tower}_heads to divide {tower}_width "
-                    f"{width}, got {heads}"
-                )
+                raise _expected(f"{tower}_heads to divide {tower}_width {width}", heads)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as a checkpoint stores them."""
@@ -120,7 +103,7 @@ class CLIPConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
         """The configuration of `to_dict`; HimoError names a field that is missing or unknown.
 
-        The activation and the preprocessing may be missing, as where only CLIP's were known.
+        Files of older versions, which knew only CLIP's, lack the activation and preprocessing.
         """
         names = {field.name for field in fields(cls)}
         optional = {*UNSHAPED} - {"vision_heads", "text_heads"}
@@ -132,7 +115,13 @@ class CLIPConfig:
         return cls(**values)
 
 
-def _clip(embed_dim: int, resolution: int, patch: int, vision: tuple[int, int]) -> CLIPConfig:
+# The fields that no tensor's shape tells: those with a default.
+UNSHAPED = tuple(field.name for field in fields(CLIPConfig) if field.default is not MISSING)
+
+
+def _clip(
+    embed_dim: int, resolution: int, patch: int, vision: tuple[int, int], text_layers: int = 12
+) -> CLIPConfig:
     layers, width = vision
     return CLIPConfig(
         embed_dim=embed_dim,
@@ -142,8 +131,8 @@ def _clip(embed_dim: int, resolution: int, patch: int, vision: tuple[int, int]) 
         vision_patch_size=patch,
         context_length=CONTEXT_LENGTH,
         vocab_size=49408,
-        text_width=embed_dim,  # in every CLIP of OpenAI with a ViT
-        text_layers=12,
+        text_width=embed_dim,  # as in every CLIP of OpenAI with a ViT
+        text_layers=text_layers,
     )
 
 
@@ -152,18 +141,7 @@ CONFIGS: Mapping[str, CLIPConfig] = {
     "ViT-B-16": _clip(512, 224, 16, (12, 768)),
     "ViT-L-14": _clip(768, 224, 14, (24, 1024)),
     "ViT-L-14-336": _clip(768, 336, 14, (24, 1024)),
-    # Small enough to train on two CPU cores in minutes; the vocabulary stays CLIP's.
-    "tiny": CLIPConfig(
-        embed_dim=128,
-        image_resolution=64,
-        vision_layers=3,
-        vision_width=128,
-        vision_patch_size=16,
-        context_length=CONTEXT_LENGTH,
-        vocab_size=49408,
-        text_width=128,
-        text_layers=2,
-    ),
+    "tiny": _clip(128, 64, 16, (3, 128), text_layers=2),  # trains on two CPU cores in minutes
 }
 
 

@@ -1,6 +1,6 @@
-"""TrainConfig: one field for each flag of `himo train`, with its unit and the paper's value.
+"""TrainConfig: one field for each flag of `himo train`, with its unit of measure and help.
 
-Names are open_clip's where it has the flag. "paper" marks the values of HiMo-CLIP (arXiv
+Flags that open_clip has are named as there. "paper" marks the values of HiMo-CLIP (arXiv
 2511.06653, section 4.1): 8 GPUs with 128 pairs each, 10 epochs, AdamW, 248 tokens.
 """
 
@@ -23,7 +23,7 @@ def _flag(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass
 class TrainConfig:
-    """Everything that decides a run. Stored as config.json beside its metrics."""
+    """Everything that decides a run, stored as config.json in its folder."""
 
     # Data
     train_data: str = _flag("", "data set: sharegpt4v json, csv, tsv, jsonl, folder or tar shards")
@@ -152,12 +152,12 @@ class TrainConfig:
         return [name.strip(" -").replace("-", "_") for name in given if name.strip()]
 
 
-# What --resume does with a flag that is not as the checkpoint was made with, by name. The data and
-# the model are compared by content besides, in resume.py.
+# What --resume does with a flag that differs from the checkpoint's. resume.py also compares the
+# content of the data and the model.
 AT_RESUME: dict[str, tuple[str, ...]] = {
-    # Another order of the samples or length of an epoch: no checkpoint can be continued with it.
+    # They change the order of the samples or the length of an epoch, so nothing can be continued.
     "never": ("seed", "train_num_samples", "held_out", "keep_last_batch"),
-    # What a run computes. --allow-changes lets it differ; metrics.jsonl records it.
+    # They change the result. --allow-changes lets them differ; metrics.jsonl records it.
     "refuse": (
         *("train_data", "val_data", "short_captions", "image_mode"),
         *("pretrained", "lock_image", "lock_text"),
@@ -165,14 +165,14 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
         *("batch_size", "accum_freq", "epochs", "warmup", "lr", "wd", "beta1", "beta2", "eps"),
         *("grad_clip_norm", "on_nonfinite", "precision"),
     ),
-    # How it is computed or read: at most the rounding differs. Said, and recorded.
+    # At most the rounding differs. The user is told, and metrics.jsonl records it.
     "say": (
         *("dataset_type", "image_root", "csv_separator", "csv_img_key", "csv_caption_key"),
         *("skip_missing_images", "follow_links", "max_bad_fraction", "val_frequency"),
         *("activation", "vision_heads", "text_heads"),
         *("model", "grad_checkpointing", "compile", "exchange", "device", "threads"),
     ),
-    # How fast, where to, and how often something is written.
+    # They change speed, and where and how often something is written.
     "ignore": (
         *("workers", "rank_timeout", "logs", "name", "log_every_n_steps", "save_frequency"),
         *("save_every_n_steps", "keep_checkpoints", "resume", "allow_changes"),
@@ -181,39 +181,25 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
 
 _MINIMA: dict[str, float] = {
     "batch_size": 2,
-    "accum_freq": 1,
     "rank_timeout": 3.0,
-    "epochs": 1,
-    "warmup": 0,
-    "lr": 0.0,
-    "wd": 0.0,
-    "eps": 0.0,
-    "lambda_comp": 0.0,
-    "gap_eps": 0.0,
-    "log_every_n_steps": 1,
-    "save_frequency": 1,
-    "save_every_n_steps": 0,
-    "keep_checkpoints": 0,
-    "grad_clip_norm": 0.0,
-    "train_num_samples": 1,
-    "vision_heads": 1,
-    "text_heads": 1,
-    "held_out": 0,
-    "val_frequency": 1,
+    **dict.fromkeys(("accum_freq", "epochs", "train_num_samples", "vision_heads", "text_heads"), 1),
+    **dict.fromkeys(("log_every_n_steps", "save_frequency", "val_frequency"), 1),
+    **dict.fromkeys(("warmup", "save_every_n_steps", "keep_checkpoints", "held_out"), 0),
+    **dict.fromkeys(("lr", "wd", "eps", "lambda_comp", "gap_eps", "grad_clip_norm"), 0.0),
 }
 _RANGES: dict[str, tuple[float, float]] = {
     "max_bad_fraction": (0.0, 1.0),
     "label_smoothing": (0.0, 1.0),
     "workers": (0, 1024),  # each is a process
-    "threads": (0, 1024),  # torch crashes on far more
-    "seed": (0, 2**63 - 1),  # 64 bits and a sign, wherever it is stored
+    "threads": (0, 1024),  # torch crashes with many more
+    "seed": (0, 2**63 - 1),  # a signed integer of 64 bits
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Adds one flag for each field of TrainConfig, or those named, with its default in the help.
+    """Adds a flag for each field of TrainConfig, or for those named, with its default in the help.
 
-    Data are required of all flags, and of a choice of them optional.
+    --train-data is required unless names are given.
     """
     hints = typing.get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
@@ -222,27 +208,21 @@ def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None
         flag, text = f"--{_dashed(item.name)}", item.metadata["help"]
         kind = _without_none(hints[item.name])
         shown = text if item.default in (None, "") else f"{text} (default: {item.default!r})"
+        options: dict[str, Any] = {"default": item.default, "help": shown}
         if kind is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            options = {"action": "store_true", "help": text}
         elif typing.get_origin(kind) is Literal:
-            parser.add_argument(
-                flag, choices=typing.get_args(kind), default=item.default, help=shown
-            )
+            options["choices"] = typing.get_args(kind)
         else:
-            parser.add_argument(
-                flag,
-                type=kind,
-                default=item.default,
-                required=names is None and item.name == "train_data",
-                metavar=kind.__name__.upper(),
-                help=shown,
-            )
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options["required"] = names is None and item.name == "train_data"
+        parser.add_argument(flag, **options)
 
 
 def from_arguments(arguments: argparse.Namespace, **given: Any) -> TrainConfig:
-    """Returns the TrainConfig of parsed flags; HimoError names the flag that is out of range.
+    """Returns the TrainConfig of parsed flags; HimoError names a flag that is out of range.
 
-    Fields that are no flag of this command are as given, or at their defaults.
+    Fields without a flag in this command are those given, or have their defaults.
     """
     names = {item.name for item in dataclasses.fields(TrainConfig)}
     return TrainConfig(**{k: v for k, v in vars(arguments).items() if k in names} | given)
@@ -253,6 +233,5 @@ def _dashed(name: str) -> str:
 
 
 def _without_none(hint: Any) -> Any:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    return hint
+    parts = typing.get_args(hint)
+    return parts[0] if types.NoneType in parts else hint

@@ -1,4 +1,4 @@
-"""The device that a command was told to use."""
+"""Checks the device that the user names."""
 
 import torch
 
@@ -9,7 +9,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     """The device of that name; for "auto" a GPU where there is one, else the CPU.
 
     Raises:
-        HimoError: there is none of this name here, or it holds no numbers ("meta").
+        HimoError: this machine has no such device, or it stores no values ("meta").
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,13 @@
-"""What a user is meant to read: the one exception of himo, notes, and text fit for a terminal."""
+"""Messages for the user: himo's one exception, notes, and text that is safe on a terminal."""
 
 import sys
 
 
 class HimoError(ValueError):
-    """A mistake of the user or a bad file, as one line that is ready to print.
+    """A mistake of the user or a bad file, as one printable line.
 
-    The line names the thing, what was expected and what came. The command line prints it after
-    `himo: error: ` and exits with status 2; anything else that is raised is a fault of himo.
+    The line names the thing, what was expected and what came. The command prints it after
+    `himo: error: ` and exits with status 2. Any other exception is a bug in himo.
     """
 
     def __init__(self, message: str) -> None:
@@ -15,7 +15,7 @@ class HimoError(ValueError):
 
 
 def printable(text: str) -> str:
-    """One line: a name or a key read from a file may hold line breaks or terminal escapes."""
+    """The text as one line: a name from a file may hold line breaks or terminal escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -24,11 +24,11 @@ _MAX_VALUES = 4  # of a list or an object in it
 
 
 def quoted(value: object) -> str:
-    """A value that a file or a user gave, for a message: at most 80 characters, in bounded time.
+    """An untrusted value for a message: at most 80 characters, in bounded time.
 
-    Text, bytes and numbers as Python writes them, cut where they are longer; a list or an object of
-    up to 4 such values. Of anything else only the type, for a tuple of a few bytes in a file may
-    hold itself twice, a hundred times over.
+    Text, bytes and numbers are written as in Python and cut to that length; so is a list or an
+    object of up to 4 of them. Of any other value only the type is written: a few bytes of a file
+    can describe a tuple that holds itself twice, a hundred times over.
     """
     if isinstance(value, list | tuple) and len(value) <= _MAX_VALUES:
         return shortened(f"[{', '.join(map(_quoted_alone, value))}]")
@@ -39,12 +39,12 @@ def quoted(value: object) -> str:
 
 
 def shortened(text: str, limit: int = MAX_QUOTED) -> str:
-    """A text as it is, cut to so many characters: for names and causes, which need no quotes."""
+    """The text cut to `limit` characters, for names and causes, which need no quotes."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def note(message: str) -> None:
-    """Says on the standard error what a user should know and nobody has to mend."""
+    """Prints to stderr what a user should know and need not fix."""
     print(f"himo: note: {printable(message)}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, digests, and reading regular files only."""
+"""Atomic writes, digests, and reads of regular files only."""
 
 import errno
 import fcntl
@@ -18,8 +18,6 @@ from typing import Any
 from himo.errors import HimoError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_BLOCK = 1 << 20  # bytes read at a time
-_WITHOUT_WAITING = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _TEMPORARY = re.compile(r"\.himo-[0-9a-f]{16}\.tmp")  # the names of hidden_path
 
 
@@ -30,18 +28,16 @@ def atomic_path(
     """Yields the path of an empty temporary file that becomes `path` if the body succeeds.
 
     The temporary file lies in the directory of `path`, which has to exist. On success it is
-    flushed to the disk and renamed, so that at every moment, a power cut included, `path` is
-    what it was before or all of the new file. On failure it is removed and `path` is untouched.
-    A process that is killed leaves at most a `.himo-*.tmp` file behind, for `remove_abandoned`.
-    The mode is that of the file replaced, or what the umask leaves of 0666.
+    flushed to the disk and renamed, so that `path` is the old file or all of the new one at every
+    moment, even after a power cut. On failure it is removed and `path` is unchanged.
+    A killed process leaves at most a `.himo-*.tmp` file, which `remove_abandoned` removes.
+    The mode is that of the replaced file, or 0666 less the umask.
 
     Args:
         path: the file to write.
-        needed: bytes it will take, where known: for the message, and to refuse before writing
-            what the free space cannot hold.
-        follow_links: writes the target of a symlink. Otherwise whatever is there but a directory
-            is replaced itself: for a file whose name the user did not give, in a directory where
-            anyone may have put a link of that name.
+        needed: bytes it will take, if known. Too little free space is refused before writing.
+        follow_links: writes the target of a symlink. False replaces the link itself: for a file
+            that the user did not name, in a directory where anyone may have put a link.
 
     Raises:
         HimoError: the directory is missing or not writable, `path` is not a regular file, or
@@ -54,7 +50,8 @@ def atomic_path(
             mode = stat.S_IMODE(_regular(target).st_mode)
         elif target.is_dir() and not target.is_symlink():
             raise OSError("is a directory")
-        temporary, descriptor = _temporary_file(target.parent)
+        flags = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_RDWR
+        temporary, descriptor = _make_locked(target.parent, lambda new: os.open(new, flags, 0o666))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise HimoError(f"{path}: cannot be written: {os_reason(error)}") from error
     try:
@@ -90,10 +87,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def json_value(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8, with a byte order mark or without.
+    """The value of a JSON text in UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: it is none, or nested too deeply.
+        ValueError: it is no JSON, or nested too deeply.
     """
     try:
         return json.loads(data.decode("utf-8-sig"))
@@ -102,16 +99,16 @@ def json_value(data: bytes) -> Any:
 
 
 def os_reason(error: BaseException) -> str:
-    """Why a file could not be opened, read or written, as the end of a message."""
+    """The reason why a file could not be opened, read or written, as the end of a message."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text[:1].lower() + text[1:]
 
 
 def remove_abandoned(directory: str | os.PathLike[str]) -> tuple[int, int]:
-    """Removes the temporary files of writers that were killed; returns (files, bytes).
+    """Removes the temporary files of killed writers; returns (files, bytes).
 
-    Only regular files and directories under a name of `hidden_path` whose lock nobody holds: where
-    the file system has no locks, nothing is removed. No link is followed.
+    Removes only regular files and directories with a name of `hidden_path` that no process has
+    locked. Without locks in the file system nothing is removed. No link is followed.
     """
     files = size = 0
     with suppress(OSError):
@@ -120,7 +117,7 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> tuple[int, int]:
                 continue
             path = os.path.join(directory, name)
             with suppress(OSError):  # in use, no regular file, not ours, or gone meanwhile
-                descriptor = os.open(path, _WITHOUT_WAITING | os.O_RDONLY)
+                descriptor = os.open(path, os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     status = os.fstat(descriptor)
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,7 +135,7 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> tuple[int, int]:
 
 @contextmanager
 def hidden_directory(parent: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a new directory, locked while its writer lives and removed in the end if still there.
+    """Yields a new directory, locked while its writer lives; removes it afterwards if still there.
 
     Raises:
         OSError: it cannot be made.
@@ -164,18 +161,15 @@ def lock(descriptor: int) -> None:
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a regular file as 64 hexadecimal digits; HimoError where there is none."""
-    digest = hashlib.sha256()
     with open_regular(path) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
     """Opens a regular file for reading bytes; symlinks are followed.
 
-    A FIFO, a device or a directory is refused without waiting for a writer.
+    A FIFO, a device or a directory is refused; a FIFO without waiting for a writer.
 
     Raises:
         HimoError: the file is missing, not regular, or cannot be read.
@@ -183,17 +177,17 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
     with open(regular_descriptor(path), "rb") as file:
         try:
             yield file
-        except OSError as error:  # a failing disk, or a file of /proc that is regular in name
-            if error.errno is None:  # not the system's: a decoder's word for what it read
+        except OSError as error:  # a failing disk, or a file of /proc
+            if error.errno is None:  # raised by a decoder, not by the system
                 raise
             raise HimoError(f"{path}: cannot be read: {os_reason(error)}") from error
 
 
 def regular_descriptor(path: str | os.PathLike[str], *, follow_links: bool = True) -> int:
-    """A descriptor of a regular file for reading, as `open_regular` opens it."""
+    """A descriptor for reading a regular file; see `open_regular`."""
     try:
-        # Looked at before it is opened, because opening a device may act on it; and O_NONBLOCK
-        # with a second look at what was opened, because it may change in between.
+        # Checked before it is opened, because opening a device may act on it. Opened with
+        # O_NONBLOCK and checked again, because it may change in between.
         _regular(path, follow_links)
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
@@ -206,7 +200,7 @@ def regular_descriptor(path: str | os.PathLike[str], *, follow_links: bool = Tru
 
 
 def hidden_path(directory: str | os.PathLike[str]) -> Path:
-    """A path in directory that no file has yet, for one that is renamed when it is whole."""
+    """An unused path in directory for a temporary file, which is renamed when it is whole."""
     return Path(directory) / f".himo-{secrets.token_hex(8)}.tmp"
 
 
@@ -215,20 +209,15 @@ def free_bytes(directory: str | os.PathLike[str]) -> int:
     return shutil.disk_usage(directory).free
 
 
-def _temporary_file(directory: Path) -> tuple[Path, int]:
-    flags = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_RDWR
-    return _make_locked(directory, lambda path: os.open(path, flags, 0o666))
-
-
 def _make_locked(directory: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
-    """A new path, and the descriptor through which it is locked while its writer lives."""
+    """A new path, and the descriptor that locks it while its writer lives."""
     while True:
         path = hidden_path(directory)
         descriptor = make(path)
         lock(descriptor)
         if os.fstat(descriptor).st_nlink:
             return path, descriptor
-        os.close(descriptor)  # taken for abandoned before it was locked
+        os.close(descriptor)  # removed as abandoned before it was locked
 
 
 def _regular(path: str | os.PathLike[str], follow_links: bool = True) -> os.stat_result:
@@ -241,7 +230,7 @@ def _regular(path: str | os.PathLike[str], follow_links: bool = True) -> os.stat
 
 
 def _no_space(error: BaseException | None) -> OSError | None:
-    """The error that says the disk is full, among `error` and what caused it."""
+    """The first error in the chain of causes that says that the disk is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
             return error

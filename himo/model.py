@@ -1,8 +1,8 @@
-"""CLIP with a text tower of 248 tokens, under the parameter names that its checkpoints share.
+"""CLIP with a text tower of 248 tokens.
 
-The names are those of OpenAI's CLIP, open_clip and HiMo-CLIP. Differs from the released HiMo-CLIP
-code (f235e97) in how the same features are computed: the text tower runs only to the longest
-caption of the batch, and attention is torch's `scaled_dot_product_attention`.
+Parameters are named as in OpenAI's CLIP, open_clip and HiMo-CLIP. It computes the features of the
+released HiMo-CLIP code (f235e97) in another way: the text tower runs only to the longest caption of
+the batch, and attention is torch's `scaled_dot_product_attention`.
 """
 
 import math
@@ -30,8 +30,8 @@ _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def _normal_(weight: Tensor, std: float) -> None:
-    # A model that waits for a checkpoint's values is on the meta device, where the first normal_
-    # of a process imports torch's compiler: two seconds.
+    # A model that will be loaded from a checkpoint is on the meta device, where a process's first
+    # normal_ imports torch's compiler: two seconds.
     if not weight.is_meta:
         nn.init.normal_(weight, std=std)
 
@@ -43,7 +43,7 @@ def _normal(std: float, *shape: int) -> nn.Parameter:
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in float32 where the input is float16 or bfloat16; the input's dtype comes out."""
+    """LayerNorm that computes float16 and bfloat16 inputs in float32 and returns their dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype in _HALF_TYPES:
@@ -88,7 +88,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
         out: Tensor
         if self.quick:
-            # As a SiLU, whose backward keeps its input alone: one tensor of 4 W channels less.
+            # SiLU saves only its input for the backward pass: one tensor of 4 W channels less.
             out = self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
         else:
             out = self.c_proj(F.gelu(self.c_fc(x)))
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
         for block in self.resblocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, so the RNG state need not be kept for the rerun.
+                # Nothing in a block is random, so the RNG state need not be restored.
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)
@@ -132,7 +132,7 @@ class VisionTransformer(nn.Module):
         self.input_resolution = config.image_resolution
         self.output_dim = config.embed_dim
         width, patch = config.vision_width, config.vision_patch_size
-        positions = (config.image_resolution // patch) ** 2 + 1  # of the patches and the class
+        positions = (config.image_resolution // patch) ** 2 + 1  # patches and class token
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = _normal(scale, width)
@@ -153,23 +153,21 @@ class VisionTransformer(nn.Module):
 
 
 class HiMoCLIP(nn.Module):
-    """CLIP's image and text towers; features are not normalised, as upstream's are not.
+    """CLIP's image and text towers; features are not normalised, as upstream.
 
-    Of the two tables of text positions, both [context_length, W], rows 0 to 19 are read from
+    There are two tables of text positions [context_length, W]. Rows 0 to 19 are read from
     `positional_embedding`, which is frozen, and the others from `positional_embedding_res`,
-    which is trained. No other row of either is ever read. `logit_scale` is the logarithm of the
-    logit multiplier.
+    which is trained; the remaining rows are unused. `logit_scale` is the logarithm of the logit
+    multiplier. A new model is initialised as CLIP is.
 
     Args:
         config: the sizes and the activation.
-
-    A new model starts from CLIP's random values.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        #: Where the weights came from: what `himo.load` read, and what `himo.save` will store.
+        #: Where the weights came from; `himo.load` sets it and `himo.save` stores it.
         self.provenance: dict[str, Any] = {}
         width = config.text_width
         self.visual = VisionTransformer(config)
@@ -190,7 +188,7 @@ class HiMoCLIP(nn.Module):
     def _initialise_text(self) -> None:
         width, layers = self.config.text_width, self.config.text_layers
         _normal_(self.token_embedding.weight, std=0.02)
-        residual_std = width**-0.5 * (2 * layers) ** -0.5  # of what is added to the stream
+        residual_std = width**-0.5 * (2 * layers) ** -0.5  # of layers that add to the residual
         for block in self.transformer.resblocks:
             assert isinstance(block, ResidualAttentionBlock)  # nn.ModuleList does not know
             _normal_(block.attn.in_proj_weight, std=width**-0.5)
@@ -205,14 +203,14 @@ class HiMoCLIP(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrix products' weights, and of the features outside autocast."""
+        """The dtype of the matmuls' weights, and of the features outside autocast."""
         return self.visual.conv1.weight.dtype
 
     def set_precision(self, dtype: torch.dtype) -> "HiMoCLIP":
-        """Casts the weights of matrix products to dtype, and returns the model.
+        """Casts the weights of matmuls to dtype, and returns the model.
 
         For float16 and bfloat16 the LayerNorms, embeddings and logit_scale become float32, as in
-        upstream's `convert_weights`; otherwise everything takes dtype.
+        upstream's `convert_weights`; otherwise everything is cast to dtype.
         """
         if dtype not in (*_HALF_TYPES, torch.float32, torch.float64):
             raise HimoError(
@@ -227,7 +225,7 @@ class HiMoCLIP(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block's activations in the backward pass rather than keeping them."""
+        """Recomputes each block's activations in the backward pass instead of saving them."""
         self.visual.transformer.grad_checkpointing = enable
         self.transformer.grad_checkpointing = enable
 
@@ -236,11 +234,10 @@ class HiMoCLIP(nn.Module):
         self.visual.requires_grad_(False)
 
     def lock_text_tower(self) -> None:
-        """Freezes the text tower, its projection included. `logit_scale` is of neither tower."""
-        self.transformer.requires_grad_(False)
-        self.token_embedding.requires_grad_(False)
+        """Freezes the text tower, its projection included, but not `logit_scale`."""
+        for part in (self.transformer, self.token_embedding, self.ln_final):
+            part.requires_grad_(False)
         self.positional_embedding_res.requires_grad_(False)
-        self.ln_final.requires_grad_(False)
         self.text_projection.requires_grad_(False)
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -251,7 +248,7 @@ class HiMoCLIP(nn.Module):
                 preprocessing that `himo.load` returns does.
 
         Raises:
-            HimoError: wrong shape, or integers (pixels that nothing has normalised).
+            HimoError: wrong shape, or an integer dtype (pixels that are not normalised).
         """
         size = self.visual.input_resolution
         if image.dim() != 4 or tuple(image.shape[1:]) != (3, size, size):
@@ -270,23 +267,23 @@ class HiMoCLIP(nn.Module):
     def encode_text(self, text: Tensor, max_length: int | None = None) -> Tensor:
         """Text features [B, E], not normalised.
 
-        The tower runs over the first `max_length` tokens alone: what follows a text's end cannot
-        reach it through causal attention, so the features are those of the padded run to rounding.
+        The tower runs over the first `max_length` tokens only. Causal attention hides the tokens
+        after a text's end, so the features differ from those of the padded texts only by rounding.
 
         Args:
             text: [B, L] token ids, int32 or int64, L <= context_length. The highest id of a row
-                ends it and is where the feature is taken (`argmax`, the first one of equals).
-            max_length: tokens that no end of a row lies beyond, such as `longest_text(text)`
-                computed where the tokens still are on the CPU. By default it is computed here,
-                which waits for a CUDA device once. Tokens cut to their length beforehand do not
-                avoid that wait; passing text.shape[1] does.
+                (`argmax`, the first one of equals) ends the text and is where the feature is taken.
+            max_length: at least the length of every text, such as `longest_text(text)` computed
+                while the tokens are on the CPU. By default it is computed here, with one sync on
+                CUDA. Cutting the tokens beforehand does not avoid the sync; passing text.shape[1]
+                does.
 
-        A compiler or exporter (torch.compile, torch.export, ONNX) sees no value of text: it gets
-        the tower over all L tokens, or max_length, without the checks of values.
+        A compiler or exporter (torch.compile, torch.export, ONNX) sees no values of text: it gets
+        the tower over max_length or all L tokens, without the checks of values.
 
         Raises:
-            HimoError: wrong shape or dtype, more tokens than the context; for tokens on the CPU
-                also an id outside the vocabulary, or a text that ends beyond max_length.
+            HimoError: wrong shape or dtype, or more tokens than the context. For tokens on the CPU
+                also an id outside the vocabulary, or a text longer than max_length.
         """
         if text.dim() != 2 or not 1 <= text.shape[1] <= self.context_length:
             raise HimoError(
@@ -295,7 +292,7 @@ class HiMoCLIP(nn.Module):
             )
         if text.dtype not in (torch.int32, torch.int64):
             raise HimoError(f"encode_text: expected text of dtype int32 or int64, got {text.dtype}")
-        readable = text.device.type == "cpu" and not _is_traced()  # without a wait
+        readable = text.device.type == "cpu" and not _is_traced()  # without a sync
         if readable and text.numel():
             low, high = (int(x) for x in torch.aminmax(text))
             if low < 0 or high >= self.config.vocab_size:
@@ -319,9 +316,9 @@ class HiMoCLIP(nn.Module):
         return x @ self.text_projection
 
     def _positions(self, length: int) -> Tensor:  # -> [length, W]
-        # Cut after they are joined: an exported graph has one formula for every length.
-        kept = self.positional_embedding[:KEPT_POSITIONS]
-        return torch.cat([kept, self.positional_embedding_res[KEPT_POSITIONS:]])[:length]
+        # Cut after the concatenation, so that an exported graph is the same for every length.
+        frozen = self.positional_embedding[:KEPT_POSITIONS]
+        return torch.cat([frozen, self.positional_embedding_res[KEPT_POSITIONS:]])[:length]
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """(logits_per_image [B, T], logits_per_text [T, B]): scaled cosine similarities.
@@ -344,6 +341,6 @@ def _is_traced() -> bool:
 def longest_text(text: Tensor) -> int:
     """Tokens of the longest row of text [B, L], its end included; 1 for no rows.
 
-    Waits for the device that the tokens are on.
+    Syncs with the device of the tokens.
     """
     return int(text.argmax(dim=-1).max()) + 1 if text.numel() else 1

@@ -1,4 +1,4 @@
-"""What `himo train` minimises: the towers, and the loss of their features over all ranks."""
+"""The objective of `himo train`: the towers, and the loss of their features over all ranks."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from himo_kernels.nn import HiMoLoss
 
 
 class Towers(nn.Module):
-    """The model as its loss needs it: images and tokens in, features and logit scale out."""
+    """Computes the features and the logit scale from images and tokens."""
 
     def __init__(self, model: HiMoCLIP, precision: str) -> None:
         super().__init__()
@@ -36,19 +36,19 @@ class Towers(nn.Module):
             pixels = normalize(images, config.image_mean, config.image_std)
             image_features = self.model.encode_image(pixels)
             text_features = self.model.encode_text(tokens, max_length)
-        # The loss in float32: half-precision logits near 100 are spaced by 0.06 and more.
+        # The loss needs float32: half-precision logits near 100 are 0.06 or more apart.
         scale = self.model.logit_scale.float().exp()
         return image_features.float(), text_features.float(), scale
 
 
 class Objective(nn.Module):
-    """The model with its loss: images and tokens in, losses out.
+    """Computes the losses of images and tokens.
 
-    Over ranks the losses are this rank's shares, whose mean is the loss of the joined batch.
+    Over ranks the losses are this rank's shares; their mean is the loss of the joined batch.
 
     Args:
         ranks: the processes of the run; this one alone by default.
-        backend, check_ranks: of the losses, as in `HiMoLoss`.
+        backend, check_ranks: of the losses; see `HiMoLoss`.
     """
 
     def __init__(
@@ -65,8 +65,14 @@ class Objective(nn.Module):
         self.model = model
         self.towers = ranks.wrap(Towers(model, settings.precision))
         self.himo_loss = None
-        # One rank's NaN is every rank's: they say whose it was, or skip the step together.
+        # A NaN on one rank reaches all: they name that rank, or skip the step together.
         self.check_finite = ranks.size > 1 and settings.on_nonfinite == "raise"
+        self.options: dict[str, Any] = {
+            "check_finite": self.check_finite,
+            "strategy": settings.exchange,
+            "backend": backend,
+            "check_ranks": check_ranks,
+        }
         if settings.loss == "himo":
             self.himo_loss = HiMoLoss(
                 settings.preset,
@@ -74,14 +80,9 @@ class Objective(nn.Module):
                 component_weight=settings.lambda_comp,
                 label_smoothing=settings.label_smoothing,
                 gap_eps=settings.gap_eps,
-                check_finite=self.check_finite,
-                strategy=settings.exchange,
-                backend=backend,
-                check_ranks=check_ranks,
+                **self.options,
             )
-        self.backend, self.check_ranks = backend, check_ranks
         self.label_smoothing = settings.label_smoothing or 0.0
-        self.strategy = settings.exchange
 
     def forward(
         self,
@@ -89,7 +90,10 @@ class Objective(nn.Module):
         tokens: Tensor,  # [B, L]
         max_length: int,
     ) -> dict[str, Any]:
-        """Returns loss, contrastive_loss, component_loss and rank (None without HiDe), text."""
+        """Returns loss, contrastive_loss, component_loss, rank, text_features (detached).
+
+        component_loss and rank are None without HiDe.
+        """
         return self.losses(*self.towers(images, tokens, max_length))
 
     def losses(
@@ -98,7 +102,7 @@ class Objective(nn.Module):
         text_features: Tensor,  # [B, D]
         scale: Tensor,  # []
     ) -> dict[str, Any]:
-        """Returns what forward does, of the features."""
+        """Returns the dictionary of `forward` for given features."""
         if self.himo_loss is not None:
             contrastive, component, rank = self.himo_loss.terms(
                 image_features, text_features, scale
@@ -107,14 +111,7 @@ class Objective(nn.Module):
         else:
             images_, texts = (F.normalize(t, dim=-1) for t in (image_features, text_features))
             loss = distributed.info_nce(
-                images_,
-                texts,
-                scale,
-                strategy=self.strategy,
-                label_smoothing=self.label_smoothing,
-                check_finite=self.check_finite,
-                check_ranks=self.check_ranks,
-                backend=self.backend,
+                images_, texts, scale, label_smoothing=self.label_smoothing, **self.options
             )
             contrastive, component, rank = loss, None, None
         return {
@@ -128,7 +125,7 @@ class Objective(nn.Module):
     def backward(
         self, images: Tensor, tokens: Tensor, max_length: int, size: int
     ) -> dict[str, Any]:
-        """Adds the gradient of the batch's loss, made `size` rows at a time; returns as forward."""
+        """Adds the gradient of the batch's loss, `size` rows at a time; returns as `forward`."""
         try:
             if images.shape[0] <= size:
                 outputs = self(images, tokens, max_length)
@@ -140,4 +137,4 @@ class Objective(nn.Module):
         except ValueError as error:
             if not self.check_finite:
                 raise
-            raise HimoError(str(error)) from error  # what is wrong on one rank, said by all
+            raise HimoError(str(error)) from error  # every rank names the one that is wrong

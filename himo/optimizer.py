@@ -1,4 +1,4 @@
-"""How the weights move: AdamW, its learning rate, and the bound on the temperature."""
+"""AdamW, its learning rate, and the bound on the temperature."""
 
 import math
 
@@ -7,12 +7,12 @@ import torch
 from himo.config import TrainConfig
 from himo.model import HiMoCLIP
 
-MAX_LOG_SCALE = math.log(100)  # CLIP's limit: a larger multiplier made its training unstable
+MAX_LOG_SCALE = math.log(100)  # CLIP's limit; its training was unstable above it
 
 
 def make_optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is not frozen."""
-    # No decay on norms, biases, embeddings of one vector and logit_scale: all below two dimensions.
+    """AdamW over the parameters that are not frozen."""
+    # Without decay: norms, biases, the class embedding and logit_scale, all below two dimensions.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.wd},
@@ -24,7 +24,7 @@ def make_optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total_steps: int, settings: TrainConfig) -> float:
-    """The rate of the step-th step, from 0: linear over warmup steps, then a cosine to 0."""
+    """The rate at a step, counted from 0: linear over warmup steps, then a cosine to 0."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, total_steps - settings.warmup)

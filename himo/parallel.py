@@ -1,11 +1,12 @@
-"""The processes of one training run under torchrun: set-up, signs of life, and an end for all.
+"""The processes of one training run under torchrun: set-up, heartbeats, and a common end.
 
-A process that is killed, stopped or raises must not leave the others waiting in a collective. Each
-writes a sign of life to torchrun's store every second and watches its neighbour's; what raises
-leaves its reason there. Whoever finds a reason, or silence, prints it and ends.
+A process that is killed, is stopped or raises must not leave the others waiting in a collective.
+Each writes a heartbeat to torchrun's store every second and watches the next rank's. A process
+that raises writes its reason there. A process that finds a reason, or no heartbeat, prints it and
+exits.
 
-By hand because torchrun acts on an exit alone: by itself it leaves a stopped rank for 83 s, its
-`@record` tells no other rank the reason, and the run ends 19 s after a kill, 23 s after a raise.
+torchrun alone acts only on an exit: a stopped rank stays for 83 s, `@record` tells no other rank
+the reason, and the run ends 19 s after a kill, 23 s after a raise.
 """
 
 import gc
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -32,14 +33,14 @@ from himo.errors import HimoError
 
 _BEAT_S = 1.0
 _LOOK_S = 0.1
-# A collective waits for so long: for a process that lives and yet does not come. Reading data has
-# a shorter limit of its own, saving and validating a large model may take minutes.
+# Timeout of a collective, for a process that lives and does not come. Reading data has a shorter
+# limit; saving and validating a large model may take minutes.
 _STUCK = timedelta(minutes=30)
 _LEAVING, _FAILED, _SILENT = "leaving", "failed", "silent"
 
 
 class Ranks:
-    """This process among those of the run; alone where torchrun started none beside it."""
+    """This process among those of the run. This class is a run of one process."""
 
     rank, size = 0, 1
 
@@ -49,11 +50,11 @@ class Ranks:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device of this process for --device NAME: a GPU of its own where there are GPUs."""
+        """The device of this process for --device NAME; of several GPUs, its own."""
         return name
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, whose gradients are the means over ranks."""
+        """The module, wrapped so that its gradients are means over ranks."""
         return module
 
     def mean(self, values: Tensor) -> Tensor:
@@ -64,9 +65,9 @@ class Ranks:
         """The value of every rank, in rank order."""
         return [value]
 
-    def any(self, flag: bool) -> "Vote":
-        """Starts to find out whether the flag is set on any rank."""
-        return Vote(flag)
+    def any(self, flag: bool) -> Callable[[], bool]:
+        """Starts to find out whether the flag is set on any rank; the result waits and tells."""
+        return lambda: flag
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -81,22 +82,12 @@ class Ranks:
             self.barrier()
 
 
-class Vote:
-    """A flag of all ranks, once `result` is asked for."""
-
-    def __init__(self, flag: bool) -> None:
-        self._flag = flag
-
-    def result(self) -> bool:
-        return self._flag
-
-
 class _ManyRanks(Ranks):
     def __init__(self, device: str) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self._local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # gloo takes the address of the host's name otherwise, and aborts where it has none.
+            # Otherwise gloo resolves the host's name, and aborts if it has no address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         device = self.device(device)
         on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -109,7 +100,7 @@ class _ManyRanks(Ranks):
             rank=self.rank,
             world_size=self.size,
         )
-        # Small things of the host go by a group of their own, and make no GPU wait.
+        # Small values on the host use a separate group, so that no GPU waits.
         self._control = dist.new_group(backend="gloo", timeout=_STUCK) if on_gpu else None
 
     def device(self, name: str) -> str:
@@ -130,34 +121,30 @@ class _ManyRanks(Ranks):
         dist.all_gather_object(values, value, group=self._control)
         return values
 
-    def any(self, flag: bool) -> Vote:
-        return _RunningVote(flag, self._control)
+    def any(self, flag: bool) -> Callable[[], bool]:
+        flags = torch.tensor(float(flag))
+        work = dist.all_reduce(flags, group=self._control, async_op=True)
+
+        def result() -> bool:
+            work.wait()
+            return bool(flags)
+
+        return result
 
     def barrier(self) -> None:
         dist.all_reduce(torch.zeros(1), group=self._control)
 
 
-class _RunningVote(Vote):
-    def __init__(self, flag: bool, group: dist.ProcessGroup | None) -> None:
-        self._flags = torch.tensor(float(flag))
-        self._work = dist.all_reduce(self._flags, group=group, async_op=True)
-
-    def result(self) -> bool:
-        self._work.wait()
-        return bool(self._flags)
-
-
 @contextmanager
 def join(device: str, timeout_s: float) -> Iterator[Ranks]:
-    """Joins the processes that torchrun started, and leaves them in order at the end of the body.
+    """Joins the processes that torchrun started; closes the group at the end of the body.
 
-    An exception in the body ends this process, and the others with its reason: a group that has
-    lost a member cannot be closed in order. Status 2 for HimoError, 1 for any other.
+    An exception in the body ends this process and, with its reason, the others: a group that has
+    lost a member cannot be closed. The status is 2 for HimoError, 1 for any other.
 
     Args:
         device: as --device.
-        timeout_s: seconds without a sign of life after which a process counts as gone, and is
-            killed if it is not.
+        timeout_s: seconds without a heartbeat after which a process is considered gone and killed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
@@ -173,9 +160,9 @@ def join(device: str, timeout_s: float) -> Iterator[Ranks]:
 
 
 def _store(use: str) -> PrefixStore:
-    # A connection of its own for each use: one that waits in a collective's set-up would hold up
-    # the other. By attempt: after --max-restarts torchrun's store may still hold the addresses of
-    # processes that are gone.
+    # One connection for each use: one that waits in a collective's set-up would block the other.
+    # Keys have the number of restarts: torchrun's store may still hold the addresses of processes
+    # before a restart.
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -188,7 +175,7 @@ def _store(use: str) -> PrefixStore:
 
 
 class _Watch:
-    """Signs of life of this process, and the watch over the next one's."""
+    """Writes the heartbeat of this process and watches the next rank's."""
 
     def __init__(self, rank: int, size: int, timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
@@ -200,26 +187,26 @@ class _Watch:
         self._thread.start()
 
     def leave(self) -> None:
-        """Says that this process is through, so that its silence means nothing."""
+        """Marks this process as finished, so that its silence is no failure."""
         self._quiet()
         self._store.set(f"beat/{self.rank}", _LEAVING)
 
     def end_after(self, error: BaseException) -> NoReturn:
-        """Prints the reason, leaves it to the others and ends the process."""
-        # torchrun asks the others to end as soon as one has: not before they have said why.
+        """Prints the reason, tells the others and ends the process."""
+        # torchrun sends SIGTERM as soon as one process has ended; the reason is printed first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._quiet()
         status = 2 if isinstance(error, HimoError) else 1
         try:
-            self._store.set(f"beat/{self.rank}", _LEAVING)  # whose silence is not the cause
-            # RuntimeError is what gloo and NCCL raise where a peer is gone.
+            self._store.set(f"beat/{self.rank}", _LEAVING)  # its silence is not the cause
+            # gloo and NCCL raise RuntimeError if a peer is gone.
             if isinstance(error, RuntimeError) and (cause := self._cause()):
                 self._end_because(cause)
             message = str(error)
             if not isinstance(error, HimoError):
                 traceback.print_exception(error)
                 message = f"{type(error).__name__}: {message.partition(chr(10))[0]}"
-            if not message.startswith("rank "):  # said of one rank by all of them
+            if not message.startswith("rank "):  # else all ranks report the same one
                 message = f"rank {self.rank}: {message}"
             self._tell(message)
         except (RuntimeError, OSError):  # the store went with the process that held it
@@ -232,7 +219,7 @@ class _Watch:
             self._thread.join(timeout=2 * _BEAT_S)
 
     def _tell(self, message: str) -> None:
-        # The first reason stands: what fails after it fails because of it.
+        # The first reason is not overwritten: later failures follow from it.
         self._store.compare_set(_FAILED, "", message)
 
     def _run(self) -> None:
@@ -242,11 +229,11 @@ class _Watch:
             try:
                 beats += 1
                 self._store.set(f"beat/{self.rank}", str(beats))
-                if self._store.check([_FAILED]):
-                    # The main thread may be reporting the same: give it the first word.
-                    if not self._stop.wait(2 * _BEAT_S):
-                        self._end_because(self._store.get(_FAILED).decode())
-                beat = self._beat(watched)
+                reason = self._read(_FAILED)
+                # The main thread may be about to report the same.
+                if reason and not self._stop.wait(2 * _BEAT_S):
+                    self._end_because(reason)
+                beat = self._read(f"beat/{watched}")
             except (RuntimeError, OSError):
                 if not self._stop.wait(2 * _BEAT_S):
                     self._end_because("torchrun's store is gone, and with it the run")
@@ -259,41 +246,32 @@ class _Watch:
                 self._tell(reason)
                 self._end_because(reason)
 
-    def _beat(self, rank: int) -> str:
-        key = f"beat/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else ""
-
-    def _where(self, rank: int) -> str:
-        key = f"host/{rank}"
+    def _read(self, key: str) -> str:
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _describe(self, rank: int) -> str:
-        where = self._where(rank)
+        where = self._read(f"host/{rank}")
         return f"rank {rank} ({f'process {where}' if where else 'not yet started'})"
 
-    def _cause(self) -> str | None:
-        # Why contact was lost: a reason that a rank left, or the one whose signs have ceased.
-        before = [self._beat(rank) for rank in range(self.size)]
+    def _cause(self) -> str:
+        # Why contact was lost: the reason of a rank, or a rank without a heartbeat; "" if neither.
+        before = [self._read(f"beat/{rank}") for rank in range(self.size)]
         for _ in range(round(4 * _BEAT_S / _LOOK_S)):
-            if self._store.check([_FAILED]):
-                return self._store.get(_FAILED).decode()
+            if reason := self._read(_FAILED):
+                return reason
             time.sleep(_LOOK_S)
-        silent = [
-            rank
-            for rank, beat in enumerate(before)
-            if beat != _LEAVING and self._beat(rank) == beat
-        ]
-        if not silent:
-            return None
-        reason = f"{self._describe(silent[0])} ended without a word: killed, or out of memory"
-        self._tell(reason)
-        return self._store.get(_FAILED).decode()
+        for rank, beat in enumerate(before):
+            if beat != _LEAVING and self._read(f"beat/{rank}") == beat:
+                self._tell(f"{self._describe(rank)} ended without a word: killed, or out of memory")
+                break
+        return self._read(_FAILED)
 
     def _kill_silent(self) -> None:
-        # A stopped process does not hear torchrun's SIGTERM; its SIGKILL comes 30 s later.
-        if not self._store.check([_SILENT]):
+        # A stopped process ignores torchrun's SIGTERM, and its SIGKILL comes 30 s later.
+        silent = self._read(_SILENT)
+        if not silent:
             return
-        pid, _, host = self._where(int(self._store.get(_SILENT))).partition(" on ")
+        pid, _, host = self._read(f"host/{silent}").partition(" on ")
         if host == socket.gethostname() and pid and _parent(int(pid)) == os.getppid():
             os.kill(int(pid), signal.SIGKILL)
 

@@ -1,8 +1,7 @@
-"""What leaves himo for a terminal or a spreadsheet: text that is shown, and nothing that is obeyed.
+"""Escapes text for a terminal or a spreadsheet, so that neither obeys it.
 
-Names, paths, captions and keys come from files that anyone may have written, and they end up in
-tables, errors, tracebacks and progress bars. So they are made harmless where all of it passes, not
-where each is printed.
+Names, paths, captions and keys come from untrusted files and end up in tables, errors, tracebacks
+and progress bars. So the output streams escape them, not each print.
 """
 
 import os
@@ -13,18 +12,18 @@ from typing import Any, TextIO
 
 from himo.errors import printable
 
-# A cell that begins with one of these is a formula to a spreadsheet, which may run programs.
+# A spreadsheet takes a cell that begins with one of these for a formula, which may run programs.
 _FORMULA = tuple("=+-@＝＋－＠\t\r\n")
 
 
 class PrintableStream:
-    """A text stream that escapes what a terminal would obey: see `printable`.
+    """A text stream that escapes terminal controls with `printable`, except line breaks.
 
-    Line breaks pass. What the encoding of the stream has no bytes for is escaped, too.
+    Characters that the encoding of the stream lacks are escaped, too.
 
     Args:
-        stream: where the text goes. All but writing is left to it.
-        bars: lets a carriage return begin a write, as progress bars do to go back in their line.
+        stream: receives the text and every call but writing.
+        bars: lets a write begin with a carriage return, with which progress bars redraw their line.
     """
 
     def __init__(self, stream: TextIO, *, bars: bool = False) -> None:
@@ -52,7 +51,7 @@ class PrintableStream:
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """What is printed inside goes through a `PrintableStream`."""
+    """Sends what the body prints through a `PrintableStream`."""
     with open(os.devnull, "w") as nowhere:  # for a stream that is closed, as with `>&-`
         out: Any = PrintableStream(sys.stdout or nowhere)
         err: Any = PrintableStream(sys.stderr or nowhere, bars=True)
@@ -61,5 +60,5 @@ def printable_output() -> Iterator[None]:
 
 
 def csv_cell(text: str) -> str:
-    """A text as a cell of a csv file: printable, after a quote mark if it would be a formula."""
+    """A text as a csv cell: printable, and after a quote mark if it would be a formula."""
     return f"'{printable(text)}" if text.startswith(_FORMULA) else printable(text)

@@ -161,10 +161,11 @@ def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
         rule = "never" if name == "train_data" and old["pairs"] != new["pairs"] else "refuse"
         yield Change(name, rule, before_, now_, f"{flag} of")
         return
-    pairs = {image: (old["pictures"].get(image), now) for image, now in new["pictures"].items()}
-    compared = {image: pair for image, pair in pairs.items() if None not in pair}
-    others = {image: pair for image, pair in compared.items() if pair[0] != pair[1]}
-    for image, (digest, digest_now) in list(others.items())[:1]:
+    pairs = [(image, old["pictures"].get(image), now) for image, now in new["pictures"].items()]
+    compared = [pair for pair in pairs if None not in pair]
+    others = [pair for pair in compared if pair[1] != pair[2]]
+    if others:
+        image, digest, digest_now = others[0]
         many = f"{digest_now}; {len(others)} of {len(compared)} pictures looked at are others"
         yield Change(name, "refuse", digest, many, f"{flag} whose {image} is")
 

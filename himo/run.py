@@ -241,13 +241,13 @@ def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleI
     if first:
         if first >= len(index):
             raise HimoError(f"--held-out: expected fewer than {len(index)} pairs, got {first}")
-        held_out = index[:first]
-    if count is not None and first + count > len(index):
-        raise HimoError(
-            f"--train-num-samples: expected at most {len(index) - first} pairs, got {count}"
-        )
-    if first or count is not None:
-        index = index[first:] if count is None else index[first : first + count]
+        held_out, index = index[:first], index[first:]
+    if count is not None:
+        if count > len(index):
+            raise HimoError(
+                f"--train-num-samples: expected at most {len(index)} pairs, got {count}"
+            )
+        index = index[:count]
     return index, held_out
 
 

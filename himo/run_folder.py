@@ -1,4 +1,4 @@
-"""The folder of a run: its owner, what killed runs left in it, and an account of its starts."""
+"""The folder of a run: its lock, the removal of unfinished files, and a record of its starts."""
 
 import dataclasses
 import errno
@@ -27,25 +27,25 @@ from himo.training_state import State, find_state, saved_states, set_aside
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 _LOCK = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-_LARGEST = 64 << 20  # bytes of a config.json: a start takes 1,000
-_WAIT_S, _RESTART_WAIT_S, _POLL_S = 2.0, 60.0, 0.05  # for an owner that is being killed
+_LARGEST = 64 << 20  # bytes of a config.json; a start takes 1,000
+_WAIT_S, _RESTART_WAIT_S, _POLL_S = 2.0, 60.0, 0.05  # for an owner that is ending
 
 
 @contextmanager
 def owned(directory: Path, wait_s: float | None = None) -> Iterator[None]:
-    """Makes this process the one that writes the run in a folder, until the body ends.
+    """Locks the folder of a run until the body ends, so that one process writes it.
 
-    The folder is made if there is none, and removed again if the body leaves it empty. The kernel
-    gives the ownership back when the process ends, however it ends. What killed saves left is
-    removed. Where the file system has no locks, that is said, and nothing is removed.
+    Creates the folder, and removes it again if the body leaves it empty. Removes the unfinished
+    files of killed saves. The kernel releases the lock when the process ends, however it ends. In
+    a file system without locks the user is told, and nothing is removed.
 
     Args:
         directory: the folder.
-        wait_s: seconds to wait for another owner to end; by default 2, and 60 where torchrun has
-            restarted the run, whose processes before may still be ending.
+        wait_s: seconds to wait for another owner to end. By default 2, or 60 after a restart by
+            torchrun, whose earlier processes may still be ending.
 
     Raises:
-        HimoError: another process owns it, which is named; or it cannot be written.
+        HimoError: another process owns it (the message names it); or it cannot be written.
     """
     if wait_s is None:
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -78,7 +78,7 @@ def owned(directory: Path, wait_s: float | None = None) -> Iterator[None]:
 
 
 def _lock(directory: Path, wait_s: float) -> int:
-    """The descriptor that holds the lock, which says whose it is."""
+    """The descriptor of the lock file, which names its owner."""
     path = directory / _LOCK
     deadline = time.monotonic() + wait_s
     while True:
@@ -104,9 +104,9 @@ def _lock(directory: Path, wait_s: float) -> int:
 
 def _taken(descriptor: int, path: Path) -> bool:
     try:
-        # Not flock, whose locks the processes that read data inherit: those may live on a while.
+        # Not flock: the loader's workers would inherit the lock, and may outlive this process.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # An owner that ends removes its file: of that one the lock is worth nothing.
+        # A lock on a file that its last owner has removed since is worth nothing.
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
@@ -136,10 +136,10 @@ def _clean(directory: Path) -> None:
 
 
 def saved_state(settings: TrainConfig) -> State | None:
-    """The state from which --resume goes on; None to begin.
+    """The state that --resume continues from; None to start from the beginning.
 
     Raises:
-        HimoError: the folder already holds a run, or another one than that of the state; or as
+        HimoError: the folder holds a run already, or another run than the state's; or as
             `training_state.find_state`.
     """
     directory, checkpoints = settings.folder, settings.folder / CHECKPOINTS
@@ -161,10 +161,10 @@ def saved_state(settings: TrainConfig) -> State | None:
 
 
 def start(settings: TrainConfig, state: State | None, changes: Sequence[Change]) -> None:
-    """Prepares the folder for a run that begins, or goes on from a state; says what changed.
+    """Prepares the folder for a run that begins or continues from a state; prints what changed.
 
-    metrics.jsonl goes back to the state and records the changes; states past it are set aside;
-    config.json has the settings now, and an account of the starts.
+    metrics.jsonl is cut to the state's step and records the changes. Later states are set aside.
+    config.json gets the settings and a record of the starts.
 
     Raises:
         HimoError: a file cannot be written.
@@ -172,8 +172,7 @@ def start(settings: TrainConfig, state: State | None, changes: Sequence[Change])
     directory, checkpoints = settings.folder, settings.folder / CHECKPOINTS
     step = 0 if state is None else state.step
     if state is not None:
-        missing = unchecked(state.record)
-        if missing:
+        if missing := unchecked(state.record):
             note(f"{state.path}: of an older himo: cannot tell whether {missing} are the same")
         if changes:
             note(f"{directory}: goes on with changes: {'; '.join(c.note() for c in changes)}")
@@ -186,11 +185,9 @@ def start(settings: TrainConfig, state: State | None, changes: Sequence[Change])
         _write_config(settings, step)
     except OSError as error:
         raise HimoError(f"{directory}: cannot be written: {error.strerror}") from error
-    unreadable = TrainingLog(directory / METRICS).resumed(
-        step, {c.name: c.values() for c in changes}
-    )
-    if unreadable:
-        note(f"{directory / METRICS}: {unreadable} unreadable lines are left out")
+    metrics = directory / METRICS
+    if unreadable := TrainingLog(metrics).resumed(step, {c.name: c.values() for c in changes}):
+        note(f"{metrics}: {unreadable} unreadable lines are left out")
 
 
 def _write_config(settings: TrainConfig, step: int) -> None:
@@ -198,20 +195,17 @@ def _write_config(settings: TrainConfig, step: int) -> None:
     values = dataclasses.asdict(settings)
     versions = {"himo": himo_kernels.__version__, "torch": torch.__version__}
     before = _read(path)
-    changes = {
-        name: [before[name], value]
-        for name, value in values.items()
-        if name in before and before[name] != value
-    }
-    earlier = before.get("starts")
-    starts = earlier if isinstance(earlier, list) else []
+    known = values.keys() & before.keys()
+    changes = {n: [before[n], v] for n, v in values.items() if n in known and before[n] != v}
+    starts = before.get("starts")
+    starts = starts if isinstance(starts, list) else []
     this = {"step": step, "command": sys.argv, "versions": versions, "changes": changes}
     content = {**values, "versions": versions, "command": sys.argv, "starts": [*starts, this]}
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What config.json held before; one that cannot be read is kept under another name."""
+    """The earlier content of config.json; a file that cannot be read is renamed."""
     if not os.path.lexists(path):
         return {}
     try:
@@ -222,7 +216,6 @@ def _read(path: Path) -> dict[str, Any]:
         reason = f"expected an object, got {type(content).__name__}"
     except ValueError as error:  # HimoError is one
         reason = shortened(str(error).removeprefix(f"{path}: "))
-    kept = path.with_name(f"{path.name}.damaged")
-    path.rename(kept)
-    note(f"{path}: cannot be read ({reason}), kept as {kept.name}")
+    damaged = path.rename(path.with_name(f"{path.name}.damaged"))
+    note(f"{path}: cannot be read ({reason}), kept as {damaged.name}")
     return {}

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train(settings: TrainConfig) -> bool:
-    """Runs or resumes a training run; returns False if it was stopped by a signal.
+    """Runs or resumes a training run; returns False if a signal stopped it.
 
     Writes config.json, metrics.jsonl and checkpoints/ in settings.folder. The folder is locked:
     no other run can write there at the same time.
@@ -86,7 +87,7 @@ def _take_steps(run: TrainingRun) -> bool:
             for batch in run.batches():
                 data_time_s = time.perf_counter() - ended
                 lr = learning_rate(run.step, run.total_steps, settings)
-                stopping = run.ranks.any(stop.requested)
+                is_stopping = run.ranks.any(stop.requested)
                 outputs, grad_norm, is_finite = _step(run, batch, lr)
                 log.add_time(data_time_s, time.perf_counter() - ended)
                 if is_finite:
@@ -101,7 +102,7 @@ def _take_steps(run: TrainingRun) -> bool:
                     loss, data_s = f"{line['loss']:.3f}", f"{line['data_time_s']:.3f}"
                     bar.set_postfix(loss=loss, data_s=data_s, refresh=False)
                 bar.update()
-                if stopping.result():
+                if is_stopping():
                     run.save()
                     if run.ranks.main:
                         tqdm.write(f"stopped at step {run.step}; go on with --resume latest")
@@ -176,14 +177,10 @@ def _progress(run: TrainingRun) -> "tqdm[Any]":
     )
 
 
-class _Stop:
-    requested = False
-
-
 @contextmanager
-def _stop_requests() -> Iterator[_Stop]:
+def _stop_requests() -> Iterator[SimpleNamespace]:
     # SIGINT and SIGTERM end the run after the current step, with a checkpoint.
-    stop = _Stop()
+    stop = SimpleNamespace(requested=False)
 
     def request(number: int, frame: Any) -> None:
         if stop.requested:  # the second signal ends the process at once
@@ -191,9 +188,7 @@ def _stop_requests() -> Iterator[_Stop]:
             signal.raise_signal(number)
         stop.requested = True
 
-    previous = {
-        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

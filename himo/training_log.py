@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run measures while it trains, a line at a time."""
+"""metrics.jsonl: the measurements of a run, one line at a time."""
 
 import json
 from collections.abc import Iterator
@@ -18,21 +18,21 @@ from himo.validation import COLUMNS as VALIDATION_COLUMNS
 from himo_kernels import distributed
 
 _LOSSES = ("loss", "contrastive_loss", "component_loss")
-_SPECTRUM = 256  # eigenvalues of a spectrum that are recorded
-_LAST_STEP = 1 << 53  # what a double tells from the next
+_SPECTRUM = 256  # recorded eigenvalues of a spectrum
+_LAST_STEP = 1 << 53  # a double represents every smaller integer
 _LONGEST = 1 << 20  # bytes of a line; one with a spectrum takes 3,000
-_SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run: it will not come back
+_SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run, which will not recover
 
 
 class TrainingLog:
-    """Writes a line each log_every_n_steps, of means since the last one.
+    """Writes a line every log_every_n_steps, with mean times since the last one.
 
-    Values stay on the device until a line is written: the loop does not wait for them. Losses are
-    means over ranks; every rank calls `write`, and one writes.
+    Values stay on the device until a line is written, so the loop does not sync. Losses are means
+    over ranks; every rank calls `write`, and rank 0 writes.
 
     Args:
         path: of the file.
-        pairs_per_step: in the batch of all ranks.
+        pairs_per_step: pairs in the batch of all ranks.
         ranks: the processes of the run.
     """
 
@@ -45,7 +45,7 @@ class TrainingLog:
         self._spectrum_epoch = -1
 
     def add_time(self, data_time_s: float, step_time_s: float) -> None:
-        """Counts the time of one step, and how much of it was spent waiting for data."""
+        """Adds the time of one step, and the part of it spent waiting for data."""
         self._data_s += data_time_s
         self._step_s += step_time_s
 
@@ -55,7 +55,7 @@ class TrainingLog:
         self._skipped_in_a_row = 0
 
     def skip(self, step: int, grad_norm: Tensor) -> None:
-        """Counts one step that changed no weight; HimoError where it is one too many."""
+        """Counts one step that changed no weight; HimoError after too many in a row."""
         self._skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row == _SKIPS_IN_A_ROW:
@@ -79,14 +79,12 @@ class TrainingLog:
     def write(
         self, step: int, epoch: float, lr: float, logit_scale: Tensor, outputs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Appends a line and returns it; HimoError where a value is not finite."""
+        """Appends a line and returns it; HimoError if a value is not finite."""
         self.check_finite(step)
         steps = len(self._pending) + self._skipped
-
         names = [name for name in _LOSSES if outputs[name] is not None]
         means = self.ranks.mean(torch.stack([outputs[name].detach() for name in names]))
         losses = dict.fromkeys(_LOSSES) | dict(zip(names, means.tolist(), strict=True))
-
         line: dict[str, Any] = {
             "step": step,
             "epoch": epoch,
@@ -102,7 +100,7 @@ class TrainingLog:
             "skipped_steps": self._skipped,
             **{name: outputs[name] for name in VALIDATION_COLUMNS if name in outputs},
         }
-        if int(epoch) != self._spectrum_epoch:  # once an epoch: it costs an eigenproblem
+        if int(epoch) != self._spectrum_epoch:  # once an epoch, for it needs an eigendecomposition
             self._spectrum_epoch = int(epoch)
             texts = distributed.all_gather(outputs["text_features"], differentiate=False)
             texts = F.normalize(texts, dim=-1)
@@ -121,14 +119,14 @@ class TrainingLog:
         return line
 
     def resumed(self, step: int, changes: dict[str, Any]) -> int:
-        """Goes back to a step; returns how many lines could not be read.
+        """Cuts the file to a step; returns how many lines could not be read.
 
-        Drops the lines past it, which are made again, and the unreadable ones. Adds a line that
-        counts those and holds the changes, if there are any.
+        Drops later lines, which the run will write again, and unreadable ones. Adds a line with
+        the changes and the number of unreadable lines, if there are any.
 
         Args:
             step: of the checkpoint.
-            changes: [before, now] of each setting that is not as it was, by name.
+            changes: [before, now] of each setting that differs, by name.
         """
         if not (changes or self.path.exists()):
             return 0
@@ -151,10 +149,10 @@ class TrainingLog:
 
 
 def read_lines(file: BinaryIO) -> Iterator[dict[str, Any] | None]:
-    """Yields what each line of a metrics.jsonl holds; None where it cannot be read.
+    """Yields the object in each line of a metrics.jsonl; None if the line cannot be read.
 
-    A killed process leaves a line that is cut off, a power cut a block of NULs, a failing disk
-    anything. A line is an object with a number `step`.
+    A killed process leaves a line that is cut off, a power cut leaves a block of NULs, a failing
+    disk leaves anything. A line is an object with a number `step`.
     """
     while raw := file.readline(_LONGEST):
         is_whole = raw.endswith(b"\n") or len(raw) < _LONGEST
@@ -174,9 +172,9 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     step = line.get("step") if isinstance(line, dict) else None
     if isinstance(step, bool) or not isinstance(step, int | float):
         return None
-    return line if abs(step) <= _LAST_STEP else None  # NaN is not
+    return line if abs(step) <= _LAST_STEP else None  # false for NaN
 
 
 def per_second(count: float, seconds: float) -> float | None:
-    """A rate; None where no time has passed, for a clock may stand still between two looks."""
+    """A rate; None if no time has passed, because a clock may read the same twice."""
     return count / seconds if seconds > 0 else None

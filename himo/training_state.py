@@ -1,4 +1,4 @@
-"""A training run on disk: everything that its next step depends on, in one checked file."""
+"""Saves and restores everything that the next step of a run depends on, in one checked file."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def save_state(
     """Writes state-STEP.safetensors atomically and returns its path.
 
     Args:
-        loop: what else the loop needs (sampler position, configuration), as JSON.
+        loop: what else the loop needs (sampler position, configuration), to be stored as JSON.
     """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -51,11 +51,11 @@ def save_state(
 
 @dataclass(frozen=True)
 class State:
-    """A training state as it was read: nothing of it is in use yet."""
+    """A training state as read from its file; `restore` puts it to use."""
 
     path: Path
     tensors: dict[str, Tensor]
-    record: dict[str, Any]  # step, random, and what the loop gave to save_state
+    record: dict[str, Any]  # step, random, and the loop's part from save_state
 
     @property
     def step(self) -> int:
@@ -69,38 +69,30 @@ def restore(
     """Restores model, optimizer and random state.
 
     Raises:
-        HimoError: the state is that of another model.
-        Exception: what a part that is missing or of another kind leads to; see `refuse_damage`.
+        HimoError: the state is of another model.
+        Exception: a part is missing or of another type; see `refuse_damage`.
     """
     tensors = state.tensors
-    model_state = {
-        name.removeprefix("model/"): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("model/")
-    }
-    expected = model.state_dict()
-    if {n: t.shape for n, t in model_state.items()} != {n: t.shape for n, t in expected.items()}:
-        differing = sorted(
-            name
-            for name in model_state.keys() | expected.keys()
-            if name not in expected
-            or name not in model_state
-            or model_state[name].shape != expected[name].shape
-        )
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        names = [name for name in tensors if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensors[name] for name in names}
+
+    weights = below("model/")
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    differing = sorted(n for n in shapes | expected if shapes.get(n) != expected.get(n))
+    if differing:
         raise HimoError(f"{state.path}: is of another model: {', '.join(differing[:5])} differ")
-    model.load_state_dict(model_state)
+    model.load_state_dict(weights)
     for name, parameter in model.named_parameters():
-        prefix = f"optimizer/{name}/"
-        kept = {
-            # AdamW keeps its step count on the CPU.
-            key.removeprefix(prefix): value if value.dim() == 0 else value.to(device)
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-        if any(value.dim() and value.shape != parameter.shape for value in kept.values()):
+        adam = below(f"optimizer/{name}/")
+        if any(value.dim() and value.shape != parameter.shape for value in adam.values()):
             raise HimoError(f"{state.path}: is of another model: the moments of {name} differ")
-        if kept:
-            optimizer.state[parameter] = kept
+        if adam:
+            optimizer.state[parameter] = {  # AdamW's step count [] stays on the CPU
+                key: value.to(device) if value.dim() else value for key, value in adam.items()
+            }
     torch.set_rng_state(tensors["random/torch"])
     for index in range(torch.cuda.device_count()):
         if f"random/cuda{index}" in tensors:
@@ -111,7 +103,7 @@ def restore(
 
 @contextmanager
 def refuse_damage(state: State) -> Iterator[None]:
-    """HimoError for what a record of another shape than save_state's leads to in the body."""
+    """Raises HimoError for the errors that a malformed record leads to in the body."""
     try:
         yield
     except (HimoError, torch.OutOfMemoryError):
@@ -121,7 +113,7 @@ def refuse_damage(state: State) -> Iterator[None]:
 
 
 def find_state(resume: str, directory: Path) -> State | None:
-    """What --resume means; None if it is "latest" and there is none yet.
+    """The state that --resume names; None if it is "latest" and there is none yet.
 
     Raises:
         HimoError: the path is missing or holds no training state; or the newest file is damaged,
@@ -152,13 +144,13 @@ def saved_states(directory: Path) -> list[Path]:
 
 
 def set_aside(directory: Path, step: int) -> list[Path]:
-    """Renames the states past a step, from which a run goes on another way; returns them.
+    """Renames the states past a step at which a run resumes; returns their new paths.
 
-    The newest state is what --resume latest takes, and the oldest are what a run removes: those
-    of the way left would be taken for newer than those of the way gone.
+    Otherwise `--resume latest` would take one of them, and the run would remove its own states as
+    the older ones.
     """
-    left = [path for path in saved_states(directory) if _step(path) > step]
-    return [path.rename(f"{path}.set-aside") for path in left]
+    later = [path for path in saved_states(directory) if _step(path) > step]
+    return [path.rename(f"{path}.set-aside") for path in later]
 
 
 def _step(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Retrieval on held-out pairs while a model trains."""
+"""Retrieval on held-out pairs during training."""
 
 import torch
 
@@ -14,17 +14,17 @@ COLUMNS = tuple(f"val_{way}_R@{k}" for way in WAYS for k in RECALLS)  # of metri
 
 
 class Validation:
-    """The recalls of a model on an index, as `himo eval` computes them.
+    """Computes the recalls of a model on an index, as `himo eval` does.
 
-    Draws no random number and changes nothing in the model: a run with it and one without have
-    the same weights. Images that cannot be read are left out.
+    Draws no random number and changes nothing in the model, so a run has the same weights with and
+    without it. Images that cannot be read are left out.
 
     Args:
         index: the held-out pairs.
-        preprocess: that of the model.
+        preprocess: the model's.
         batch_size: images or texts at a time.
         workers: threads that decode images.
-        max_bad_fraction: the most records, as a fraction, that may be left out.
+        max_bad_fraction: the largest fraction of records that may be left out.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Validation:
         return len(self.index)
 
     def description(self) -> str:
-        """What there is, for a line on the terminal."""
+        """The number of pairs, for a line on the terminal."""
         shared = self.captions.shared(self.captions.texts())
         note = f" ({shared} of them share their caption with other images)" if shared else ""
         return f"{len(self)} pairs to validate on{note}"
@@ -67,8 +67,9 @@ class Validation:
         captions = self.captions
         image_features = encoder.images(self.index, captions.image_rows, leave_out)
         if failed:
-            kept = [image for image in range(len(image_features)) if image not in failed]
-            captions, image_features = captions.without(set(failed), set()), image_features[kept]
+            readable = [image for image in range(len(image_features)) if image not in failed]
+            captions = captions.without(set(failed), set())
+            image_features = image_features[readable]
         texts, no_pair = captions.captions, torch.empty(0, dtype=torch.int64)
         scored = encoder.score_texts(texts, no_pair, no_pair, image_features, len(texts))
         if scored.not_finite.any():

@@ -1,8 +1,8 @@
 """Reads and writes checkpoints of HiMo-CLIP, Long-CLIP, OpenAI's CLIP, open_clip, Hugging Face.
 
 `places` finds the files; `pickles`, `torch_files` and `safetensors_files` read their bytes.
-`layouts` maps the names of tensors, `configurations` those of settings. Users call `loading` and
-`conversion`. No file is ever executed: pickles are read as data.
+`layouts` maps the names of tensors, and `configurations` the names of settings. Users call
+`loading` and `conversion`. No file is ever executed: pickles are read as data.
 """
 
 from himo.checkpoint.conversion import add_arguments, convert, run

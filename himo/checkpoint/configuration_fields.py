@@ -1,7 +1,7 @@
 """The fields of the configurations of open_clip and Hugging Face, and what himo does with each.
 
-open_clip's are those of its CLIPVisionCfg, CLIPTextCfg and PreprocessCfg (3.3.0); Hugging Face's
-those of CLIPConfig, CLIPImageProcessor and what PreTrainedConfig adds (transformers 4 and 5).
+Sources: open_clip's CLIPVisionCfg, CLIPTextCfg and PreprocessCfg (3.3.0); Hugging Face's
+CLIPConfig, CLIPImageProcessor and PreTrainedConfig (transformers 4 and 5).
 """
 
 from collections.abc import Collection, Mapping

@@ -25,7 +25,7 @@ from himo.checkpoint.safetensors_files import DIGEST, write_safetensors
 from himo.checkpoint.strict_json import MAX_JSON, strict_json
 from himo.clip_config import ACTIVATIONS, UNSHAPED, CLIPConfig
 from himo.device import usable_device
-from himo.errors import HimoError, quoted, shortened
+from himo.errors import HimoError, note, printable, quoted, shortened
 from himo.model import HiMoCLIP
 from himo_kernels import __version__
 
@@ -91,7 +91,7 @@ def load(
     model.provenance = provenance_of(metadata, name)
     say_what_is_open(metadata, given, name)
     if metadata["checksum"] == "none":
-        _say(f"note: {name} carries no checksum: damage to its values would go unnoticed")
+        note(f"{name} carries no checksum: damage to its values would go unnoticed")
     from himo.transforms import Preprocess  # here: `himo convert` needs no image libraries
 
     model = model.set_precision(dtype).to(target).eval()
@@ -227,7 +227,7 @@ def config_of(
 def say_what_is_open(metadata: Mapping[str, Any], given: Mapping[str, Any], path: str) -> None:
     """Prints to stderr what was left out of a checkpoint, and what had to be assumed of it."""
     for line in metadata["notes"]:
-        _say(f"note: {path} {line}")
+        note(f"{path} {line}")
     known = {*metadata["config"], *(name for name, value in given.items() if value is not None)}
     assumed = {
         "heads (assumed: one for 64 channels)": {"vision_heads", "text_heads"},
@@ -235,7 +235,7 @@ def say_what_is_open(metadata: Mapping[str, Any], given: Mapping[str, Any], path
         "preprocessing (CLIP's)": {"image_mean"},
     }
     if unknown := [text for text, fields in assumed.items() if not fields <= known]:
-        _say(f"note: {path} does not state its {', '.join(unknown)}")
+        note(f"{path} does not state its {', '.join(unknown)}")
 
 
 def compare(state: State, config: CLIPConfig) -> dict[str, list[str]]:
@@ -320,4 +320,4 @@ def _build(state: State, config: CLIPConfig, strict: bool, path: str) -> HiMoCLI
 
 
 def _say(line: str) -> None:
-    print(f"himo: {HimoError(line)}", file=sys.stderr)
+    print(f"himo: {printable(line)}", file=sys.stderr)

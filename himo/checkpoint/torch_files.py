@@ -110,7 +110,7 @@ def read_legacy(file: BinaryIO, path: str) -> Weights:
 def _legacy_starts(
     file: BinaryIO, keys: list[Any], storages: Mapping[str, StorageRecord], size: int
 ) -> dict[str, int]:
-    """The offset of each storage's first byte; the file's position is that of the first count."""
+    """The offset of each storage's first byte; reads the file from the first count on."""
     starts: dict[str, int] = {}
     for key in keys:
         storage = storages.get(key) if isinstance(key, str) else None

@@ -50,10 +50,8 @@ def himo_loss_fwd(
         text_features, decomposition, image_features, factors, *component, component_products
     )
     for texts, images, room, *outputs, own_products in problems:
-        query, keys = component_operands(images, texts, normalize_components, room, filled=False)[
-            :2
-        ]
-        computed = library.info_nce_fwd(query, keys, logit_scale, label_smoothing, own_products)
+        operands = component_operands(images, texts, normalize_components, room, filled=False)
+        computed = library.info_nce_fwd(*operands[:2], logit_scale, label_smoothing, own_products)
         for output, value in zip(outputs, computed, strict=True):
             output.copy_(value)
     return *contrastive, *component, *decomposition

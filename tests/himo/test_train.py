@@ -81,7 +81,7 @@ def test_a_killed_run_resumes_to_the_same_bits(pairs, whole_run, tmp_path):
         cwd=ROOT,
     )
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.rglob("state-*"))) < 2 and process.poll() is None:
+    while len(list((tmp_path / "run/checkpoints").glob("state-*"))) < 2 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
