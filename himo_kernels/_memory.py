@@ -1,4 +1,4 @@
-"""How much memory an operator may keep between its passes."""
+"""How much memory an operator may cache between its passes."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Returns bytes that can be allocated without swapping; 0 where the system does not say.
+    """Returns the bytes that can be allocated without swapping; 0 if the system does not say.
 
-    The smaller of what Linux calls MemAvailable and of what a container's limit leaves.
+    The minimum of Linux's MemAvailable and the rest of a container's limit.
     """
     try:
         meminfo = Path("/proc/meminfo").read_text()
@@ -20,23 +20,25 @@ def available_memory() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     try:
-        limit, used = (
-            int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
-        )
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        # Cached files count as used, but the system drops them for an allocation.
+        files = (_CGROUP / "memory.stat").read_text().partition("inactive_file ")[2]
+        used -= int(files.split(maxsplit=1)[0])
+    except (OSError, ValueError, IndexError):  # no container, or one without a limit ("max")
         return available
     return min(available, max(0, limit - used))
 
 
-# By default what is kept may take a quarter of the available memory and 1 GiB at most. Up to _SMALL
-# nobody is asked: that takes 30 us.
+# By default a cache may take a quarter of the available memory, at most _MOST. Up to _SMALL the
+# system is not asked, because that takes 30 us.
 _SMALL, _MOST = 16 << 20, 1 << 30
-# A compiled graph cannot ask the system, and takes what was available at import.
+# A compiled graph cannot ask the system. It uses the value at import.
 _available_at_import = available_memory()
 
 
 def fits(size: int, budget: float | None) -> bool:
-    """Returns whether this many bytes may be kept. budget: in bytes, or None for the default."""
+    """Returns whether a cache of this many bytes fits the budget. None means the default."""
     if budget is not None:
         return size <= budget
     if size <= _SMALL:

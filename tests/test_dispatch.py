@@ -95,9 +95,9 @@ def test_the_schema_ends_in_the_backend_and_changes_no_input(name: str, directio
     assert last.name == "backend"
     assert str(last.type) == "str"
     assert not any(argument.alias_info for argument in positional)
-    # Additional outputs of a forward, the cached logits, are keyword arguments.
+    # Additional outputs of a forward, the cached logits and factors, are keyword arguments.
     written = [argument.name for argument in schema.arguments if argument.alias_info]
-    assert written in ([], ["products"])
+    assert written in ([], ["products"], ["products", "factors"])
     assert all(result.alias_info is None for result in schema.returns)
 
 

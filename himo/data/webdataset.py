@@ -223,11 +223,15 @@ def _expand(path: str) -> list[str]:
         if not names:
             raise HimoError(f"{path}: expected a directory with .tar shards, found none")
         return [os.path.join(path, name) for name in names]
-    paths = [path]
-    for given in _RANGE.finditer(path):
-        numbers = range(int(given[1]), int(given[2]) + 1)
-        if not 0 < len(paths) * len(numbers) <= _MAX_SHARDS:
+    ranges = list(_RANGE.finditer(path))
+    count = 1
+    for given in ranges:  # before any name is made: a million of them take 370 MiB
+        count *= max(0, int(given[2]) - int(given[1]) + 1)
+        if not 0 < count <= _MAX_SHARDS:
             raise HimoError(f"{path}: expected a range such as {{0000..0331}}, got {given[0]}")
+    paths = [path]
+    for given in ranges:
+        numbers = range(int(given[1]), int(given[2]) + 1)
         names = [f"{number:0{len(given[1])}}" for number in numbers]
         paths = [_RANGE.sub(name, x, count=1) for x in paths for name in names]
     missing = [shard for shard in paths if not os.path.exists(shard)]

@@ -166,28 +166,34 @@ class _Backward:
         grad_loss, row_nll, column_nll, products = loss
         label_smoothing, differentiate_keys = settings
 
-        def bwd(both: bool, needs_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return extension.load().info_nce_bwd(
-                grad_loss,
-                query,
-                keys,
-                logit_scale,
-                row_nll,
-                column_nll,
-                label_smoothing,
-                both,
-                True,
-                needs_keys,
-                products,
-                None,
-            )
-
-        self.of_query, self.of_keys, self.scale = bwd(differentiate_keys, True)
+        self.of_query, self.of_keys, self.scale = extension.load().info_nce_bwd(
+            grad_loss,
+            query,
+            keys,
+            logit_scale,
+            row_nll,
+            column_nll,
+            label_smoothing,
+            differentiate_keys,
+            True,
+            True,
+            products,
+            None,
+        )
         # With constant keys, V gets only the row half of dS. The basis is part of the texts, so it
-        # gets only the column half: both halves minus the row half.
+        # gets only the column half, as a block whose rows have weight 0. Both halves minus the row
+        # half would cancel where the columns are confident and the rows are not.
         self.of_query_for_basis = self.of_query
         if self.low_rank and not differentiate_keys:
-            self.of_query_for_basis = bwd(True, False)[0] - self.of_query
+            samples, scale = len(query), logit_scale.to(query.dtype)
+            products_of_pairs = (query * keys).sum(1) if products is None else products.diagonal()
+            positives = scale * products_of_pairs
+            weight = grad_loss.to(query.dtype).expand(samples) / (2 * samples)
+            rows, columns = (positives, row_nll, 0 * weight), (positives, column_nll, weight)
+            of_columns, _ = extension.load().info_nce_block_bwd(
+                query, keys, logit_scale, *rows, *columns, 0, label_smoothing, samples, True
+            )
+            self.of_query_for_basis = scale * of_columns
 
     def add_to_images(self, grad_images: Tensor) -> None:
         if self.low_rank and self.factors is not None:

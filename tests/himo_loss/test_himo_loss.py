@@ -301,3 +301,30 @@ def test_the_loss_is_the_operator(preset, generator):
     floor = PRESETS[preset]["variance_floor"]
     expected = himo_loss(*unit, inputs[2], variance_floor=floor, **switches)
     torch.testing.assert_close(tuple(terms), tuple(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_constant_keys_with_confident_columns(generator):
+    # A common direction of the images makes the rows uncertain and leaves the columns confident.
+    # The column half of dS' must not come from the difference of two larger gradients.
+    texts = hkt.power_law(128, 256, generator=generator, dtype=torch.float64)
+    common = F.normalize(torch.randn(256, generator=generator, dtype=torch.float64), dim=0)
+    noise = F.normalize(torch.randn(128, 256, generator=generator, dtype=torch.float64), dim=-1)
+    images = F.normalize(F.normalize(texts - texts.mean(0), dim=-1) + common + 0.3 * noise, dim=-1)
+    images, texts = images.float(), texts.float()
+
+    def grad(images, texts, backend):
+        texts = texts.clone().requires_grad_()
+        losses = himo_loss(
+            images,
+            texts,
+            100.0,
+            variance_threshold=0.85,
+            normalize_components=False,
+            differentiate_keys=False,
+            backend=backend,
+        )[:2]
+        return torch.autograd.grad(sum(losses), texts)[0]
+
+    exact = grad(images.double(), texts.double(), "reference")
+    plain = hkt.relative_error(grad(images, texts, "reference"), exact)
+    assert hkt.relative_error(grad(images, texts, "cpu"), exact) <= 4 * plain + 2e-6
