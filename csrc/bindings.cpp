@@ -5,7 +5,6 @@
 #include <torch/version.h>
 
 #include "covariance.h"
-#include "cpu/dense.h"
 #include "cpu/tile_products.h"
 #include "info_nce.h"
 #include "normalize.h"
@@ -75,8 +74,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("differentiate_keys"), no_gil());
   m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());
   m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
-  // Whether this library solves an n x n eigenproblem itself; otherwise LAPACK does.
-  m.def("solves_eigenproblem", &himo::cpu::solves_wide, py::arg("n"));
+  m.def("eigensolver", &himo::eigensolver, py::arg("n"));
+  m.def("solve_symmetric", &himo::solve_symmetric, py::arg("matrix"), py::arg("solver"),
+        no_gil());
   // Whether bfloat16 is multiplied as bfloat16 here; raised to float32 otherwise.
   m.def("multiplies_bfloat16", &himo::cpu::multiplies_bfloat16);
   m.def("pca_decompose", &himo::pca_decompose, py::arg("x"), py::arg("variance_threshold"),

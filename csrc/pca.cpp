@@ -7,6 +7,9 @@
 #include "common/shapes.h"
 #include "covariance.h"
 #include "cpu/pca_kernel.h"
+#include "cpu/pca_problem.h"
+#include "cpu/problems.h"
+#include "cpu/symmetric_eigen.h"
 
 namespace himo {
 namespace {
@@ -77,6 +80,34 @@ Decomposition moment_decomposition(const at::Tensor& x, const at::Tensor& mean,
 }
 
 }  // namespace
+
+std::string eigensolver(int64_t n) {
+  return cpu::fastest_eigensolver(n) == cpu::Eigensolver::kHimo ? "himo" : "lapack";
+}
+
+std::tuple<at::Tensor, at::Tensor> solve_symmetric(const at::Tensor& matrix,
+                                                   const std::string& solver) {
+  const char* op = "solve_symmetric";
+  HIMO_CHECK_CPU(op, "matrix", matrix);
+  HIMO_CHECK_SHAPE(matrix.dim() == 3 && matrix.size(1) == matrix.size(2) && matrix.size(1) >= 2, op,
+                   "matrix", matrix, "[B, n, n] with n >= 2");
+  HIMO_CHECK_DTYPE(matrix.scalar_type() == at::kDouble, op, "matrix", at::kDouble,
+                   matrix.scalar_type());
+  TORCH_CHECK_VALUE(solver == "himo" || solver == "lapack",
+                    "solve_symmetric: solver must be \"himo\" or \"lapack\", got ", solver);
+  const auto which = solver == "himo" ? cpu::Eigensolver::kHimo : cpu::Eigensolver::kLapack;
+  const int64_t n = matrix.size(1);
+  const auto vectors = matrix.clone(at::MemoryFormat::Contiguous);
+  const auto values = at::empty({matrix.size(0), n}, matrix.options());
+  const auto solve = [&](int64_t b, cpu::Buffer<double>& work) {
+    cpu::solve_symmetric(vectors.mutable_data_ptr<double>() + b * n * n,
+                         values.mutable_data_ptr<double>() + b * n, n,
+                         work.get(cpu::solver_work(n, which)), which);
+  };
+  const auto cube = static_cast<double>(n * n * n);
+  cpu::for_each_problem<cpu::Buffer<double>>(matrix.size(0), 10 * cube, solve);
+  return {values, vectors};
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_decompose(
     const at::Tensor& x,  // [*, N, D]

@@ -4,7 +4,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -12,6 +14,13 @@ namespace himo {
 
 // f and g: a batch has no variance if trace <= f sum(x^2) + g; README (2').
 using Floor = std::pair<double, double>;
+
+// Returns the eigensolver chosen for n x n matrices on this processor: "himo" or "lapack".
+std::string eigensolver(int64_t n);
+
+// Returns eigenvalues [B, n], descending, and eigenvectors [B, n, n] as columns, by the solver named.
+std::tuple<at::Tensor, at::Tensor> solve_symmetric(const at::Tensor& matrix,  // [B, n, n] float64
+                                                   const std::string& solver);
 
 // Returns mean [*, D], eigenvalues [*, n], V [*, n, n] and rank [*].
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pca_decompose(

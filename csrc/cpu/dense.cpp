@@ -1,23 +1,17 @@
 #include "cpu/dense.h"
 
-#include <ATen/Config.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/BatchLinearAlgebra.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
 
-#include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/centring.h"
-#include "cpu/symmetric_eigen.h"
 #include "cpu/wide_products.h"
 
 namespace himo::cpu {
 namespace {
 
-constexpr int64_t kTile = 32;  // a square tile is 8 KiB in float64 and fits the L1 cache
 // With fewer multiplications a plain loop is faster than a BLAS call.
 constexpr int64_t kSmallProduct = 4096;
 
@@ -75,27 +69,7 @@ void multiply_any(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, T alpha, 
   at::cpu::addmm_out(result, result, view(a), view(b), beta, alpha);
 }
 
-// out[i][j] = in[n - 1 - j][i]: converts LAPACK's ascending columns to descending columns of a
-// row-major matrix. In tiles, so that cache lines of both matrices are used fully.
-void reverse_transpose(const double* in, double* out, int64_t n) {
-  for (int64_t i0 = 0; i0 < n; i0 += kTile) {
-    for (int64_t j0 = 0; j0 < n; j0 += kTile) {
-      const int64_t i1 = std::min(i0 + kTile, n), j1 = std::min(j0 + kTile, n);
-      for (int64_t i = i0; i < i1; ++i) {
-        for (int64_t j = j0; j < j1; ++j) out[i * n + j] = in[(n - 1 - j) * n + i];
-      }
-    }
-  }
-}
-
-int64_t lapack_work(int64_t n) { return 1 + 6 * n + 2 * n * n; }
-
-// For smaller n LAPACK is as fast.
-constexpr int64_t kSmallestWideSide = 16;
-
 }  // namespace
-
-bool solves_wide(int64_t n) { return n >= kSmallestWideSide && multiplies_wide(); }
 
 void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> out, float alpha,
               float beta) {
@@ -105,32 +79,6 @@ void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> out, f
 void multiply(Matrix<const double> a, Matrix<const double> b, Matrix<double> out, double alpha,
               double beta) {
   multiply_any(a, b, out, alpha, beta);
-}
-
-int64_t solver_work(int64_t n) {
-  return solves_wide(n) ? solve_symmetric_wide_work(n) : lapack_work(n);
-}
-
-void solve_symmetric(double* matrix,       // [n, n]
-                     double* eigenvalues,  // [n]
-                     int64_t n,
-                     double* work) {  // [solver_work(n)]
-  if (solves_wide(n)) return solve_symmetric_wide(matrix, eigenvalues, n, work);
-#if AT_BUILD_WITH_LAPACK()
-  std::vector<int> integers(3 + 5 * n);
-  const int size = static_cast<int>(n);
-  int info = 0;
-  at::native::lapackSyevd<double, double>(
-      'V', 'L', size, matrix, size, eigenvalues, work, static_cast<int>(lapack_work(n)), nullptr, 0,
-      integers.data(), static_cast<int>(integers.size()), &info);
-  TORCH_CHECK_LINALG(info == 0, "pca: LAPACK's syevd of a ", n, " x ", n,
-                     " matrix did not converge (info ", info, ")");
-  std::copy(matrix, matrix + n * n, work);
-  reverse_transpose(work, matrix, n);
-  std::reverse(eigenvalues, eigenvalues + n);
-#else
-  TORCH_CHECK(false, "pca: this torch is built without LAPACK");
-#endif
 }
 
 }  // namespace himo::cpu

@@ -1,6 +1,6 @@
-// Small dense linear algebra on raw memory. It uses torch's BLAS and LAPACK, or our AVX-512 code on
-// processors where those use only 256-bit registers. Inside at::parallel_for a call runs on the
-// calling thread, elsewhere on all threads.
+// Matrix products on raw memory. They use torch's BLAS, or our AVX-512 code on processors where that
+// uses only 256-bit registers. Inside at::parallel_for a call runs on the calling thread, elsewhere
+// on all threads.
 #pragma once
 
 #include <cstdint>
@@ -32,23 +32,5 @@ void multiply(Matrix<const float> a, Matrix<const float> b, Matrix<float> out, f
               float beta = 0);
 void multiply(Matrix<const double> a, Matrix<const double> b, Matrix<double> out, double alpha = 1,
               double beta = 0);
-
-// Returns whether solve_symmetric uses cpu/symmetric_eigen.h for an n x n matrix on this processor;
-// otherwise it uses LAPACK.
-bool solves_wide(int64_t n);
-
-// Returns the size of `work` of solve_symmetric, in doubles; n <= kLargestSide.
-int64_t solver_work(int64_t n);
-
-// The length of LAPACK's work array, 1 + 6 n + 2 n^2, is a 32-bit integer.
-constexpr int64_t kLargestSide = 32766;
-
-// Overwrites the symmetric matrix with its eigenvectors as columns, by descending eigenvalue.
-// Entries must be finite: otherwise LAPACK may throw because it does not converge, and the result
-// of cpu/symmetric_eigen.h is undefined.
-void solve_symmetric(double* matrix,       // [n, n], row-major
-                     double* eigenvalues,  // [n], descending
-                     int64_t n,
-                     double* work);  // [solver_work(n)]
 
 }  // namespace himo::cpu

@@ -15,9 +15,8 @@
 
 #include "cpu/dense.h"
 #include "cpu/secular.h"
+#include "cpu/solver_loops.h"
 #include "cpu/tridiagonal.h"
-#include "cpu/wide_lanes.h"
-#include "cpu/wide_products.h"
 
 namespace himo::cpu {
 namespace {
@@ -28,20 +27,6 @@ constexpr int64_t kForkSide = 128;     // with fewer rows a second thread does n
 constexpr int64_t kCopyGrain = 32768;  // minimum number of entries one thread copies
 constexpr int kSweeps = 30;            // limit per eigenvalue; 2 are usual
 constexpr double kFloor = 1e-32;       // smaller differences are 0; entries are of order 1
-
-HIMO_AVX512 void rotate(double* a, double* b, int64_t n, double c, double s) {
-  int64_t i = 0;
-  for (; i + kLaneCount <= n; i += kLaneCount) {
-    const Lanes x = load(a + i), y = load(b + i);
-    store(a + i, c * x + s * y);
-    store(b + i, c * y - s * x);
-  }
-  for (; i < n; ++i) {
-    const double x = a[i], y = b[i];
-    a[i] = c * x + s * y;
-    b[i] = c * y - s * x;
-  }
-}
 
 // Diagonalises by QR sweeps with Wilkinson's shift (Golub and Van Loan, section 8.3) and applies
 // their rotations to the rows. Returns whether all of e became negligible within kSweeps.
@@ -66,7 +51,7 @@ bool solve_by_sweeps(double* d, double* e, int64_t n, double* rows, int64_t stri
     for (int64_t k = first; k < last; ++k) {
       const double length = std::sqrt(x * x + y * y);
       const double c = length > 0 ? x / length : 1, s = length > 0 ? y / length : 0;
-      rotate(rows + k * stride, rows + (k + 1) * stride, n, c, s);
+      solver_loops().rotate(rows + k * stride, rows + (k + 1) * stride, n, c, s);
       if (k > first) e[k - 1] = length;
       const double change = s * (2 * c * e[k] + s * (d[k + 1] - d[k]));
       const double below = e[k];
@@ -195,7 +180,7 @@ Deflated Solver::deflate(Segment s) const {
       if (std::abs(gap * c * sine) <= tolerance) {
         z[i] = length;
         if (half[i] != half[held]) half[i] = half[held] = kBoth;
-        rotate(block(s) + held * stride, block(s) + i * stride, s.count, c, -sine);
+        solver_loops().rotate(block(s) + held * stride, block(s) + i * stride, s.count, c, -sine);
         values[held] += gap * sine * sine;
         values[i] -= gap * sine * sine;
         result.solved.push_back(held);
@@ -260,7 +245,7 @@ void Solver::merge(Segment s) const {
     const auto multiply = [&](int64_t from, Matrix<const double> right, int64_t column) {
       const Matrix<double> out{block(s) + column, kept, right.columns, stride, 1};
       if (right.rows > 0) {
-        return multiply_wide<double>(turn.column_block(from, right.rows), right, out, 1, 0);
+        return himo::cpu::multiply(turn.column_block(from, right.rows), right, out);
       }
       for (int64_t i = 0; i < kept; ++i) std::fill_n(out.data + i * stride, right.columns, 0.0);
     };

@@ -1,7 +1,7 @@
 // One vector register of the instruction set that the including file is compiled for.
 //
 // The loops in tile_loops_body.h and row_loops_body.h are compiled once per instruction set, in
-// tile_loops_<instruction set>.cpp. Nothing here may instantiate a standard library template: the
+// loops_<instruction set>.cpp. Nothing here may instantiate a standard library template: the
 // linker could pick that copy, built for the wrong instruction set, for other files.
 #pragma once
 
@@ -62,11 +62,15 @@ HIMO_INLINE acc_t largest(typename Lanes<acc_t>::type value) {
   return result;
 }
 
+// Adds halves: log2(count) dependent additions.
 template <typename acc_t>
 HIMO_INLINE acc_t total(typename Lanes<acc_t>::type value) {
-  acc_t result = 0;
-  for (int64_t k = 0; k < Lanes<acc_t>::count; ++k) result += value[k];
-  return result;
+  acc_t sums[Lanes<acc_t>::count];
+  store(sums, value);
+  for (int64_t half = Lanes<acc_t>::count / 2; half > 0; half /= 2) {
+    for (int64_t k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return sums[0];
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
-// Selects the loops of tile_loops.h and row_loops.h for this machine.
+// Selects the loops of tile_loops.h, row_loops.h and solver_loops.h for this machine.
 
 #include <ATen/Version.h>
 
 #include "cpu/row_loops.h"
+#include "cpu/solver_loops.h"
 #include "cpu/tile_loops.h"
 
 namespace himo::cpu {
@@ -27,6 +28,12 @@ const TileLoops& tile_loops() {
 const RowLoopsOfEach& row_loops() {
   static const RowLoopsOfEach& loops =
       for_this_machine(default_isa::row_loops, avx2::row_loops, avx512::row_loops);
+  return loops;
+}
+
+const SolverLoops& solver_loops() {
+  static const SolverLoops& loops =
+      for_this_machine(default_isa::solver_loops, avx2::solver_loops, avx512::solver_loops);
   return loops;
 }
 

@@ -15,6 +15,7 @@
 #include "cpu/pca_output.h"
 #include "cpu/pca_problem.h"
 #include "cpu/problems.h"
+#include "cpu/symmetric_eigen.h"
 
 namespace himo::cpu {
 namespace {
@@ -216,7 +217,8 @@ void decompose(const at::Tensor& moments, const at::Tensor& means, int64_t sampl
           chosen = n;
           return;
         }
-        solve_symmetric(matrix, values, n, work.get(solver_work(n)));
+        const auto solver = fastest_eigensolver(n);
+        solve_symmetric(matrix, values, n, work.get(solver_work(n, solver)), solver);
         for (int64_t i = 0; i < n; ++i) values[i] = std::max(values[i], 0.0);
         const double* mean = means.const_data_ptr<double>() + b * features;
         const double square = std::inner_product(mean, mean + features, mean, 0.0);

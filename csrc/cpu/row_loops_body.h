@@ -1,4 +1,4 @@
-// The loops of row_loops.h. Included once by each tile_loops_<instruction set>.cpp; the rule in
+// The loops of row_loops.h. Included once by each loops_<instruction set>.cpp; the rule in
 // isa_lanes.h applies. Equation numbers refer to himo_kernels/normalize/README.md.
 
 #include <cstdint>

@@ -13,7 +13,6 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/wide_lanes.h"
 
 namespace himo::cpu {
 namespace {
@@ -23,9 +22,9 @@ constexpr int kSteps = 24;         // limit of interpolation steps; 3 or 4 are u
 constexpr int kBisections = 1200;  // limit of all steps; enough to bisect the range of a double
 constexpr int64_t kGrain = 16384;  // with fewer divisions a second thread does not pay off
 
-// f at some x, its two sums over the poles below and above x, and the derivatives of the sums.
-struct Sums {
-  double below, above, below_slope, above_slope, value;
+// f at some x, and its sums.
+struct Sums : SecularSums {
+  double value;
 
   double slope() const { return below_slope + above_slope; }
 
@@ -36,36 +35,9 @@ struct Sums {
   }
 };
 
-struct PartialSums {
-  Lanes below, above, below_slope, above_slope;
-};
-
-// Adds the terms of poles [j, j + 8) at x = origin + shift; poles up to `split` count as below x.
-HIMO_AVX512_INLINE void add_terms(const Secular& problem, int64_t j, double origin, double shift,
-                                  double split, PartialSums& sums) {
-  const Lanes d = load(problem.d + j), z = load(problem.z + j), none{};
-  const Lanes quotient = z / ((d - origin) - shift);
-  const Lanes term = z * quotient, slope = quotient * quotient;
-  sums.below += d <= split ? term : none;
-  sums.above += d <= split ? none : term;
-  sums.below_slope += d <= split ? slope : none;
-  sums.above_slope += d <= split ? none : slope;
-}
-
-HIMO_AVX512 Sums evaluate(const Secular& problem, double origin, double shift, double split) {
-  PartialSums even{}, odd{};
-  const int64_t width = round_up(problem.count);
-  int64_t j = 0;
-  for (; j + 2 * kLaneCount <= width; j += 2 * kLaneCount) {
-    add_terms(problem, j, origin, shift, split, even);
-    add_terms(problem, j + kLaneCount, origin, shift, split, odd);
-  }
-  if (j < width) add_terms(problem, j, origin, shift, split, even);
-  Sums sums{total(even.below + odd.below), total(even.above + odd.above),
-            total(even.below_slope + odd.below_slope), total(even.above_slope + odd.above_slope),
-            0};
-  sums.value = 1 / problem.rho + sums.below + sums.above;
-  return sums;
+Sums evaluate(const Secular& problem, double origin, double shift, double split) {
+  const auto sums = solver_loops().secular_sums(problem, origin, shift, split);
+  return {sums, 1 / problem.rho + sums.below + sums.above};
 }
 
 // Returns the root of c y^2 - a y + b on the side of the interpolation's pole. If there is none it
@@ -74,13 +46,6 @@ double interpolation_root(double a, double b, double c, bool last) {
   const double root = std::sqrt(std::abs(a * a - 4 * b * c));
   if (last) return a >= 0 ? (a + root) / (2 * c) : 2 * b / (a - root);
   return a <= 0 ? (a - root) / (2 * c) : 2 * b / (a + root);
-}
-
-HIMO_AVX512 void write_differences(const Secular& problem, double origin, double shift,
-                                   double* differences) {
-  for (int64_t j = 0; j < problem.count; j += kLaneCount) {
-    store(differences + j, (load(problem.d + j) - origin) - shift);
-  }
 }
 
 // The bracket of a root, as distances from the pole at `origin`, and the two poles of the
@@ -117,7 +82,7 @@ double find_root(const Secular& problem, int64_t i, double* differences) {
   const int64_t own = problem.sorted[i];
   if (problem.count == 1) {
     const double shift = problem.rho * square(own);
-    write_differences(problem, problem.d[own], shift, differences);
+    solver_loops().differences(problem, problem.d[own], shift, differences);
     return problem.d[own] + shift;
   }
   const int64_t l = last ? problem.sorted[i - 1] : own, r = last ? own : problem.sorted[i + 1];
@@ -161,55 +126,19 @@ double find_root(const Secular& problem, int64_t i, double* differences) {
     before = std::abs(sums.value);
     guess = shift + bracket.step(sums, shift, fixed);
   }
-  write_differences(problem, bracket.origin, shift, differences);
+  solver_loops().differences(problem, bracket.origin, shift, differences);
   return bracket.origin + shift;
-}
-
-// d - pole, or 1 where d is the pole itself.
-HIMO_AVX512_INLINE Lanes distance(Lanes d, double pole) {
-  const Lanes value = d - pole;
-  return value == 0.0 ? Lanes{} + 1.0 : value;
 }
 
 // weights[from:to] = the z for which the roots are exact, up to a constant factor, by Loewner's
 // formula z_j^2 = (root_j - d_j) prod_{i != j} (root_i - d_j) / (d_i - d_j).
-HIMO_AVX512 void recover_weights(const Secular& problem, const double* rows, int64_t stride,
-                                 int64_t from, int64_t to, double* weights) {
-  for (int64_t j = from; j < to; j += kLaneCount) {
-    const Lanes d = load(problem.d + j);
-    Lanes product = Lanes{} + 1.0;
-    const auto* poles = problem.sorted;
-    int64_t i = 0;
-    for (; i + 4 <= problem.count; i += 4) {  // four factors per division; see Secular
-      const double* row = rows + i * stride + j;
-      const Lanes above =
-          (load(row) * load(row + stride)) * (load(row + 2 * stride) * load(row + 3 * stride));
-      const Lanes below =
-          (distance(d, problem.d[poles[i]]) * distance(d, problem.d[poles[i + 1]])) *
-          (distance(d, problem.d[poles[i + 2]]) * distance(d, problem.d[poles[i + 3]]));
-      product *= above / below;
-    }
-    for (; i < problem.count; ++i) {
-      product *= load(rows + i * stride + j) / distance(d, problem.d[poles[i]]);
-    }
-    store(weights + j, product);
-  }
+void recover_weights(const Secular& problem, const double* rows, int64_t stride, int64_t from,
+                     int64_t to, double* weights) {
+  solver_loops().loewner_products(problem, rows, stride, from, to, weights);
   for (int64_t j = from; j < to; ++j) {
     weights[j] =
         j < problem.count ? std::copysign(std::sqrt(std::abs(weights[j])), problem.z[j]) : 0;
   }
-}
-
-// row = weights / row, normalised to length 1.
-HIMO_AVX512 void make_vector(const double* weights, int64_t width, double* row) {
-  Lanes sums{};
-  for (int64_t j = 0; j < width; j += kLaneCount) {
-    const Lanes entries = load(weights + j) / load(row + j);
-    store(row + j, entries);
-    sums += entries * entries;
-  }
-  const double factor = 1 / std::sqrt(total(sums));
-  for (int64_t j = 0; j < width; j += kLaneCount) store(row + j, factor * load(row + j));
 }
 
 }  // namespace
@@ -223,11 +152,11 @@ void solve_secular(const Secular& problem, double* eigenvalues, double* rows, in
       eigenvalues[i] = find_root(problem, i, rows + i * stride);
     }
   });
-  at::parallel_for(0, width / kLaneCount, at::divup(grain, 2), [&](int64_t begin, int64_t end) {
-    recover_weights(problem, rows, stride, begin * kLaneCount, end * kLaneCount, weights);
+  at::parallel_for(0, width / kLanePadding, at::divup(grain, 2), [&](int64_t begin, int64_t end) {
+    recover_weights(problem, rows, stride, begin * kLanePadding, end * kLanePadding, weights);
   });
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) make_vector(weights, width, rows + i * stride);
+    for (int64_t i = begin; i < end; ++i) solver_loops().make_vector(weights, width, rows + i * stride);
   });
 }
 

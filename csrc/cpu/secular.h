@@ -3,20 +3,14 @@
 
 #include <cstdint>
 
+#include "cpu/solver_loops.h"
+
 namespace himo::cpu {
 
 // Entries are at most of order 1 and |z| <= 1. The distance of any two d and the magnitude of every
 // z is at least 1e-32, so that products of four differences neither overflow nor underflow. The
 // arrays need not be sorted. They are padded to a multiple of 8, with z = 0 and d greater than
-// every eigenvalue.
-struct Secular {
-  int64_t count;
-  double rho;             // > 0
-  const double *d, *z;    // [round_up(count)]
-  const int64_t* sorted;  // [count]; d[sorted[i]] ascends
-};
-
-// Writes the eigenvalues in ascending order and orthonormal eigenvectors as rows.
+// every eigenvalue. Writes the eigenvalues in ascending order and orthonormal eigenvectors as rows.
 void solve_secular(const Secular& problem,
                    double* eigenvalues,  // [count]
                    double* rows,         // [count, stride]

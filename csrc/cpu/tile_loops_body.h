@@ -1,4 +1,4 @@
-// The loops of tile_loops.h. Each tile_loops_<instruction set>.cpp enables its instruction set and
+// The loops of tile_loops.h. Each loops_<instruction set>.cpp enables its instruction set and
 // then includes this file. Nothing here may instantiate a standard library template: the linker
 // could pick that copy, built for the wrong instruction set, for other files.
 

@@ -12,8 +12,7 @@
 #include <vector>
 
 #include "cpu/dense.h"
-#include "cpu/wide_lanes.h"
-#include "cpu/wide_products.h"
+#include "cpu/solver_loops.h"
 
 namespace himo::cpu {
 namespace {
@@ -23,125 +22,30 @@ constexpr int64_t kUpdateRows = 48;  // rows of an update block; its lower trian
 // Reflections applied at once: a larger block reads the vectors less often but costs more to form.
 constexpr int64_t kWyBlock = 72;
 int64_t wy_block(int64_t n) { return n < 512 ? 24 : kWyBlock; }
-constexpr int64_t kStrip = 8;  // rows of a register tile
 // Number of remaining columns below which a second thread costs more than it saves: in one product
 // A v, and in the whole back-transformation.
 constexpr int64_t kForkSide = 256;
 constexpr int64_t kBackForkSide = 128;
 constexpr int64_t kCopyGrain = 32768;  // minimum number of entries one thread copies
 
-// out += A x, restricted to rows `from` to `to` of the upper half of A and their mirror image.
-// Columns left of `from` are not read: x is 0 there, as for all rows already reduced. Bounds are
-// multiples of 8.
-HIMO_AVX512 void multiply_symmetric(const double* matrix, int64_t stride, int64_t from, int64_t to,
-                                    int64_t width, const double* x, double* out) {
-  for (int64_t i = from; i < to; i += kStrip) {
-    const double* rows = matrix + i * stride;
-    Lanes sums[kStrip] = {}, own = load(out + i);
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kStrip; ++r) own += x[i + r] * load(rows + r * stride + i);
-    store(out + i, own);
-    for (int64_t k = i + kStrip; k < width; k += kLaneCount) {
-      const Lanes right = load(x + k);
-      Lanes below = load(out + k), more{};  // two chains of additions
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < kStrip; ++r) {
-        const Lanes entries = load(rows + r * stride + k);
-        sums[r] += entries * right;
-        (r % 2 ? more : below) += x[i + r] * entries;
-      }
-      store(out + k, below + more);
-    }
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kStrip; ++r) out[i + r] += total(sums[r]);
-  }
-}
-
-// out[r] = rows[r][from:width] . x[from:width], for 4 rows.
-HIMO_AVX512 void dot_rows(const double* rows, int64_t stride, int64_t from, int64_t width,
-                          const double* x, double* out) {
-  Lanes sums[4] = {};
-  for (int64_t k = from; k < width; k += kLaneCount) {
-    const Lanes right = load(x + k);
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < 4; ++r) sums[r] += right * load(rows + r * stride + k);
-  }
-  for (int64_t r = 0; r < 4; ++r) out[r] = total(sums[r]);
-}
-
-// Arguments of one pass over V and W that subtracts combinations of their rows from two rows.
-struct Pass {
-  const double *v, *w;  // [count, stride]
-  int64_t stride, count;
-  const double *v_of_product, *w_of_product;  // coefficients, [count]
-  const double *v_of_next, *w_of_next;
-  double *product, *next;
-};
-
-template <int vectors>
-HIMO_AVX512_INLINE void subtract_at(const Pass& pass, int64_t k) {
-  Lanes product[vectors], next[vectors];
-  for (int i = 0; i < vectors; ++i) {
-    product[i] = load(pass.product + k + i * kLaneCount);
-    next[i] = load(pass.next + k + i * kLaneCount);
-  }
-  for (int64_t m = 0; m < pass.count; ++m) {
-#pragma GCC unroll 4
-    for (int i = 0; i < vectors; ++i) {
-      const Lanes v = load(pass.v + m * pass.stride + k + i * kLaneCount);
-      const Lanes w = load(pass.w + m * pass.stride + k + i * kLaneCount);
-      product[i] -= pass.v_of_product[m] * v;
-      next[i] -= pass.v_of_next[m] * v;
-      product[i] -= pass.w_of_product[m] * w;
-      next[i] -= pass.w_of_next[m] * w;
-    }
-  }
-  for (int i = 0; i < vectors; ++i) {
-    store(pass.product + k + i * kLaneCount, product[i]);
-    store(pass.next + k + i * kLaneCount, next[i]);
-  }
-}
-
-HIMO_AVX512 void subtract_rows(const Pass& pass, int64_t from, int64_t width) {
-  int64_t k = from;
-  for (; k + 4 * kLaneCount <= width; k += 4 * kLaneCount) subtract_at<4>(pass, k);
-  for (; k < width; k += kLaneCount) subtract_at<1>(pass, k);
-}
-
-HIMO_AVX512 double dot(const double* a, const double* b, int64_t from, int64_t width) {
-  Lanes sums{};
-  for (int64_t k = from; k < width; k += kLaneCount) sums += load(a + k) * load(b + k);
-  return total(sums);
-}
-
-// out = a out + b x
-HIMO_AVX512 void combine(double a, double* out, double b, const double* x, int64_t from,
-                         int64_t width) {
-  for (int64_t k = from; k < width; k += kLaneCount) {
-    store(out + k, a * load(out + k) + b * load(x + k));
-  }
-}
-
-HIMO_AVX512 void add(double* out, const double* x, int64_t from, int64_t width) {
-  for (int64_t k = from; k < width; k += kLaneCount) store(out + k, load(out + k) + load(x + k));
-}
-
 // Returns the factor of the reflection that zeroes x[j + 1:] except its first entry, which becomes
 // the off-diagonal entry of T. Overwrites x with v, which is 0 up to j and 1 at j + 1. Entries
 // whose squares could underflow are treated as 0, since the entries of the matrix are of order 1.
-double reflect(double* x, int64_t j, int64_t width, double& off_diagonal) {
+double reflect(const SolverLoops& loops, double* x, int64_t j, int64_t width,
+               double& off_diagonal) {
   const int64_t from = round_down(j + 1);
   const double first = x[j + 1];
   std::fill(x + from, x + j + 2, 0.0);
-  const double square = dot(x, x, from, width);
+  const double square = loops.dot(x, x, from, width);
   const bool reflects = square >= 1e-280;
   off_diagonal = reflects ? -std::copysign(std::sqrt(first * first + square), first) : first;
-  combine(reflects ? 1 / (first - off_diagonal) : 0, x, 0, x, from, width);
+  loops.combine(reflects ? 1 / (first - off_diagonal) : 0, x, 0, x, from, width);
   x[j + 1] = 1;
   return reflects ? (off_diagonal - first) / off_diagonal : 0;
 }
 
 struct Reduction {
+  const SolverLoops& loops;
   double* matrix;  // a copy, [width, stride]; rows and columns from n to width are 0
   int64_t width, stride, threads;
   double *v, *w, *v_again;  // [kPanel, stride] each, contiguous in this order
@@ -163,12 +67,12 @@ struct Reduction {
         const int64_t first = bound(task);
         double* out = products + task * stride;
         std::fill(out + first, out + width, 0.0);
-        multiply_symmetric(matrix, stride, first, bound(task + 1), width, x, out);
+        loops.multiply_symmetric(matrix, stride, first, bound(task + 1), width, x, out);
         for (int64_t group = task * each; group < std::min((task + 1) * each, 2 * groups);
              ++group) {
           const bool of_v = group < groups;
           const int64_t m = (of_v ? group : group - groups) * 4;
-          dot_rows((of_v ? v : w) + m * stride, stride, from, width, x,
+          loops.dot_rows((of_v ? v : w) + m * stride, stride, from, width, x,
                    dots + (of_v ? 0 : kPanel) + m);
         }
       }
@@ -176,7 +80,7 @@ struct Reduction {
     if (tasks == 1) return work(0, 1);
     at::parallel_for(0, tasks, 1, work);
     for (int64_t task = 1; task < tasks; ++task) {
-      add(products, products + task * stride, bound(task), width);
+      loops.add(products, products + task * stride, bound(task), width);
     }
   }
 
@@ -190,7 +94,7 @@ struct Reduction {
       const int64_t j = first + l, from = round_down(j + 1);
       double *x = v + l * stride, *product = w + l * stride;
       diagonal[j] = x[j];
-      const double factor = reflect(x, j, width, off_diagonal[j]);
+      const double factor = reflect(loops, x, j, width, off_diagonal[j]);
       factors[j] = factor;
       multiply(x, j, l);
       std::copy(products + from, products + width, product + from);
@@ -201,13 +105,13 @@ struct Reduction {
         v_next[m] = v[m * stride + j + 1];
         w_next[m] = w[m * stride + j + 1];
       }
-      subtract_rows({v, w, stride, l, dots + kPanel, dots, w_next, v_next, product, next}, from,
-                    width);
-      const double along = dot(product, x, from, width);
-      combine(factor, product, -0.5 * factor * factor * along, x, from, width);
+      loops.subtract_rows({v, w, stride, l, dots + kPanel, dots, w_next, v_next, product, next},
+                          from, width);
+      const double along = loops.dot(product, x, from, width);
+      loops.combine(factor, product, -0.5 * factor * factor * along, x, from, width);
       std::fill(product + round_down(first), product + j + 1, 0.0);
-      combine(1, next, -product[j + 1], x, from, width);
-      combine(1, next, -1, product, from, width);
+      loops.combine(1, next, -product[j + 1], x, from, width);
+      loops.combine(1, next, -1, product, from, width);
       diagonal[j + 1] = next[j + 1];  // final after the last column
     }
   }
@@ -220,8 +124,8 @@ struct Reduction {
     const int64_t blocks = at::divup(width - first, kUpdateRows), pairs = at::divup(blocks, 2);
     const auto update_block = [&](int64_t block) {
       const int64_t i = first + block * kUpdateRows, rows = std::min(kUpdateRows, width - i);
-      multiply_wide<double>(left.column_block(i, rows).t(), right.column_block(i, width - i),
-                            {matrix + i * stride + i, rows, width - i, stride, 1}, -1, 1);
+      himo::cpu::multiply(left.column_block(i, rows).t(), right.column_block(i, width - i),
+                          {matrix + i * stride + i, rows, width - i, stride, 1}, -1, 1);
     };
     // A task is a long and a short block of rows, which balances the load.
     const int64_t grain = width - first < kForkSide ? pairs : 1;
@@ -263,7 +167,7 @@ void tridiagonalise(double* matrix, int64_t n, double scale, double* diagonal, d
   double* v = work + width * stride;
   double* w = v + kPanel * stride;
   double* again = w + kPanel * stride;
-  Reduction reduction{work, width, stride, threads, v, w, again, again + kPanel * stride, {}};
+  Reduction reduction{solver_loops(), work, width, stride, threads, v, w, again, again + kPanel * stride, {}};
   std::fill(v, again, 0.0);
   at::parallel_for(0, width, at::divup(kCopyGrain, n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -318,9 +222,9 @@ void back_transform(const double* reflections, const double* factors, int64_t n,
     std::vector<double> memory(2 * block.count * block.count);  // too large for thread stacks
     const auto gram = row_major(memory.data(), block.count, block.count);
     const auto triangle = row_major(&memory[block.count * block.count], block.count, block.count);
-    multiply_wide<double>(block.v, block.v.t(), gram, 1, 0);
+    multiply(block.v, block.v.t(), gram);
     wy_triangle(factors + index * size, block.count, gram.data, triangle.data);
-    multiply_wide<double>(triangle, block.v, block.combined, 1, 0);
+    multiply(triangle, block.v, block.combined);
   };
   const int64_t pairs = at::divup(blocks, 2), grain = n < kBackForkSide ? blocks : 1;
   at::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
@@ -339,8 +243,8 @@ void back_transform(const double* reflections, const double* factors, int64_t n,
       const Matrix<double> part{rows + first * stride + block.column, count, block.columns, stride,
                                 1};
       const auto product = row_major(products + first * size, count, block.count);
-      multiply_wide<double>(part, block.v.t(), product, 1, 0);
-      multiply_wide<double>(product, block.combined, part, -1, 1);
+      multiply(part, block.v.t(), product);
+      multiply(product, block.combined, part, -1, 1);
     }
   });
 }

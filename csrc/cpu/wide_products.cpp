@@ -10,7 +10,14 @@
 
 #include <algorithm>
 
-#include "cpu/wide_lanes.h"
+
+// The functions marked so are compiled for AVX-512, though the file is not.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HIMO_WIDE_PRODUCTS
+#define HIMO_AVX512 __attribute__((target("avx512f")))
+#else
+#define HIMO_AVX512
+#endif
 
 namespace himo::cpu {
 

@@ -1,8 +1,4 @@
-"""csrc/cpu/symmetric_eigen.cpp, the eigensolver of the `cpu` backend, on hard matrices.
-
-It needs AVX-512; without it LAPACK is used, and these tests are skipped. A matrix A is passed as
-the moment of [L; -L] / sqrt(2) with L^T L = A, whose mean is 0.
-"""
+"""csrc/cpu/symmetric_eigen.cpp, the eigensolver of the `cpu` backend, by name on hard matrices."""
 
 import pytest
 import torch
@@ -10,26 +6,17 @@ from torch import Tensor
 
 from himo_kernels import extension
 
-SMALLEST = 16  # side: LAPACK solves smaller problems everywhere
-
-
-def why_not() -> str | None:
-    if extension.why_not() is not None:
-        return extension.why_not()
-    if extension.load().solves_eigenproblem(SMALLEST):
-        return None
-    return "the eigensolver needs AVX-512 of AMD: on this processor LAPACK solves"
-
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
 EPS = torch.finfo(torch.float64).eps
 
 
-def solve(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [2 n, n] -> [n, n], [n], [n, n]
-    """Returns A, its eigenvalues and its eigenvectors in columns."""
-    _, eigenvalues, _, _, eigenvectors = extension.load().pca_fwd(x, 0.9, (0, 0))
-    return x.mT @ x, eigenvalues, eigenvectors
+def solve(x: Tensor, solver: str = "himo") -> tuple[Tensor, Tensor, Tensor]:
+    """Returns A = x^T x [*, n, n], its eigenvalues [*, n] and its eigenvectors in columns."""
+    matrix = x.mT @ x
+    n = matrix.shape[-1]
+    eigenvalues, eigenvectors = extension.load().solve_symmetric(matrix.view(-1, n, n), solver)
+    return matrix, eigenvalues.view(matrix.shape[:-1]), eigenvectors.view(matrix.shape)
 
 
 def of_factor(factor: Tensor) -> Tensor:  # [n, n] -> [2 n, n]
@@ -119,13 +106,10 @@ def test_hard_matrices(name, n, generator):
     assert_solved(MATRICES[name](n, generator))
 
 
-def test_the_smallest_problem_is_not_left_to_lapack():
-    solves = extension.load().solves_eigenproblem
-    assert solves(SMALLEST) and not solves(SMALLEST - 1)
-
-
 # Sizes around registers of 8, panels of 16, leaves and blocks of 24, and their halves.
-@pytest.mark.parametrize("n", [16, 17, 18, 23, 24, 25, 26, 47, 48, 49, 50, 97, 127, 128, 129, 513])
+@pytest.mark.parametrize(
+    "n", [2, 3, 4, 7, 8, 9, 15, 16, 17, 18, 23, 24, 25, 26, 47, 48, 49, 50, 97, 127, 128, 129, 513]
+)
 @pytest.mark.parametrize("name", ["gaussian", "one-hot"])
 def test_sides_around_every_block(name, n, generator):
     assert_solved(MATRICES[name](n, generator))
@@ -147,6 +131,39 @@ def test_the_bits_are_the_same_from_run_to_run(n, threads, generator):
 
 def test_a_batch_is_solved_on_one_thread_each(generator):
     x = torch.stack([gaussian(150, generator) for _ in range(4)])
-    eigenvalues, eigenvectors = (extension.load().pca_fwd(x, 0.9, (0, 0))[i] for i in (1, 4))
+    matrix, eigenvalues, eigenvectors = solve(x)
     rebuilt = (eigenvectors * eigenvalues.unsqueeze(-2)) @ eigenvectors.mT
-    torch.testing.assert_close(rebuilt, x.mT @ x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(rebuilt, matrix, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [20, 150])
+def test_both_solvers_find_the_same_values_of_an_indefinite_matrix(n, generator):
+    matrix = torch.randn(1, n, n, dtype=torch.float64, generator=generator)
+    matrix = matrix + matrix.mT
+    ours, lapack = (extension.load().solve_symmetric(matrix, s)[0] for s in ("himo", "lapack"))
+    torch.testing.assert_close(ours, lapack, rtol=0, atol=8 * n * EPS * float(lapack.abs().max()))
+
+
+@pytest.mark.parametrize("n", [8, 31, 32, 127, 128])  # on both sides of where the choice changes
+def test_pca_uses_the_solver_that_info_names(n, generator):
+    x = gaussian(n, generator)
+    library = extension.load()
+    _, moment = library.covariance_fwd(x, torch.float64)
+    eigenvalues, eigenvectors = library.solve_symmetric(moment[None], library.eigensolver(n))
+    _, found, _, _, vectors = library.pca_fwd(x, 0.9, (0, 0))
+    assert torch.equal(found, eigenvalues[0].clamp(min=0))
+    assert torch.equal(vectors, eigenvectors[0])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "solver", "message"),
+    [
+        (torch.eye(4).double()[None], "svd", 'solver must be "himo" or "lapack", got svd'),
+        (torch.eye(4)[None], "himo", "float64|Double"),
+        (torch.ones(1, 4, 3).double(), "himo", r"\[B, n, n\]"),
+        (torch.ones(1, 1, 1).double(), "himo", "n >= 2"),
+    ],
+)
+def test_bad_arguments_are_named(matrix, solver, message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        extension.load().solve_symmetric(matrix, solver)

@@ -1,5 +1,6 @@
-// tile_loops.h and row_loops.h for AVX2 with FMA.
+// tile_loops.h, row_loops.h and solver_loops.h for AVX2 with FMA.
 #include "cpu/row_loops.h"
+#include "cpu/solver_loops.h"
 #include "cpu/tile_loops.h"
 
 #ifdef HIMO_X86_TILE_LOOPS
@@ -11,6 +12,7 @@
 #define HIMO_ISA avx2
 #define HIMO_VECTOR_BYTES 32
 #include "cpu/row_loops_body.h"
+#include "cpu/solver_loops_body.h"
 #include "cpu/tile_loops_body.h"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,5 +1,0 @@
-// tile_loops.h and row_loops.h for the instruction set that the compiler targets by default.
-#define HIMO_ISA default_isa
-#define HIMO_VECTOR_BYTES 16
-#include "cpu/row_loops_body.h"
-#include "cpu/tile_loops_body.h"
