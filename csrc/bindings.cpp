@@ -6,6 +6,7 @@
 
 #include "covariance.h"
 #include "cpu/tile_products.h"
+#include "himo_loss.h"
 #include "info_nce.h"
 #include "normalize.h"
 #include "pca.h"
@@ -46,6 +47,25 @@ py::dict build_info() {
   return info;
 }
 
+// The tensors in the order of the schema in himo_kernels/himo_loss/op.py.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
+    const at::Tensor& grad_contrastive_loss, const at::Tensor& grad_component_loss,
+    const at::Tensor& images, const at::Tensor& texts, const at::Tensor& logit_scale,
+    const at::Tensor& row_nll, const at::Tensor& column_nll, const at::Tensor& component_row_nll,
+    const at::Tensor& component_column_nll, const at::Tensor& mean, const at::Tensor& eigenvalues,
+    const at::Tensor& eigenvectors, const at::Tensor& rank, bool normalize_components,
+    double label_smoothing, bool differentiate_keys, bool differentiate_basis, double gap_eps,
+    bool needs_images, bool needs_texts, const std::optional<at::Tensor>& products,
+    const std::optional<at::Tensor>& factors) {
+  const himo::HimoLossSaved saved{images,       texts,      logit_scale,       row_nll,
+                                  column_nll,   component_row_nll,             component_column_nll,
+                                  mean,         eigenvalues, eigenvectors,     rank};
+  return himo::himo_loss_bwd(grad_contrastive_loss, grad_component_loss, saved,
+                             normalize_components, label_smoothing, differentiate_keys,
+                             differentiate_basis, gap_eps, needs_images, needs_texts, products,
+                             factors);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -72,6 +92,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("column_positives"), py::arg("column_nll"), py::arg("column_weight"),
         py::arg("offset"), py::arg("label_smoothing"), py::arg("total"),
         py::arg("differentiate_keys"), no_gil());
+  m.def("himo_loss_fwd", &himo::himo_loss_fwd, no_gil());
+  m.def("himo_loss_bwd", &himo_loss_bwd, no_gil());
   m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());
   m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
   m.def("eigensolver", &himo::eigensolver, py::arg("n"));

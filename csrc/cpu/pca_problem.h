@@ -53,6 +53,31 @@ inline double regularised_inverse(double gap, double gap_eps) {
   return gap == 0 ? 0.0 : gap / (gap * gap + gap_eps * gap_eps);
 }
 
+// In float32 the rounding error of X along a direction is about eps sqrt(trace / n), and the
+// gradient divides it by sqrt(lambda_R): lambda_R >= trace / (16 n) limits the error to 4 eps.
+// lambda_R is at least (1 - tau) trace / n, so tau <= 0.93 always passes.
+constexpr double kSpread = 16;
+
+inline bool fits_float32(const Spectrum& spectrum) {
+  const double last = spectrum.eigenvalues[spectrum.rank - 1];
+  return last * static_cast<double>(spectrum.n) * kSpread >= spectrum.trace();
+}
+
+// Number of directions on each side of the cut whose pairs are summed in float64. With a narrow gap
+// one or two pairs dominate the gradient, and their values may by chance be small relative to
+// their rounding. Farther from the cut, at least 8 pairs have similar weights, and it is unlikely
+// that all of their values are small.
+constexpr int64_t kNear = 4;
+
+// Converts to the dtype of the products. T is float or double, also below.
+template <typename T>
+void convert(const double* in, int64_t size, T* out);
+
+// products[i][j] *= scale^2 F, README (5), with rows over O and columns over S.
+template <typename T>
+void weigh_pairs(const double* eigenvalues, int64_t rank, double lambda_r, double gap_eps,
+                 double scale, bool dropped, Matrix<T> products);  // [n - k, k]
+
 // Returns the number of kept directions that have a component. On the sample side a direction
 // without variance has none: X^T v / sqrt(lambda) is 0 / 0. Eigenvalues descend, so the directions
 // with a component come first.

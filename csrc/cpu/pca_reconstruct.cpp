@@ -20,27 +20,6 @@
 namespace himo::cpu {
 namespace {
 
-// In float32 the rounding error of X along a direction is about eps sqrt(trace / n), and the
-// gradient divides it by sqrt(lambda_R): lambda_R >= trace / (16 n) limits the error to 4 eps.
-// lambda_R is at least (1 - tau) trace / n, so tau <= 0.93 always passes.
-constexpr double kSpread = 16;
-
-// Number of directions on each side of the cut whose pairs are summed in float64. With a narrow gap
-// one or two pairs dominate the gradient, and their values may by chance be small relative to
-// their rounding. Farther from the cut, at least 8 pairs have similar weights, and it is unlikely
-// that all of their values are small.
-constexpr int64_t kNear = 4;
-
-bool fits_float32(const Spectrum& spectrum) {
-  const double last = spectrum.eigenvalues[spectrum.rank - 1];
-  return last * static_cast<double>(spectrum.n) * kSpread >= spectrum.trace();
-}
-
-template <typename T>
-HIMO_WIDE void convert(const double* in, int64_t size, T* out) {
-  for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(in[i]);
-}
-
 // Scratch buffers of one thread.
 template <typename T>
 struct Workspace {
@@ -94,24 +73,6 @@ void project(const at::Tensor& values,  // [*, N, D]
         dropped ? output.begin_at(values, b, line, lines) : output.begin_at(mean, line, lines);
     multiply(along, directions.t(), block, static_cast<T>(dropped ? -scale : scale), 1);
     output.end();
-  }
-}
-
-// products[i][j] *= scale^2 F, README (5), with rows over O and columns over S.
-template <typename T>
-HIMO_WIDE void weigh_pairs(const double* eigenvalues, int64_t rank, double lambda_r, double gap_eps,
-                           double scale, bool dropped, Matrix<T> products) {  // [n - k, k]
-  const double* of_rows = eigenvalues + (dropped ? 0 : rank);
-  const double* of_columns = eigenvalues + (dropped ? rank : 0);
-  const double sign = dropped ? 1 / lambda_r : -1 / lambda_r;
-  const double factor = scale / lambda_r * scale;
-  for (int64_t i = 0; i < products.rows; ++i) {
-    T* row = products.data + i * products.row_stride;
-    for (int64_t j = 0; j < products.columns; ++j) {
-      const double gap = (of_rows[i] - of_columns[j]) * sign;  // kept minus dropped
-      row[j] =
-          static_cast<T>(static_cast<double>(row[j]) * regularised_inverse(gap, gap_eps) * factor);
-    }
   }
 }
 
