@@ -38,8 +38,8 @@ constexpr int64_t kWorkspace = 16 << 20;
 // bfloat16, as under autocast, which takes half the time. With fewer, these products take little of
 // the time, and the sums are too short to average out the rounding.
 constexpr int64_t kRoundedSamples = 256;
-// Products of at most this size are computed first in any case: the positives are their diagonal, and
-// computing them alone takes a quarter of the time of 128 samples.
+// Products of at most this size are computed first in any case: the positives are their diagonal,
+// and computing them alone takes a quarter of the time of 128 samples.
 constexpr size_t kSmallProducts = 1 << 20;
 // Small problems run in groups that share the threads. A group has at most this many rows.
 constexpr int64_t kRowsAtATime = 4096;
