@@ -63,7 +63,7 @@ def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> s
             for run, line in enumerate(lines)
         ],
         x_label="N",
-        y_label=f"{unit}, log scale" if y.log else unit,
+        y_label=unit,
         over=marks,
         x_ticks=sizes,
         names=lambda ticks: [f"{tick:,.10g}" for tick in ticks],

@@ -316,6 +316,7 @@ def _vertical_axis(y: Scale, labels: Callable[[Sequence[float]], list[str]], nam
     )
     rules = "".join(f"M0 {height}h{_GRID}" for height in heights)
     base = f'<path class="base" d="M0 {_GRID}h{_GRID}"/>'
+    name = f"{name}, log scale" if y.log else name
     names += f'<text class="tick axis" x="-46" y="0" dy="-14">{text(name)}</text>'
     return names + _stretched(f'<path class="grid" d="{rules}"/>{base}', "rules")
 

@@ -152,7 +152,7 @@ def curve_chart(
         y,
         lines,
         x_label="step",
-        y_label=f"{y_label}, log scale" if y.log else y_label,
+        y_label=y_label,
         over="".join(_ring(runs[run], run, at, column, x, y) for run, at in ringed),
         x_ticks=[tick for tick in x.ticks() if tick.is_integer()],
         hits=[(step, _hit(shown, step, cells)) for step, cells in rows],

@@ -66,6 +66,8 @@ def test_a_compiled_formula_does_not_hide_the_one_beneath():
     radii = re.findall(r'r="([\d.]+)"', drawn)
     assert float(radii[0]) > float(radii[-1])
     assert ">ms</text>" in drawn
+    decades = charts.svg("t", "ms", [8, 64], [charts.Line("eager", [(8, 1.0), (64, 99.0)])])
+    assert ">ms, log scale</text>" in decades
 
 
 def test_merging_replaces_what_was_measured_and_keeps_the_rest(tmp_path):
