@@ -3,8 +3,8 @@
 python -m benchmarks.eigensolver --out benchmarks/results/cpu-avx2
 
 Matrices are float64 moments of a power law. LAPACK's time in float32, through torch.linalg.eigh, is
-what a decomposition in mixed precision would pay before its correction in float64. ATEN_CPU_CAPABILITY=avx2 limits our solver to AVX2;
-MKL_ENABLE_INSTRUCTIONS=AVX2 limits LAPACK.
+what a decomposition in mixed precision would pay before its correction in float64.
+ATEN_CPU_CAPABILITY=avx2 limits our solver to AVX2, MKL_ENABLE_INSTRUCTIONS=AVX2 limits LAPACK.
 """
 
 import argparse

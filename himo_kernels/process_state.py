@@ -45,7 +45,7 @@ class Borrowed(Generic[T]):
     ) -> None:
         self._value, self._read, self._write = value, read, write
         self._serves, self._setting = serves, setting
-        # Active calls. A signal handler may raise just before a call ends itself; it is then garbage.
+        # Active calls. A signal handler may raise before a call ends itself; it is garbage then.
         self._calls: set[weakref.ref[object]] = set()
         self._saved: list[T] = []  # the user's setting, while it is not in effect
         # A child inherits the settings, but not the threads that would restore them.

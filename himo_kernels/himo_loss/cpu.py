@@ -43,10 +43,10 @@ def himo_loss_bwd(
     factors: Tensor | None = None,  # [*, (2 N + D)(n + 1)]
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of images, texts and logit_scale; empty where not needed."""
-    *arguments, needs_grad = arguments
+    *given, needs_grad = arguments
     needs_images, needs_texts, _ = needs_grad
-    grads = extension.load().himo_loss_bwd(*arguments, needs_images, needs_texts, products, factors)
-    inputs = arguments[2:5]
+    grads = extension.load().himo_loss_bwd(*given, needs_images, needs_texts, products, factors)
+    inputs = given[2:5]
     return tuple(
         grad.to(value.dtype) if needed else value.new_empty(0)
         for grad, value, needed in zip(grads, inputs, needs_grad, strict=True)
