@@ -68,6 +68,7 @@ def _run(given: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="himo", description="CLIP with semantic hierarchy and monotonicity."
     )
+    parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, help) in _COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
@@ -77,3 +78,14 @@ def _run(given: list[str]) -> int:
     module, _ = _COMMANDS[parsed.command]
     status: int = importlib.import_module(module).run(parsed)
     return status
+
+
+class _Version(argparse.Action):
+    """Prints the versions of himo and torch, which are imported only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the versions, and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(importlib.import_module("himo.report").versions())
+        parser.exit()

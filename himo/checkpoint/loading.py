@@ -13,6 +13,7 @@ import torch
 
 from himo.checkpoint import places
 from himo.checkpoint.configurations import Stated, merged
+from himo.checkpoint.hub import located
 from himo.checkpoint.layouts import (
     POSITIONS,
     State,
@@ -69,7 +70,8 @@ def load(
     for each 64 channels, quick-GELU and CLIP's preprocessing.
 
     Args:
-        path: a file or a directory. Nothing is downloaded.
+        path: a file, a directory, or a name in the hub's local cache (`himo.checkpoint.hub`).
+            Nothing is downloaded.
         device: where the model goes.
         dtype: of the matrix products' weights (see `HiMoCLIP.set_precision`), whatever the file's.
         strict: refuse a file with a missing or unexpected tensor, or one of a wrong shape or
@@ -163,7 +165,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
         HimoError: the file is missing, damaged, of an unknown format, or without tensors by name;
             or a configuration is of a model that himo does not compute.
     """
-    name = os.fspath(path)
+    name = located(os.fspath(path))
     found = places.find(name)
     stored = found.metadata
     try:
