@@ -21,6 +21,9 @@ _COMMANDS = {
     "bench": ("himo.tools.bench", "how fast the training data are read, and the kernels"),
     "report": ("himo.report", "one HTML page of one or several runs"),
     "explain": ("himo.report.explain", "similarity of one image to a growing caption"),
+    "encode": ("himo.apply.encode", "features of images, in a file"),
+    "search": ("himo.apply.search", "the images that fit a text best"),
+    "classify": ("himo.apply.classify", "the label that fits an image best"),
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),
 }
 # Modules of torch and of the extra `himo`; `pip install .` without the extra installs torch alone.

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from himo.checkpoint.strict_json import MAX_JSON, strict_json
 from himo.clip_config import ACTIVATIONS, UNSHAPED, CLIPConfig
 from himo.device import usable_device
 from himo.errors import HimoError, note, printable, quoted, shortened
+from himo.files import sha256_file
 from himo.model import HiMoCLIP
 from himo_kernels import __version__
 
@@ -46,6 +48,7 @@ CHOICES = {
     "vision_heads": "attention heads of the image tower, where the file does not state them",
     "text_heads": "attention heads of the text tower, where the file does not state them",
 }
+MODEL_ARGUMENTS = (*CHOICES, "stretch")  # of `load`, which have flags
 
 
 def load(
@@ -117,7 +120,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `load` that the flags of `add_model_arguments` give."""
-    return {name: getattr(args, name) for name in (*CHOICES, "stretch")}
+    return {name: getattr(args, name) for name in MODEL_ARGUMENTS}
 
 
 def save(
@@ -150,6 +153,16 @@ def save(
     provenance = {**model.provenance, **(metadata or {})}
     state = from_himo(model.state_dict(), "himo")
     return write_safetensors(name, state, file_metadata(model.config, "himo", provenance))
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a checkpoint's file; of a directory, that of the digests of its files."""
+    place = Path(located(os.fspath(path)))
+    files = [place] if place.is_file() else sorted(x for x in place.iterdir() if x.is_file())
+    digests = [sha256_file(file) for file in files]
+    if len(digests) == 1:
+        return digests[0]
+    return sha256("".join(digests).encode()).hexdigest()
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:

@@ -45,7 +45,7 @@ class Coverage:
     def leave_out(self, reason: str, message: str, count: int = 1) -> None:
         """Counts `count` items; HimoError with the message unless that is allowed."""
         if not self.allow_missing:
-            raise HimoError(f"{message}; --allow-missing evaluates the rest and counts it")
+            raise HimoError(f"{message}; --allow-missing uses the rest and counts it")
         self.left_out[reason] = self.left_out.get(reason, 0) + count
         if len(self.examples) < _EXAMPLES:
             self.examples.append(message)
@@ -75,6 +75,19 @@ class Images(Protocol):
 
     def describe(self, index: int, /) -> str:
         """Its place in the data set, for a message."""
+
+
+@dataclass
+class GivenFiles:
+    """Image files that the user names."""
+
+    paths: Sequence[str]
+
+    def image_source(self, index: int, /) -> str:
+        return self.paths[index]
+
+    def describe(self, index: int, /) -> str:
+        return f"image {index + 1}"  # every error has the path itself
 
 
 @dataclass
