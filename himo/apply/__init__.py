@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.data import SampleIndex
@@ -19,7 +20,14 @@ from himo.data.paths import ImageRoot
 from himo.data.webdataset import is_shard
 from himo.errors import HimoError, note
 from himo.evaluate.captions import open_for_evaluation
-from himo.evaluate.encode import Coverage, Encoder, GivenFiles, ImageFiles, Images
+from himo.evaluate.encode import (
+    PROGRESS_DELAY_S,
+    Coverage,
+    Encoder,
+    GivenFiles,
+    ImageFiles,
+    Images,
+)
 from himo.evaluate.result import thumbnail
 from himo.evaluate.retrieval import group_by_image
 from himo.report.runs import plural
@@ -68,8 +76,12 @@ class Opened:
             note(f"left out: {count:,} {reason.replace('_', ' ')}")
         return features[left]
 
-    def thumbnail(self, position: int) -> str | None:
-        """The image at a position of rows as a data URL; None if it cannot be read."""
+    def thumbnails(self, positions: Sequence[int]) -> list[str | None]:
+        """The images at positions of rows as data URLs; None for one that cannot be read."""
+        bar = tqdm(positions, "thumbnails", delay=PROGRESS_DELAY_S, disable=None, leave=False)
+        return [self._thumbnail(position) for position in bar]
+
+    def _thumbnail(self, position: int) -> str | None:
         try:
             return thumbnail(self.images, self.rows[position])
         except ImageError:

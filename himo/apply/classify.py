@@ -106,16 +106,17 @@ def classify_page(
     opened: Opened, labels: Sequence[str], probabilities: Tensor, args: argparse.Namespace
 ) -> str:
     """The page: a picture of each image with its most probable labels."""
+    thumbnails = opened.thumbnails(range(min(_PICTURES, len(opened.ids))))
     pictures = [
         {
-            "name": name,
-            "thumbnail": opened.thumbnail(position),
+            "name": opened.ids[position],
+            "thumbnail": shown,
             "bars": [
                 (label, f"{100 * value:.1f}", f"{100 * value:.2f}")
                 for label, value in best(probabilities[position], labels, _BEST)
             ],
         }
-        for position, name in enumerate(opened.ids[:_PICTURES])
+        for position, shown in enumerate(thumbnails)
     ]
     first = torch.bincount(probabilities.argmax(dim=1), minlength=len(labels))
     counts = best(first, labels, _BEST)

@@ -111,5 +111,6 @@ def _thumbnails(about: About, wanted: set[int]) -> dict[int, str | None]:
         note(f"the page has no thumbnails: {error}")
         return {}
     positions = {name: position for position, name in enumerate(opened.ids)}
-    found = {row: positions.get(about.ids[row]) for row in wanted}
-    return {row: opened.thumbnail(at) for row, at in found.items() if at is not None}
+    there = [row for row in sorted(wanted) if about.ids[row] in positions]
+    shown = opened.thumbnails([positions[about.ids[row]] for row in there])
+    return dict(zip(there, shown, strict=True))

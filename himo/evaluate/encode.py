@@ -19,7 +19,7 @@ from himo.model import HiMoCLIP
 from himo.tokenizer import default_tokenizer
 from himo.transforms import ImageError, Preprocess, Reason
 
-_PROGRESS_DELAY_S = 2.0
+PROGRESS_DELAY_S = 2.0
 _EXAMPLES = 5  # of what was left out
 _TOKENIZED = 4096  # texts at a time
 
@@ -249,7 +249,7 @@ class Encoder:
             desc=f"encoding {what}",
             total=total,
             unit=what.removesuffix("s"),
-            delay=_PROGRESS_DELAY_S,
+            delay=PROGRESS_DELAY_S,
             disable=None if self.progress else True,  # None: shown on a terminal
             leave=False,
         )

@@ -56,6 +56,13 @@ def test_a_name_in_the_cache_loads_as_its_directory(cache: Path) -> None:
     assert located("hf-hub:some-one/clip_1.0") == str(snapshot)
 
 
+def test_the_hubs_client_finds_the_same_file(cache: Path) -> None:
+    client = pytest.importorskip("huggingface_hub", reason="the oracle of the cache's layout")
+    (fetched(cache, "a/b") / "config.json").write_text("{}")
+    theirs = client.try_to_load_from_cache("a/b", "config.json", cache_dir=cache)
+    assert located("a/b/config.json") == theirs
+
+
 def test_a_revision_is_looked_for_under_its_name(cache: Path) -> None:
     snapshot = fetched(cache, "a/b", "v2")
     assert located("a/b@v2") == str(snapshot)
