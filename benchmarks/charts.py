@@ -32,6 +32,11 @@ class Line:
     points: Sequence[tuple[int, float]]
     out_of_memory: Sequence[int] = field(default_factory=tuple)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Drawn so that the same formula without compilation remains visible beneath it."""
+        return self.name.endswith("+compile")
+
 
 def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> str:
     """The chart of positive values over sizes; both axes are logarithmic if they span decades."""
@@ -49,10 +54,16 @@ def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> s
         x,
         y,
         [
-            Curve(run, [n for n, _ in line.points], [value for _, value in line.points])
+            Curve(
+                run,
+                [n for n, _ in line.points],
+                [value for _, value in line.points],
+                "broken" if line.is_compiled else "solid",
+            )
             for run, line in enumerate(lines)
         ],
         x_label="N",
+        y_label=unit,
         over=marks,
         x_ticks=sizes,
         names=lambda ticks: [f"{tick:,.10g}" for tick in ticks],
@@ -62,8 +73,7 @@ def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> s
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">'
         f"<style>{style()}{_STYLE}</style>"
         f'<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>'
-        f'<text class="title" x="{LEFT}" y="22">{text(title)}</text>'
-        f'<text class="tick" x="{LEFT}" y="42">{text(unit)}</text>'
+        f'<text class="title" x="{LEFT - 46}" y="22">{text(title)}</text>'
         f'<svg x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{AREA}">{chart}</svg>'
         "</svg>\n"
     )
@@ -81,7 +91,8 @@ def _marks(run: int, line: Line, unit: str, x: Scale, y: Scale, height: float) -
         for n in line.out_of_memory
     )
     name = label(1, height, line.name, "run", dx=14, dy=4, anchor="start")
-    return f'{dots(run, tooltips, 3.5)}<g class="{series_class(run)}">{oom}{name}</g>'
+    places = dots(run, tooltips, 2.5 if line.is_compiled else 4)
+    return f'{places}<g class="{series_class(run)}">{oom}{name}</g>'
 
 
 def _apart(places: Sequence[float], least: float = 15) -> list[float]:

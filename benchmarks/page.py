@@ -1,6 +1,7 @@
 """The page of a report: what its template shows, computed from rows. Nothing is measured here."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from markupsafe import Markup
 from benchmarks import compare
 from benchmarks.cases import Case
 from benchmarks.compare import Change
-from benchmarks.plot import LABELS, cells, place, quoted_ms, table_rows
+from benchmarks.plot import LABELS, cells, options, place, quoted_ms, size, table_rows, work
 from benchmarks.rows import LIBRARY, Row
 from himo_charts.scales import Scale, fit, number
 from himo_charts.svg import (
@@ -24,9 +25,9 @@ from himo_charts.svg import (
     dots,
     label,
     line_chart,
+    page_style,
     rule,
     series_class,
-    style,
 )
 
 OURS, OTHER = 0, 6  # colours
@@ -49,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Errors:
-    """The errors of one operator and dtype: a line for each candidate, a column for each N."""
+    """The errors of one kind of cell: a line for each candidate, a column for each size."""
 
     title: str
     sizes: Sequence[str]
@@ -110,7 +111,7 @@ def render(
         lstrip_blocks=True,
     )
     return environment.get_template("page.html").render(
-        chart_style=Markup(style()),
+        chart_style=Markup(page_style()),
         facts=_facts(facts, rows, now),
         summary=table_rows(rows),
         died=[f"{LABELS[r['op']]} {r['N']} {r['dtype']}: {r['reason']}" for r in _dead(rows)],
@@ -167,24 +168,20 @@ def _refused(rows: list[Row]) -> list[str]:
 
 
 def _shown(found: dict[str, Row]) -> dict[str, Row]:
-    """The automatic choice under the library's name, then the baselines that can run here."""
+    """The automatic choice under the library's name, then every baseline, also without a time."""
     own = compare.automatic(found)
     others = {
         name: row
         for name, row in sorted(
             found.items(), key=lambda item: ("released" not in item[0], item[0])
         )
-        if name not in LIBRARY and row["status"] != "refused"
+        if name not in LIBRARY
     }
     return ({LIBRARY_NAME: own} if own else {}) | others
 
 
-def _size(cell: Cell) -> str:
-    return f"N = {int(cell[2]):,}, {cell[4]}"
-
-
 def _ident(kind: str, cell: Cell) -> str:
-    return "-".join((kind, cell[0], *cell[2:5]))
+    return re.sub(r"[^\w-]+", "-", "-".join((kind, *cell)))
 
 
 def _missing(row: Row) -> str:
@@ -195,7 +192,9 @@ def _missing(row: Row) -> str:
         return "OOM"
     if row["status"] == "inaccurate":
         return f"inaccurate: error {_error(row)}"
-    return f"{row['status']}: {row['reason']}"[:60]
+    if row["status"] == "refused":
+        return row["reason"]
+    return f"{row['status']}: {row['reason']}"[:36]  # what a phone has room for
 
 
 def _speed(cell: Cell, found: dict[str, Row]) -> Figure:
@@ -207,25 +206,22 @@ def _speed(cell: Cell, found: dict[str, Row]) -> Figure:
         ratio = f" ({ms / ours:.2f}x)" if ours and not is_ours else ""
         words = f"{number(ms, 3)} ms{ratio}" if ms else _missing(row)
         bars.append(Bar(OURS if is_ours else OTHER, name, ms or None, words))
-    title = f"{LABELS[cell[0]]}, {_size(cell)}: time"
-    return Figure(f"{_size(cell)}: time", bar_list(_ident("time", cell), title, "ms", bars))
+    title = f"{work(cell)}, {cell[4]}: time"
+    return Figure(title, bar_list(_ident("time", cell), title, "ms", bars))
 
 
 def _memory(cell: Cell, found: dict[str, Row]) -> Figure | None:
     """None where no peak is known."""
     bars = []
     for name, row in _shown(found).items():
-        run = OURS if name == LIBRARY_NAME else OTHER
-        if row["peak_mib"]:
-            mib = float(row["peak_mib"])
-            bars.append(Bar(run, name, mib, f"{number(mib, 3)} MiB"))
-        elif row["status"] == "out of memory":
-            bars.append(Bar(run, name, None, _missing(row)))
-    if not bars:
+        mib = float(row["peak_mib"] or 0)
+        words = "not measured" if row["status"] == "ok" else _missing(row)
+        words = f"{number(mib, 3)} MiB" if mib else words
+        bars.append(Bar(OURS if name == LIBRARY_NAME else OTHER, name, mib or None, words))
+    if not any(bar.value or bar.shown == "OOM" for bar in bars):
         return None
-    title = f"{LABELS[cell[0]]}, {_size(cell)}: memory"
-    chart = bar_list(_ident("memory", cell), title, "MiB", bars)
-    return Figure("memory beyond the inputs", chart)
+    title = f"{work(cell)}, {cell[4]}: memory beyond the inputs"
+    return Figure(title, bar_list(_ident("memory", cell), title, "MiB", bars))
 
 
 def own_bytes(n: int) -> float:
@@ -245,15 +241,15 @@ def _memory_model(found: dict[Cell, dict[str, Row]]) -> Svg:
     x = Scale(MODEL_SIZES[0], MODEL_SIZES[-1], log=True)
     y = Scale(0.02, 800, log=True)
     forms = ((OURS, LIBRARY_NAME, own_bytes), (1, "open_clip's formula", dense_bytes))
-    lines = [Line(run, MODEL_SIZES, [size(n) / GIB for n in MODEL_SIZES]) for run, _, size in forms]
+    lines = [Line(run, MODEL_SIZES, [form(n) / GIB for n in MODEL_SIZES]) for run, _, form in forms]
     over = "".join(
         rule("tau", y=y.at(gib)) + label(0, y.at(gib), f"{gib} GiB", "tick", dx=4, dy=-4)
         for gib in GPU_GIB
     )
-    for run, name, size in forms:
+    for run, name, form in forms:
         at = MODEL_SIZES[-1]
         over += f'<g class="{series_class(run)}">'
-        over += label(1, y.at(size(at) / GIB), name, "run", dx=4, dy=-10, anchor="end") + "</g>"
+        over += label(1, y.at(form(at) / GIB), name, "run", dx=4, dy=-10, anchor="end") + "</g>"
     for run, backend in ((OURS, LIBRARY_NAME), (1, "open_clip")):
         measured = [
             (int(cell[2]), float(row["peak_mib"]) / 1024)
@@ -278,35 +274,38 @@ def _memory_model(found: dict[Cell, dict[str, Row]]) -> Svg:
         y,
         lines,
         x_label="N",
+        y_label="GiB",
         over=over,
-        x_ticks=MODEL_SIZES,
+        x_ticks=MODEL_SIZES[1::2],  # as many as a phone has room for
         names=lambda ticks: [f"{tick:,.10g}" for tick in ticks],
         height="400",
     )
 
 
 def _rooflines(found: dict[Cell, dict[str, Row]]) -> list[Figure]:
+    groups: dict[str, list[Bar]] = defaultdict(list)
+    for cell, candidates in found.items():
+        own = compare.automatic(candidates)
+        if own is None or not own["fraction"]:
+            continue
+        plain = [row for row in compare.formulas(cell[0], candidates) if row["fraction"]]
+        best = min(plain, key=quoted_ms, default=None)
+        for run, name, row in ((OURS, size(cell), own), (OTHER, best and best["backend"], best)):
+            if row is not None:
+                share = 100 * float(row["fraction"])
+                words = f"{number(share, 2)} % ({row['bound']})"
+                groups[_kind(cell)].append(Bar(run, name, share, words))
     figures = []
-    for op in LABELS:
-        bars = []
-        for cell, candidates in found.items():
-            own = compare.automatic(candidates)
-            if cell[0] != op or own is None or not own["fraction"]:
-                continue
-            plain = [row for row in compare.formulas(op, candidates) if row["fraction"]]
-            best = min(plain, key=quoted_ms, default=None)
-            place = f"{int(cell[2]):,} {cell[4]}"
-            for run, name, row in ((OURS, place, own), (OTHER, best and best["backend"], best)):
-                if row is not None:
-                    share = 100 * float(row["fraction"])
-                    words = f"{number(share, 2)} % ({row['bound']})"
-                    bars.append(Bar(run, name, share, words))
-        if bars:
-            full = max(100.0, *(bar.value or 0.0 for bar in bars))
-            title = f"{LABELS[op]}: share of the roofline"
-            chart = bar_list(f"roofline-{op}", title, "%", bars, full=full)
-            figures.append(Figure(LABELS[op], chart))
+    for index, (kind, bars) in enumerate(groups.items()):
+        full = max(100.0, *(bar.value or 0.0 for bar in bars))
+        title = f"{kind}: share of the roofline"
+        figures.append(Figure(kind, bar_list(f"roofline-{index}", title, "%", bars, full=full)))
     return figures
+
+
+def _kind(cell: Cell) -> str:
+    """What the sizes of a chart or table have in common: operator, options and dtype."""
+    return ", ".join([LABELS[cell[0]], *options(cell), cell[4]])
 
 
 def _ceilings(rows: list[Row]) -> str:
@@ -322,16 +321,16 @@ def _ceilings(rows: list[Row]) -> str:
 
 
 def _errors(found: dict[Cell, dict[str, Row]]) -> list[Errors]:
-    groups: dict[tuple[str, str], dict[str, dict[str, str]]] = defaultdict(dict)
+    groups: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     for cell, candidates in found.items():
-        group = groups[cell[0], cell[4]]
         for name, row in _shown(candidates).items():
-            group.setdefault(name, {})[cell[2]] = _error(row)
+            if row["status"] != "refused":
+                groups[_kind(cell)].setdefault(name, {})[size(cell)] = _error(row)
     tables = []
-    for (op, dtype), lines in groups.items():
-        sizes = sorted({n for line in lines.values() for n in line}, key=int)
+    for kind, lines in groups.items():
+        sizes = list(dict.fromkeys(n for line in lines.values() for n in line))
         body = [(name, [line.get(n, "–") for n in sizes]) for name, line in lines.items()]
-        tables.append(Errors(f"{LABELS[op]}, {dtype}", sizes, body))
+        tables.append(Errors(kind, sizes, body))
     return tables
 
 
@@ -368,12 +367,16 @@ def _curves(curves: dict[str, list[float]]) -> Curves:
     over = dots(OURS, marks, 3.5)
     plain_line = [Line(1, steps, plain)]
     chart = line_chart(
-        "losses", "Loss by step", "nats", x, y, plain_line, x_label="step", over=over
+        *("losses", "Loss by step", "nats", x, y, plain_line),
+        x_label="step",
+        y_label="loss, nats",
+        over=over,
     )
     scale = fit([0.0, *apart], zero=True)
     difference = scale and line_chart(
         *("apart", "Difference by step", "nats", x, scale, [Line(OTHER, steps, apart)]),
         x_label="step",
+        y_label="absolute difference, nats",
     )
     return Curves(
         chart,

@@ -124,12 +124,19 @@ def _columns(cell: tuple[str, ...], found: dict[str, Row]) -> list[str]:
 
 
 def work(cell: tuple[str, ...]) -> str:
-    op, b, n, d, _, config = cell
-    size = " x ".join([b, n, d] if b != "1" else [n, d])
-    # Only options that differ from the operator's defaults.
-    usual = set(_default(op).split())
-    special = [option for option in config.split() if option not in usual]
-    return " ".join([LABELS[op], size, *special])
+    return " ".join([LABELS[cell[0]], size(cell), *options(cell)])
+
+
+def size(cell: tuple[str, ...]) -> str:
+    """B x N x D, without a batch of one."""
+    b, n, d = cell[1:4]
+    return " x ".join([b, n, d] if b != "1" else [n, d])
+
+
+def options(cell: tuple[str, ...]) -> list[str]:
+    """The options of a cell that differ from its operator's defaults."""
+    usual = set(_default(cell[0]).split())
+    return [option for option in cell[5].split() if option not in usual]
 
 
 def quoted_ms(row: Row) -> float:

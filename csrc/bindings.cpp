@@ -57,9 +57,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
     double label_smoothing, bool differentiate_keys, bool differentiate_basis, double gap_eps,
     bool needs_images, bool needs_texts, const std::optional<at::Tensor>& products,
     const std::optional<at::Tensor>& factors) {
-  const himo::HimoLossSaved saved{images,       texts,      logit_scale,       row_nll,
-                                  column_nll,   component_row_nll,             component_column_nll,
-                                  mean,         eigenvalues, eigenvectors,     rank};
+  const himo::HimoLossSaved saved{images,
+                                  texts,
+                                  logit_scale,
+                                  row_nll,
+                                  column_nll,
+                                  component_row_nll,
+                                  component_column_nll,
+                                  mean,
+                                  eigenvalues,
+                                  eigenvectors,
+                                  rank};
   return himo::himo_loss_bwd(grad_contrastive_loss, grad_component_loss, saved,
                              normalize_components, label_smoothing, differentiate_keys,
                              differentiate_basis, gap_eps, needs_images, needs_texts, products,
@@ -97,8 +105,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());
   m.def("normalize_bwd", &himo::normalize_bwd, py::arg("grad"), py::arg("x"), no_gil());
   m.def("eigensolver", &himo::eigensolver, py::arg("n"));
-  m.def("solve_symmetric", &himo::solve_symmetric, py::arg("matrix"), py::arg("solver"),
-        no_gil());
+  m.def("solve_symmetric", &himo::solve_symmetric, py::arg("matrix"), py::arg("solver"), no_gil());
   // Whether bfloat16 is multiplied as bfloat16 here; raised to float32 otherwise.
   m.def("multiplies_bfloat16", &himo::cpu::multiplies_bfloat16);
   m.def("pca_decompose", &himo::pca_decompose, py::arg("x"), py::arg("variance_threshold"),

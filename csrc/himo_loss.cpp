@@ -8,6 +8,7 @@
 #include "common/check.h"
 #include "common/shapes.h"
 #include "cpu/component_factors.h"
+#include "cpu/tensor_matrix.h"
 #include "info_nce.h"
 #include "normalize.h"
 
@@ -29,14 +30,12 @@ void check(const at::Tensor& images, const at::Tensor& texts, const Optional& fa
                    images.scalar_type(), texts.scalar_type());
   if (!factors) return;
   const int64_t samples = texts.size(-2), width = texts.size(-1);
-  const auto shape =
-      with_tail(texts, {(2 * samples + width) * (std::min(samples, width) + 1)});
+  const auto shape = with_tail(texts, {(2 * samples + width) * (std::min(samples, width) + 1)});
   HIMO_CHECK_CPU(kOp, "factors", *factors);
   HIMO_CHECK_SHAPE(factors->sizes().equals(shape) && factors->is_contiguous(), kOp, "factors",
                    *factors, at::IntArrayRef(shape));
   const auto dtype = texts.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  HIMO_CHECK_DTYPE(factors->scalar_type() == dtype, kOp, "factors", dtype,
-                   factors->scalar_type());
+  HIMO_CHECK_DTYPE(factors->scalar_type() == dtype, kOp, "factors", dtype, factors->scalar_type());
 }
 
 // The logits of one of the two losses.
@@ -114,19 +113,24 @@ HimoLossOutputs himo_loss_fwd(const at::Tensor& images, const at::Tensor& texts,
   const auto losses = flatten_lead(component_loss, 0), rows = flatten_lead(component_row_nll, 1),
              columns = flatten_lead(component_column_nll, 1);
   for (int64_t b = 0; b < problems.count(); ++b) {
-    const auto operands = cpu::component_operands(
-        problems.images(b), problems.texts(b), normalize_components, problems.cache(b), false);
+    const auto operands = cpu::component_operands(problems.images(b), problems.texts(b),
+                                                  normalize_components, problems.cache(b), false);
     const auto [own_loss, own_rows, own_columns] = info_nce_fwd(
         operands.query, operands.keys, logit_scale, label_smoothing, problems.products(b));
     losses[b].copy_(own_loss);
     rows[b].copy_(own_rows);
     columns[b].copy_(own_columns);
   }
-  return {loss,           row_nll,
-          column_nll,     component_loss,
-          component_row_nll, component_column_nll,
-          mean,           eigenvalues,
-          eigenvectors,   rank};
+  return {loss,
+          row_nll,
+          column_nll,
+          component_loss,
+          component_row_nll,
+          component_column_nll,
+          mean,
+          eigenvalues,
+          eigenvectors,
+          rank};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
@@ -150,15 +154,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
     const auto texts = problems.texts(b);
     const auto operands = cpu::component_operands(images, texts, normalize_components,
                                                   problems.cache(b), /*filled=*/true);
-    const auto [of_query, of_keys, of_scale] =
-        info_nce_bwd(grad_losses[b], operands.query, operands.keys, saved.logit_scale, row_nll[b],
-                     column_nll[b], label_smoothing, differentiate_keys, true, true,
-                     problems.products(b), std::nullopt);
+    const auto [of_query, of_keys, of_scale] = info_nce_bwd(
+        grad_losses[b], operands.query, operands.keys, saved.logit_scale, row_nll[b], column_nll[b],
+        label_smoothing, differentiate_keys, true, true, problems.products(b), std::nullopt);
     grad_scale.add_(of_scale);
     if (needs_images) {
       const auto own = flatten_lead(grad_images, 2)[b];
       if (operands.low_rank) {
-        cpu::multiply(of_query, operands.factors.basis.to(of_query.scalar_type()), own, 1, 1);  // (5)
+        cpu::multiply(of_query, operands.factors.basis.to(of_query.scalar_type()), own, 1,
+                      1);  // (5)
       } else {
         own.add_(of_query);
       }
@@ -168,16 +172,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
     if (texts.spectrum.is_nan()) {
       own.fill_(NAN);
     } else if (!operands.has_factors) {
-      own.add_(normalize_components ? normalize_bwd(of_keys, texts.features.to(of_keys.scalar_type()))
-                                    : of_keys);
+      own.add_(normalize_components
+                   ? normalize_bwd(of_keys, texts.features.to(of_keys.scalar_type()))
+                   : of_keys);
     } else {
       const bool halves = operands.low_rank && !differentiate_keys;
       const auto of_basis =
           halves ? gradient_from_columns(operands, saved.logit_scale, grad_losses[b], row_nll[b],
                                          column_nll[b], label_smoothing, problems.products(b))
                  : of_query;
-      cpu::add_text_gradient({of_basis, of_keys, normalize_components, differentiate_basis, gap_eps},
-                             images, texts, operands, own);
+      cpu::add_text_gradient(
+          {of_basis, of_keys, normalize_components, differentiate_basis, gap_eps}, images, texts,
+          operands, own);
     }
   }
   return {grad_images, grad_texts, grad_scale};

@@ -11,9 +11,8 @@
 
 namespace himo {
 
-using HimoLossOutputs =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-               at::Tensor, at::Tensor, at::Tensor>;
+using HimoLossOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                   at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Returns loss [*], row and column nll [*, N] of both losses, then mean [*, D], eigenvalues [*, n],
 // eigenvectors [*, n, n] and rank [*]. Writes the caches if given.

@@ -18,7 +18,8 @@ using Floor = std::pair<double, double>;
 // Returns the eigensolver chosen for n x n matrices on this processor: "himo" or "lapack".
 std::string eigensolver(int64_t n);
 
-// Returns eigenvalues [B, n], descending, and eigenvectors [B, n, n] as columns, by the solver named.
+// Returns eigenvalues [B, n], descending, and eigenvectors [B, n, n] as columns, by the solver
+// named.
 std::tuple<at::Tensor, at::Tensor> solve_symmetric(const at::Tensor& matrix,  // [B, n, n] float64
                                                    const std::string& solver);
 

@@ -19,6 +19,7 @@ from himo_charts.scales import Scale, fixed, number, tick_labels
 COLOURS = 8  # s0 to s7 in colours.css; further runs reuse them
 HEIGHT = "180"  # default height of the plot area, in pixels
 _BAR_STEP = 22  # pixels from one bar of a list to the next
+_SLIVER = 0.006  # least width of a bar of a list, so that the smallest is visible
 _GRID = 1000  # width and height of the inner svg, in its own coordinates
 # Control characters, lone surrogates, and marks that change the direction of text.
 _UNFIT = re.compile(
@@ -28,7 +29,10 @@ _UNFIT = re.compile(
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of one run; NaN in `y` is a gap. `style`: solid, faint, step or dashed."""
+    """A curve of one run; NaN in `y` is a gap. `style`: solid, broken, faint, step or dashed.
+
+    A broken line, drawn on a solid one, leaves it visible where both have the same values.
+    """
 
     run: int
     x: Sequence[float]
@@ -55,8 +59,16 @@ class Svg(str):
 
 def style() -> str:
     """The style sheet of the charts: light and dark colours, and marks."""
-    folder = Path(__file__).parent
-    return "".join((folder / name).read_text("utf-8") for name in ("colours.css", "charts.css"))
+    return _sheet("colours.css") + _sheet("charts.css")
+
+
+def page_style() -> str:
+    """The style sheet of the charts, and of tables that may be wider than a page."""
+    return style() + _sheet("tables.css")
+
+
+def _sheet(name: str) -> str:
+    return (Path(__file__).parent / name).read_text("utf-8")
 
 
 def readable(value: object) -> str:
@@ -88,6 +100,7 @@ def line_chart(
     lines: Sequence[Line],
     *,
     x_label: str,
+    y_label: str,
     over: str = "",
     under: str = "",
     x_ticks: Sequence[float] | None = None,
@@ -120,7 +133,7 @@ def line_chart(
     )
     return Svg(
         _open(ident, title, description, height)
-        + _horizontal_grid(y, names)
+        + _vertical_axis(y, names, y_label)
         + below
         + f'<text class="tick axis" x="100%" y="100%" dy="34" text-anchor="end">'
         f"{text(x_label)}</text>"
@@ -136,6 +149,7 @@ def bar_chart(
     bars: Sequence[Sequence[float | None]],
     y: Scale,
     *,
+    y_label: str,
     chance: Sequence[float | None],
     decimals: int = 1,
 ) -> Svg:
@@ -146,7 +160,8 @@ def bar_chart(
         bars: for each run one value per group; None leaves a gap.
         chance: for each group the score of guessing, drawn as a line across it, or None.
     """
-    parts = [_open(ident, title, description, HEIGHT), _horizontal_grid(y, tick_labels)]
+    parts = [_open(ident, title, description, HEIGHT), _vertical_axis(y, tick_labels, y_label)]
+    values = []  # on top of everything else
     slot = 1 / len(groups)
     width = min(0.8 * slot / max(1, len(bars)), 0.12)
     for g, group in enumerate(groups):
@@ -155,25 +170,22 @@ def bar_chart(
             f'<text class="tick" x="{_percent(centre)}" y="100%" dy="18" '
             f'text-anchor="middle">{text(group)}</text>'
         )
-        for run, values in enumerate(bars):
-            value = values[g]
+        for run, of_run in enumerate(bars):
+            value = of_run[g]
             if value is None or not math.isfinite(value):
                 continue
             left = centre + (run - len(bars) / 2) * width
-            level = y.at(max(value, y.low))
+            bottom, top = sorted((y.at(0), y.at(value)))
             parts.append(
                 f'<g class="{series_class(run)}"><rect class="bar" x="{_percent(left)}" '
-                f'y="{_percent(1 - level)}" width="{_percent(width * 0.92)}" '
-                f'height="{_percent(level)}">'
-                f"<title>{text(group)}: {number(value)}</title></rect>"
+                f'y="{_percent(1 - top)}" width="{_percent(width * 0.92)}" '
+                f'height="{_percent(top - bottom)}">'
+                f"<title>{text(group)}: {number(value)}</title></rect></g>"
             )
             if len(bars) <= 3:
-                parts.append(
-                    f'<text class="value" x="{_percent(left + width * 0.46)}" '
-                    f'y="{_percent(1 - level)}" dy="-5" text-anchor="middle">'
-                    f"{fixed(value, decimals)}</text>"
-                )
-            parts.append("</g>")
+                shown = fixed(value, decimals)
+                place = label(left + width * 0.46, top, shown, "value", dy=-5, anchor="middle")
+                values.append(f'<g class="{series_class(run)}">{place}</g>')
         guess = chance[g]
         if guess is not None and y.holds(guess):
             ends = f'x1="{_percent(centre - 0.46 * slot)}" x2="{_percent(centre + 0.46 * slot)}"'
@@ -184,7 +196,7 @@ def bar_chart(
                 f'<line {ends} y1="{height}" y2="{height}"/>'
                 f'<line {ends} y1="{height}" y2="{height}"/></g>'
             )
-    return Svg("".join(parts) + "</svg>")
+    return Svg("".join([*parts, *values]) + "</svg>")
 
 
 def bar_list(
@@ -208,7 +220,7 @@ def bar_list(
         if bar.value is None:
             parts.append(f'<text class="tick" x="2" {middle}>{text(bar.shown)}</text>')
             continue
-        width = _percent(min(1.0, bar.value / full))
+        width = _percent(min(1.0, max(_SLIVER, bar.value / full)))
         parts.append(
             f'<g class="{series_class(bar.run)}"><rect class="bar" x="0" y="{top + 3}" '
             f'width="{width}" height="{_BAR_STEP - 6}"><title>{text(bar.name)}: {text(bar.shown)}'
@@ -241,14 +253,16 @@ def path(x: Scale, y: Scale, line: Line) -> str:
     return "".join(parts)
 
 
-def dots(run: int, places: Iterable[tuple[float, float, str]], radius: float = 4) -> str:
-    """Dots of a run at fractions of width and height, each with a tooltip."""
+def dots(
+    run: int, places: Iterable[tuple[float, float, str]], radius: float = 4, css: str = "dots"
+) -> str:
+    """Dots of a run at fractions of width and height, each with a tooltip; `css`: dots or best."""
     circles = "".join(
         f'<circle cx="{_percent(x)}" cy="{_percent(1 - y)}" r="{radius:g}">'
         f"<title>{text(title)}</title></circle>"
         for x, y, title in places
     )
-    return f'<g class="{series_class(run)} dots">{circles}</g>'
+    return f'<g class="{series_class(run)} {css}">{circles}</g>'
 
 
 def triangles(run: int, places: Iterable[tuple[float, float, str]]) -> str:
@@ -291,7 +305,8 @@ def _open(ident: str, title: str, description: str, height: str) -> str:
     )
 
 
-def _horizontal_grid(y: Scale, labels: Callable[[Sequence[float]], list[str]]) -> str:
+def _vertical_axis(y: Scale, labels: Callable[[Sequence[float]], list[str]], name: str) -> str:
+    """Ticks with lines across the area, and the name above, from the left edge of the labels."""
     ticks = y.ticks()
     heights = [round((1 - y.at(tick)) * _GRID) for tick in ticks]
     names = "".join(
@@ -301,6 +316,8 @@ def _horizontal_grid(y: Scale, labels: Callable[[Sequence[float]], list[str]]) -
     )
     rules = "".join(f"M0 {height}h{_GRID}" for height in heights)
     base = f'<path class="base" d="M0 {_GRID}h{_GRID}"/>'
+    name = f"{name}, log scale" if y.log else name
+    names += f'<text class="tick axis" x="-46" y="0" dy="-14">{text(name)}</text>'
     return names + _stretched(f'<path class="grid" d="{rules}"/>{base}', "rules")
 
 

@@ -6,6 +6,7 @@ operator, so `torch.compile(fullgraph=True)` sees the same operator for every ba
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from himo_kernels._checks import raise_type, raise_value
-from himo_kernels.process_state import full_float32
+from himo_kernels.process_state import full_float32_matmuls, without_autocast
 
 BACKEND_VARIABLE = "HIMO_KERNELS_BACKEND"
 
@@ -97,10 +98,10 @@ class Operator:
         by calling this.
         """
         body = self.backends[args[-1]].kernels[direction]  # type: ignore[index]
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        device = args[0].device.type  # type: ignore[attr-defined]
         given = {name: value for name, value in optional.items() if value is not None}
-        plain = full_float32(device) if multiplies else torch.autocast(device, enabled=False)
-        with torch.no_grad(), plain:
+        precision = full_float32_matmuls(device) if multiplies else nullcontext()
+        with torch.no_grad(), precision, without_autocast(device):
             outputs: Any = body(*args[:-1], **given)
         if isinstance(outputs, Tensor):
             return outputs.contiguous()

@@ -2,9 +2,10 @@
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Generic, TypeVar
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -44,7 +45,8 @@ class Borrowed(Generic[T]):
     ) -> None:
         self._value, self._read, self._write = value, read, write
         self._serves, self._setting = serves, setting
-        self._calls: set[object] = set()  # active calls; a set, so that leaving twice is harmless
+        # Active calls. A signal handler may raise just before a call ends itself; it is then garbage.
+        self._calls: set[weakref.ref[object]] = set()
         self._saved: list[T] = []  # the user's setting, while it is not in effect
         # A child inherits the settings, but not the threads that would restore them.
         os.register_at_fork(
@@ -53,21 +55,22 @@ class Borrowed(Generic[T]):
             after_in_child=self._leave_in_child,
         )
 
-    @contextmanager
-    def lent(self) -> Iterator[None]:
+    def lent(self) -> "_Loan":
         """The setting serves inside, whatever other borrowing threads do."""
-        call = object()
-        try:
-            with self._lock:
-                self._calls.add(call)
-                if not self._serves(found := self._read()):
-                    self._saved = [self._setting(found)]
-                    self._write(self._value)
-            yield
-        finally:
-            with self._lock:
-                self._calls.discard(call)
-                self._restore()
+        return _Loan(self)
+
+    def _begin(self, call: object) -> None:
+        with self._lock:
+            self._calls.add(weakref.ref(call))
+            if not self._serves(found := self._read()):
+                self._saved = [self._setting(found)]
+                self._write(self._value)
+
+    def _end(self, call: object) -> None:
+        with self._lock:
+            self._calls.discard(weakref.ref(call))
+            self._calls = {active for active in self._calls if active() is not None}
+            self._restore()
 
     def _restore(self) -> None:
         if self._saved and not self._calls:
@@ -79,6 +82,21 @@ class Borrowed(Generic[T]):
         self._calls.clear()
         self._restore()
         self._lock.release()
+
+
+class _Loan(ContextDecorator):
+    # A class, not a generator: every small call enters one, and a generator takes twice as long.
+    def __init__(self, setting: Borrowed[Any]) -> None:
+        self._setting = setting
+
+    def _recreate_cm(self) -> "_Loan":
+        return _Loan(self._setting)  # a decorated function may call itself
+
+    def __enter__(self) -> None:
+        self._setting._begin(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._setting._end(self)
 
 
 def _precision(backend: str, operation: str = "matmul") -> str:
@@ -128,13 +146,24 @@ def _borrowed_precision(backend: str) -> Borrowed[str]:
 _PRECISIONS = {"cuda": _borrowed_precision("cuda"), "cpu": _borrowed_precision("mkldnn")}
 
 
-@contextmanager
-def full_float32(device: str) -> Iterator[None]:
-    """Matmuls in full float32: no autocast, no TF32, no bfloat16 passes.
+def full_float32_matmuls(device: str) -> AbstractContextManager[None]:
+    """Matmuls in full float32, apart from autocast: no TF32, no bfloat16 passes.
 
     The process-wide setting is changed only if it allows one of these. Meanwhile the matmuls of
     other threads on the device are full float32 too. The last call restores the user's setting.
     """
-    precision = _PRECISIONS["cuda" if device == "cuda" else "cpu"]
-    with precision.lent(), torch.autocast(device, enabled=False):
+    return _PRECISIONS["cuda" if device == "cuda" else "cpu"].lent()
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Disables autocast inside. Costs nothing if it is not enabled."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def full_float32(device: str) -> Iterator[None]:
+    """`full_float32_matmuls` without autocast."""
+    with full_float32_matmuls(device), without_autocast(device):
         yield

@@ -1,5 +1,5 @@
-// Factors of the components of one problem, U' = C B, and what himo_loss computes from them. Equation
-// numbers refer to himo_kernels/himo_loss/README.md.
+// Factors of the components of one problem, U' = C B, and what himo_loss computes from them.
+// Equation numbers refer to himo_kernels/himo_loss/README.md.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -49,9 +49,5 @@ struct TextGradient {
 void add_text_gradient(const TextGradient& grad, const at::Tensor& images, const Texts& texts,
                        const ComponentOperands& operands,
                        const at::Tensor& grad_texts);  // [N, D] acc, contiguous
-
-// out = alpha a b + beta out, for matrices of one dtype, float or double.
-void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, double alpha,
-              double beta);
 
 }  // namespace himo::cpu

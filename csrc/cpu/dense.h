@@ -1,6 +1,6 @@
-// Matrix products on raw memory. They use torch's BLAS, or our AVX-512 code on processors where that
-// uses only 256-bit registers. Inside at::parallel_for a call runs on the calling thread, elsewhere
-// on all threads.
+// Matrix products on raw memory. They use torch's BLAS, or our AVX-512 code on processors where
+// that uses only 256-bit registers. Inside at::parallel_for a call runs on the calling thread,
+// elsewhere on all threads.
 #pragma once
 
 #include <cstdint>

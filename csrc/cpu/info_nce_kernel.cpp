@@ -38,6 +38,9 @@ constexpr int64_t kWorkspace = 16 << 20;
 // bfloat16, as under autocast, which takes half the time. With fewer, these products take little of
 // the time, and the sums are too short to average out the rounding.
 constexpr int64_t kRoundedSamples = 256;
+// Products of at most this size are computed first in any case: the positives are their diagonal,
+// and computing them alone takes a quarter of the time of 128 samples.
+constexpr size_t kSmallProducts = 1 << 20;
 // Small problems run in groups that share the threads. A group has at most this many rows.
 constexpr int64_t kRowsAtATime = 4096;
 
@@ -288,10 +291,10 @@ void transpose(const float* tile, int64_t width, int64_t rows, int64_t columns, 
 }
 
 template <typename factor_t, typename gradient_t>
-double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
+double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const bool formed = problems[0].products.defined();
+  const bool cached = problems[0].products.defined();
   const auto factors = factors_of<factor_t, gradient_t>(problems, options.scale, formed, interrupt);
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t count = problems.size(), offset = problems[0].offset;
@@ -343,7 +346,7 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
           if (interrupt.poll()) return;
           const int64_t columns = std::min(kColumns, keys - column), width = padded(columns);
           const ProductTile<factor_t> tile(problem, row, column, products);
-          if (!formed) tile.form(factors[b], row, rows, column, columns);
+          if (!cached) tile.form(factors[b], row, rows, column, columns);
           sum += loops_of(acc_t{}).gradient(
               {tile.data, tile.stride, rows, columns, row + offset - column, scale, factor,
                smoothing, smoothing / static_cast<acc_t>(options.total), row_positives + row,
@@ -382,6 +385,19 @@ double gradients(c10::ArrayRef<InfoNCE> problems, const InfoNCEOptions& options,
   return std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
 }
 
+// Gives whole batches memory for their products if that is small.
+std::vector<InfoNCE> with_small_products(c10::ArrayRef<InfoNCE> problems) {
+  auto result = problems.vec();
+  for (auto& problem : result) {
+    if (problem.products.defined() || problem.row_positives.defined()) continue;
+    const int64_t samples = problem.query.size(0);
+    const auto options = problem.row_nll.options();
+    if (samples * samples * options.dtype().itemsize() > kSmallProducts) continue;
+    problem.products = at::empty({samples, samples}, options);
+  }
+  return result;
+}
+
 // Calls run(group, factor_t{}, gradient_t{}) for each group of problems that share the threads.
 template <typename Run>
 void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
@@ -409,7 +425,7 @@ void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
 void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale) {
   Interrupt interrupt(ProductScope::release);
   for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto) {
-    statistics<decltype(factor)>(group, scale, interrupt);
+    statistics<decltype(factor)>(with_small_products(group), scale, interrupt);
   });
 }
 
@@ -417,7 +433,9 @@ double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOpt
   Interrupt interrupt(ProductScope::release);
   double grad_scale = 0;
   for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto gradient) {
-    grad_scale += gradients<decltype(factor), decltype(gradient)>(group, options, interrupt);
+    const bool formed = group[0].products.defined();
+    grad_scale += gradients<decltype(factor), decltype(gradient)>(with_small_products(group),
+                                                                  formed, options, interrupt);
   });
   return grad_scale;
 }

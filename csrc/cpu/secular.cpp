@@ -13,7 +13,6 @@
 #include <cmath>
 #include <limits>
 
-
 namespace himo::cpu {
 namespace {
 
@@ -156,7 +155,8 @@ void solve_secular(const Secular& problem, double* eigenvalues, double* rows, in
     recover_weights(problem, rows, stride, begin * kLanePadding, end * kLanePadding, weights);
   });
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) solver_loops().make_vector(weights, width, rows + i * stride);
+    for (int64_t i = begin; i < end; ++i)
+      solver_loops().make_vector(weights, width, rows + i * stride);
   });
 }
 

@@ -32,8 +32,8 @@ struct Secular {
   const int64_t* sorted;  // [count]; d[sorted[i]] ascends
 };
 
-// f(x) = 1 / rho + sum_j z_j^2 / (d_j - x) at some x without its first term: the sums over the poles
-// below and above x, and their derivatives.
+// f(x) = 1 / rho + sum_j z_j^2 / (d_j - x) at some x without its first term: the sums over the
+// poles below and above x, and their derivatives.
 struct SecularSums {
   double below, above, below_slope, above_slope;
 };

@@ -218,9 +218,9 @@ void interleave(const double* const* columns, int64_t n, double* out, int64_t ou
 
 extern const SolverLoops solver_loops;
 const SolverLoops solver_loops{
-    largest_magnitude, dot,         add,         combine,          dot_rows,
-    multiply_symmetric, subtract_rows, rotate,   secular_sums,     differences,
-    loewner_products,  make_vector, interleave,
+    largest_magnitude,  dot,           add,        combine,      dot_rows,
+    multiply_symmetric, subtract_rows, rotate,     secular_sums, differences,
+    loewner_products,   make_vector,   interleave,
 };
 
 }  // namespace himo::cpu::HIMO_ISA

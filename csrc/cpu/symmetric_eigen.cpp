@@ -54,22 +54,23 @@ void solve_by_lapack(double* matrix, double* eigenvalues, int64_t n, double* wor
 // Writes rows `sorted` of `rows` as columns, in descending order, in whole cache lines of both.
 void write_columns(const double* rows, int64_t stride, const int64_t* sorted, int64_t n,
                    double* matrix) {
-  at::parallel_for(
-      0, at::divup(n, kLanePadding), at::divup(4096, n), [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin * kLanePadding; j < std::min(n, end * kLanePadding);
-             j += kLanePadding) {
-          const double* columns[kLanePadding];
-          const int64_t count = std::min(kLanePadding, n - j);
-          for (int64_t k = 0; k < count; ++k) columns[k] = rows + sorted[n - 1 - j - k] * stride;
-          if (count == kLanePadding) {
-            solver_loops().interleave(columns, n, matrix + j, n);
-            continue;
-          }
-          for (int64_t i = 0; i < n; ++i) {
-            for (int64_t k = 0; k < count; ++k) matrix[i * n + j + k] = columns[k][i];
-          }
-        }
-      });
+  at::parallel_for(0, at::divup(n, kLanePadding), at::divup(4096, n),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t j = begin * kLanePadding; j < std::min(n, end * kLanePadding);
+                          j += kLanePadding) {
+                       const double* columns[kLanePadding];
+                       const int64_t count = std::min(kLanePadding, n - j);
+                       for (int64_t k = 0; k < count; ++k)
+                         columns[k] = rows + sorted[n - 1 - j - k] * stride;
+                       if (count == kLanePadding) {
+                         solver_loops().interleave(columns, n, matrix + j, n);
+                         continue;
+                       }
+                       for (int64_t i = 0; i < n; ++i) {
+                         for (int64_t k = 0; k < count; ++k) matrix[i * n + j + k] = columns[k][i];
+                       }
+                     }
+                   });
 }
 
 int64_t himo_work(int64_t n) {

@@ -18,8 +18,8 @@ constexpr int64_t kLargestSide = 32766;
 int64_t solver_work(int64_t n, Eigensolver solver);
 
 // Overwrites the symmetric matrix with its eigenvectors as columns, by descending eigenvalue.
-// Entries must be finite: otherwise LAPACK may throw because it does not converge, and the result of
-// our solver is undefined. Results are bitwise reproducible for a given number of threads.
+// Entries must be finite: otherwise LAPACK may throw because it does not converge, and the result
+// of our solver is undefined. Results are bitwise reproducible for a given number of threads.
 void solve_symmetric(double* matrix,       // [n, n], row-major
                      double* eigenvalues,  // [n], descending
                      int64_t n,

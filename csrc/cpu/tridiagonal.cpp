@@ -73,7 +73,7 @@ struct Reduction {
           const bool of_v = group < groups;
           const int64_t m = (of_v ? group : group - groups) * 4;
           loops.dot_rows((of_v ? v : w) + m * stride, stride, from, width, x,
-                   dots + (of_v ? 0 : kPanel) + m);
+                         dots + (of_v ? 0 : kPanel) + m);
         }
       }
     };
@@ -167,7 +167,8 @@ void tridiagonalise(double* matrix, int64_t n, double scale, double* diagonal, d
   double* v = work + width * stride;
   double* w = v + kPanel * stride;
   double* again = w + kPanel * stride;
-  Reduction reduction{solver_loops(), work, width, stride, threads, v, w, again, again + kPanel * stride, {}};
+  Reduction reduction{solver_loops(),          work, width, stride, threads, v, w, again,
+                      again + kPanel * stride, {}};
   std::fill(v, again, 0.0);
   at::parallel_for(0, width, at::divup(kCopyGrain, n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 
-
 // The functions marked so are compiled for AVX-512, though the file is not.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HIMO_WIDE_PRODUCTS

@@ -107,21 +107,23 @@ def run(args: argparse.Namespace) -> int:
     # In the order of the file: sections for people first, long lists last.
     result: dict[str, Any] = {"himo_version": __version__, "model": _describe(args, encoder)}
     curves: list[dict[str, Any]] = []
+    chosen: dict[str, str] = {}  # how the captions of each list were
     if opened is not None:
         captions = evaluate_captions(encoder, *opened, args.captions_per_image)
         result |= captions.sections
         result["protocol"]["dataset"] = args.data  # as given, not its path on this machine
-        curves = caption_curves(captions)
-        result["misses"] = caption_misses(captions)
+        curves, chosen["curves"] = caption_curves(captions)
+        result["misses"], chosen["misses"] = caption_misses(captions)
     if args.himo_docci:
         prefixes = score_himo_docci(
             encoder, args.himo_docci, args.image_root, allow_missing=args.allow_missing
         )
         add_himo_docci(result, args.himo_docci, prefixes)
-        curves = curves or prefix_curves(prefixes)
+        if not curves:
+            curves, chosen["curves"] = prefix_curves(prefixes)
     if args.cola:
         result["cola"] = cola(encoder, args.cola, args.image_root, allow_missing=args.allow_missing)
-    result["curves"] = curves
+    result |= {"curves": curves, "chosen": chosen}
     write_result(out, result)
     print(f"{args.pretrained}\n{table(result)}\nwrote {out}")
     return 0

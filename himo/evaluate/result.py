@@ -8,7 +8,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,12 +21,14 @@ from himo.transforms import open_image
 
 _CURVES = 6  # images with their growth of similarity in the result
 _MISSES = 6  # captions in the result with another image that fits better
+_TOP = 5  # images that fit such a caption best
 _THUMBNAIL = 160  # pixels of the longer side
 
 
-def caption_curves(scores: CaptionScores) -> list[dict[str, Any]]:
-    """Growth curves of a fixed choice of captions, those of more than 3 sentences first."""
+def caption_curves(scores: CaptionScores) -> tuple[list[dict[str, Any]], str]:
+    """Growth curves of a fixed choice of captions, and a sentence on how they were chosen."""
     captions, index = scores.captions, scores.index
+    positions, how = _choice(scores.series, "captions")
     return [
         {
             "image": index[captions.caption_rows[chosen]].image,
@@ -35,12 +36,13 @@ def caption_curves(scores: CaptionScores) -> list[dict[str, Any]]:
             "segments": caption_segments(captions.captions[chosen]),
             "scores": scores.series[chosen].tolist(),
         }
-        for chosen in _choice(scores.series)
-    ]
+        for chosen in positions
+    ], how
 
 
-def prefix_curves(scores: PrefixScores) -> list[dict[str, Any]]:
-    """Growth curves of a fixed choice of lines of HiMo-Docci."""
+def prefix_curves(scores: PrefixScores) -> tuple[list[dict[str, Any]], str]:
+    """Growth curves of a fixed choice of lines of HiMo-Docci, and how they were chosen."""
+    positions, how = _choice(scores.series, "lines of HiMo-Docci")
     return [
         {
             "image": scores.records[chosen].image,
@@ -48,12 +50,16 @@ def prefix_curves(scores: PrefixScores) -> list[dict[str, Any]]:
             "segments": scores.records[chosen].segments(),
             "scores": scores.series[chosen].tolist(),
         }
-        for chosen in _choice(scores.series)
-    ]
+        for chosen in positions
+    ], how
 
 
-def caption_misses(scores: CaptionScores) -> list[dict[str, Any]]:
-    """A fixed choice of captions whose image is not ranked first, and the nearest other image."""
+def caption_misses(scores: CaptionScores) -> tuple[list[dict[str, Any]], str]:
+    """Some captions whose image is not ranked first, each with the images that fit it best.
+
+    Returns:
+        The captions, and a sentence on how they were chosen.
+    """
     captions, ranks = scores.captions, scores.sections["ranks"]["text_to_image"]
     first: dict[int, int] = {}  # the first caption of a text
     right: dict[int, list[int]] = {}  # the images of a text
@@ -64,9 +70,7 @@ def caption_misses(scores: CaptionScores) -> list[dict[str, Any]]:
     chosen = sorted(random.Random(0).sample(missed, min(_MISSES, len(missed))))
     shown = [first[text] for text in chosen]
     similarity = scores.text_features[shown] @ scores.image_features.t()
-    for row, text in zip(similarity, chosen, strict=True):
-        row[right[text]] = -torch.inf
-    nearest = similarity.argmax(dim=1).tolist() if chosen else []
+    nearest = similarity.topk(min(_TOP, similarity.shape[1]), dim=1).indices.tolist()
 
     def picture(image: int) -> dict[str, Any]:
         row = captions.image_rows[image]
@@ -77,10 +81,10 @@ def caption_misses(scores: CaptionScores) -> list[dict[str, Any]]:
             "caption": captions.captions[caption],
             "rank": ranks[text],
             "image": picture(captions.caption_images[caption]),
-            "first": picture(other),
+            "top": [picture(other) | {"right": other in right[text]} for other in top],
         }
-        for text, caption, other in zip(chosen, shown, nearest, strict=True)
-    ]
+        for text, caption, top in zip(chosen, shown, nearest, strict=True)
+    ], _drawn(len(chosen), len(missed), "captions that were missed")
 
 
 def add_himo_docci(
@@ -195,10 +199,18 @@ def _row(name: str, cells: Sequence[str]) -> str:
     return f"{name:<34}" + "".join(f"{cell:>10}" for cell in cells).rstrip()
 
 
-def _choice(series: Sequence[Tensor]) -> list[int]:
-    """Up to 6 positions, the same for the same data: a curve needs more than 3 points, or 2."""
+def _choice(series: Sequence[Tensor], what: str) -> tuple[list[int], str]:
+    """Up to 6 positions, the same for the same data, and a sentence on how they were chosen.
+
+    A curve needs at least 4 points; where no series has so many, 2.
+    """
     for least in (4, 2):
         eligible = [position for position, scores in enumerate(series) if len(scores) >= least]
         if eligible:
-            return sorted(random.Random(0).sample(eligible, min(_CURVES, len(eligible))))
-    return []
+            chosen = sorted(random.Random(0).sample(eligible, min(_CURVES, len(eligible))))
+            return chosen, _drawn(len(chosen), len(eligible), f"{what} of at least {least} parts")
+    return [], ""
+
+
+def _drawn(count: int, among: int, what: str) -> str:
+    return f"{count} of {among:,} {what}, drawn at random with a fixed seed."

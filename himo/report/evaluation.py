@@ -156,12 +156,12 @@ def retrieval(runs: Sequence[Run]) -> dict[str, Any] | None:
     for way, (key, title) in enumerate(DIRECTIONS):
         bars = [of_run[3 * way : 3 * way + 3] for of_run in values]
         if y is None or not finite_only(value for of_run in bars for value in of_run):
-            figures.append(Figure(title, "%", missing=f"No run has results for {key}."))
+            figures.append(Figure(title, missing=f"No run has results for {key}."))
             continue
         guesses, caption = _guessing(runs, key)
         figures.append(
             bar_figure(
-                Figure(title, "% of queries", caption=caption),
+                Figure(title, caption=caption),
                 key.replace("_", "-"),
                 f"Recall, {title.lower()}",
                 runs,
@@ -169,6 +169,7 @@ def retrieval(runs: Sequence[Run]) -> dict[str, Any] | None:
                 bars,
                 y,
                 lambda value: f"{fixed(value, 2)} %",
+                y_label="% of queries",
                 chance=guesses,
             )
         )

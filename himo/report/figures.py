@@ -1,4 +1,4 @@
-"""What a template shows of a chart: its title, unit, drawing and numbers."""
+"""What a template shows of a chart: its title, drawing and numbers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,6 @@ class Figure:
     """
 
     title: str
-    unit: str
     chart: Svg | None = None
     table: Table = field(default_factory=lambda: Table((), ()))
     ends: Sequence[tuple[int, str]] = ()
@@ -44,6 +43,7 @@ def bar_figure(
     y: Scale,
     spoken: Callable[[float | None], str],
     *,
+    y_label: str,
     chance: Sequence[float | None],
     decimals: int = 1,
 ) -> Figure:
@@ -62,7 +62,10 @@ def bar_figure(
         for run, values in zip(runs, bars, strict=True)
     )
     chart = bar_chart(
-        ident, heading, "; ".join(told), names, bars, y, chance=chance, decimals=decimals
+        *(ident, heading, "; ".join(told), names, bars, y),
+        y_label=y_label,
+        chance=chance,
+        decimals=decimals,
     )
     rows = [
         [run.label, *(fixed(value, decimals + 1) for value in values)]

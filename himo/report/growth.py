@@ -66,6 +66,20 @@ def normalised(scores: Sequence[float]) -> list[float]:
     return [(s - low) / (high - low) if math.isfinite(s) else math.nan for s in scores]
 
 
+def gains(example: Example) -> list[float | None]:
+    """What each segment adds to the similarity, as a share of the range of the scores.
+
+    The mean of the runs whose scores are finite, from -1 to 1. None for the first segment, which
+    has nothing before it, and where no run has a score.
+    """
+    found: list[float | None] = [None]
+    curves = [normalised(scores) for _, scores in example.scores]
+    for k in range(1, len(example.segments)):
+        steps = finite_only(values[k] - values[k - 1] for values in curves)
+        found.append(sum(steps) / len(steps) if steps else None)
+    return found
+
+
 def card(ident: str, example: Example, names: Sequence[str]) -> dict[str, Any]:
     """What a page shows of an example: the image, the caption's segments, curves and numbers.
 
@@ -74,8 +88,9 @@ def card(ident: str, example: Example, names: Sequence[str]) -> dict[str, Any]:
         names: of the runs.
 
     Returns:
-        `segments` as (words, opacity of the ground), `views` as (class, chart or None), and for
-        each run a verdict whose `order` says for each k from 2 whether the score falls there.
+        `ident`, `segments` as (words, class and opacity of the ground), `views` as (class, chart
+        or None), and for each run a verdict whose `order` says for each k from 2 whether the score
+        falls there.
     """
     count = len(example.segments)
     rows = []
@@ -83,12 +98,12 @@ def card(ident: str, example: Example, names: Sequence[str]) -> dict[str, Any]:
         marked = ((scores[k - 1], k in falls(scores)) for _, scores in example.scores)
         rows.append([str(k), *(f"{number(s)}{' ▼' if fallen else ''}" for s, fallen in marked)])
     return {
+        "ident": ident,
         "image": example.image,
         "thumbnail": example.thumbnail,
-        # One hue that deepens with k: the tick marks of the chart count the same segments.
         "segments": [
-            (segment.strip(), f"{0.07 + 0.2 * k / max(1, count - 1):.3f}")
-            for k, segment in enumerate(example.segments)
+            (segment.strip(), *_tint(gain))
+            for segment, gain in zip(example.segments, gains(example), strict=True)
         ],
         "views": [
             (css, _view(f"{ident}-{css}", example, names, raw=css == "raw"))
@@ -109,6 +124,13 @@ def card(ident: str, example: Example, names: Sequence[str]) -> dict[str, Any]:
             "Cosine similarity of the image and the first k segments; ▼ where it does not rise.",
         ),
     }
+
+
+def _tint(gain: float | None) -> tuple[str, str]:
+    """The class and the opacity of the ground of a segment."""
+    if gain is None:
+        return "first", "0"
+    return "lowers" if gain <= 0 else "raises", f"{0.06 + 0.34 * min(1.0, abs(gain)):.3f}"
 
 
 def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> Svg | None:
@@ -138,15 +160,16 @@ def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> S
         for k in fallen:
             shape = path(x, y, Line(run, (k - 1, k), values[k - 2 : k]))
             halo += f'<path class="run{run} fall" d="{shape}"/>'
-    what = "Cosine similarity" if raw else "Normalised similarity"
+    what = "cosine similarity" if raw else "min–max: 0 = lowest, 1 = highest of each curve"
     return line_chart(
         ident,
-        f"{what} of {example.image} as its caption grows",
+        f"Similarity of {example.image} as its caption grows ({what})",
         "; ".join(f"{names[run]}: {', '.join(map(number, scores))}" for run, scores, _ in curves),
         x,
         y,
         [Line(run, places, values) for run, _, values in curves],
         x_label="segments of the caption read, k",
+        y_label=what,
         over=over,
         under=halo,
         x_ticks=list(places)[:: math.ceil(count / 12)],

@@ -74,6 +74,7 @@ def _rho_by_k(runs: Sequence[Run]) -> Figure | None:
         y,
         lines,
         x_label="segments of the caption, K",
+        y_label="mean ρ",
         over=marks,
         x_ticks=lengths[:: math.ceil(len(lengths) / 8)],
     )
@@ -82,7 +83,7 @@ def _rho_by_k(runs: Sequence[Run]) -> Figure | None:
         cells = [by_k.get(k, (None, 0)) for by_k in means]
         rows.append([str(k), *(c for mean, count in cells for c in (number(mean), f"{count:,}"))])
     head = ["K", *(h for run in runs for h in (run.label, "captions"))]
-    return Figure(title, "mean ρ", chart, Table(head, rows))
+    return Figure(title, chart, Table(head, rows))
 
 
 def _means_by_k(run: Run) -> dict[int, tuple[float, int]]:
@@ -108,19 +109,19 @@ def _measures(run: Run) -> list[str]:
 
 
 def _bars(
-    runs: Sequence[Run], names: Sequence[str], title: str, unit: str, decimals: int
+    runs: Sequence[Run], names: Sequence[str], title: str, y_label: str, decimals: int
 ) -> Figure:
     bars = [[_himo(run, name) for name in names] for run in runs]
     if not finite_only(value for values in bars for value in values):
-        return Figure(title, unit, missing=f"No run has a value of {' or '.join(names)}.")
+        return Figure(title, missing=f"No run has a value of {' or '.join(names)}.")
     chance = [_RANDOM_ORDER.get(name) for name in names]
     y = fit([*(v for values in bars for v in values), *chance], zero=True, margin=0.08)
     if y is None:
-        return Figure(title, unit, missing="The values are not numbers that can be drawn.")
+        return Figure(title, missing="The values are not numbers that can be drawn.")
     guess = ", ".join(f"{n} {number(c, 3)} %" for n, c in zip(names, chance, strict=True) if c)
     caption = f"Dashed: scores in random order ({guess})." if guess else ""
     return bar_figure(
-        Figure(title, unit, caption=caption),
+        Figure(title, caption=caption),
         names[0].replace("@", "-").lower(),
         title,
         runs,
@@ -128,6 +129,7 @@ def _bars(
         bars,
         y,
         lambda value: fixed(value, decimals),
+        y_label=y_label,
         chance=chance,
         decimals=decimals,
     )

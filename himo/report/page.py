@@ -44,7 +44,7 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
             card(f"growth-{i}", example, names)
             for i, example in enumerate(examples(runs, _EXAMPLES))
         ],
-        pictures=max(len(run.curves) for run in runs),
+        chosen=_chosen(runs, of_each),
         misses=[(i, miss) for i, run in enumerate(runs) for miss in run.misses[:of_each]],
         training=_training(runs),
         settings=_settings(runs),
@@ -52,6 +52,22 @@ def report_page(runs: Sequence[Run], versions: str, now: datetime) -> str:
         versions=versions,
         now=now,
     )
+
+
+def _chosen(runs: Sequence[Run], of_each: int) -> dict[str, str]:
+    """How the images of the curves and of the misses were chosen, in sentences."""
+    told = {}
+    for key in ("curves", "misses"):
+        said = {run.label: lookup(run.evaluation, "chosen", key) for run in runs}
+        known = {label: how for label, how in said.items() if isinstance(how, str)}
+        same = len(set(known.values())) == 1
+        parts = known.values() if same else (f"{label}: {how}" for label, how in known.items())
+        told[key] = " ".join(dict.fromkeys(parts)) or "How they were chosen is not recorded."
+    if (count := max(len(run.curves) for run in runs)) > _EXAMPLES:
+        told["curves"] += f" The first {_EXAMPLES} of {count} are shown."
+    if max(len(run.misses) for run in runs) > of_each:
+        told["misses"] += f" The first {of_each} of these are shown{' for each' * (len(runs) > 1)}."
+    return told
 
 
 def _training(runs: Sequence[Run]) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ def _environment() -> Environment:
         "colour_class": svg.colour_class,
         "series_class": svg.series_class,
         "colours": svg.COLOURS,
-        "chart_style": Markup(svg.style()),  # HTML knows no escapes inside <style>
+        "chart_style": Markup(svg.page_style()),  # HTML knows no escapes inside <style>
     }
     return environment
 

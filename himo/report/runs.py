@@ -26,6 +26,7 @@ _MAX_BYTES = 256 << 20  # of one file: a longer one was not written by a run
 _MAX_RESUMED = 20  # lines of a resume that are shown, the last ones
 _MAX_CHANGES, _MAX_NAME = 64, 80  # settings of each that are shown, and characters of each
 _MAX_COMPONENTS = 4096  # of one spectrum
+_MAX_TOP = 5  # images of a miss
 _MAX_THUMBNAIL = 400_000  # characters
 _THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
 
@@ -57,16 +58,22 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Miss:
-    """A caption that the model gives another image than its own.
+class Picture:
+    """An image by name; a thumbnail that cannot be shown is None. `right` for its caption."""
 
-    The images are (name, thumbnail); a thumbnail that cannot be shown is None.
-    """
+    name: str
+    thumbnail: str | None
+    right: bool
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A caption that the model gives another image than its own: the images it fits best."""
 
     caption: str
-    rank: int
-    image: tuple[str, str | None]
-    first: tuple[str, str | None]
+    rank: int  # of its own image
+    image: Picture
+    top: tuple[Picture, ...]
 
 
 @dataclass
@@ -307,13 +314,16 @@ def _curve(entry: Any) -> Curve | None:
 
 
 def _miss(entry: Any) -> Miss | None:
-    caption, rank, *images = (lookup(entry, key) for key in ("caption", "rank", "image", "first"))
-    if not isinstance(caption, str) or type(rank) is not int:
+    caption, rank, own, top = (lookup(entry, key) for key in ("caption", "rank", "image", "top"))
+    if not isinstance(caption, str) or type(rank) is not int or not isinstance(top, list):
         return None
-    if not all(isinstance(image, dict) for image in images):
+    if not all(isinstance(image, dict) for image in (own, *top)):
         return None
-    own, other = ((str(image.get("name", "")), _thumbnail(image)) for image in images)
-    return Miss(caption, rank, own, other)
+    own, *top = (
+        Picture(str(image.get("name", "")), _thumbnail(image), image.get("right") is True)
+        for image in (own, *top[:_MAX_TOP])
+    )
+    return Miss(caption, rank, own, tuple(top))
 
 
 def _thumbnail(entry: Any) -> str | None:

@@ -1,7 +1,7 @@
 """The sections of a report that come from metrics.jsonl: losses, spectrum, rank, optimisation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from himo.report.evaluation import DIRECTIONS
@@ -27,38 +27,66 @@ class _Series(NamedTuple):
 
 
 def losses(runs: Sequence[Run]) -> list[Figure]:
-    """The three losses of all runs as charts."""
-    names = {
-        "contrastive_loss": "Contrastive loss",
-        "component_loss": "Component loss",
-        "loss": "Total loss",
-    }
-    return [curve_chart(runs, column, title, "nats") for column, title in names.items()]
+    """The terms of the loss for all runs, and the totals: a chart for each kind of loss."""
+    figures = [
+        curve_chart(runs, "contrastive_loss", "Contrastive loss", "image and caption, nats"),
+        curve_chart(runs, "component_loss", "Component loss", "image and components, nats"),
+    ]
+    # Totals of different losses are sums of different terms, which no axis makes comparable.
+    kinds: dict[str, set[int]] = {}
+    for index, run in enumerate(runs):
+        if run.has("loss"):
+            kinds.setdefault(str(run.setting("loss")), set()).add(index)
+    for place, (kind, of_kind) in enumerate(kinds.items() or [("", set())]):
+        title = f"Total loss, {kind}" if len(kinds) > 1 else "Total loss"
+        ident = f"loss-{place}"
+        figures.append(curve_chart(runs, "loss", title, "nats", only=of_kind, ident=ident))
+    return figures
 
 
 def validation(runs: Sequence[Run]) -> list[Figure]:
-    """R@1 both ways on held-out pairs as charts; nothing where no run was validated."""
+    """R@1 both ways on held-out pairs, with the best epoch; nothing where none was validated."""
     charts = [(f"val_{way}_R@1", f"R@1, {title.lower()}") for way, title in DIRECTIONS]
     if not any(run.has(column) for column, _ in charts for run in runs):
         return []
+    found = [
+        (index, best) for index, run in enumerate(runs) if (best := best_line(run)) is not None
+    ]
+    epochs = (f"{runs[i].label} {number(runs[i].column('epoch')[at])}" for i, at in found)
+    told = f"Ringed: the epoch of the best mean of both R@1 ({', '.join(epochs)})."
     return [
-        curve_chart(runs, column, title, "% of queries", zero=True, smooth=False, sparse=True)
+        curve_chart(
+            *(runs, column, title, "R@1, % of queries"),
+            zero=True,
+            smooth=False,
+            sparse=True,
+            ringed=found,
+            caption=told if found else "",
+        )
         for column, title in charts
     ]
+
+
+def best_line(run: Run) -> int | None:
+    """The index of the first line with the highest mean of R@1 both ways, if any has both."""
+    lines = zip(*(run.column(f"val_{way}_R@1") for way, _ in DIRECTIONS), strict=True)
+    sums = {at: sum(r) for at, line in enumerate(lines) if len(r := finite_only(line)) == 2}
+    return max(sums, key=sums.__getitem__, default=None)
 
 
 def optimisation(runs: Sequence[Run]) -> list[Figure]:
     """Small charts of the optimizer and of the machine's speed."""
     charts = (
-        ("lr", "Learning rate", "", {"zero": True, "smooth": False}),
-        ("grad_norm", "Gradient norm", "before clipping", {"log": True}),
-        ("logit_scale", "Logit scale", "multiplier, 1 / temperature", {"smooth": False}),
+        ("lr", "Learning rate", "learning rate", {"zero": True, "smooth": False}),
+        ("grad_norm", "Gradient norm", "L2 norm before clipping", {"log": True}),
+        ("logit_scale", "Logit scale", "1 / temperature", {"smooth": False}),
         ("samples_per_s", "Throughput", "samples per second", {"zero": True}),
         ("step_time_s", "Time of a step", "milliseconds", {"zero": True, "factor": 1e3}),
         ("data_time_s", "Waiting for data", "milliseconds a step", {"zero": True, "factor": 1e3}),
     )
     return [
-        curve_chart(runs, column, title, unit, **options) for column, title, unit, options in charts
+        curve_chart(runs, column, title, y_label, **options)
+        for column, title, y_label, options in charts
     ]
 
 
@@ -66,7 +94,7 @@ def curve_chart(
     runs: Sequence[Run],
     column: str,
     title: str,
-    unit: str,
+    y_label: str,
     *,
     zero: bool = False,
     log: bool = False,
@@ -74,6 +102,10 @@ def curve_chart(
     style: str = "solid",
     sparse: bool = False,
     factor: float = 1.0,
+    only: Collection[int] | None = None,
+    ringed: Sequence[tuple[int, int]] = (),
+    ident: str = "",
+    caption: str = "",
 ) -> Figure:
     """One column of metrics.jsonl over the training steps of all runs.
 
@@ -84,38 +116,44 @@ def curve_chart(
         style: of `Line`, where nothing is smoothed: "step" for whole numbers.
         sparse: joins the steps that logged the column, where most lines do not have it.
         factor: to the unit shown.
+        only: the runs that are drawn, by index; None draws all.
+        ringed: marked values, as (run, index of its line).
+        ident: unique on the page; made from the column by default.
+        caption: a sentence below the chart.
     """
     shown = [
         _series(index, run, column, factor, sparse)
         for index, run in enumerate(runs)
-        if run.has(column)
+        if run.has(column) and (only is None or index in only)
     ]
     if not shown:
-        return Figure(title, unit, missing=f"No run logged {column}.")
+        return Figure(title, missing=f"No run logged {column}.")
     budget = max(40, _POINTS // (len(shown) * (2 if smooth else 1)))
     lines, bulk = _curves(shown, budget, smooth, style)
     x = fit((step for series in shown for step in series.step), margin=0)
     y = fit(bulk, zero=zero, log=log)
     if x is None or y is None:
-        return Figure(title, unit, missing=f"No value of {column} is a finite number.")
+        return Figure(title, missing=f"No value of {column} is a finite number.")
     outside = sum(not y.holds(v) for series in shown for v in finite_only(series.values))
-    notes = []
+    notes = [caption] if caption else []
     if outside:
         values = "value lies" if outside == 1 else "values lie"
         notes.append(f"{outside:,} logged {values} beyond the axis.")
-    if absent := [run.label for run in runs if not run.has(column)]:
+    if only is None and (absent := [run.label for run in runs if not run.has(column)]):
         notes.append(f"Not logged by {', '.join(absent)}.")
     ends = [number(series.values[-1]) for series in shown]
     at_end = ", ".join(f"{s.label} {end}" for s, end in zip(shown, ends, strict=True))
     rows = _rows(shown)
     chart = line_chart(
-        column.replace("_", "-").replace("@", ""),
+        ident or column.replace("_", "-").replace("@", ""),
         title,
         f"{title} over training steps. At the end: {at_end}",
         x,
         y,
         lines,
         x_label="step",
+        y_label=y_label,
+        over="".join(_ring(runs[run], run, at, column, x, y) for run, at in ringed),
         x_ticks=[tick for tick in x.ticks() if tick.is_integer()],
         hits=[(step, _hit(shown, step, cells)) for step, cells in rows],
     )
@@ -125,13 +163,24 @@ def curve_chart(
         "The value logged last at or before each step; every line is in the csv file.",
     )
     marks = [(series.run, end) for series, end in zip(shown, ends, strict=True)]
-    return Figure(title, unit, chart, table, ends=marks, caption=" ".join(notes))
+    return Figure(title, chart, table, ends=marks, caption=" ".join(notes))
 
 
 def _series(index: int, run: Run, column: str, factor: float, sparse: bool) -> _Series:
     values = [None if value is None else factor * value for value in run.column(column)]
     logged = [at for at, value in enumerate(values) if value is not None or not sparse]
     return _Series(index, run.label, [run.step[at] for at in logged], [values[at] for at in logged])
+
+
+def _ring(run: Run, index: int, at: int, column: str, x: Scale, y: Scale) -> str:
+    """A ring around a value of a run, with a line down to its step."""
+    step, value = run.step[at], run.column(column)[at]
+    if value is None or not y.holds(value):
+        return ""
+    place, told = (x.at(step), y.at(value)), f"{run.label}: best at step {step:,}"
+    down = rule("chosen", x=place[0], top=place[1])
+    ring = dots(index, [(*place, told)], 5, "best")
+    return f'<g class="{series_class(index)}">{down}</g>{ring}'
 
 
 def _curves(
@@ -177,10 +226,10 @@ def spectrum_charts(runs: Sequence[Run]) -> list[Figure]:
     ranks = curve_chart(
         runs, "rank", "Rank kept", "components", zero=True, smooth=False, style="step"
     )
-    title, unit = "Explained variance of the text features", "cumulative share"
+    title = "Explained variance of the text features"
     last = [(index, run, run.spectra[-1]) for index, run in enumerate(runs) if run.spectra]
     if not last:
-        return [Figure(title, unit, missing="No run logged a spectrum."), ranks]
+        return [Figure(title, missing="No run logged a spectrum."), ranks]
     kept = [chosen_rank(run, spectrum) for _, run, spectrum in last]
     length = _length([spectrum for _, _, spectrum in last], [rank for rank in kept if rank])
     x, y = Scale(0, length), Scale(0, 1.04)
@@ -216,9 +265,10 @@ def spectrum_charts(runs: Sequence[Run]) -> list[Figure]:
         y,
         lines,
         x_label="components",
+        y_label="cumulative share",
         over=over,
     )
-    figure = Figure(title, unit, chart, _spectrum_table(last), wide=True, caption=caption)
+    figure = Figure(title, chart, _spectrum_table(last), wide=True, caption=caption)
     return [figure, ranks]
 
 

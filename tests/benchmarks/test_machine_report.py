@@ -153,6 +153,36 @@ def test_another_machine_is_not_compared():
     assert "No cell of this run is in before: it is of another machine" in text
 
 
+def test_every_candidate_is_in_every_chart_of_its_cell():
+    rows = [
+        *doctored(10.0),
+        row("inf_cl", 1024, None, status="refused", reason="needs a CUDA device"),
+        row("cpu", 1024, 3.0, auto="yes", config="preset=official"),
+        row("open_clip", 1024, 4.0, config="preset=official", error="2e-6"),
+    ]
+    rows[0] |= {"peak_mib": "5", "fraction": "0.5", "bound": "compute"}
+    rows[1] |= {"peak_mib": "9"}
+    rows[4] |= {"error": ""}
+    text = rendered(rows, None)
+    charts = re.findall(r"<figure><figcaption>(.*?)</figcaption>(.*?)</figure>", text, re.DOTALL)
+    names = ["himo_kernels", "released", "inf_cl", "open_clip", "open_clip+compile"]
+    cell = "dual loss 1024 x 768, float32"
+    for title, unit in ((f"{cell}: time", "ms"), (f"{cell}: memory beyond the inputs", "MiB")):
+        (chart,) = (chart for name, chart in charts if name == title)
+        assert re.findall(r'text-anchor="end">(.*?)</text>', chart) == names
+        assert f">{'10 ms' if unit == 'ms' else '5 MiB'}<" in chart
+        assert ">needs a CUDA device<" in chart
+    assert ">not measured<" in text
+    # Cells of other options have charts and errors of their own.
+    assert "dual loss 1024 x 768 preset=official, float32: time" in dict(charts)
+    for kind in ("dual loss, float32", "dual loss, preset=official, float32"):
+        assert f"<h3>{kind}</h3>" in text
+    ids = re.findall(r' id="(.*?)"', text)
+    assert len(ids) == len(set(ids))
+    # Every line chart names its vertical axis; a wide table keeps its first column in view.
+    assert text.count('class="tick axis" x="-46"') == 2 and "position: sticky" in text
+
+
 def test_out_of_memory_is_marked():
     text = rendered(ROWS, None)
     assert text.count(">OOM<") >= 2

@@ -1,11 +1,12 @@
 """Tables and charts from rows; the committed tables match the committed rows."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
-from benchmarks import plot
+from benchmarks import charts, plot
 from benchmarks import rows as table
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,17 @@ def test_the_charts_mark_what_ran_out_of_memory():
         assert "prefers-color-scheme: dark" in svg and "himo_kernels" in svg
     assert charts["dual_info_nce_float32_memory.svg"].count(">OOM<") == 2
     assert "OOM<" not in charts["dual_info_nce_float32_time.svg"]
+
+
+def test_a_compiled_formula_does_not_hide_the_one_beneath():
+    lines = [charts.Line(name, [(8, 1.0), (64, 9.0)]) for name in ("eager", "eager+compile")]
+    drawn = charts.svg("t", "ms", [8, 64], lines)
+    assert re.findall(r'class="s\d run\d (solid|broken)"', drawn) == ["solid", "broken"]
+    radii = re.findall(r'r="([\d.]+)"', drawn)
+    assert float(radii[0]) > float(radii[-1])
+    assert ">ms</text>" in drawn
+    decades = charts.svg("t", "ms", [8, 64], [charts.Line("eager", [(8, 1.0), (64, 99.0)])])
+    assert ">ms, log scale</text>" in decades
 
 
 def test_merging_replaces_what_was_measured_and_keeps_the_rest(tmp_path):

@@ -103,19 +103,35 @@ def test_a_captioned_set_from_files_to_result(evaluate, captions, checkpoint):
     assert all(len(line) <= 80 for line in out.splitlines() if folder not in line)
 
 
-def test_misses_are_captions_with_a_nearer_image(evaluate, captions):
+def test_misses_are_captions_with_the_images_that_fit_them_best(evaluate, captions, checkpoint):
     result = evaluate("--data", captions).result
     index = open_dataset(captions)
     names = [record.image for record in index]
     text_of = {" ".join(record.caption.split()): row for row, record in enumerate(index)}
     ranks = result["ranks"]["text_to_image"]
-    assert len(result["misses"]) == min(6, sum(rank > 1 for rank in ranks)) > 0
+    missed = sum(rank > 1 for rank in ranks)
+    assert len(result["misses"]) == min(6, missed) > 0
+    drawn = "drawn at random with a fixed seed."
+    assert result["chosen"]["misses"] == (
+        f"{min(6, missed)} of {missed} captions that were missed, {drawn}"
+    )
+    eligible = sum(len(split_sentences(text)) > 3 for text in text_of)
+    assert result["chosen"]["curves"] == f"6 of {eligible} captions of at least 4 parts, {drawn}"
     for miss in result["misses"]:
         row = text_of[miss["caption"]]
         assert miss["rank"] == ranks[row] > 1
-        assert miss["image"]["name"] == names[row] != miss["first"]["name"]
-        for picture in (miss["image"], miss["first"]):
+        scores = expected_scores(
+            checkpoint, [captions.parent / name for name in names], [miss["caption"]]
+        )[:, 0]
+        best = scores.topk(min(5, len(names)))
+        assert [
+            scores[names.index(image["name"])].item() for image in miss["top"]
+        ] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert miss["image"]["name"] == names[row] != miss["top"][0]["name"]
+        for place, picture in enumerate(miss["top"], 1):
             assert picture["thumbnail"].startswith("data:image/jpeg;base64,")
+            assert picture["right"] == (place == miss["rank"]) == (picture["name"] == names[row])
+        assert miss["image"]["thumbnail"].startswith("data:image/jpeg;base64,")
 
 
 def test_curves_hold_sentences_scores_and_a_thumbnail(evaluate, captions, checkpoint):
@@ -198,7 +214,10 @@ def test_every_image_of_a_shared_caption_is_right(evaluate, captions, checkpoint
     right_of = {"a cat.": {"0.png", "2.png", "5.png"}, "a dog.": {"1.png", "4.png"}}
     for miss in result["misses"]:
         key = " ".join(miss["caption"].lower().split())
-        assert miss["first"]["name"] not in right_of.get(key, {"3.png"})
+        right = right_of.get(key, {"3.png"})
+        assert {p["name"] for p in miss["top"] if p["right"]} == right & {
+            p["name"] for p in miss["top"]
+        }
 
 
 def test_images_of_equal_content_tie_and_are_counted(evaluate, captions):

@@ -18,7 +18,7 @@ from himo.cli import main
 from himo.errors import HimoError
 from himo.report import growth, rendering, training
 from himo.report import runs as reader
-from himo_charts import svg
+from himo_charts import scales, svg
 
 HOSTILE = (
     "</title></style><script>alert(1)</script><img src=http://192.0.2.1/x onerror=a()>\"'&\x07"
@@ -79,7 +79,7 @@ def assert_self_contained(page: Page) -> None:
         if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
             assert value is not None and value.startswith("data:"), (tag, name, value)
         if name == "style":
-            assert re.fullmatch(r"--a:[\d.]+", value or ""), value
+            assert re.fullmatch(r"--a:[01](\.\d+)?", value or ""), value
     style_text = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)
     assert len(style_text) == 1
     assert "url(" not in style_text[0] and "@import" not in style_text[0]
@@ -108,8 +108,11 @@ def test_page_shows_two_runs(runs: list[Path], tmp_path: Path) -> None:
     thumbnails = sum(map(len, re.findall(r'src="data:image[^"]*"', page.source)))
     assert thumbnails > 10_000
     assert len(page.source.encode()) - thumbnails < 200_000
-    # Each chart has a title, a description and a table of its numbers.
+    # Each chart has a title, a description, a name of its vertical axis and a table.
     charts = page.source.count('role="img"')
+    assert (
+        len(re.findall(r'<text class="tick axis" x="-46"[^>]*>[^<]+</text>', page.source)) == charts
+    )
     assert charts >= 25
     assert page.source.count("<desc ") == charts
     ids = [value for _, name, value in page.attributes if name == "id"]
@@ -163,7 +166,8 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
                     "data:text/html;base64,AAAA", "data:image/svg+xml;base64,AAAA", 7)
     ]  # fmt: skip
     picture = {"name": HOSTILE, "thumbnail": "http://192.0.2.1/x.png"}
-    result["misses"] = [{"caption": HOSTILE, "rank": 2, "image": picture, "first": picture}]
+    result["misses"] = [{"caption": HOSTILE, "rank": 2, "image": picture, "top": [picture] * 9}]
+    result["chosen"] = {"curves": HOSTILE, "misses": [HOSTILE]}
     (run / "eval.json").write_text(json.dumps(result))
     page = Page(report.write_report([run], tmp_path / "r.html"))
     assert_self_contained(page)
@@ -200,12 +204,12 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
         ),
         ({"eval": '{"misses": {"a": 1}, "curves": []}'}, ["no similarity curves"]),
         (
-            {"eval": '{"misses": [{"caption": "c", "rank": 2, "image": {}, "first": []}]}'},
+            {"eval": '{"misses": [{"caption": "c", "rank": 2, "image": {}, "top": [[]]}]}'},
             ["1 miss of retrieval"],
         ),
         (
-            {"eval": '{"misses": [{"caption": "c", "rank": 2, "image": {}, "first": {}}]}'},
-            ["What it mistakes", "its image, rank 2", "no thumbnail"],
+            {"eval": '{"misses": [{"caption": "c", "rank": 2, "image": {}, "top": [{}]}]}'},
+            ["What it mistakes", "its image: rank 2", "no thumbnail", "is not recorded"],
         ),
         ({"config": '{"loss": "himo", "preset": [], "tau": "x", "model": 3}'}, ["is missing"]),
     ],
@@ -421,6 +425,107 @@ def test_curves_of_runs_are_joined_by_image_and_segments(runs: list[Path]) -> No
     assert [len(example.scores) for example in growth.examples(read, 8)] == [2] * 5 + [1] * 2
 
 
+def test_segments_are_tinted_by_what_they_add(runs: list[Path], tmp_path: Path) -> None:
+    curves = ((0, (0.1, 0.3, 0.2, 0.2)), (1, (0.5, 0.9, 0.9, 0.7)))
+    example = growth.Example("x.png", None, tuple("abcd"), curves)
+    assert growth.gains(example) == [None, *map(pytest.approx, (1.0, -0.25, -0.25))]
+    shown = growth.card("x", example, ["one", "two"])["segments"]
+    assert [css for _, css, _ in shown] == ["first", "raises", "lowers", "lowers"]
+    assert [float(shade) for *_, shade in shown] == [0, 0.4, 0.145, 0.145]
+    bad = growth.Example("x.png", None, tuple("ab"), ((0, (math.nan, 0.2)),))
+    assert growth.gains(bad) == [None, None]
+    alone, both = (
+        Page(report.write_report(runs[:count], tmp_path / f"{count}.html")).text for count in (1, 2)
+    )
+    legend = "What a segment adds to the similarity"
+    assert f"{legend}: lowers it much or little" in alone
+    assert f"{legend}, as the mean of the runs:" in both
+
+
+def test_curves_say_that_they_are_min_max_and_raw_is_beside(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    source = report.write_report(runs, tmp_path / "r.html").read_text()
+    cards = re.findall(r'<article class="growth.*?</article>', source, re.DOTALL)
+    assert len(cards) == 6
+    for card in cards:
+        assert card.count('type="radio"') == 2 and card.count('class="show-raw"') == 1
+        first, raw = re.findall(r'<div class="(?:normalised|raw)">.*?</svg></div>', card, re.DOTALL)
+        assert ">min–max: 0 = lowest, 1 = highest of each curve</text>" in first
+        assert ">cosine similarity</text>" in raw
+
+
+def test_how_images_were_chosen_is_said(runs: list[Path], tmp_path: Path) -> None:
+    page = Page(report.write_report(runs, tmp_path / "r.html"))
+    assert "does not rise. 6 of 458 captions of at least 4 parts, drawn at random." in page.text
+    assert (
+        "tiny-himo: 6 of 294 captions, drawn at random. tiny-clip: 6 of 289 captions, drawn at "
+        "random. The first 3 of these are shown for each." in page.text
+    )
+
+
+def test_a_mistake_is_shown_with_the_five_images_that_fit_best(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    source = report.write_report(runs[:1], tmp_path / "r.html").read_text()
+    misses = re.findall(r'<article class="miss .*?</article>', source, re.DOTALL)
+    assert len(misses) == 6
+    for number, miss in enumerate(misses, 6):
+        places = re.findall(r'<li( class="right")?><img [^>]*alt="images/0*(\d+).png">', miss)
+        assert [int(name) for _, name in places] == list(range(number - 2, number + 3))
+        assert [bool(right) for right, _ in places] == [False, False, True, False, False]
+        assert "its image: rank 3" in miss and "<small>3 ✓</small>" in miss
+
+
+def test_losses_of_different_kinds_do_not_share_an_axis(runs: list[Path]) -> None:
+    himo, clip = reader.read_runs(runs)
+    totals = training.losses([himo, clip])[2:]
+    assert [figure.title for figure in totals] == ["Total loss, himo", "Total loss, clip"]
+    drawn = [set(re.findall(r"run\d", figure.chart or "")) for figure in totals]
+    assert drawn == [{"run0"}, {"run1"}]
+    (same,) = training.losses([himo, himo])[2:]
+    assert same.title == "Total loss" and {"run0", "run1"} <= set(
+        re.findall(r"run\d", same.chart or "")
+    )
+
+
+def test_the_best_epoch_is_marked(runs: list[Path]) -> None:
+    (run,) = reader.read_runs(runs[:1])
+    names = [f"val_{way}_R@1" for way in ("image_to_text", "text_to_image")]
+    validated = [at for at, value in enumerate(run.column(names[0])) if value is not None]
+    first, second, third, *_ = validated
+    for name, values in zip(names, ((50.0, 60.0, 70.0), (50.0, 62.0, 51.0)), strict=True):
+        run.columns[name] = [None] * len(run.step)
+        for at, value in zip((first, second, third), values, strict=True):
+            run.columns[name][at] = value
+    assert training.best_line(run) == second  # of the mean, not of one direction
+    for figure in training.validation([run]):
+        assert "Ringed: the epoch of the best mean of both R@1 (tiny-himo 2)." in figure.caption
+        (place,) = re.findall(
+            r'best"><circle cx="([\d.]+)%".*?best at step (\d+)', figure.chart or ""
+        )
+        span = run.step[third] - run.step[first]
+        expected = 100 * (run.step[second] - run.step[first]) / span
+        assert float(place[0]) == pytest.approx(expected, abs=0.01)
+        assert int(place[1]) == run.step[second]
+    run.columns[names[1]] = [None] * len(run.step)
+    assert training.best_line(run) is None
+
+
+def test_bars_begin_at_zero_on_both_sides() -> None:
+    y = scales.Scale(-0.5, 1.5)
+    chart = svg.bar_chart(
+        "i", "t", "d", ["a", "b"], [[1.0, -0.5]], y, y_label="ρ", chance=[None] * 2
+    )
+    bars = re.findall(r'<rect class="bar" x="[\d.]+%" y="([\d.]+)%" .*?height="([\d.]+)%"', chart)
+    assert bars == [("25", "50"), ("75", "25")]
+    (wide, thin) = re.findall(
+        r'width="([\d.]+)%" height="16"',
+        svg.bar_list("i", "t", "d", [svg.Bar(0, "a", 1e6, ""), svg.Bar(1, "b", 1.0, "")]),
+    )
+    assert float(wide) == 100 and float(thin) > 0.5
+
+
 def test_long_runs_stay_small(tmp_path: Path) -> None:
     rng = random.Random(5)
     line = report_runs.metrics("himo", 0, steps=10)[0]
@@ -464,4 +569,4 @@ def test_no_template_is_exempt_from_escaping() -> None:
     for path in [*folder.glob("templates/*"), *folder.glob("*.py")]:
         content = path.read_text()
         assert not re.search(r"\|\s*safe\b|autoescape\s+false|autoescape=False", content), path
-        assert "Markup(" not in content.replace("Markup(svg.style())", ""), path
+        assert "Markup(" not in content.replace("Markup(svg.page_style())", ""), path

@@ -1,5 +1,6 @@
 """The report in a real browser: what it shows, that it loads nothing, and that it fits a phone."""
 
+import html
 import json
 import re
 import shutil
@@ -45,10 +46,20 @@ addEventListener('load', () => {
   result.smallest = Math.min(...[...document.querySelectorAll('svg text')].map(
     e => parseFloat(getComputedStyle(e).fontSize)));
   result.background = getComputedStyle(document.body).backgroundColor;
-  document.getElementById('scores-raw').click();
+  // A table wider than its box scrolls under its first column.
+  result.wide = 0;
+  result.loose = [...document.querySelectorAll('.scroll')].filter(e => {
+    if (e.scrollWidth <= e.clientWidth) return false;
+    result.wide += 1;
+    e.scrollLeft = 60;
+    const cell = e.querySelector('tbody th').getBoundingClientRect();
+    const box = e.getBoundingClientRect();
+    return e.scrollLeft == 0 || Math.abs(cell.left - box.left) > 1 || cell.right > box.right - 60;
+  }).map(e => e.textContent);
+  document.querySelector('.show-raw').click();
   document.getElementById('show-1').click();
   result.after = state();
-  document.body.setAttribute('data-result', JSON.stringify(result));
+  parent.document.body.setAttribute('data-result', JSON.stringify(result));
 });
 </script></body>"""
 
@@ -203,23 +214,30 @@ def test_nothing_is_requested(
     assert len(heard) >= 1
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (500, True)])
+@pytest.mark.parametrize(
+    ("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)]
+)
 def test_layout_and_switches(page: Path, width: int, dark: bool, tmp_path: Path) -> None:
     copy = tmp_path / "probe.html"
     source, found = POLICY.subn("", page.read_text())
     assert found == 1
-    copy.write_text(source.replace("</body>", PROBE))
+    source = source.replace("</body>", PROBE)
+    if width < 500:  # no window is narrower
+        frame = f'<iframe width="{width}" height="900" srcdoc="{html.escape(source)}"></iframe>'
+        source = f'<body style="margin:0">{frame}</body>'
+    copy.write_text(source)
     scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
-    dumped, console = browse(copy, tmp_path / "p", f"--window-size={width},900", *scheme)
+    dumped, console = browse(copy, tmp_path / "p", f"--window-size={max(width, 500)},900", *scheme)
     assert console == []
     result: dict[str, Any] = json.loads(Elements(dumped).body["data-result"] or "")
     assert result["dark"] == dark
     assert result["background"] == ("rgb(19, 22, 27)" if dark else "rgb(255, 255, 255)")
     assert result["overflow"] <= 0 and result["outside"] == []
     assert result["smallest"] >= 12
-    # The radio buttons change the curves, and the boxes of the legend hide a run.
+    assert result["loose"] == [] and (result["wide"] >= 2) == (width < 500)
+    # The radio buttons of an image change its curves, and the boxes of the legend hide a run.
     before, after = result["before"], result["after"]
     assert before["normalised"] == 6 and before["raw"] == 0
-    assert after["normalised"] == 0 and after["raw"] == 6
+    assert after["normalised"] == 5 and after["raw"] == 1
     assert before["first"] > 5 and before["second"] > 5
     assert after["first"] == before["first"] and after["second"] == 0

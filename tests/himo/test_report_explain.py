@@ -24,6 +24,14 @@ SEGMENTS = [
 ]
 
 
+SEGMENT = re.compile(r'<span class="segment (\w+)" style="--a:[\d.]+"><b>\d')
+
+
+def tint(scores: list[list[float]], k: int) -> str:
+    """Whether segment k, from 0, raises the similarity in the mean of the models' ranges."""
+    return "raises" if sum((s[k] - s[k - 1]) / (max(s) - min(s)) for s in scores) > 0 else "lowers"
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with scene.jpg and two random models, a.safetensors and b.safetensors."""
@@ -72,7 +80,8 @@ def test_scores_on_the_page_and_the_terminal(
             assert float(terminal[model + 1].rstrip("*")) == pytest.approx(score, abs=6e-5)
     assert "a &lt;b&gt;frame&lt;/b&gt;." in page and "<b>frame" not in page
     assert 'src="data:image/jpeg;base64,' in page and "http" not in page.replace("http-equiv", "")
-    assert page.count('class="segment"') == 4
+    assert SEGMENT.findall(page) == ["first", *(tint(expected, k) for k in (1, 2, 3))]
+    assert page.count('class="show-raw"') == 1
 
 
 def test_several_texts_are_the_segments(files: Path, tmp_path: Path) -> None:
@@ -81,7 +90,7 @@ def test_several_texts_are_the_segments(files: Path, tmp_path: Path) -> None:
     model = str(files / "a.safetensors")
     image = str(files / "scene.jpg")
     assert main(["explain", image, *texts, "--pretrained", model, "--out", str(out)]) == 0
-    assert out.read_text(encoding="utf-8").count('class="segment"') == 2
+    assert len(SEGMENT.findall(out.read_text(encoding="utf-8"))) == 2
 
 
 @pytest.mark.parametrize(
