@@ -21,6 +21,9 @@ _COMMANDS = {
     "bench": ("himo.tools.bench", "how fast the training data are read, and the kernels"),
     "report": ("himo.report", "one HTML page of one or several runs"),
     "explain": ("himo.report.explain", "similarity of one image to a growing caption"),
+    "encode": ("himo.apply.encode", "features of images, in a file"),
+    "search": ("himo.apply.search", "the images that fit a text best"),
+    "classify": ("himo.apply.classify", "the label that fits an image best"),
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),
 }
 # Modules of torch and of the extra `himo`; `pip install .` without the extra installs torch alone.
@@ -68,6 +71,7 @@ def _run(given: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="himo", description="CLIP with semantic hierarchy and monotonicity."
     )
+    parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, help) in _COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
@@ -77,3 +81,14 @@ def _run(given: list[str]) -> int:
     module, _ = _COMMANDS[parsed.command]
     status: int = importlib.import_module(module).run(parsed)
     return status
+
+
+class _Version(argparse.Action):
+    """Prints the versions of himo and torch, which are imported only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the versions, and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(importlib.import_module("himo.report").versions())
+        parser.exit()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from himo.config_file import read_config
 from himo.errors import HimoError
 
 
@@ -196,36 +197,60 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """Adds a flag for each field of TrainConfig, or for those named, with its default in the help.
+# Titles of `himo train --help`, by the first field of each group.
+_GROUPS = {
+    "train_data": "data",
+    "val_data": "validation: retrieval, into metrics.jsonl",
+    "model": "model",
+    "loss": "loss",
+    "batch_size": "optimisation",
+    "logs": "records",
+}
 
-    --train-data is required unless names are given.
+
+def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Adds --config and a flag for each field of TrainConfig, or for those named.
+
+    A flag that is not given is not in the namespace; its help has its default.
     """
-    hints = typing.get_type_hints(TrainConfig)
+    parser.add_argument("--config", metavar="FILE", help="flags, json or toml; a flag here wins")
+    group: argparse._ActionsContainer = parser
+    kinds = _kinds()
     for item in dataclasses.fields(TrainConfig):
+        if item.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[item.name])
         if names is not None and item.name not in names:
             continue
         flag, text = f"--{_dashed(item.name)}", item.metadata["help"]
-        kind = _without_none(hints[item.name])
+        kind = kinds[item.name]
         shown = text if item.default in (None, "") else f"{text} (default: {item.default!r})"
-        options: dict[str, Any] = {"default": item.default, "help": shown}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
         if kind is bool:
-            options = {"action": "store_true", "help": text}
+            # With --no-..., which switches off what the file of --config switches on.
+            options |= {"action": argparse.BooleanOptionalAction, "help": text}
         elif typing.get_origin(kind) is Literal:
             options["choices"] = typing.get_args(kind)
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
-            options["required"] = names is None and item.name == "train_data"
-        parser.add_argument(flag, **options)
+        group.add_argument(flag, **options)
 
 
 def from_arguments(arguments: argparse.Namespace, **given: Any) -> TrainConfig:
-    """Returns the TrainConfig of parsed flags; HimoError names a flag that is out of range.
+    """Returns the TrainConfig of parsed flags, then of --config, then of those given.
 
-    Fields without a flag in this command are those given, or have their defaults.
+    Raises:
+        HimoError: names a flag that is out of range, or what is wrong in the file of --config.
     """
-    names = {item.name for item in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**{k: v for k, v in vars(arguments).items() if k in names} | given)
+    kinds = _kinds()
+    flags = {name: value for name, value in vars(arguments).items() if name in kinds}
+    file = read_config(arguments.config, kinds) if arguments.config is not None else {}
+    return TrainConfig(**given | file | flags)
+
+
+def _kinds() -> dict[str, Any]:
+    """The type of each field, without None."""
+    hints = typing.get_type_hints(TrainConfig)
+    return {item.name: _without_none(hints[item.name]) for item in dataclasses.fields(TrainConfig)}
 
 
 def _dashed(name: str) -> str:

@@ -86,6 +86,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_bytes(data)
 
 
+def output_path(out: str | os.PathLike[str], *suffixes: str) -> Path:
+    """The file of --out, which this checks before an hour of work.
+
+    Raises:
+        HimoError: its suffix is none of those given, or it cannot be written.
+    """
+    path = Path(out)
+    if suffixes and path.suffix not in suffixes:
+        raise HimoError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise HimoError(f"--out {out}: cannot be written")
+    return path
+
+
 def json_value(data: bytes) -> Any:
     """The value of a JSON text in UTF-8, with or without a byte order mark.
 

@@ -240,12 +240,13 @@ class HiMoCLIP(nn.Module):
         self.positional_embedding_res.requires_grad_(False)
         self.text_projection.requires_grad_(False)
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Image features [B, E], not normalised.
+    def encode_image(self, image: Tensor, *, normalize: bool = False) -> Tensor:
+        """Image features [B, E].
 
         Args:
             image: [B, 3, R, R], of a floating-point dtype, scaled and normalised as the
                 preprocessing that `himo.load` returns does.
+            normalize: divides each row by its L2 norm.
 
         Raises:
             HimoError: wrong shape, or an integer dtype (pixels that are not normalised).
@@ -262,10 +263,12 @@ class HiMoCLIP(nn.Module):
                 f"got {image.dtype}"
             )
         features: Tensor = self.visual(image.to(self.dtype))
-        return features
+        return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text: Tensor, max_length: int | None = None) -> Tensor:
-        """Text features [B, E], not normalised.
+    def encode_text(
+        self, text: Tensor, max_length: int | None = None, *, normalize: bool = False
+    ) -> Tensor:
+        """Text features [B, E].
 
         The tower runs over the first `max_length` tokens only. Causal attention hides the tokens
         after a text's end, so the features differ from those of the padded texts only by rounding.
@@ -277,6 +280,7 @@ class HiMoCLIP(nn.Module):
                 while the tokens are on the CPU. By default it is computed here, with one sync on
                 CUDA. Cutting the tokens beforehand does not avoid the sync; passing text.shape[1]
                 does.
+            normalize: divides each row by its L2 norm.
 
         A compiler or exporter (torch.compile, torch.export, ONNX) sees no values of text: it gets
         the tower over max_length or all L tokens, without the checks of values.
@@ -313,7 +317,8 @@ class HiMoCLIP(nn.Module):
         x = x + self._positions(max_length).to(self.dtype)
         x = self.transformer(x)
         x = self.ln_final(x[torch.arange(x.shape[0], device=x.device), end])  # [B, W]
-        return x @ self.text_projection
+        features = x @ self.text_projection
+        return F.normalize(features, dim=-1) if normalize else features
 
     def _positions(self, length: int) -> Tensor:  # -> [length, W]
         # Cut after the concatenation, so that an exported graph is the same for every length.
@@ -327,8 +332,8 @@ class HiMoCLIP(nn.Module):
             image: [B, 3, R, R], as `encode_image` takes it.
             text: [T, L] token ids, as `encode_text` takes them.
         """
-        image_features = F.normalize(self.encode_image(image), dim=-1)
-        text_features = F.normalize(self.encode_text(text), dim=-1)
+        image_features = self.encode_image(image, normalize=True)
+        text_features = self.encode_text(text, normalize=True)
         logit_scale = self.logit_scale.exp().to(image_features.dtype)
         logits_per_image = logit_scale * image_features @ text_features.t()
         return logits_per_image, logits_per_image.t()

@@ -8,7 +8,9 @@
 from himo.checkpoint.conversion import add_arguments, convert, run
 from himo.checkpoint.loading import (
     CHOICES,
+    MODEL_ARGUMENTS,
     add_model_arguments,
+    digest,
     load,
     model_arguments,
     read_state_dict,
@@ -17,9 +19,11 @@ from himo.checkpoint.loading import (
 
 __all__ = [
     "CHOICES",
+    "MODEL_ARGUMENTS",
     "add_arguments",
     "add_model_arguments",
     "convert",
+    "digest",
     "load",
     "model_arguments",
     "read_state_dict",

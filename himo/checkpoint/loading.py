@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 
 from himo.checkpoint import places
 from himo.checkpoint.configurations import Stated, merged
+from himo.checkpoint.hub import located
 from himo.checkpoint.layouts import (
     POSITIONS,
     State,
@@ -26,6 +28,7 @@ from himo.checkpoint.strict_json import MAX_JSON, strict_json
 from himo.clip_config import ACTIVATIONS, UNSHAPED, CLIPConfig
 from himo.device import usable_device
 from himo.errors import HimoError, note, printable, quoted, shortened
+from himo.files import sha256_file
 from himo.model import HiMoCLIP
 from himo_kernels import __version__
 
@@ -45,6 +48,7 @@ CHOICES = {
     "vision_heads": "attention heads of the image tower, where the file does not state them",
     "text_heads": "attention heads of the text tower, where the file does not state them",
 }
+MODEL_ARGUMENTS = (*CHOICES, "stretch")  # of `load`, which have flags
 
 
 def load(
@@ -69,7 +73,8 @@ def load(
     for each 64 channels, quick-GELU and CLIP's preprocessing.
 
     Args:
-        path: a file or a directory. Nothing is downloaded.
+        path: a file, a directory, or a name in the hub's local cache (`himo.checkpoint.hub`).
+            Nothing is downloaded.
         device: where the model goes.
         dtype: of the matrix products' weights (see `HiMoCLIP.set_precision`), whatever the file's.
         strict: refuse a file with a missing or unexpected tensor, or one of a wrong shape or
@@ -115,7 +120,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `load` that the flags of `add_model_arguments` give."""
-    return {name: getattr(args, name) for name in (*CHOICES, "stretch")}
+    return {name: getattr(args, name) for name in MODEL_ARGUMENTS}
 
 
 def save(
@@ -150,6 +155,16 @@ def save(
     return write_safetensors(name, state, file_metadata(model.config, "himo", provenance))
 
 
+def digest(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a checkpoint's file; of a directory, that of the digests of its files."""
+    place = Path(located(os.fspath(path)))
+    files = [place] if place.is_file() else sorted(x for x in place.iterdir() if x.is_file())
+    digests = [sha256_file(file) for file in files]
+    if len(digests) == 1:
+        return digests[0]
+    return sha256("".join(digests).encode()).hexdigest()
+
+
 def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:
     """(state dict under himo's names, metadata) of a checkpoint, values and dtypes as stored.
 
@@ -163,7 +178,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
         HimoError: the file is missing, damaged, of an unknown format, or without tensors by name;
             or a configuration is of a model that himo does not compute.
     """
-    name = os.fspath(path)
+    name = located(os.fspath(path))
     found = places.find(name)
     stored = found.metadata
     try:

@@ -1,17 +1,20 @@
 """`himo eval`: retrieval, HiMo@K and COLA of a checkpoint, as a table and eval.json."""
 
 import argparse
-import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from himo.checkpoint import add_model_arguments, load, model_arguments
-from himo.data import DATASET_TYPES, SampleIndex
+from himo.checkpoint import add_model_arguments, digest, load, model_arguments
+from himo.data import SampleIndex
 from himo.errors import HimoError
-from himo.evaluate.captions import CaptionScores, evaluate_captions, open_for_evaluation
+from himo.evaluate.captions import (
+    CaptionScores,
+    add_data_arguments,
+    data_options,
+    evaluate_captions,
+    open_for_evaluation,
+)
 from himo.evaluate.cola import cola
 from himo.evaluate.encode import Coverage, Encoder
 from himo.evaluate.himo_k import PrefixScores, himo_k, read_himo_docci, score_himo_docci
@@ -34,7 +37,7 @@ from himo.evaluate.result import (
     write_result,
 )
 from himo.evaluate.retrieval import retrieval
-from himo.files import sha256_file
+from himo.files import output_path
 from himo.precision import products_dtype
 from himo_kernels import __version__
 
@@ -70,17 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", required=True, help="checkpoint, of any format himo loads")
     add_model_arguments(parser)
     parser.add_argument("--data", help="captioned images: json, csv, tsv, jsonl, folder or tar")
-    parser.add_argument("--dataset-type", default="auto", choices=DATASET_TYPES)
-    parser.add_argument("--image-root", help="directory that image paths are relative to")
-    parser.add_argument("--csv-separator", help="of a csv file; found by itself by default")
-    parser.add_argument("--csv-img-key", help="column or key of the image path")
-    parser.add_argument("--csv-caption-key", help="column or key of the caption")
-    parser.add_argument(
-        "--first-line", action="store_true", help="of each text of a folder, as Urban1k is read"
-    )
-    parser.add_argument(
-        "--follow-links", action="store_true", help="let links of --data lead out of the image root"
-    )
+    add_data_arguments(parser)
     parser.add_argument(
         "--captions-per-image",
         type=int,
@@ -89,11 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--himo-docci", metavar="FILE", help="HiMo-Docci's prefixes, JSON lines")
     parser.add_argument("--cola", metavar="FILE", help="COLA's multi-object groups, JSON")
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="leave out, and count, what cannot be used, instead of stopping at the first",
-    )
     parser.add_argument("--out", default="eval.json", help="result (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
@@ -105,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table and writes the result; HimoError for what a user can mend."""
     if not (args.data or args.himo_docci or args.cola):
         raise HimoError("expected a data set to evaluate on: --data, --himo-docci or --cola")
-    out = Path(args.out)
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise HimoError(f"--out {out}: cannot be written")  # before an hour of work
+    out = output_path(args.out)
     opened = _open(args)  # before the model: most mistakes are here
     model, preprocess = load(
         args.pretrained, args.device, _DTYPES[args.precision], **model_arguments(args)
@@ -146,29 +132,14 @@ def run(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> tuple[SampleIndex, Coverage] | None:
     if not args.data:
         return None
-    return open_for_evaluation(
-        args.data,
-        allow_missing=args.allow_missing,
-        dataset_type=args.dataset_type,
-        image_root=args.image_root,
-        image_key=args.csv_img_key,
-        caption_key=args.csv_caption_key,
-        separator=args.csv_separator,
-        first_line=args.first_line,
-        follow_links=args.follow_links,
-    )
+    return open_for_evaluation(args.data, **data_options(args))
 
 
 def _describe(args: argparse.Namespace, encoder: Encoder) -> dict[str, Any]:
     """The model: its files and every setting that changes a feature."""
-    path = Path(args.pretrained)
-    files = [path] if path.is_file() else sorted(x for x in path.iterdir() if x.is_file())
-    digests = [sha256_file(file) for file in files]
-    if len(digests) != 1:
-        digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
     return {
         "path": args.pretrained,
-        "sha256": digests[0],
+        "sha256": digest(args.pretrained),
         "config": encoder.model.config.to_dict(),
         "precision": args.precision,
         "image_mode": encoder.preprocess.mode,

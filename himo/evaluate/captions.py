@@ -1,5 +1,6 @@
 """All measures of a captioned data set; its images and captions are encoded once."""
 
+import argparse
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himo.data import SampleIndex, open_dataset
+from himo.data import DATASET_TYPES, SampleIndex, open_dataset
 from himo.evaluate.encode import Coverage, Encoder, TextScores
 from himo.evaluate.himo_k import K_RULE, himo_at, himo_k
 from himo.evaluate.metrics import (
@@ -69,6 +70,44 @@ def open_for_evaluation(
         message = f"{report.source}: {found}: {report.missing_examples[0]}"
         coverage.leave_out("missing", message, report.missing_count)
     return index, coverage
+
+
+# Arguments of `open_for_evaluation` and their flags.
+DATA_OPTIONS = {
+    "allow_missing": "allow_missing",
+    "dataset_type": "dataset_type",
+    "image_root": "image_root",
+    "image_key": "csv_img_key",
+    "caption_key": "csv_caption_key",
+    "separator": "csv_separator",
+    "first_line": "first_line",
+    "follow_links": "follow_links",
+}
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how a data set is read; `data_options` reads them."""
+    parser.add_argument("--dataset-type", default="auto", choices=DATASET_TYPES)
+    parser.add_argument("--image-root", help="directory that image paths are relative to")
+    parser.add_argument("--csv-separator", help="of a csv file; found by itself by default")
+    parser.add_argument("--csv-img-key", help="column or key of the image path")
+    parser.add_argument("--csv-caption-key", help="column or key of the caption")
+    parser.add_argument(
+        "--first-line", action="store_true", help="of each text of a folder, as Urban1k is read"
+    )
+    parser.add_argument(
+        "--follow-links", action="store_true", help="let links in the data leave the image root"
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out, and count, what cannot be used, instead of stopping at the first",
+    )
+
+
+def data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `open_for_evaluation` that the flags of `add_data_arguments` give."""
+    return {option: getattr(args, flag) for option, flag in DATA_OPTIONS.items()}
 
 
 def evaluate_captions(

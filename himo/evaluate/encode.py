@@ -19,7 +19,7 @@ from himo.model import HiMoCLIP
 from himo.tokenizer import default_tokenizer
 from himo.transforms import ImageError, Preprocess, Reason
 
-_PROGRESS_DELAY_S = 2.0
+PROGRESS_DELAY_S = 2.0
 _EXAMPLES = 5  # of what was left out
 _TOKENIZED = 4096  # texts at a time
 
@@ -45,7 +45,7 @@ class Coverage:
     def leave_out(self, reason: str, message: str, count: int = 1) -> None:
         """Counts `count` items; HimoError with the message unless that is allowed."""
         if not self.allow_missing:
-            raise HimoError(f"{message}; --allow-missing evaluates the rest and counts it")
+            raise HimoError(f"{message}; --allow-missing uses the rest and counts it")
         self.left_out[reason] = self.left_out.get(reason, 0) + count
         if len(self.examples) < _EXAMPLES:
             self.examples.append(message)
@@ -75,6 +75,19 @@ class Images(Protocol):
 
     def describe(self, index: int, /) -> str:
         """Its place in the data set, for a message."""
+
+
+@dataclass
+class GivenFiles:
+    """Image files that the user names."""
+
+    paths: Sequence[str]
+
+    def image_source(self, index: int, /) -> str:
+        return self.paths[index]
+
+    def describe(self, index: int, /) -> str:
+        return f"image {index + 1}"  # every error has the path itself
 
 
 @dataclass
@@ -236,7 +249,7 @@ class Encoder:
             desc=f"encoding {what}",
             total=total,
             unit=what.removesuffix("s"),
-            delay=_PROGRESS_DELAY_S,
+            delay=PROGRESS_DELAY_S,
             disable=None if self.progress else True,  # None: shown on a terminal
             leave=False,
         )

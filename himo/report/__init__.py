@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from himo.errors import HimoError
-from himo.files import write_text
+from himo.files import output_path, write_text
 from himo.printing import csv_cell
 from himo.report.page import report_page
 from himo.report.runs import COLUMNS, Run, read_runs
@@ -50,7 +49,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     Raises:
         HimoError: a path is not a run, or a file cannot be written.
     """
-    page = html_path(out)
+    page = output_path(out, ".html")
     read = read_runs(runs)
     contents = {
         ".csv": _csv_lines(read),
@@ -59,18 +58,6 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     }
     for suffix, content in contents.items():
         write_text(page.with_suffix(suffix), content)
-    return page
-
-
-def html_path(out: str | Path) -> Path:
-    """`out` as the path of a page.
-
-    Raises:
-        HimoError: its suffix is not .html.
-    """
-    page = Path(out)
-    if page.suffix != ".html":
-        raise HimoError(f"--out {out}: expected a name that ends in .html")
     return page
 
 

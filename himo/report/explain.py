@@ -10,11 +10,11 @@ import torch
 
 from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.errors import HimoError, printable
-from himo.evaluate.encode import Encoder
+from himo.evaluate.encode import Encoder, GivenFiles
 from himo.evaluate.metrics import caption_segments, sentence_prefixes
 from himo.evaluate.result import data_url
-from himo.files import write_text
-from himo.report import html_path, versions
+from himo.files import output_path, write_text
+from himo.report import versions
 from himo.report.growth import Example, card, falls, pearson
 from himo.report.rendering import render
 from himo.report.runs import distinct_names, plural
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`himo explain`: prints the scores and writes the page."""
-    page = html_path(args.out)
+    page = output_path(args.out, ".html")
     segments = cut(args.caption)
     names = distinct_names(args.pretrained)
     picture = open_image(args.image).convert("RGB")  # before the models: most mistakes are here
@@ -99,7 +99,7 @@ def growth(
     def failed(position: int, reason: str, message: str) -> None:
         raise HimoError(message)
 
-    features = encoder.images(_OneImage(image), [0], failed)
+    features = encoder.images(GivenFiles([image]), [0], failed)
     prefixes = sentence_prefixes(segments)
     of_image = torch.zeros(len(prefixes), dtype=torch.int64)
     scored = encoder.score_texts(prefixes, torch.arange(len(prefixes)), of_image, features, 0)
@@ -143,16 +143,3 @@ def table(segments: Sequence[str], names: Sequence[str], scores: Sequence[Sequen
         lines.append(f"{k:>3}{cells}  {printable(segment)}")
     lines.append("rho" + "".join(f"{number(pearson(s), 3):>{width - 1}} " for s in scores))
     return "\n".join(lines)
-
-
-class _OneImage:
-    """One image file, as `Encoder.images` takes images."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def image_source(self, index: int, /) -> str:
-        return self.path
-
-    def describe(self, index: int, /) -> str:
-        return self.path

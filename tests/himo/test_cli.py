@@ -46,7 +46,7 @@ def test_a_wait_policy_of_the_user_stays():
 def test_the_package_gives_its_names_on_first_use():
     code = """
 import himo
-assert sorted(himo.__all__) == ["HiMoCLIP", "__version__", "load", "save", "tokenize"]
+assert dir(himo) == sorted(himo.__all__) == ["HiMoCLIP", "__version__", "load", "save", "tokenize"]
 print(himo.tokenize("a cat").shape, himo.HiMoCLIP.__name__, callable(himo.load), himo.__version__)
 try:
     himo.nothing
@@ -56,6 +56,20 @@ except AttributeError as error:
     first, second = python(code).splitlines()
     assert first.startswith("torch.Size([1, 248]) HiMoCLIP True 0.")
     assert second == "module 'himo' has no attribute 'nothing'"
+
+
+def test_the_version_is_printed():
+    code = """
+import himo, torch
+from himo.cli import main
+try:
+    main(["--version"])
+except SystemExit as ended:
+    print(ended.code)
+print(f"himo {himo.__version__}, torch {torch.__version__}")
+"""
+    shown, status, expected = python(code).splitlines()
+    assert shown == expected and status == "0"
 
 
 def test_output_that_nobody_reads_is_no_error(tmp_path):

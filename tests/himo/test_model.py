@@ -35,6 +35,17 @@ def test_attention_is_that_of_torch(causal: bool, generator: torch.Generator) ->
     torch.testing.assert_close(ours(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_are_normalised_on_request(dtype: torch.dtype, generator: torch.Generator) -> None:
+    model = random_model(SMALL, generator).set_precision(dtype)
+    image, text = random_image(SMALL, 2, generator), tokens_of_lengths(SMALL, [5, 9], generator)
+    with torch.no_grad():
+        for encode, batch in ((model.encode_image, image), (model.encode_text, text)):
+            plain, units = encode(batch), encode(batch, normalize=True)
+            assert units.dtype == dtype
+            torch.testing.assert_close(units, plain / plain.norm(dim=1, keepdim=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_layer_norm_of_half_types_is_computed_in_float32(
     dtype: torch.dtype, generator: torch.Generator

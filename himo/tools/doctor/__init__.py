@@ -15,6 +15,8 @@ from himo.tools.doctor import inputs, smoke, system
 from himo.tools.doctor.check import Check
 from himo_kernels import info
 
+_NO_DATA = "(none)"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `himo train`, all optional: its command line can be pasted."""
@@ -23,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what is installed and a line for each check; returns 1 for a problem, else 0."""
-    settings = config.from_arguments(args, train_data=args.train_data or "(none)")
+    settings = config.from_arguments(args, train_data=_NO_DATA)
     named_config(settings.model)  # a wrong name is an error before any check
     print(info.report(), end="\n\n", flush=True)
     found = []
-    for check in _checks(settings, bool(args.train_data)):
+    for check in _checks(settings, settings.train_data != _NO_DATA):
         print(_line(check), flush=True)
         found.append(check.status)
     warnings, problems = found.count("warning"), found.count("problem")

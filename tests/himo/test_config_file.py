@@ -1,0 +1,93 @@
+"""--config: flags from a file, which those of the command line overrule."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from himo import config
+from himo.config import TrainConfig
+from himo.errors import HimoError
+
+
+def settings(*given: object) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    config.add_arguments(parser)
+    return config.from_arguments(parser.parse_args([str(argument) for argument in given]))
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    toml = written(
+        tmp_path / "run.toml",
+        'train-data = "pairs.csv"\nlr = 1e-4\nbatch_size = 32\nlock-image = true\nepochs = 2\n'
+        "wd = 1\n",
+    )
+    expected = TrainConfig("pairs.csv", lr=1e-4, batch_size=32, lock_image=True, epochs=2, wd=1.0)
+    assert settings("--config", toml) == expected
+    assert type(settings("--config", toml).wd) is float
+    # Wherever --config comes, and also a flag that is given its default.
+    flags = ("--lr", "1e-6", "--no-lock-image", "--epochs", 3)
+    overruled = dataclasses.replace(expected, lr=1e-6, lock_image=False, epochs=3)
+    assert settings(*flags, "--config", toml) == overruled
+    assert settings("--config", toml, *flags) == overruled
+
+
+def test_config_json_of_a_run_is_a_config_file(tmp_path: Path) -> None:
+    run = TrainConfig("pairs.csv", tau=0.8, loss="clip", name="first")
+    extra = {"command": ["himo"], "versions": {"himo": "0"}, "starts": [{"step": 0}]}
+    content = json.dumps(dataclasses.asdict(run) | extra)
+    path = written(tmp_path / "config.json", content)
+    assert settings("--config", path) == run
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"learning-rte": 1}', "unknown key 'learning-rte'; the nearest flag is --"),
+        ("a.toml", "warm_up = 1", "unknown key 'warm_up'; the nearest flag is --warmup"),
+        ("a.json", '{"": 1}', "unknown key ''; the nearest flag is --"),
+        ("a.json", '{"lr": "high"}', "lr: expected a number, got 'high'"),
+        ("a.json", '{"lr": true}', "lr: expected a number, got True"),
+        ("a.json", '{"epochs": 1.5}', "epochs: expected an integer, got 1.5"),
+        ("a.toml", "lock-text = 1", "lock-text: expected true or false, got 1"),
+        ("a.toml", "name = []", "name: expected a text, got []"),
+        ("a.json", '{"loss": "l2"}', "loss: expected himo or clip, got 'l2'"),
+        ("a.json", '{"loss": []}', "loss: expected himo or clip, got []"),
+        ("a.json", '{"batch-size": 4, "batch_size": 8}', "batch_size is given twice"),
+        ("a.json", '{"batch_size": 1}', "--batch-size: expected at least 2, got 1"),
+        ("a.json", "[]", "expected an object of flags and values, got []"),
+        ("a.json", "{", "a.json: cannot be read: "),
+        ("a.toml", "x = ", "a.toml: cannot be read: "),
+        ("a.toml", "x = " + "[" * 100_000, "a.toml: cannot be read: "),
+        ("a.yaml", "lr: 1", "expected a name that ends in .json or .toml"),
+        ("a.json", " " * (1 << 20) + "{}", "expected at most 1,048,576 bytes"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = written(tmp_path / name, text)
+    with pytest.raises(HimoError) as error:
+        settings("--train-data", "pairs.csv", "--config", path)
+    assert message in str(error.value) and len(str(error.value)) < len(str(path)) + 200
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(HimoError, match=r"none\.json: cannot be read: no such file"):
+        settings("--config", tmp_path / "none.json")
+
+
+def test_the_help_has_each_flag_in_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    config.add_arguments(parser)
+    parser.print_help()
+    parts = capsys.readouterr().out.split("\n\n")
+    titles = [part.partition(":")[0] for part in parts[1:]]
+    assert titles == ["options", "data", "validation", "model", "loss", "optimisation", "records"]
+    assert "--" not in parts[1].replace("--help", "").replace("--config", "")
+    assert "--tau FLOAT" in parts[titles.index("loss") + 1]
