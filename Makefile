@@ -19,10 +19,12 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
+BUILT := in-place
 READY := in-place
 else
 PY := $(VENV)/bin/python
-READY := $(VENV)/.himo-built
+BUILT := $(VENV)/.himo-built
+READY := $(VENV)/.himo-tools
 # The environment's tools (ninja, clang-format) take precedence over the machine's.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
@@ -58,13 +60,19 @@ help:
 setup: $(READY)
 	@echo "ready: $(PY)"
 
-# torch is installed first, alone and pinned, so that no later package chooses another version. pip
-# installs the Python part; the extension is built below, incrementally by file.
+# torch is pinned in the first command, so that no later package chooses another version. pip
+# installs the Python part; the extension is built below, incrementally by file. Bytecode is written
+# on first import instead of for all of torch.
 $(VENV)/.himo-installed: pyproject.toml
 	@test -x $(PY) || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing $(TORCH), the build tools and the package"
-	@$(PIP) install --quiet "$(TORCH)"
-	@$(PIP) install --quiet "setuptools>=77" wheel ninja
+	@$(PIP) install --quiet --no-compile "$(TORCH)" "setuptools>=77" wheel ninja
+	@HIMO_KERNELS_NO_EXTENSION=1 $(PIP) install --quiet --no-compile --no-build-isolation -e ".[himo]"
+	@touch $@
+
+# What tests, benchmarks and lint need in addition. The demo does not.
+$(VENV)/.himo-tools: $(VENV)/.himo-installed | $(BUILT)
+	@echo "installing the tools of tests and lint"
 	@HIMO_KERNELS_NO_EXTENSION=1 $(PIP) install --quiet --no-build-isolation -e ".[dev]"
 	@$(PIP) install --quiet --no-deps $(OPEN_CLIP)
 	@$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/open_clip_oldest $(OPEN_CLIP_OLDEST)
@@ -178,16 +186,16 @@ gpu: $(READY)
 	echo "tests, rows and logs: $(GPU_OUT)"; exit $$status
 
 # Trains a tiny model from scratch on rendered scenes, once with the HiMo loss and once with CLIP's.
-DEMO_TRAIN := --model tiny --batch-size 128 --epochs 14 --lr 1e-3 --wd 0.1 --warmup 20 \
+DEMO_TRAIN := --model tiny --batch-size 64 --epochs 6 --lr 1e-3 --wd 0.1 --warmup 20 \
   --seed $(SEED) --val-frequency 2 --threads $(THREADS)
-demo: $(READY)
+demo: $(BUILT)
 	@rm -rf demo/logs
 	$(PY) -m himo synth --out demo/data --num 2000 --held-out 500 --seed 0 --overwrite
 	@set -e; for loss in himo clip; do \
 	  echo "== training with the $$loss loss"; \
 	  $(PY) -m himo train --train-data demo/data/train.json --val-data demo/data/test.json \
 	    --loss $$loss $(DEMO_TRAIN) --logs demo/logs --name $$loss; \
-	  $(PY) -m himo eval --pretrained demo/logs/$$loss/checkpoints/epoch_14.safetensors \
+	  $(PY) -m himo eval --pretrained demo/logs/$$loss/checkpoints/epoch_6.safetensors \
 	    --data demo/data/test.json --out demo/logs/$$loss/eval.json; \
 	done
 	$(PY) -m himo report demo/logs/himo demo/logs/clip --out demo/report.html

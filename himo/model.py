@@ -42,6 +42,10 @@ def _normal(std: float, *shape: int) -> nn.Parameter:
     return parameter
 
 
+def _taken(x: Tensor, at: Tensor) -> Tensor:  # [B, L, W], [B] -> [B, W]
+    return x[torch.arange(x.shape[0], device=x.device), at]
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm that computes float16 and bfloat16 inputs in float32 and returns their dtype."""
 
@@ -66,13 +70,32 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)  # as nn.MultiheadAttention starts
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """[B, L, W] -> [B, L, W]; with at [B], only position at[b] of row b: [B, W]."""
+        if at is not None:
+            return self._one_position(x, at)
         batch, length, width = x.shape
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         split = projected.view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, W / heads]
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         joined: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return joined
+
+    def _one_position(self, x: Tensor, at: Tensor) -> Tensor:  # [B, L, W], [B] -> [B, W]
+        batch, length, width = x.shape
+        size, weight, bias = width // self.heads, self.in_proj_weight, self.in_proj_bias
+        query = F.linear(_taken(x, at), weight[:width], bias[:width])
+        query = query.view(batch, self.heads, 1, size) * size**-0.5
+        projected = F.linear(x, weight[width:], bias[width:])
+        split = projected.view(batch, length, 2, self.heads, size)
+        key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, W / heads]
+        # torch's attention of one query rounds differently on a CPU with the number of rows.
+        scores = query @ key.transpose(2, 3)  # [B, heads, 1, L]
+        if self.causal:
+            later = torch.arange(length, device=x.device) > at[:, None]
+            scores = scores.masked_fill(later[:, None, None], -math.inf)
+        joined: Tensor = self.out_proj((scores.softmax(dim=-1) @ value).flatten(1))
         return joined
 
 
@@ -103,8 +126,9 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = MLP(width, activation)
         self.ln_2 = LayerNorm(width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """[B, L, W] -> [B, L, W]; with at [B], only position at[b] of row b: [B, W]."""
+        x = (x if at is None else _taken(x, at)) + self.attn(self.ln_1(x), at)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -116,13 +140,19 @@ class Transformer(nn.Module):
         )
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        """[B, L, W], [B] -> [B, W]: of row b position at[b].
+
+        The last block computes only these positions: no other output of it is used.
+        """
+        last = self.resblocks[-1]
         for block in self.resblocks:
+            positions = at if block is last else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so the RNG state need not be restored.
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, positions, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x)
+                x = block(x, positions)
         return x
 
 
@@ -148,8 +178,9 @@ class VisionTransformer(nn.Module):
         patches = self.conv1(image).flatten(2).transpose(1, 2)  # [B, (R / patch)^2, W]
         start = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([start, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj
+        at_start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        x = self.transformer(self.ln_pre(x), at_start)
+        return self.ln_post(x) @ self.proj
 
 
 class HiMoCLIP(nn.Module):
@@ -315,8 +346,7 @@ class HiMoCLIP(nn.Module):
             )
         x = self.token_embedding(text[:, :max_length]).to(self.dtype)
         x = x + self._positions(max_length).to(self.dtype)
-        x = self.transformer(x)
-        x = self.ln_final(x[torch.arange(x.shape[0], device=x.device), end])  # [B, W]
+        x = self.ln_final(self.transformer(x, end))  # [B, W]
         features = x @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 

@@ -1,8 +1,8 @@
 #include "cpu/centring.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 namespace himo::cpu {
 namespace {

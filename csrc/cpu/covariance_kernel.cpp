@@ -7,9 +7,11 @@
 
 #include "cpu/covariance_kernel.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <vector>
@@ -225,7 +227,7 @@ void covariance_bwd(const at::Tensor& grad_mean,        // [B, D]
     const int64_t count = std::min(group, batch - b);
     const auto means = column_means(x, b, count);
     const auto grad = grad_covariance.narrow(0, b, count);
-    const auto symmetric = grad + grad.transpose(1, 2);              // [count, D, D]
+    const auto symmetric = grad.add(grad.transpose(1, 2));           // [count, D, D]
     const auto offset = grad_mean.narrow(0, b, count).div(samples);  // [count, D]
     for (int64_t row = 0; row < samples; row += step) {
       interrupt.poll();
@@ -253,7 +255,7 @@ void gram_bwd(const at::Tensor& grad_mean,  // [B, D]
   for (int64_t b = 0; b < batch; b += group) {
     const int64_t count = std::min(group, batch - b);
     const auto grad = grad_gram.narrow(0, b, count);
-    const auto symmetric = grad + grad.transpose(1, 2);  // [count, N, N]
+    const auto symmetric = grad.add(grad.transpose(1, 2));  // [count, N, N]
     symmetric.sub_(symmetric.mean(1, /*keepdim=*/true));
     const auto offset = grad_mean.narrow(0, b, count).div(samples);  // [count, D]
     const double* shift = means.const_data_ptr<double>() + b * features;

@@ -13,25 +13,23 @@
 
 #include "cpu/info_nce_kernel.h"
 
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 
 #include "common/interrupt.h"
+#include "cpu/info_nce_factors.h"
 #include "cpu/tile_loops.h"
 #include "cpu/tile_products.h"
 
 namespace himo::cpu {
 namespace {
 
-// A row block (192 KiB of float at K = 768), a tile (64 KiB) and its gradient fit in L2 together.
-constexpr int64_t kRows = kTileRows, kColumns = kTileColumns;
-static_assert(kColumns == RightFactor<float>::kColumns);
 constexpr int64_t kGroups = 64;
 constexpr int64_t kWorkspace = 16 << 20;
 // With at least this many samples, bfloat16 features get their gradients from dL/dS rounded to
@@ -47,18 +45,6 @@ constexpr int64_t kRowsAtATime = 4096;
 const auto& loops_of(float) { return tile_loops().float32; }
 const auto& loops_of(double) { return tile_loops().float64; }
 
-// Zero-pads to [padded(N)].
-at::Tensor pad(const at::Tensor& values) {  // [N]
-  // Not by tensor operations: for 128 numbers, three calls cost more than the copy itself.
-  const auto source = values.contiguous();
-  const auto result = at::empty({padded(values.size(0))}, values.options());
-  const size_t bytes = source.nbytes();
-  auto* data = static_cast<char*>(result.mutable_data_ptr());
-  std::memcpy(data, source.const_data_ptr(), bytes);
-  std::memset(data + bytes, 0, result.nbytes() - bytes);
-  return result;
-}
-
 // -log P of a positive p: log(1 + exp(max) sum), where exp(max) sum is the sum of exp(S - p) over
 // the negatives.
 template <typename acc_t>
@@ -72,124 +58,6 @@ acc_t nll(acc_t max, acc_t sum) {
 template <typename acc_t>
 acc_t log_odds(acc_t max, acc_t sum) {
   return static_cast<acc_t>(static_cast<double>(max) + std::log(static_cast<double>(sum)));
-}
-
-// The factors of a problem, laid out for the tile products of the logits and of the gradients.
-template <typename factor_t, typename gradient_t>
-struct Factors {
-  using acc_t = accumulator_t<factor_t>;
-  at::Tensor row_positives;          // [M]
-  at::Tensor column_positives;       // [padded(N)], same memory as row_positives for a whole batch
-  at::Tensor query;                  // left [M, K]
-  RightFactor<factor_t> key_turned;  // right [K, N]
-  RightFactor<gradient_t> keys;      // right [N, K]
-  RightFactor<gradient_t> queries;   // right [M, K]
-
-  Factors(const InfoNCE& problem, bool with_logits) {
-    if (with_logits) {
-      query = left_factor<factor_t>(problem.query);
-      key_turned = RightFactor<factor_t>(problem.key.t());
-    }
-    if (problem.row_positives.defined()) {
-      row_positives = problem.row_positives.contiguous();
-      column_positives = pad(problem.column_positives);
-    } else {
-      column_positives = at::zeros({padded(problem.key.size(0))}, problem.row_nll.options());
-      row_positives = column_positives;
-    }
-    if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
-    if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
-  }
-};
-
-// A tile of query key^T: in scratch, or in the cached products if there are any.
-template <typename factor_t>
-struct ProductTile {
-  using acc_t = accumulator_t<factor_t>;
-  acc_t* data;
-  int64_t stride;
-
-  ProductTile(const InfoNCE& problem, int64_t row, int64_t column, acc_t* scratch) {
-    if (problem.products.defined()) {
-      stride = problem.products.size(1);
-      data = problem.products.template mutable_data_ptr<acc_t>() + row * stride + column;
-    } else {
-      stride = kColumns;
-      data = scratch;
-    }
-  }
-
-  template <typename Factors>
-  void form(const Factors& factors, int64_t row, int64_t rows, int64_t column,
-            int64_t columns) const {
-    const int64_t query_stride = factors.query.stride(0), inner = factors.query.size(1);
-    factors.key_turned.multiply(
-        factors.query.template const_data_ptr<factor_t>() + row * query_stride, query_stride, rows,
-        0, inner, column, columns, /*add=*/false, data, stride);
-  }
-};
-
-// Computes the products that are cached for the backward.
-template <typename factor_t, typename gradient_t>
-void form_products(c10::ArrayRef<InfoNCE> problems,
-                   const std::vector<Factors<factor_t, gradient_t>>& factors,
-                   Interrupt& interrupt) {
-  const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
-  const int64_t row_blocks = at::divup(samples, kRows), key_blocks = at::divup(keys, kColumns);
-  const int64_t tiles = row_blocks * key_blocks, count = problems.size();
-  at::parallel_for(0, count * tiles, 1, [&](int64_t begin, int64_t end) {
-    const ProductScope scope;
-    for (int64_t task = begin; task < end; ++task) {
-      if (interrupt.poll()) return;
-      const int64_t b = task / tiles, row = task % tiles / key_blocks * kRows;
-      const int64_t column = task % key_blocks * kColumns;
-      const ProductTile<factor_t> tile(problems[b], row, column, /*scratch=*/nullptr);
-      tile.form(factors[b], row, std::min(kRows, samples - row), column,
-                std::min(kColumns, keys - column));
-    }
-  });
-}
-
-// Returns the factors of every problem. If formed, the cached products are already computed, so the
-// factors of the logits are left out. For a whole batch this also fills the positives,
-// S_ii = scale q_i . k_i, with the same arithmetic as the tiles, so that S_ij - S_ii is exactly 0
-// where captions repeat. If there is a cache, all products are computed here, because the positives
-// are their diagonal.
-template <typename factor_t, typename gradient_t>
-std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems, double scale,
-                                                      bool formed, Interrupt& interrupt) {
-  using acc_t = accumulator_t<factor_t>;
-  constexpr int64_t kBlock = 32;  // rows and columns of a diagonal block
-  std::vector<Factors<factor_t, gradient_t>> factors;
-  for (const auto& problem : problems) factors.emplace_back(problem, !formed);
-  if (problems[0].row_positives.defined()) return factors;
-  const int64_t count = problems.size(), samples = problems[0].query.size(0);
-  if (problems[0].products.defined()) {
-    if (!formed) form_products(problems, factors, interrupt);
-    for (int64_t b = 0; b < count; ++b) {
-      auto positives = factors[b].column_positives.narrow(0, 0, samples);
-      at::mul_out(positives, problems[b].products.diagonal(), at::Scalar(scale));
-    }
-    return factors;
-  }
-  const int64_t blocks = at::divup(samples, kBlock);
-  at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
-    const ProductScope scope;
-    for (int64_t task = begin; task < end; ++task) {
-      const auto& own = factors[task / blocks];
-      const int64_t row = task % blocks * kBlock, rows = std::min(kBlock, samples - row);
-      const int64_t stride = own.query.stride(0);
-      acc_t products[kBlock * kBlock];
-      own.key_turned.multiply(own.query.template const_data_ptr<factor_t>() + row * stride, stride,
-                              rows, 0, problems[0].query.size(1), row, rows, /*add=*/false,
-                              products, kBlock);
-      acc_t* positives = own.column_positives.template mutable_data_ptr<acc_t>() + row;
-      for (int64_t i = 0; i < rows; ++i) {
-        positives[i] = static_cast<acc_t>(scale) * products[i * kBlock + i];
-      }
-    }
-  });
-  return factors;
 }
 
 template <typename factor_t>
@@ -290,6 +158,40 @@ void transpose(const float* tile, int64_t width, int64_t rows, int64_t columns, 
   for (int64_t j = 0; j < columns; ++j) out[j * stride + rows] = 0;
 }
 
+// Rows of a chunk of the workspace.
+template <typename gradient_t>
+int64_t workspace_rows(c10::ArrayRef<InfoNCE> problems) {
+  const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
+  const int64_t row_bytes = keys * static_cast<int64_t>(sizeof(gradient_t));
+  const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks per thread
+  const int64_t most = at::divup(samples, kRows) * kRows;
+  if (problems.size() > 1) return most;
+  return std::min(most, std::max(least, kWorkspace / row_bytes / kRows * kRows));
+}
+
+// Multiplies a chunk of factor dL/dS, transposed [problems, N, chunk], by its queries; the result
+// is added to grad_key, or written there for the first chunk.
+template <typename factor_t, typename gradient_t>
+void multiply_queries(c10::ArrayRef<InfoNCE> problems,
+                      const std::vector<Factors<factor_t, gradient_t>>& factors,
+                      const gradient_t* transposed, int64_t chunk, int64_t chunk_row,
+                      int64_t chunk_rows, Interrupt& interrupt) {
+  const int64_t keys = problems[0].key.size(0), key_blocks = at::divup(keys, kRows);
+  const int64_t count = problems.size(), inner = problems[0].query.size(1);
+  at::parallel_for(0, count * key_blocks, 1, [&](int64_t begin, int64_t end) {
+    const ProductScope scope;
+    for (int64_t task = begin; task < end; ++task) {
+      if (interrupt.poll()) return;
+      const int64_t b = task / key_blocks, key = task % key_blocks * kRows;
+      auto* grad_key =
+          problems[b].grad_key.template mutable_data_ptr<accumulator_t<factor_t>>() + key * inner;
+      factors[b].queries.multiply(transposed + (b * keys + key) * chunk, chunk,
+                                  std::min(kRows, keys - key), chunk_row, chunk_rows, 0, inner,
+                                  /*add=*/chunk_row > 0, grad_key, inner);
+    }
+  });
+}
+
 template <typename factor_t, typename gradient_t>
 double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
@@ -304,22 +206,18 @@ double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOpti
   const auto factor = static_cast<acc_t>(options.factor);
   const auto smoothing = static_cast<acc_t>(options.label_smoothing);
 
-  const int64_t row_bytes = keys * static_cast<int64_t>(sizeof(gradient_t));
-  const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks per thread
-  const int64_t most = at::divup(samples, kRows) * kRows;
-  const int64_t chunk =
-      count > 1 ? most : std::min(most, std::max(least, kWorkspace / row_bytes / kRows * kRows));
+  const int64_t chunk = workspace_rows<gradient_t>(problems);
   const auto options_of_acc = factors[0].row_positives.options();
   const auto options_of_factor = options_of_acc.dtype(c10::CppTypeToScalarType<gradient_t>::value);
   // factor dL/dS of a chunk of rows, transposed: [problems, N, chunk]
   const auto workspace = at::empty({needs_key ? count * keys * chunk : 0}, options_of_factor);
-  gradient_t* const turned = workspace.template mutable_data_ptr<gradient_t>();
+  gradient_t* const transposed = workspace.template mutable_data_ptr<gradient_t>();
   std::vector<at::Tensor> column_nll, column_weight;
   for (const auto& problem : problems) {
     column_nll.push_back(pad(problem.column_nll));
     column_weight.push_back(pad(problem.column_weight));
   }
-  const int64_t row_blocks = at::divup(samples, kRows), key_blocks = at::divup(keys, kRows);
+  const int64_t row_blocks = at::divup(samples, kRows);
   std::vector<double> grad_scale(count * row_blocks, 0.0);
 
   for (int64_t chunk_row = 0; chunk_row < samples; chunk_row += chunk) {
@@ -362,25 +260,15 @@ double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOpti
           }
           if (needs_key) {
             transpose(column_part == nullptr ? row_part : column_part, width, rows, columns,
-                      turned + (b * keys + column) * chunk + (row - chunk_row), chunk);
+                      transposed + (b * keys + column) * chunk + (row - chunk_row), chunk);
           }
         }
         grad_scale[b * row_blocks + row / kRows] = sum;
       }
     });
-    if (!needs_key) continue;
-    at::parallel_for(0, count * key_blocks, 1, [&](int64_t begin, int64_t end) {
-      const ProductScope scope;
-      for (int64_t task = begin; task < end; ++task) {
-        if (interrupt.poll()) return;
-        const int64_t b = task / key_blocks, key = task % key_blocks * kRows;
-        const int64_t inner = problems[b].query.size(1);
-        factors[b].queries.multiply(
-            turned + (b * keys + key) * chunk, chunk, std::min(kRows, keys - key), chunk_row,
-            chunk_rows, 0, inner, /*add=*/chunk_row > 0,
-            problems[b].grad_key.template mutable_data_ptr<acc_t>() + key * inner, inner);
-      }
-    });
+    if (needs_key) {
+      multiply_queries(problems, factors, transposed, chunk, chunk_row, chunk_rows, interrupt);
+    }
   }
   return std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
 }

@@ -4,9 +4,9 @@
 
 #include "cpu/normalize_kernel.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <vector>
 

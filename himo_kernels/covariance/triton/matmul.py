@@ -203,32 +203,16 @@ def matmul(
     tiles = triton.cdiv(rows, BLOCK) * triton.cdiv(columns, BLOCK)
     if problems == 0:
         return a.new_empty((problems, rows, columns), dtype=sums) if out is None else out
-    # The interpreter truncates to bfloat16 instead of rounding: store in sums, then convert.
-    if _triton.INTERPRETED and out is not None and out.dtype == torch.bfloat16:
-        rounded = matmul(
-            a,
-            b,
-            sums,
-            mean=mean,
-            a_mean=a_mean,
-            b_mean=b_mean,
-            limited=limited,
-            limit=limit,
-            add=add,
-            alpha=alpha,
-            beta=beta,
-        )
-        return out.copy_(rounded)
     # The number of splits depends only on shapes: sums are the same on every device and run.
     splits = 1
     if limited == "none" and add is None and alpha == 1:
         splits = min(triton.cdiv(PROGRAMS, tiles * problems), triton.cdiv(inner, LEAST_SPLIT))
     inner_per_split = triton.cdiv(triton.cdiv(inner, splits), BLOCK_INNER) * BLOCK_INNER
     splits = triton.cdiv(inner, inner_per_split)
-    if splits > 1:
+    # The interpreter truncates to bfloat16 instead of rounding: store in sums, then convert.
+    truncates = _triton.INTERPRETED and out is not None and out.dtype == torch.bfloat16
+    if splits > 1 or out is None or truncates:
         result = a.new_empty((splits * problems, rows, columns), dtype=sums)
-    elif out is None:
-        result = a.new_empty((problems, rows, columns), dtype=sums)
     else:
         result = out
     added = result if add is None else add.expand((problems, rows, columns))
@@ -271,7 +255,6 @@ def matmul(
         BLOCK_K=BLOCK_INNER,
         **options,
     )
-    if splits == 1:
-        return result
-    total = result.view(splits, problems, rows, columns).sum(0)
-    return total if out is None else out.copy_(total)
+    if splits > 1:
+        result = result.view(splits, problems, rows, columns).sum(0)
+    return result if out is None or result is out else out.copy_(result)

@@ -141,11 +141,7 @@ def grad_logits_kernel(
     tiles = tl.cdiv(column_count, BLOCK_COLUMNS)
     problem = (tl.program_id(0) // (row_blocks * tiles)).to(tl.int64)
     program = tl.program_id(0) % (row_blocks * tiles)
-    group = program // (GROUP * tiles)
-    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
-    block = group * GROUP + (program % (GROUP * tiles)) % group_rows
-    tile = (program % (GROUP * tiles)) // group_rows
-
+    block, tile = _block_and_tile(program, row_blocks, tiles, GROUP)
     first_row = (first_block + block) * BLOCK_ROWS
     first_column = tile * BLOCK_COLUMNS
     products = tile_products(
@@ -168,23 +164,18 @@ def grad_logits_kernel(
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
     row_mask, column_mask = rows < row_count, columns < column_count
-    at_rows, at_columns = problem * row_count + rows, problem * column_count + columns
-
-    positives = tl.load(row_positives_ptr + at_rows, mask=row_mask, other=0.0)
-    nll = tl.load(row_nll_ptr + at_rows, mask=row_mask, other=0.0)
-    grad_rows = tl.exp((logits - positives[:, None]) - nll[:, None]) - SMOOTHING / total
-    positives = tl.load(column_positives_ptr + at_columns, mask=column_mask, other=0.0)
-    nll = tl.load(column_nll_ptr + at_columns, mask=column_mask, other=0.0)
-    grad_columns = tl.exp((logits - positives[None, :]) - nll[None, :]) - SMOOTHING / total
-    if row_weight_ptr is not None:
-        grad_rows *= tl.load(row_weight_ptr + at_rows, mask=row_mask, other=0.0)[:, None]
-    if column_weight_ptr is not None:
-        weight = tl.load(column_weight_ptr + at_columns, mask=column_mask, other=0.0)
-        grad_columns *= weight[None, :]
+    uniform = SMOOTHING / total
+    at_rows, at = problem * row_count + rows, problem * column_count + columns
+    grad_rows = _grad_negatives(
+        logits, row_positives_ptr, row_nll_ptr, row_weight_ptr, at_rows, row_mask, uniform, 1
+    )
+    grad_columns = _grad_negatives(
+        logits, column_positives_ptr, column_nll_ptr, column_weight_ptr, at, column_mask, uniform, 0
+    )
     pairs = rows[:, None] + pair_offset == columns[None, :]
-    negatives = row_mask[:, None] & column_mask[None, :] & ~pairs
-    grad_rows = tl.where(negatives, grad_rows, 0.0)
-    grad_columns = tl.where(negatives, grad_columns, 0.0)
+    inside = row_mask[:, None] & column_mask[None, :]
+    grad_rows = tl.where(inside & ~pairs, grad_rows, 0.0)
+    grad_columns = tl.where(inside & ~pairs, grad_columns, 0.0)
 
     if scale_partials_ptr is not None:
         part = tl.sum((grad_rows + grad_columns) * products)
@@ -195,18 +186,47 @@ def grad_logits_kernel(
         at = (problem * all_row_blocks + first_block + block) * tiles + tile
         tl.store(scale_partials_ptr + at, part)
     if grad_rows_ptr is not None:
-        inside = row_mask[:, None] & column_mask[None, :]
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
         at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        dtype = grad_rows_ptr.dtype.element_ty
         if grad_columns_ptr is None:
-            grad = (grad_rows + grad_columns) * GAIN
-            tl.store(grad_rows_ptr + start + at, rounded(grad, dtype), mask=inside)
+            _store(grad_rows_ptr + start + at, (grad_rows + grad_columns) * GAIN, inside)
         else:
-            tl.store(grad_rows_ptr + start + at, rounded(grad_rows * GAIN, dtype), mask=inside)
-            tl.store(
-                grad_columns_ptr + start + at, rounded(grad_columns * GAIN, dtype), mask=inside
-            )
+            _store(grad_rows_ptr + start + at, grad_rows * GAIN, inside)
+            _store(grad_columns_ptr + start + at, grad_columns * GAIN, inside)
+
+
+@triton.jit
+def _block_and_tile(program, row_blocks, tiles, GROUP: tl.constexpr):
+    """Returns the row block and column tile of a program: GROUP row blocks take turns per tile."""
+    group = program // (GROUP * tiles)
+    group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
+    in_group = program % (GROUP * tiles)
+    return group * GROUP + in_group % group_rows, in_group // group_rows
+
+
+@triton.jit
+def _grad_negatives(
+    logits,  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    positives_ptr,
+    nll_ptr,
+    weight_ptr,  # None means 1
+    at,  # [BLOCK]
+    mask,  # [BLOCK]
+    uniform,  # eps / total
+    AXIS: tl.constexpr,  # of the logits that `at` is broadcast along: 1 for rows, 0 for columns
+):
+    """Returns 2 N dS at the negatives of one direction: w (P - eps / total)."""
+    positives = tl.expand_dims(tl.load(positives_ptr + at, mask=mask, other=0.0), AXIS)
+    nll = tl.expand_dims(tl.load(nll_ptr + at, mask=mask, other=0.0), AXIS)
+    gradient = tl.exp((logits - positives) - nll) - uniform
+    if weight_ptr is not None:
+        gradient *= tl.expand_dims(tl.load(weight_ptr + at, mask=mask, other=0.0), AXIS)
+    return gradient
+
+
+@triton.jit
+def _store(pointers, values, mask):
+    tl.store(pointers, rounded(values, pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -209,12 +209,15 @@ def statistics_kernel(
 
         column_max = tl.max(logits, 0)
         column_sum = tl.sum(tl.exp(logits - _finite_shift(column_max)[None, :]), 0)
-        tl.store(column_partials_ptr + columns, column_max, mask=columns < column_count)
-        at = column_partials_ptr + column_count + columns
-        tl.store(at, column_sum, mask=columns < column_count)
+        _store(column_partials_ptr, columns, column_count, column_max, column_sum)
+    _store(row_partials_ptr, rows, row_count, row_max, row_sum)
 
-    tl.store(row_partials_ptr + rows, row_max, mask=rows < row_count)
-    tl.store(row_partials_ptr + row_count + rows, row_sum, mask=rows < row_count)
+
+@triton.jit
+def _store(partials_ptr, index, count, maximum, total):
+    # partials_ptr: [2, count]
+    tl.store(partials_ptr + index, maximum, mask=index < count)
+    tl.store(partials_ptr + count + index, total, mask=index < count)
 
 
 @triton.jit

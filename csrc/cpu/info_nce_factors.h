@@ -1,0 +1,156 @@
+// What the forward and the backward of InfoNCE share: the factors of a problem, and the products
+// query key^T by tiles.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/interrupt.h"
+#include "cpu/info_nce_kernel.h"
+#include "cpu/tile_loops.h"
+#include "cpu/tile_products.h"
+
+namespace himo::cpu {
+
+// A row block (192 KiB of float at K = 768), a tile (64 KiB) and its gradient fit in L2 together.
+constexpr int64_t kRows = kTileRows, kColumns = kTileColumns;
+static_assert(kColumns == RightFactor<float>::kColumns);
+
+// Zero-pads to [padded(N)].
+inline at::Tensor pad(const at::Tensor& values) {  // [N]
+  // Not by tensor operations: for 128 numbers, three calls cost more than the copy itself.
+  const auto source = values.contiguous();
+  const auto result = at::empty({padded(values.size(0))}, values.options());
+  const size_t bytes = source.nbytes();
+  auto* data = static_cast<char*>(result.mutable_data_ptr());
+  std::memcpy(data, source.const_data_ptr(), bytes);
+  std::memset(data + bytes, 0, result.nbytes() - bytes);
+  return result;
+}
+
+// The factors of a problem, laid out for the tile products of the logits and of the gradients.
+template <typename factor_t, typename gradient_t>
+struct Factors {
+  using acc_t = accumulator_t<factor_t>;
+  at::Tensor row_positives;     // [M]
+  at::Tensor column_positives;  // [padded(N)], same memory as row_positives for a whole batch
+  at::Tensor query;             // left [M, K]
+  RightFactor<factor_t> key_transposed;  // right [K, N]
+  RightFactor<gradient_t> keys;          // right [N, K]
+  RightFactor<gradient_t> queries;       // right [M, K]
+
+  Factors(const InfoNCE& problem, bool with_logits) {
+    if (with_logits) {
+      query = left_factor<factor_t>(problem.query);
+      key_transposed = RightFactor<factor_t>(problem.key.t());
+    }
+    if (problem.row_positives.defined()) {
+      row_positives = problem.row_positives.contiguous();
+      column_positives = pad(problem.column_positives);
+    } else {
+      column_positives = at::zeros({padded(problem.key.size(0))}, problem.row_nll.options());
+      row_positives = column_positives;
+    }
+    if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
+    if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
+  }
+};
+
+// A tile of query key^T: in scratch, or in the cached products if there are any.
+template <typename factor_t>
+struct ProductTile {
+  using acc_t = accumulator_t<factor_t>;
+  acc_t* data;
+  int64_t stride;
+
+  ProductTile(const InfoNCE& problem, int64_t row, int64_t column, acc_t* scratch) {
+    if (problem.products.defined()) {
+      stride = problem.products.size(1);
+      data = problem.products.template mutable_data_ptr<acc_t>() + row * stride + column;
+    } else {
+      stride = kColumns;
+      data = scratch;
+    }
+  }
+
+  template <typename Factors>
+  void form(const Factors& factors, int64_t row, int64_t rows, int64_t column,
+            int64_t columns) const {
+    const int64_t query_stride = factors.query.stride(0), inner = factors.query.size(1);
+    factors.key_transposed.multiply(
+        factors.query.template const_data_ptr<factor_t>() + row * query_stride, query_stride, rows,
+        0, inner, column, columns, /*add=*/false, data, stride);
+  }
+};
+
+// Computes the products that are cached for the backward.
+template <typename factor_t, typename gradient_t>
+void form_products(c10::ArrayRef<InfoNCE> problems,
+                   const std::vector<Factors<factor_t, gradient_t>>& factors,
+                   Interrupt& interrupt) {
+  const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
+  const int64_t row_blocks = at::divup(samples, kRows), key_blocks = at::divup(keys, kColumns);
+  const int64_t tiles = row_blocks * key_blocks, count = problems.size();
+  at::parallel_for(0, count * tiles, 1, [&](int64_t begin, int64_t end) {
+    const ProductScope scope;
+    for (int64_t task = begin; task < end; ++task) {
+      if (interrupt.poll()) return;
+      const int64_t b = task / tiles, row = task % tiles / key_blocks * kRows;
+      const int64_t column = task % key_blocks * kColumns;
+      const ProductTile<factor_t> tile(problems[b], row, column, /*scratch=*/nullptr);
+      tile.form(factors[b], row, std::min(kRows, samples - row), column,
+                std::min(kColumns, keys - column));
+    }
+  });
+}
+
+// Returns the factors of every problem. If formed, the cached products are already computed, so the
+// factors of the logits are left out. For a whole batch this also fills the positives,
+// S_ii = scale q_i . k_i, with the same arithmetic as the tiles, so that S_ij - S_ii is exactly 0
+// where captions repeat. If there is a cache, all products are computed here, because the positives
+// are their diagonal.
+template <typename factor_t, typename gradient_t>
+std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> problems, double scale,
+                                                      bool formed, Interrupt& interrupt) {
+  using acc_t = accumulator_t<factor_t>;
+  constexpr int64_t kBlock = 32;  // rows and columns of a diagonal block
+  std::vector<Factors<factor_t, gradient_t>> factors;
+  for (const auto& problem : problems) factors.emplace_back(problem, !formed);
+  if (problems[0].row_positives.defined()) return factors;
+  const int64_t count = problems.size(), samples = problems[0].query.size(0);
+  if (problems[0].products.defined()) {
+    if (!formed) form_products(problems, factors, interrupt);
+    for (int64_t b = 0; b < count; ++b) {
+      auto positives = factors[b].column_positives.narrow(0, 0, samples);
+      at::mul_out(positives, problems[b].products.diagonal(), at::Scalar(scale));
+    }
+    return factors;
+  }
+  const int64_t blocks = at::divup(samples, kBlock);
+  at::parallel_for(0, count * blocks, 4, [&](int64_t begin, int64_t end) {
+    const ProductScope scope;
+    for (int64_t task = begin; task < end; ++task) {
+      const auto& own = factors[task / blocks];
+      const int64_t row = task % blocks * kBlock, rows = std::min(kBlock, samples - row);
+      const int64_t stride = own.query.stride(0);
+      acc_t products[kBlock * kBlock];
+      own.key_transposed.multiply(own.query.template const_data_ptr<factor_t>() + row * stride,
+                                  stride, rows, 0, problems[0].query.size(1), row, rows,
+                                  /*add=*/false, products, kBlock);
+      acc_t* positives = own.column_positives.template mutable_data_ptr<acc_t>() + row;
+      for (int64_t i = 0; i < rows; ++i) {
+        positives[i] = static_cast<acc_t>(scale) * products[i * kBlock + i];
+      }
+    }
+  });
+  return factors;
+}
+
+}  // namespace himo::cpu
