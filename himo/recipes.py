@@ -117,12 +117,10 @@ def total_steps(settings: TrainConfig, pairs: int, processes: int = 1) -> int:
 
 
 def chosen(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
-    """The values that a recipe chose, by flag."""
-    return {
-        name: getattr(after, name)
-        for name in OPEN
-        if _is_open(before, name) and not _is_open(after, name)
-    }
+    """The values that a recipe chose, by flag; a step of one batch is no choice."""
+    values = {name: getattr(after, name) for name in OPEN if _is_open(before, name)}
+    nothing = {"model": None, "accum_freq": 1}  # None: a checkpoint brings its own
+    return {n: v for n, v in values.items() if n not in nothing or v != nothing[n]}
 
 
 def as_flags(values: dict[str, Any]) -> str:

@@ -134,7 +134,7 @@ def open_run(tmp_path_factory) -> tuple[Path, Path, list[str]]:
 
 def test_what_was_chosen_is_recorded_and_reported(open_run, tmp_path):
     _, logs, _ = open_run
-    chosen = {"batch_size": 8, "accum_freq": 1, "lr": 1e-5, "wd": 0.01, "warmup": 0}
+    chosen = {"batch_size": 8, "lr": 1e-5, "wd": 0.01, "warmup": 0}
     config = json.loads((logs / "run/config.json").read_text())
     assert config["chosen"] == chosen and config["recipe"] == "auto" and config["name"] == "run"
     assert {name: config[name] for name in chosen} == chosen
