@@ -1,7 +1,8 @@
 """TrainConfig: one field for each flag of `himo train`, with its unit of measure and help.
 
 Flags that open_clip has are named as there. "paper" marks the values of HiMo-CLIP (arXiv
-2511.06653, section 4.1): 8 GPUs with 128 pairs each, 10 epochs, AdamW, 248 tokens.
+2511.06653, section 4.1): 8 GPUs with 128 pairs each, 10 epochs, AdamW, 248 tokens. Values of OPEN
+are None until `himo.recipes` chooses them.
 """
 
 import argparse
@@ -45,9 +46,14 @@ class TrainConfig:
     val_data: str | None = _flag(None, "data set to validate on, read with the same data flags")
     held_out: int = _flag(0, "or: first pairs of train-data, then not trained on; ShareGPT4V 1000")
     val_frequency: int = _flag(1, "epochs between two validations; the last epoch has one too")
+    val_himo: bool = _flag(False, "also measure HiMo@2 and HiMo@3: more texts, more time")
+    patience: int = _flag(0, "validations without a better R@1 that end the run; 0: none do")
 
     # Model
-    model: str = _flag("ViT-B-16", "configuration of a new model; --pretrained decides its own")
+    recipe: Literal["auto", "paper-b16", "paper-l14", "from-scratch"] = _flag(
+        "auto", "chooses the flags marked (recipe) that are not given"
+    )
+    model: str = _flag(None, "configuration of a new model; --pretrained decides its own (recipe)")
     pretrained: str | None = _flag(None, "checkpoint to start from, of any format himo loads")
     activation: Literal["quick_gelu", "gelu"] | None = _flag(
         None, "of the --pretrained model, where its file does not state it"
@@ -68,16 +74,22 @@ class TrainConfig:
     gap_eps: float = _flag(1e-4, "floor of HiDe's eigenvalue gap; caps rare gradient spikes")
 
     # Optimisation
-    batch_size: int = _flag(128, "pairs in a batch of one process; paper 128 on each of 8 GPUs")
-    accum_freq: int = _flag(1, "batches that make one: contrasted together, in the memory of one")
+    batch_size: int = _flag(
+        None, "pairs in a batch of one process; paper 128 on each of 8 GPUs (recipe)"
+    )
+    accum_freq: int = _flag(
+        None, "batches that make one: contrasted together, in the memory of one (recipe)"
+    )
     keep_last_batch: bool = _flag(False, "also train on the smaller batch at an epoch's end")
-    epochs: int = _flag(10, "passes over the data; paper 10")
-    lr: float = _flag(1e-6, "peak learning rate; paper 1e-6 (fine-tuning)")
-    wd: float = _flag(1e-2, "weight decay of matrices; paper 1e-2")
+    epochs: int = _flag(None, "passes over the data; paper 10 (recipe)")
+    lr: float = _flag(None, "peak learning rate; paper 1e-6, for fine-tuning (recipe)")
+    wd: float = _flag(None, "weight decay of matrices; paper 1e-2 (recipe)")
     beta1: float = _flag(0.9, "AdamW; paper 0.9")
     beta2: float = _flag(0.999, "AdamW; paper 0.999")
     eps: float = _flag(1e-8, "AdamW")
-    warmup: int = _flag(200, "steps to the peak learning rate, then a cosine to 0; paper 200")
+    warmup: int = _flag(
+        None, "steps to the peak learning rate, then a cosine to 0; paper 200 (recipe)"
+    )
     grad_clip_norm: float | None = _flag(None, "largest norm of the gradient")
     on_nonfinite: Literal["raise", "skip"] = _flag(
         "raise",
@@ -96,11 +108,12 @@ class TrainConfig:
 
     # Records
     logs: str = _flag("logs", "directory of all runs")
-    name: str | None = _flag(None, "of this run; default MODEL-LOSS-SEED")
+    name: str | None = _flag(None, "of this run; default MODEL-LOSS-SEED, or RECIPE-LOSS-SEED")
     log_every_n_steps: int = _flag(10, "steps between two lines of metrics.jsonl")
     save_frequency: int = _flag(1, "epochs between two checkpoints")
     save_every_n_steps: int = _flag(0, "steps between two checkpoints within an epoch; 0: none")
-    keep_checkpoints: int = _flag(2, "newest checkpoints kept; 0 keeps all")
+    keep_checkpoints: int = _flag(2, "newest checkpoints kept, and the best; 0 keeps all")
+    report_to: str | None = _flag(None, "also write the metrics for: tensorboard, wandb, or both")
     resume: str | None = _flag(None, "'latest' checkpoint of this run, or a path")
     allow_changes: str | None = _flag(
         None, "flags that may differ from those of the resumed checkpoint: lr,epochs"
@@ -121,6 +134,12 @@ class TrainConfig:
         for name in ("activation", "vision_heads", "text_heads"):
             if getattr(self, name) is not None and self.pretrained is None:
                 raise HimoError(f"--{_dashed(name)}: expected beside --pretrained alone")
+        for name in self.reports:
+            if name not in _REPORTS:
+                expected = " or ".join(_REPORTS)
+                raise HimoError(f"--report-to: expected {expected}, got {name!r}")
+        if self.patience and self.val_data is None and not self.held_out:
+            raise HimoError("--patience: expected a validation, from --val-data or --held-out")
         if self.val_data is not None and self.held_out:
             raise HimoError("--held-out: expected none beside --val-data, or no --val-data")
         if self.tau is not None and not 0 < self.tau <= 1:
@@ -139,7 +158,7 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """The directory of the run below logs."""
-        return self.name or f"{self.model}-{self.loss}-{self.seed}"
+        return self.name or f"{self.model or self.recipe}-{self.loss}-{self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -149,15 +168,24 @@ class TrainConfig:
     @property
     def allowed(self) -> list[str]:
         """The names in allow_changes."""
-        given = (self.allow_changes or "").split(",")
-        return [name.strip(" -").replace("-", "_") for name in given if name.strip()]
+        return [name.strip("-").replace("-", "_") for name in _names(self.allow_changes)]
 
+    @property
+    def reports(self) -> list[str]:
+        """The names in report_to."""
+        return _names(self.report_to)
+
+
+# What a recipe chooses where it is None.
+OPEN = ("model", "batch_size", "accum_freq", "epochs", "lr", "wd", "warmup")
+_REPORTS = ("tensorboard", "wandb")
 
 # What --resume does with a flag that differs from the checkpoint's. resume.py also compares the
 # content of the data and the model.
 AT_RESUME: dict[str, tuple[str, ...]] = {
     # They change the order of the samples or the length of an epoch, so nothing can be continued.
-    "never": ("seed", "train_num_samples", "held_out", "keep_last_batch"),
+    # A recipe chooses nothing any more: open flags are as in the checkpoint.
+    "never": ("recipe", "seed", "train_num_samples", "held_out", "keep_last_batch"),
     # They change the result. --allow-changes lets them differ; metrics.jsonl records it.
     "refuse": (
         *("train_data", "val_data", "short_captions", "image_mode"),
@@ -170,13 +198,14 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     "say": (
         *("dataset_type", "image_root", "csv_separator", "csv_img_key", "csv_caption_key"),
         *("skip_missing_images", "follow_links", "max_bad_fraction", "val_frequency"),
+        *("val_himo", "patience"),
         *("activation", "vision_heads", "text_heads"),
         *("model", "grad_checkpointing", "compile", "exchange", "device", "threads"),
     ),
     # They change speed, and where and how often something is written.
     "ignore": (
         *("workers", "rank_timeout", "logs", "name", "log_every_n_steps", "save_frequency"),
-        *("save_every_n_steps", "keep_checkpoints", "resume", "allow_changes"),
+        *("save_every_n_steps", "keep_checkpoints", "report_to", "resume", "allow_changes"),
     ),
 }
 
@@ -186,6 +215,7 @@ _MINIMA: dict[str, float] = {
     **dict.fromkeys(("accum_freq", "epochs", "train_num_samples", "vision_heads", "text_heads"), 1),
     **dict.fromkeys(("log_every_n_steps", "save_frequency", "val_frequency"), 1),
     **dict.fromkeys(("warmup", "save_every_n_steps", "keep_checkpoints", "held_out"), 0),
+    "patience": 0,
     **dict.fromkeys(("lr", "wd", "eps", "lambda_comp", "gap_eps", "grad_clip_norm"), 0.0),
 }
 _RANGES: dict[str, tuple[float, float]] = {
@@ -201,7 +231,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _GROUPS = {
     "train_data": "data",
     "val_data": "validation: retrieval, into metrics.jsonl",
-    "model": "model",
+    "recipe": "model",
     "loss": "loss",
     "batch_size": "optimisation",
     "logs": "records",
@@ -251,6 +281,10 @@ def _kinds() -> dict[str, Any]:
     """The type of each field, without None."""
     hints = typing.get_type_hints(TrainConfig)
     return {item.name: _without_none(hints[item.name]) for item in dataclasses.fields(TrainConfig)}
+
+
+def _names(given: str | None) -> list[str]:
+    return [name.strip() for name in (given or "").split(",") if name.strip()]
 
 
 def _dashed(name: str) -> str:

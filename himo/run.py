@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from himo import checkpoint, resume, run_folder, training_state
+from himo import checkpoint, recipes, resume, run_folder, training_state
 from himo.config import TrainConfig
 from himo.data import (
     BatchLoader,
@@ -21,23 +21,25 @@ from himo.data import (
 )
 from himo.device import usable_device
 from himo.errors import HimoError, note
+from himo.memory import free_memory
 from himo.model import CLIPConfig, HiMoCLIP, named_config
 from himo.objective import Objective
 from himo.optimizer import MAX_LOG_SCALE, learning_rate, make_optimizer
 from himo.parallel import Ranks
 from himo.precision import resolve
+from himo.reporting import Reports, check_installed
 from himo.tokenizer import tokenize
 from himo.training_log import TrainingLog
 from himo.transforms import Preprocess
-from himo.validation import Validation
+from himo.validation import Best, Validation
 
 
 @dataclasses.dataclass
 class TrainingRun:
-    """The state of the training loop. Only rank 0 has a validation and a record.
+    """The state of the training loop. Only rank 0 has a validation, a record and reports.
 
     Attributes:
-        settings: the settings, in which precision is the one in use on the device.
+        settings: the settings as used: precision on the device, and the choices of the recipe.
         sampler: the order of the samples, and the run's position in it.
         record: the output of `resume.record`; empty on other ranks.
         step: the number of steps done.
@@ -59,6 +61,8 @@ class TrainingRun:
     step: int
     steps_per_epoch: int
     total_steps: int
+    best: Best = dataclasses.field(default_factory=Best)
+    reports: Reports | None = None
 
     def batches(self) -> Iterator[Sample]:
         """Yields the remaining batches of the epoch, equally many on every rank."""
@@ -89,29 +93,37 @@ class TrainingRun:
             return
         checkpoints = self.settings.folder / run_folder.CHECKPOINTS
         if ends_epoch:
-            name = f"epoch_{self.sampler.epoch + 1}.safetensors"
-            training = {"step": self.step, **dataclasses.asdict(self.settings)}
-            checkpoint.save(self.model, checkpoints / name, metadata={"training": training})
+            self.save_model(run_folder.model_name(self.sampler.epoch + 1))
         loop = {
             "sampler": self.sampler.state_dict(),
             "bad_samples": {"reasons": reasons},
+            "best": dataclasses.asdict(self.best),
             **self.record,
         }
         training_state.save_state(checkpoints, self.step, self.model, self.optimizer, loop)
-        keep = self.settings.keep_checkpoints
-        for old in training_state.saved_states(checkpoints)[:-keep] if keep else []:
-            old.unlink()
+        if keep := self.settings.keep_checkpoints:
+            models = run_folder.saved_models(checkpoints, self.sampler.epoch + 1)
+            for old in [*training_state.saved_states(checkpoints)[:-keep], *models[:-keep]]:
+                old.unlink()
+
+    def save_model(self, name: str) -> None:
+        """Writes the model, with the settings, to a file among the checkpoints."""
+        path = self.settings.folder / run_folder.CHECKPOINTS / name
+        training = {"step": self.step, **dataclasses.asdict(self.settings)}
+        checkpoint.save(self.model, path, metadata={"training": training})
 
     def report_end(self) -> None:
-        """Prints unreadable samples and the path of the model. Every rank must call it."""
+        """Prints unreadable samples and the paths of the models. Every rank must call it."""
         self.loader.bad.load_state_dict({"reasons": self._bad_samples()})
         if not self.ranks.main:
             return
         if self.loader.bad.reasons:
             print(self.loader.bad.summary())
         folder = self.settings.folder
-        name = f"epoch_{self.settings.epochs}.safetensors"
-        print(f"{folder}: done, {folder / run_folder.CHECKPOINTS / name}")
+        checkpoints = folder / run_folder.CHECKPOINTS
+        print(f"{folder}: done, {checkpoints / run_folder.model_name(self.sampler.epoch + 1)}")
+        if self.best.step:
+            print(f"{folder}: {self.best.description()}, {checkpoints / run_folder.BEST}")
 
     def _bad_samples(self) -> dict[int, str]:
         # Row and reason, from all ranks.
@@ -125,17 +137,27 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     Raises:
         HimoError: bad data or settings, a damaged checkpoint, or a checkpoint of another run.
     """
+    check_installed(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = usable_device(ranks.device(settings.device))
+    given, state = settings, run_folder.saved_state(settings)
+    if state is not None:
+        with training_state.refuse_damage(state):
+            settings = recipes.taken_up(settings, state.record["settings"])
     precision, said = resolve(settings.precision, device, ranks)
     settings = dataclasses.replace(settings, precision=precision)
     if said and ranks.main:
         note(said)
     with ranks.main_first():  # rank 0 writes the index, then the others read it
         index, held_out = open_data(settings, ranks)
+    free = min(ranks.gather(free_memory(device)))  # without the model: a step counts it
+    settings = recipes.with_model(settings, len(index))
     model = build_model(settings, device)
+    settings = recipes.with_schedule(
+        settings, len(index), processes=ranks.size, config=model.config, free=free
+    )
     pairs = training_pairs(settings, index, model.config)
     sampler = EpochSampler(
         len(pairs),
@@ -166,25 +188,30 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         steps_per_epoch=sampler.global_batches(),
         total_steps=0,
     )
-    run.step = _begin(run)
+    choice = recipes.chosen(given, settings) if state is None else {}
+    run.step = _begin(run, state, choice)
     # Steps done plus steps left, so that a run resumed with more --epochs gets the right total.
     epochs_left = settings.epochs - sampler.epoch - 1
     run.total_steps = run.step + sampler.global_batches() + run.steps_per_epoch * epochs_left
     if ranks.main:
+        run.reports = Reports(settings, run.step)
+        if choice:
+            print(f"{settings.folder}: recipe {settings.recipe}: {recipes.as_flags(choice)}")
         _announce(run, len(pairs), pairs_per_step)
     return run
 
 
-def _begin(run: TrainingRun) -> int:
+def _begin(run: TrainingRun, state: training_state.State | None, choice: dict[str, Any]) -> int:
     # Restores the checkpoint, if there is one; returns the number of steps done.
     settings, sampler = run.settings, run.sampler
-    state, changes = run_folder.saved_state(settings), []
+    changes: list[resume.Change] = []
     if state is not None:
         with training_state.refuse_damage(state):
             if run.ranks.main:
                 changes = resume.check(state.record, run.record, settings.allowed, state.path)
             sampler.load_state_dict(state.record["sampler"])
             run.loader.bad.load_state_dict(state.record["bad_samples"])
+            run.best = Best(**state.record.get("best", {}))
             training_state.restore(state, run.model, run.optimizer, run.device)
         if sampler.epoch >= settings.epochs:
             done = sampler.epoch + 1
@@ -193,16 +220,22 @@ def _begin(run: TrainingRun) -> int:
             )
     run.ranks.barrier()  # every rank has read the folder before rank 0 writes to it
     if run.ranks.main:
-        run_folder.start(settings, state, changes)
+        run_folder.start(settings, state, changes, choice)
+        run.log.recipe = {settings.recipe: choice} if choice else None
+        if run.best.step and not run_folder.keeps_best(settings.folder, run.best.step):
+            run.best = Best()
     return 0 if state is None else state.step
 
 
 def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
     settings, total = run.settings, run.total_steps
-    if settings.warmup >= total:
+    for doubt in recipes.doubts(settings, total):
+        note(doubt)
+    left_out = pairs % pairs_per_step
+    if left_out and not settings.keep_last_batch:
         note(
-            f"--warmup {settings.warmup} takes longer than the {total} steps of this run, whose "
-            f"learning rate stays below --lr {settings.lr:g}"
+            f"{left_out} of {pairs} pairs are left out of an epoch, others each time: they do not "
+            f"fill a step of {pairs_per_step}; --keep-last-batch trains on them too"
         )
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(
@@ -289,6 +322,7 @@ def _validation(
         batch_size=settings.batch_size,
         workers=settings.workers,
         max_bad_fraction=settings.max_bad_fraction,
+        with_himo=settings.val_himo,
     )
 
 

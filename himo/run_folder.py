@@ -5,11 +5,12 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 import himo_kernels
+from himo import checkpoint
 from himo.config import TrainConfig
 from himo.errors import MAX_QUOTED, HimoError, note, shortened
 from himo.files import json_value, open_regular, remove_abandoned, write_text
@@ -24,7 +26,8 @@ from himo.resume import Change, unchecked
 from himo.training_log import TrainingLog
 from himo.training_state import State, find_state, saved_states, set_aside
 
-CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+CHECKPOINTS, METRICS, BEST = "checkpoints", "metrics.jsonl", "best.safetensors"
+_MODEL = re.compile(r"epoch_([0-9]{1,12})\.safetensors")
 _LOCK = "run.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _LARGEST = 64 << 20  # bytes of a config.json; a start takes 1,000
@@ -160,11 +163,45 @@ def saved_state(settings: TrainConfig) -> State | None:
     return state
 
 
-def start(settings: TrainConfig, state: State | None, changes: Sequence[Change]) -> None:
+def model_name(epoch: int) -> str:
+    """The file of the model after so many epochs."""
+    return f"epoch_{epoch}.safetensors"
+
+
+def saved_models(directory: Path, epoch: int) -> list[Path]:
+    """The models of the epochs up to this one, oldest first."""
+    found = ((_MODEL.fullmatch(path.name), path) for path in directory.glob("epoch_*"))
+    numbered = [(int(match[1]), path) for match, path in found if match is not None]
+    return [path for number, path in sorted(numbered) if number <= epoch]
+
+
+def keeps_best(directory: Path, step: int) -> bool:
+    """Whether the best model of a run is there, and of this step; another one is set aside.
+
+    A run that goes on from an earlier state may leave the way of the steps after it.
+    """
+    path = directory / CHECKPOINTS / BEST
+    try:
+        _, metadata = checkpoint.read_state_dict(path)
+    except HimoError:  # it is not there, or damaged
+        return False
+    if metadata["provenance"].get("training", {}).get("step") == step:
+        return True
+    path.rename(f"{path}.set-aside")
+    note(f"{path.name}.set-aside: of another step than the best of this run, {step}")
+    return False
+
+
+def start(
+    settings: TrainConfig,
+    state: State | None,
+    changes: Sequence[Change],
+    choice: Mapping[str, Any],
+) -> None:
     """Prepares the folder for a run that begins or continues from a state; prints what changed.
 
     metrics.jsonl is cut to the state's step and records the changes. Later states are set aside.
-    config.json gets the settings and a record of the starts.
+    config.json gets the settings, which of them the recipe chose, and a record of the starts.
 
     Raises:
         HimoError: a file cannot be written.
@@ -182,7 +219,7 @@ def start(settings: TrainConfig, state: State | None, changes: Sequence[Change])
         checkpoints.mkdir(parents=True, exist_ok=True)
         for path in set_aside(checkpoints, step):
             note(f"{path.name}: of a step past {step}, from where the run goes on another way")
-        _write_config(settings, step)
+        _write_config(settings, step, choice)
     except OSError as error:
         raise HimoError(f"{directory}: cannot be written: {error.strerror}") from error
     metrics = directory / METRICS
@@ -190,7 +227,7 @@ def start(settings: TrainConfig, state: State | None, changes: Sequence[Change])
         note(f"{metrics}: {unreadable} unreadable lines are left out")
 
 
-def _write_config(settings: TrainConfig, step: int) -> None:
+def _write_config(settings: TrainConfig, step: int, choice: Mapping[str, Any]) -> None:
     path = settings.folder / "config.json"
     values = dataclasses.asdict(settings)
     versions = {"himo": himo_kernels.__version__, "torch": torch.__version__}
@@ -201,6 +238,7 @@ def _write_config(settings: TrainConfig, step: int) -> None:
     starts = starts if isinstance(starts, list) else []
     this = {"step": step, "command": sys.argv, "versions": versions, "changes": changes}
     content = {**values, "versions": versions, "command": sys.argv, "starts": [*starts, this]}
+    content["chosen"] = choice or before.get("chosen", {})  # at the start, by the recipe
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 

@@ -1,6 +1,7 @@
 """`himo train`: the training loop. himo/run.py sets up the run."""
 
 import argparse
+import dataclasses
 import math
 import signal
 import sys
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from himo import config, parallel, run_folder
 from himo.config import TrainConfig
 from himo.data import Sample, worker_deaths
+from himo.memory import out_of_memory_advice
 from himo.model import longest_text
 from himo.objective import Objective
 from himo.optimizer import MAX_LOG_SCALE, clamp_temperature, learning_rate, make_optimizer
@@ -54,12 +56,15 @@ def train(settings: TrainConfig) -> bool:
 
     Raises:
         HimoError: bad data or settings, a damaged checkpoint, a checkpoint of another run, a folder
-            in use, a loss that is not finite, a data loader worker that died. Under torchrun the
-            process prints the reason and exits instead.
+            in use, a loss that is not finite, a data loader worker that died, too little memory.
+            Under torchrun the process prints the reason and exits instead.
     """
+    # The recipe may choose the model, and must not rename the folder.
+    settings = dataclasses.replace(settings, name=settings.run_name)
     with (
         parallel.join(settings.device, settings.rank_timeout) as ranks,
         worker_deaths(),
+        out_of_memory_advice(),
         run_folder.owned(settings.folder) if ranks.main else nullcontext(),
     ):
         # The run is local to _train, so it is freed before the process group is destroyed.
@@ -68,8 +73,12 @@ def train(settings: TrainConfig) -> bool:
 
 def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     run = open_run(settings, ranks)
-    if not _take_steps(run):
-        return False
+    try:
+        if not _take_steps(run):
+            return False
+    finally:
+        if run.reports is not None:
+            run.reports.close()
     run.report_end()
     return True
 
@@ -83,6 +92,7 @@ def _take_steps(run: TrainingRun) -> bool:
         for epoch in range(first_epoch, settings.epochs):
             if epoch != first_epoch:
                 run.sampler.set_epoch(epoch)
+            bar.set_description(f"epoch {epoch + 1}/{settings.epochs}", refresh=False)
             ended = time.perf_counter()
             for batch in run.batches():
                 data_time_s = time.perf_counter() - ended
@@ -99,6 +109,8 @@ def _take_steps(run: TrainingRun) -> bool:
                     outputs |= validated
                     epochs_done = run.step / run.steps_per_epoch
                     line = log.write(run.step, epochs_done, lr, run.model.logit_scale, outputs)
+                    if run.reports is not None:
+                        run.reports.write(line)
                     loss, data_s = f"{line['loss']:.3f}", f"{line['data_time_s']:.3f}"
                     bar.set_postfix(loss=loss, data_s=data_s, refresh=False)
                 bar.update()
@@ -111,9 +123,12 @@ def _take_steps(run: TrainingRun) -> bool:
                     run.save()
                 ended = time.perf_counter()
             log.check_finite(run.step)
-            is_last = epoch + 1 == settings.epochs
+            stops = _has_lost_patience(run)
+            is_last = stops or epoch + 1 == settings.epochs
             if is_last or _is_multiple(epoch + 1, settings.save_frequency):
                 run.save(ends_epoch=True)
+            if stops:
+                break
     return True
 
 
@@ -143,14 +158,33 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     return outputs, grad_norm, is_finite
 
 
-def _validated(run: TrainingRun) -> dict[str, float]:
-    """Returns the recalls on the held-out pairs if validation is due after this step, else {}."""
+def _validated(run: TrainingRun) -> dict[str, float | None]:
+    """Measures, prints and returns the validation if it is due after this step, else {}.
+
+    Saves the model if it is the best so far.
+    """
     every = run.steps_per_epoch * run.settings.val_frequency
     is_due = _is_multiple(run.step, every) or run.step == run.total_steps
     if run.validation is None or not is_due:
         return {}
     run.log.check_finite(run.step)
-    return run.validation.measure(run.model)
+    values, epochs = run.validation.measure(run.model), run.step / run.steps_per_epoch
+    line = f"epoch {epochs:g}: {run.validation.line(values)}"
+    if run.best.is_beaten(run.step, epochs, values):
+        run.save_model(run_folder.BEST)
+        line += ", the best so far"
+    tqdm.write(line)
+    return values
+
+
+def _has_lost_patience(run: TrainingRun) -> bool:
+    """Whether too many validations were no better; rank 0 knows, and all ranks must ask."""
+    patience, since = run.settings.patience, run.best.since
+    if not patience or not run.ranks.any(run.ranks.main and since >= patience)():
+        return False
+    if run.ranks.main:
+        tqdm.write(f"no better R@1 in {since} validations, --patience {patience}: the run ends")
+    return True
 
 
 def _is_logged(run: TrainingRun) -> bool:

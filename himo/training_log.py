@@ -43,6 +43,7 @@ class TrainingLog:
         self._data_s = self._step_s = 0.0
         self._skipped = self._skipped_in_a_row = 0
         self._spectrum_epoch = -1
+        self.recipe: dict[str, Any] | None = None  # its choices, for the first line
 
     def add_time(self, data_time_s: float, step_time_s: float) -> None:
         """Adds the time of one step, and the part of it spent waiting for data."""
@@ -106,6 +107,8 @@ class TrainingLog:
             texts = F.normalize(texts, dim=-1)
             ratio = himo_kernels.pca(texts).explained_variance_ratio
             line["spectrum"] = [round(float(share), 6) for share in ratio[:_SPECTRUM]]
+        if self.recipe is not None:
+            line["recipe"], self.recipe = self.recipe, None
         self._pending.clear()
         self._data_s = self._step_s = 0.0
         self._skipped = 0

@@ -1,16 +1,51 @@
-"""Retrieval on held-out pairs during training."""
+"""Retrieval on held-out pairs during training, and the best of it."""
+
+from dataclasses import dataclass
 
 import torch
 
 from himo.data import SampleIndex
 from himo.errors import HimoError
+from himo.evaluate.captions import score_prefixes
 from himo.evaluate.encode import Coverage, Encoder
+from himo.evaluate.himo_k import himo_at
 from himo.evaluate.retrieval import RECALLS, group_by_image, retrieval
 from himo.model import HiMoCLIP
 from himo.transforms import Preprocess
 
 WAYS = ("image_to_text", "text_to_image")
-COLUMNS = tuple(f"val_{way}_R@{k}" for way in WAYS for k in RECALLS)  # of metrics.jsonl
+_SEGMENTS = (2, 3)  # of HiMo@2 and HiMo@3
+# Of metrics.jsonl.
+COLUMNS = (
+    *(f"val_{way}_R@{k}" for way in WAYS for k in RECALLS),
+    *(f"val_HiMo@{k}" for k in _SEGMENTS),
+)
+
+
+@dataclass
+class Best:
+    """The best validation of a run by its R@1, the mean of both ways in percent; step 0 is none.
+
+    `since` counts the validations after it.
+    """
+
+    step: int = 0
+    epoch: float = 0.0
+    score: float = -1.0
+    since: int = 0
+
+    def is_beaten(self, step: int, epoch: float, values: dict[str, float | None]) -> bool:
+        """Counts a validation, the values of `Validation.measure`; True if it is the best now."""
+        score = sum(values[f"val_{way}_R@1"] or 0.0 for way in WAYS) / len(WAYS)
+        if score <= self.score:
+            self.since += 1
+            return False
+        self.step, self.epoch, self.score, self.since = step, epoch, score, 0
+        return True
+
+    def description(self) -> str:
+        """Words for a line on the terminal."""
+        return f"best after epoch {self.epoch:g}, R@1 {self.score:.1f} %"
 
 
 class Validation:
@@ -25,6 +60,7 @@ class Validation:
         batch_size: images or texts at a time.
         workers: threads that decode images.
         max_bad_fraction: the largest fraction of records that may be left out.
+        with_himo: also measures HiMo@2 and HiMo@3.
     """
 
     def __init__(
@@ -35,10 +71,11 @@ class Validation:
         batch_size: int,
         workers: int,
         max_bad_fraction: float,
+        with_himo: bool = False,
     ) -> None:
         self.index, self.preprocess = index, preprocess
         self.batch_size, self.workers = batch_size, max(1, workers)
-        self.max_bad_fraction = max_bad_fraction
+        self.max_bad_fraction, self.with_himo = max_bad_fraction, with_himo
         self.captions = group_by_image(index, Coverage(len(index), allow_missing=True))
 
     def __len__(self) -> int:
@@ -50,8 +87,10 @@ class Validation:
         note = f" ({shared} of them share their caption with other images)" if shared else ""
         return f"{len(self)} pairs to validate on{note}"
 
-    def measure(self, model: HiMoCLIP) -> dict[str, float]:
-        """R@1, R@5 and R@10 in percent, under the names of COLUMNS.
+    def measure(self, model: HiMoCLIP) -> dict[str, float | None]:
+        """Percentages under the names of COLUMNS: R@1, R@5, R@10, and HiMo@2 and HiMo@3 if wanted.
+
+        HiMo@K is None where no caption has K sentences.
 
         Raises:
             HimoError: too many images that cannot be read, or features that are not finite.
@@ -70,8 +109,13 @@ class Validation:
             readable = [image for image in range(len(image_features)) if image not in failed]
             captions = captions.without(set(failed), set())
             image_features = image_features[readable]
-        texts, no_pair = captions.captions, torch.empty(0, dtype=torch.int64)
-        scored = encoder.score_texts(texts, no_pair, no_pair, image_features, len(texts))
+        himo: dict[str, float | None] = {}
+        if self.with_himo:
+            series, scored, _ = score_prefixes(encoder, captions, image_features)
+            himo = {f"val_HiMo@{k}": himo_at(series, k)["value"] for k in _SEGMENTS}
+        else:
+            texts, no_pair = captions.captions, torch.empty(0, dtype=torch.int64)
+            scored = encoder.score_texts(texts, no_pair, no_pair, image_features, len(texts))
         if scored.not_finite.any():
             raise HimoError("validation: features of a caption are not finite")
         device = encoder.device
@@ -81,4 +125,14 @@ class Validation:
             captions.caption_images,
             captions.texts(),
         )
-        return {f"val_{way}_R@{k}": result[way][f"R@{k}"] for way in WAYS for k in RECALLS}
+        self.chance = result["chance_R@1"]
+        return {f"val_{way}_R@{k}": result[way][f"R@{k}"] for way in WAYS for k in RECALLS} | himo
+
+    def line(self, values: dict[str, float | None]) -> str:
+        """The result of `measure` for a line on the terminal."""
+        ways = (f"{values[f'val_{way}_R@1']:.1f} % {way.replace('_', ' ')}" for way in WAYS)
+        shown = f"R@1 {', '.join(ways)} (chance {self.chance:.2g} %)"
+        for k in _SEGMENTS if self.with_himo else ():
+            value = values[f"val_HiMo@{k}"]
+            shown += f", HiMo@{k} {'–' if value is None else f'{value:.1f} %'}"
+        return shown

@@ -141,7 +141,7 @@ def evaluate_captions(
     image_features = image_features[sorted(set(captions.caption_images) - failed)]
     captions = captions.without(failed, set())
 
-    series, scored, bad = _score_prefixes(encoder, captions, image_features)
+    series, scored, bad = score_prefixes(encoder, captions, image_features)
     for caption in bad:
         where = index.describe(captions.caption_rows[caption])
         coverage.leave_out("not_finite", f"{where}: features of its caption are not finite")
@@ -172,10 +172,10 @@ def evaluate_captions(
     return CaptionScores(index, captions, series, coverage, image_features, text_features, sections)
 
 
-def _score_prefixes(
+def score_prefixes(
     encoder: Encoder, captions: CaptionedSet, image_features: Tensor
 ) -> tuple[list[Tensor], TextScores, list[int]]:
-    """(scores of each caption's prefixes, features of the captions, captions not finite)."""
+    """(scores [n] of each caption's prefixes, features of the captions, captions not finite)."""
     prefixes = [sentence_prefixes(caption_segments(caption)) for caption in captions.captions]
     lengths = [len(texts) for texts in prefixes]
     count = len(captions.captions)

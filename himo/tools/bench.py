@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from himo import config
+from himo import config, recipes
 from himo.config import TrainConfig
 from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, worker_deaths
 from himo.errors import HimoError
@@ -103,6 +103,8 @@ def _data(args: argparse.Namespace) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     index, _ = open_data(settings, Ranks())
+    pairs = len(index)
+    settings = recipes.with_schedule(recipes.with_model(settings, pairs), pairs)
     dataset = training_pairs(settings, index, named_config(settings.model))
     sampler = EpochSampler(len(dataset), settings.batch_size, seed=settings.seed)
     steps = by_step(dataset, sampler.order().tolist(), args.seconds)

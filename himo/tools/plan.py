@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from himo import config
+from himo import config, recipes
 from himo.config import TrainConfig
 from himo.errors import HimoError
 from himo.tools.footprint import (
@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns 0 if the step fits and 1 if it does not."""
-    settings = config.from_arguments(args, train_data="(none is read)")
+    settings = config.from_arguments(args, train_data="(none is read)", recipe="paper-b16")
+    settings = recipes.with_schedule(recipes.with_model(settings, None), None)
     if settings.precision == "auto":  # as a GPU chooses
         settings = dataclasses.replace(settings, precision="amp_bf16")
     if not 0 < args.gpu_mem <= _MAX_GIB:

@@ -283,3 +283,12 @@ def test_a_stop_request_stops_all_ranks_after_the_same_step(pairs, tmp_path):
 def test_what_is_wrong_for_all_is_said(flags, words, pairs, tmp_path):
     output = Ranks(2, pairs, tmp_path / "logs", *flags).end(status=None)
     assert words in output and 'Traceback (most recent call last):\n  File "/work' not in output
+
+
+@pytest.mark.slow
+def test_lost_patience_ends_all_ranks(pairs, tmp_path):
+    flags = ["--batch-size", "31", "--epochs", "3", "--lr", "0", "--held-out", "8"]
+    output = Ranks(2, pairs, tmp_path / "two", *flags, "--patience", "1").end()
+    assert output.count("no better R@1 in 1 validations, --patience 1: the run ends") == 1
+    assert (tmp_path / "two/run/checkpoints/epoch_2.safetensors").exists()
+    assert not (tmp_path / "two/run/checkpoints/epoch_3.safetensors").exists()

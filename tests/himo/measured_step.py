@@ -30,7 +30,9 @@ DOT = CLIPConfig(
     text_width=16,
     text_layers=1,
 )
-SETTINGS = TrainConfig(train_data="none", model="dot", batch_size=64)
+SETTINGS = TrainConfig(
+    train_data="none", model="dot", batch_size=64, accum_freq=1, lr=1e-6, wd=0.01
+)
 CASES = {
     "tiny": {"model": "tiny", "batch_size": 16},
     "tiny, few pairs": {"model": "tiny", "batch_size": 2},  # the optimizer's step is the peak

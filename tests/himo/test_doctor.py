@@ -14,7 +14,7 @@ from captioned_files import write_csv, write_images
 import himo
 from himo.cli import main
 from himo.model import CONFIGS, HiMoCLIP
-from himo.tools.doctor import smoke, system
+from himo.tools.doctor import schedule, smoke, system
 from himo.tools.doctor.check import Check
 
 FLAGS = ["--model", "tiny", "--batch-size", "4", "--workers", "1", "--threads", "1"]
@@ -200,6 +200,30 @@ def test_what_the_machine_lacks(capsys, monkeypatch, tmp_path):
     assert found["open files"][0][1].endswith("ulimit -n 4096, or fewer --workers")
     assert found["threads"][0] == ("warning", found["threads"][0][1])
     assert examined(capsys, "--workers", "0", status=1)["shared memory"][0][0] == "ok"
+
+
+def test_the_schedule_is_judged(capsys, pairs, tmp_path):
+    data = ("--train-data", str(pairs), "--logs", str(tmp_path))
+    kind, found = examined(capsys, *data, "--held-out", "2", status=0)["schedule"][0]
+    assert kind == "ok"
+    assert found.startswith("60 steps of 4 in 30 epochs, --lr 0.001 after --warmup 6, 2 of 10 ")
+    flags = ("--recipe", "paper-b16", "--keep-last-batch")
+    kind, found = examined(capsys, *data, *flags, status=0)["schedule"][0]
+    assert kind == "warning" and found.startswith("30 steps of 4 in 10 epochs, --lr 1e-06 ")
+    assert "--warmup 200 takes longer than the 30 steps" in found and "left out" not in found
+    assert "30 steps are few" in found and "--recipe from-scratch takes 0.001" in found
+    assert "schedule" not in examined(capsys, "--val-data", str(pairs), status=0)
+
+
+def test_host_memory_is_judged(capsys, monkeypatch):
+    kind, found = examined(capsys, status=0)["host memory"][0]
+    assert kind == "ok" and "a step of 4 pairs and 1 workers take about" in found
+    monkeypatch.setattr(schedule, "free_memory", lambda device: 1000)
+    kind, found = examined(capsys, status=1)["host memory"][0]
+    assert kind == "problem" and found.startswith("1e+03 bytes free, ")
+    assert found.endswith(
+        "a smaller --batch-size, fewer --workers, or --grad-checkpointing takes less"
+    )
 
 
 def test_logs_that_cannot_be_written(capsys, tmp_path):

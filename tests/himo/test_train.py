@@ -279,7 +279,8 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
 
 def test_norms_biases_and_temperature_are_not_decayed():
     model = HiMoCLIP(CONFIGS["tiny"])
-    decayed, plain = make_optimizer(model, TrainConfig(train_data="x")).param_groups
+    settings = TrainConfig(train_data="x", lr=1e-6, wd=0.01)
+    decayed, plain = make_optimizer(model, settings).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed_names = {names[id(p)] for p in decayed["params"]}
     plain_names = {names[id(p)] for p in plain["params"]}

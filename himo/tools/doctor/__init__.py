@@ -4,14 +4,20 @@ import argparse
 import dataclasses
 import shutil
 import sys
+import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from himo import config
+import torch
+
+from himo import config, recipes
 from himo.config import TrainConfig
-from himo.errors import printable
+from himo.data import SampleIndex
+from himo.device import usable_device
+from himo.errors import HimoError, printable
+from himo.memory import free_memory
 from himo.model import named_config
-from himo.tools.doctor import inputs, smoke, system
+from himo.tools.doctor import inputs, schedule, smoke, system
 from himo.tools.doctor.check import Check
 from himo_kernels import info
 
@@ -26,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what is installed and a line for each check; returns 1 for a problem, else 0."""
     settings = config.from_arguments(args, train_data=_NO_DATA)
-    named_config(settings.model)  # a wrong name is an error before any check
+    # A wrong name or recipe is an error before any check.
+    if model := recipes.with_model(settings, None).model:
+        named_config(model)
     print(info.report(), end="\n\n", flush=True)
     found = []
     for check in _checks(settings, settings.train_data != _NO_DATA):
@@ -43,19 +51,35 @@ def _checks(settings: TrainConfig, has_data: bool) -> Iterator[Check]:
     yield system.device(settings)
     yield system.threads(settings)
     yield system.precision(settings)
-    model = named_config(settings.model)
+    # Temporary indices leave nothing behind.
+    with tempfile.TemporaryDirectory(prefix="himo-doctor-") as folder:
+        fields = ["train_data"] if has_data else []
+        fields += ["val_data"] if settings.val_data is not None else []
+        data = {field: inputs.opened(settings, field, folder) for field in fields}
+        yield from _of_run(settings, data)
+    yield smoke.step(settings)
+
+
+def _of_run(settings: TrainConfig, data: Mapping[str, SampleIndex | Check]) -> Iterator[Check]:
+    pairs = inputs.pairs(settings, data.get("train_data"))
+    settings, config = recipes.with_model(settings, pairs), None
     if settings.pretrained is not None:
-        check, found = inputs.checkpoint(settings.pretrained, settings)
+        check, config = inputs.checkpoint(settings.pretrained, settings)
         yield check
-        model = found or model
+    model = config or named_config(settings.model or "ViT-B-16")  # of a checkpoint not read
+    try:
+        device = usable_device(settings.device)
+    except HimoError:  # said above
+        device = torch.device("cpu")
+    settings = recipes.with_schedule(settings, pairs, config=model, free=free_memory(device))
     yield system.shared_memory(settings, model)
+    yield schedule.host_memory(settings, model, device)
     yield system.open_files(settings)
     yield system.disk(settings, model)
-    if has_data:
-        yield from inputs.data_set(settings, model, "train_data")
-    if settings.val_data is not None:
-        yield from inputs.data_set(settings, model, "val_data")
-    yield smoke.step(settings)
+    if pairs is not None:
+        yield schedule.schedule(settings, pairs)
+    for field, found in data.items():
+        yield from inputs.data_set(settings, model, field, found)
 
 
 def _line(check: Check) -> str:

@@ -1,9 +1,8 @@
 """The inputs of a training run: the data set, as its reader opens it, and the checkpoint."""
 
 import dataclasses
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,34 +22,53 @@ _PROGRESS_DELAY_S = 2.0
 _EXAMPLES = 3  # of bad images
 
 
-def data_set(settings: TrainConfig, config: CLIPConfig, field: str) -> Iterator[Check]:
-    """Records, missing images by source, unreadable images and long captions of a data set.
+def opened(settings: TrainConfig, field: str, folder: str) -> SampleIndex | Check:
+    """A data set, its index in the folder; a problem if it cannot be opened.
 
     field: "train_data" or "val_data" of the settings.
     """
+    # Every bad record and missing image is counted; the trainer would stop.
+    try:
+        return open_dataset(
+            getattr(settings, field),
+            settings.dataset_type,
+            image_root=settings.image_root,
+            image_key=settings.csv_img_key,
+            caption_key=settings.csv_caption_key,
+            separator=settings.csv_separator,
+            skip_missing_images=True,
+            follow_links=settings.follow_links,
+            max_bad_fraction=1.0,
+            cache_dir=folder,
+        )
+    except (HimoError, OSError) as error:  # OSError: a disk that fails
+        return Check("data", "problem", f"--{field.replace('_', '-')}: {error}")
+
+
+def pairs(settings: TrainConfig, data: SampleIndex | Check | None) -> int | None:
+    """The pairs to train on; None where the data do not tell, or none are left."""
+    if not isinstance(data, SampleIndex) or len(data) <= settings.held_out:
+        return None
+    left = len(data) - settings.held_out
+    return min(left, settings.train_num_samples or left)
+
+
+def data_set(
+    settings: TrainConfig, config: CLIPConfig, field: str, data: SampleIndex | Check
+) -> Iterator[Check]:
+    """Records, missing images by source, unreadable images and long captions of a data set.
+
+    field, data: as for `opened`, and its result.
+    """
     prefix = "" if field == "train_data" else "val "
-    # A temporary index leaves nothing behind. Every bad record and missing image is counted; the
-    # trainer would stop.
-    with tempfile.TemporaryDirectory(prefix="himo-doctor-") as folder:
-        try:
-            index = open_dataset(
-                getattr(settings, field),
-                settings.dataset_type,
-                image_root=settings.image_root,
-                image_key=settings.csv_img_key,
-                caption_key=settings.csv_caption_key,
-                separator=settings.csv_separator,
-                skip_missing_images=True,
-                follow_links=settings.follow_links,
-                max_bad_fraction=1.0,
-                cache_dir=folder,
-            )
-        except (HimoError, OSError) as error:  # OSError: a disk that fails
-            yield Check(f"{prefix}data", "problem", f"--{field.replace('_', '-')}: {error}")
-            return
-        advice = _too_few(settings, len(index)) if field == "train_data" else None
-        for check in _contents(settings, config, index, advice):
-            yield dataclasses.replace(check, name=prefix + check.name)
+    checks: Iterable[Check]
+    if isinstance(data, Check):
+        checks = [data]
+    else:
+        advice = _too_few(settings, len(data)) if field == "train_data" else None
+        checks = _contents(settings, config, data, advice)
+    for check in checks:
+        yield dataclasses.replace(check, name=prefix + check.name)
 
 
 def _contents(

@@ -148,10 +148,11 @@ def disk(settings: TrainConfig, config: CLIPConfig) -> Check:
         return Check("disk", "problem", found)
     with torch.device("meta"):
         model = sum(parameter.nbytes for parameter in HiMoCLIP(config).parameters())
-    epochs = math.ceil(settings.epochs / settings.save_frequency)
-    # A state is the model and AdamW's two moments; a new one is written before the oldest goes.
-    states = settings.keep_checkpoints + 1 if settings.keep_checkpoints else epochs
-    needed = epochs * model + states * 3 * model
+    saves = math.ceil(settings.epochs / settings.save_frequency)
+    if settings.keep_checkpoints:  # and one more, before the oldest goes
+        saves = min(saves, settings.keep_checkpoints) + 1
+    # Each is the model, and a state with it and AdamW's two moments; and there is a best model.
+    needed = (4 * saves + 1) * model
     free = free_bytes(place)
     found = f"{size(free)} free at --logs {settings.logs}, checkpoints take up to {size(needed)}"
     if free < needed:

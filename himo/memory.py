@@ -1,0 +1,58 @@
+"""The memory of training: what is free, what a step takes, and advice where it runs out."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from himo.clip_config import CLIPConfig
+from himo.config import TrainConfig
+from himo.errors import HimoError
+from himo.model import HiMoCLIP
+from himo_kernels._memory import available_memory
+
+# Numbers that a block keeps for each token and channel until its backward pass: its input, two
+# normalised inputs, query, key, value, attention, its projection, and 4 + 4 of the MLP.
+_KEPT = 16.5
+# Weight, gradient, and the two moments of AdamW, in float32.
+_BYTES_PER_PARAMETER = 4 * 4
+_SIGNS = ("not enough memory", "can't allocate memory", "out of memory")  # in a RuntimeError
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that this process may take on the device; 0 if the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def step_bytes(config: CLIPConfig, settings: TrainConfig, batch: int) -> int:
+    """About the memory of a training step in float32; `himo plan` counts it exactly, in seconds."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in HiMoCLIP(config).parameters())
+    patches = (config.image_resolution // config.vision_patch_size) ** 2 + 1
+    kept = 0.0
+    for layers, width, tokens in (
+        (config.vision_layers, config.vision_width, patches),
+        (config.text_layers, config.text_width, config.context_length),
+    ):
+        # Recomputed blocks keep their input, and one at a time the rest.
+        blocks = layers + _KEPT if settings.grad_checkpointing else _KEPT * layers
+        kept += 4 * blocks * width * tokens
+    return _BYTES_PER_PARAMETER * parameters + int(batch * kept)
+
+
+@contextmanager
+def out_of_memory_advice() -> Iterator[None]:
+    """Raises HimoError, with the flags that take less, where memory runs out in the body."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and not any(s in str(error) for s in _SIGNS):
+            raise
+        raise HimoError(
+            "out of memory: a smaller --batch-size takes less, and --accum-freq keeps the pairs "
+            "that are contrasted together; so does --grad-checkpointing, for more time; "
+            "`himo plan` counts what fits"
+        ) from error

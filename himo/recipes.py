@@ -1,0 +1,180 @@
+"""Recipes of `himo train`: the values of the flags that the user leaves open.
+
+A recipe sets the model, the batch, the epochs and the learning rate. The paper's recipes are exact;
+the others fit the batch and the warm-up to the number of pairs. The memory of the device decides
+how many pairs of a step are computed at a time, which does not change the loss.
+"""
+
+import dataclasses
+from typing import Any
+
+from himo.clip_config import CLIPConfig
+from himo.config import OPEN, TrainConfig
+from himo.errors import HimoError
+from himo.memory import step_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Values of the flags of the same names; `warmup` is the longest one of an adapted schedule."""
+
+    batch_size: int
+    epochs: int
+    lr: float
+    wd: float
+    warmup: int
+
+
+# HiMo-CLIP, arXiv 2511.06653, section 4.1: 1.2 million pairs, and a trained CLIP to start from.
+_PAPER = Recipe(batch_size=128, epochs=10, lr=1e-6, wd=1e-2, warmup=200)
+_PAPER_PAIRS = 1_000_000  # from here on a data set is as large as the paper's
+# The rate at which the scripts of FLYP (arXiv 2212.00638) fine-tune CLIP on smaller data sets, with
+# the contrastive loss. At the paper's rate, a tenth of it, a short run changes nothing.
+_FINE_TUNE = dataclasses.replace(_PAPER, lr=1e-5)
+# open_clip's example of a training from random weights on one GPU. Its 3 million pairs take 680,000
+# steps.
+_FROM_SCRATCH = Recipe(batch_size=128, epochs=30, lr=1e-3, wd=0.1, warmup=10_000)
+
+_MODELS = {"paper-b16": "ViT-B-16", "paper-l14": "ViT-L-14"}
+# New models from the largest on: (pairs from which on it is taken, name). Our choice: CLIPs of this
+# size are not published for fewer pairs, and the tiny model of the demo learns from hundreds.
+_BY_PAIRS = ((10_000_000, "ViT-B-16"), (1_000_000, "ViT-B-32"), (0, "tiny"))
+_STEPS_PER_EPOCH = 8  # at least, where the batch is adapted
+_LEAST_TOGETHER = 8  # pairs: fewer have too few negatives
+_WARMUP_SHARE = 10  # a tenth of the steps
+_MEMORY_SHARE = 0.8  # of the free memory: `step_bytes` counts no workspaces and no fragments
+_FEW_STEPS = 50  # below, no schedule learns
+# Rates far from every recipe: a new model learns nothing below, a trained one forgets above.
+_LEAST_NEW_LR, _MOST_FINE_TUNE_LR = 1e-5, 1e-4
+
+
+def with_model(settings: TrainConfig, pairs: int | None) -> TrainConfig:
+    """The settings with a model, unless a checkpoint brings its own.
+
+    Args:
+        pairs: to train on; None if unknown, taken to be as many as the paper's.
+
+    Raises:
+        HimoError: a recipe for a new model, and a checkpoint.
+    """
+    if settings.pretrained is not None:
+        if settings.recipe == "from-scratch":
+            raise HimoError("--recipe from-scratch: expected no --pretrained")
+        return settings
+    if not _is_open(settings, "model"):
+        return settings
+    count = _PAPER_PAIRS if pairs is None else pairs
+    by_pairs = next(name for least, name in _BY_PAIRS if count >= least)
+    return dataclasses.replace(settings, model=_MODELS.get(settings.recipe, by_pairs))
+
+
+def with_schedule(
+    settings: TrainConfig,
+    pairs: int | None,
+    *,
+    processes: int = 1,
+    config: CLIPConfig | None = None,
+    free: int = 0,
+) -> TrainConfig:
+    """The settings with every open value chosen.
+
+    Args:
+        pairs: as for `with_model`.
+        processes: of the run; the batch is of one of them.
+        config: of the model.
+        free: bytes of the device; 0, or no config, for no limit.
+    """
+    count = _PAPER_PAIRS if pairs is None else pairs
+    recipe = _recipe(settings, count)
+    exact = settings.recipe in _MODELS
+    together = recipe.batch_size if exact else _together(recipe.batch_size, count // processes)
+    batch, accum = settings.batch_size, settings.accum_freq
+    if _is_open(settings, "batch_size"):
+        batch = max(2, together // (accum or 1))
+        limit = int(_MEMORY_SHARE * free)
+        while config and free and batch > 2 and step_bytes(config, settings, batch) > limit:
+            batch //= 2
+        # The loss of the same pairs, computed in parts, is the same.
+        accum = accum or max(1, together // batch)
+    settings = dataclasses.replace(
+        settings,
+        batch_size=batch,
+        accum_freq=accum or 1,
+        epochs=settings.epochs or recipe.epochs,
+    )
+    warmup = recipe.warmup
+    if not exact:
+        warmup = min(warmup, total_steps(settings, count, processes) // _WARMUP_SHARE)
+    return _filled(settings, {"lr": recipe.lr, "wd": recipe.wd, "warmup": warmup})
+
+
+def total_steps(settings: TrainConfig, pairs: int, processes: int = 1) -> int:
+    """The steps of a whole run on so many pairs."""
+    together = settings.batch_size * settings.accum_freq * processes
+    return settings.epochs * (
+        -(-pairs // together) if settings.keep_last_batch else pairs // together
+    )
+
+
+def chosen(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
+    """The values that a recipe chose, by flag; a step of one batch is no choice."""
+    values = {name: getattr(after, name) for name in OPEN if _is_open(before, name)}
+    nothing = {"model": None, "accum_freq": 1}  # None: a checkpoint brings its own
+    return {n: v for n, v in values.items() if n not in nothing or v != nothing[n]}
+
+
+def as_flags(values: dict[str, Any]) -> str:
+    """Values as flags of the command: --batch-size 32 --lr 0.001."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+def taken_up(settings: TrainConfig, before: dict[str, Any]) -> TrainConfig:
+    """The settings of a resumed run: what the user leaves open is as in its checkpoint."""
+    return _filled(settings, {name: before[name] for name in OPEN if name in before})
+
+
+def doubts(settings: TrainConfig, steps: int) -> list[str]:
+    """Why a schedule of so many steps would hardly train, each with what to do."""
+    found = []
+    lr = f"--lr {settings.lr:g}"
+    if settings.warmup >= steps:
+        found.append(
+            f"--warmup {settings.warmup} takes longer than the {steps} steps of this run, whose "
+            f"learning rate stays below {lr}"
+        )
+    if steps < _FEW_STEPS:
+        found.append(f"{steps} steps are few: more --epochs or a smaller --batch-size give more")
+    if settings.pretrained is None and settings.lr < _LEAST_NEW_LR:
+        found.append(
+            f"{lr} is for a trained model, and without --pretrained this one is new: "
+            f"--recipe from-scratch takes {_FROM_SCRATCH.lr:g}"
+        )
+    if settings.pretrained is not None and settings.lr > _MOST_FINE_TUNE_LR:
+        found.append(
+            f"{lr} is for a new model, and that of --pretrained may forget what it knows: "
+            f"--recipe auto takes at most {_FINE_TUNE.lr:g}"
+        )
+    return found
+
+
+def _is_open(settings: TrainConfig, name: str) -> bool:
+    return getattr(settings, name) is None
+
+
+def _filled(settings: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    unset = {name: value for name, value in values.items() if _is_open(settings, name)}
+    return dataclasses.replace(settings, **unset)
+
+
+def _recipe(settings: TrainConfig, pairs: int) -> Recipe:
+    if settings.recipe in _MODELS:
+        return _PAPER
+    if settings.pretrained is None:
+        return _FROM_SCRATCH
+    return _PAPER if pairs >= _PAPER_PAIRS else _FINE_TUNE
+
+
+def _together(most: int, pairs: int) -> int:
+    """Pairs of one process contrasted together, a power of two: several steps for an epoch."""
+    wanted = min(most, max(_LEAST_TOGETHER, pairs // _STEPS_PER_EPOCH), pairs)
+    return 1 << (max(2, wanted).bit_length() - 1)
