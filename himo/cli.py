@@ -24,7 +24,7 @@ _COMMANDS = {
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),
 }
 # Modules of torch and of the extra `himo`; `pip install .` without the extra installs torch alone.
-_NEEDED = ("PIL", "ftfy", "numpy", "regex", "safetensors", "torch", "tqdm")
+_NEEDED = ("PIL", "ftfy", "jinja2", "numpy", "regex", "safetensors", "torch", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,8 +56,9 @@ def _status(given: list[str]) -> int:
         return 130
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name in _NEEDED:
-            install = 'pip install --no-build-isolation -e ".[himo]"'
-            print(f"himo: error: {error.name} is not installed: {install} has it", file=sys.stderr)
+            # Works without sources: pip adds to the installed package what its extra lacks.
+            install = 'the extra [himo] has it: pip install "himo-kernels[himo]"'
+            print(f"himo: error: {error.name} is not installed; {install}", file=sys.stderr)
             return 2
         traceback.print_exc()  # here, where the output is escaped
         return 1
@@ -68,6 +69,7 @@ def _run(given: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="himo", description="CLIP with semantic hierarchy and monotonicity."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, help) in _COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
@@ -77,3 +79,10 @@ def _run(given: list[str]) -> int:
     module, _ = _COMMANDS[parsed.command]
     status: int = importlib.import_module(module).run(parsed)
     return status
+
+
+class _Version(argparse.Action):
+    # argparse's own wants the text beforehand, and the package's version needs torch.
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"himo {importlib.import_module('himo').__version__}")
+        parser.exit()
