@@ -77,6 +77,7 @@ class TrainConfig:
     beta2: float = _flag(0.999, "AdamW; paper 0.999")
     eps: float = _flag(1e-8, "AdamW")
     warmup: int = _flag(200, "steps to the peak learning rate, then a cosine to 0; paper 200")
+    force_warmup: bool = _flag(False, "train although the warm-up is longer than the run")
     grad_clip_norm: float | None = _flag(None, "largest norm of the gradient")
     on_nonfinite: Literal["raise", "skip"] = _flag(
         "raise",
@@ -175,7 +176,7 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     # They change speed, and where and how often something is written.
     "ignore": (
         *("workers", "rank_timeout", "logs", "name", "log_every_n_steps", "save_frequency"),
-        *("save_every_n_steps", "keep_checkpoints", "resume", "allow_changes"),
+        *("save_every_n_steps", "keep_checkpoints", "resume", "allow_changes", "force_warmup"),
     ),
 }
 

@@ -28,8 +28,10 @@ from himo.parallel import Ranks
 from himo.precision import resolve
 from himo.tokenizer import tokenize
 from himo.training_log import TrainingLog
+from himo.training_state import State
 from himo.transforms import Preprocess
 from himo.validation import Validation
+from himo_kernels import extension
 
 
 @dataclasses.dataclass
@@ -131,8 +133,11 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     device = usable_device(ranks.device(settings.device))
     precision, said = resolve(settings.precision, device, ranks)
     settings = dataclasses.replace(settings, precision=precision)
-    if said and ranks.main:
-        note(said)
+    no_extension = extension.notice() if device.type == "cpu" else None
+    for text in (said, no_extension):
+        if text and ranks.main:
+            note(text)
+    named_config(settings.model)  # a wrong name is an error before the data are read
     with ranks.main_first():  # rank 0 writes the index, then the others read it
         index, held_out = open_data(settings, ranks)
     model = build_model(settings, device)
@@ -166,19 +171,24 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         steps_per_epoch=sampler.global_batches(),
         total_steps=0,
     )
-    run.step = _begin(run)
+    state, changes = _restore(run)
+    run.step = 0 if state is None else state.step
     # Steps done plus steps left, so that a run resumed with more --epochs gets the right total.
     epochs_left = settings.epochs - sampler.epoch - 1
     run.total_steps = run.step + sampler.global_batches() + run.steps_per_epoch * epochs_left
+    _check_warmup(settings, run.total_steps)
+    ranks.barrier()  # every rank has read the folder before rank 0 writes to it
     if ranks.main:
+        run_folder.start(settings, state, changes)
         _announce(run, len(pairs), pairs_per_step)
     return run
 
 
-def _begin(run: TrainingRun) -> int:
-    # Restores the checkpoint, if there is one; returns the number of steps done.
+def _restore(run: TrainingRun) -> tuple[State | None, list[resume.Change]]:
+    # Restores the checkpoint, if there is one; returns it and the settings that differ from it.
     settings, sampler = run.settings, run.sampler
-    state, changes = run_folder.saved_state(settings), []
+    state = run_folder.saved_state(settings)
+    changes: list[resume.Change] = []
     if state is not None:
         with training_state.refuse_damage(state):
             if run.ranks.main:
@@ -191,19 +201,20 @@ def _begin(run: TrainingRun) -> int:
             raise HimoError(
                 f"--epochs: expected at least {done}, begun before, got {settings.epochs}"
             )
-    run.ranks.barrier()  # every rank has read the folder before rank 0 writes to it
-    if run.ranks.main:
-        run_folder.start(settings, state, changes)
-    return 0 if state is None else state.step
+    return state, changes
+
+
+def _check_warmup(settings: TrainConfig, total_steps: int) -> None:
+    if settings.warmup >= total_steps and not settings.force_warmup:
+        raise HimoError(
+            f"--warmup: expected less than the {total_steps} steps of this run, got "
+            f"{settings.warmup}: the learning rate would rise towards --lr {settings.lr:g} to the "
+            "end; --force-warmup trains so"
+        )
 
 
 def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
     settings, total = run.settings, run.total_steps
-    if settings.warmup >= total:
-        note(
-            f"--warmup {settings.warmup} takes longer than the {total} steps of this run, whose "
-            f"learning rate stays below --lr {settings.lr:g}"
-        )
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(
         f"{settings.folder}: {pairs} pairs, {total} steps of {pairs_per_step}, "
