@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
@@ -54,12 +55,7 @@ def _status(given: list[str]) -> int:
     except KeyboardInterrupt:
         print("himo: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in _NEEDED:
-            # Works without sources: pip adds to the installed package what its extra lacks.
-            install = 'the extra [himo] has it: pip install "himo-kernels[himo]"'
-            print(f"himo: error: {error.name} is not installed; {install}", file=sys.stderr)
-            return 2
+    except Exception:
         traceback.print_exc()  # here, where the output is escaped
         return 1
     return status
@@ -74,11 +70,21 @@ def _run(given: list[str]) -> int:
     for name, (module, help) in _COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
         if name in given[:1]:
+            _check_extra()
             importlib.import_module(module).add_arguments(command)
     parsed = parser.parse_args(given)
     module, _ = _COMMANDS[parsed.command]
     status: int = importlib.import_module(module).run(parsed)
     return status
+
+
+def _check_extra() -> None:
+    # Before torch is imported, which warns on several lines if numpy is missing.
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        # This needs no sources: pip adds to the installed package what its extra lacks.
+        install = 'the extra [himo] has it: pip install "himo-kernels[himo]"'
+        raise HimoError(f"{missing[0]} is not installed; {install}")
 
 
 class _Version(argparse.Action):
