@@ -148,7 +148,7 @@ sanitize: $(READY)
 wheel: $(READY)
 	@rm -rf build/lib* build/bdist* dist
 	@$(PY) setup.py -q bdist_wheel
-	@$(PY) -m zipfile -l dist/*.whl | grep -q 'himo_kernels/_C' || { \
+	@$(PY) -m zipfile -l dist/*.whl | grep 'himo_kernels/_C' >/dev/null || { \
 	  echo "make wheel: the extension was left out" >&2; rm -r dist; exit 1; }
 	@ls dist/*.whl
 
