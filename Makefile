@@ -17,6 +17,7 @@ OPEN_CLIP_OLDEST := open_clip_torch==0.2.0
 # Prerequisites of a rebuild of the extension.
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+PATH_OUTSIDE := $(PATH)
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 BUILT := in-place
@@ -39,7 +40,7 @@ BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 # torch's default, the number of cores plus two, exhausts the memory of small machines.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test test-all classes fuzz lint aot sanitize bench gpu demo clean in-place
+.PHONY: help setup test test-all classes fuzz lint aot sanitize wheel install-check bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
@@ -50,6 +51,8 @@ help:
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
 	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
 	@echo "make sanitize  the operators' tests on an extension with address and undefined-behaviour sanitizers"
+	@echo "make wheel   a wheel with the extension in dist/, for this platform, Python and minor version of torch"
+	@echo "make install-check  the README's install lines, and the wheel, in empty environments; needs network"
 	@echo "make bench   time every operator on this machine's CPU, about 30 minutes: $(BENCH_OUT)"
 	@echo "make gpu     the GPU's tests, then time every operator on it, 10 minutes: $(GPU_OUT)"
 	@echo "make demo    render scenes, train two small models, evaluate them, write demo/report.html"
@@ -78,12 +81,9 @@ $(VENV)/.himo-tools: $(VENV)/.himo-installed | $(BUILT)
 	@$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/open_clip_oldest $(OPEN_CLIP_OLDEST)
 	@touch $@
 
-# Quiet on success; prints why the extension is left out, and the whole log if the build fails.
 define BUILD_IN_PLACE
 @echo "building the extension in place"
-@mkdir -p build
-@$(PY) setup.py build_ext --inplace >build/in-place.log 2>&1 || { cat build/in-place.log; exit 1; }
-@grep 'the extension is left out' build/in-place.log || true
+@$(PY) setup.py build_ext --inplace
 endef
 
 $(VENV)/.himo-built: $(VENV)/.himo-installed setup.py $(CSRC)
@@ -151,6 +151,17 @@ sanitize: $(READY)
 	$(SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH="$(SANITIZED):$(CURDIR)" $(PY) -m pytest \
 	  -p no:cacheprovider --capture=sys -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
 	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
+
+# Without what an earlier build left in build/lib*, which would be packed too.
+wheel: $(READY)
+	@rm -rf build/lib* build/bdist* dist
+	@$(PY) setup.py -q bdist_wheel
+	@$(PY) -m zipfile -l dist/*.whl | grep 'himo_kernels/_C' >/dev/null || { \
+	  echo "make wheel: the extension was left out" >&2; rm -r dist; exit 1; }
+	@ls dist/*.whl
+
+install-check:
+	@PATH="$(PATH_OUTSIDE)" TORCH="$(TORCH)" .ci/install-check
 
 # Rows, charts, and the tables of both READMEs. Needs an otherwise idle machine.
 bench: $(READY)

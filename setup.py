@@ -1,20 +1,25 @@
 """Builds the extension himo_kernels._C, which pyproject.toml cannot describe.
 
-The extension is optional. Without torch or a C++ compiler, or with HIMO_KERNELS_NO_EXTENSION=1, it
-is left out with a one-line reason, and the `reference` and `triton` backends remain. With a working
-compiler, an error in our sources fails the build.
+The extension is optional. Without a C++ compiler, or with HIMO_KERNELS_NO_EXTENSION=1, it is left
+out with a one-line reason, and the `reference` and `triton` backends remain. Without torch, or with
+an error in our sources, the build fails: pip hides the output of a build that succeeds.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import setuptools
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SWITCH = "HIMO_KERNELS_NO_EXTENSION"
@@ -43,7 +48,11 @@ def switched_on(variable: str) -> bool:
 
 
 class LeftOut(Exception):
-    """The one-line reason why the extension cannot be built on this machine."""
+    """The one-line reason why the package is built without the extension."""
+
+
+class NoTorch(Exception):
+    """The one-line reason why the package is not built."""
 
 
 def find_compiler() -> str:
@@ -75,7 +84,7 @@ def probe(compiler: str, flags: list[str]) -> str | None:
 
 
 def extension() -> dict[str, object]:
-    """Returns the setup() arguments for the extension. Raises LeftOut if it cannot be built."""
+    """Returns the setup() arguments for the extension. Raises LeftOut or NoTorch without one."""
     if switched_on(SWITCH):
         raise LeftOut(f"{SWITCH}={os.environ[SWITCH]}")
     compiler = find_compiler()
@@ -83,10 +92,10 @@ def extension() -> dict[str, object]:
         import torch
         from torch.utils import cpp_extension
     except (ImportError, OSError) as error:
-        raise LeftOut(f"torch cannot be imported ({error}); use --no-build-isolation") from error
+        raise NoTorch(f"torch cannot be imported ({error})") from error
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
-        raise LeftOut(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
+        raise NoTorch(f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
 
     # at::parallel_for is a header template and runs on one thread unless we compile with OpenMP. Do
     # not link with it: a second OpenMP runtime next to torch's would make idle threads of each spin
@@ -117,11 +126,63 @@ def extension() -> dict[str, object]:
         define_macros=macros,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
         extra_link_args=sanitizers,
-        depends=[str(path) for path in sorted(ROOT.glob("csrc/**/*.h"))],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
     )
-    ninja = cpp_extension.is_ninja_available()
-    build_ext = cpp_extension.BuildExtension.with_options(use_ninja=ninja)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": build_ext}}
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            with one_line_per_source(len(module.sources)):
+                super().build_extensions()
+
+    build = Build.with_options(use_ninja=cpp_extension.is_ninja_available())
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
+
+
+@contextmanager
+def one_line_per_source(total: int) -> Iterator[None]:
+    """Shortens each compiler command on file descriptor 1 to `[3/24] csrc/cpu/dense.cpp`.
+
+    ninja writes to the descriptor itself, so replacing sys.stdout would not do.
+    """
+    root = re.escape(f"{ROOT}/")
+    command = re.compile(rf"(\[\d+/\d+\] )?.* -c (?:{root})?(\S+\.(?:cpp|cu)) -o .*")
+    read, write = os.pipe()
+    sys.stdout.flush()
+    printed = os.dup(1)
+    os.dup2(write, 1)
+    os.close(write)
+
+    def shorten() -> None:
+        done = 0
+        with open(read, errors="replace") as lines, open(printed, "w") as out:
+            for line in lines:
+                if found := command.fullmatch(line.rstrip("\n")):
+                    done += 1
+                    line = f"{found[1] or f'[{done}/{total}] '}{found[2]}\n"
+                out.write("linking the extension\n" if " -shared " in line else line)
+                out.flush()
+
+    thread = threading.Thread(target=shorten)
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(printed, 1)  # closes the pipe, which ends the thread
+        thread.join()
+
+
+class Refuse(build_ext):
+    """Ends the build; the metadata and a source distribution need no torch."""
+
+    reason: NoTorch
+
+    def run(self) -> None:
+        sys.exit(
+            f"himo_kernels: to build the extension, {self.reason}: install torch and setuptools, "
+            f"then this package with pip's --no-build-isolation; or set {SWITCH}=1 to install it "
+            "without the extension"
+        )
 
 
 # Older versions fail on the license field of pyproject.toml with a misleading message.
@@ -132,4 +193,8 @@ try:
 except LeftOut as reason:
     print(f"himo_kernels: the extension is left out: {reason}", file=sys.stderr)
     arguments = {}
+except NoTorch as reason:
+    Refuse.reason = reason
+    module = setuptools.Extension("himo_kernels._C", [])
+    arguments = {"ext_modules": [module], "cmdclass": {"build_ext": Refuse}}
 setuptools.setup(**arguments)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
@@ -27,7 +28,7 @@ _COMMANDS = {
     "convert": ("himo.checkpoint.conversion", "a checkpoint in another format"),
 }
 # Modules of torch and of the extra `himo`; `pip install .` without the extra installs torch alone.
-_NEEDED = ("PIL", "ftfy", "numpy", "regex", "safetensors", "torch", "tqdm")
+_NEEDED = ("PIL", "ftfy", "jinja2", "numpy", "regex", "safetensors", "torch", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,11 +58,7 @@ def _status(given: list[str]) -> int:
     except KeyboardInterrupt:
         print("himo: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in _NEEDED:
-            install = 'pip install --no-build-isolation -e ".[himo]"'
-            print(f"himo: error: {error.name} is not installed: {install} has it", file=sys.stderr)
-            return 2
+    except Exception:
         traceback.print_exc()  # here, where the output is escaped
         return 1
     return status
@@ -76,11 +73,21 @@ def _run(given: list[str]) -> int:
     for name, (module, help) in _COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
         if name in given[:1]:
+            _check_extra()
             importlib.import_module(module).add_arguments(command)
     parsed = parser.parse_args(given)
     module, _ = _COMMANDS[parsed.command]
     status: int = importlib.import_module(module).run(parsed)
     return status
+
+
+def _check_extra() -> None:
+    # Before torch is imported, which warns on several lines if numpy is missing.
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        # This needs no sources: pip adds to the installed package what its extra lacks.
+        install = 'the extra [himo] has it: pip install "himo-kernels[himo]"'
+        raise HimoError(f"{missing[0]} is not installed; {install}")
 
 
 class _Version(argparse.Action):

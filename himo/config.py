@@ -90,6 +90,7 @@ class TrainConfig:
     warmup: int = _flag(
         None, "steps to the peak learning rate, then a cosine to 0; paper 200 (recipe)"
     )
+    force_warmup: bool = _flag(False, "train although the warm-up is as long as the run")
     grad_clip_norm: float | None = _flag(None, "largest norm of the gradient")
     on_nonfinite: Literal["raise", "skip"] = _flag(
         "raise",
@@ -206,6 +207,7 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     "ignore": (
         *("workers", "rank_timeout", "logs", "name", "log_every_n_steps", "save_frequency"),
         *("save_every_n_steps", "keep_checkpoints", "report_to", "resume", "allow_changes"),
+        "force_warmup",
     ),
 }
 

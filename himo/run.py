@@ -30,8 +30,10 @@ from himo.precision import resolve
 from himo.reporting import Reports, check_installed
 from himo.tokenizer import tokenize
 from himo.training_log import TrainingLog
+from himo.training_state import State
 from himo.transforms import Preprocess
 from himo.validation import Best, Validation
+from himo_kernels import extension
 
 
 @dataclasses.dataclass
@@ -148,8 +150,12 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
             settings = recipes.taken_up(settings, state.record["settings"])
     precision, said = resolve(settings.precision, device, ranks)
     settings = dataclasses.replace(settings, precision=precision)
-    if said and ranks.main:
-        note(said)
+    no_extension = extension.notice() if device.type == "cpu" else None
+    for text in (said, no_extension):
+        if text and ranks.main:
+            note(text)
+    if settings.model:
+        named_config(settings.model)  # a wrong name is an error before the data are read
     with ranks.main_first():  # rank 0 writes the index, then the others read it
         index, held_out = open_data(settings, ranks)
     free = min(ranks.gather(free_memory(device)))  # without the model: a step counts it
@@ -188,12 +194,19 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         steps_per_epoch=sampler.global_batches(),
         total_steps=0,
     )
-    choice = recipes.chosen(given, settings) if state is None else {}
-    run.step = _begin(run, state, choice)
+    changes = _restore(run, state)
+    run.step = 0 if state is None else state.step
     # Steps done plus steps left, so that a run resumed with more --epochs gets the right total.
     epochs_left = settings.epochs - sampler.epoch - 1
     run.total_steps = run.step + sampler.global_batches() + run.steps_per_epoch * epochs_left
+    _check_warmup(settings, run.total_steps)
+    ranks.barrier()  # every rank has read the folder before rank 0 writes to it
     if ranks.main:
+        choice = recipes.chosen(given, settings) if state is None else {}
+        run_folder.start(settings, state, changes, choice)
+        run.log.recipe = {settings.recipe: choice} if choice else None
+        if run.best.step and not run_folder.keeps_best(settings.folder, run.best.step):
+            run.best = Best()
         run.reports = Reports(settings, run.step)
         if choice:
             print(f"{settings.folder}: recipe {settings.recipe}: {recipes.as_flags(choice)}")
@@ -201,8 +214,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     return run
 
 
-def _begin(run: TrainingRun, state: training_state.State | None, choice: dict[str, Any]) -> int:
-    # Restores the checkpoint, if there is one; returns the number of steps done.
+def _restore(run: TrainingRun, state: State | None) -> list[resume.Change]:
+    # Restores the checkpoint, if there is one; returns the settings that differ from it.
     settings, sampler = run.settings, run.sampler
     changes: list[resume.Change] = []
     if state is not None:
@@ -218,13 +231,16 @@ def _begin(run: TrainingRun, state: training_state.State | None, choice: dict[st
             raise HimoError(
                 f"--epochs: expected at least {done}, begun before, got {settings.epochs}"
             )
-    run.ranks.barrier()  # every rank has read the folder before rank 0 writes to it
-    if run.ranks.main:
-        run_folder.start(settings, state, changes, choice)
-        run.log.recipe = {settings.recipe: choice} if choice else None
-        if run.best.step and not run_folder.keeps_best(settings.folder, run.best.step):
-            run.best = Best()
-    return 0 if state is None else state.step
+    return changes
+
+
+def _check_warmup(settings: TrainConfig, total_steps: int) -> None:
+    if settings.warmup >= total_steps and not settings.force_warmup:
+        raise HimoError(
+            f"--warmup: expected less than the {total_steps} steps of this run, got "
+            f"{settings.warmup}: the learning rate would rise towards --lr {settings.lr:g} to the "
+            "end; --force-warmup trains so"
+        )
 
 
 def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:

@@ -5,6 +5,7 @@ operator, so `torch.compile(fullgraph=True)` sees the same operator for every ba
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from himo_kernels import extension
 from himo_kernels._checks import raise_type, raise_value
 from himo_kernels.process_state import full_float32_matmuls, without_autocast
 
@@ -116,6 +118,8 @@ class Operator:
     def resolve(self, requested: str, *tensors: Tensor) -> str:
         """Returns the backend's name. A named backend never falls back to another.
 
+        Warns, once per process, if "auto" does without a backend because the extension is missing.
+
         Raises:
             ValueError: requested (or the environment variable) names no backend.
             NotImplementedError: the named backend cannot take these tensors.
@@ -124,6 +128,8 @@ class Operator:
         chosen = self.choose(requested, *tensors)
         if chosen is None:
             raise NotImplementedError(self._refusal(requested, *tensors))
+        if requested == "auto" and self._lacks_extension(*tensors) and (said := extension.notice()):
+            warnings.warn(f"himo_kernels: {said}", RuntimeWarning, stacklevel=3)
         return chosen
 
     def choose(self, requested: str, *tensors: Tensor) -> str | None:
@@ -139,6 +145,13 @@ class Operator:
             if backend.suits(*tensors) and backend.why_not(*tensors) is None:
                 return name
         return None
+
+    def _lacks_extension(self, *tensors: Tensor) -> bool:
+        reason = extension.why_not()
+        if reason is None or torch.compiler.is_compiling():  # a trace cannot hold a warning
+            return False
+        wanted = (backend for backend in self.backends.values() if backend.suits(*tensors))
+        return any(backend.why_not(*tensors) == reason for backend in wanted)
 
     def _refusal(self, requested: str, *tensors: Tensor) -> str:
         def state(name: str) -> str:

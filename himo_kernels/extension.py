@@ -1,7 +1,7 @@
 """Loads the compiled extension himo_kernels._C once, or records why it cannot be loaded.
 
 Without it the package lacks only the `cpu` backend. Import raises and prints nothing; the reason is
-reported when the backend is requested.
+reported when the backend is requested, and once per process when "auto" has to do without it.
 """
 
 import importlib
@@ -11,25 +11,32 @@ from types import ModuleType
 import torch
 
 SWITCH = "HIMO_KERNELS_NO_EXTENSION"
-REBUILD = "pip install --no-build-isolation -e ."
+# SOURCES, because a user of an installed package may have no checkout.
+BUILD = (
+    "with a C++ compiler, build it from the sources of himo-kernels: "
+    "pip install --no-build-isolation --no-deps --force-reinstall SOURCES"
+)
+
+
+_SWITCHED_OFF = os.environ.get(SWITCH, "0") not in ("", "0")
 
 
 def _load() -> tuple[ModuleType | None, str | None, ImportError | None]:
     """Returns the module, or None with a one-line reason and the error that caused it."""
-    if os.environ.get(SWITCH, "0") not in ("", "0"):
+    if _SWITCHED_OFF:
         return None, f"the extension is switched off by {SWITCH}={os.environ[SWITCH]}", None
     try:
         module = importlib.import_module("himo_kernels._C")
     except ModuleNotFoundError as error:
-        return None, f"the extension is not built ({error}); build it with: {REBUILD}", error
+        return None, f"the extension is not built ({error}); {BUILD}", error
     except ImportError as error:  # usually a symbol that this version of torch lacks
         text = str(error).splitlines()[0]
-        return None, f"the extension cannot be loaded ({text}); rebuild it with: {REBUILD}", error
+        return None, f"the extension cannot be loaded ({text}); {BUILD}", error
     built, running = module.build_info()["torch"], torch.__version__
     # The C++ ABI of torch is stable only within a minor version.
     if _minor(built) != _minor(running):
         reason = f"the extension is built for torch {built}, this is torch {running}"
-        return None, f"{reason}; rebuild it with: {REBUILD}", None
+        return None, f"{reason}; {BUILD}", None
     return module, None, None
 
 
@@ -43,6 +50,21 @@ _MODULE, _REASON, _ERROR = _load()
 def why_not() -> str | None:
     """Returns a one-line reason why the extension cannot be used, or None. Traced by compile."""
     return _REASON
+
+
+_noticed = _MODULE is not None or _SWITCHED_OFF
+
+
+def notice() -> str | None:
+    """Returns why operators on a CPU run in plain PyTorch and how to change it, once per process.
+
+    Returns None afterwards, and if the extension is loaded or switched off.
+    """
+    global _noticed
+    if _noticed:
+        return None
+    _noticed = True
+    return f"operators on a CPU run in plain PyTorch: {_REASON}; {SWITCH}=1 silences this"
 
 
 def load() -> ModuleType:

@@ -47,6 +47,7 @@ def _eigensolver() -> str:
 
 def report() -> str:
     """Returns the whole report as text."""
+    extension.notice()  # it is in the report, so the calls below need not warn
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     lines = [
         f"himo_kernels {himo_kernels.__version__}",

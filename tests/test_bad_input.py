@@ -281,7 +281,7 @@ SETTING_MISTAKES = {
     "backend": (
         ALL,
         {
-            "unknown": _instead("numpy", ValueError, "'numpy'"),
+            "unknown": _instead("nothing", ValueError, "'nothing'"),
             "capital": _instead("Reference", ValueError, "'Reference'"),
             "empty": _instead("", ValueError, "''"),
             "None": _instead(None, TypeError, "NoneType"),
@@ -392,13 +392,13 @@ def test_a_backend_that_cannot_take_the_tensors_is_refused_with_every_reason(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_ALL", list(dispatch._ALL))
-    Operator("other", {"numpy": Backend({})}, public=False)  # registers the name
+    Operator("other", {"new": Backend({})}, public=False)  # registers the name
     with pytest.raises(NotImplementedError) as caught:
-        ENTRIES[name].call(backend="numpy")
+        ENTRIES[name].call(backend="new")
     first, *reasons = str(caught.value).splitlines()
     operators = "|".join(ENTRIES[name].operators)
     assert re.match(
-        rf"({operators}): backend 'numpy' cannot take \[5, 3\] torch.float32 on cpu", first
+        rf"({operators}): backend 'new' cannot take \[5, 3\] torch.float32 on cpu", first
     )
     assert [line.split(":")[0].strip() for line in reasons] == backend_names()
 
@@ -464,10 +464,9 @@ TEXTS = {
         TypeError,
         lambda: RECONSTRUCT.call(backend=None),
     ),
-    "pca_reconstruct: expected backend to be 'auto' or one of "
-    "['triton', 'cpu', 'reference'], got 'numpy'": (
+    f"pca_reconstruct: expected backend to be 'auto' or one of {backend_names()}, got 'nothing'": (
         ValueError,
-        lambda: RECONSTRUCT.call(backend="numpy"),
+        lambda: RECONSTRUCT.call(backend="nothing"),
     ),
     "normalize: expected features of shape [*, N, D], got [3]": (
         ValueError,

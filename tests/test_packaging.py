@@ -20,12 +20,15 @@ FOLDERS = [
 ]
 FILES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"]
 SWITCH = "HIMO_KERNELS_NO_EXTENSION"
-REBUILD = "pip install --no-build-isolation -e ."
+BUILD = "pip install --no-build-isolation --no-deps --force-reinstall SOURCES"
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists() or int(setuptools.__version__.split(".")[0]) < 77,
     reason="needs the source tree, and setuptools >= 77 for the license field",
 )
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -122,7 +125,7 @@ def test_without_the_extension_the_package_works_and_says_why(installed: Path) -
     place, reason, shape, refusal, cause = python(script, installed).splitlines()
     assert Path(place).is_relative_to(installed)
     assert reason.startswith("the extension is not built (No module named 'himo_kernels._C')")
-    assert reason.endswith(REBUILD)
+    assert reason.endswith(BUILD)
     assert shape == "torch.Size([3, 3])"
     assert reason in refusal
     assert cause == "ModuleNotFoundError"
@@ -164,7 +167,7 @@ def test_a_file_that_cannot_be_loaded_is_a_reason(installed: Path) -> None:
     finally:
         broken.unlink()
     assert reason.startswith("the extension cannot be loaded (")
-    assert reason.endswith(REBUILD)
+    assert reason.endswith(BUILD)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +198,70 @@ def test_an_extension_of_another_torch_is_refused(
         assert (reason, loaded) == ("None", "True")
     else:
         expected = f"the extension is built for torch {built}, this is torch {running}"
-        assert reason == loaded == f"{expected}; rebuild it with: {REBUILD}"
+        assert reason == loaded and reason.startswith(expected) and reason.endswith(BUILD)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@needs_compiler
+@pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "no-ninja"])
+def test_the_build_prints_one_line_for_each_source(ninja: bool, tmp_path: Path) -> None:
+    if ninja and shutil.which("ninja") is None:
+        pytest.skip("needs ninja")
+    sources = copy_sources(tmp_path / "sources")
+    shutil.rmtree(sources / "csrc")
+    for name in ("csrc/one.cpp", "csrc/cpu/two.cpp"):
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).write_text("#warning seen\n")
+    environment = {"MAX_JOBS": "1"}
+    if not ninja:  # a program of that name that fails
+        broken = tmp_path / "ninja"
+        broken.write_text("#!/bin/sh\nexit 1\n")
+        broken.chmod(0o755)
+        environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    done = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=sources, **environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    compiled = [line.split() for line in lines if line.startswith("[")]
+    assert [count for count, _ in compiled] == ["[1/2]", "[2/2]"]
+    assert {source for _, source in compiled} == {"csrc/one.cpp", "csrc/cpu/two.cpp"}
+    assert "linking the extension" in lines
+    assert "#warning seen" in done.stdout + done.stderr  # what the compiler says stays
+    assert not [line for line in lines if " -c " in line or " -shared " in line]
+
+
+# What `import torch` finds where torch is not installed, and where it is too old.
+NO_TORCH = {
+    "none": ("raise ModuleNotFoundError('No module named torch')", "torch cannot be imported"),
+    "old": ("__version__ = '2.3.1'", "torch 2.3.1 is older than 2.11"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("module", "reason"), NO_TORCH.values(), ids=NO_TORCH)
+def test_a_build_without_torch_fails_and_says_how_to_install(
+    module: str, reason: str, tmp_path: Path
+) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    torch = tmp_path / "site" / "torch"
+    (torch / "utils").mkdir(parents=True)
+    (torch / "__init__.py").write_text(module)
+    for name in ("utils/__init__.py", "utils/cpp_extension.py"):
+        (torch / name).touch()
+
+    def setup(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = str(tmp_path / "site")
+        return run(
+            sys.executable, "setup.py", *command, cwd=sources, PYTHONPATH=path, **environment
+        )
+
+    refused = setup("build")
+    assert refused.returncode == 1
+    (told,) = [line for line in refused.stderr.splitlines() if line.startswith("himo_kernels: ")]
+    assert reason in told and "--no-build-isolation" in told and f"{SWITCH}=1" in told
+    assert setup("egg_info").returncode == 0  # the metadata need no torch
+    assert setup("build", **{SWITCH: "1"}).returncode == 0
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_an_error_in_our_sources_fails_the_build(tmp_path: Path) -> None:
     sources = copy_sources(tmp_path / "sources")

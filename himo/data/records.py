@@ -30,7 +30,7 @@ MAX_CAPTION = MAX_CLEANED
 
 MAX_IMAGE = 1 << 26  # bytes of one image in a shard, which is read whole before it is checked
 
-# Default names of the fields: open_clip's csv, ShareGPT4V and jsonl, HiMo-Docci.
+# Default names of the fields, in any case: open_clip's csv, ShareGPT4V and jsonl, HiMo-Docci.
 IMAGE_KEYS = ("filepath", "image", "img_path")
 CAPTION_KEYS = ("title", "caption")
 SHORT_CAPTION_KEY = "caption_short"
@@ -249,11 +249,18 @@ def make_record(line: int, image: Any, caption: Any, caption_short: Any = None) 
 
 
 def pick(fields: Any, key: str | None, defaults: tuple[str, ...], what: str) -> str:
-    """The name of the field to read: `key`, or the first of `defaults` in `fields`."""
+    """The name of the field to read: `key`, or the first of `defaults` in `fields`.
+
+    Where none is spelled exactly so, upper and lower case are the same: `Image` is `image`.
+    """
     names = defaults if key is None else (key,)
     for name in names:
         if name in fields:
             return name
+    in_any_case = {field.casefold(): field for field in reversed(list(fields))}
+    for name in names:
+        if name.casefold() in in_any_case:
+            return in_any_case[name.casefold()]
     there = ", ".join(map(quoted, list(fields)[:10])) or "nothing"
     raise RecordError("missing_key", f"no {what} {' or '.join(map(repr, names))}; there is {there}")
 

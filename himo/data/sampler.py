@@ -57,7 +57,7 @@ class EpochSampler(Sampler[list[int]]):
         if drop_last and length < batch_size * world_size:
             raise HimoError(
                 f"{length} samples do not fill one batch of {batch_size} on each of {world_size} "
-                "processes: use a smaller batch_size"
+                "processes: use a smaller batch_size (--batch-size), or --keep-last-batch"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size

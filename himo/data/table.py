@@ -48,8 +48,9 @@ class Table(KeyedSource):
         path: the file.
         separator: one character; None takes the tab, or the comma or semicolon if only that
             gives the columns.
-        image_key: name of the column of paths; None takes `filepath`, `image` or `img_path`.
-        caption_key: name of the column of captions; None takes `title` or `caption`.
+        image_key: name of the column of paths; None takes `filepath`, `image` or `img_path`, in
+            upper or lower case.
+        caption_key: name of the column of captions; None takes `title` or `caption`, in any case.
             A column `caption_short` is read where there is one.
     """
 

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import himo
 from himo.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -103,16 +106,19 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "himo: interrupted\n"
 
 
-def test_a_package_that_is_not_installed_is_one_line():
-    code = """
+@pytest.mark.parametrize("command", [["doctor"], ["train", "--help"], ["report", "."]], ids=str)
+@pytest.mark.parametrize("package", ["PIL", "tqdm"])
+def test_without_the_extra_each_command_names_it_in_one_line(command, package):
+    code = f"""
 import sys
 from himo.cli import main
-sys.modules["PIL"] = None
+sys.modules[{package!r}] = None
 sys.stderr = sys.stdout
-print(main(["doctor"]))
+print(main({command!r}))
 """
     message, status = python(code).splitlines()
-    assert message.startswith("himo: error: PIL is not installed: pip install ") and status == "2"
+    expected = 'is not installed; the extra [himo] has it: pip install "himo-kernels[himo]"'
+    assert (message, status) == (f"himo: error: {package} {expected}", "2")
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path, capsys):

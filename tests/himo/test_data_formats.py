@@ -462,6 +462,24 @@ def test_columns_and_separator_can_be_named(tmp_path: Path) -> None:
         Table(path, "::")
 
 
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("Image;Caption\na.jpg;c\n", ()),
+        ("TITLE,FilePath\nc,a.jpg\n", ()),
+        ("Caption;caption;image\nother;c;a.jpg\n", ()),  # the exact name first
+        ("Picture;WORDS\na.jpg;c\n", ("picture", "words")),
+    ],
+    ids=["semicolon", "comma", "exact", "named"],
+)
+def test_columns_are_found_in_upper_or_lower_case(
+    text: str, keys: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    assert read(Table(path, None, *keys)) == ([Record(2, "a.jpg", "c")], [])
+
+
 def test_a_folder_pairs_files_side_by_side_and_counts_the_others(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.PNG", "sub/c.jpeg", "lonely.png", ".hidden.jpg", "._a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

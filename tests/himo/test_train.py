@@ -4,15 +4,27 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from train_runs import ROOT, command, digests, lines, photos, refused, train
+from train_runs import (
+    ROOT,
+    command,
+    digests,
+    lines,
+    photos,
+    refused,
+    small_model,
+    train,
+    train_here,
+)
 
 import himo
 from himo.cli import main
@@ -195,12 +207,70 @@ def test_linked_images_short_captions_and_the_first_pairs(pairs, tmp_path, capsy
     assert main(["eval", "--pretrained", "x", "--data", str(table), "--out", f"{tmp_path}/e"]) == 2
     assert "is a link that leaves" in capsys.readouterr().err
     flags = ["--follow-links", "--short-captions", "--held-out", "2", "--train-num-samples", "9"]
+    flags += ["--warmup", "0"]
     done = train(table, tmp_path, *flags, "--epochs", "1")
     assert ": 9 pairs, 1 steps of 8" in done.stdout and "2 pairs to validate on" in done.stdout
     assert "(2 of them share their caption with other images)" in done.stdout
     assert f"{table}: 12 samples (csv)\n" in done.stdout
-    assert "--warmup 2 takes longer than the 1 steps" in done.stderr
     assert "longer than context_length" not in done.stderr  # as the long captions are
+
+
+@pytest.mark.parametrize("warmup", [STEPS - 1, STEPS, 200])
+def test_a_warmup_as_long_as_the_run_is_an_error_unless_forced(pairs, tmp_path, capsys, warmup):
+    flags = [*small_model(tmp_path), "--warmup", str(warmup)]
+    if warmup >= STEPS:
+        message = refused(capsys, pairs, tmp_path / "logs", *flags)
+        expected = f"--warmup: expected less than the {STEPS} steps of this run, got {warmup}: "
+        assert expected in message and "--force-warmup" in message
+        assert not (tmp_path / "logs").exists()
+        flags.append("--force-warmup")
+    assert train_here(pairs, tmp_path / "logs", *flags) == 0
+
+
+NO_DATA = {
+    "no row": ("", [], "no sample is left"),
+    "no image": ("none.jpg,A card.\n", ["--skip-missing-images"], "1 of 1 images are missing"),
+    "all held out": (
+        "0.jpg,A card.\n",
+        ["--held-out", "1"],
+        "--held-out: expected fewer than 1 pairs, got 1",
+    ),
+    "less than a batch": ("0.jpg,A card.\n", [], "1 samples do not fill one batch of 8"),
+}
+
+
+@pytest.mark.parametrize(("rows", "flags", "said"), NO_DATA.values(), ids=NO_DATA)
+def test_no_data_left_is_one_line(pairs, tmp_path, capsys, rows, flags, said):
+    table = tmp_path / "pairs.csv"
+    table.write_text(f"filepath,title\n{rows}")
+    flags = [*flags, "--image-root", str(pairs.parent), *small_model(tmp_path)]
+    assert said in refused(capsys, table, tmp_path / "logs", *flags)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_unknown_model_is_one_line_with_the_names_before_any_data_is_read(tmp_path, capsys):
+    message = refused(capsys, tmp_path / "absent.csv", tmp_path / "logs", "--model", "ViT-B/16")
+    assert message.endswith(f"--model: expected one of {', '.join(CONFIGS)}, got ViT-B/16")
+
+
+def test_without_the_extension_train_says_so_once_and_doctor_warns(pairs, tmp_path):
+    flags = command(pairs, tmp_path, *small_model(tmp_path), "--epochs", "1")[3:]
+    code = f"""
+import sys
+sys.modules["himo_kernels._C"] = None
+from himo.cli import main
+print(main({flags!r}), main(["doctor"]))
+"""
+    environment = {**os.environ, "HIMO_KERNELS_NO_EXTENSION": "0", "HIMO_KERNELS_BACKEND": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stdout.endswith("0 0\n"), done.stdout + done.stderr
+    missing = "operators on a CPU run in plain PyTorch: the extension is not built ("
+    assert done.stderr.count(missing) == 1 and f"himo: note: {missing}" in done.stderr
+    assert "RuntimeWarning" not in done.stderr
+    (check,) = re.findall(r"(?m)^warning  extension +(.*)$", done.stdout)
+    assert "the extension is not built (" in check and "--force-reinstall SOURCES" in check
 
 
 def test_validation_is_what_himo_eval_finds_and_changes_no_bit(pairs, whole_run, tmp_path, capsys):

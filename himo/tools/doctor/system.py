@@ -49,8 +49,7 @@ def extension() -> Check:
     reason = why_no_extension()
     if reason is None:
         return Check("extension", "ok", "loaded, operators on a CPU are compiled ones")
-    rebuild = "pip install --no-build-isolation -e . with a C++ compiler builds it"
-    return Check("extension", "warning", f"operators run in plain PyTorch ({reason}); {rebuild}")
+    return Check("extension", "warning", f"operators run in plain PyTorch: {reason}")
 
 
 def device(settings: TrainConfig) -> Check:
