@@ -15,6 +15,8 @@ from himo_kernels._memory import available_memory
 # Numbers that a block keeps for each token and channel until its backward pass: its input, two
 # normalised inputs, query, key, value, attention, its projection, and 4 + 4 of the MLP.
 _KEPT = 16.5
+# The last block computes one position of each row, but key and value of all, from the input.
+_KEPT_LAST = 4
 # Weight, gradient, and the two moments of AdamW, in float32.
 _BYTES_PER_PARAMETER = 4 * 4
 _SIGNS = ("not enough memory", "can't allocate memory", "out of memory")  # in a RuntimeError
@@ -38,7 +40,9 @@ def step_bytes(config: CLIPConfig, settings: TrainConfig, batch: int) -> int:
         (config.text_layers, config.text_width, config.context_length),
     ):
         # Recomputed blocks keep their input, and one at a time the rest.
-        blocks = layers + _KEPT if settings.grad_checkpointing else _KEPT * layers
+        blocks = _KEPT * (layers - 1) + _KEPT_LAST
+        if settings.grad_checkpointing:
+            blocks = layers + _KEPT
         kept += 4 * blocks * width * tokens
     return _BYTES_PER_PARAMETER * parameters + int(batch * kept)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import himo
 from himo.cli import main
 
 ROOT = Path(__file__).parents[2]
