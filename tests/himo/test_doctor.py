@@ -208,8 +208,10 @@ def test_the_schedule_is_judged(capsys, pairs, tmp_path):
     assert kind == "ok"
     assert found.startswith("60 steps of 4 in 30 epochs, --lr 0.001 after --warmup 6, 2 of 10 ")
     flags = ("--recipe", "paper-b16", "--keep-last-batch")
-    kind, found = examined(capsys, *data, *flags, status=0)["schedule"][0]
-    assert kind == "warning" and found.startswith("30 steps of 4 in 10 epochs, --lr 1e-06 ")
+    forced = examined(capsys, *data, *flags, "--force-warmup", status=0)["schedule"][0]
+    kind, found = examined(capsys, *data, *flags, status=1)["schedule"][0]
+    assert forced == ("warning", found)
+    assert kind == "problem" and found.startswith("30 steps of 4 in 10 epochs, --lr 1e-06 ")
     assert "--warmup 200 takes longer than the 30 steps" in found and "left out" not in found
     assert "30 steps are few" in found and "--recipe from-scratch takes 0.001" in found
     assert "schedule" not in examined(capsys, "--val-data", str(pairs), status=0)

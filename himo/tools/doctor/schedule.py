@@ -23,10 +23,9 @@ def schedule(settings: TrainConfig, pairs: int) -> Check:
     if (left_out := pairs % together) and not settings.keep_last_batch:
         found += f", {left_out} of {pairs:,} pairs left out of an epoch"
     if doubts := recipes.doubts(settings, steps):
-        # `himo train` refuses it.
-        refused = settings.warmup >= steps and not settings.force_warmup
-        status = "problem" if refused else "warning"
-        return Check("schedule", status, f"{found}; {'; '.join(doubts)}")
+        refused = settings.warmup >= steps and not settings.force_warmup  # by `himo train`
+        text = f"{found}; {'; '.join(doubts)}"
+        return Check("schedule", "problem" if refused else "warning", text)
     return Check("schedule", "ok", found)
 
 
