@@ -110,7 +110,7 @@ test-all: $(READY)
 # The operators' tests as on older processors: the newest instructions ATEN, oneDNN and MKL may use.
 CLASSES := default:SSE41:SSE4_2 avx2:AVX2:AVX2
 CLASS_TESTS := tests/covariance/test_covariance.py tests/normalize/test_normalize.py tests/pca \
-  tests/info_nce tests/test_nn.py tests/himo/test_precision.py
+  tests/info_nce tests/himo_loss tests/test_nn.py tests/himo/test_precision.py
 classes: $(READY)
 	@set -e; for class in $(CLASSES); do \
 	  aten=$${class%%:*}; rest=$${class#*:}; \
@@ -150,7 +150,7 @@ sanitize: $(READY)
 	  >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
 	$(SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH="$(SANITIZED):$(CURDIR)" $(PY) -m pytest \
 	  -p no:cacheprovider --capture=sys -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
-	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
+	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/himo_loss tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
 
 # Without what an earlier build left in build/lib*, which would be packed too.
 wheel: $(READY)

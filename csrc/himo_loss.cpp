@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 
 #include <cmath>
+#include <utility>
 
 #include "common/check.h"
 #include "common/shapes.h"
@@ -32,10 +33,15 @@ void check(const at::Tensor& images, const at::Tensor& texts, const Optional& fa
   const int64_t samples = texts.size(-2), width = texts.size(-1);
   const auto shape = with_tail(texts, {(2 * samples + width) * (std::min(samples, width) + 1)});
   HIMO_CHECK_CPU(kOp, "factors", *factors);
-  HIMO_CHECK_SHAPE(factors->sizes().equals(shape) && factors->is_contiguous(), kOp, "factors",
-                   *factors, at::IntArrayRef(shape));
+  HIMO_CHECK_SHAPE(factors->sizes().equals(shape) && factors->is_contiguous() && !factors->is_neg(),
+                   kOp, "factors", *factors, at::IntArrayRef(shape));
   const auto dtype = texts.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   HIMO_CHECK_DTYPE(factors->scalar_type() == dtype, kOp, "factors", dtype, factors->scalar_type());
+}
+
+void check_values(const char* name, const at::Tensor& values, at::IntArrayRef shape) {
+  HIMO_CHECK_CPU(kOp, name, values);
+  HIMO_CHECK_SHAPE(values.sizes().equals(shape), kOp, name, values, shape);
 }
 
 // The logits of one of the two losses.
@@ -46,15 +52,11 @@ Optional products_of(const Optional& products, int64_t loss) {
 // The problems of a batch, with the leading dimensions flattened.
 class Problems {
  public:
-  Problems(const at::Tensor& images, const at::Tensor& texts, const at::Tensor& mean,
-           const at::Tensor& eigenvalues, const at::Tensor& eigenvectors, const at::Tensor& rank,
+  Problems(const at::Tensor& images, const at::Tensor& texts, Decomposition decomposition,
            const Optional& component_products, const Optional& factors)
-      : images_(flatten_lead(images, 2)),
-        texts_(flatten_lead(texts, 2)),
-        mean_(flatten_lead(mean, 1).contiguous()),
-        eigenvalues_(flatten_lead(eigenvalues, 1).contiguous()),
-        eigenvectors_(flatten_lead(eigenvectors, 2).contiguous()),
-        rank_(flatten_lead(rank, 0).contiguous()) {
+      : images_(flatten_lead(images.resolve_neg(), 2)),
+        texts_(flatten_lead(texts.resolve_neg(), 2)),
+        decomposition_(std::move(decomposition)) {
     if (component_products) products_ = flatten_lead(*component_products, 2);
     if (factors) factors_ = flatten_lead(*factors, 1);
   }
@@ -62,8 +64,9 @@ class Problems {
   int64_t count() const { return images_.size(0); }
   at::Tensor images(int64_t b) const { return images_[b]; }
   cpu::Texts texts(int64_t b) const {
-    return {texts_[b], mean_.const_data_ptr<double>() + b * mean_.size(1),
-            cpu::Spectrum(eigenvalues_, eigenvectors_, rank_, b)};
+    const auto& [mean, eigenvalues, eigenvectors, rank] = decomposition_;
+    return {texts_[b], mean.const_data_ptr<double>() + b * mean.size(1),
+            cpu::Spectrum(eigenvalues, eigenvectors, rank, b)};
   }
   Optional products(int64_t b) const {
     return products_.defined() ? Optional(products_[b]) : std::nullopt;
@@ -71,7 +74,9 @@ class Problems {
   at::Tensor cache(int64_t b) const { return factors_.defined() ? factors_[b] : factors_; }
 
  private:
-  at::Tensor images_, texts_, mean_, eigenvalues_, eigenvectors_, rank_, products_, factors_;
+  at::Tensor images_, texts_;
+  Decomposition decomposition_;  // flat
+  at::Tensor products_, factors_;
 };
 
 // With constant keys, V gets only the row half of dS. The basis is part of the texts, so it gets
@@ -108,7 +113,8 @@ HimoLossOutputs himo_loss_fwd(const at::Tensor& images, const at::Tensor& texts,
       info_nce_fwd(images, texts, logit_scale, label_smoothing, products_of(products, 0));
   const auto component_loss = at::empty_like(loss), component_row_nll = at::empty_like(row_nll),
              component_column_nll = at::empty_like(column_nll);
-  const Problems problems(images, texts, mean, eigenvalues, eigenvectors, rank,
+  const Problems problems(images, texts,
+                          flat_decomposition(kOp, texts, mean, eigenvalues, eigenvectors, rank),
                           products_of(products, 1), factors);
   const auto losses = flatten_lead(component_loss, 0), rows = flatten_lead(component_row_nll, 1),
              columns = flatten_lead(component_column_nll, 1);
@@ -140,12 +146,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
     bool needs_texts, const Optional& products, const Optional& factors) {
   const c10::NoGradGuard no_grad;
   check(saved.images, saved.texts, factors);
+  auto decomposition = flat_decomposition(kOp, saved.texts, saved.mean, saved.eigenvalues,
+                                          saved.eigenvectors, saved.rank);
+  check_values("grad_component_loss", grad_component_loss, with_tail(saved.texts, {}));
+  const auto rows = with_tail(saved.texts, {saved.texts.size(-2)});
+  check_values("component_row_nll", saved.component_row_nll, rows);
+  check_values("component_column_nll", saved.component_column_nll, rows);
   auto [grad_images, grad_texts, grad_scale] =
       info_nce_bwd(grad_contrastive_loss, saved.images, saved.texts, saved.logit_scale,
                    saved.row_nll, saved.column_nll, label_smoothing, differentiate_keys,
                    needs_images, needs_texts, products_of(products, 0), std::nullopt);
-  const Problems problems(saved.images, saved.texts, saved.mean, saved.eigenvalues,
-                          saved.eigenvectors, saved.rank, products_of(products, 1), factors);
+  const Problems problems(saved.images, saved.texts, std::move(decomposition),
+                          products_of(products, 1), factors);
   const auto grad_losses = flatten_lead(grad_component_loss, 0),
              row_nll = flatten_lead(saved.component_row_nll, 1),
              column_nll = flatten_lead(saved.component_column_nll, 1);

@@ -168,8 +168,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   const auto options = query.options().dtype(dtype);
   const auto rows = query.sizes().slice(0, query.dim() - 1);
   const auto lead = query.sizes().slice(0, query.dim() - 2);
+  HIMO_CHECK_CPU(kOp, "grad_loss", grad_loss);
   HIMO_CHECK_SHAPE(grad_loss.sizes().equals(lead), kOp, "grad_loss", grad_loss, lead);
+  HIMO_CHECK_CPU(kOp, "row_nll", row_nll);
   HIMO_CHECK_SHAPE(row_nll.sizes().equals(rows), kOp, "row_nll", row_nll, rows);
+  HIMO_CHECK_CPU(kOp, "column_nll", column_nll);
   HIMO_CHECK_SHAPE(column_nll.sizes().equals(rows), kOp, "column_nll", column_nll, rows);
   check_products(products, query);
   if (query_sum) {

@@ -38,10 +38,6 @@ void check_grad(const char* op, const at::Tensor& grad, const at::Tensor& x) {
   HIMO_CHECK_SHAPE(grad.sizes().equals(x.sizes()), op, "grad", grad, x.sizes());
 }
 
-struct Decomposition {
-  at::Tensor mean, eigenvalues, eigenvectors, rank;  // [*, D], [*, n], [*, n, n], [*]
-};
-
 Decomposition decompose(const char* op, const at::Tensor& x, double variance_threshold,
                         const Floor& floor) {
   check_x(op, x);
@@ -52,15 +48,6 @@ Decomposition decompose(const char* op, const at::Tensor& x, double variance_thr
   cpu::decompose(flatten_lead(moment, 2), flatten_lead(mean, 1), x.size(-2), variance_threshold,
                  floor, flatten_lead(eigenvalues, 1), flatten_lead(rank, 0));
   return {mean, eigenvalues, moment, rank};
-}
-
-Decomposition flat_decomposition(const char* op, const at::Tensor& x, const at::Tensor& mean,
-                                 const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
-                                 const at::Tensor& rank) {
-  const int64_t n = small_side(x);
-  return {flat(op, "mean", mean, x, {x.size(-1)}), flat(op, "eigenvalues", eigenvalues, x, {n}),
-          flat(op, "eigenvectors", eigenvectors, x, {n, n}),
-          flat(op, "rank", rank, x, {}, at::kLong)};
 }
 
 void check_rows(const char* op, const at::Tensor& x) {
@@ -81,6 +68,15 @@ Decomposition moment_decomposition(const at::Tensor& x, const at::Tensor& mean,
 }
 
 }  // namespace
+
+Decomposition flat_decomposition(const char* op, const at::Tensor& x, const at::Tensor& mean,
+                                 const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
+                                 const at::Tensor& rank) {
+  const int64_t n = small_side(x);
+  return {flat(op, "mean", mean, x, {x.size(-1)}), flat(op, "eigenvalues", eigenvalues, x, {n}),
+          flat(op, "eigenvectors", eigenvectors, x, {n, n}),
+          flat(op, "rank", rank, x, {}, at::kLong)};
+}
 
 std::string eigensolver(int64_t n) {
   return cpu::fastest_eigensolver(n) == cpu::Eigensolver::kHimo ? "himo" : "lapack";

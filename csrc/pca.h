@@ -15,6 +15,16 @@ namespace himo {
 // f and g: a batch has no variance if trace <= f sum(x^2) + g; README (2').
 using Floor = std::pair<double, double>;
 
+struct Decomposition {
+  at::Tensor mean, eigenvalues, eigenvectors, rank;  // [*, D], [*, n], [*, n, n], [*]
+};
+
+// Checks what a caller passes as the decomposition of x [*, N, D]. Returns it contiguous, with the
+// leading dimensions flattened into one.
+Decomposition flat_decomposition(const char* op, const at::Tensor& x, const at::Tensor& mean,
+                                 const at::Tensor& eigenvalues, const at::Tensor& eigenvectors,
+                                 const at::Tensor& rank);
+
 // Returns the eigensolver chosen for n x n matrices on this processor: "himo" or "lapack".
 std::string eigensolver(int64_t n);
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import himo_kernels
+from himo_kernels import extension
 from himo_kernels import testing as hkt
 from himo_kernels.himo_loss import himo_loss
 from himo_kernels.presets import PRESETS
@@ -328,3 +329,51 @@ def test_constant_keys_with_confident_columns(generator):
     exact = grad(images.double(), texts.double(), "reference")
     plain = hkt.relative_error(grad(images, texts, "reference"), exact)
     assert hkt.relative_error(grad(images, texts, "cpu"), exact) <= 4 * plain + 2e-6
+
+
+def backward_arguments(generator, *shape):
+    """Valid arguments of the extension's himo_loss_bwd, by name."""
+    images, texts = (torch.randn(shape, generator=generator) for _ in range(2))
+    scale = torch.tensor(3.0)
+    outputs = extension.load().himo_loss_fwd(
+        images, texts, scale, 0.6, (0, 0), True, 0.0, None, None
+    )
+    _, rows, columns, _, component_rows, component_columns, *decomposition = outputs
+    ones = torch.ones(shape[:-2])
+    tensors = (ones, ones, images, texts, scale, rows, columns, component_rows, component_columns)
+    names = (
+        *("grad_contrastive_loss", "grad_component_loss", "images", "texts", "scale", "row_nll"),
+        *("column_nll", "component_row_nll", "component_column_nll", "mean", "eigenvalues"),
+        *("eigenvectors", "rank"),
+    )
+    return dict(zip(names, (*tensors, *decomposition), strict=True))
+
+
+def backward(arguments):
+    settings = (True, 0.0, True, True, 1e-3, True, True, None, None)
+    return extension.load().himo_loss_bwd(*arguments.values(), *settings)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
+@pytest.mark.parametrize("shape", [(9, 5), (2, 5, 9)], ids=str)
+def test_the_extension_refuses_a_wrong_tensor(shape, generator):
+    # A direct call must raise, never read out of bounds.
+    arguments = backward_arguments(generator, *shape)
+    assert all(grad.isfinite().all() for grad in backward(arguments))
+    for name, value in arguments.items():
+        wrong = [value.unsqueeze(0).expand(3, *value.shape), value.to("meta")]
+        wrong += [value[..., :1]] if value.dim() else []
+        if name in ("mean", "eigenvalues", "eigenvectors", "rank"):
+            wrong.append(value.to(torch.int32))
+        for bad in wrong:
+            with pytest.raises((ValueError, TypeError), match="himo_loss|info_nce"):
+                backward({**arguments, name: bad})
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
+@pytest.mark.parametrize("name", ["images", "texts", "mean", "eigenvectors"])
+def test_the_extension_reads_lazily_negated_tensors(name, generator):
+    arguments = backward_arguments(generator, 9, 5)
+    negated = torch._neg_view(arguments[name].neg())
+    for a, e in zip(backward({**arguments, name: negated}), backward(arguments), strict=True):
+        assert torch.equal(a, e)
