@@ -35,7 +35,7 @@ void check(const at::Tensor& images, const at::Tensor& texts, const Optional& fa
   HIMO_CHECK_CPU(kOp, "factors", *factors);
   HIMO_CHECK_SHAPE(factors->sizes().equals(shape) && factors->is_contiguous() && !factors->is_neg(),
                    kOp, "factors", *factors, at::IntArrayRef(shape));
-  const auto dtype = texts.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = accumulation_dtype(texts);
   HIMO_CHECK_DTYPE(factors->scalar_type() == dtype, kOp, "factors", dtype, factors->scalar_type());
 }
 

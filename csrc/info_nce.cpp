@@ -17,10 +17,6 @@ namespace {
 
 constexpr const char* kOp = "info_nce";
 
-at::ScalarType accumulation_dtype(const at::Tensor& features) {
-  return features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 void check_features(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale) {
   HIMO_CHECK_CPU(kOp, "query", query);
   HIMO_CHECK_CPU(kOp, "key", key);

@@ -26,6 +26,11 @@ inline bool is_computing_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble;
 }
 
+// The dtype of sums and logits.
+inline at::ScalarType accumulation_dtype(const at::Tensor& features) {
+  return features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 inline void check_features(const char* op, const char* name, const at::Tensor& x) {
   HIMO_CHECK_CPU(op, name, x);
   HIMO_CHECK_SHAPE(x.dim() >= 2, op, name, x, "[*, N, D]");

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/check.h"
 #include "cpu/centring.h"
 #include "cpu/tensor_matrix.h"
 #include "cpu/tile_products.h"
@@ -16,10 +17,6 @@ namespace {
 
 // If the mean square of X is in this range, no float32 product overflows or underflows.
 constexpr double kSmallest = 1e-20, kLargest = 1e20;
-
-at::ScalarType accumulation_dtype(const at::Tensor& features) {
-  return features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 at::ScalarType dtype_of_products(const Texts& texts) {
   if (texts.features.scalar_type() == at::kDouble) return at::kDouble;

@@ -90,7 +90,7 @@ struct ProductTile {
   }
 };
 
-// Computes the products that are cached for the backward.
+// Computes all products: a cache for the backward, or scratch of a small batch.
 template <typename factor_t, typename gradient_t>
 void form_products(c10::ArrayRef<InfoNCE> problems,
                    const std::vector<Factors<factor_t, gradient_t>>& factors,
