@@ -26,7 +26,7 @@ from himo_kernels.info_nce.op import (
     DUAL_INFO_NCE,
     DUAL_INFO_NCE_LOW_RANK,
     INFO_NCE,
-    ContrastiveLoss,
+    losses,
 )
 
 LOGITS_VARIABLE = "HIMO_KERNELS_LOGITS_MIB"
@@ -215,7 +215,7 @@ def _losses(
     inputs = (*features.values(), *factors.values(), scale)
     backend = operator.resolve(backend, *inputs)
     settings = (label_smoothing, differentiate_keys, backend, logits_budget)
-    return ContrastiveLoss.apply(name, *settings, *inputs)
+    return losses(name, *settings, *inputs)
 
 
 def check_keep_logits_mib(operator: str, value: object) -> float | None:
