@@ -141,7 +141,7 @@ def grad_logits_kernel(
     tiles = tl.cdiv(column_count, BLOCK_COLUMNS)
     problem = (tl.program_id(0) // (row_blocks * tiles)).to(tl.int64)
     program = tl.program_id(0) % (row_blocks * tiles)
-    block, tile = _block_and_tile(program, row_blocks, tiles, GROUP)
+    block, tile = block_and_tile(program, row_blocks, tiles, GROUP)
     first_row = (first_block + block) * BLOCK_ROWS
     first_column = tile * BLOCK_COLUMNS
     products = tile_products(
@@ -196,7 +196,7 @@ def grad_logits_kernel(
 
 
 @triton.jit
-def _block_and_tile(program, row_blocks, tiles, GROUP: tl.constexpr):
+def block_and_tile(program, row_blocks, tiles, GROUP: tl.constexpr):
     """Returns the row block and column tile of a program: GROUP row blocks take turns per tile."""
     group = program // (GROUP * tiles)
     group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
