@@ -239,9 +239,7 @@ def check_logit_scale(operator: str, value: Tensor | float, features: Tensor) ->
     return check_scalar(operator, "logit_scale", value, features)
 
 
-def check_scalar(
-    operator: str, argument: str, value: Tensor | float, features: Tensor
-) -> Tensor:
+def check_scalar(operator: str, argument: str, value: Tensor | float, features: Tensor) -> Tensor:
     """Returns a number, or a tensor of one element on the device of features, as a tensor []."""
     if not isinstance(value, Tensor):
         number = check_number(operator, argument, value)

@@ -1,8 +1,8 @@
 """The specification of sigmoid_loss and of its blocks: plain PyTorch, any float dtype.
 
-    l = s V U^T + b                                       logits [*, M, N]
-    z_ij = 1 at the pairs, -1 elsewhere
-    L = sum_ij -log sigmoid(z_ij l_ij)          dL/dl = -z sigmoid(-z l)
+l = s V U^T + b                                       logits [*, M, N]
+z_ij = 1 at the pairs, -1 elsewhere
+L = sum_ij -log sigmoid(z_ij l_ij)          dL/dl = -z sigmoid(-z l)
 """
 
 from collections.abc import Sequence

@@ -120,7 +120,12 @@ def test_blocks_are_those_of_the_reference(generator):
     inputs = sigmoid_inputs(70, 10, dtype=torch.float32, device=DEVICE, generator=generator)
     images, texts, *scalars = inputs.values()
     # Pairs on the diagonal, at one corner, next to the corner, and in no row.
-    for rows, columns in (((0, 20), (0, 20)), ((31, 47), (0, 32)), ((32, 48), (0, 32)), ((3, 9),) * 2):
+    for rows, columns in (
+        ((0, 20), (0, 20)),
+        ((31, 47), (0, 32)),
+        ((32, 48), (0, 32)),
+        ((3, 9),) * 2,
+    ):
         block = (images[slice(*rows)], texts[slice(*columns)], *scalars, rows[0] - columns[0])
         expected = BLOCK.run("fwd", *block, [True] * 4, "reference")
         for value, other in zip(
