@@ -16,8 +16,8 @@ from torch import Tensor
 from himo_kernels._triton_jit import rounded
 from himo_kernels.aot import Case
 from himo_kernels.info_nce.triton import grad_logits
-from himo_kernels.info_nce.triton.gradients import multiply
 from himo_kernels.info_nce.triton.grad_logits import block_and_tile
+from himo_kernels.info_nce.triton.gradients import multiply
 from himo_kernels.info_nce.triton.logits import Branch, features_branch, tile_products
 from himo_kernels.info_nce.triton.losses import log1p
 
