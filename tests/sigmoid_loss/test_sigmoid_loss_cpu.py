@@ -100,7 +100,7 @@ print("equal")
 """
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit_of_a_small_batch():
     assert run_python("-c", THREADS).strip() == "equal"
 
 
