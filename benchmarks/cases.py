@@ -17,6 +17,7 @@ OPTIONS = {
     "info_nce": ("preset",),
     "dual_info_nce": ("preset",),
     "dual_info_nce_low_rank": ("preset", "share"),
+    "sigmoid_loss": ("spectrum",),
     "himo_loss": ("preset", "spectrum"),
 }
 
@@ -89,6 +90,9 @@ def _cpu() -> Iterator[Case]:
         yield Case("pca_reconstruct", 1024, spectrum=spectrum, priority=2)
     for share in (0.1, 0.5):
         yield Case("dual_info_nce_low_rank", 1024, share=share, priority=2)
+    for dtype in ("float32", "bfloat16"):
+        yield Case("sigmoid_loss", 1024, dtype=dtype, memory=True)
+        yield Case("sigmoid_loss", 8192, dtype=dtype, modes=("fwd+bwd",), memory=True)
     yield Case("covariance", 1024, memory=True)
     yield Case("covariance", 4096, memory=True)
     yield Case("covariance", 128, B=8)
@@ -124,6 +128,8 @@ def _cuda_cells() -> Iterator[Case]:
     yield Case("dual_info_nce", 4096, preset="official", **bf16)
     yield Case("info_nce", 4096, **bf16)
     yield Case("info_nce", 32768, **bf16)
+    yield Case("sigmoid_loss", 4096, **bf16)
+    yield Case("sigmoid_loss", 32768, **bf16)
     yield Case("himo_loss", 128, preset="official", **bf16)
     yield Case("himo_loss", 4096, **bf16)
     for n, d in ((256, 768), (512, 512), (4096, 768), (4096, 1024), (32768, 768)):

@@ -56,6 +56,11 @@ dual_loss_flops = loss_flops(lambda case, rank: 2)
 low_rank_flops = loss_flops(lambda case, rank: 1 + case.inner / case.D)
 
 
+def sigmoid_flops(case: Case, rank: int, backward: bool) -> float:
+    # Logits (2), and both gradients from the same logits (4).
+    return (6.0 if backward else 2.0) * case.B * case.N**2 * case.D
+
+
 def head_flops(case: Case, rank: int, backward: bool) -> float:
     # The component branch at rank R + 1 (the mean), whether a candidate uses the low rank or not.
     low_rank = loss_flops(lambda case, rank: 1 + (rank + 1) / case.D)

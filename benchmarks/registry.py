@@ -24,6 +24,7 @@ Outputs = tuple[Tensor, ...]
 Call = Callable[[Inputs, Case], Outputs]
 
 LOGIT_SCALE = 50.0  # between CLIP's initial 14.3 and its maximum of 100
+LOGIT_BIAS = -30.0  # logits of pairs are then above 0, of most other images and texts below
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     inputs = operation(case).inputs(case, generator)
     dtype = getattr(torch, case.dtype)
-    # A model's scale is a float32 parameter, whatever the features' dtype.
-    own = {"logit_scale": torch.promote_types(dtype, torch.float32)}
+    # A model's scale and bias are float32 parameters, whatever the features' dtype.
+    own = dict.fromkeys(("logit_scale", "logit_bias"), torch.promote_types(dtype, torch.float32))
     return {name: x.to(device, own.get(name, dtype)) for name, x in inputs.items()}
 
 
@@ -194,6 +195,10 @@ def _scaled(inputs: Inputs) -> Inputs:
     return inputs | {"logit_scale": torch.tensor(LOGIT_SCALE, dtype=torch.float64)}
 
 
+def _biased(inputs: Inputs) -> Inputs:
+    return _scaled(inputs) | {"logit_bias": torch.tensor(LOGIT_BIAS, dtype=torch.float64)}
+
+
 def _factors(case: Case, generator: torch.Generator) -> Inputs:
     # Texts projected onto `inner` random directions.
     inputs = _pairs(case, generator)
@@ -234,6 +239,14 @@ def _clip(inputs: Inputs, case: Case) -> Outputs:
     if case.op != "info_nce":
         texts.append(_component(inputs))
     return tuple(eager.clip_loss(image, text, scale, *options) for text in texts)
+
+
+def _library_sigmoid(inputs: Inputs, case: Case, backend: str) -> Outputs:
+    return (himo_kernels.sigmoid_loss(**inputs, backend=backend),)
+
+
+def _siglip(loss: Callable[..., Tensor]) -> Call:
+    return lambda inputs, case: (loss(*inputs.values()),)
 
 
 def _released_dual(inputs: Inputs, case: Case) -> Outputs:
@@ -379,6 +392,19 @@ OPERATIONS: dict[str, Operation] = {
         compiled=("open_clip",),
         peers=2,
         rank=lambda inputs, case: case.inner,
+    ),
+    "sigmoid_loss": Operation(
+        inputs=lambda case, generator: _biased(_pairs(case, generator)),
+        library=_library_sigmoid,
+        formula=_siglip(eager.siglip_loss),
+        flops=costs.sigmoid_flops,
+        elements=costs.loss_elements(2),
+        terms=_features,
+        baselines={
+            "open_clip": _siglip(eager.siglip_loss),
+            "softplus": _siglip(eager.softplus_loss),
+        },
+        compiled=("open_clip", "softplus"),
     ),
     "himo_loss": Operation(
         inputs=lambda case, generator: _scaled(_pairs(case, generator)),

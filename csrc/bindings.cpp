@@ -10,6 +10,7 @@
 #include "info_nce.h"
 #include "normalize.h"
 #include "pca.h"
+#include "sigmoid_loss.h"
 
 namespace py = pybind11;
 
@@ -100,6 +101,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("column_positives"), py::arg("column_nll"), py::arg("column_weight"),
         py::arg("offset"), py::arg("label_smoothing"), py::arg("total"),
         py::arg("differentiate_keys"), no_gil());
+  m.def("sigmoid_loss_fwd", &himo::sigmoid_loss_fwd, py::arg("query"), py::arg("key"),
+        py::arg("logit_scale"), py::arg("logit_bias"), py::arg("offset"), py::arg("divisor"),
+        py::arg("needs_query"), py::arg("needs_key"), py::arg("needs_scalars"), no_gil());
   m.def("himo_loss_fwd", &himo::himo_loss_fwd, no_gil());
   m.def("himo_loss_bwd", &himo_loss_bwd, no_gil());
   m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());

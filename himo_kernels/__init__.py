@@ -12,6 +12,7 @@ from himo_kernels.info_nce import dual_info_nce, dual_info_nce_low_rank, info_nc
 from himo_kernels.integrations import accelerate
 from himo_kernels.normalize import normalize
 from himo_kernels.pca import PCA, pca, pca_reconstruct, project_reconstruct
+from himo_kernels.sigmoid_loss import sigmoid_loss
 
 __all__ = [
     "PCA",
@@ -28,4 +29,5 @@ __all__ = [
     "pca",
     "pca_reconstruct",
     "project_reconstruct",
+    "sigmoid_loss",
 ]

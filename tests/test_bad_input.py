@@ -32,6 +32,7 @@ X = _tensor(5, 3)
 PCA = himo_kernels.pca(X)
 FEATURES = {"image_features": X, "text_features": X.flip(0)}
 SCALE = {"logit_scale": torch.tensor(10.0)}
+BIAS = {"logit_bias": torch.tensor(-10.0)}
 
 
 class Entry(NamedTuple):
@@ -78,6 +79,9 @@ ENTRIES = {
         {**FEATURES, "coefficients": _tensor(5, 2), "basis": _tensor(2, 3), **SCALE},
         ("dual_info_nce_low_rank",),
     ),
+    "sigmoid_loss": Entry(
+        himo_kernels.sigmoid_loss, {**FEATURES, **SCALE, **BIAS}, ("sigmoid_loss",)
+    ),
     "himo_loss": Entry(himo_kernels.himo_loss, {**FEATURES, **SCALE}, ("himo_loss",)),
     "HiDe": Entry(
         _module(nn.HiDe, "text_features"),
@@ -96,7 +100,7 @@ FEATURE_ARGUMENTS = [
     (name, argument)
     for name, entry in ENTRIES.items()
     for argument, value in entry.arguments.items()
-    if isinstance(value, Tensor) and argument != "logit_scale"
+    if isinstance(value, Tensor) and argument not in ("logit_scale", "logit_bias")
 ]
 LOSSES = ("info_nce", "dual_info_nce", "dual_info_nce_low_rank", "himo_loss", "HiMoLoss")
 
@@ -331,11 +335,12 @@ def _rows() -> Iterator[tuple[str, Row]]:
                 if (argument, name) == ("coefficients", "one column more"):
                     named = "basis"
                 yield name, Row(entry, argument, named, mistake)
-    for entry in LOSSES:
+    scalars = [(entry, "logit_scale") for entry in (*LOSSES, "sigmoid_loss")]
+    for entry, argument in (*scalars, ("sigmoid_loss", "logit_bias")):
         for name, mistake in SCALE_MISTAKES.items():
-            yield name, Row(entry, "logit_scale", "logit_scale", mistake)
+            yield name, Row(entry, argument, argument, mistake)
         not_finite = _instead(NAN, ValueError, "nan")
-        yield "NaN", Row(entry, "logit_scale", "logit_scale", not_finite, {"check_finite": True})
+        yield "NaN", Row(entry, argument, argument, not_finite, {"check_finite": True})
     for name, mistake in RANK_MISTAKES.items():
         yield name, Row("dual_info_nce_low_rank", "rank", "rank", mistake)
     for named, mistakes in PCA_MISTAKES.items():

@@ -12,6 +12,7 @@ import himo_kernels as hk
 SCALES, SHARES = [10.0, 14.3, 50.5, 100.0], [0.3, 0.55, 0.7, 0.9]
 CALLS = {
     "info_nce": (hk.info_nce, SCALES),
+    "sigmoid_loss": (lambda x, y, bias: hk.sigmoid_loss(x, y, 10.0, -bias), SCALES),
     "pca_reconstruct": (lambda x, y, tau: hk.pca_reconstruct(x, tau)[0], SHARES),
     "HiMoLoss": (hk.nn.HiMoLoss(), SCALES),
     "bias": (lambda x, y, bias: hk.nn.HiMoLoss()(x, y, 10.0, bias), SCALES),

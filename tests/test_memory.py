@@ -48,6 +48,10 @@ CALLS: dict[str, tuple[int, Callable[..., Any]]] = {  # number of feature argume
         3,
         lambda *xs, backend: himo_kernels.dual_info_nce(*xs, 5.0, backend=backend),
     ),
+    "sigmoid_loss": (
+        2,
+        lambda *xs, backend: (himo_kernels.sigmoid_loss(*xs, 5.0, -5.0, backend=backend),),
+    ),
     "himo_loss": (2, lambda *xs, backend: himo_kernels.himo_loss(*xs, 5.0, backend=backend)),
     "dual_info_nce_low_rank": (
         3,
@@ -145,7 +149,7 @@ def test_offsets_past_2_31_elements(
     expected = _outputs_and_gradients(call, backend, near, near_weights)
     # BLAS has no stride past 2^31. If inputs are multiplied without conversion or centring, torch
     # uses its own loop, with the same terms and different rounding.
-    losses = ("info_nce", "dual_info_nce", "dual_info_nce_low_rank", "himo_loss")
+    losses = ("info_nce", "dual_info_nce", "dual_info_nce_low_rank", "sigmoid_loss", "himo_loss")
     own_loop = name in losses and dtype == torch.float32 and max(strides) >= FAR
     tolerance = {} if own_loop else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(actual, expected, **tolerance)

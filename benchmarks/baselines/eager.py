@@ -72,6 +72,31 @@ def clip_loss(
     ) / 2
 
 
+def siglip_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+    logit_bias: Tensor,  # []
+) -> Tensor:
+    """open_clip's SigLipLoss in one process (open_clip_torch 3.3.0): a matrix of labels."""
+    samples = image.shape[0]
+    logits = logit_scale * image @ text.T + logit_bias
+    labels = 2 * torch.eye(samples, device=image.device, dtype=image.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / samples
+
+
+def softplus_loss(
+    image: Tensor,  # [*, N, D]
+    text: Tensor,  # [*, N, D]
+    logit_scale: Tensor,  # []
+    logit_bias: Tensor,  # []
+) -> Tensor:
+    """The same without labels: -logsigmoid(l) = softplus(l) - l, so the diagonal is subtracted."""
+    logits = logit_scale * (image @ text.mT) + logit_bias
+    positives = logits.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (F.softplus(logits).sum((-2, -1)) - positives) / logits.shape[-1]
+
+
 def loss_options(preset: str) -> tuple[float, bool]:
     """(label_smoothing, differentiate_keys) of a preset."""
     return PRESETS[preset]["label_smoothing"], PRESETS[preset]["gather_with_grad"]

@@ -1,5 +1,4 @@
-// What the forward and the backward of InfoNCE share: the factors of a problem, and the products
-// query key^T by tiles.
+// What the forward and the backward of InfoNCE share: the factors and the positives of a problem.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,14 +13,9 @@
 
 #include "common/interrupt.h"
 #include "cpu/info_nce_kernel.h"
-#include "cpu/tile_loops.h"
-#include "cpu/tile_products.h"
+#include "cpu/logit_products.h"
 
 namespace himo::cpu {
-
-// A row block (192 KiB of float at K = 768), a tile (64 KiB) and its gradient fit in L2 together.
-constexpr int64_t kRows = kTileRows, kColumns = kTileColumns;
-static_assert(kColumns == RightFactor<float>::kColumns);
 
 // Zero-pads to [padded(N)].
 inline at::Tensor pad(const at::Tensor& values) {  // [N]
@@ -35,22 +29,14 @@ inline at::Tensor pad(const at::Tensor& values) {  // [N]
   return result;
 }
 
-// The factors of a problem, laid out for the tile products of the logits and of the gradients.
+// The factors of a problem, and S of the positive pairs.
 template <typename factor_t, typename gradient_t>
-struct Factors {
-  using acc_t = accumulator_t<factor_t>;
+struct Factors : ProductFactors<factor_t, gradient_t> {
   at::Tensor row_positives;     // [M]
   at::Tensor column_positives;  // [padded(N)], same memory as row_positives for a whole batch
-  at::Tensor query;             // left [M, K]
-  RightFactor<factor_t> key_transposed;  // right [K, N]
-  RightFactor<gradient_t> keys;          // right [N, K]
-  RightFactor<gradient_t> queries;       // right [M, K]
 
-  Factors(const InfoNCE& problem, bool with_logits) {
-    if (with_logits) {
-      query = left_factor<factor_t>(problem.query);
-      key_transposed = RightFactor<factor_t>(problem.key.t());
-    }
+  Factors(const InfoNCE& problem, bool with_logits)
+      : ProductFactors<factor_t, gradient_t>(problem, with_logits) {
     if (problem.row_positives.defined()) {
       row_positives = problem.row_positives.contiguous();
       column_positives = pad(problem.column_positives);
@@ -58,35 +44,6 @@ struct Factors {
       column_positives = at::zeros({padded(problem.key.size(0))}, problem.row_nll.options());
       row_positives = column_positives;
     }
-    if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
-    if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
-  }
-};
-
-// A tile of query key^T: in scratch, or in the cached products if there are any.
-template <typename factor_t>
-struct ProductTile {
-  using acc_t = accumulator_t<factor_t>;
-  acc_t* data;
-  int64_t stride;
-
-  ProductTile(const InfoNCE& problem, int64_t row, int64_t column, acc_t* scratch) {
-    if (problem.products.defined()) {
-      stride = problem.products.size(1);
-      data = problem.products.template mutable_data_ptr<acc_t>() + row * stride + column;
-    } else {
-      stride = kColumns;
-      data = scratch;
-    }
-  }
-
-  template <typename Factors>
-  void form(const Factors& factors, int64_t row, int64_t rows, int64_t column,
-            int64_t columns) const {
-    const int64_t query_stride = factors.query.stride(0), inner = factors.query.size(1);
-    factors.key_transposed.multiply(
-        factors.query.template const_data_ptr<factor_t>() + row * query_stride, query_stride, rows,
-        0, inner, column, columns, /*add=*/false, data, stride);
   }
 };
 

@@ -4,12 +4,8 @@
 // column statistics (a maximum and a sum per column), which are merged in a fixed order: the result
 // has the same bits for any number of threads.
 //
-// Backward: a tile is recomputed (or read, if cached) and converted to scale dL/dS. Each row block
-// multiplies its dL/dS by the keys into grad_query and writes its transpose into a workspace. The
-// workspace holds a chunk of rows: kWorkspace bytes or two row blocks per thread, whichever is
-// larger; all rows when several small problems share the threads. When a chunk is complete, each
-// column block multiplies it by the queries and accumulates into grad_key. No two threads write to
-// the same memory.
+// Backward: a tile is recomputed (or read, if cached) and converted to scale dL/dS, which
+// logit_gradients.h multiplies by the keys and by the queries.
 
 #include "cpu/info_nce_kernel.h"
 
@@ -24,6 +20,7 @@
 
 #include "common/interrupt.h"
 #include "cpu/info_nce_factors.h"
+#include "cpu/logit_gradients.h"
 #include "cpu/tile_loops.h"
 #include "cpu/tile_products.h"
 
@@ -31,19 +28,9 @@ namespace himo::cpu {
 namespace {
 
 constexpr int64_t kGroups = 64;
-constexpr int64_t kWorkspace = 16 << 20;
-// With at least this many samples, bfloat16 features get their gradients from dL/dS rounded to
-// bfloat16, as under autocast, which takes half the time. With fewer, these products take little of
-// the time, and the sums are too short to average out the rounding.
-constexpr int64_t kRoundedSamples = 256;
 // Products of at most this size are computed first in any case: the positives are their diagonal,
 // and computing them alone takes a quarter of the time of 128 samples.
 constexpr size_t kSmallProducts = 1 << 20;
-// Small problems run in groups that share the threads. A group has at most this many rows.
-constexpr int64_t kRowsAtATime = 4096;
-
-const auto& loops_of(float) { return tile_loops().float32; }
-const auto& loops_of(double) { return tile_loops().float64; }
 
 // -log P of a positive p: log(1 + exp(max) sum), where exp(max) sum is the sum of exp(S - p) over
 // the negatives.
@@ -132,144 +119,38 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   });
 }
 
-// Returns the gradient of a tile as the left factor of the product with the keys.
-template <typename acc_t>
-const acc_t* as_factor(const acc_t* tile, int64_t, int64_t, acc_t*) {
-  return tile;
-}
-const c10::BFloat16* as_factor(const float* tile, int64_t rows, int64_t width,
-                               c10::BFloat16* rounded) {
-  tile_loops().round_bfloat16(tile, width, rows, width, reinterpret_cast<uint16_t*>(rounded),
-                              width);
-  return rounded;
-}
-
-// Writes the transposed gradient of a tile into the left factor of the product with the queries.
-template <typename acc_t>
-void transpose(const acc_t* tile, int64_t width, int64_t rows, int64_t columns, acc_t* out,
-               int64_t stride) {
-  loops_of(acc_t{}).transpose(tile, width, rows, columns, out, stride);
-}
-void transpose(const float* tile, int64_t width, int64_t rows, int64_t columns, c10::BFloat16* out,
-               int64_t stride) {
-  tile_loops().transpose_bfloat16(tile, width, rows, columns, reinterpret_cast<uint16_t*>(out),
-                                  stride);
-  if (rows % 2 == 0) return;  // rows are multiplied in pairs: pad an odd last row with 0
-  for (int64_t j = 0; j < columns; ++j) out[j * stride + rows] = 0;
-}
-
-// Rows of a chunk of the workspace.
-template <typename gradient_t>
-int64_t workspace_rows(c10::ArrayRef<InfoNCE> problems) {
-  const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
-  const int64_t row_bytes = keys * static_cast<int64_t>(sizeof(gradient_t));
-  const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks per thread
-  const int64_t most = at::divup(samples, kRows) * kRows;
-  if (problems.size() > 1) return most;
-  return std::min(most, std::max(least, kWorkspace / row_bytes / kRows * kRows));
-}
-
-// Multiplies a chunk of factor dL/dS, transposed [problems, N, chunk], by its queries; the result
-// is added to grad_key, or written there for the first chunk.
-template <typename factor_t, typename gradient_t>
-void multiply_queries(c10::ArrayRef<InfoNCE> problems,
-                      const std::vector<Factors<factor_t, gradient_t>>& factors,
-                      const gradient_t* transposed, int64_t chunk, int64_t chunk_row,
-                      int64_t chunk_rows, Interrupt& interrupt) {
-  const int64_t keys = problems[0].key.size(0), key_blocks = at::divup(keys, kRows);
-  const int64_t count = problems.size(), inner = problems[0].query.size(1);
-  at::parallel_for(0, count * key_blocks, 1, [&](int64_t begin, int64_t end) {
-    const ProductScope scope;
-    for (int64_t task = begin; task < end; ++task) {
-      if (interrupt.poll()) return;
-      const int64_t b = task / key_blocks, key = task % key_blocks * kRows;
-      auto* grad_key =
-          problems[b].grad_key.template mutable_data_ptr<accumulator_t<factor_t>>() + key * inner;
-      factors[b].queries.multiply(transposed + (b * keys + key) * chunk, chunk,
-                                  std::min(kRows, keys - key), chunk_row, chunk_rows, 0, inner,
-                                  /*add=*/chunk_row > 0, grad_key, inner);
-    }
-  });
-}
-
 template <typename factor_t, typename gradient_t>
 double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const bool cached = problems[0].products.defined();
   const auto factors = factors_of<factor_t, gradient_t>(problems, options.scale, formed, interrupt);
-  const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
-  const int64_t count = problems.size(), offset = problems[0].offset;
-  const bool needs_query = problems[0].grad_query.defined();
-  const bool needs_key = problems[0].grad_key.defined();
+  const int64_t samples = problems[0].query.size(0), offset = problems[0].offset;
   const auto scale = static_cast<acc_t>(options.scale);
   const auto factor = static_cast<acc_t>(options.factor);
   const auto smoothing = static_cast<acc_t>(options.label_smoothing);
-
-  const int64_t chunk = workspace_rows<gradient_t>(problems);
-  const auto options_of_acc = factors[0].row_positives.options();
-  const auto options_of_factor = options_of_acc.dtype(c10::CppTypeToScalarType<gradient_t>::value);
-  // factor dL/dS of a chunk of rows, transposed: [problems, N, chunk]
-  const auto workspace = at::empty({needs_key ? count * keys * chunk : 0}, options_of_factor);
-  gradient_t* const transposed = workspace.template mutable_data_ptr<gradient_t>();
+  const auto share = smoothing / static_cast<acc_t>(options.total);
   std::vector<at::Tensor> column_nll, column_weight;
   for (const auto& problem : problems) {
     column_nll.push_back(pad(problem.column_nll));
     column_weight.push_back(pad(problem.column_weight));
   }
-  const int64_t row_blocks = at::divup(samples, kRows);
-  std::vector<double> grad_scale(count * row_blocks, 0.0);
-
-  for (int64_t chunk_row = 0; chunk_row < samples; chunk_row += chunk) {
-    const int64_t chunk_rows = std::min(chunk, samples - chunk_row);
-    const int64_t chunk_blocks = at::divup(chunk_rows, kRows);
-    at::parallel_for(0, count * chunk_blocks, 1, [&](int64_t begin, int64_t end) {
-      const ProductScope scope;
-      const auto scratch = at::empty({3 * kRows * kColumns}, options_of_acc);
-      const auto rounded = at::empty({kRows * kColumns}, options_of_factor);
-      acc_t* const products = scratch.template mutable_data_ptr<acc_t>();
-      acc_t* const row_part = products + kRows * kColumns;
-      acc_t* const column_part = options.differentiate_keys ? nullptr : row_part + kRows * kColumns;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / chunk_blocks;
-        const int64_t row = chunk_row + task % chunk_blocks * kRows;
-        const int64_t rows = std::min(kRows, samples - row);
-        const auto& problem = problems[b];
-        const int64_t inner = problem.query.size(1);
-        const acc_t* row_positives = factors[b].row_positives.template const_data_ptr<acc_t>();
-        const acc_t* column_positives =
-            factors[b].column_positives.template const_data_ptr<acc_t>();
-        double sum = 0;
-        for (int64_t column = 0; column < keys; column += kColumns) {
-          if (interrupt.poll()) return;
-          const int64_t columns = std::min(kColumns, keys - column), width = padded(columns);
-          const ProductTile<factor_t> tile(problem, row, column, products);
-          if (!cached) tile.form(factors[b], row, rows, column, columns);
-          sum += loops_of(acc_t{}).gradient(
-              {tile.data, tile.stride, rows, columns, row + offset - column, scale, factor,
-               smoothing, smoothing / static_cast<acc_t>(options.total), row_positives + row,
-               problem.row_nll.template const_data_ptr<acc_t>() + row,
-               problem.row_weight.template const_data_ptr<acc_t>() + row, column_positives + column,
-               column_nll[b].template const_data_ptr<acc_t>() + column,
-               column_weight[b].template const_data_ptr<acc_t>() + column, row_part, column_part});
-          if (needs_query) {
-            factors[b].keys.multiply(
-                as_factor(row_part, rows, width, rounded.template mutable_data_ptr<gradient_t>()),
-                width, rows, column, columns, 0, inner, /*add=*/column > 0 || options.add_to_query,
-                problem.grad_query.template mutable_data_ptr<acc_t>() + row * inner, inner);
-          }
-          if (needs_key) {
-            transpose(column_part == nullptr ? row_part : column_part, width, rows, columns,
-                      transposed + (b * keys + column) * chunk + (row - chunk_row), chunk);
-          }
-        }
-        grad_scale[b * row_blocks + row / kRows] = sum;
-      }
-    });
-    if (needs_key) {
-      multiply_queries(problems, factors, transposed, chunk, chunk_row, chunk_rows, interrupt);
-    }
-  }
+  std::vector<double> grad_scale(problems.size() * at::divup(samples, kRows), 0.0);
+  multiply_gradients<factor_t, gradient_t>(
+      problems, factors, /*halves=*/!options.differentiate_keys, options.add_to_query, interrupt,
+      [&](const TilePlace& place, const ProductTile<factor_t>& tile, acc_t* row_part,
+          acc_t* column_part) {
+        const auto& problem = problems[place.problem];
+        const auto data = [](const at::Tensor& values, int64_t first) {
+          return values.template const_data_ptr<acc_t>() + first;
+        };
+        grad_scale[place.row_block(samples)] += loops_of(acc_t{}).gradient(
+            {tile.data, tile.stride, place.rows, place.columns, place.row + offset - place.column,
+             scale, factor, smoothing, share, data(factors[place.problem].row_positives, place.row),
+             data(problem.row_nll, place.row), data(problem.row_weight, place.row),
+             data(factors[place.problem].column_positives, place.column),
+             data(column_nll[place.problem], place.column),
+             data(column_weight[place.problem], place.column), row_part, column_part});
+      });
   return std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
 }
 
@@ -284,28 +165,6 @@ std::vector<InfoNCE> with_small_products(c10::ArrayRef<InfoNCE> problems) {
     problem.products = at::empty({samples, samples}, options);
   }
   return result;
-}
-
-// Calls run(group, factor_t{}, gradient_t{}) for each group of problems that share the threads.
-template <typename Run>
-void for_each_group(const std::vector<InfoNCE>& problems, const Run& run) {
-  if (problems.empty()) return;
-  const int64_t samples = std::max(problems[0].query.size(0), problems[0].key.size(0));
-  const auto dtype = problems[0].query.scalar_type();
-  const size_t size = std::max<int64_t>(1, kRowsAtATime / samples);
-  for (size_t first = 0; first < problems.size(); first += size) {
-    const c10::ArrayRef<InfoNCE> group(problems.data() + first,
-                                       std::min(size, problems.size() - first));
-    if (dtype == at::kDouble) {
-      run(group, double{}, double{});
-    } else if (dtype != at::kBFloat16 || !multiplies_bfloat16()) {
-      run(group, float{}, float{});
-    } else if (samples < kRoundedSamples) {
-      run(group, c10::BFloat16{}, float{});
-    } else {
-      run(group, c10::BFloat16{}, c10::BFloat16{});
-    }
-  }
 }
 
 }  // namespace

@@ -6,15 +6,14 @@
 
 #include <vector>
 
+#include "cpu/logit_products.h"
+
 namespace himo::cpu {
 
 // S = scale query key^T. Row i and column i + offset are a positive pair. The problem is either a
 // whole batch (M = N, offset 0) or one block of a batch whose other rows and columns are on other
-// processes. K is the inner dimension. The caller allocates the outputs; acc is float, or double
-// for double features.
-struct InfoNCE {
-  at::Tensor query;  // [M, K], any strides
-  at::Tensor key;    // [N, K], any strides, dtype of query
+// processes. K is the inner dimension. The caller allocates the outputs.
+struct InfoNCE : Logits {
   int64_t offset = 0;
   // Blocks only: S of each row's and each column's positive pair, which may be in another block.
   // Undefined for a whole batch, whose forward writes them to positives.
@@ -26,12 +25,9 @@ struct InfoNCE {
   // its backward reads the nll of the whole batch.
   at::Tensor row_nll;     // [M] acc, contiguous
   at::Tensor column_nll;  // [N] acc, contiguous
-  at::Tensor products;    // [M, N] acc: query key^T, cached for the backward; or undefined
-  // Backward only.
+  // Backward only, as grad_query and grad_key.
   at::Tensor row_weight;     // [M] acc, contiguous: dL/d of each nll
   at::Tensor column_weight;  // [N] acc
-  at::Tensor grad_query;     // [M, K] acc, contiguous; undefined if not needed
-  at::Tensor grad_key;       // [N, K] acc, contiguous; undefined if not needed
 };
 
 struct InfoNCEOptions {

@@ -1,6 +1,7 @@
-// Element-wise loops over one tile of products v_i . u_j: running softmax statistics, and the
-// gradient of the logits. Compiled for AVX-512, AVX2 and the compiler's default; ATen's CPU
-// capability selects one at run time (ATEN_CPU_CAPABILITY can lower it).
+// Element-wise loops over one tile of products v_i . u_j: running softmax statistics, the gradient
+// of the logits, and the sigmoid loss with its gradient. Compiled for AVX-512, AVX2 and the
+// compiler's default; ATen's CPU capability selects one at run time (ATEN_CPU_CAPABILITY can lower
+// it).
 //
 // acc_t is float or double. Arrays over the columns of a tile are read and written up to the next
 // multiple of kTilePadding, so the caller must allocate that much.
@@ -59,10 +60,29 @@ struct GradientTile {
   acc_t* column_part;             // [rows, padded(columns)] or null; zero-padded
 };
 
+// The sigmoid loss: logits l = scale v_i . u_j + bias, sum of log(1 + exp(-z l)), with z = 1 at the
+// positives and -1 elsewhere.
+template <typename acc_t>
+struct SigmoidTile {
+  const acc_t* products;  // [rows, products_stride]
+  int64_t products_stride;
+  int64_t rows, columns;
+  int64_t diagonal;
+  acc_t scale, bias, factor;
+  acc_t* part;  // [rows, padded(columns)]: factor dL/dl, zero-padded; null: no gradient
+};
+
+// Sums over a tile: of the loss, of dL/dl_ij v_i . u_j, and of dL/dl_ij. The last two are 0 without
+// a gradient.
+struct SigmoidSums {
+  double loss, scale, bias;
+};
+
 template <typename acc_t>
 struct Loops {
   void (*statistics)(const StatisticsTile<acc_t>&);
   double (*gradient)(const GradientTile<acc_t>&);  // returns sum dL/dS_ij v_i . u_j
+  SigmoidSums (*sigmoid)(const SigmoidTile<acc_t>&);
   // out[j, i] = tile[i, j]
   void (*transpose)(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns, acc_t* out,
                     int64_t out_stride);

@@ -271,6 +271,8 @@ double gradient(const GradientTile<acc_t>& tile) {
   return grad_scale;
 }
 
+#include "cpu/sigmoid_loops_body.h"
+
 HIMO_INLINE float convert(float value, float*) { return value; }
 HIMO_INLINE double convert(double value, double*) { return value; }
 HIMO_INLINE uint16_t convert(float value, uint16_t*) {
@@ -352,8 +354,8 @@ void round_rows(const float* tile, int64_t stride, int64_t rows, int64_t columns
 
 extern const TileLoops tile_loops;
 const TileLoops tile_loops = {
-    {statistics<float>, gradient<float>, transpose<float, float>},
-    {statistics<double>, gradient<double>, transpose<double, double>},
+    {statistics<float>, gradient<float>, sigmoid<float>, transpose<float, float>},
+    {statistics<double>, gradient<double>, sigmoid<double>, transpose<double, double>},
     transpose<float, uint16_t>,
     round_rows,
 };

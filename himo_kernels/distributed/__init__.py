@@ -3,6 +3,7 @@
 from himo_kernels.distributed.gather import all_gather
 from himo_kernels.distributed.loss import dual_info_nce, info_nce
 from himo_kernels.distributed.moments import pca_reconstruct
+from himo_kernels.distributed.sigmoid import sigmoid_loss
 from himo_kernels.distributed.wire import Traffic, count_traffic
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "dual_info_nce",
     "info_nce",
     "pca_reconstruct",
+    "sigmoid_loss",
 ]

@@ -26,6 +26,8 @@ class Gathered:
         if self._keys is None:
             gathered = self._rows.all_gather(pack_rows(keys, table))
             self._keys, all_table = unpack_rows(gathered, keys, table)
+        elif table.shape[1] == 0:
+            all_table = table.new_empty((self._rows.total, 0))
         else:
             all_table = self._rows.all_gather(table)
         yield 0, self._keys, all_table

@@ -18,7 +18,7 @@ from himo_kernels._checks import (
     raise_value,
 )
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.dispatch import check_backend, refuse_double_backward
+from himo_kernels.dispatch import Operator, check_backend, refuse_double_backward
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.exchange import STRATEGIES
 from himo_kernels.distributed.wire import Rows, members_of
@@ -284,10 +284,12 @@ def check_strategy(operator: str, strategy: object) -> None:
         raise_value(operator, "strategy", f"to be one of {list(STRATEGIES)}", strategy)
 
 
-def resolve_over_ranks(operator: str, backend: str, size: int, image_features: Tensor) -> str:
+def resolve_over_ranks(
+    operator: str, backend: str, size: int, image_features: Tensor, block: Operator = BLOCK
+) -> str:
     """Returns the backend for blocks over several ranks; raises if none can run them."""
     check_backend(operator, backend)
-    return backend if size == 1 else BLOCK.resolve(backend, image_features)
+    return backend if size == 1 else block.resolve(backend, image_features)
 
 
 def grad_flags(*inputs: object) -> tuple[bool, ...]:

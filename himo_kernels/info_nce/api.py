@@ -236,13 +236,18 @@ def check_keep_logits_mib(operator: str, value: object) -> float | None:
 
 
 def check_logit_scale(operator: str, value: Tensor | float, features: Tensor) -> Tensor:
+    return check_scalar(operator, "logit_scale", value, features)
+
+
+def check_scalar(operator: str, argument: str, value: Tensor | float, features: Tensor) -> Tensor:
+    """Returns a number, or a tensor of one element on the device of features, as a tensor []."""
     if not isinstance(value, Tensor):
-        number = check_number(operator, "logit_scale", value)
+        number = check_number(operator, argument, value)
         return as_tensor(number, accumulation_dtype(features.dtype), features.device)
-    check_tensor(operator, "logit_scale", value)
+    check_tensor(operator, argument, value)
     if value.numel() != 1:
-        raise_shape(operator, "logit_scale", "[] or [1]", value)
-    check_device(operator, "logit_scale", value, "image_features", features)
+        raise_shape(operator, argument, "[] or [1]", value)
+    check_device(operator, argument, value, "image_features", features)
     return value.reshape(())
 
 

@@ -6,6 +6,7 @@ confident positive (P_ii = 0.999 at s = 100). Log-sum-exp minus S_ii, the differ
 near 100, has only two or three correct digits in float32.
 """
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -80,9 +81,9 @@ def info_nce_block_fwd(
     images, keys, scale = _raised(image_features, keys, logit_scale)
     rows = torch.empty_like(row_positives)
     columns = torch.full_like(column_positives, -torch.inf)
-    for part in _parts(images, keys):
+    for part in row_parts(images, keys):
         logits = scale * (images[part] @ keys.mT)
-        _pairs(logits, part.start + offset).fill_(-torch.inf)
+        pairs_of(logits, part.start + offset).fill_(-torch.inf)
         rows[part] = torch.logsumexp(logits - row_positives[part, None], 1)
         columns = torch.logaddexp(columns, torch.logsumexp(logits - column_positives, 0))
     return rows, columns
@@ -104,15 +105,15 @@ def info_nce_block_bwd(
     label_smoothing, differentiate_keys = settings
     row_weight, column_weight = cast(Tensor, rows.weight), cast(Tensor, columns.weight)
     share = label_smoothing / total
-    for part in _parts(images, keys):
+    for part in row_parts(images, keys):
         logits = scale * (images[part] @ keys.mT)
-        pairs = _pairs(logits, part.start + offset)
+        pairs = pairs_of(logits, part.start + offset)
         first = max(0, part.start + offset)  # first column whose pair is in this part
         own_columns = slice(first, first + len(pairs))
         own_rows = slice(first - offset, first - offset + len(pairs))
         # dL/dS of the rows: P - (1 - eps) I - eps / N, with P_ii - 1 = expm1(-nll_i).
         grad_rows = (logits - rows.positives[part, None]).sub_(rows.nll[part, None]).exp_()
-        own_pairs = _pairs(grad_rows, part.start + offset)
+        own_pairs = pairs_of(grad_rows, part.start + offset)
         own_pairs.copy_(torch.expm1(-rows.nll[own_rows]) + label_smoothing)
         grad_rows.sub_(share).mul_(row_weight[part, None])
         grad_columns = logits.sub_(columns.positives).sub_(columns.nll).exp_()
@@ -125,18 +126,20 @@ def info_nce_block_bwd(
     return grad_images, grad_keys
 
 
-def _parts(images: Tensor, keys: Tensor) -> Iterator[slice]:
-    # Slices of the rows, so short that their logits fit the limit.
-    step = max(1, max(_BLOCK_LOGITS, images.numel()) // len(keys))
-    for start in range(0, len(images), step):
-        yield slice(start, min(start + step, len(images)))
+def row_parts(images: Tensor, keys: Tensor) -> Iterator[slice]:  # [*, M, D], [*, N, D]
+    """Yields slices of the rows, so short that their logits fit the limit."""
+    *batch, rows, _ = images.shape
+    row_logits = max(1, math.prod(batch)) * keys.shape[-2]
+    step = max(1, max(_BLOCK_LOGITS, images.numel()) // row_logits)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
-def _pairs(logits: Tensor, offset: int) -> Tensor:
-    # The entries (i, i + offset) of logits as a view, which may be empty.
-    rows, columns = logits.shape
+def pairs_of(logits: Tensor, offset: int) -> Tensor:  # [*, M, N]
+    """Returns the entries (i, i + offset) of logits as a view, which may be empty."""
+    rows, columns = logits.shape[-2:]
     first, last = max(0, -offset), min(rows, columns - offset)
-    return logits[first : max(first, last)].diagonal(offset + first)
+    return logits[..., first : max(first, last), :].diagonal(offset + first, -2, -1)
 
 
 def _operands(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:

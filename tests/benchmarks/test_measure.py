@@ -156,6 +156,9 @@ def test_the_cost_model_of_the_losses():
     assert flops["dual_info_nce"](case, 0, True) == 16 * 100**2 * 64
     assert flops["dual_info_nce_low_rank"](case, 16, True) == 10 * 100**2 * 64
     assert flops["info_nce"](case, 0, False) == 2 * 100**2 * 64
+    # The sigmoid loss takes its gradients from the logits of the forward.
+    assert flops["sigmoid_loss"](case, 0, True) == 6 * 100**2 * 64
+    assert flops["sigmoid_loss"](case, 0, False) == 2 * 100**2 * 64
 
 
 def test_every_operator_of_a_loss_or_moment_is_registered():

@@ -143,11 +143,11 @@ class _Pass2:
             ):
                 if to is not None:
                     product = branch.new_empty(*grad.shape[:2], to.shape[-1])
-                    _multiply(branch, grad, branch.right, product)
+                    multiply(branch, grad, branch.right, product)
                     factors = branch.right.unsqueeze(0)
                     self._finish(to, product, factors, own, pair, branch.pair_offset, chunk, add)
             if products is not None:
-                _multiply(branch, grad_columns.mT, x[:, chunk], products, chunk.start > 0)
+                multiply(branch, grad_columns.mT, x[:, chunk], products, chunk.start > 0)
         if right is not None and products is not None:
             whole = slice(0, branch.columns)
             of_columns = (columns, rows, -branch.pair_offset)
@@ -215,14 +215,14 @@ def _scale_gradient(
     return out
 
 
-def _multiply(
+def multiply(
     branch: Branch,
     x: Tensor,  # [B, M, K]
     y: Tensor,  # [B, K, W]
     out: Tensor,  # [B, M, W] float32
     accumulate: bool = False,
 ) -> None:
-    # out = x y, or out += x y, accumulated in float32
+    """Writes out = x y, or out += x y, accumulated in float32."""
     if branch.rank is not None:
         bounded_product(x, y, branch.rank, "columns", out, accumulate=accumulate)
     elif x.is_cuda and x.dtype != torch.float32:

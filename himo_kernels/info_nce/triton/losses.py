@@ -345,12 +345,12 @@ def _log_odds(maximum, total, positives):
 def _nll(maximum, total, positives):
     # log(1 + sum_{j != i} exp(S_ij - S_ii)): eq. (4)
     log_odds = _log_odds(maximum, total, positives)
-    return tl.where(log_odds < 0, 0.0, log_odds) + _log1p(tl.exp(-tl.abs(log_odds)))
+    return tl.where(log_odds < 0, 0.0, log_odds) + log1p(tl.exp(-tl.abs(log_odds)))
 
 
 @triton.jit
-def _log1p(x):
-    # log(1 + x) for 0 <= x <= 1 to full precision: 2 artanh z, z = x / (2 + x) <= 1 / 3, to z^15.
+def log1p(x):
+    """log(1 + x) for 0 <= x <= 1 to full precision: 2 artanh z, z = x / (2 + x), to z^15."""
     z = x / (2 + x)
     square = z * z
     series = 1.0 / 13 + square * (1.0 / 15)

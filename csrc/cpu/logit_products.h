@@ -1,0 +1,74 @@
+// The products query key^T by tiles, which the losses turn into logits, and their factors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/tile_loops.h"
+#include "cpu/tile_products.h"
+
+namespace himo::cpu {
+
+// A row block (192 KiB of float at K = 768), a tile (64 KiB) and its gradient fit in L2 together.
+constexpr int64_t kRows = kTileRows, kColumns = kTileColumns;
+static_assert(kColumns == RightFactor<float>::kColumns);
+
+inline const auto& loops_of(float) { return tile_loops().float32; }
+inline const auto& loops_of(double) { return tile_loops().float64; }
+
+// The features of a problem whose logits are scale query key^T, and their gradients. acc is float,
+// or double for double features.
+struct Logits {
+  at::Tensor query;       // [M, K], any strides
+  at::Tensor key;         // [N, K], any strides, dtype of query
+  at::Tensor products;    // [M, N] acc: query key^T, cached for the backward; or undefined
+  at::Tensor grad_query;  // [M, K] acc, contiguous; undefined if not needed
+  at::Tensor grad_key;    // [N, K] acc, contiguous; undefined if not needed
+};
+
+// The features laid out for the tile products of the logits and of the gradients.
+template <typename factor_t, typename gradient_t>
+struct ProductFactors {
+  using acc_t = accumulator_t<factor_t>;
+  at::Tensor query;                      // left [M, K]
+  RightFactor<factor_t> key_transposed;  // right [K, N]
+  RightFactor<gradient_t> keys;          // right [N, K]
+  RightFactor<gradient_t> queries;       // right [M, K]
+
+  ProductFactors(const Logits& problem, bool with_logits) {
+    if (with_logits) {
+      query = left_factor<factor_t>(problem.query);
+      key_transposed = RightFactor<factor_t>(problem.key.t());
+    }
+    if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
+    if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
+  }
+};
+
+// A tile of query key^T: in scratch, or in the cached products if there are any.
+template <typename factor_t>
+struct ProductTile {
+  using acc_t = accumulator_t<factor_t>;
+  acc_t* data;
+  int64_t stride;
+
+  ProductTile(const Logits& problem, int64_t row, int64_t column, acc_t* scratch) {
+    if (problem.products.defined()) {
+      stride = problem.products.size(1);
+      data = problem.products.template mutable_data_ptr<acc_t>() + row * stride + column;
+    } else {
+      stride = kColumns;
+      data = scratch;
+    }
+  }
+
+  template <typename Factors>
+  void form(const Factors& factors, int64_t row, int64_t rows, int64_t column,
+            int64_t columns) const {
+    const int64_t query_stride = factors.query.stride(0), inner = factors.query.size(1);
+    factors.key_transposed.multiply(
+        factors.query.template const_data_ptr<factor_t>() + row * query_stride, query_stride, rows,
+        0, inner, column, columns, /*add=*/false, data, stride);
+  }
+};
+
+}  // namespace himo::cpu
