@@ -19,14 +19,11 @@ from himo.evaluate.cola import cola
 from himo.evaluate.encode import Coverage, Encoder
 from himo.evaluate.himo_k import PrefixScores, himo_k, read_himo_docci, score_himo_docci
 from himo.evaluate.metrics import (
-    SENTENCE_RULE,
-    SENTENCE_RULE_SHA256,
     growth_correlation,
     monotone_accuracy,
     recall,
     retrieval_ranks,
     segment_boundaries,
-    split_sentences,
 )
 from himo.evaluate.result import (
     add_himo_docci,
@@ -37,6 +34,7 @@ from himo.evaluate.result import (
     write_result,
 )
 from himo.evaluate.retrieval import retrieval
+from himo.evaluate.sentences import SENTENCE_RULE, SENTENCE_RULE_SHA256, split_sentences
 from himo.files import output_path
 from himo.precision import products_dtype
 from himo_kernels import __version__

@@ -13,13 +13,11 @@ from himo.evaluate.encode import Coverage, Encoder, TextScores
 from himo.evaluate.himo_k import K_RULE, himo_at, himo_k
 from himo.evaluate.metrics import (
     MAX_SEGMENTS,
-    SENTENCE_RULE,
-    SENTENCE_RULE_SHA256,
     caption_segments,
     sentence_prefixes,
-    split_sentences,
 )
 from himo.evaluate.retrieval import CaptionedSet, group_by_image, retrieval
+from himo.evaluate.sentences import SENTENCE_RULE, SENTENCE_RULE_SHA256, split_sentences
 
 
 @dataclass

@@ -31,6 +31,7 @@ from himo.files import open_regular
 # The paper reads K > 3 as a correlation, and does not say which K a captioned set is given.
 # Here each caption is cut as finely as its sentences allow.
 K_RULE = f"K = sentences of the caption, where more than 3, at most {MAX_SEGMENTS}"
+GIVEN_K_RULE = "K = prefixes of the image"  # of HiMo-Docci
 _MORE_THAN = 3
 
 

@@ -6,7 +6,6 @@ float16 tie at the top for 1.7 % of the queries and in bfloat16 for 13 %, and Hi
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,13 +13,8 @@ import torch
 from torch import Tensor
 
 from himo.errors import HimoError
+from himo.evaluate.sentences import split_sentences
 from himo_kernels.process_state import full_float32
-
-# The paper does not say how a caption is cut into sentences. This rule is part of the metric:
-# results carry its digest, and another rule is another metric.
-SENTENCE_RULE = r"(?<=[.!?])\s+"
-SENTENCE_RULE_SHA256 = hashlib.sha256(SENTENCE_RULE.encode()).hexdigest()
-_SENTENCE_END = re.compile(SENTENCE_RULE)
 
 # Most parts of a caption whose prefixes are scored. The time grows with the square of their number,
 # and a caption of 8 KB may have 2,700 sentences. A multiple of 2 and 3: HiMo@2 and HiMo@3 do not
@@ -118,11 +112,6 @@ def ranks_and_ties(
 def recall(ranks: Tensor, k: int) -> float:
     """R@k: the percentage of ranks [Q] that are at most k."""
     return 100 * int((ranks <= k).sum()) / len(ranks)
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a text by SENTENCE_RULE, none of them empty."""
-    return [sentence for sentence in _SENTENCE_END.split(text.strip()) if sentence]
 
 
 def caption_segments(text: str) -> list[str]:
