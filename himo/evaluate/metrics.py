@@ -151,7 +151,12 @@ def monotone_accuracy(scores: Tensor) -> float:
         scores: [N, K], N >= 1.
     """
     _check_series(scores)
-    return 100 * int((scores.diff(dim=1) > 0).all(dim=1).sum()) / len(scores)
+    return 100 * int(rises(scores).sum()) / len(scores)
+
+
+def rises(scores: Tensor) -> Tensor:
+    """Whether s_1 < s_2 < ... < s_K in each row of [N, K], bool [N]."""
+    return (scores.diff(dim=1) > 0).all(dim=1)
 
 
 def growth_correlation(scores: Tensor) -> Tensor:
