@@ -16,9 +16,9 @@ from himo.evaluate.metrics import (
     MAX_SEGMENTS,
     caption_segments,
     segment_boundaries,
-    split_sentences,
 )
 from himo.evaluate.retrieval import retrieval
+from himo.evaluate.sentences import split_sentences
 from himo.tokenizer import TextError, Tokenizer, tokenize
 
 
