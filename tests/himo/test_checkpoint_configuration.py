@@ -273,7 +273,9 @@ PROCESSOR_FIELDS = {
 
 def test_no_field_lists_a_value_twice() -> None:
     tables = [value for name, value in vars(configuration_fields).items() if name.isupper()]
-    meanings = [values for fields in tables if isinstance(fields, dict) for values in fields.items()]
+    meanings = [
+        values for fields in tables if isinstance(fields, dict) for values in fields.items()
+    ]
     assert ("rescale_factor", (1 / 255,)) in meanings
     for field, values in meanings:
         if not isinstance(values, str):
