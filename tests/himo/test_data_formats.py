@@ -526,6 +526,19 @@ def test_a_folder_in_the_layout_of_urban1k(names: tuple[str, str], tmp_path: Pat
     assert read(Folder(tmp_path))[0][0].caption == "first 1 second"
 
 
+@pytest.mark.parametrize("below", ["", "images/"])
+def test_a_folder_without_captions_says_what_is_expected(below: str, tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / below / name).parent.mkdir(exist_ok=True)
+        (tmp_path / below / name).write_bytes(image_bytes())
+    (tmp_path / "pairs.csv").write_text("image,caption\n")
+    expected = rf"{tmp_path}: 2 images and no captions: expected a text file NAME.txt for each"
+    with pytest.raises(HimoError, match=expected):
+        open_dataset(tmp_path)
+    (tmp_path / below / "a.txt").write_text("A caption.")
+    assert len(open_dataset(tmp_path, max_bad_fraction=0.5)) == 1
+
+
 def test_a_folder_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("not a caption")
