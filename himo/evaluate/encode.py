@@ -15,6 +15,7 @@ from himo.data.paths import ImageRoot, MissingImage
 from himo.data.records import RecordError
 from himo.errors import HimoError
 from himo.evaluate.metrics import nonfinite_rows
+from himo.evaluate.shared_prefixes import TextBatch, TokenRows, shared_rows, text_batches
 from himo.model import HiMoCLIP
 from himo.tokenizer import default_tokenizer
 from himo.transforms import ImageError, Preprocess, Reason
@@ -171,8 +172,9 @@ class Encoder:
     ) -> "TextScores":
         """Cosine similarities of pairs of a text and an image, and the features of some texts.
 
-        Texts with the same tokens are encoded once, and so have the same score. Texts are sorted
-        by length first, because a batch takes as long as its longest text.
+        Texts with the same tokens are encoded once, and so have the same score. Texts that begin
+        alike share a row, as `shared_prefixes` lays them out. Rows are sorted by length, because a
+        batch takes as long as its longest row.
 
         Args:
             texts: T texts.
@@ -182,15 +184,20 @@ class Encoder:
             wanted: the features of texts[:wanted] are returned.
         """
         tokens, row_of_text, cut = distinct_tokens(texts, self.model.context_length)
+        batches = text_batches(tokens, self.batch_size)
+        # From here on rows are numbered in the order they are encoded in.
+        order = np.concatenate([batch.texts for batch in batches] or [np.arange(0)])
+        row_of_text = torch.from_numpy(order).argsort()[row_of_text]
         scores = torch.empty(len(pair_text))
         features = torch.empty(wanted, self.model.config.embed_dim)
         bad_row = torch.zeros(len(tokens), dtype=torch.bool)
         pair_row, pair_order = row_of_text[pair_text].sort()
         wanted_row, wanted_order = row_of_text[:wanted].sort()
         with torch.no_grad(), self._bar("texts", len(tokens)) as bar:
-            for start in range(0, len(tokens), self.batch_size):
-                stop = min(start + self.batch_size, len(tokens))
-                encoded = self._encode_tokens(tokens[start:stop])
+            stop = 0
+            for batch in batches:
+                start, stop = stop, stop + len(batch.texts)
+                encoded = self.encode_batch(tokens[batch.texts], batch)
                 bad_row[[start + row for row in nonfinite_rows(encoded)]] = True
                 pairs = _between(pair_row, start, stop)
                 chosen = image_features[pair_image[pair_order[pairs]]]
@@ -200,7 +207,26 @@ class Encoder:
                 bar.update(stop - start)
         return TextScores(scores, features, bad_row[row_of_text], cut)
 
-    def _encode_tokens(self, tokens: "np.ndarray[Any, np.dtype[np.uint16]]") -> Tensor:
+    def encode_batch(self, tokens: TokenRows, batch: TextBatch) -> Tensor:
+        """L2-normalised features [T, E] of a batch, float32 on the CPU.
+
+        Args:
+            tokens: [T, L], of the texts of the batch, in its order.
+            batch: one of `text_batches`.
+        """
+        if batch.sizes is None:
+            return self._encode_tokens(tokens)
+        rows = shared_rows(tokens, batch.sizes)
+        encoded = self.model.encode_shared_text(*rows.to(self.device))
+        encoded = _normalized(encoded[rows.is_text.to(self.device)])
+        # A token that is NaN makes the whole row so: 0 times NaN, where it is not seen.
+        bad = nonfinite_rows(encoded)
+        for start in range(0, len(bad), self.batch_size):
+            alone = bad[start : start + self.batch_size]
+            encoded[alone] = self._encode_tokens(tokens[alone])
+        return encoded
+
+    def _encode_tokens(self, tokens: TokenRows) -> Tensor:
         longest = int(tokens.argmax(axis=1).max()) + 1
         batch = torch.from_numpy(tokens[:, :longest].astype(np.int32)).to(self.device)
         return _normalized(self.model.encode_text(batch, max_length=longest))
@@ -272,9 +298,7 @@ class TextScores:
     cut: int
 
 
-def distinct_tokens(
-    texts: Sequence[str], context_length: int
-) -> tuple["np.ndarray[Any, np.dtype[np.uint16]]", Tensor, int]:
+def distinct_tokens(texts: Sequence[str], context_length: int) -> tuple[TokenRows, Tensor, int]:
     """The distinct token rows from short to long, the row of each text, and how many were cut.
 
     Returns:
