@@ -17,6 +17,7 @@ from himo.evaluate.captions import (
 )
 from himo.evaluate.cola import cola
 from himo.evaluate.encode import Coverage, Encoder
+from himo.evaluate.feature_cache import FeatureCache
 from himo.evaluate.himo_k import PrefixScores, himo_k, read_himo_docci, score_himo_docci
 from himo.evaluate.metrics import (
     SENTENCE_RULE,
@@ -87,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
     parser.add_argument("--precision", default="fp32", choices=_DTYPES, help="of the model alone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU")
+    text = "folder to keep features in, and to read those of the same model and data from"
+    parser.add_argument("--feature-cache", metavar="DIR", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,9 +106,14 @@ def run(args: argparse.Namespace) -> int:
         model.set_precision(products)
         print(f"himo: note: {args.precision} weights, float32 products: faster here")
     encoder = Encoder(model, preprocess, args.batch_size, args.workers)
+    described = _describe(args, encoder)
+    if args.feature_cache:
+        encoder.cache = FeatureCache(
+            args.feature_cache, _decisive(args, described, products, encoder)
+        )
 
     # In the order of the file: sections for people first, long lists last.
-    result: dict[str, Any] = {"himo_version": __version__, "model": _describe(args, encoder)}
+    result: dict[str, Any] = {"himo_version": __version__, "model": described}
     curves: list[dict[str, Any]] = []
     chosen: dict[str, str] = {}  # how the captions of each list were
     if opened is not None:
@@ -144,3 +152,13 @@ def _describe(args: argparse.Namespace, encoder: Encoder) -> dict[str, Any]:
         "precision": args.precision,
         "image_mode": encoder.preprocess.mode,
     }
+
+
+def _decisive(
+    args: argparse.Namespace, described: dict[str, Any], products: torch.dtype, encoder: Encoder
+) -> dict[str, Any]:
+    """What a kept feature depends on beside the data: the model, the program and the device."""
+    given = {name: value for name, value in described.items() if name != "path"}
+    versions = {"himo": __version__, "torch": torch.__version__}
+    arithmetic = {"products": str(products), "device": encoder.device.type}
+    return given | model_arguments(args) | versions | arithmetic
