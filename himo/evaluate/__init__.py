@@ -19,6 +19,7 @@ from himo.evaluate.captions import (
 from himo.evaluate.cola import cola
 from himo.evaluate.datasets import SUITES
 from himo.evaluate.encode import Coverage, Encoder
+from himo.evaluate.feature_cache import FeatureCache
 from himo.evaluate.himo_k import PrefixScores, himo_k, read_himo_docci, score_himo_docci
 from himo.evaluate.metrics import (
     growth_correlation,
@@ -105,6 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
     parser.add_argument("--precision", default="fp32", choices=_DTYPES, help="of the model alone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU")
+    text = "folder to keep features in, and to read those of the same model and data from"
+    parser.add_argument("--feature-cache", metavar="DIR", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -193,7 +196,11 @@ def _encoder(args: argparse.Namespace, path: str) -> Encoder:
     if products != model.dtype:  # the same features: the weights stay rounded
         model.set_precision(products)
         print(f"himo: note: {args.precision} weights, float32 products: faster here")
-    return Encoder(model, preprocess, args.batch_size, args.workers)
+    encoder = Encoder(model, preprocess, args.batch_size, args.workers)
+    if args.feature_cache:
+        decisive = _decisive(args, _describe(args, encoder, path), products, encoder)
+        encoder.cache = FeatureCache(args.feature_cache, decisive)
+    return encoder
 
 
 def _describe(args: argparse.Namespace, encoder: Encoder, path: str) -> dict[str, Any]:
@@ -205,3 +212,13 @@ def _describe(args: argparse.Namespace, encoder: Encoder, path: str) -> dict[str
         "precision": args.precision,
         "image_mode": encoder.preprocess.mode,
     }
+
+
+def _decisive(
+    args: argparse.Namespace, described: dict[str, Any], products: torch.dtype, encoder: Encoder
+) -> dict[str, Any]:
+    """What a kept feature depends on beside the data: the model, the program and the device."""
+    given = {name: value for name, value in described.items() if name != "path"}
+    versions = {"himo": __version__, "torch": torch.__version__}
+    arithmetic = {"products": str(products), "device": encoder.device.type}
+    return given | model_arguments(args) | versions | arithmetic
