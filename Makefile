@@ -110,7 +110,7 @@ test-all: $(READY)
 # The operators' tests as on older processors: the newest instructions ATEN, oneDNN and MKL may use.
 CLASSES := default:SSE41:SSE4_2 avx2:AVX2:AVX2
 CLASS_TESTS := tests/covariance/test_covariance.py tests/normalize/test_normalize.py tests/pca \
-  tests/info_nce tests/himo_loss tests/test_nn.py tests/himo/test_precision.py
+  tests/info_nce tests/sigmoid_loss tests/himo_loss tests/test_nn.py tests/himo/test_precision.py
 classes: $(READY)
 	@set -e; for class in $(CLASSES); do \
 	  aten=$${class%%:*}; rest=$${class#*:}; \
@@ -150,7 +150,7 @@ sanitize: $(READY)
 	  >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
 	$(SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH="$(SANITIZED):$(CURDIR)" $(PY) -m pytest \
 	  -p no:cacheprovider --capture=sys -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
-	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/himo_loss tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
+	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/sigmoid_loss tests/himo_loss tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
 
 # Without what an earlier build left in build/lib*, which would be packed too.
 wheel: $(READY)
@@ -178,7 +178,8 @@ GPU_MINUTES ?= 8
 GPU_START := $(shell date +%s)
 GPU_FIRST := tests/covariance tests/normalize tests/pca/test_pca_triton.py tests/pca/test_pca_cuda.py \
   tests/pca/test_pca_moment.py tests/info_nce/test_info_nce_block.py tests/info_nce/test_info_nce_block_triton.py \
-  tests/info_nce/test_info_nce_triton.py tests/info_nce/test_info_nce_cuda.py
+  tests/info_nce/test_info_nce_triton.py tests/info_nce/test_info_nce_cuda.py \
+  tests/sigmoid_loss/test_sigmoid_loss.py tests/sigmoid_loss/test_sigmoid_loss_triton.py
 GPU_TESTS = $(IN_TREE) PYTHONUNBUFFERED=1 timeout -s INT -k 20 $(1) $(PY) -m pytest -m gpu \
   --maxfail=60 $(2) --junitxml=$(GPU_OUT)/$(3).xml >$(GPU_OUT)/$(3).txt 2>&1
 gpu: $(READY)
