@@ -14,8 +14,8 @@ TORCH ?= torch==2.13.0
 OPEN_CLIP := open_clip_torch==3.3.0
 OPEN_CLIP_OLDEST := open_clip_torch==0.2.0
 
-# Prerequisites of a rebuild of the extension.
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Prerequisites of a rebuild of the extension, which has no CUDA kernel yet.
+CSRC := $(filter-out csrc/cuda/% csrc/emulate/%,$(shell find csrc -name '*.cpp' -o -name '*.h'))
 
 PATH_OUTSIDE := $(PATH)
 ifeq ($(strip $(VENV)),)
@@ -40,7 +40,7 @@ BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 # torch's default, the number of cores plus two, exhausts the memory of small machines.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test test-all classes fuzz lint aot sanitize wheel install-check bench gpu demo clean in-place
+.PHONY: help setup test test-all classes fuzz emulate lint aot sanitize wheel install-check bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
@@ -48,6 +48,7 @@ help:
 	@echo "make test-all  every test: larger sizes, killed runs, corpora of bad input, each processor class"
 	@echo "make classes  the operators' tests as on processors with AVX2, or without"
 	@echo "make fuzz    the corpora of bad input alone"
+	@echo "make emulate  the CUDA C++ kernels on the host, under sanitizers; needs no GPU"
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
 	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
 	@echo "make sanitize  the operators' tests on an extension with address and undefined-behaviour sanitizers"
@@ -122,6 +123,11 @@ classes: $(READY)
 
 fuzz: $(READY)
 	$(RUN_TESTS) $(PYTEST_FLAGS) tests/fuzz
+
+# Each test builds what it runs: with address and undefined-behaviour sanitizers, or with the thread
+# sanitizer. `make test-all` runs them too.
+emulate: $(READY)
+	$(RUN_TESTS) $(PYTEST_FLAGS) tests/emulate
 
 lint: $(READY)
 	$(PY) -m ruff check .
