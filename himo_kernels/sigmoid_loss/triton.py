@@ -114,7 +114,7 @@ def _sums(
             multiply(branch, grad.mT, x[:, chunk], right, chunk.start > 0)
     factor = branch.scale.float() / (divisor * gain)
     sums = partials.sum((-2, -1), dtype=torch.float64).div_(divisor).float()  # [B, 3]
-    loss, of_scale, of_bias = sums.unbind(1)
+    loss, of_scale, of_bias = (part.clone() for part in sums.unbind(1))  # outputs share no memory
     empty = branch.new_empty(0)
     return (
         loss,
