@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         raise HimoError(
             "expected a data set to evaluate on: --suite, --data, --himo-docci or --cola"
         )
+    if args.suite and args.data_root is None:
+        raise HimoError(f"--suite {args.suite}: expected the folder of its data sets, --data-root")
     several = bool(args.suite) or max(len(args.pretrained), len(data)) > 1
     out = output_path(args.out, *([".json"] if several else []))
     # Before the models: most mistakes are here.

@@ -29,6 +29,7 @@ class CaptionScores:
     Attributes:
         index: the data set.
         captions: the images and captions that took part.
+        texts: the number of the text of each caption, as `CaptionedSet.texts`.
         series: for each caption the scores [n] of its first 1, ..., n segments, which are its
             sentences unless there are more than MAX_SEGMENTS.
         coverage: of its records.
@@ -39,6 +40,7 @@ class CaptionScores:
 
     index: SampleIndex
     captions: CaptionedSet
+    texts: list[int]
     series: list[Tensor]
     coverage: Coverage
     image_features: Tensor
@@ -174,7 +176,9 @@ def evaluate_captions(
         "histogram": histogram,
         "ranks": ways["ranks"],
     }
-    return CaptionScores(index, captions, series, coverage, image_features, text_features, sections)
+    return CaptionScores(
+        index, captions, texts, series, coverage, image_features, text_features, sections
+    )
 
 
 def score_prefixes(

@@ -216,8 +216,7 @@ def locate(name: str, root: str | os.PathLike[str]) -> Place:
         place = _place(layout, os.fspath(root))
         if place is not None:
             return place
-    missing = "" if os.path.isdir(root) else ", which is no folder"
-    raise NotFound(name, f"{os.fspath(root)}{missing}")
+    raise NotFound(name, _shown(root))
 
 
 def locate_below(name: str, data_root: str | os.PathLike[str]) -> Place:
@@ -231,8 +230,12 @@ def locate_below(name: str, data_root: str | os.PathLike[str]) -> Place:
             place = _place(layout, os.path.join(data_root, folder))
             if place is not None:
                 return place
-    folders = " or ".join(dict.fromkeys(f"{folder}/" for folder in SETS[name].folders))
-    raise NotFound(name, f"{folders} of {os.fspath(data_root)}")
+    folders = " or ".join(f"{folder}/" for folder in SETS[name].folders)
+    raise NotFound(name, f"{folders} of {_shown(data_root)}")
+
+
+def _shown(folder: str | os.PathLike[str]) -> str:
+    return f"{os.fspath(folder)}{'' if os.path.isdir(folder) else ', which is no folder'}"
 
 
 def _place(layout: Layout, root: str) -> Place | None:

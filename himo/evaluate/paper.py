@@ -2,14 +2,14 @@
 
 Transcribed from the paper as published (AAAI-26, pages 26977 and 26978) and compared with the
 pictures of the three tables in the released repository, github.com/UnicomAI/HiMo-CLIP. An entry
-without a value, "-", is one that the paper does not give. `*` marks methods that the authors ran
-again, and FG-CLIP+ stands for the paper's dagger: it uses ViT-L/14 at 336 pixels.
+without a value, "-", is one that the paper does not give.
 """
 
 from typing import NamedTuple
 
 OURS = "HiMo-CLIP"  # "Ours" in the paper
 BACKBONES = ("ViT-B/16", "ViT-L/14")
+MARKS = "* implemented again by the authors of HiMo-CLIP; † at 336 pixels, others at 224."
 
 
 class Column(NamedTuple):
@@ -121,7 +121,7 @@ TABLES = (
             Long-CLIP    | ViT-L/14     | 34.8 16.7 53.5 35.0 39.4 28.5 41.9 36.6 -0.55 32.4
             TULIP        | ViT-L/14     | 97.2 89.2 83.9 90.1 62.1 46.6 45.1 51.3  0.67 34.8
             FineLIP*     | ViT-L/14     | 97.9 98.5 92.8 96.4 64.9 60.6 53.7 59.7  0.83 34.3
-            FG-CLIP+     | ViT-L/14-336 | 96.6 94.1 91.3 94.0 62.1 58.5 53.8 58.1  0.75 30.0
+            FG-CLIP†     | ViT-L/14-336 | 96.6 94.1 91.3 94.0 62.1 58.5 53.8 58.1  0.75 30.0
             HiMo-CLIP    | ViT-L/14     | 99.3 98.0 96.4 97.9 70.9 62.3 59.3 64.2  0.88 38.6
         """),
     ),

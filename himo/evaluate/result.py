@@ -63,7 +63,7 @@ def caption_misses(scores: CaptionScores) -> tuple[list[dict[str, Any]], str]:
     captions, ranks = scores.captions, scores.sections["ranks"]["text_to_image"]
     first: dict[int, int] = {}  # the first caption of a text
     right: dict[int, list[int]] = {}  # the images of a text
-    for caption, text in enumerate(captions.texts()):
+    for caption, text in enumerate(scores.texts):
         first.setdefault(text, caption)
         right.setdefault(text, []).append(captions.caption_images[caption])
     missed = [text for text, rank in enumerate(ranks) if rank > 1]

@@ -74,11 +74,7 @@ def open_items(
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise HimoError(f"{twice[0]}: given twice, expected each data set once")
-    always = ("allow_missing", "follow_links")
-    others = [key for key, value in options.items() if key not in always and value]
-    others = [key for key in others if (key, options[key]) != ("dataset_type", "auto")]
-    if others and not more and all(name for name, _ in asked):
-        raise HimoError(f"{others[0]}: means nothing for {names[0]}, whose layout is known")
+    _check_flags(asked, data_root, options | {"captions_per_image": captions_per_image}, more)
     items, problems = [], []
     for name, path in asked:
         try:
@@ -98,6 +94,22 @@ def open_items(
             problems.append(str(error))
     _report(problems, len(names), options["allow_missing"] and bool(items))
     return items
+
+
+def _check_flags(
+    asked: Sequence[tuple[str | None, str]],
+    data_root: str | None,
+    options: dict[str, Any],
+    more: Sequence[tuple[str, str]],
+) -> None:
+    """HimoError for a flag that no data set of the call takes."""
+    of_all = {"allow_missing": None, "follow_links": None, "dataset_type": "auto"}
+    given = [key for key, value in options.items() if value and value != of_all.get(key, value)]
+    given += [key for key, value in options.items() if value and key not in of_all]
+    if given and not more and all(name for name, _ in asked):
+        raise HimoError(f"{given[0]}: means nothing for {asked[0][0]}, whose layout is known")
+    if data_root is not None and all(folder for _, folder in asked):
+        raise HimoError("--data-root: means nothing without --suite or a --data NAME")
 
 
 def _report(problems: Sequence[str], total: int, allowed: bool) -> None:
@@ -218,7 +230,7 @@ def protocol_of(encoder: Encoder, item: Item) -> dict[str, Any]:
 def _caption_measures(scores: CaptionScores, name: str) -> dict[str, Estimate]:
     """Recalls both ways and HiMo@2, 3 and K; a text belongs to the image of its first caption."""
     of_text: dict[int, int] = {}
-    for text, image in zip(scores.captions.texts(), scores.captions.caption_images, strict=True):
+    for text, image in zip(scores.texts, scores.captions.caption_images, strict=True):
         of_text.setdefault(text, image)
     groups = {"image_to_text": None, "text_to_image": list(of_text.values())}
     measures = {}

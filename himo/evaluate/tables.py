@@ -3,11 +3,12 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from himo.clip_config import CLIPConfig
 from himo.evaluate.intervals import Estimate, mean_estimate
-from himo.evaluate.paper import BACKBONES, OURS, TABLES, Column, PaperTable
+from himo.evaluate.paper import BACKBONES, MARKS, OURS, TABLES, Column, PaperTable
 from himo.evaluate.suite import Scored
 from himo.printing import csv_cell
 
@@ -126,24 +127,22 @@ def latex(found: Sequence[dict[str, Any]]) -> str:
 
 def _latex(table: dict[str, Any]) -> str:
     columns, rows = table["columns"], table["rows"]
-    groups = _groups(columns)
+    over = groups(columns)
     lines = [
         r"\begin{table}",
         rf"\caption{{{_escaped(table['title'])}. The paper's rows are as printed; "
-        r"intervals are 95\,\%, differences from HiMo-CLIP with the same backbone.}",
+        r"intervals are 95\,\%, differences from HiMo-CLIP with the same backbone. "
+        rf"{_escaped(MARKS)}}}",
         r"\begin{tabular}{ll" + "c" * len(columns) + "}",
         r"\toprule",
         " & & "
-        + " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{_escaped(name)}}}" for name, n in groups)
+        + " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{_escaped(name)}}}" for name, n in over)
         + r" \\",
         "Method & Backbone & " + " & ".join(_escaped(c["name"]) for c in columns) + r" \\",
     ]
-    before = ""
-    for row in rows:
-        block = row["backbone"][: len(BACKBONES[0])] if row["source"] == "paper" else "measured"
-        if block != before:
+    for row, is_first in zip(rows, block_starts(rows), strict=True):
+        if is_first:
             lines.append(r"\midrule")
-        before = block
         shown = [shown_cell(c, of["decimals"]) for c, of in zip(row["cells"], columns, strict=True)]
         names = [_escaped(row["method"]), _escaped(row["backbone"])]
         lines.append(" & ".join([*names, *(cell.value for cell in shown)]) + r" \\")
@@ -158,6 +157,7 @@ def _latex(table: dict[str, Any]) -> str:
 
 
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_SPECIAL["†"] = r"\dag{}"
 _SPECIAL |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
@@ -165,15 +165,17 @@ def _escaped(text: str) -> str:
     return "".join(_SPECIAL.get(character, character) for character in text)
 
 
-def _groups(columns: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
+def block_starts(rows: Sequence[dict[str, Any]]) -> list[bool]:
+    """Whether each row begins a block: a backbone of the paper, or the measured rows."""
+    blocks = [
+        row["backbone"][: len(BACKBONES[0])] if row["source"] == "paper" else "" for row in rows
+    ]
+    return [before != block for before, block in zip([None, *blocks], blocks, strict=False)]
+
+
+def groups(columns: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
     """The names of neighbouring columns of one group, and how many they are."""
-    groups: list[tuple[str, int]] = []
-    for column in columns:
-        if groups and groups[-1][0] == column["group"]:
-            groups[-1] = column["group"], groups[-1][1] + 1
-        else:
-            groups.append((column["group"], 1))
-    return groups
+    return [(name, len(list(of))) for name, of in groupby(columns, key=lambda x: x["group"])]
 
 
 class Shown(NamedTuple):
@@ -185,7 +187,7 @@ class Shown(NamedTuple):
 
 
 def shown_cell(cell: dict[str, float] | None, decimals: int) -> Shown:
-    """A cell as text: "-" where there is no value; the difference with its interval."""
+    """A cell as text: "-" where there is no value."""
     if cell is None:
         return Shown("-")
     value = f"{cell['value']:.{decimals}f}"
@@ -194,8 +196,8 @@ def shown_cell(cell: dict[str, float] | None, decimals: int) -> Shown:
     interval = f"[{cell['low']:.{decimals}f}, {cell['high']:.{decimals}f}]"
     if "paper" not in cell:
         return Shown(value, interval)
-    low, high = (f"{cell[key]:+.{decimals}f}" for key in ("difference_low", "difference_high"))
-    return Shown(value, interval, f"{cell['difference']:+.{decimals}f} [{low}, {high}]")
+    # Its interval has the same width.
+    return Shown(value, interval, f"{cell['difference']:+.{decimals}f}")
 
 
 # Measures of any set, with their decimals.
@@ -249,8 +251,7 @@ def terminal(found: Sequence[dict[str, Any]], models: Sequence[Model]) -> str:
             ]
             lines.append(_line(name, [cell.value for cell in cells], width))
             if any(cell.difference for cell in cells):
-                differences = [cell.difference.partition(" ")[0] for cell in cells]
-                lines.append(_line("  difference", differences, width))
+                lines.append(_line("  difference", [cell.difference for cell in cells], width))
     return "\n".join(lines[1:])
 
 

@@ -259,8 +259,15 @@ def test_all_that_is_missing_is_said_before_anything_is_scored(data, evaluate, t
         (["--data", "urban1k:x", "--split", "test"], "split: means nothing for urban1k"),
         (["--data", "urban1k:x", "--data", "urban1k:y"], "urban1k: given twice"),
         (["--data", "docci:x"], "in x, which is no folder; Docci comes from https://google"),
-        (["--suite", "paper"], "7 of 7 data sets cannot be scored"),
-        (["--suite", "paper", "--out", "eval.txt"], "expected a name that ends in .json"),
+        (["--data", "coco:x", "--data-root", "."], "--data-root: means nothing without --suite"),
+        (["--data", "coco:x", "--captions-per-image", "4"], "captions_per_image: means nothing"),
+        (
+            ["--data", "coco", "--data-root", "x"],
+            "in coco/ or COCO/ of x, which is no folder",
+        ),
+        (["--suite", "paper"], "--suite paper: expected the folder of its data sets, --data-root"),
+        (["--suite", "paper", "--data-root", "."], "7 of 7 data sets cannot be scored"),
+        (["--suite", "paper", "--data-root", ".", "--out", "a.txt"], "name that ends in .json"),
     ],
 )
 def test_mistakes_are_said(evaluate, options, message, monkeypatch, tmp_path):

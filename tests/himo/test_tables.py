@@ -121,7 +121,7 @@ def test_two_checkpoints_are_rows_of_one_table_and_names_are_escaped():
             {"value": 5.0, "low": 4.0, "high": 6.0, "paper": 5.5, "difference": -0.5}
             | {"difference_low": -1.5, "difference_high": 0.5},
             1,
-            ("5.0", "[4.0, 6.0]", "-0.5 [-1.5, +0.5]"),
+            ("5.0", "[4.0, 6.0]", "-0.5"),
         ),
     ],
 )
