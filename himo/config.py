@@ -72,6 +72,8 @@ class TrainConfig:
     preset: Literal["paper", "official"] = _flag("paper", "switches of the HiMo loss")
     tau: float | None = _flag(None, "share of the variance HiDe keeps; paper 0.9")
     lambda_comp: float | None = _flag(None, "weight of the component loss; paper 1")
+    lambda_global: float | None = _flag(None, "weight of the contrastive loss; paper 1, or 0")
+    decompose_images: bool = _flag(False, "component loss of images' own components; table 5")
     label_smoothing: float | None = _flag(None, "label smoothing; paper 0, released code 0.1")
     gap_eps: float = _flag(1e-4, "floor of HiDe's eigenvalue gap; caps rare gradient spikes")
 
@@ -193,7 +195,8 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     "refuse": (
         *("train_data", "val_data", "short_captions", "image_mode"),
         *("pretrained", "lock_image", "lock_text"),
-        *("loss", "preset", "tau", "lambda_comp", "label_smoothing", "gap_eps"),
+        *("loss", "preset", "tau", "lambda_comp", "lambda_global", "decompose_images"),
+        *("label_smoothing", "gap_eps"),
         *("batch_size", "accum_freq", "epochs", "warmup", "lr", "wd", "beta1", "beta2", "eps"),
         *("grad_clip_norm", "on_nonfinite", "precision"),
     ),
@@ -220,7 +223,8 @@ _MINIMA: dict[str, float] = {
     **dict.fromkeys(("log_every_n_steps", "save_frequency", "val_frequency"), 1),
     **dict.fromkeys(("warmup", "save_every_n_steps", "keep_checkpoints", "held_out"), 0),
     "patience": 0,
-    **dict.fromkeys(("lr", "wd", "eps", "lambda_comp", "gap_eps", "grad_clip_norm"), 0.0),
+    **dict.fromkeys(("lr", "wd", "eps", "gap_eps", "grad_clip_norm"), 0.0),
+    **dict.fromkeys(("lambda_comp", "lambda_global"), 0.0),
 }
 _RANGES: dict[str, tuple[float, float]] = {
     "max_bad_fraction": (0.0, 1.0),

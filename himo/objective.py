@@ -77,8 +77,10 @@ class Objective(nn.Module):
             self.himo_loss = HiMoLoss(
                 settings.preset,
                 variance_threshold=settings.tau,
+                contrastive_weight=settings.lambda_global,
                 component_weight=settings.lambda_comp,
                 label_smoothing=settings.label_smoothing,
+                decompose_images=settings.decompose_images,
                 gap_eps=settings.gap_eps,
                 **self.options,
             )
@@ -107,7 +109,8 @@ class Objective(nn.Module):
             contrastive, component, rank = self.himo_loss.terms(
                 image_features, text_features, scale
             )
-            loss = contrastive + self.himo_loss.component_weight * component
+            weights = self.himo_loss.contrastive_weight, self.himo_loss.component_weight
+            loss = weights[0] * contrastive + weights[1] * component
         else:
             images_, texts = (F.normalize(t, dim=-1) for t in (image_features, text_features))
             loss = distributed.info_nce(

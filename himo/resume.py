@@ -20,6 +20,7 @@ _HEAD = 1 << 20  # bytes compared at the start of an image; its size is compared
 _SWITCHES = {
     "tau": "variance_threshold",
     "lambda_comp": "component_weight",
+    "lambda_global": "contrastive_weight",
     "label_smoothing": "label_smoothing",
 }
 

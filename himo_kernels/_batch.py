@@ -22,7 +22,7 @@ from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.himo_loss import himo_loss
 from himo_kernels.himo_loss.op import HIMO_LOSS
-from himo_kernels.info_nce import dual_info_nce
+from himo_kernels.info_nce import dual_info_nce, info_nce
 from himo_kernels.info_nce.api import check_logit_scale
 from himo_kernels.info_nce.op import DUAL_INFO_NCE
 from himo_kernels.normalize import normalize
@@ -60,12 +60,38 @@ class Batch:
             components = self.normalize(components)
         return *self.losses(images, texts, components, logit_scale), rank
 
+    def terms_of_both(
+        self,
+        features: tuple[Tensor, Tensor],  # of images and texts, [N, D] each, as given
+        images: Tensor,  # [N, D], normalised where the loss does that, as texts
+        texts: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+    ) -> tuple[Tensor, ...]:
+        """Returns `terms` with the component loss of both reconstructions: table 5's L_comp^{u,v}.
+
+        The rank is that of the texts.
+        """
+        pairs = zip(features, (images, texts), strict=True)
+        (image_components, _), (components, rank) = [self.reconstruct(*pair) for pair in pairs]
+        if self.loss.normalize_components:
+            image_components = self.normalize(image_components)
+            components = self.normalize(components)
+        contrastive = self.one_loss(images, texts, logit_scale)
+        component = self.one_loss(
+            image_components.to(texts.dtype), components.to(texts.dtype), logit_scale
+        )
+        return contrastive, component, rank
+
     def normalize(self, features: Tensor) -> Tensor:  # [N, D] -> [N, D]
         """Returns rows of length 1."""
         raise NotImplementedError
 
     def reconstruct(self, text_features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the component features [N, D] and the rank []: eq. (1)."""
+        raise NotImplementedError
+
+    def one_loss(self, images: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Returns the InfoNCE loss of images and texts [N, D], both directions: eq. (2)."""
         raise NotImplementedError
 
     def losses(
@@ -129,6 +155,18 @@ class LocalBatch(Batch):
         texts are the text_features, normalised if the loss normalises them.
         """
         return self.loss.hide(texts)
+
+    def one_loss(self, images: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Returns the InfoNCE loss of images and texts [N, D], both directions: eq. (2)."""
+        return info_nce(
+            images,
+            texts,
+            logit_scale,
+            label_smoothing=self.loss.label_smoothing,
+            differentiate_keys=self.loss.gather_with_grad,
+            check_finite=self.loss.check_finite,
+            backend=self.loss.backend,
+        )
 
     def losses(
         self,
@@ -219,11 +257,21 @@ class JoinedBatch(Batch):
         logit_scale: Tensor | float,
     ) -> tuple[Tensor, ...]:
         """Returns this rank's shares of the contrastive and the component loss: eq. (2) and (3)."""
+        return self._shares(images, (texts, components.to(texts.dtype)), logit_scale)
+
+    def one_loss(self, images: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Returns this rank's share of the InfoNCE loss of images and texts [M, D]: eq. (2)."""
+        (share,) = self._shares(images, (texts,), logit_scale)
+        return share
+
+    def _shares(
+        self, images: Tensor, keys: tuple[Tensor, ...], logit_scale: Tensor | float
+    ) -> tuple[Tensor, ...]:
         return loss_over_ranks.losses(
             self.rows,
             self.loss.strategy,
             images,
-            (texts, components.to(texts.dtype)),
+            keys,
             check_logit_scale("HiMoLoss", logit_scale, images),
             label_smoothing=self.loss.label_smoothing,
             differentiate_keys=self.loss.gather_with_grad,

@@ -74,7 +74,7 @@ class HiDe(nn.Module):
 class Terms(NamedTuple):
     """The terms of HiMo-CLIP eq. (4), and the rank of the PCA."""
 
-    contrastive_loss: Tensor  # [], eq. (2)
+    contrastive_loss: Tensor  # [], eq. (2), before its weight
     component_loss: Tensor  # [], eq. (3), before its weight
     rank: Tensor  # [] int64, of the PCA, on the device
 
@@ -83,7 +83,8 @@ class HiMoLoss(nn.Module):
     """MoLo: InfoNCE(image, text) + weight * InfoNCE(image, component), HiMo-CLIP eq. (4).
 
     A preset sets every switch; an explicit argument overrides it. `paper` is the published method,
-    `official` is the released code.
+    `official` is the released code. The variants of the paper's table 5 are component_weight=0,
+    contrastive_weight=0 and decompose_images=True.
 
     Over several processes each rank passes its own rows and gets its share of the loss. The mean of
     the shares over ranks is the loss of one process on the joined batch. After DDP averages
@@ -96,11 +97,14 @@ class HiMoLoss(nn.Module):
         preset: "paper" or "official".
         variance_threshold: tau of the in-batch PCA, in (0, 1]. paper 0.9, official 0.85.
         variance_floor: As in `pca_reconstruct`. paper "relative", official 1e-8.
+        contrastive_weight: Weight of the first loss, >= 0. Both 1.
         component_weight: lambda, >= 0. Both 1.
         label_smoothing: eps in [0, 1]. paper 0, official 0.1.
         normalize_features: L2-normalise image and text features first (changes normalised
             ones only by rounding). Both True.
         normalize_components: L2-normalise the reconstructed texts. paper True, official False.
+        decompose_images: The component loss is that of the images' own reconstruction, by the same
+            PCA, and the texts'. It treats both alike, normalize_components too. Both False.
         pca_scope: PCA over the "global" batch (paper) or each rank's "local" batch (official).
             Equal in one process.
         gather_with_grad: True (paper) differentiates both sides of each direction; False
@@ -121,10 +125,12 @@ class HiMoLoss(nn.Module):
         *,
         variance_threshold: float | None = None,
         variance_floor: float | str | None = None,
+        contrastive_weight: float | None = None,
         component_weight: float | None = None,
         label_smoothing: float | None = None,
         normalize_features: bool | None = None,
         normalize_components: bool | None = None,
+        decompose_images: bool | None = None,
         pca_scope: str | None = None,
         gather_with_grad: bool | None = None,
         differentiate_basis: bool | None = None,
@@ -149,18 +155,20 @@ class HiMoLoss(nn.Module):
         def flag(name: str, given: bool | None) -> bool:
             return check_flag("HiMoLoss", name, choose(name, given))
 
-        self.component_weight = check_number(
-            "HiMoLoss", "component_weight", choose("component_weight", component_weight)
-        )
-        if not 0.0 <= self.component_weight < float("inf"):
-            raise_value(
-                "HiMoLoss", "component_weight", "to be finite and >= 0", self.component_weight
-            )
+        def weight(name: str, given: float | None) -> float:
+            number = check_number("HiMoLoss", name, choose(name, given))
+            if not 0.0 <= number < float("inf"):
+                raise_value("HiMoLoss", name, "to be finite and >= 0", number)
+            return number
+
+        self.contrastive_weight = weight("contrastive_weight", contrastive_weight)
+        self.component_weight = weight("component_weight", component_weight)
         self.label_smoothing = check_label_smoothing(
             "HiMoLoss", choose("label_smoothing", label_smoothing)
         )
         self.normalize_features = flag("normalize_features", normalize_features)
         self.normalize_components = flag("normalize_components", normalize_components)
+        self.decompose_images = flag("decompose_images", decompose_images)
         self.pca_scope = choose("pca_scope", pca_scope)
         if self.pca_scope not in ("global", "local"):
             raise_value("HiMoLoss", "pca_scope", "to be 'global' or 'local'", self.pca_scope)
@@ -217,9 +225,10 @@ class HiMoLoss(nn.Module):
             logit_scale: The multiplier itself, logit_scale.exp() of the model, as in open_clip.
             logit_bias: As in open_clip, a tensor of one element or a number. It is added to all
                 logits, which does not change the softmax: its gradient is 0.
-            output_dict: Return {"contrastive_loss": eq. (2), "component_loss": the weight times
-                eq. (3)}. open_clip's trainer minimises the sum of the values. In older versions of
-                open_clip it was the fourth argument; True or False there is still accepted.
+            output_dict: Return {"contrastive_loss": its weight times eq. (2), "component_loss": its
+                weight times eq. (3)}. open_clip's trainer minimises the sum of the values. In older
+                versions of open_clip it was the fourth argument; True or False there is still
+                accepted.
         """
 
         def check() -> tuple[Tensor | float | None, bool]:
@@ -228,7 +237,8 @@ class HiMoLoss(nn.Module):
         terms = self._terms(image_features, text_features, logit_scale, check)
         bias, as_dict = check()
         parts = {
-            "contrastive_loss": with_logit_bias(terms.contrastive_loss, bias),
+            "contrastive_loss": self.contrastive_weight
+            * with_logit_bias(terms.contrastive_loss, bias),
             "component_loss": self.component_weight * terms.component_loss,
         }
         # HiMo-CLIP eq. (4)
@@ -240,7 +250,7 @@ class HiMoLoss(nn.Module):
         text_features: Tensor,  # [N, D]
         logit_scale: Tensor | float,  # []
     ) -> Terms:
-        """Returns both losses, without component_weight, and the rank, for logging."""
+        """Returns both losses, without their weights, and the rank, for logging."""
         return self._terms(image_features, text_features, logit_scale, lambda: None)
 
     def _terms(
@@ -255,6 +265,9 @@ class HiMoLoss(nn.Module):
         images, texts = image_features, text_features
         if self.normalize_features:
             images, texts = batch.normalize(images), batch.normalize(texts)
+        if self.decompose_images:
+            raw = image_features, text_features
+            return Terms(*batch.terms_of_both(raw, images, texts, logit_scale))
         # HiMo-CLIP eq. (1) to (3)
         return Terms(*batch.terms(images, text_features, texts, logit_scale))
 

@@ -260,6 +260,7 @@ SETTING_MISTAKES = {
     ),
     "gap_eps": (PCAS, {**NUMBERS, "None": _instead(None, TypeError, "NoneType")}),
     "label_smoothing": (LOSSES, {**NUMBERS, "above 1": _instead(1.5, ValueError, "1.5")}),
+    "contrastive_weight": (("HiMoLoss",), NUMBERS),
     "component_weight": (("HiMoLoss",), NUMBERS),
     # inf keeps all logits.
     "keep_logits_mib": (
@@ -270,6 +271,7 @@ SETTING_MISTAKES = {
     "differentiate_keys": (LOSSES[:-1], FLAGS),
     "normalize_features": (("HiMoLoss",), FLAGS),
     "normalize_components": (("himo_loss", "HiMoLoss"), FLAGS),
+    "decompose_images": (("HiMoLoss",), FLAGS),
     "gather_with_grad": (("HiMoLoss",), FLAGS),
     "check_ranks": (("HiMoLoss",), FLAGS),
     "check_finite": (ALL, {**FLAGS, "None": _instead(None, TypeError, "NoneType")}),

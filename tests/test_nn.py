@@ -17,17 +17,32 @@ def features(generator, samples=24, width=40, dtype=torch.float64):
     return [t.to(dtype).requires_grad_() for t in (images, texts, logit_scale)]
 
 
-def stated_loss(images, texts, scale, *, tau, smoothing, weight, normalize_components, constants):
+def stated_loss(
+    images,
+    texts,
+    scale,
+    *,
+    tau=0.9,
+    smoothing=0.0,
+    contrastive_weight=1.0,
+    weight=1.0,
+    normalize_components=True,
+    decompose_images=False,
+    constants=False,
+):
     """Semantics sections 1 to 3, with torch.linalg.svd and F.cross_entropy."""
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
-    components, _ = hkt.oracle_pca_reconstruct(texts, tau)
+    queries, keys = images, hkt.oracle_pca_reconstruct(texts, tau)[0]
+    if decompose_images:  # table 5: v' and u'
+        queries = hkt.oracle_pca_reconstruct(images, tau)[0]
+        queries = F.normalize(queries, dim=-1) if normalize_components else queries
     if normalize_components:
-        components = F.normalize(components, dim=-1)
+        keys = F.normalize(keys, dim=-1)
     contrastive, component = (
-        hkt.oracle_info_nce(images, keys, scale, smoothing, differentiate_keys=not constants)
-        for keys in (texts, components)
+        hkt.oracle_info_nce(*pair, scale, smoothing, differentiate_keys=not constants)
+        for pair in ((images, texts), (queries, keys))
     )
-    return contrastive, component, contrastive + weight * component
+    return contrastive, component, contrastive_weight * contrastive + weight * component
 
 
 def gradients(loss, inputs):
@@ -37,14 +52,7 @@ def gradients(loss, inputs):
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)], ids=str)
 def test_paper_preset(shape, generator):
     inputs = features(generator, *shape)
-    expected = stated_loss(
-        *inputs,
-        tau=0.9,
-        smoothing=0.0,
-        weight=1.0,
-        normalize_components=True,
-        constants=False,
-    )
+    expected = stated_loss(*inputs)
     loss = HiMoLoss(gap_eps=0.0)
     terms, actual = loss.terms(*inputs), loss(*inputs)
     for value, reference in zip((*terms[:2], actual), expected, strict=True):
@@ -85,16 +93,24 @@ def test_official_preset_in_float32_is_within_the_released_codes_own_error(gener
         {"normalize_components": False},
         {"gather_with_grad": False},
         {"component_weight": 0.0},
+        {"contrastive_weight": 0.4},
+        {"contrastive_weight": 0.0},
+        {"decompose_images": True},
+        {"decompose_images": True, "normalize_components": False},
+        {"decompose_images": True, "gather_with_grad": False, "label_smoothing": 0.2},
+        {"decompose_images": True, "contrastive_weight": 0.0, "variance_threshold": 0.5},
     ],
-    ids=lambda switch: next(iter(switch)),
+    ids="-".join,
 )
 def test_each_switch_alone(switch, generator):
     inputs = features(generator)
     stated = {
         "tau": switch.get("variance_threshold", 0.9),
         "smoothing": switch.get("label_smoothing", 0.0),
+        "contrastive_weight": switch.get("contrastive_weight", 1.0),
         "weight": switch.get("component_weight", 1.0),
         "normalize_components": switch.get("normalize_components", True),
+        "decompose_images": switch.get("decompose_images", False),
         "constants": not switch.get("gather_with_grad", True),
     }
     loss = HiMoLoss("paper", gap_eps=0.0, **switch)
@@ -115,6 +131,37 @@ def test_presets_name_the_same_switches_and_every_switch_is_a_keyword():
         settings = HiMoLoss(preset, **other)
         settings = {**vars(settings), **vars(settings.hide)}
         assert {name: settings[name] for name in other} == other
+
+
+def test_both_decompositions_are_hide_of_each_side(generator):
+    images, texts, scale = (t.detach() for t in features(generator))
+    terms = HiMoLoss(decompose_images=True).terms(images, texts, scale)
+    parts = [HiDe()(F.normalize(side, dim=-1)) for side in (images, texts)]
+    components = [F.normalize(part, dim=-1) for part, _ in parts]
+    expected = hkt.oracle_info_nce(*components, scale)
+    torch.testing.assert_close(terms.component_loss, expected, rtol=1e-12, atol=0)
+    assert terms.rank == parts[1][1] != parts[0][1]
+    plain = HiMoLoss().terms(images, texts, scale)
+    torch.testing.assert_close(terms.contrastive_loss, plain.contrastive_loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_both_decompositions_within_the_error_of_plain_pytorch(backend, generator):
+    exact = features(generator)
+    expected = stated_loss(*exact, decompose_images=True)
+    inputs = [t.detach().float().requires_grad_() for t in exact]
+    actual = HiMoLoss(decompose_images=True, gap_eps=0.0, backend=backend)(*inputs)
+    eager = stated_loss(*inputs, decompose_images=True)
+    found = (actual, *gradients(actual, inputs))
+    alone = (eager[2], *gradients(eager[2], inputs))
+    for name, a, t, e in zip(
+        ("loss", "images", "texts", "scale"),
+        found,
+        alone,
+        (expected[2], *gradients(expected[2], exact)),
+        strict=True,
+    ):
+        hkt.assert_within_budget(name, a, t, e, terms=40, constant=2)
 
 
 def test_unnormalised_features_where_asked(generator):
@@ -207,17 +254,19 @@ def test_the_rank_is_one_of_the_terms(generator):
     assert not loss.state_dict()
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("first", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 2.0])
-def test_the_dict_adds_up_to_the_loss_as_trainers_add_it(weight, generator):
+def test_the_dict_adds_up_to_the_loss_as_trainers_add_it(weight, first, both, generator):
     # open_clip 3.3.0 adds all values, its repository those whose key ends in _loss.
     inputs = features(generator)
-    loss = HiMoLoss(component_weight=weight)
+    loss = HiMoLoss(component_weight=weight, contrastive_weight=first, decompose_images=both)
     losses = loss(*inputs, output_dict=True)
     assert list(losses) == ["contrastive_loss", "component_loss"]
     assert sum(losses.values()) == loss(*inputs)
     assert sum(v for k, v in losses.items() if k.endswith("_loss")) == loss(*inputs)
     terms = loss.terms(*inputs)
-    assert losses["contrastive_loss"] == terms.contrastive_loss
+    assert losses["contrastive_loss"] == first * terms.contrastive_loss
     assert losses["component_loss"] == weight * terms.component_loss
 
 

@@ -16,7 +16,7 @@ from himo_kernels.nn import HiMoLoss
 OPTIONS = tuple(
     name
     for name in inspect.signature(HiMoLoss).parameters
-    if name not in ("variance_threshold", "component_weight")
+    if name not in ("variance_threshold", "contrastive_weight", "component_weight")
 )
 METHODS = ("forward", "cumratio_PCA")
 

@@ -104,7 +104,7 @@ def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
             the parameters of the original.
         options: for a ClipLoss, `strategy` and `backend` as in `himo_kernels.distributed.info_nce`.
             For a HiMo-CLIP model, the arguments of `himo_kernels.nn.HiMoLoss` except
-            variance_threshold and component_weight, which its trainer sets; the default preset is
+            variance_threshold and both weights, which its trainer sets; the default preset is
             "official", the values and gradients of the released code.
 
     Raises:

@@ -92,9 +92,15 @@ def worst(
     return float((difference / norm).max())
 
 
-def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -> None:
+def check_loss(
+    preset: str, scope: str, shape: str, dtype: str, strategy: str, both: bool = False
+) -> None:
     counts, width = SHAPES[shape]
     images, texts, scale = batch(counts, width, DTYPES[dtype])
+    if both:  # the images' PCA too: turned texts have the same gaps
+        generator = torch.Generator().manual_seed(width)
+        noise = torch.randn(width, width, dtype=torch.float64, generator=generator)
+        images = (texts.double() @ torch.linalg.qr(noise)[0]).to(texts.dtype)
     settings = PRESETS[preset]
     upstream = [1.0 - 0.3 * rank for rank in range(WORLD)]  # differs between ranks
 
@@ -108,6 +114,7 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
             tau=settings["variance_threshold"],
             smoothing=settings["label_smoothing"],
             normalize_components=settings["normalize_components"],
+            decompose_images=both,
             constants=not settings["gather_with_grad"],
         )
         total = sum(weight * part for weight, part in zip(upstream, parts, strict=True))
@@ -126,7 +133,7 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
         return worst(actual, exact), float(difference.abs())
 
     mine = leaves(own(images, counts), own(texts, counts), scale)
-    loss = HiMoLoss(preset, pca_scope=scope, strategy=strategy)
+    loss = HiMoLoss(preset, pca_scope=scope, strategy=strategy, decompose_images=both)
     share = loss(*mine)
     grads = torch.autograd.grad(upstream[RANK] * share, mine)
     grad_scale = grads[2].double().clone()
@@ -135,7 +142,7 @@ def check_loss(preset: str, scope: str, shape: str, dtype: str, strategy: str) -
     # The float32 error of PyTorch in one process, which the exchange does not cause; 0 in float64.
     *eager, eager_scale = alone(DTYPES[dtype])
     rounding = errors(eager, eager_scale)
-    name = f"{preset} {scope}, {shape}, {dtype}, {strategy}"
+    name = f"{'both ' if both else ''}{preset} {scope}, {shape}, {dtype}, {strategy}"
     for check, error, one in zip(("loss", "scale"), together, rounding, strict=True):
         found[f"{check} {name}"] = max(0.0, error - one)
 
@@ -359,6 +366,8 @@ def run(check: Callable[..., None], *options: object) -> None:
 
 
 run(check_loss, PRESETS, ("global", "local"), SHAPES, DTYPES, ("gather", "ring"))
+of_both = ("N > D", "uneven, N < D", "an empty rank")
+run(check_loss, PRESETS, ("global", "local"), of_both, DTYPES, ("gather", "ring"), (True,))
 run(check_ddp, ("N > D", "N < D", "uneven"), DTYPES, ("gather", "ring"))
 run(check_info_nce, DTYPES, ("gather", "ring"), ("auto", *BLOCK.backends))
 run(check_floor, ("global", "local"), SHAPES)

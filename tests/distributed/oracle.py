@@ -20,20 +20,22 @@ def shares(
     smoothing: float = 0.0,
     weight: float = 1.0,
     normalize_components: bool = True,
+    decompose_images: bool = False,
     constants: bool = False,
 ) -> list[Tensor]:
     """The share of each rank: its rows' mean loss times W times its fraction of the N rows."""
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
-    pieces = (
-        [texts] if scope == "global" else [piece for piece in texts.split(counts) if len(piece)]
-    )
-    components = torch.cat(
-        [himo_kernels.pca_reconstruct(piece, tau, backend="reference")[0] for piece in pieces]
-    )
-    if normalize_components:
-        components = F.normalize(components, dim=-1)
+
+    def components(features: Tensor) -> Tensor:
+        pieces = [features] if scope == "global" else [p for p in features.split(counts) if len(p)]
+        joined = torch.cat(
+            [himo_kernels.pca_reconstruct(piece, tau, backend="reference")[0] for piece in pieces]
+        )
+        return F.normalize(joined, dim=-1) if normalize_components else joined
+
+    queries = components(images) if decompose_images else images
     rows = row_losses(images, texts, scale, smoothing, constants)
-    rows = rows + weight * row_losses(images, components, scale, smoothing, constants)
+    rows = rows + weight * row_losses(queries, components(texts), scale, smoothing, constants)
     return [part.sum() * len(counts) / len(images) for part in rows.split(counts)]
 
 

@@ -54,6 +54,15 @@ def test_loss_and_gradients(ranks, preset, scope, strategy, dtype, limit):
 
 @LIMITS
 @STRATEGIES
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_loss_and_gradients_with_decomposed_images(ranks, preset, scope, strategy, dtype, limit):
+    assert_below(limit, ranks, f"loss both {preset} {scope}", dtype, strategy)
+    assert_below(limit, ranks, f"scale both {preset} {scope}", dtype, strategy)
+
+
+@LIMITS
+@STRATEGIES
 def test_after_the_mean_of_ddp_every_parameter_has_the_gradient_of_one_process(
     ranks, strategy, dtype, limit
 ):

@@ -293,7 +293,9 @@ class TestReleasedModel:
         expected = himo_kernels.nn.HiMoLoss("paper")(*features, output_dict=True)
         assert found == (expected["contrastive_loss"], expected["component_loss"])
 
-    @pytest.mark.parametrize("option", ["variance_threshold", "component_weight", "tau"])
+    @pytest.mark.parametrize(
+        "option", ["variance_threshold", "contrastive_weight", "component_weight", "tau"]
+    )
     def test_what_the_trainer_decides_is_no_option(self, option):
         model = ReleasedCLIP(WIDTH, FEATURES)
         with pytest.raises(TypeError, match=rf"expected options among .*, got \['{option}'\]"):
