@@ -8,6 +8,7 @@
 #include "cpu/tile_products.h"
 #include "himo_loss.h"
 #include "info_nce.h"
+#include "info_nce_pairs.h"
 #include "normalize.h"
 #include "pca.h"
 
@@ -100,6 +101,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("column_positives"), py::arg("column_nll"), py::arg("column_weight"),
         py::arg("offset"), py::arg("label_smoothing"), py::arg("total"),
         py::arg("differentiate_keys"), no_gil());
+  m.def("info_nce_pairs_fwd", &himo::info_nce_pairs_fwd, no_gil());
+  m.def("info_nce_pairs_bwd", &himo::info_nce_pairs_bwd, no_gil());
   m.def("himo_loss_fwd", &himo::himo_loss_fwd, no_gil());
   m.def("himo_loss_bwd", &himo_loss_bwd, no_gil());
   m.def("normalize_fwd", &himo::normalize_fwd, py::arg("x"), no_gil());

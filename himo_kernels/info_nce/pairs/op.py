@@ -7,12 +7,14 @@ from torch import Tensor
 
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
-from himo_kernels.info_nce.pairs import compose, reference
+from himo_kernels.info_nce.cpu import why_not
+from himo_kernels.info_nce.pairs import compose, cpu, reference
 from himo_kernels.info_nce.pairs.compose import Settings
 
 INFO_NCE_PAIRS = Operator(
     "info_nce_pairs",
     {
+        "cpu": Backend(compose.passes(cpu.statistics, cpu.gradients), why_not),
         "reference": Backend(compose.passes(reference.statistics, reference.gradients)),
     },
 )
