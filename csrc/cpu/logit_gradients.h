@@ -28,16 +28,6 @@ constexpr int64_t kRoundedSamples = 256;
 // Small problems run in groups that share the threads. A group has at most this many rows.
 constexpr int64_t kRowsAtATime = 4096;
 
-// Where a tile begins, and how large it is.
-struct TilePlace {
-  int64_t problem, row, rows, column, columns;
-
-  // Of the sums over a row block. One thread has all tiles of a row block.
-  int64_t row_block(int64_t samples) const {
-    return problem * at::divup(samples, kRows) + row / kRows;
-  }
-};
-
 // Returns the gradient of a tile as the left factor of the product with the keys.
 template <typename acc_t>
 const acc_t* as_factor(const acc_t* tile, int64_t, int64_t, acc_t*) {

@@ -1,6 +1,7 @@
 // The products query key^T by tiles, which the losses turn into logits, and their factors.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include "cpu/tile_loops.h"
@@ -41,6 +42,16 @@ struct ProductFactors {
     }
     if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
     if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
+  }
+};
+
+// Where a tile begins, and how large it is.
+struct TilePlace {
+  int64_t problem, row, rows, column, columns;
+
+  // Of the sums over a row block. One thread has all tiles of a row block.
+  int64_t row_block(int64_t samples) const {
+    return problem * at::divup(samples, kRows) + row / kRows;
   }
 };
 

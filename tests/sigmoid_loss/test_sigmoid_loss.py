@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import himo_kernels
+from himo_kernels.info_nce import reference as info_nce_reference
 from himo_kernels.sigmoid_loss import reference
 from himo_kernels.sigmoid_loss.op import BLOCK
 from himo_kernels.testing import relative_error
@@ -366,7 +367,7 @@ def test_reference_holds_a_bounded_part_of_the_logits(
     inputs = sigmoid_inputs(45, 10, batch=(2,), generator=generator)
     target = Target(NAME, "reference", "cpu")
     expected = losses_and_gradients(target, inputs)
-    monkeypatch.setattr("himo_kernels.info_nce.reference._BLOCK_LOGITS", 1)
+    monkeypatch.setattr(info_nce_reference, "_BLOCK_LOGITS", 1)
     sizes = []
     logsigmoid = F.logsigmoid
     monkeypatch.setattr(
