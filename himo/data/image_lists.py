@@ -2,28 +2,24 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from himo.data.records import (
-    DECODER,
     MAX_RECORD,
     BadRecord,
     Progress,
     Record,
     RecordError,
     Source,
-    check_start,
-    decode,
-    json_error,
     lines,
     make_record,
 )
+from himo.data.sharegpt4v import JsonText
 from himo.data.splits import Splits
-from himo.errors import HimoError, quoted
+from himo.errors import quoted
 from himo.files import open_regular
 
-_MAX_FILE = 512 << 20  # bytes, read whole; Karpathy's file of COCO has 144 million
 # How such a file begins; no record of one object for each line does.
 IMAGE_LIST = re.compile(
     rb'\{\s*"(?:(?:images|annotations|licenses|categories)"\s*:\s*\[|info"\s*:\s*\{|dataset"\s*:)'
@@ -32,7 +28,7 @@ FLICKR_LINE = re.compile(rb"[^\t\r\n]+#\d+\t")
 
 
 class ImageList(Source):
-    """One JSON object with a list `images`, in one of two forms.
+    """One JSON object with a list `images`, in one of two forms, never held in memory as a whole.
 
     COCO's `captions_*.json` has `images[{"id", "file_name"}]` and `annotations[{"image_id",
     "caption"}]`. Karpathy's `dataset_*.json` has `images[{"filepath", "filename", "split",
@@ -54,61 +50,69 @@ class ImageList(Source):
         return {"split": self.split}
 
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
-        with open_regular(self.path) as file:
-            data = file.read(_MAX_FILE + 1)
-        if len(data) > _MAX_FILE:
-            raise HimoError(f"{self.path}: is longer than {_MAX_FILE:,} bytes")
-        try:
-            value = DECODER.decode(decode(data[check_start(self.path, data) :]))
-        except (ValueError, RecursionError) as error:
-            raise HimoError(f"{self.path}: {json_error(error)}") from error
-        progress(len(data))
-        images = value.get("images") if isinstance(value, dict) else None
-        if not isinstance(images, list):
-            raise HimoError(f"{self.path}: expected an object with a list of images")
-        captions = self._annotations(value) if "annotations" in value else None
         splits = Splits(self.split)
-        for number, image in enumerate(images, start=1):
-            try:
-                if not isinstance(image, dict):
-                    raise RecordError("type", f"image is {quoted(image)}, expected an object")
-                if not splits.takes(image.get("split")):
-                    continue
-                name, texts = _sentences(image) if captions is None else _coco(image, captions)
-            except RecordError as error:
-                yield error.at(f"{self.path}: image {number}")
-                continue
-            for text in texts:
+        images: dict[Any, tuple[int, Any]] = {}  # COCO's by id: line and path
+        captions: dict[Any, list[Any]] = {}  # by id of the image
+        with open_regular(self.path) as file:
+            for line, key, value in self._members(JsonText(self.path, file, progress)):
                 try:
-                    yield make_record(0, name, text)
+                    if isinstance(value, RecordError):
+                        raise value
+                    if not isinstance(value, dict):
+                        raise RecordError("type", f"{key}: expected objects, got {quoted(value)}")
+                    if key == "annotations":
+                        owner = _id(value, "image_id")
+                        captions.setdefault(owner, []).append(value.get("caption"))
+                    elif splits.takes(value.get("split")):
+                        if "sentences" not in value:
+                            images[_id(value, "id")] = line, value.get("file_name")
+                            continue
+                        yield from self._records(line, *_sentences(value))
                 except RecordError as error:
-                    yield error.at(f"{self.path}: image {number}")
+                    yield error.at(f"{self.path}:{line}")
+        for owner, (line, name) in images.items():
+            yield from self._records(line, name, captions.get(owner, [None]))
         self.splits = splits.counts
         splits.check(self.path)
 
-    def _annotations(self, value: dict[str, Any]) -> dict[Any, list[Any]]:
-        """The captions of each image by its id, in the order of the file."""
-        if not isinstance(value["annotations"], list):
-            raise HimoError(f"{self.path}: expected a list of annotations")
-        captions: dict[Any, list[Any]] = {}
-        for annotation in value["annotations"]:
-            owner = annotation.get("image_id") if isinstance(annotation, dict) else None
-            if not isinstance(owner, int | str) or "caption" not in annotation:
-                raise HimoError(
-                    f"{self.path}: expected annotations with image_id and caption, got "
-                    f"{quoted(annotation)}"
-                )
-            captions.setdefault(owner, []).append(annotation["caption"])
-        return captions
+    def _members(self, text: JsonText) -> Iterator[tuple[int, str, Any]]:
+        """Yields the line, the list and the value of each image and annotation."""
+        if text.skip_space() != "{":
+            raise text.error(f"expected an object with a list of images, got {text.peek(20)!r}")
+        found = False
+        while text.skip_space() != "}":
+            text.move(text.position + 1)  # the brace, or a comma
+            text.skip_space()
+            key = text.element()
+            if text.skip_space() != ":":
+                raise text.error(f"expected : after a key, got {quoted(text.peek(20))}")
+            text.move(text.position + 1)
+            if text.skip_space() == "[" and key in ("images", "annotations"):
+                found = found or key == "images"
+                for line, value in text.elements():
+                    yield line, key, value
+            else:
+                text.element()
+            if text.skip_space() not in {",", "}"}:
+                raise text.error(f"expected , or }} after a value, got {quoted(text.peek(20))}")
+        if not found:
+            raise text.error("expected an object with a list of images")
+
+    def _records(
+        self, line: int, name: Any, captions: Iterable[Any]
+    ) -> Iterator[Record | BadRecord]:
+        for caption in captions:
+            try:
+                yield make_record(line, name, caption)
+            except RecordError as error:
+                yield error.at(f"{self.path}:{line}")
 
 
-def _coco(image: dict[str, Any], captions: dict[Any, list[Any]]) -> tuple[Any, list[Any]]:
-    """The path and the captions of one of COCO's images."""
-    owner = image.get("id")
-    found = captions.get(owner) if isinstance(owner, int | str) else None
-    if found is None or "file_name" not in image:
-        raise RecordError("missing_key", f"image {quoted(owner)} has no file_name or no caption")
-    return image["file_name"], found
+def _id(value: dict[str, Any], key: str) -> int | str:
+    number = value.get(key)
+    if not isinstance(number, int | str):
+        raise RecordError("missing_key", f"{key} is {quoted(number)}, expected a number")
+    return number
 
 
 def _sentences(image: dict[str, Any]) -> tuple[Any, list[Any]]:

@@ -52,22 +52,10 @@ class ShareGPT4V(ObjectSource):
         An element that is not JSON but whose end can be found yields a RecordError as its value;
         HimoError where the rest of the file cannot be read.
         """
-        text = _Text(self.path, file, progress)
+        text = JsonText(self.path, file, progress)
         if text.skip_space() != "[":
             raise text.error(f"expected a JSON list of records, got {quoted(text.peek(20))}")
-        text.move(text.position + 1)
-        separator = text.skip_space()
-        if separator == "]":
-            text.move(text.position + 1)
-        while separator != "]":
-            line = text.line
-            yield line, text.element()
-            separator = text.skip_space()
-            if separator not in {",", "]"}:
-                came = quoted(text.peek(20)) if separator else "the end of the file"
-                raise text.error(f"expected , or ] after a record, got {came}")
-            text.move(text.position + 1)
-            text.skip_space()
+        yield from text.elements()
         if text.skip_space():
             raise text.error(f"expected nothing after the list, got {quoted(text.peek(20))}")
 
@@ -75,7 +63,7 @@ class ShareGPT4V(ObjectSource):
         return f"{super().place(line, number)}: record {number}"
 
 
-class _Text:
+class JsonText:
     """A window on the text of a file that moves forward and counts lines."""
 
     def __init__(self, path: str, file: BufferedReader, progress: Progress) -> None:
@@ -117,6 +105,25 @@ class _Text:
             if end < len(self.window) or self.ended:
                 return self.window[end : end + 1]
             self.fill()
+
+    def elements(self) -> Iterator[tuple[int, Any]]:
+        """Yields the line and the value of each element of the list at the position, as `element`.
+
+        The list is then behind the position.
+        """
+        self.move(self.position + 1)
+        separator = self.skip_space()
+        if separator == "]":
+            self.move(self.position + 1)
+        while separator != "]":
+            line = self.line
+            yield line, self.element()
+            separator = self.skip_space()
+            if separator not in {",", "]"}:
+                came = quoted(self.peek(20)) if separator else "the end of the file"
+                raise self.error(f"expected , or ] after a record, got {came}")
+            self.move(self.position + 1)
+            self.skip_space()
 
     def element(self) -> Any:
         """Decodes the element at the position and moves past it; a RecordError if not JSON."""

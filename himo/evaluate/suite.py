@@ -1,7 +1,7 @@
 """Several data sets in one call: everything is opened before the first is scored."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,6 @@ class Item:
 
     Attributes:
         name: of the set, or the path as given.
-        is_named: it is one of SETS.
         kind: "captions", "prefixes" or "groups", as of `DataSet`.
         path, image_root: where it is.
         opened: the index of captions, and the records left out of it.
@@ -38,7 +37,6 @@ class Item:
     """
 
     name: str
-    is_named: bool
     kind: str
     path: str
     image_root: str | None = None
@@ -82,14 +80,14 @@ def open_items(
                 items.append(_named_item(name, path, data_root, options))
             else:
                 opened = open_for_evaluation(path, **options)
-                item = Item(path, False, "captions", path, None, opened, captions_per_image)
+                item = Item(path, "captions", path, None, opened, captions_per_image)
                 item.protocol = {"dataset": path, "split": options["split"] or "all"}
                 items.append(item)
         except (HimoError, OSError) as error:
             problems.append(str(error))
     for kind, path in more:
         try:
-            items.append(_checked(Item(path, False, kind, path, options["image_root"]), options))
+            items.append(_checked(Item(path, kind, path, options["image_root"]), options))
         except (HimoError, OSError) as error:
             problems.append(str(error))
     _report(problems, len(names), options["allow_missing"] and bool(items))
@@ -130,7 +128,7 @@ def _named_item(name: str, folder: str, data_root: str | None, options: dict[str
     if not folder and data_root is None:
         raise HimoError(f"--data {name}: expected its folder, {name}:FOLDER, or --data-root")
     place = locate(name, folder) if folder else locate_below(name, data_root or "")
-    item = Item(name, True, of.kind, place.path, place.image_root)
+    item = Item(name, of.kind, place.path, place.image_root)
     item.captions_per_image = of.captions_per_image
     item.protocol = {
         "dataset": name,
@@ -143,7 +141,7 @@ def _named_item(name: str, folder: str, data_root: str | None, options: dict[str
     return _checked(item, options, place.options)
 
 
-def _checked(item: Item, options: dict[str, Any], more: Any = None) -> Item:
+def _checked(item: Item, options: dict[str, Any], more: Mapping[str, Any] | None = None) -> Item:
     """The item with its files read; HimoError for a malformed one or a missing image."""
     allow_missing = bool(options["allow_missing"])
     if item.kind == "captions":
@@ -212,7 +210,8 @@ def score(encoder: Encoder, item: Item, allow_missing: bool) -> Scored:
         sections = {"protocol": {"images": found["images"], "texts_cut": found["texts_cut"]}}
         correct = [100.0 * x for x in found["correct"]]
         scored = Scored(sections | {"cola": found}, {"COLA": estimate(correct, name=item.name)})
-    scored.sections["protocol"] = scored.sections.get("protocol", {}) | protocol_of(encoder, item)
+    protocol = scored.sections.get("protocol", {}) | protocol_of(encoder, item)
+    scored.sections["protocol"] = protocol | {"interval_rule": INTERVAL_RULE}
     return scored
 
 
@@ -223,7 +222,6 @@ def protocol_of(encoder: Encoder, item: Item) -> dict[str, Any]:
         "captions_per_image": item.captions_per_image,
         "context_length": config.context_length,
         "image_resolution": config.image_resolution,
-        "interval_rule": INTERVAL_RULE,
     }
 
 

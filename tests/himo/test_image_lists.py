@@ -1,6 +1,8 @@
 """COCO's, Karpathy's and Flickr30k's files of captions, and the splits that a file names."""
 
 import json
+import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +101,14 @@ def test_an_endless_number_of_splits_takes_no_endless_memory(tmp_path: Path) -> 
 
 BAD = {
     "no list": ('{"images": {}}', "expected an object with a list of images"),
-    "not JSON": ('{"images": [', "not valid JSON"),
-    "deep": ('{"images": ' + "[" * 100_000, "not valid JSON|nested too deeply"),
-    "annotations": ('{"images": [], "annotations": 5}', "expected a list of annotations"),
-    "an annotation": (
-        '{"images": [], "annotations": [{"image_id": []}]}',
-        "expected annotations with image_id and caption, got",
-    ),
+    "a list": ("[]", "expected an object with a list of images, got "),
+    "cut off": ('{"images": [', "expected a record|in the middle of a record|no sample is left"),
+    "deep": ('{"images": ' + "[" * 100_000, "in the middle of a record|no end within"),
+    "no colon": ('{"images" 5}', "a.json:1: expected : after a key, got '5}'"),
+    "no comma": ('{"info": {} "images": []}', "expected , or } after a value, got "),
+    "a key alone": ('{"images": [], }', "expected a record, got '}': is a comma left over"),
     "nothing": ('{"images": []}', "no sample is left"),
+    "annotations alone": ('{"annotations": [{"image_id": 1, "caption": "c"}]}', "with a list of"),
 }
 
 
@@ -141,19 +143,44 @@ def test_a_bad_image_is_counted_and_the_rest_is_read(
     index = open_dataset(path, max_bad_fraction=1, progress=False)
     assert [record.caption for record in index] == [text for _, text in ROWS[:2] + ROWS[4:]]
     assert set(index.report.bad) == {reason}
-    assert index.report.bad_examples[0].startswith(f"{path}: ")
+    assert index.report.bad_examples[0].startswith(f"{path}:1: ")
 
 
-def test_an_image_of_coco_without_caption_is_bad(tmp_path: Path) -> None:
+def test_what_is_bad_in_cocos_lists_is_counted_and_said_where(tmp_path: Path) -> None:
     write_images(tmp_path, 3)
     path = write_coco(tmp_path / "a.json", ROWS)
     value = json.loads(path.read_text())
-    value["annotations"] = value["annotations"][2:]
-    value["images"].append(5)
-    path.write_text(json.dumps(value))
+    value["annotations"][:2] = [{"image_id": [], "caption": "c"}, 7]
+    value["images"] += [5, {"id": None}]
+    path.write_text(json.dumps(value, indent=1))
     report = open_dataset(path, max_bad_fraction=1, progress=False).report
-    assert report.records == 4 and report.bad == {"missing_key": 1, "type": 1}
-    assert "image 1: image 1000 has no file_name or no caption" in report.bad_examples[0]
+    # Image 1000 has no caption left.
+    assert report.records == 4 and report.bad == {"missing_key": 2, "type": 3}
+    assert any(
+        "image_id is a list, expected a number" in x or "image_id is []" in x
+        for x in report.bad_examples
+    )
+    assert any("annotations: expected objects, got 7" in x for x in report.bad_examples)
+    assert all(re.match(rf"{re.escape(str(path))}:\d+: ", x) for x in report.bad_examples)
+
+
+def test_a_list_of_many_images_is_read_without_holding_it(tmp_path: Path) -> None:
+    write_images(tmp_path, 1)
+    image = {"filename": "images/000.png", "split": "train", "more": "word " * 200}
+    image["sentences"] = [{"raw": "One.", "tokens": ["word"] * 200}]
+    wanted = image | {"split": "test"}
+    with (tmp_path / "a.json").open("w") as file:
+        file.write('{"dataset": "coco", "images": [')
+        text = json.dumps(image)
+        file.writelines(f"{text}, " for _ in range(5000))
+        file.write(json.dumps(wanted) + "]}")
+    size = (tmp_path / "a.json").stat().st_size
+    tracemalloc.start()
+    index = open_dataset(tmp_path / "a.json", split="test", progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(index) == 1 and index.report.splits == {"train": 5000, "test": 1}
+    assert peak < size / 2
 
 
 @pytest.mark.parametrize("line", ["a.png\tOne.", "a.png#x\tOne.", "a.png#0 One.", "#0\tOne."])
