@@ -21,6 +21,7 @@ _COMMANDS = {
     "doctor": ("himo.tools.doctor", "what is installed, and what would stop a training run"),
     "plan": ("himo.tools.plan", "whether a training step fits the memory of a GPU"),
     "bench": ("himo.tools.bench", "how fast the training data are read, and the kernels"),
+    "ablate": ("himo.ablate", "the paper's tables 4 to 6 on any data, as runs and one page"),
     "report": ("himo.report", "one HTML page of one or several runs"),
     "explain": ("himo.report.explain", "similarity of one image to a growing caption"),
     "encode": ("himo.apply.encode", "features of images, in a file"),

@@ -195,9 +195,15 @@ def members_of(group: dist.ProcessGroup | None, operator: str) -> Members:
     return Members(group, rank, dist.get_world_size(group))
 
 
+def _as_bytes(tensor: Tensor) -> Tensor:  # [M, D] -> uint8 [M, D * itemsize]
+    if tensor.shape[0] == 0:  # any stride counts as contiguous, and not every one has a view
+        return tensor.new_empty(0, tensor.shape[1] * tensor.element_size(), dtype=torch.uint8)
+    return tensor.contiguous().view(torch.uint8)
+
+
 def pack_rows(*tensors: Tensor) -> Tensor:  # [M, C_i] of any dtypes -> uint8 [M, bytes]
     """One buffer of bytes, to send tensors of several dtypes together."""
-    return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
+    return torch.cat([_as_bytes(tensor) for tensor in tensors], dim=1)
 
 
 def unpack_rows(buffer: Tensor, *like: Tensor) -> list[Tensor]:

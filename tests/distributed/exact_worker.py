@@ -218,8 +218,8 @@ def runs(backend: str, *tensors: Tensor) -> bool:
     return backend == "auto" or BLOCK.why_not(backend, *tensors) is None
 
 
-def check_info_nce(dtype: str, strategy: str, backend: str) -> None:
-    counts, width = SHAPES["uneven"]
+def check_info_nce(dtype: str, strategy: str, backend: str, shape: str = "uneven") -> None:
+    counts, width = SHAPES[shape]
     images, texts, scale = batch(counts, width, DTYPES[dtype])
     if not runs(backend, images):
         return
@@ -232,7 +232,7 @@ def check_info_nce(dtype: str, strategy: str, backend: str) -> None:
     mine = leaves(own(images, counts), own(texts, counts), scale)
     share = hkd.info_nce(*mine, strategy=strategy, label_smoothing=0.1, backend=backend)
     grads = torch.autograd.grad(share, mine)
-    found[f"info_nce, {dtype}, {strategy}, {backend}"] = worst(
+    found[f"info_nce, {shape}, {dtype}, {strategy}, {backend}"] = worst(
         [share, *grads[:2]], [exact, *(own(grad, counts) for grad in exact_grads[:2])]
     )
 
@@ -370,6 +370,7 @@ of_both = ("N > D", "uneven, N < D", "an empty rank")
 run(check_loss, PRESETS, ("global", "local"), of_both, DTYPES, ("gather", "ring"), (True,))
 run(check_ddp, ("N > D", "N < D", "uneven"), DTYPES, ("gather", "ring"))
 run(check_info_nce, DTYPES, ("gather", "ring"), ("auto", *BLOCK.backends))
+run(check_info_nce, DTYPES, ("gather", "ring"), ("auto",), ("an empty rank", "one row each"))
 run(check_floor, ("global", "local"), SHAPES)
 run(check_accumulation, DTYPES, (2, 4))
 gather_counts = [SHAPES[shape][0] for shape in ("N > D", "uneven", "an empty rank")]

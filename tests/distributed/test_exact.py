@@ -81,7 +81,8 @@ def test_info_nce_alone_on_every_backend(ranks, strategy, dtype, limit):
 
 
 def test_the_backends_of_the_blocks_are_run(ranks):
-    names = {name.rsplit(", ")[-1] for name in ranks[0] if name.startswith("info_nce, float32")}
+    runs = [name for name in ranks[0] if name.startswith("info_nce, ") and ", float32" in name]
+    names = {name.rsplit(", ")[-1] for name in runs}
     expected = {name for name in BLOCK.backends if BLOCK.why_not(name, torch.eye(2)) is None}
     if len(ranks) != 2:  # the interpreter takes seconds per rank
         expected -= {"triton"}
