@@ -8,7 +8,7 @@ from himo_kernels import nn
 from himo_kernels._version import __version__
 from himo_kernels.covariance import covariance, gram
 from himo_kernels.himo_loss import himo_loss
-from himo_kernels.info_nce import dual_info_nce, dual_info_nce_low_rank, info_nce
+from himo_kernels.info_nce import dual_info_nce, dual_info_nce_low_rank, info_nce, nt_xent
 from himo_kernels.integrations import accelerate
 from himo_kernels.normalize import normalize
 from himo_kernels.pca import PCA, pca, pca_reconstruct, project_reconstruct
@@ -26,6 +26,7 @@ __all__ = [
     "info_nce",
     "nn",
     "normalize",
+    "nt_xent",
     "pca",
     "pca_reconstruct",
     "project_reconstruct",

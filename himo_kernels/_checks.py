@@ -101,6 +101,34 @@ def check_finite_values(operator: str, **tensors: Tensor) -> None:
             raise ValueError(f"{operator}: expected {argument} to be finite, got {got}")
 
 
+def check_integers(operator: str, argument: str, value: object, other: Tensor) -> None:
+    """Raises unless value is an int64 or int32 tensor, on the device of other's features."""
+    expected = "to be an int64 or int32 tensor"
+    if not isinstance(value, Tensor):
+        raise_type(operator, argument, expected, type(value).__name__)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise_type(operator, argument, expected, value.dtype)
+    check_device(operator, argument, value, "the features", other)
+
+
+def check_places(operator: str, argument: str, value: Tensor, size: int) -> None:
+    """Raises ValueError naming the first integer outside of [0, size). One host sync."""
+    outside = (value < 0) | (value >= size)
+    if outside.any():
+        index = tuple(int(i) for i in outside.nonzero()[0])
+        got = f"{int(value[index])} at {list(index)}"
+        raise ValueError(f"{operator}: expected {argument} in [0, {size}), got {got}")
+
+
+def check_choice(operator: str, argument: str, value: object, choices: Sequence[str]) -> str:
+    """Returns value; raises unless it is one of these strings."""
+    if not isinstance(value, str):
+        raise_type(operator, argument, "to be a string", type(value).__name__)
+    if value not in choices:
+        raise_value(operator, argument, f"to be one of {list(choices)}", value)
+    return value
+
+
 def check_number(operator: str, argument: str, value: object) -> float:
     """Returns value as a float; TypeError unless it is a Python (or NumPy) real number."""
     if isinstance(value, bool) or not isinstance(value, Real):

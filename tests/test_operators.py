@@ -42,6 +42,18 @@ def _low_rank(*tensors: Tensor, backend: str) -> Any:
     return himo_kernels.dual_info_nce_low_rank(*tensors, rank=rank, backend=backend)
 
 
+def _pairs(*tensors: Tensor, backend: str) -> Any:
+    *tensors, positives, row_labels, column_labels = tensors
+    return himo_kernels.info_nce(
+        *tensors,
+        positives=positives,
+        labels=(row_labels, column_labels),
+        same_label="exclude",
+        label_smoothing=0.1,
+        backend=backend,
+    )
+
+
 def _loss(preset: str) -> Callable[..., Any]:
     def call(*tensors: Tensor, backend: str) -> Any:
         return tuple(nn.HiMoLoss(preset, backend=backend)(*tensors, output_dict=True).values())
@@ -57,6 +69,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "pca_reconstruct": himo_kernels.pca_reconstruct,
     "normalize": himo_kernels.normalize,
     "info_nce": himo_kernels.info_nce,
+    "info_nce_pairs": _pairs,
     "dual_info_nce": himo_kernels.dual_info_nce,
     "dual_info_nce_low_rank": _low_rank,
     "sigmoid_loss": himo_kernels.sigmoid_loss,
@@ -92,6 +105,14 @@ class Run:
         tensors = {
             "project_reconstruct": lambda: [rows(), pca.mean, pca.components, pca.rank],
             "info_nce": lambda: [rows(), rows(), scale],
+            "info_nce_pairs": lambda: [
+                rows(),
+                rows(2 * samples),
+                scale,
+                torch.arange(samples, device=self.device).expand(*batch, samples).clone(),
+                torch.arange(samples, device=self.device) // 2,
+                torch.arange(2 * samples, device=self.device) // 3,
+            ],
             "dual_info_nce": lambda: [rows(), rows(), rows(), scale],
             "dual_info_nce_low_rank": lambda: [
                 rows(),

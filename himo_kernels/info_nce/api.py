@@ -28,6 +28,7 @@ from himo_kernels.info_nce.op import (
     INFO_NCE,
     ContrastiveLoss,
 )
+from himo_kernels.info_nce.pairs.form import Values, check_form, check_form_values, loss_of_pairs
 
 LOGITS_VARIABLE = "HIMO_KERNELS_LOGITS_MIB"
 # Read once at import: a compiled graph must not depend on a variable that can change later.
@@ -36,9 +37,16 @@ _logits_mib = os.environ.get(LOGITS_VARIABLE)
 
 def info_nce(
     image_features: Tensor,  # [*, N, D]
-    text_features: Tensor,  # [*, N, D]
+    text_features: Tensor,  # [*, M, D]
     logit_scale: Tensor | float,  # []
     *,
+    directions: str = "both",
+    positives: Tensor | None = None,  # [N]
+    labels: Values | None = None,  # [N], or [N] and [M]
+    same_label: str = "positive",
+    exclude_self: bool = False,
+    reduction: str = "mean",
+    weights: Values | None = None,  # [N], or [N] and [M]
     label_smoothing: float = 0.0,
     differentiate_keys: bool = True,
     keep_logits_mib: float | None = None,
@@ -51,12 +59,23 @@ def info_nce(
     with `S = logit_scale * image_features @ text_features.T`. Row i of the images and row i of the
     texts are a pair. Features are not normalised here: do so first for cosine similarities.
 
+    The arguments from directions to weights give other forms, which README.md defines.
+
     Args:
         image_features: [*, N, D], N and D >= 1, float16, bfloat16, float32 or float64.
-        text_features: [*, N, D], dtype and device of image_features. Leading dimensions are
+        text_features: [*, M, D], dtype and device of image_features. Leading dimensions are
             independent problems.
         logit_scale: The multiplier s itself (already exponentiated, as in open_clip), a tensor of
             one element or a number.
+        directions: "rows" is images against texts only, "columns" texts against images.
+        positives: int64 or int32, the text of each image. Default: text i of image i.
+        labels: int64 or int32, of images and texts; one tensor where both have the same.
+        same_label: Pairs of equal labels are "positive" (instead of positives), or are neither
+            positive nor negative ("exclude"), except each image's text.
+        exclude_self: The pairs (i, i) are neither: for features against themselves.
+        reduction: "mean" over the images (texts) that have a positive, then over directions; "sum"
+            over images (texts), then the mean over directions; or "none".
+        weights: Factors of the losses of images and texts. A mean divides by their sum.
         label_smoothing: eps in [0, 1].
         differentiate_keys: False treats the texts as constants in the loss of images against
             texts, and the images as constants in the loss of texts against images. This is the
@@ -64,31 +83,76 @@ def info_nce(
         keep_logits_mib: Cache the logits for the backward, instead of recomputing them, if they
             take at most this many MiB (4 N^2 bytes per loss). Default: the environment variable
             HIMO_KERNELS_LOGITS_MIB as read at import, else a quarter of the available memory, at
-            most 1 GiB. Only the `cpu` backend caches.
+            most 1 GiB. Only the `cpu` backend caches, and only the default form.
         check_finite: Raise on NaN or inf instead of returning NaN (synchronises with the device).
         backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Returns:
         Loss [*], float32, or float64 for float64 features. Logits and sums have the same dtype.
-        Differentiable once with respect to the features and logit_scale.
+        Without a reduction [*, N], for the direction "columns" [*, M]. Differentiable once with
+        respect to the features and logit_scale.
 
     Raises:
         ValueError: wrong shape or value. TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take the features.
     """
-    features = {"image_features": image_features, "text_features": text_features}
-    (loss,) = _losses(
-        INFO_NCE,
-        features,
-        {},
-        logit_scale,
-        label_smoothing,
-        differentiate_keys,
-        keep_logits_mib,
-        check_finite,
-        backend,
+    name, features = (
+        INFO_NCE.name,
+        {"image_features": image_features, "text_features": text_features},
     )
-    return loss
+    pairs = (directions, positives, labels, same_label, exclude_self, reduction, weights)
+    settings = (label_smoothing, differentiate_keys, keep_logits_mib, check_finite)
+    form = check_form(name, image_features, text_features, *pairs)
+    if form is None:
+        (loss,) = _losses(INFO_NCE, features, {}, logit_scale, *settings, backend)
+        return loss * image_features.shape[-2] if reduction == "sum" else loss
+    scale, smoothing, _ = _check_settings(name, features, {}, logit_scale, *settings)
+    if check_finite:
+        check_form_values(name, form, text_features)
+    inputs = (image_features, text_features, scale)
+    return loss_of_pairs(form, *inputs, smoothing, differentiate_keys, backend)
+
+
+def nt_xent(
+    x: Tensor,  # [*, N, D]
+    y: Tensor,  # [*, N, D]
+    logit_scale: Tensor | float,  # []
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """SimCLR's loss of two views of N samples (arXiv 2002.05709, eq. (1)).
+
+    Each of the 2N rows of `Z = cat([x, y])` is to find its other view among all rows but itself.
+    Equal to `F.cross_entropy(S, (arange(2N) + N) % 2N)` with `S = logit_scale * Z @ Z.T`, whose
+    diagonal is -inf. Features are not normalised here; logit_scale is one over the temperature.
+
+    Arguments and errors are those of `info_nce`.
+
+    Returns:
+        Loss [*], the mean over the 2N rows; without a reduction [*, 2N], of x and then of y.
+    """
+    name = "nt_xent"
+    check_features(name, "x", x)
+    check_features(name, "y", y)
+    check_same_as(name, "y", y, "x", x)
+    check_shape(name, "y", y, x.shape)
+    both = torch.cat([x, y], -2)
+    samples = x.shape[-2]
+    return info_nce(
+        both,
+        both,
+        logit_scale,
+        directions="rows",
+        positives=torch.arange(2 * samples, device=x.device).roll(samples),
+        exclude_self=True,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        check_finite=check_finite,
+        backend=backend,
+    )
 
 
 def dual_info_nce(
@@ -206,16 +270,35 @@ def _losses(
         check_features(name, argument, value)
         check_same_as(name, argument, value, "image_features", image_features)
         check_shape(name, argument, value, image_features.shape)
-    scale = check_logit_scale(name, logit_scale, image_features)
-    label_smoothing = check_label_smoothing(name, label_smoothing)
-    check_flag(name, "differentiate_keys", differentiate_keys)
-    logits_budget = check_keep_logits_mib(name, keep_logits_mib)
-    if check_flag(name, "check_finite", check_finite):
-        check_finite_values(name, **features, **factors, logit_scale=scale)
+    settings = (label_smoothing, differentiate_keys, keep_logits_mib, check_finite)
+    scale, smoothing, logits_budget = _check_settings(
+        name, features, factors, logit_scale, *settings
+    )
     inputs = (*features.values(), *factors.values(), scale)
     backend = operator.resolve(backend, *inputs)
-    settings = (label_smoothing, differentiate_keys, backend, logits_budget)
-    return ContrastiveLoss.apply(name, *settings, *inputs)
+    return ContrastiveLoss.apply(
+        name, smoothing, differentiate_keys, backend, logits_budget, *inputs
+    )
+
+
+def _check_settings(
+    operator: str,
+    features: dict[str, Tensor],  # image_features first
+    factors: dict[str, Tensor],
+    logit_scale: Tensor | float,
+    label_smoothing: float,
+    differentiate_keys: bool,
+    keep_logits_mib: float | None,
+    check_finite: bool,
+) -> tuple[Tensor, float, float | None]:
+    # Returns logit_scale, label_smoothing and the budget of cached logits.
+    scale = check_logit_scale(operator, logit_scale, features["image_features"])
+    label_smoothing = check_label_smoothing(operator, label_smoothing)
+    check_flag(operator, "differentiate_keys", differentiate_keys)
+    logits_budget = check_keep_logits_mib(operator, keep_logits_mib)
+    if check_flag(operator, "check_finite", check_finite):
+        check_finite_values(operator, **features, **factors, logit_scale=scale)
+    return scale, label_smoothing, logits_budget
 
 
 def check_keep_logits_mib(operator: str, value: object) -> float | None:

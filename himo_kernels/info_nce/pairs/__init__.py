@@ -1,0 +1,1 @@
+"""InfoNCE of any pairs: one direction, unequal sides, several positives, exclusions."""
