@@ -15,8 +15,14 @@ from torch import Tensor
 
 from himo_kernels._triton_jit import rounded
 from himo_kernels.aot import Case
-from himo_kernels.info_nce.triton import grad_logits
-from himo_kernels.info_nce.triton.grad_logits import block_and_tile
+from himo_kernels.info_nce.triton.grad_logits import (
+    GROUP,
+    Chunk,
+    block_and_tile,
+    dtype_of_gradients,
+    gain_of,
+    in_chunks,
+)
 from himo_kernels.info_nce.triton.gradients import multiply
 from himo_kernels.info_nce.triton.logits import Branch, features_branch, tile_products
 from himo_kernels.info_nce.triton.losses import log1p
@@ -77,17 +83,36 @@ def _sums(
     width = branch.right.shape[-1]
     # Sums of a tile: of the loss, and of the gradients of scale and bias.
     partials = branch.new_empty(problems, 3, branch.row_blocks, branch.column_tiles)
+    dtype = dtype_of_gradients(branch, max(rows, columns))
+    gain, parts = gain_of(dtype), int(needs_left or needs_right)
+
+    def launch(chunk: Chunk) -> None:
+        sigmoid_kernel[(chunk.programs(branch),)](
+            branch.left,
+            branch.right,
+            branch.scale,
+            bias,
+            chunk.workspace if parts else None,
+            partials,
+            *branch.sizes(),
+            *chunk.sizes(),
+            branch.row_blocks,
+            GAIN=gain,
+            GROUP=GROUP,
+            **branch.constants(),
+        )
+
     left = branch.new_empty(*((problems, rows, width) if needs_left else (0,)))
     right = branch.new_empty(*((problems, columns, width) if needs_right else (0,)))
     x = branch.left[0]
-    for chunk, grad in _grad_logits(branch, bias, partials, needs_left or needs_right):
+    for chunk, (grad,) in in_chunks(branch, parts, dtype, launch):
         if needs_left:
             product = branch.new_empty(problems, grad.shape[1], width)
             multiply(branch, grad, branch.right, product)
             left[:, chunk] = product
         if needs_right:
             multiply(branch, grad.mT, x[:, chunk], right, chunk.start > 0)
-    factor = branch.scale.float() / (divisor * _gain(_dtype(branch)))
+    factor = branch.scale.float() / (divisor * gain)
     sums = partials.sum((-2, -1), dtype=torch.float64).div_(divisor).float()  # [B, 3]
     loss, of_scale, of_bias = sums.unbind(1)
     empty = branch.new_empty(0)
@@ -98,54 +123,6 @@ def _sums(
         of_scale if needs_scale else empty,
         of_bias if needs_bias else empty,
     )
-
-
-def _dtype(branch: Branch) -> torch.dtype:
-    # Of dL/dl, as that of dS in InfoNCE.
-    rounds = max(branch.rows, branch.columns) >= grad_logits.ROUNDED_FROM
-    return branch.right.dtype if rounds else torch.float32
-
-
-def _gain(dtype: torch.dtype) -> float:
-    # At a bias of -10 most entries of dL/dl are subnormal in float16. The largest is 1.
-    return 1024.0 if dtype == torch.float16 else 1.0
-
-
-def _grad_logits(
-    branch: Branch, bias: Tensor, partials: Tensor, needed: bool
-) -> Iterator[tuple[slice, Tensor]]:
-    # Launches the kernel for chunks of rows. Yields (rows, gain * dL/dl [B, rows, N]) if needed.
-    tile, dtype = branch.tile, _dtype(branch)
-    problems, columns, row_blocks = branch.problems, branch.columns, branch.row_blocks
-    at_once, pitch = row_blocks, 64 * triton.cdiv(columns, 64)  # align rows to cache lines
-    workspace = None
-    if needed:
-        block_bytes = max(1, problems) * tile.rows * pitch * dtype.itemsize
-        at_once = max(1, min(row_blocks, grad_logits.WORKSPACE_BYTES // block_bytes))
-        workspace = branch.new_empty(problems, at_once * tile.rows, pitch, dtype=dtype)
-    for first_block in range(0, row_blocks, at_once):
-        blocks = min(at_once, row_blocks - first_block)
-        sigmoid_kernel[(problems * blocks * branch.column_tiles,)](
-            branch.left,
-            branch.right,
-            branch.scale,
-            bias,
-            workspace,
-            partials,
-            *branch.sizes(),
-            pitch,
-            at_once * tile.rows,
-            first_block,
-            blocks,
-            row_blocks,
-            GAIN=_gain(dtype),
-            GROUP=8,
-            **branch.constants(),
-        )
-        if workspace is not None:
-            first, last = first_block * tile.rows, (first_block + blocks) * tile.rows
-            last = min(last, branch.rows)
-            yield slice(first, last), workspace[:, : last - first, :columns]
 
 
 @triton.jit
@@ -168,7 +145,7 @@ def sigmoid_kernel(
     all_row_blocks,
     TERMS: tl.constexpr,
     GAIN: tl.constexpr,
-    GROUP: tl.constexpr,  # row blocks that share a column tile in consecutive programs, for L2
+    GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,

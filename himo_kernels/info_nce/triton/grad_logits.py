@@ -3,7 +3,7 @@
 No value is read on the host, so a CUDA graph can capture all launches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,59 @@ WORKSPACE_BYTES = 256 * 2**20
 ROUNDED_FROM = 128
 
 
+GROUP = 8  # row blocks that share a column tile in consecutive programs, for L2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Row blocks of one launch, and the workspace for their gradients."""
+
+    workspace: Tensor  # [parts, B, chunk rows, pitch]
+    first_block: int
+    blocks: int
+
+    def programs(self, branch: Branch) -> int:
+        """Returns how many tiles of logits the chunk has."""
+        return branch.problems * self.blocks * branch.column_tiles
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Returns pitch, chunk rows, first block and blocks."""
+        return self.workspace.shape[3], self.workspace.shape[2], self.first_block, self.blocks
+
+
+def in_chunks(
+    branch: Branch, parts: int, dtype: torch.dtype, launch: Callable[[Chunk], None]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Calls launch for chunks of as many rows as WORKSPACE_BYTES holds gradients of.
+
+    Yields (rows, gradients [parts, B, rows, N]) after each; nothing with parts=0.
+    """
+    tile, row_blocks = branch.tile, branch.row_blocks
+    pitch = 64 * triton.cdiv(branch.columns, 64)  # align rows to cache lines
+    block_bytes = parts * branch.problems * tile.rows * pitch * dtype.itemsize
+    fitting = WORKSPACE_BYTES // block_bytes if block_bytes else row_blocks
+    at_once = max(1, min(row_blocks, fitting))
+    workspace = branch.new_empty(parts, branch.problems, at_once * tile.rows, pitch, dtype=dtype)
+    for first_block in range(0, row_blocks, at_once):
+        blocks = min(at_once, row_blocks - first_block)
+        launch(Chunk(workspace, first_block, blocks))
+        if parts:
+            first, last = first_block * tile.rows, (first_block + blocks) * tile.rows
+            last = min(last, branch.rows)
+            yield slice(first, last), workspace[:, :, : last - first, : branch.columns]
+
+
+def dtype_of_gradients(branch: Branch, samples: int) -> torch.dtype:
+    """Returns the dtype in which the gradients of the logits are stored."""
+    return branch.right.dtype if samples >= ROUNDED_FROM else torch.float32
+
+
+def gain_of(dtype: torch.dtype) -> float:
+    """Returns the factor by which the stored gradients are multiplied."""
+    # Probabilities of 1e-5 are subnormal in float16, but not in float32 and bfloat16.
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
 @dataclass(frozen=True)
 class GradLogits:
     """2 N dS of one loss, or of a block of it."""
@@ -37,12 +90,11 @@ class GradLogits:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.branch.right.dtype if self.total >= ROUNDED_FROM else torch.float32
+        return dtype_of_gradients(self.branch, self.total)
 
     @property
     def gain(self) -> float:
-        # Probabilities of 1e-5 are subnormal in float16, but not in float32 and bfloat16.
-        return 1024.0 if self.dtype == torch.float16 else 1.0
+        return gain_of(self.dtype)
 
     def chunks(self, parts: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yields (rows, row part, column part): gain * 2 N dS [B, rows, N], with zeros at pairs.
@@ -50,17 +102,11 @@ class GradLogits:
         With parts=1 both parts are the same tensor, which holds their sum. With parts=0 nothing is
         yielded and only the gradient of s is computed.
         """
-        branch, tile, dtype = self.branch, self.branch.tile, self.dtype
-        problems, columns, row_blocks = branch.problems, branch.columns, branch.row_blocks
-        pitch = 64 * triton.cdiv(columns, 64)  # align rows to cache lines
-        block_bytes = parts * problems * tile.rows * pitch * dtype.itemsize
-        fitting = WORKSPACE_BYTES // block_bytes if block_bytes else row_blocks
-        at_once = max(1, min(row_blocks, fitting))
-        shape = (parts, problems, at_once * tile.rows, pitch)
-        workspace = torch.empty(shape, dtype=dtype, device=branch.right.device)
-        for first_block in range(0, row_blocks, at_once):
-            blocks = min(at_once, row_blocks - first_block)
-            grad_logits_kernel[(problems * blocks * branch.column_tiles,)](
+        branch = self.branch
+
+        def launch(chunk: Chunk) -> None:
+            workspace = chunk.workspace
+            grad_logits_kernel[(chunk.programs(branch),)](
                 *branch.operands(),
                 *self.rows,
                 *self.columns,
@@ -69,21 +115,16 @@ class GradLogits:
                 self.scale_partials,
                 *branch.sizes(),
                 self.total,
-                pitch,
-                at_once * tile.rows,
-                first_block,
-                blocks,
-                row_blocks,
+                *chunk.sizes(),
+                branch.row_blocks,
                 SMOOTHING=self.settings.label_smoothing,
                 GAIN=self.gain,
-                GROUP=8,
+                GROUP=GROUP,
                 **branch.constants(),
             )
-            if parts:
-                first, last = first_block * tile.rows, (first_block + blocks) * tile.rows
-                last = min(last, branch.rows)
-                chunk = workspace[:, :, : last - first, :columns]
-                yield slice(first, last), chunk[0], chunk[-1]
+
+        for rows, chunk in in_chunks(branch, parts, self.dtype, launch):
+            yield rows, chunk[0], chunk[-1]
 
 
 def positives_of(branch: Branch) -> Tensor:
@@ -131,7 +172,7 @@ def grad_logits_kernel(
     TERMS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
-    GROUP: tl.constexpr,  # row blocks that share a column tile in consecutive programs, for L2
+    GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
