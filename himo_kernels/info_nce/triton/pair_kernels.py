@@ -2,6 +2,8 @@
 
 The tiles of logits are those of the square form. What a pair is follows from the integers of its
 row and of its column (pairs/plan.py), which the kernels compare in the tile: no mask is formed.
+All that a kernel must know of a row or column is one record of 32 bytes, so that it loads 16 bytes
+at a time. RECORD names its fields; key and label are int32, the others float32.
 """
 
 import triton
@@ -11,22 +13,22 @@ from himo_kernels.info_nce.triton.grad_logits import block_and_tile, expm1, stor
 from himo_kernels.info_nce.triton.logits import tile_products
 from himo_kernels.info_nce.triton.losses import finite_shift
 
+# A target below 0 says that there is a single positive.
+RECORD = ("key", "label", "reference", "target", "share", "log", "weight", "unused")
+
 
 @triton.jit
 def pairs_statistics_kernel(
     left_ptr,  # [B, N, W]
     right_ptr,  # [B, M, W]
     scale_ptr,  # []
-    row_sets_ptr,  # [1 or 2, B, N] int32: keys, labels
-    column_sets_ptr,  # [1 or 2, B, M] int32
-    single_ptr,  # [B, N] int32
-    values_ptr,  # [3, B, N] float32: reference, target, share
+    row_records_ptr,  # [B, N, 8]
+    column_records_ptr,  # [B, M, 8]
     log_ptr,  # [B, splits, N] float32: log sum exp (S - r), without the single positive
     total_ptr,  # [B, splits, N] float32: T
     row_count,  # N
     column_count,  # M
     width,
-    problems,
     row_blocks,
     splits,  # programs that share a row block, each with some of the columns
     EXCLUDE_SELF: tl.constexpr,
@@ -43,15 +45,13 @@ def pairs_statistics_kernel(
     problem = (tl.program_id(0) // (row_blocks * splits)).to(tl.int64)
     left_ptr += problem * row_count * width
     right_ptr += problem * column_count * width
+    column_records_ptr += problem * column_count * 8
     first_row = block * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
-    row_mask, at_rows = rows < row_count, problem * row_count + rows
     scale = tl.load(scale_ptr).to(tl.float32)
-    single = tl.load(single_ptr + at_rows, mask=row_mask, other=-1)[:, None]
-    of_each = tl.cast(problems, tl.int64) * row_count
-    reference = tl.load(values_ptr + at_rows, mask=row_mask, other=0.0)[:, None]
-    target = tl.load(values_ptr + of_each + at_rows, mask=row_mask, other=0.0)[:, None]
-    share = tl.load(values_ptr + 2 * of_each + at_rows, mask=row_mask, other=0.0)[:, None]
+    row_key, row_label, reference, target, share, _, _ = _records(
+        row_records_ptr + problem * row_count * 8, rows, row_count, 1
+    )
     row_max = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -64,12 +64,15 @@ def pairs_statistics_kernel(
             *(left_ptr, right_ptr, first_row, first_column, row_count, column_count, width, width),
             *(0, 1, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, PRECISION),
         )
-        positive, allowed = _pairs(
-            *(row_sets_ptr, column_sets_ptr, rows, columns, problem, problems),
-            *(row_count, column_count, EXCLUDE_SELF, HAS_LABELS),
-        )
+        key, label, _, _, _, _, _ = _records(column_records_ptr, columns, column_count, 0)
+        inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+        other = inside & (rows[:, None] != columns[None, :])
+        allowed = other if EXCLUDE_SELF else inside
+        positive = allowed & (row_key == key)
+        if HAS_LABELS:
+            allowed &= positive | (row_label != label)
         relative = scale * products - reference
-        counted = allowed & (columns[None, :] != single)
+        counted = allowed & ~(positive & (target < 0))
         weights = tl.where(positive, target, 0.0) + share
         total += tl.sum(tl.where(counted, weights * relative, 0.0), 1)
         relative = tl.where(counted, relative, float("-inf"))
@@ -79,8 +82,8 @@ def pairs_statistics_kernel(
         row_sum += tl.sum(tl.exp(relative - shift[:, None]), 1)
         row_max = new_max
     at = (problem * splits + split) * row_count + rows
-    tl.store(log_ptr + at, finite_shift(row_max) + tl.log(row_sum), mask=row_mask)
-    tl.store(total_ptr + at, total, mask=row_mask)
+    tl.store(log_ptr + at, finite_shift(row_max) + tl.log(row_sum), mask=rows < row_count)
+    tl.store(total_ptr + at, total, mask=rows < row_count)
 
 
 @triton.jit
@@ -88,18 +91,13 @@ def pairs_gradient_kernel(
     left_ptr,  # [B, N, W]
     right_ptr,  # [B, M, W]
     scale_ptr,  # []
-    row_sets_ptr,  # [1 or 2, B, N] int32: keys, labels
-    column_sets_ptr,  # [1 or 2, B, M] int32
-    row_single_ptr,  # [B, N] int32
-    row_values_ptr,  # [5, B, N] float32: reference, target, share, log, weight
-    column_single_ptr,  # [B, M] int32, or None: the columns have no losses
-    column_values_ptr,  # [5, B, M] float32, or None
+    row_records_ptr,  # [B, N, 8]
+    column_records_ptr,  # [B, M, 8]
     grad_ptr,  # [B, chunk, pitch]: GAIN * dL/dS, or None
     scale_partials_ptr,  # [B, row blocks, column tiles] float32, or None
     row_count,  # N
     column_count,  # M
     width,
-    problems,
     pitch,
     chunk_rows,
     first_block,  # first row block of this launch
@@ -108,6 +106,7 @@ def pairs_gradient_kernel(
     SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
     GROUP: tl.constexpr,
+    BOTH: tl.constexpr,  # whether the columns have losses
     EXCLUDE_SELF: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -130,19 +129,23 @@ def pairs_gradient_kernel(
     )
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-    positive, allowed = _pairs(
-        *(row_sets_ptr, column_sets_ptr, rows, columns, problem, problems),
-        *(row_count, column_count, EXCLUDE_SELF, HAS_LABELS),
+    row_key, row_label, reference, target, share, log, weight = _records(
+        row_records_ptr + problem * row_count * 8, rows, row_count, 1
     )
+    key, label, reference_c, target_c, share_c, log_c, weight_c = _records(
+        column_records_ptr + problem * column_count * 8, columns, column_count, 0
+    )
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    other = inside & (rows[:, None] != columns[None, :])
+    allowed = other if EXCLUDE_SELF else inside
+    positive = allowed & (row_key == key)
+    if HAS_LABELS:
+        allowed &= positive | (row_label != label)
     logits = tl.load(scale_ptr).to(tl.float32) * products
-    gradient = _grad_logits(
-        *(logits, positive, row_single_ptr, row_values_ptr, problem, problems, rows),
-        *(row_count, columns[None, :], SMOOTHING, 1),
-    )
-    if column_single_ptr is not None:
+    gradient = _grad_logits(logits, positive, reference, target, share, log, weight, SMOOTHING)
+    if BOTH:
         gradient += _grad_logits(
-            *(logits, positive, column_single_ptr, column_values_ptr, problem, problems, columns),
-            *(column_count, rows[:, None], SMOOTHING, 0),
+            logits, positive, reference_c, target_c, share_c, log_c, weight_c, SMOOTHING
         )
     gradient = tl.where(allowed, gradient, 0.0)
     if scale_partials_ptr is not None:
@@ -151,69 +154,42 @@ def pairs_gradient_kernel(
     if grad_ptr is not None:
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
         at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
         store(grad_ptr + start + at, gradient * GAIN, inside)
 
 
 @triton.jit
-def _pairs(
-    row_sets_ptr,  # [1 or 2, B, N] int32: keys, labels
-    column_sets_ptr,  # [1 or 2, B, M] int32
-    rows,  # [BLOCK_ROWS]
-    columns,  # [BLOCK_COLUMNS]
-    problem,
-    problems,
-    row_count,
-    column_count,
-    EXCLUDE_SELF: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
+def _records(
+    records_ptr,  # [n, 8] of one problem
+    own,  # [BLOCK]
+    count,  # n
+    AXIS: tl.constexpr,  # that the fields are expanded along: 1 for rows, 0 for columns
 ):
-    """Returns which pairs are positive, and which are positive or negative."""
-    row_mask, column_mask = rows < row_count, columns < column_count
-    row_sets_ptr += problem * row_count + rows
-    column_sets_ptr += problem * column_count + columns
-    row_keys = tl.load(row_sets_ptr, mask=row_mask, other=-2)
-    column_keys = tl.load(column_sets_ptr, mask=column_mask, other=-3)
-    inside = row_mask[:, None] & column_mask[None, :]
-    positive = inside & (row_keys[:, None] == column_keys[None, :])
-    allowed = inside
-    if HAS_LABELS:
-        row_sets_ptr += tl.cast(problems, tl.int64) * row_count
-        column_sets_ptr += tl.cast(problems, tl.int64) * column_count
-        row_labels = tl.load(row_sets_ptr, mask=row_mask, other=-2)
-        column_labels = tl.load(column_sets_ptr, mask=column_mask, other=-3)
-        allowed &= positive | (row_labels[:, None] != column_labels[None, :])
-    if EXCLUDE_SELF:
-        other = rows[:, None] != columns[None, :]
-        positive &= other
-        allowed &= other
-    return positive, allowed
+    """Returns the fields of RECORD but the unused one, [BLOCK, 1] or [1, BLOCK] each."""
+    at = own[:, None].to(tl.int64) * 8 + tl.arange(0, 8)[None, :]
+    records = tl.load(records_ptr + at, mask=(own < count)[:, None], other=0.0)
+    # Field 4a + 2b + c of [BLOCK, a, b, c]; a split takes the last dimension apart.
+    even, odd = tl.split(tl.reshape(records, (own.shape[0], 2, 2, 2)))
+    even_0, even_2 = tl.split(even)
+    odd_1, odd_3 = tl.split(odd)
+    key, share = tl.split(even_0)
+    reference, weight = tl.split(even_2)
+    label, log = tl.split(odd_1)
+    target, _ = tl.split(odd_3)
+    return (
+        tl.expand_dims(key.to(tl.int32, bitcast=True), AXIS),
+        tl.expand_dims(label.to(tl.int32, bitcast=True), AXIS),
+        tl.expand_dims(reference, AXIS),
+        tl.expand_dims(target, AXIS),
+        tl.expand_dims(share, AXIS),
+        tl.expand_dims(log, AXIS),
+        tl.expand_dims(weight, AXIS),
+    )
 
 
 @triton.jit
-def _grad_logits(
-    logits,  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    positive,  # [BLOCK_ROWS, BLOCK_COLUMNS]
-    single_ptr,  # [B, n] int32, of one direction
-    values_ptr,  # [5, B, n] float32: reference, target, share, log, weight
-    problem,
-    problems,
-    own,  # [BLOCK], indices of this direction
-    count,  # n
-    others,  # indices of the other direction, [1, BLOCK_COLUMNS] or [BLOCK_ROWS, 1]
-    SMOOTHING: tl.constexpr,
-    AXIS: tl.constexpr,  # of the logits that `own` is broadcast along: 1 for rows, 0 for columns
-):
+def _grad_logits(logits, positive, reference, target, share, log, weight, SMOOTHING: tl.constexpr):
     """Returns w (P - target [positive] - share) of one direction, before exclusions."""
-    mask, of_each = own < count, tl.cast(problems, tl.int64) * count
-    single = tl.load(single_ptr + problem * count + own, mask=mask, other=-1)
-    values_ptr += problem * count + own
-    reference = tl.expand_dims(tl.load(values_ptr, mask=mask, other=0.0), AXIS)
-    target = tl.expand_dims(tl.load(values_ptr + of_each, mask=mask, other=0.0), AXIS)
-    share = tl.expand_dims(tl.load(values_ptr + 2 * of_each, mask=mask, other=0.0), AXIS)
-    log = tl.expand_dims(tl.load(values_ptr + 3 * of_each, mask=mask, other=0.0), AXIS)
-    weight = tl.expand_dims(tl.load(values_ptr + 4 * of_each, mask=mask, other=0.0), AXIS)
     # P - 1 of a single positive is expm1(-log), without cancellation.
     of_single = expm1(-log) + SMOOTHING - share
     gradient = tl.exp((logits - reference) - log) - tl.where(positive, target, 0.0) - share
-    return weight * tl.where(others == tl.expand_dims(single, AXIS), of_single, gradient)
+    return weight * tl.where(positive & (target < 0), of_single, gradient)

@@ -5,6 +5,7 @@ sides swapped, and makes the products again. Pass 2 writes dL/dS of both directi
 at a time, for two matrix products.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from himo_kernels.info_nce.triton.gradients import products_of
 from himo_kernels.info_nce.triton.logits import Branch, features_branch
 from himo_kernels.info_nce.triton.losses import PROGRAMS
 from himo_kernels.info_nce.triton.pair_kernels import (
+    RECORD,
     pairs_gradient_kernel,
     pairs_statistics_kernel,
 )
@@ -45,6 +47,7 @@ def statistics(problem: Problem) -> tuple[Tensor, ...]:
         row_labels=problem.column_labels,
         column_labels=problem.row_labels,
         rows=problem.columns,
+        columns=None,
     )
     return *of_rows, *_statistics(turned)
 
@@ -52,7 +55,7 @@ def statistics(problem: Problem) -> tuple[Tensor, ...]:
 def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Returns the gradients of query, key and logit_scale; None where not needed."""
     needs_query, needs_key, needs_scale = needs
-    branch = features_branch(problem.query, problem.key, problem.logit_scale)
+    branch = _branch(problem)
     problems, rows, columns = branch.problems, branch.rows, branch.columns
     dtype = dtype_of_gradients(branch, max(rows, columns))
     gain, needs_features = gain_of(dtype), needs_query or needs_key
@@ -61,10 +64,7 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, .
     weights = [side.weight.reshape(-1) for side in softmaxes if side.weight is not None]
     largest = torch.cat([*weights, branch.new_empty(1).zero_()]).abs().amax()  # []
     largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)
-    of_rows = _of_direction(problem.rows, problems, largest)
-    of_columns = (None, None)
-    if problem.columns is not None:
-        of_columns = _of_direction(problem.columns, problems, largest)
+    records = _records_of_both(problem, problems, largest)
     partials = branch.new_empty(problems, branch.row_blocks, branch.column_tiles)
 
     def launch(chunk: Chunk) -> None:
@@ -72,20 +72,18 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, .
             branch.left,
             branch.right,
             branch.scale,
-            *_sets(problem, problems),
-            *of_rows,
-            *of_columns,
+            *records,
             chunk.workspace if needs_features else None,
             partials if needs_scale else None,
             rows,
             columns,
             branch.right.shape[-1],
-            problems,
             *chunk.sizes(),
             branch.row_blocks,
             SMOOTHING=problem.label_smoothing,
             GAIN=gain,
             GROUP=GROUP,
+            BOTH=problem.columns is not None,
             **_constants(problem, branch),
         )
 
@@ -101,34 +99,37 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, .
 info_nce_pairs_fwd, info_nce_pairs_bwd = passes(statistics, gradients).values()
 
 
+def _branch(problem: Problem) -> Branch:
+    # A tile of 128 x 128 with both directions and exclusions spills its registers.
+    branch = features_branch(problem.query, problem.key, problem.logit_scale)
+    return dataclasses.replace(branch, small_tiles=True)
+
+
 def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
     # log and T of the rows [*, N].
-    branch = features_branch(problem.query, problem.key, problem.logit_scale)
+    branch = _branch(problem)
     problems, rows = branch.problems, branch.rows
     splits = triton.cdiv(PROGRAMS, max(1, problems * branch.row_blocks))
     splits = min(branch.column_tiles, splits)
     # For each part of the columns: log sum exp, and T.
     partials = branch.new_empty(2, problems, splits, rows)
-    single, values = _of_direction(problem.rows, problems, None)
     pairs_statistics_kernel[(problems * splits * branch.row_blocks,)](
         branch.left,
         branch.right,
         branch.scale,
-        *_sets(problem, problems),
-        single,
-        values,
+        *_records_of_both(problem, problems),
         partials[0],
         partials[1],
         rows,
         branch.columns,
         branch.right.shape[-1],
-        problems,
         branch.row_blocks,
         splits,
         **_constants(problem, branch),
     )
     log, total = torch.logsumexp(partials[0], 1), partials[1].sum(1)  # [B, N]
-    log = torch.where(single >= 0, torch.logaddexp(log, torch.zeros_like(log)), log)
+    has_single = problem.rows.single.reshape(log.shape) >= 0
+    log = torch.where(has_single, torch.logaddexp(log, torch.zeros_like(log)), log)
     log = log.masked_fill(log == -torch.inf, 0.0)  # all others are excluded
     shape = problem.query.shape[:-1]
     return log.reshape(shape), total.reshape(shape)
@@ -141,28 +142,34 @@ def _constants(problem: Problem, branch: Branch) -> dict[str, object]:
     return {"EXCLUDE_SELF": problem.exclude_self, "HAS_LABELS": has_labels, **constants}
 
 
-def _sets(problem: Problem, problems: int) -> tuple[Tensor, Tensor]:
-    # Keys, and labels if there are any, of the rows [1 or 2, B, N] and of the columns.
-    def joined(*given: Tensor | None) -> Tensor:
-        found = [value for value in given if value is not None]
-        return torch.stack([value.reshape(problems, value.shape[-1]) for value in found])
+def _records_of_both(
+    problem: Problem, problems: int, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    # Of the rows [B, N, 8] and of the columns [B, M, 8]; RECORD says of what. The weights are
+    # divided by the largest.
+    def records(key: Tensor, label: Tensor | None, softmax: Softmax | None) -> Tensor:
+        fields: dict[str, Tensor | None] = {"key": _as_float32(key)}
+        if label is not None:
+            fields["label"] = _as_float32(label)
+        if softmax is not None:
+            target = torch.where(softmax.single >= 0, -1.0, softmax.target)
+            fields |= {"reference": softmax.reference, "target": target, "share": softmax.share}
+            if softmax.weight is not None and largest is not None:
+                fields |= {"log": softmax.log, "weight": softmax.weight / largest}
+        zero = torch.zeros(key.shape, device=key.device)
+        given = [fields.get(name) for name in RECORD]
+        joined = torch.stack([zero if value is None else value for value in given], -1)
+        return joined.reshape(problems, key.shape[-1], len(RECORD))
 
     return (
-        joined(problem.row_keys, problem.row_labels),
-        joined(problem.column_keys, problem.column_labels),
+        records(problem.row_keys, problem.row_labels, problem.rows),
+        records(problem.column_keys, problem.column_labels, problem.columns),
     )
 
 
-def _of_direction(softmax: Softmax, problems: int, largest: Tensor | None) -> tuple[Tensor, Tensor]:
-    # single [B, n], and float32 [3 or 5, B, n]: reference, target, share and, in the backward, log
-    # and weight, which is divided by the largest.
-    values = [softmax.reference, softmax.target, softmax.share]
-    if softmax.log is not None and softmax.weight is not None and largest is not None:
-        values += [softmax.log, softmax.weight / largest]
-    single = softmax.single
-    return single.reshape(problems, single.shape[-1]).contiguous(), torch.stack(
-        [value.reshape(problems, value.shape[-1]) for value in values]
-    )
+def _as_float32(value: Tensor) -> Tensor:
+    # The same bits.
+    return value.to(torch.int32).contiguous().view(torch.float32)
 
 
 def _unpadded(grad: Tensor | None, factor: Tensor, value: Tensor) -> Tensor | None:
