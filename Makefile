@@ -178,7 +178,8 @@ GPU_MINUTES ?= 8
 GPU_START := $(shell date +%s)
 GPU_FIRST := tests/covariance tests/normalize tests/pca/test_pca_triton.py tests/pca/test_pca_cuda.py \
   tests/pca/test_pca_moment.py tests/info_nce/test_info_nce_block.py tests/info_nce/test_info_nce_block_triton.py \
-  tests/info_nce/test_info_nce_triton.py tests/info_nce/test_info_nce_cuda.py
+  tests/info_nce/test_info_nce_triton.py tests/info_nce/test_info_nce_cuda.py \
+  tests/info_nce/test_info_nce_pairs_triton.py
 GPU_TESTS = $(IN_TREE) PYTHONUNBUFFERED=1 timeout -s INT -k 20 $(1) $(PY) -m pytest -m gpu \
   --maxfail=60 $(2) --junitxml=$(GPU_OUT)/$(3).xml >$(GPU_OUT)/$(3).txt 2>&1
 gpu: $(READY)

@@ -104,13 +104,12 @@ def _sums(
     factor = branch.scale.float() / (divisor * gain)
     sums = partials.sum((-2, -1), dtype=torch.float64).div_(divisor).float()  # [B, 3]
     loss, of_scale, of_bias = sums.unbind(1)
-    empty = branch.new_empty(0)
     return (
         loss,
-        empty if left is None else left.mul_(factor),
-        empty if right is None else right.mul_(factor),
-        of_scale if needs_scale else empty,
-        of_bias if needs_bias else empty,
+        branch.new_empty(0) if left is None else left.mul_(factor),
+        branch.new_empty(0) if right is None else right.mul_(factor),
+        of_scale if needs_scale else branch.new_empty(0),
+        of_bias if needs_bias else branch.new_empty(0),
     )
 
 

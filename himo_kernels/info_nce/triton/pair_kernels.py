@@ -64,7 +64,8 @@ def pairs_statistics_kernel(
             *(left_ptr, right_ptr, first_row, first_column, row_count, column_count, width, width),
             *(0, 1, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, PRECISION),
         )
-        key, label, _, _, _, _, _ = _records(column_records_ptr, columns, column_count, 0)
+        of_columns = _records(column_records_ptr, columns, column_count, 0)
+        key, label = of_columns[0], of_columns[1]
         inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
         other = inside & (rows[:, None] != columns[None, :])
         allowed = other if EXCLUDE_SELF else inside
