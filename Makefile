@@ -14,8 +14,8 @@ TORCH ?= torch==2.13.0
 OPEN_CLIP := open_clip_torch==3.3.0
 OPEN_CLIP_OLDEST := open_clip_torch==0.2.0
 
-# Prerequisites of a rebuild of the extension.
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Prerequisites of a rebuild of the extension, which has no CUDA kernel yet.
+CSRC := $(filter-out csrc/cuda/% csrc/emulate/%,$(shell find csrc -name '*.cpp' -o -name '*.h'))
 
 PATH_OUTSIDE := $(PATH)
 ifeq ($(strip $(VENV)),)
@@ -40,7 +40,7 @@ BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 # torch's default, the number of cores plus two, exhausts the memory of small machines.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test test-all classes fuzz lint aot sanitize wheel install-check bench gpu demo clean in-place
+.PHONY: help setup test test-all classes fuzz emulate lint aot sanitize wheel install-check bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
@@ -48,6 +48,7 @@ help:
 	@echo "make test-all  every test: larger sizes, killed runs, corpora of bad input, each processor class"
 	@echo "make classes  the operators' tests as on processors with AVX2, or without"
 	@echo "make fuzz    the corpora of bad input alone"
+	@echo "make emulate  the CUDA C++ kernels on the host, under sanitizers; needs no GPU"
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
 	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
 	@echo "make sanitize  the operators' tests on an extension with address and undefined-behaviour sanitizers"
@@ -110,7 +111,7 @@ test-all: $(READY)
 # The operators' tests as on older processors: the newest instructions ATEN, oneDNN and MKL may use.
 CLASSES := default:SSE41:SSE4_2 avx2:AVX2:AVX2
 CLASS_TESTS := tests/covariance/test_covariance.py tests/normalize/test_normalize.py tests/pca \
-  tests/info_nce tests/himo_loss tests/test_nn.py tests/himo/test_precision.py
+  tests/info_nce tests/sigmoid_loss tests/himo_loss tests/test_nn.py tests/himo/test_precision.py
 classes: $(READY)
 	@set -e; for class in $(CLASSES); do \
 	  aten=$${class%%:*}; rest=$${class#*:}; \
@@ -122,6 +123,11 @@ classes: $(READY)
 
 fuzz: $(READY)
 	$(RUN_TESTS) $(PYTEST_FLAGS) tests/fuzz
+
+# Each test builds what it runs: with address and undefined-behaviour sanitizers, or with the thread
+# sanitizer. `make test-all` runs them too.
+emulate: $(READY)
+	$(RUN_TESTS) $(PYTEST_FLAGS) tests/emulate
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -150,7 +156,7 @@ sanitize: $(READY)
 	  >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
 	$(SANITIZERS) PYTHONSAFEPATH=1 PYTHONPATH="$(SANITIZED):$(CURDIR)" $(PY) -m pytest \
 	  -p no:cacheprovider --capture=sys -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
-	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/himo_loss tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
+	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/sigmoid_loss tests/himo_loss tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
 
 # Without what an earlier build left in build/lib*, which would be packed too.
 wheel: $(READY)
@@ -179,7 +185,8 @@ GPU_START := $(shell date +%s)
 GPU_FIRST := tests/covariance tests/normalize tests/pca/test_pca_triton.py tests/pca/test_pca_cuda.py \
   tests/pca/test_pca_moment.py tests/info_nce/test_info_nce_block.py tests/info_nce/test_info_nce_block_triton.py \
   tests/info_nce/test_info_nce_triton.py tests/info_nce/test_info_nce_cuda.py \
-  tests/info_nce/test_info_nce_pairs_triton.py
+  tests/info_nce/test_info_nce_pairs_triton.py \
+  tests/sigmoid_loss/test_sigmoid_loss.py tests/sigmoid_loss/test_sigmoid_loss_triton.py
 GPU_TESTS = $(IN_TREE) PYTHONUNBUFFERED=1 timeout -s INT -k 20 $(1) $(PY) -m pytest -m gpu \
   --maxfail=60 $(2) --junitxml=$(GPU_OUT)/$(3).xml >$(GPU_OUT)/$(3).txt 2>&1
 gpu: $(READY)

@@ -113,20 +113,17 @@ def extension() -> dict[str, object]:
     macros = [("HIMO_CXX_FLAGS", f'"{" ".join(flags)}"')]
     folders = ("csrc", "csrc/common", "csrc/cpu")
     sources = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/*.cpp"))]
-    # Depends on the toolkit, not on a visible GPU: machines that build wheels have none.
-    has_toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    cuda = sorted(ROOT.glob("csrc/cuda/*.cu")) if has_toolkit else []
-    if cuda:
-        macros.append(("HIMO_WITH_CUDA", "1"))
-    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    module = make(
+    # csrc/cuda is not built: no backend calls it yet.
+    module = cpp_extension.CppExtension(
         "himo_kernels._C",
-        [str(path.relative_to(ROOT)) for path in sources + cuda],
+        [str(path.relative_to(ROOT)) for path in sources],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": flags},
         extra_link_args=sanitizers,
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
+        depends=[
+            str(path.relative_to(ROOT)) for f in folders for path in sorted(ROOT.glob(f"{f}/*.h"))
+        ],
     )
 
     class Build(cpp_extension.BuildExtension):

@@ -67,7 +67,7 @@ def in_child(work: Callable[[], object], seconds: float = math.inf) -> object:
         return json.loads(text)
     ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     if ended_by == signal.SIGALRM:
-        return {"reason": f"{LEFT_OUT}: over {seconds:.1f} s"}
+        return {"reason": f"{LEFT_OUT}: over {seconds:.3g} s"}
     killed = ended_by == signal.SIGKILL
     return {"reason": OUT_OF_MEMORY if killed else f"died with status {status}"}
 

@@ -193,7 +193,7 @@ class Cell:
                     rounds_s = REPEATS["cpu"][0] * peak["time_ms"] / 1e3
                     left_s -= rounds_s
                     if rounds_s > limit_s:
-                        peak = {"reason": f"{memory.LEFT_OUT}: a call takes {rounds_s / 3:.1f} s"}
+                        peak = {"reason": f"{memory.LEFT_OUT}: a call takes {rounds_s / 3:.3g} s"}
                 if str(peak.get("reason", "")).startswith(memory.LEFT_OUT):
                     advice = f"of {self.baseline_seconds:g} s for the baselines of a cell"
                     self.left_out[name] = f"{peak['reason']}, {advice}"

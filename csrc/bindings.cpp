@@ -24,12 +24,6 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 constexpr const char* kCompiler = "unknown";
 #endif
 
-#ifdef HIMO_WITH_CUDA
-constexpr bool kCuda = true;
-#else
-constexpr bool kCuda = false;
-#endif
-
 #ifdef _OPENMP
 constexpr bool kOpenMP = true;
 #else
@@ -44,7 +38,6 @@ py::dict build_info() {
   info["cxx_standard"] = static_cast<long>(__cplusplus);
   info["cxx_flags"] = HIMO_CXX_FLAGS;
   info["openmp"] = kOpenMP;
-  info["cuda"] = kCuda;
   return info;
 }
 

@@ -17,6 +17,7 @@ _COMMANDS = {
     "synth": ("himo.synth", "render a synthetic set of captioned scenes"),
     "train": ("himo.train", "train or fine-tune on captioned images"),
     "eval": ("himo.evaluate", "retrieval and HiMo@K of a checkpoint"),
+    "datasets": ("himo.evaluate.datasets", "the data sets that have a name, and where they are"),
     "doctor": ("himo.tools.doctor", "what is installed, and what would stop a training run"),
     "plan": ("himo.tools.plan", "whether a training step fits the memory of a GPU"),
     "bench": ("himo.tools.bench", "how fast the training data are read, and the kernels"),

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from himo.clip_config import CONFIGS, CONTEXT_LENGTH, KEPT_POSITIONS, CLIPConfig, named_config
 from himo.errors import HimoError
+from himo.layers import HALF_TYPES, Attention, LayerNorm, ResidualAttentionBlock, Transformer
 
 __all__ = [
     "CONFIGS",
@@ -25,8 +25,6 @@ __all__ = [
     "longest_text",
     "named_config",
 ]
-
-_HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def _normal_(weight: Tensor, std: float) -> None:
@@ -40,120 +38,6 @@ def _normal(std: float, *shape: int) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(shape))
     _normal_(parameter, std)
     return parameter
-
-
-def _taken(x: Tensor, at: Tensor) -> Tensor:  # [B, L, W], [B] -> [B, W]
-    return x[torch.arange(x.shape[0], device=x.device), at]
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that computes float16 and bfloat16 inputs in float32 and returns their dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in _HALF_TYPES:
-            weight, bias = self.weight.float(), self.bias.float()
-            normalised = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
-            return normalised.to(x.dtype)
-        return super().forward(x)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with the parameters of nn.MultiheadAttention."""
-
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.causal = causal
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)  # as nn.MultiheadAttention starts
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """[B, L, W] -> [B, L, W]; with at [B], only position at[b] of row b: [B, W]."""
-        if at is not None:
-            return self._one_position(x, at)
-        batch, length, width = x.shape
-        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        split = projected.view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, W / heads]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        joined: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
-        return joined
-
-    def _one_position(self, x: Tensor, at: Tensor) -> Tensor:  # [B, L, W], [B] -> [B, W]
-        batch, length, width = x.shape
-        size, weight, bias = width // self.heads, self.in_proj_weight, self.in_proj_bias
-        query = F.linear(_taken(x, at), weight[:width], bias[:width])
-        query = query.view(batch, self.heads, 1, size) * size**-0.5
-        projected = F.linear(x, weight[width:], bias[width:])
-        split = projected.view(batch, length, 2, self.heads, size)
-        key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, W / heads]
-        # torch's attention of one query rounds differently on a CPU with the number of rows.
-        scores = query @ key.transpose(2, 3)  # [B, heads, 1, L]
-        if self.causal:
-            later = torch.arange(length, device=x.device) > at[:, None]
-            scores = scores.masked_fill(later[:, None, None], -math.inf)
-        joined: Tensor = self.out_proj((scores.softmax(dim=-1) @ value).flatten(1))
-        return joined
-
-
-class MLP(nn.Module):
-    """Two layers around CLIP's quick-GELU, x * sigmoid(1.702 x), or around GELU."""
-
-    def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.quick = activation == "quick_gelu"
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, L, W] -> [B, L, W]
-        out: Tensor
-        if self.quick:
-            # SiLU saves only its input for the backward pass: one tensor of 4 W channels less.
-            out = self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)
-        else:
-            out = self.c_proj(F.gelu(self.c_fc(x)))
-        return out
-
-
-class ResidualAttentionBlock(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool, activation: str) -> None:
-        super().__init__()
-        self.attn = Attention(width, heads, causal)
-        self.ln_1 = LayerNorm(width)
-        self.mlp = MLP(width, activation)
-        self.ln_2 = LayerNorm(width)
-
-    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """[B, L, W] -> [B, L, W]; with at [B], only position at[b] of row b: [B, W]."""
-        x = (x if at is None else _taken(x, at)) + self.attn(self.ln_1(x), at)
-        return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int, causal: bool, activation: str) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, causal, activation) for _ in range(layers)
-        )
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor, at: Tensor) -> Tensor:
-        """[B, L, W], [B] -> [B, W]: of row b position at[b].
-
-        The last block computes only these positions: no other output of it is used.
-        """
-        last = self.resblocks[-1]
-        for block in self.resblocks:
-            positions = at if block is last else None
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, so the RNG state need not be restored.
-                x = checkpoint(block, x, positions, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, positions)
-        return x
 
 
 class VisionTransformer(nn.Module):
@@ -178,8 +62,8 @@ class VisionTransformer(nn.Module):
         patches = self.conv1(image).flatten(2).transpose(1, 2)  # [B, (R / patch)^2, W]
         start = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([start, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        at_start = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        x = self.transformer(self.ln_pre(x), at_start)
+        at_start = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+        x = self.transformer(self.ln_pre(x), at_start)[:, 0]
         return self.ln_post(x) @ self.proj
 
 
@@ -243,11 +127,11 @@ class HiMoCLIP(nn.Module):
         For float16 and bfloat16 the LayerNorms, embeddings and logit_scale become float32, as in
         upstream's `convert_weights`; otherwise everything is cast to dtype.
         """
-        if dtype not in (*_HALF_TYPES, torch.float32, torch.float64):
+        if dtype not in (*HALF_TYPES, torch.float32, torch.float64):
             raise HimoError(
                 f"model: expected a dtype of float16, bfloat16, float32 or float64, got {dtype}"
             )
-        self.to(torch.float32 if dtype in _HALF_TYPES else dtype)
+        self.to(torch.float32 if dtype in HALF_TYPES else dtype)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | Attention):
                 module.to(dtype)
@@ -346,9 +230,30 @@ class HiMoCLIP(nn.Module):
             )
         x = self.token_embedding(text[:, :max_length]).to(self.dtype)
         x = x + self._positions(max_length).to(self.dtype)
-        x = self.ln_final(self.transformer(x, end))  # [B, W]
+        x = self.ln_final(self.transformer(x, end[:, None])[:, 0])  # [B, W]
         features = x @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_shared_text(
+        self, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor
+    ) -> Tensor:
+        """Features [B, K, E] of K texts in each row, which share the tokens they begin with.
+
+        They equal those of `encode_text` up to rounding if each token has the position it has in
+        its text, and sees this text's tokens up to itself alone. `himo.evaluate.shared_prefixes`
+        lays texts out so.
+
+        Args:
+            tokens: int64 [B, S], of all texts of a row, a shared token once.
+            positions: int64 [B, S], from 0 to context_length - 1: where a token is in its text.
+            visible: bool [B, S, S], True where the token of the row attends to that of the column.
+                Every token, also one that fills a row up, sees itself.
+            ends: int64 [B, K], where in the row the last token of each text is.
+        """
+        x = self.token_embedding(tokens).to(self.dtype)
+        x = x + self._positions(self.context_length).to(self.dtype)[positions]
+        x = self.ln_final(self.transformer(x, ends, visible))  # [B, K, W]
+        return x @ self.text_projection
 
     def _positions(self, length: int) -> Tensor:  # -> [length, W]
         # Cut after the concatenation, so that an exported graph is the same for every length.

@@ -22,12 +22,18 @@ class Reports:
         step: steps done before.
 
     Raises:
-        HimoError: as `check_installed`.
+        HimoError: as `check_installed`, or W&B does not begin a run.
     """
 
     def __init__(self, settings: TrainConfig, step: int = 0) -> None:
         check_installed(settings)
-        self._writers = [_OPENERS[name](settings, step) for name in settings.reports]
+        self._writers: list[tuple[Write, Callable[[], None]]] = []
+        try:
+            for name in settings.reports:
+                self._writers.append(_OPENERS[name](settings, step))
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes a line of metrics.jsonl, without its spectrum."""
@@ -63,13 +69,17 @@ def _tensorboard(settings: TrainConfig, step: int) -> tuple[Write, Callable[[], 
 
 def _wandb(settings: TrainConfig, step: int) -> tuple[Write, Callable[[], None]]:
     wandb = importlib.import_module("wandb")
-    run = wandb.init(
-        project="himo",
-        name=settings.run_name,
-        group=settings.run_name,
-        dir=str(settings.folder),
-        config=dataclasses.asdict(settings),
-    )
+    try:
+        run = wandb.init(
+            project="himo",
+            name=settings.run_name,
+            group=settings.run_name,
+            dir=str(settings.folder),
+            config=dataclasses.asdict(settings),
+        )
+    except wandb.Error as error:  # without an account, or without its server
+        advice = "WANDB_MODE=offline writes to the run's folder"
+        raise HimoError(f"--report-to wandb: {error}; {advice}") from error
     return lambda step, numbers: run.log(numbers, step=step), run.finish
 
 

@@ -5,10 +5,12 @@ python -m himo_kernels.aot [word ...]     only the cases whose label contains al
 It compiles exactly what the launchers launch: each case runs them on meta tensors, and each launch
 is recorded, with its types, constants and options, instead of executed. One line per launch shows
 registers, spills and the programs that fit on a multiprocessor; for matmuls also the matrix
-instruction and the bytes per load. A launch that fails a check (broken_promise) fails the run.
+instruction, the bytes per load, the instructions outside the loop of the matrix instruction, and on
+sm_90 the time that sass.py predicts. A launch that fails a check (broken_promise) fails the run.
 """
 
 import importlib
+import math
 import multiprocessing
 import os
 import re
@@ -18,14 +20,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from himo_kernels import _triton
+from himo_kernels import _triton, predict, sass
 
 TARGETS = (80, 90)  # A100, H100 and H200
 
@@ -36,6 +38,10 @@ REGISTERS = 64 * 1024
 WARPS, BLOCKS = 64, 32
 # Registers are allocated in multiples of 256 per warp, warps in fours: CUDA occupancy calculator.
 REGISTER_GRANULARITY, WARP_GRANULARITY = 256, 4
+
+# Kernels whose epilogue takes as long as their matrix instructions: the largest number of
+# instructions outside the loop of these that 128 x 128 tiles of 16 bits may have on sm_90.
+MOST_OUTSIDE = {"statistics_kernel": 3400, "grad_logits_kernel": 2700}
 
 # Modules with a function aot_cases() -> Iterable[Case].
 MODULES: tuple[str, ...] = (
@@ -67,6 +73,9 @@ class Launch:
     constants: tuple[tuple[str, object], ...]
     divisible: tuple[int, ...]  # indices of arguments that are multiples of 16
     options: tuple[tuple[str, object], ...]  # num_warps, num_stages, ...
+    # Of the first launch with all of the above:
+    programs: int = field(default=0, compare=False)
+    sizes: tuple[tuple[str, int], ...] = field(default=(), compare=False)  # integer arguments
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,9 @@ class Resources:
     # For a launch with matmuls; "" and 0 otherwise:
     multiplies: str  # the matrix instruction, or else the fused multiply-add
     load_bytes: int  # per thread and global load, at the width that loads the most bytes
+    outside: int = 0  # instructions outside the loop of the matrix instruction; all without a loop
+    in_loop: bool = True  # whether a matrix instruction is in a loop
+    microseconds: float = 0  # predicted for the launch; 0 if unknown
 
 
 def cases(words: Iterable[str] = ()) -> list[Case]:
@@ -92,8 +104,10 @@ def launches(case: Case, target: int) -> list[Launch]:
     """Returns the distinct launches of a case on an architecture."""
     recorded: dict[Launch, None] = {}
 
-    def record(kernel: Any, arguments: tuple[object, ...], options: dict[str, object]) -> None:
-        recorded.setdefault(_launch(kernel, arguments, options))
+    def record(
+        kernel: Any, arguments: tuple[object, ...], options: dict[str, object], programs: int
+    ) -> None:
+        recorded.setdefault(_launch(kernel, arguments, options, programs))
 
     with _recording(record), _target(target):
         case.run()
@@ -157,7 +171,17 @@ def compile_launch(launch: Launch, target: int) -> Resources:
     )
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     programs = programs_at_once(registers, warps, shared, target)
-    return Resources(registers, stack, shared, programs, *instructions(listing))
+    used = Resources(registers, stack, shared, programs, *instructions(listing))
+    code = sass.parse(listing)
+    nest = sass.matrix_nest(code)
+    first, last = nest[-1] if nest else (0, -1)
+    outside = sum(not first <= instruction.address <= last for instruction in code)
+    microseconds = 0.0
+    if target == 90:
+        values = {**dict(launch.constants), **dict(launch.sizes)}
+        name, grid = launch.kernel.__name__, launch.programs
+        microseconds = predict.microseconds(name, values, code, grid, warps, programs)
+    return replace(used, outside=outside, in_loop=bool(nest), microseconds=microseconds)
 
 
 def programs_at_once(registers: int, warps: int, shared_bytes: int, target: int) -> int:
@@ -195,7 +219,8 @@ def broken_promise(case: Case, launch: Launch, target: int, used: Resources) -> 
     """Returns which check a launch fails, or "".
 
     The checks: no spills; shared memory fits; float64 matmuls use DMMA, all others but full float32
-    use HGMMA or HMMA; 16-bit operands are loaded 16 bytes at a time.
+    use HGMMA or HMMA, in a loop; 16-bit operands are loaded 16 bytes at a time; epilogues are not
+    longer than MOST_OUTSIDE.
     """
     if used.spilled_bytes and not case.may_spill:
         return "SPILLS"
@@ -210,10 +235,17 @@ def broken_promise(case: Case, launch: Launch, target: int, used: Resources) -> 
         instruction = "HGMMA" if target >= 90 else "HMMA"
     if not used.multiplies.startswith(instruction):
         return f"NO {instruction}"
+    if not used.in_loop:
+        return f"NO LOOP AROUND {instruction}"
     pointers = [kind for _, kind in launch.signature if kind.startswith("*")]
     narrow = sum(kind in ("*fp16", "*bf16") for kind in pointers) >= 2
     if narrow and not case.ragged and used.load_bytes < 16:
         return "NARROW LOADS"
+    constants = dict(launch.constants)
+    large = constants.get("BLOCK_ROWS") == constants.get("BLOCK_COLUMNS") == 128
+    most = MOST_OUTSIDE.get(launch.kernel.__name__) if large and narrow and target == 90 else None
+    if most is not None and used.outside > most:
+        return f"{used.outside - most} INSTRUCTIONS TOO MANY OUTSIDE THE LOOP"
     return ""
 
 
@@ -228,13 +260,14 @@ def _target(target: int) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    record: Callable[[Any, tuple[object, ...], dict[str, object]], None],
+    record: Callable[[Any, tuple[object, ...], dict[str, object], int], None],
 ) -> Iterator[None]:
     # kernel[grid](...) calls JITFunction.run, which would load the CUDA driver.
     from triton.runtime.jit import JITFunction
 
     def run(kernel: Any, *arguments: object, grid: object, warmup: bool, **named: object) -> None:
-        record(kernel, arguments, named)
+        programs = cast(tuple[int, ...], grid(named) if callable(grid) else grid)
+        record(kernel, arguments, named, math.prod(programs))
 
     original = JITFunction.run
     JITFunction.run = run
@@ -257,7 +290,9 @@ _TYPES = {
 }
 
 
-def _launch(kernel: Any, arguments: tuple[object, ...], keywords: dict[str, object]) -> Launch:
+def _launch(
+    kernel: Any, arguments: tuple[object, ...], keywords: dict[str, object], programs: int
+) -> Launch:
     # The types and specialisations that Triton chooses at a launch.
     options = dict(keywords)
     values = dict(zip(kernel.arg_names, arguments, strict=False))
@@ -279,8 +314,15 @@ def _launch(kernel: Any, arguments: tuple[object, ...], keywords: dict[str, obje
                 divisible.append(index)
         else:
             raise TypeError(f"{kernel.arg_names[index]}: no type for {value!r} in a kernel")
+    sizes = tuple((name, value) for name, value in values.items() if isinstance(value, int))
     return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(options.items()))
+        kernel,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        tuple(sorted(options.items())),
+        programs,
+        sizes,
     )
 
 
@@ -303,13 +345,17 @@ def main(words: list[str]) -> int:
         ):
             broken = broken_promise(case, launch, target, used)
             failures += bool(broken)
-            product = (
-                f", {used.load_bytes:>2} B loads, {used.multiplies}" if used.load_bytes else ""
-            )
+            product = ""
+            if used.load_bytes:
+                product = (
+                    f", {used.load_bytes:>2} B loads, {used.multiplies}, {used.outside} outside"
+                )
+            if used.microseconds:
+                product += f", {used.microseconds:.0f} us predicted"
             print(
                 f"sm_{target} {launch.kernel.__name__:<26} {used.registers:>3} registers, "
                 f"{used.programs:>2} at once, {used.spilled_bytes:>3} B spilled, "
-                f"{used.shared_bytes / 1024:>5.1f} KiB shared{product:<37}  {case.label}  {broken}",
+                f"{used.shared_bytes / 1024:>5.1f} KiB shared{product:<70}  {case.label}  {broken}",
                 flush=True,
             )
     print(f"triton: {len(_work)} launches compiled, {failures} break a promise")

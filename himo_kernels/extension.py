@@ -31,7 +31,9 @@ def _load() -> tuple[ModuleType | None, str | None, ImportError | None]:
         return None, f"the extension is not built ({error}); {BUILD}", error
     except ImportError as error:  # usually a symbol that this version of torch lacks
         text = str(error).splitlines()[0]
-        return None, f"the extension cannot be loaded ({text}); {BUILD}", error
+        reason = f"the extension cannot be loaded by torch {torch.__version__} ({text})"
+        needs = "it needs the minor version of torch that it was built for"
+        return None, f"{reason}; {needs}; {BUILD}", error
     built, running = module.build_info()["torch"], torch.__version__
     # The C++ ABI of torch is stable only within a minor version.
     if _minor(built) != _minor(running):

@@ -1,6 +1,7 @@
 """What himo_kernels.aot reads from the compiler, and which launches fail. Compiles nothing."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,6 +69,7 @@ KEPT = aot.Resources(100, 0, 1024, 4, "HGMMA.64x64x16.F32.BF16", 16)
         (launch("ieee", "fp64"), 90, {"multiplies": "DMMA.16x8x16"}, ""),
         (launch("ieee", "fp64"), 90, {"multiplies": "DFMA"}, "NO DMMA"),
         (launch("ieee"), 90, {"multiplies": "FFMA"}, ""),
+        (launch("tf32"), 90, {"in_loop": False}, "NO LOOP AROUND HGMMA"),
         (launch("tf32"), 90, {"load_bytes": 4}, "NARROW LOADS"),
         (launch("tf32", pointers=("*fp32", "*bf16")), 90, {"load_bytes": 4}, ""),
         (launch(None), 90, {"multiplies": "", "load_bytes": 0}, ""),
@@ -76,6 +78,24 @@ KEPT = aot.Resources(100, 0, 1024, 4, "HGMMA.64x64x16.F32.BF16", 16)
 def test_what_breaks_a_promise(recorded, target, changes, broken):
     used = dataclasses.replace(KEPT, **changes)
     assert aot.broken_promise(aot.Case("", lambda: None), recorded, target, used) == broken
+
+
+def test_an_epilogue_has_a_largest_length_on_large_tiles():
+    most = aot.MOST_OUTSIDE["statistics_kernel"]
+    kernel = SimpleNamespace(__name__="statistics_kernel")
+
+    def broken(outside: int, columns: int = 128, target: int = 90) -> str:
+        tile = (("BLOCK_ROWS", 128), ("BLOCK_COLUMNS", columns))
+        recorded = launch("tf32")
+        recorded = dataclasses.replace(recorded, kernel=kernel, constants=recorded.constants + tile)
+        used = dataclasses.replace(KEPT, outside=outside)
+        if target < 90:
+            used = dataclasses.replace(used, multiplies="HMMA.16816.F32.BF16")
+        return aot.broken_promise(aot.Case("", lambda: None), recorded, target, used)
+
+    assert broken(most) == ""
+    assert broken(most + 7) == "7 INSTRUCTIONS TOO MANY OUTSIDE THE LOOP"
+    assert broken(most + 7, columns=256) == broken(most + 7, target=80) == ""
 
 
 def test_a_case_may_spill_and_may_load_less():

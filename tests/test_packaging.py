@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 
 from himo_kernels._version import __version__
 
@@ -166,7 +167,8 @@ def test_a_file_that_cannot_be_loaded_is_a_reason(installed: Path) -> None:
         reason = python(PRINT_REASON, installed)
     finally:
         broken.unlink()
-    assert reason.startswith("the extension cannot be loaded (")
+    assert reason.startswith(f"the extension cannot be loaded by torch {torch.__version__} (")
+    assert "; it needs the minor version of torch that it was built for; " in reason
     assert reason.endswith(BUILD)
 
 

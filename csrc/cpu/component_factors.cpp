@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common/check.h"
 #include "cpu/centring.h"
@@ -17,6 +18,13 @@ namespace {
 
 // If the mean square of X is in this range, no float32 product overflows or underflows.
 constexpr double kSmallest = 1e-20, kLargest = 1e20;
+// Bound on the rounding error of V B^T C^T, in units of eps |mean|.
+constexpr double kRoundings = 16;
+
+double eps_of(at::ScalarType dtype) {
+  return dtype == at::kDouble ? std::numeric_limits<double>::epsilon()
+                              : std::numeric_limits<float>::epsilon();
+}
 
 at::ScalarType dtype_of_products(const Texts& texts) {
   if (texts.features.scalar_type() == at::kDouble) return at::kDouble;
@@ -73,9 +81,9 @@ void write_factors(const Texts& texts, Factors& factors) {
 }
 
 // README (2): u' = (C + m / l) B + (part of the mean orthogonal to B). Orthogonal terms do not
-// cancel. Writes l, m, nu and C / nu.
+// cancel. Writes l, m, nu and C / nu. logits_eps is the machine epsilon of the products of factors.
 template <typename T>
-void write_keys(const Texts& texts, bool normalize, Factors& factors) {
+void write_keys(const Texts& texts, bool normalize, double logits_eps, Factors& factors) {
   const auto& spectrum = texts.spectrum;
   const int64_t rank = spectrum.rank, samples = factors.coefficients.size(0);
   const int64_t width = factors.basis.size(1), stride = rank + 1;
@@ -102,14 +110,19 @@ void write_keys(const Texts& texts, bool normalize, Factors& factors) {
     add_multiple(-along[k], basis + k * width, width, across.data());
   }
   const double rest = dot(across.data(), across.data(), width);
+  // A text whose components cancel its mean has no direction left: only the rounding of its
+  // logits, which 1 / nu makes as large as other logits, or larger. It counts as a row of zeros.
+  const double rounding =
+      kRoundings * logits_eps * std::sqrt(static_cast<double>(dot(mean, mean, width)));
   factors.length.resize(samples);
   factors.keys = at::empty_like(factors.coefficients);
   T* keys = factors.keys.mutable_data_ptr<T>();
   for_rows(samples, stride, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* row = coefficients + i * stride;
-      const double length =
+      double length =
           std::sqrt(squared_length(row, along.data(), factors.squares.data(), rank) + rest);
+      if (length <= rounding) length = 0;
       factors.length[i] = length;
       // A row of zeros has no direction, as in normalize.
       scale_row(row, length == 0 ? 0.0 : 1 / length, stride, keys + i * stride);
@@ -151,19 +164,20 @@ ComponentOperands component_operands(const at::Tensor& images, const Texts& text
   const int64_t samples = features.size(0), stride = spectrum.rank + 1;
   auto& factors = operands.factors;
   operands.has_factors = true;
+  operands.low_rank = is_low_rank(texts);
   factors.coefficients = take(samples, stride);
   factors.basis = take(stride, features.size(1));
   AT_DISPATCH_FLOATING_TYPES(products, "component_operands", [&] {
     factors.centred = centred<scalar_t>(texts);
     if (!(caches && filled)) write_factors<scalar_t>(texts, factors);
-    write_keys<scalar_t>(texts, normalize, factors);
+    write_keys<scalar_t>(texts, normalize, eps_of(operands.low_rank ? accumulation : products),
+                         factors);
   });
-  if (is_low_rank(texts)) {
+  if (operands.low_rank) {
     const auto query = take(samples, stride);
     if (!(caches && filled)) {
       multiply(images.to(options.dtype()), factors.basis.t(), query, 1, 0);  // (3)
     }
-    operands.low_rank = true;
     operands.query = query.to(accumulation);
     operands.keys = factors.keys.to(accumulation);
   } else {

@@ -42,7 +42,7 @@ at::Tensor basis_gradient(const Texts& texts, const at::Tensor& x,
   const auto pairs = at::empty({dropped, rank}, x.options());
   multiply(outside.t(), sum, pairs, 1, 0);
   const double gap = spectrum.eigenvalues[rank - 1] - spectrum.eigenvalues[rank];
-  if (x.scalar_type() != at::kDouble && gap < kNarrow * spectrum.unit()) {
+  if (x.scalar_type() != at::kDouble && gap < kNarrow * spectrum.gap_scale()) {
     const int64_t last = std::min(kNear, dropped), first = std::max<int64_t>(0, rank - kNear);
     const auto near = directions<double>(spectrum, rank, last);
     const auto across = long_side.to(at::kDouble).t().mm(near);
@@ -50,7 +50,7 @@ at::Tensor basis_gradient(const Texts& texts, const at::Tensor& x,
                        near.t().mm(of_small.narrow(1, first, rank - first).to(at::kDouble));
     pairs.narrow(0, 0, last).narrow(1, first, rank - first).copy_(exact);
   }
-  weigh_pairs(spectrum.eigenvalues, rank, spectrum.unit(), gap_eps, 1.0, /*dropped=*/false,
+  weigh_pairs(spectrum.eigenvalues, rank, spectrum.gap_scale(), gap_eps, 1.0, /*dropped=*/false,
               writable<T>(pairs));
   multiply(outside, pairs, sum, 1, 0);
   return sum;

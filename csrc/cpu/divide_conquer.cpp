@@ -95,7 +95,7 @@ struct Solver {
   double* rows;  // [n, stride], eigenvectors
   // Scratch, [n, stride] each: the vectors to merge, and the eigenvectors of diag(d) + rho z z^T. A
   // segment uses only its own rows.
-  double *compact, *turns;
+  double *compact, *rotations;
   int64_t* sorted;  // [n]; the rows of a segment in ascending order of d
 
   double* block(Segment s) const { return rows + s.first * stride + s.first; }
@@ -238,14 +238,14 @@ void Solver::merge(Segment s) const {
 
   std::vector<double> results(s.count), scratch(round_up(kept));
   if (kept > 0) {
-    const int64_t turn_stride = solver_stride(kept);
-    const Matrix<double> turn{turns + s.first * stride, kept, kept, turn_stride, 1};
+    const int64_t rotation_stride = solver_stride(kept);
+    const Matrix<double> rotation{rotations + s.first * stride, kept, kept, rotation_stride, 1};
     solve_secular({kept, deflated.rho, poles.data(), z.data(), places.data()}, results.data(),
-                  turn.data, turn_stride, scratch.data());
+                  rotation.data, rotation_stride, scratch.data());
     const auto multiply = [&](int64_t from, Matrix<const double> right, int64_t column) {
       const Matrix<double> out{block(s) + column, kept, right.columns, stride, 1};
       if (right.rows > 0) {
-        return himo::cpu::multiply(turn.column_block(from, right.rows), right, out);
+        return himo::cpu::multiply(rotation.column_block(from, right.rows), right, out);
       }
       for (int64_t i = 0; i < kept; ++i) std::fill_n(out.data + i * stride, right.columns, 0.0);
     };

@@ -43,15 +43,16 @@ bool is_finite(const double* values, int64_t count) {
 // The weights of README (9): F_i0, which pairs kept i with a direction of variance 0, and
 // lambda_R (F_ij - F_i0) / lambda_j, for which both vectors a_j are divided by sqrt(lambda_R).
 double null_weight(const Spectrum& spectrum, int64_t i, double gap_eps) {
-  return regularised_inverse(spectrum.eigenvalues[i] / spectrum.unit(), gap_eps) / spectrum.unit();
+  return regularised_inverse(spectrum.eigenvalues[i] / spectrum.gap_scale(), gap_eps) /
+         spectrum.gap_scale();
 }
 
 double null_correction(const Spectrum& spectrum, int64_t i, int64_t j, double gap_eps) {
-  const double unit = spectrum.unit(), square = gap_eps * gap_eps;
-  const double kept = spectrum.eigenvalues[i] / unit;
-  const double gap = (spectrum.eigenvalues[i] - spectrum.eigenvalues[j]) / unit;
+  const double scale = spectrum.gap_scale(), square = gap_eps * gap_eps;
+  const double kept = spectrum.eigenvalues[i] / scale;
+  const double gap = (spectrum.eigenvalues[i] - spectrum.eigenvalues[j]) / scale;
   if (gap == 0) return 0;
-  return (gap * kept - square) / ((gap * gap + square) * (kept * kept + square)) / unit;
+  return (gap * kept - square) / ((gap * gap + square) * (kept * kept + square)) / scale;
 }
 
 // The incoming gradients of one problem.
@@ -61,10 +62,10 @@ struct Incoming {
 };
 
 // Returns H = (F * (g Q)) Q^T over the dropped directions Q; README (8).
-at::Tensor turn_of_features(const Spectrum& spectrum, const Incoming& grad, double gap_eps) {
+at::Tensor coupling_of_features(const Spectrum& spectrum, const Incoming& grad, double gap_eps) {
   const int64_t n = spectrum.n, kept = spectrum.rank, dropped = n - kept;
-  const auto turn = at::zeros({kept, n}, at::kDouble);
-  if (dropped == 0) return turn;
+  const auto coupling = at::zeros({kept, n}, at::kDouble);
+  if (dropped == 0) return coupling;
   const auto outside = row_major(spectrum.eigenvectors, n, n).column_block(kept, dropped);
   Buffer<double> memory;
   const auto pairs = row_major(memory.get(kept * dropped), kept, dropped);
@@ -72,12 +73,12 @@ at::Tensor turn_of_features(const Spectrum& spectrum, const Incoming& grad, doub
   for (int64_t i = 0; i < kept; ++i) {
     for (int64_t j = 0; j < dropped; ++j) {
       const double gap =
-          (spectrum.eigenvalues[i] - spectrum.eigenvalues[kept + j]) / spectrum.unit();
-      pairs.data[i * dropped + j] *= regularised_inverse(gap, gap_eps) / spectrum.unit();
+          (spectrum.eigenvalues[i] - spectrum.eigenvalues[kept + j]) / spectrum.gap_scale();
+      pairs.data[i * dropped + j] *= regularised_inverse(gap, gap_eps) / spectrum.gap_scale();
     }
   }
-  multiply(pairs, outside.t(), row_major(turn.mutable_data_ptr<double>(), kept, n));
-  return turn;
+  multiply(pairs, outside.t(), row_major(coupling.mutable_data_ptr<double>(), kept, n));
+  return coupling;
 }
 
 // dX = X (2 V diag(gl) V^T + H^T P + P^T H), README (10), in blocks of rows.
@@ -95,11 +96,11 @@ void features_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spec
     }
   }
   multiply(scaled, vectors.t(), symmetric);
-  const auto turn_memory = turn_of_features(spectrum, grad, gap_eps);
-  const auto turn = row_major(turn_memory.mutable_data_ptr<double>(), spectrum.rank, n);
+  const auto coupling_memory = coupling_of_features(spectrum, grad, gap_eps);
+  const auto coupling = row_major(coupling_memory.mutable_data_ptr<double>(), spectrum.rank, n);
   const auto kept = vectors.column_block(0, spectrum.rank);  // P^T
-  multiply(turn.t(), kept.t(), symmetric, 1, 1);
-  multiply(kept, turn, symmetric, 1, 1);
+  multiply(coupling.t(), kept.t(), symmetric, 1, 1);
+  multiply(kept, coupling, symmetric, 1, 1);
   const Sides sides(x, true);
   const int64_t step = block_lines(samples, n);
   for (int64_t line = 0; line < samples; line += step) {
@@ -130,24 +131,24 @@ void samples_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spect
 
   const int64_t first = spectrum.rank, dropped = n - first;
   double* data = memory.get(count * (2 * features + n));
-  const auto rows = row_major(data, count, features);                          // P
-  const auto turn = row_major(rows.data + count * features, count, features);  // H
-  double* products = turn.data + count * features;
+  const auto rows = row_major(data, count, features);                              // P
+  const auto coupling = row_major(rows.data + count * features, count, features);  // H
+  double* products = coupling.data + count * features;
   write_components(x, b, mean, spectrum, count, rows.data);
   const auto overlaps = row_major(products, count, count);
   multiply(grad.components, rows.t(), overlaps);
   for (int64_t i = 0; i < count; ++i) {
-    std::copy_n(grad.components.data + i * features, features, turn.data + i * features);
+    std::copy_n(grad.components.data + i * features, features, coupling.data + i * features);
   }
-  multiply(overlaps, rows, turn, -1, 1);  // g - g P^T P
+  multiply(overlaps, rows, coupling, -1, 1);  // g - g P^T P
   for (int64_t i = 0; i < count; ++i) {
     const double weight = null_weight(spectrum, i, gap_eps);
-    for (int64_t j = 0; j < features; ++j) turn.data[i * features + j] *= weight;
+    for (int64_t j = 0; j < features; ++j) coupling.data[i * features + j] *= weight;
   }
   if (dropped > 0) {
     const auto pairs = row_major(products, count, dropped);
     const auto dropped_axes = scaled.row_block(first, dropped);
-    const double norm = std::sqrt(spectrum.unit());
+    const double norm = std::sqrt(spectrum.gap_scale());
     for (int64_t k = 0; k < dropped * features; ++k) {
       dropped_axes.data[k] = axes.data[first * features + k] / norm;
     }
@@ -157,13 +158,13 @@ void samples_bwd(const at::Tensor& x, int64_t b, const double* mean, const Spect
         pairs.data[i * dropped + j] *= null_correction(spectrum, i, first + j, gap_eps);
       }
     }
-    multiply(pairs, dropped_axes, turn, 1, 1);
+    multiply(pairs, dropped_axes, coupling, 1, 1);
   }
   const auto along = row_major(products, n, count);
-  multiply(centred, turn.t(), along);
+  multiply(centred, coupling.t(), along);
   multiply(along, rows, out, 1, 1);
   multiply(centred, rows.t(), along);
-  multiply(along, turn, out, 1, 1);
+  multiply(along, coupling, out, 1, 1);
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ struct Spectrum {
     return eigenvalues[i] > eigenvalues[0] * static_cast<double>(n) * 0x1p-52;
   }
   // lambda_R. Pair weights use eigenvalues divided by it, since squares of eigenvalues overflow.
-  double unit() const { return eigenvalues[rank - 1] > 0 ? eigenvalues[rank - 1] : 1.0; }
+  double gap_scale() const { return eigenvalues[rank - 1] > 0 ? eigenvalues[rank - 1] : 1.0; }
 };
 
 // Returns lambda_R F_ij (README, after (7)) for a gap delta / lambda_R. 0 at a gap of 0, the limit

@@ -23,7 +23,7 @@ namespace {
 // Scratch buffers of one thread.
 template <typename T>
 struct Workspace {
-  Buffer<T> vectors, x, grad, sums, along, products, factors, turned;
+  Buffer<T> vectors, x, grad, sums, along, products, factors, symmetrised;
   Buffer<double> exact_x, exact_grad, near;
 };
 
@@ -124,7 +124,7 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
   const int64_t n = sides.n, k = basis.smaller.columns, step = sides.step();
 
   const auto both = row_major(work.along.get(sides.m * 2 * k), sides.m, 2 * k);  // G S | X S
-  const auto turned = row_major(work.turned.get(n * k), n, k);                   // E
+  const auto symmetrised = row_major(work.symmetrised.get(n * k), n, k);         // E
   Matrix<T> centred{};
   for (int64_t line = 0; line < sides.m; line += step) {
     const int64_t lines = std::min(step, sides.m - line);
@@ -134,20 +134,20 @@ void reconstruct_bwd(const at::Tensor& grad, const at::Tensor& x, int64_t b, con
     multiply(g, basis.smaller, along.column_block(0, k));
     multiply(centred, basis.smaller, along.column_block(k, k));
     if (of_all == nullptr) {
-      multiply(centred.t(), along.column_block(0, k), turned, 1, line == 0 ? 0 : 1);
-      multiply(g.t(), along.column_block(k, k), turned, 1, 1);
+      multiply(centred.t(), along.column_block(0, k), symmetrised, 1, line == 0 ? 0 : 1);
+      multiply(g.t(), along.column_block(k, k), symmetrised, 1, 1);
     }
   }
   const auto pairs = row_major(work.products.get((n - k) * k), n - k, k);
   if constexpr (std::is_same_v<T, double>) {
-    if (of_all != nullptr) multiply(row_major(of_all, n, n), basis.smaller, turned);
-    multiply(basis.other.t(), turned, pairs);
+    if (of_all != nullptr) multiply(row_major(of_all, n, n), basis.smaller, symmetrised);
+    multiply(basis.other.t(), symmetrised, pairs);
   } else {
-    multiply(basis.other.t(), turned, pairs);
+    multiply(basis.other.t(), symmetrised, pairs);
     sum_near_pairs(grad, grad_mean, x, b, mean, spectrum, scale, basis.dropped, work, pairs);
   }
-  weigh_pairs(spectrum.eigenvalues, spectrum.rank, spectrum.unit(), gap_eps, scale, basis.dropped,
-              pairs);
+  weigh_pairs(spectrum.eigenvalues, spectrum.rank, spectrum.gap_scale(), gap_eps, scale,
+              basis.dropped, pairs);
   const auto factors = row_major(work.factors.get(n * 2 * k), n, 2 * k);  // S | K
   for (int64_t i = 0; i < n; ++i) {
     std::copy_n(basis.smaller.data + i * basis.smaller.row_stride, k, factors.data + i * 2 * k);

@@ -282,6 +282,39 @@ HIMO_INLINE uint16_t convert(float value, uint16_t*) {
   return static_cast<uint16_t>((value != value ? 0x7fc00000 : rounded) >> 16);
 }
 
+// out[j, i] = block[i, j] of a square of registers. Interleaving rows i and i + n / 2 moves a bit
+// of the row index into the column index, so log2(n) rounds transpose. Only GCC has the shuffle.
+#if defined(__GNUC__) && !defined(__clang__)
+#define HIMO_TRANSPOSE_IN_REGISTERS
+template <typename acc_t>
+HIMO_INLINE void transpose_block(const acc_t* block, int64_t stride, acc_t* out,
+                                 int64_t out_stride) {
+  using lanes_t = typename Lanes<acc_t>::type;
+  constexpr int64_t n = Lanes<acc_t>::count;
+  typename Lanes<acc_t>::bits low, high;
+  for (int64_t k = 0; k < n; ++k) {
+    low[k] = k / 2 + k % 2 * n;
+    high[k] = low[k] + n / 2;
+  }
+  lanes_t rows[n];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < n; ++i) rows[i] = load<acc_t>(block + i * stride);
+#pragma GCC unroll 4
+  for (int64_t round = 1; round < n; round *= 2) {
+    lanes_t next[n];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < n / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < n; ++i) store<acc_t>(out + i * out_stride, rows[i]);
+}
+#endif
+
 // In strips of rows that stay in L1 while they are read.
 template <typename acc_t, typename out_t>
 void transpose(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns, out_t* out,
@@ -289,7 +322,18 @@ void transpose(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns,
   constexpr int64_t kStrip = 16;
   for (int64_t i0 = 0; i0 < rows; i0 += kStrip) {
     const int64_t i1 = i0 + kStrip < rows ? i0 + kStrip : rows;
-    for (int64_t j = 0; j < columns; ++j) {
+    int64_t j0 = 0;
+#ifdef HIMO_TRANSPOSE_IN_REGISTERS
+    constexpr int64_t n = Lanes<acc_t>::count;
+    if constexpr (sizeof(acc_t) == sizeof(out_t)) {
+      for (; i1 - i0 == kStrip && j0 + n <= columns; j0 += n) {
+        for (int64_t i = i0; i < i1; i += n) {
+          transpose_block(tile + i * stride + j0, stride, out + j0 * out_stride + i, out_stride);
+        }
+      }
+    }
+#endif
+    for (int64_t j = j0; j < columns; ++j) {
       for (int64_t i = i0; i < i1; ++i) {
         out[j * out_stride + i] = convert(tile[i * stride + j], static_cast<out_t*>(nullptr));
       }

@@ -140,7 +140,7 @@ HF_PREPROCESSOR: Fields = {
     **_all(ANY, "do_center_crop size crop_size resample"),  # read by of_image_processor
     **_all((True,), "do_resize do_rescale do_normalize do_convert_rgb"),
     **_all((False,), "do_pad default_to_square use_square_size"),
-    "rescale_factor": (1 / 255, 0.00392156862745098),
+    "rescale_factor": (1 / 255,),
     "image_mean": "image_mean",
     "image_std": "image_std",
 }

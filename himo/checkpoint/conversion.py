@@ -76,7 +76,7 @@ def convert(
         HimoError: the source is no complete CLIP, or the destination cannot be written.
     """
     if to not in LAYOUTS:
-        raise HimoError(f"convert: expected to to be one of {', '.join(LAYOUTS)}, got {to!r}")
+        raise HimoError(f"convert: expected `to` to be one of {', '.join(LAYOUTS)}, got {to!r}")
     source_name, target = os.fspath(source), os.fspath(destination)
     given = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
     state, config, metadata = read_model(source_name, given, stretch)

@@ -108,6 +108,12 @@ class Folder(Source):
                 texts.setdefault(stem[len(layout[1]) :], []).append(path)
             else:
                 self.ignored["other files"] += 1
+        if images and not texts:
+            count = sum(map(len, images.values()))
+            raise HimoError(
+                f"{self.path}: {count:,} images and no captions: expected a text file NAME.txt for "
+                "each image NAME.jpg, or in place of the folder a csv of image paths and captions"
+            )
         for stem in sorted(images.keys() & texts.keys()):
             for several, one in ((images[stem], texts[stem]), (texts[stem], images[stem])):
                 if len(several) > 1:

@@ -137,7 +137,7 @@ def write_index(
             offset += len(text)
             digest.update(b"\0".join(fields) + b"\n")
             report.records += 1
-        report.ignored = source.ignored
+        report.ignored, report.splits = source.ignored, source.splits
         report.sha256 = digest.hexdigest()
         report.check(max_bad_fraction)
         if not skip_missing_images:

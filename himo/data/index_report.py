@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from himo.data.splits import listed_splits
 from himo.errors import HimoError, printable
 
 _EXAMPLES = 5  # of bad records and of missing images
@@ -23,6 +24,7 @@ class IndexReport:
         missing: [missing, all] images by their first folder: `coco`, `sam`, ...
         missing_examples: paths of the first missing ones.
         ignored: files of a folder or shard that belong to no sample, by kind.
+        splits: records of each split, those that are not read too, where the data name splits.
         sha256: digest of every path and caption in the index, in order: two runs with the same
             digest trained on the same subset.
     """
@@ -35,6 +37,7 @@ class IndexReport:
     missing: dict[str, list[int]] = field(default_factory=dict)
     missing_examples: list[str] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, int] = field(default_factory=dict)
     sha256: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +53,7 @@ class IndexReport:
             raise ValueError("other fields")
         report = IndexReport(source, kind, **value)
         texts = [report.bad_examples, report.missing_examples]
-        counts = [report.bad, report.ignored]
+        counts = [report.bad, report.ignored, report.splits]
         if not (
             _is_count(report.records)
             and isinstance(report.sha256, str)
@@ -133,6 +136,8 @@ class IndexReport:
         ignored = {kind: count for kind, count in self.ignored.items() if count}
         if ignored:
             parts.append(f"ignored: {_listed(ignored)}")
+        if len(self.splits) > 1:
+            parts.append(f"the file has {listed_splits(self.splits)}")
         return "; ".join(parts)
 
     def missing_images(self) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any, ClassVar
 
+from himo.data.splits import Splits
 from himo.errors import HimoError, quoted
 from himo.files import open_regular, os_reason
 from himo.tokenizer import MAX_CLEANED, TextError, default_tokenizer
@@ -96,6 +97,7 @@ class Source(ABC):
         self.image_root: str | None = os.path.dirname(os.path.abspath(self.path))
         self.shards: list[str] = []  # absolute paths of the tar files that hold the images
         self.ignored: dict[str, int] = {}  # files skipped, by kind, once `read` has finished
+        self.splits: dict[str, int] = {}  # records of each split, all there are; likewise
 
     def options(self) -> dict[str, Any]:
         """The options that change the records: part of the key of a cached index."""
@@ -132,17 +134,39 @@ class KeyedSource(Source):
 
 
 class ObjectSource(KeyedSource):
-    """A file of JSON objects, one for each record."""
+    """A file of JSON objects, one for each record.
+
+    Args:
+        path, image_key, caption_key: as `KeyedSource`.
+        split: reads the records alone whose key `split` has this value.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        image_key: str | None = None,
+        caption_key: str | None = None,
+        split: str | None = None,
+    ) -> None:
+        super().__init__(path, image_key, caption_key)
+        self.split = split
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "split": self.split}
 
     def read(self, progress: Progress) -> Iterator[Record | BadRecord]:
+        splits = Splits(self.split)
         with open_regular(self.path) as file:
             for number, (line, value) in enumerate(self.values(file, progress), start=1):
                 try:
                     if isinstance(value, RecordError):
                         raise value
-                    yield record_of_mapping(value, line, self.image_key, self.caption_key)
+                    if not isinstance(value, dict) or splits.takes(value.get("split")):
+                        yield record_of_mapping(value, line, self.image_key, self.caption_key)
                 except RecordError as error:
                     yield error.at(self.place(line, number))
+        self.splits = splits.counts
+        splits.check(self.path)
 
     @abstractmethod
     def values(self, file: BufferedReader, progress: Progress) -> Iterator[tuple[int, Any]]:

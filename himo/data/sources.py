@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from himo.data.folder import Folder
+from himo.data.image_lists import FLICKR_LINE, IMAGE_LIST, FlickrLines, ImageList
 from himo.data.index import Origin, SampleIndex, write_index
 from himo.data.jsonl import JsonLines
 from himo.data.paths import ImageRoot
@@ -19,10 +20,13 @@ from himo.files import open_regular, os_reason
 
 # By --dataset-type: the class, and the options that it takes.
 _KEYS = ("image_key", "caption_key")
+_OBJECTS = (*_KEYS, "split")
 _FORMATS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
-    "sharegpt4v": (ShareGPT4V, _KEYS),
+    "sharegpt4v": (ShareGPT4V, _OBJECTS),
     "csv": (Table, ("separator", *_KEYS)),
-    "jsonl": (JsonLines, _KEYS),
+    "jsonl": (JsonLines, _OBJECTS),
+    "image-list": (ImageList, ("split",)),
+    "flickr": (FlickrLines, ()),
     "folder": (Folder, ("first_line", "follow_links")),
     "webdataset": (WebDataset, ("caption_key",)),
 }
@@ -30,6 +34,7 @@ DATASET_TYPES = ("auto", *_FORMATS)
 
 _SUFFIXES = dict.fromkeys([".csv", ".tsv"], "csv")
 _SUFFIXES |= dict.fromkeys([".jsonl", ".jsonlines", ".ndjson"], "jsonl")
+_SUFFIXES |= {".token": "flickr"}
 
 
 def open_dataset(
@@ -40,6 +45,7 @@ def open_dataset(
     image_key: str | None = None,
     caption_key: str | None = None,
     separator: str | None = None,
+    split: str | None = None,
     first_line: bool = False,
     skip_missing_images: bool = False,
     follow_links: bool = False,
@@ -59,6 +65,7 @@ def open_dataset(
         image_root: directory of the image paths; by default that of the annotation file.
         image_key, caption_key: names of the fields; by default those of `himo.data.records`.
         separator: of csv; by default whichever of tab, comma and semicolon gives the columns.
+        split: reads the records of one split, of a file whose records have the key `split`.
         first_line: of a folder; see `Folder`.
         skip_missing_images: leaves out images that do not exist, which is otherwise an error.
         follow_links: lets links below the image root lead out of it.
@@ -77,6 +84,7 @@ def open_dataset(
         "image_key": image_key,
         "caption_key": caption_key,
         "separator": separator,
+        "split": split,
         "first_line": first_line,
         "follow_links": follow_links,
     }
@@ -135,11 +143,16 @@ def _detect(path: str) -> str:
         return "webdataset"
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
-    if suffix == ".json":
-        # Some files of this name hold one object on each line.
+    if suffix in (".json", ".txt") and os.path.exists(path):
         with open_regular(path) as file:
             start = file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()
-        return "jsonl" if start.startswith(b"{") else "sharegpt4v"
+        if suffix == ".json":
+            if IMAGE_LIST.match(start):
+                return "image-list"
+            # Some files of this name hold one object on each line.
+            return "jsonl" if start.startswith(b"{") else "sharegpt4v"
+        if FLICKR_LINE.match(start):
+            return "flickr"
     if not os.path.exists(path):
         raise HimoError(f"{path}: no such file or folder")
     with open_regular(path) as file:

@@ -1,12 +1,13 @@
 """`himo eval`: retrieval, HiMo@K and COLA of a checkpoint, as a table and eval.json."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from himo.checkpoint import add_model_arguments, digest, load, model_arguments
-from himo.data import SampleIndex
 from himo.errors import HimoError
 from himo.evaluate.captions import (
     CaptionScores,
@@ -16,17 +17,16 @@ from himo.evaluate.captions import (
     open_for_evaluation,
 )
 from himo.evaluate.cola import cola
+from himo.evaluate.datasets import SUITES
 from himo.evaluate.encode import Coverage, Encoder
+from himo.evaluate.feature_cache import FeatureCache
 from himo.evaluate.himo_k import PrefixScores, himo_k, read_himo_docci, score_himo_docci
 from himo.evaluate.metrics import (
-    SENTENCE_RULE,
-    SENTENCE_RULE_SHA256,
     growth_correlation,
     monotone_accuracy,
     recall,
     retrieval_ranks,
     segment_boundaries,
-    split_sentences,
 )
 from himo.evaluate.result import (
     add_himo_docci,
@@ -37,7 +37,10 @@ from himo.evaluate.result import (
     write_result,
 )
 from himo.evaluate.retrieval import retrieval
-from himo.files import output_path
+from himo.evaluate.sentences import SENTENCE_RULE, SENTENCE_RULE_SHA256, split_sentences
+from himo.evaluate.suite import Item, open_items, protocol_of, score
+from himo.evaluate.tables import Model, csv_text, latex, tables, terminal
+from himo.files import output_path, write_text
 from himo.precision import products_dtype
 from himo_kernels import __version__
 
@@ -70,9 +73,24 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `himo eval`."""
-    parser.add_argument("--pretrained", required=True, help="checkpoint, of any format himo loads")
+    parser.add_argument(
+        "--pretrained",
+        required=True,
+        action="append",
+        metavar="CKPT",
+        help="checkpoint, of any format himo loads; may be given more than once to compare",
+    )
     add_model_arguments(parser)
-    parser.add_argument("--data", help="captioned images: json, csv, tsv, jsonl, folder or tar")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="captioned images: json, csv, tsv, jsonl, folder or tar; or NAME:FOLDER of a set that "
+        "`himo datasets` lists; may be given more than once",
+    )
+    parser.add_argument("--suite", choices=SUITES, help="all sets of the paper, for its tables")
+    parser.add_argument("--data-root", metavar="DIR", help="the folder of the named sets' folders")
     add_data_arguments(parser)
     parser.add_argument(
         "--captions-per-image",
@@ -82,65 +100,125 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--himo-docci", metavar="FILE", help="HiMo-Docci's prefixes, JSON lines")
     parser.add_argument("--cola", metavar="FILE", help="COLA's multi-object groups, JSON")
-    parser.add_argument("--out", default="eval.json", help="result (default: %(default)s)")
+    text = "result; tables go beside it as .csv, .tex and .html (default: %(default)s)"
+    parser.add_argument("--out", default="eval.json", help=text)
     parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
     parser.add_argument("--precision", default="fp32", choices=_DTYPES, help="of the model alone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU")
+    text = "folder to keep features in, and to read those of the same model and data from"
+    parser.add_argument("--feature-cache", metavar="DIR", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table and writes the result; HimoError for what a user can mend."""
-    if not (args.data or args.himo_docci or args.cola):
-        raise HimoError("expected a data set to evaluate on: --data, --himo-docci or --cola")
-    out = output_path(args.out)
-    opened = _open(args)  # before the model: most mistakes are here
-    model, preprocess = load(
-        args.pretrained, args.device, _DTYPES[args.precision], **model_arguments(args)
-    )
+    data = [*args.data, *SUITES.get(args.suite, ())]
+    given = (("prefixes", args.himo_docci), ("groups", args.cola))
+    more = [(kind, path) for kind, path in given if path]
+    if not (data or more):
+        raise HimoError(
+            "expected a data set to evaluate on: --suite, --data, --himo-docci or --cola"
+        )
+    several = bool(args.suite) or max(len(args.pretrained), len(data)) > 1
+    out = output_path(args.out, *([".json"] if several else []))
+    # Before the models: most mistakes are here.
+    items = open_items(data, args.data_root, data_options(args), args.captions_per_image, more)
+    if several or len({item.kind for item in items}) < len(items):
+        return _run_suite(args, items, out)
+    encoder = _encoder(args, args.pretrained[0])
+    result = {"himo_version": __version__, "model": _describe(args, encoder, args.pretrained[0])}
+    result |= _sections(encoder, items, args.allow_missing)
+    write_result(out, result)
+    print(f"{args.pretrained[0]}\n{table(result)}\nwrote {out}")
+    return 0
+
+
+def _sections(encoder: Encoder, items: Sequence[Item], allow_missing: bool) -> dict[str, Any]:
+    """The sections of eval.json of one captioned set, one of prefixes and one of groups."""
+    # In the order of the file: sections for people first, long lists last.
+    result: dict[str, Any] = {}
+    curves: list[dict[str, Any]] = []
+    chosen: dict[str, str] = {}  # how the captions of each list were
+    order = ("captions", "prefixes", "groups")
+    for number, item in enumerate(sorted(items, key=lambda item: order.index(item.kind))):
+        if item.opened is not None:
+            captions = evaluate_captions(encoder, *item.opened, item.captions_per_image)
+            result |= captions.sections
+            curves, chosen["curves"] = caption_curves(captions)
+            result["misses"], chosen["misses"] = caption_misses(captions)
+        elif item.kind == "prefixes":
+            prefixes = score_himo_docci(
+                encoder, item.path, item.image_root, allow_missing=allow_missing
+            )
+            add_himo_docci(result, item.path, prefixes)
+            if not curves:
+                curves, chosen["curves"] = prefix_curves(prefixes)
+        else:
+            result["cola"] = cola(encoder, item.path, item.image_root, allow_missing=allow_missing)
+        if number == 0:
+            result["protocol"] = result.get("protocol", {}) | protocol_of(encoder, item)
+    return result | {"curves": curves, "chosen": chosen}
+
+
+def _run_suite(args: argparse.Namespace, items: Sequence[Item], out: Path) -> int:
+    """Every set with every checkpoint: the tables of the paper, as JSON, csv, LaTeX and a page."""
+    # Which needs this package.
+    from himo.report.runs import distinct_names
+    from himo.report.suite import suite_page
+
+    models, described = [], []
+    names = distinct_names(args.pretrained)
+    for path in args.pretrained:
+        digest(path)  # a checkpoint that is not there: before the first is scored
+    for name, path in zip(names, args.pretrained, strict=True):
+        encoder = _encoder(args, path)
+        scored = {item.name: score(encoder, item, args.allow_missing) for item in items}
+        models.append(Model(name, encoder.model.config, scored))
+        sets = {item: of.to_dict() for item, of in scored.items()}
+        described.append({"name": name, **_describe(args, encoder, path), "sets": sets})
+    found = tables(models)
+    result = {"himo_version": __version__, "tables": found, "models": described}
+    contents = {
+        ".csv": csv_text(found, models),
+        ".tex": latex(found),
+        ".html": suite_page(found, models, described),
+    }
+    write_result(out, result)
+    for suffix, content in contents.items():
+        write_text(out.with_suffix(suffix), content)
+    print(f"{terminal(found, models)}\n\nwrote {out}, and {', '.join(contents)} beside it")
+    return 0
+
+
+def _encoder(args: argparse.Namespace, path: str) -> Encoder:
+    model, preprocess = load(path, args.device, _DTYPES[args.precision], **model_arguments(args))
     products = products_dtype(model.dtype, model.logit_scale.device)
     if products != model.dtype:  # the same features: the weights stay rounded
         model.set_precision(products)
         print(f"himo: note: {args.precision} weights, float32 products: faster here")
     encoder = Encoder(model, preprocess, args.batch_size, args.workers)
-
-    # In the order of the file: sections for people first, long lists last.
-    result: dict[str, Any] = {"himo_version": __version__, "model": _describe(args, encoder)}
-    curves: list[dict[str, Any]] = []
-    chosen: dict[str, str] = {}  # how the captions of each list were
-    if opened is not None:
-        captions = evaluate_captions(encoder, *opened, args.captions_per_image)
-        result |= captions.sections
-        result["protocol"]["dataset"] = args.data  # as given, not its path on this machine
-        curves, chosen["curves"] = caption_curves(captions)
-        result["misses"], chosen["misses"] = caption_misses(captions)
-    if args.himo_docci:
-        prefixes = score_himo_docci(
-            encoder, args.himo_docci, args.image_root, allow_missing=args.allow_missing
-        )
-        add_himo_docci(result, args.himo_docci, prefixes)
-        if not curves:
-            curves, chosen["curves"] = prefix_curves(prefixes)
-    if args.cola:
-        result["cola"] = cola(encoder, args.cola, args.image_root, allow_missing=args.allow_missing)
-    result |= {"curves": curves, "chosen": chosen}
-    write_result(out, result)
-    print(f"{args.pretrained}\n{table(result)}\nwrote {out}")
-    return 0
+    if args.feature_cache:
+        decisive = _decisive(args, _describe(args, encoder, path), products, encoder)
+        encoder.cache = FeatureCache(args.feature_cache, decisive)
+    return encoder
 
 
-def _open(args: argparse.Namespace) -> tuple[SampleIndex, Coverage] | None:
-    if not args.data:
-        return None
-    return open_for_evaluation(args.data, **data_options(args))
-
-
-def _describe(args: argparse.Namespace, encoder: Encoder) -> dict[str, Any]:
+def _describe(args: argparse.Namespace, encoder: Encoder, path: str) -> dict[str, Any]:
     """The model: its files and every setting that changes a feature."""
     return {
-        "path": args.pretrained,
-        "sha256": digest(args.pretrained),
+        "path": path,
+        "sha256": digest(path),
         "config": encoder.model.config.to_dict(),
         "precision": args.precision,
         "image_mode": encoder.preprocess.mode,
     }
+
+
+def _decisive(
+    args: argparse.Namespace, described: dict[str, Any], products: torch.dtype, encoder: Encoder
+) -> dict[str, Any]:
+    """What a kept feature depends on beside the data: the model, the program and the device."""
+    given = {name: value for name, value in described.items() if name != "path"}
+    versions = {"himo": __version__, "torch": torch.__version__}
+    arithmetic = {"products": str(products), "device": encoder.device.type}
+    return given | model_arguments(args) | versions | arithmetic

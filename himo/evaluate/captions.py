@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from himo.data import DATASET_TYPES, SampleIndex, open_dataset
+from himo.data.splits import listed_splits
+from himo.errors import note
 from himo.evaluate.encode import Coverage, Encoder, TextScores
 from himo.evaluate.himo_k import K_RULE, himo_at, himo_k
 from himo.evaluate.metrics import (
     MAX_SEGMENTS,
-    SENTENCE_RULE,
-    SENTENCE_RULE_SHA256,
     caption_segments,
     sentence_prefixes,
-    split_sentences,
 )
 from himo.evaluate.retrieval import CaptionedSet, group_by_image, retrieval
+from himo.evaluate.sentences import SENTENCE_RULE, SENTENCE_RULE_SHA256, split_sentences
 
 
 @dataclass
@@ -69,6 +69,9 @@ def open_for_evaluation(
         found = f"{report.missing_count} of {report.total} images are missing"
         message = f"{report.source}: {found}: {report.missing_examples[0]}"
         coverage.leave_out("missing", message, report.missing_count)
+    if len(report.splits) > 1 and options.get("split") is None:
+        there = listed_splits(report.splits)
+        note(f"{report.source}: all splits are used, {there}; --split takes one")
     return index, coverage
 
 
@@ -80,6 +83,7 @@ DATA_OPTIONS = {
     "image_key": "csv_img_key",
     "caption_key": "csv_caption_key",
     "separator": "csv_separator",
+    "split": "split",
     "first_line": "first_line",
     "follow_links": "follow_links",
 }
@@ -92,6 +96,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv-separator", help="of a csv file; found by itself by default")
     parser.add_argument("--csv-img-key", help="column or key of the image path")
     parser.add_argument("--csv-caption-key", help="column or key of the caption")
+    parser.add_argument("--split", help="of a file with several, as DOCCI's and Karpathy's: test")
     parser.add_argument(
         "--first-line", action="store_true", help="of each text of a folder, as Urban1k is read"
     )

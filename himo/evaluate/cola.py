@@ -36,16 +36,18 @@ def cola(
         allow_missing: leaves out, and counts, groups that cannot be used.
 
     Returns:
-        {"accuracy": percent, "used": groups, "left_out": groups, "coverage": {...}}.
+        {"accuracy": percent, "used": groups, "left_out": groups, "coverage": {...}, "images": how
+        many there are, "texts_cut": texts longer than the context, "correct": 1 or 0 of each group
+        used}.
 
     Raises:
         HimoError: the file is not of this form, or an image cannot be read.
     """
     groups, coverage = _read(path, allow_missing)
-    names = list(dict.fromkeys(name for group in groups for name in group[1]))
-    places = {name: group[0] for group in reversed(groups) for name in group[1]}
+    places = _places(groups)
+    names = list(places)
     root = ImageRoot(image_root or os.path.dirname(os.path.abspath(path)))
-    images = ImageFiles(root, names, [places[name] for name in names])
+    images = ImageFiles(root, names, list(places.values()))
     bad: dict[str, tuple[str, str]] = {}
 
     def failed(position: int, reason: str, message: str) -> None:
@@ -81,11 +83,27 @@ def cola(
         "used": coverage.used,
         "left_out": coverage.total - coverage.used,
         "coverage": coverage.to_dict(),
+        "images": len(names),
         "texts_cut": scored.cut,
+        "correct": correct.int().tolist(),
     }
 
 
+def image_places(path: str | os.PathLike[str], *, allow_missing: bool = False) -> dict[str, str]:
+    """The images of the groups, and where each is named first; HimoError as `cola`."""
+    groups, _ = _read(path, allow_missing)
+    return _places(groups)
+
+
 _Group = tuple[str, tuple[str, str], tuple[str, str]]  # place, image names, captions
+
+
+def _places(groups: list[_Group]) -> dict[str, str]:
+    places: dict[str, str] = {}
+    for place, names, _ in groups:
+        for name in names:
+            places.setdefault(name, place)
+    return places
 
 
 def _read(path: str | os.PathLike[str], allow_missing: bool) -> tuple[list[_Group], Coverage]:

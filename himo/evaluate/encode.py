@@ -1,5 +1,6 @@
 """Features of images and texts, a batch at a time, and a count of what could not be used."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from tqdm import tqdm
 from himo.data.paths import ImageRoot, MissingImage
 from himo.data.records import RecordError
 from himo.errors import HimoError
+from himo.evaluate.feature_cache import FeatureCache
 from himo.evaluate.metrics import nonfinite_rows
+from himo.evaluate.shared_prefixes import TextBatch, TokenRows, shared_rows, text_batches
+from himo.files import sha256_file
 from himo.model import HiMoCLIP
 from himo.tokenizer import default_tokenizer
 from himo.transforms import ImageError, Preprocess, Reason
@@ -22,6 +26,7 @@ from himo.transforms import ImageError, Preprocess, Reason
 PROGRESS_DELAY_S = 2.0
 _EXAMPLES = 5  # of what was left out
 _TOKENIZED = 4096  # texts at a time
+_SCORED = 4096  # rows of features from a cache at a time
 
 
 @dataclass
@@ -119,6 +124,7 @@ class Encoder:
         batch_size: images or texts at a time.
         workers: threads that decode images.
         progress: shows a bar for what takes more than 2 seconds.
+        cache: where features are kept for the next time, if anywhere.
     """
 
     model: HiMoCLIP
@@ -126,6 +132,7 @@ class Encoder:
     batch_size: int = 64
     workers: int = 2
     progress: bool = True
+    cache: FeatureCache | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "workers"):
@@ -147,7 +154,11 @@ class Encoder:
             failed: is told the position in `rows`, the reason and a message of each image without
                 features; its row is NaN.
         """
-        features = torch.full((len(rows), self.model.config.embed_dim), torch.nan)
+        data = self.cache and _digest_of_images(images, rows)
+        shape = len(rows), self.model.config.embed_dim
+        if self.cache and data and (kept := self.cache.read("images", data, shape)) is not None:
+            return kept
+        features = torch.full(shape, torch.nan)
         with torch.no_grad(), self._bar("images", len(rows)) as bar:
             for positions, pixels in self._decoded(images, rows, failed):
                 if positions:
@@ -159,6 +170,8 @@ class Encoder:
                         encoded[wrong] = torch.nan
                     features[positions] = encoded
                 bar.update(min(self.batch_size, len(rows) - bar.n))
+        if self.cache and data:
+            self.cache.write("images", data, features)
         return features
 
     def score_texts(
@@ -171,8 +184,9 @@ class Encoder:
     ) -> "TextScores":
         """Cosine similarities of pairs of a text and an image, and the features of some texts.
 
-        Texts with the same tokens are encoded once, and so have the same score. Texts are sorted
-        by length first, because a batch takes as long as its longest text.
+        Texts with the same tokens are encoded once, and so have the same score. Texts that begin
+        alike share a row, as `shared_prefixes` lays them out. Rows are sorted by length, because a
+        batch takes as long as its longest row.
 
         Args:
             texts: T texts.
@@ -182,15 +196,19 @@ class Encoder:
             wanted: the features of texts[:wanted] are returned.
         """
         tokens, row_of_text, cut = distinct_tokens(texts, self.model.context_length)
+        batches = text_batches(tokens, self.batch_size)
+        # From here on rows are numbered in the order they are encoded in.
+        order = np.concatenate([batch.texts for batch in batches] or [np.arange(0)])
+        row_of_text = torch.from_numpy(order).argsort()[row_of_text]
         scores = torch.empty(len(pair_text))
         features = torch.empty(wanted, self.model.config.embed_dim)
         bad_row = torch.zeros(len(tokens), dtype=torch.bool)
         pair_row, pair_order = row_of_text[pair_text].sort()
         wanted_row, wanted_order = row_of_text[:wanted].sort()
         with torch.no_grad(), self._bar("texts", len(tokens)) as bar:
-            for start in range(0, len(tokens), self.batch_size):
-                stop = min(start + self.batch_size, len(tokens))
-                encoded = self._encode_tokens(tokens[start:stop])
+            stop = 0
+            for encoded in self._encoded(tokens, batches, order):
+                start, stop = stop, stop + len(encoded)
                 bad_row[[start + row for row in nonfinite_rows(encoded)]] = True
                 pairs = _between(pair_row, start, stop)
                 chosen = image_features[pair_image[pair_order[pairs]]]
@@ -200,7 +218,46 @@ class Encoder:
                 bar.update(stop - start)
         return TextScores(scores, features, bad_row[row_of_text], cut)
 
-    def _encode_tokens(self, tokens: "np.ndarray[Any, np.dtype[np.uint16]]") -> Tensor:
+    def _encoded(
+        self, tokens: TokenRows, batches: Sequence[TextBatch], order: "np.ndarray[Any, Any]"
+    ) -> Iterator[Tensor]:
+        """Yields the features of tokens[order], some consecutive rows at a time."""
+        if self.cache is None:
+            for batch in batches:
+                yield self.encode_batch(tokens[batch.texts], batch)
+            return
+        data = hashlib.sha256(tokens.tobytes()).hexdigest()
+        kept = self.cache.read("texts", data, (len(tokens), self.model.config.embed_dim))
+        if kept is not None:
+            for start in range(0, len(order), _SCORED):
+                yield kept[order[start : start + _SCORED]]
+            return
+        features = torch.empty(len(tokens), self.model.config.embed_dim)
+        for batch in batches:
+            features[batch.texts] = encoded = self.encode_batch(tokens[batch.texts], batch)
+            yield encoded
+        self.cache.write("texts", data, features)
+
+    def encode_batch(self, tokens: TokenRows, batch: TextBatch) -> Tensor:
+        """L2-normalised features [T, E] of a batch, float32 on the CPU.
+
+        Args:
+            tokens: [T, L], of the texts of the batch, in its order.
+            batch: one of `text_batches`.
+        """
+        if batch.sizes is None:
+            return self._encode_tokens(tokens)
+        rows = shared_rows(tokens, batch.sizes)
+        encoded = self.model.encode_shared_text(*rows.to(self.device))
+        encoded = _normalized(encoded[rows.is_text.to(self.device)])
+        # A token that is NaN makes the whole row so: 0 times NaN, where it is not seen.
+        bad = nonfinite_rows(encoded)
+        for start in range(0, len(bad), self.batch_size):
+            alone = bad[start : start + self.batch_size]
+            encoded[alone] = self._encode_tokens(tokens[alone])
+        return encoded
+
+    def _encode_tokens(self, tokens: TokenRows) -> Tensor:
         longest = int(tokens.argmax(axis=1).max()) + 1
         batch = torch.from_numpy(tokens[:, :longest].astype(np.int32)).to(self.device)
         return _normalized(self.model.encode_text(batch, max_length=longest))
@@ -272,9 +329,7 @@ class TextScores:
     cut: int
 
 
-def distinct_tokens(
-    texts: Sequence[str], context_length: int
-) -> tuple["np.ndarray[Any, np.dtype[np.uint16]]", Tensor, int]:
+def distinct_tokens(texts: Sequence[str], context_length: int) -> tuple[TokenRows, Tensor, int]:
     """The distinct token rows from short to long, the row of each text, and how many were cut.
 
     Returns:
@@ -296,6 +351,19 @@ def distinct_tokens(
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return tokens[order], torch.from_numpy(rank[row_of_text]), len(cut)
+
+
+def _digest_of_images(images: Images, rows: Sequence[int]) -> str | None:
+    """The SHA-256 of the SHA-256 of each image's file; None if one cannot be read."""
+    digest = hashlib.sha256()
+    for row in rows:
+        try:
+            source = images.image_source(row)
+            one = sha256_file(source) if isinstance(source, str) else hashlib.sha256(source)
+        except (ImageError, HimoError):
+            return None  # whoever decodes it says what is wrong
+        digest.update((one if isinstance(one, str) else one.hexdigest()).encode())
+    return digest.hexdigest()
 
 
 def _normalized(features: Tensor) -> Tensor:

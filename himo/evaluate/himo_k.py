@@ -31,7 +31,8 @@ from himo.files import open_regular
 # The paper reads K > 3 as a correlation, and does not say which K a captioned set is given.
 # Here each caption is cut as finely as its sentences allow.
 K_RULE = f"K = sentences of the caption, where more than 3, at most {MAX_SEGMENTS}"
-_MORE_THAN = 3
+GIVEN_K_RULE = "K = prefixes of the image"  # of HiMo-Docci
+MORE_THAN = 3
 
 
 def himo_at(series: Sequence[Tensor], segments: int) -> dict[str, Any]:
@@ -44,16 +45,21 @@ def himo_at(series: Sequence[Tensor], segments: int) -> dict[str, Any]:
     Returns:
         {"value": percent or None, "used": captions, "left_out": captions}.
     """
-    used = [
-        scores[[end - 1 for end in segment_boundaries(len(scores), segments)]]
-        for scores in series
-        if len(scores) >= segments
-    ]
-    value = monotone_accuracy(torch.stack(used)) if used else None
+    used, scores = cut_in(series, segments)
+    value = monotone_accuracy(scores) if used else None
     return {"value": value, "used": len(used), "left_out": len(series) - len(used)}
 
 
-def himo_k(series: Sequence[Tensor], more_than: int = _MORE_THAN) -> dict[str, Any]:
+def cut_in(series: Sequence[Tensor], segments: int) -> tuple[list[int], Tensor]:
+    """The captions of at least `segments` sentences, and their scores [N, segments]."""
+    used = [position for position, scores in enumerate(series) if len(scores) >= segments]
+    rows = [
+        series[x][[end - 1 for end in segment_boundaries(len(series[x]), segments)]] for x in used
+    ]
+    return used, torch.stack(rows) if rows else torch.empty(0, segments)
+
+
+def himo_k(series: Sequence[Tensor], more_than: int = MORE_THAN) -> dict[str, Any]:
     """HiMo@K averaged over captions, with K the length of each series; see K_RULE.
 
     Args:

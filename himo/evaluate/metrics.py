@@ -6,7 +6,6 @@ float16 tie at the top for 1.7 % of the queries and in bfloat16 for 13 %, and Hi
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,13 +13,8 @@ import torch
 from torch import Tensor
 
 from himo.errors import HimoError
+from himo.evaluate.sentences import split_sentences
 from himo_kernels.process_state import full_float32
-
-# The paper does not say how a caption is cut into sentences. This rule is part of the metric:
-# results carry its digest, and another rule is another metric.
-SENTENCE_RULE = r"(?<=[.!?])\s+"
-SENTENCE_RULE_SHA256 = hashlib.sha256(SENTENCE_RULE.encode()).hexdigest()
-_SENTENCE_END = re.compile(SENTENCE_RULE)
 
 # Most parts of a caption whose prefixes are scored. The time grows with the square of their number,
 # and a caption of 8 KB may have 2,700 sentences. A multiple of 2 and 3: HiMo@2 and HiMo@3 do not
@@ -120,11 +114,6 @@ def recall(ranks: Tensor, k: int) -> float:
     return 100 * int((ranks <= k).sum()) / len(ranks)
 
 
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a text by SENTENCE_RULE, none of them empty."""
-    return [sentence for sentence in _SENTENCE_END.split(text.strip()) if sentence]
-
-
 def caption_segments(text: str) -> list[str]:
     """The sentences of a text; of more than MAX_SEGMENTS, as many segments of whole sentences."""
     sentences = split_sentences(text)
@@ -162,7 +151,12 @@ def monotone_accuracy(scores: Tensor) -> float:
         scores: [N, K], N >= 1.
     """
     _check_series(scores)
-    return 100 * int((scores.diff(dim=1) > 0).all(dim=1).sum()) / len(scores)
+    return 100 * int(rises(scores).sum()) / len(scores)
+
+
+def rises(scores: Tensor) -> Tensor:
+    """Whether s_1 < s_2 < ... < s_K in each row of [N, K], bool [N]."""
+    return (scores.diff(dim=1) > 0).all(dim=1)
 
 
 def growth_correlation(scores: Tensor) -> Tensor:

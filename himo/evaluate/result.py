@@ -13,7 +13,7 @@ from torch import Tensor
 
 from himo.evaluate.captions import CaptionScores
 from himo.evaluate.encode import Images
-from himo.evaluate.himo_k import PrefixScores, himo_k
+from himo.evaluate.himo_k import GIVEN_K_RULE, PrefixScores, himo_k
 from himo.evaluate.metrics import MAX_SEGMENTS, caption_segments
 from himo.evaluate.retrieval import RECALLS
 from himo.files import write_text
@@ -97,7 +97,8 @@ def add_himo_docci(
     histogram = {key: measure.pop(key) for key in ("K", "rho")}
     coverage = scores.coverage.to_dict()
     if "protocol" in result:
-        measure |= {"dataset": os.fspath(path), "coverage": coverage, "texts_cut": scores.cut}
+        measure |= {"dataset": os.fspath(path), "k_rule": GIVEN_K_RULE, "coverage": coverage}
+        measure["texts_cut"] = scores.cut
         result["himo"]["HiMo-Docci"] = measure
         return
     result["protocol"] = {
@@ -108,7 +109,7 @@ def add_himo_docci(
         "positives": None,
         "ties": "pessimistic",
         "precision": "float32",
-        "k_rule": "K = prefixes of the image",
+        "k_rule": GIVEN_K_RULE,
         "texts_cut": scores.cut,
     }
     result |= {"himo": {"HiMo@K": measure}, "coverage": coverage, "histogram": histogram}

@@ -42,7 +42,7 @@ def himo(runs: Sequence[Run]) -> dict[str, Any] | None:
     head = ["", *(h for name in found for h in (name, "used", "left out"))]
     protocols = (lookup(run.evaluation, "protocol", "sentence_rule") for run in runs)
     rules = {rule for rule in protocols if isinstance(rule, str)}
-    note = f"Sentences are split at {' or '.join(sorted(rules))}" if rules else ""
+    note = f"How sentences are cut: {' or '.join(sorted(rules))}" if rules else ""
     return {
         "figures": [figure for figure in figures if figure is not None],
         "table": Table(head, rows, note),

@@ -205,8 +205,11 @@ def unpack_rows(buffer: Tensor, *like: Tensor) -> list[Tensor]:
     widths = [tensor.shape[1] * tensor.element_size() for tensor in like]
     parts = buffer.split(widths, dim=1)
     return [
-        # Copied even if contiguous: a view of another dtype must be aligned.
+        # Copied even if contiguous: a view of another dtype must be aligned. It cannot be made of
+        # no columns.
         part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
+        if tensor.shape[1]
+        else tensor.new_empty(part.shape)
         for part, tensor in zip(parts, like, strict=True)
     ]
 

@@ -26,7 +26,7 @@ from himo_kernels.info_nce.op import (
     DUAL_INFO_NCE,
     DUAL_INFO_NCE_LOW_RANK,
     INFO_NCE,
-    ContrastiveLoss,
+    losses,
 )
 from himo_kernels.info_nce.pairs.form import Values, check_form, check_form_values, loss_of_pairs
 
@@ -276,9 +276,7 @@ def _losses(
     )
     inputs = (*features.values(), *factors.values(), scale)
     backend = operator.resolve(backend, *inputs)
-    return ContrastiveLoss.apply(
-        name, smoothing, differentiate_keys, backend, logits_budget, *inputs
-    )
+    return losses(name, smoothing, differentiate_keys, backend, logits_budget, *inputs)
 
 
 def _check_settings(

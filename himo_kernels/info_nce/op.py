@@ -100,6 +100,24 @@ def _allocate_products(
     return image_features.new_empty(shape, dtype=dtype)
 
 
+def losses(
+    operator: str,
+    label_smoothing: float,
+    differentiate_keys: bool,
+    backend: str,
+    logits_budget: float | None,
+    *inputs: Tensor,
+) -> tuple[Tensor, ...]:
+    """The losses of one of the operators above, as a node of autograd where one is needed."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return ContrastiveLoss.apply(
+            operator, label_smoothing, differentiate_keys, backend, logits_budget, *inputs
+        )
+    # The node would cost a small forward a tenth of its time.
+    fwd, _ = _KERNELS[operator]
+    return tuple(fwd(*inputs, label_smoothing, backend)[::3])
+
+
 class ContrastiveLoss(torch.autograd.Function):
     """The losses of one of the operators above. Saves the inputs and nlls [*, N].
 

@@ -103,7 +103,7 @@ def _sums(
     left, right = products_of(branch, dtype, needs_left, needs_right, launch)
     factor = branch.scale.float() / (divisor * gain)
     sums = partials.sum((-2, -1), dtype=torch.float64).div_(divisor).float()  # [B, 3]
-    loss, of_scale, of_bias = sums.unbind(1)
+    loss, of_scale, of_bias = (part.clone() for part in sums.unbind(1))  # outputs share no memory
     return (
         loss,
         branch.new_empty(0) if left is None else left.mul_(factor),

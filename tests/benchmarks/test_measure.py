@@ -207,6 +207,7 @@ def test_a_ceiling_that_takes_too_long_has_its_reason(unlimited, monkeypatch):
 def test_what_takes_too_long_in_a_child_is_left_out():
     begun = time.perf_counter()
     assert memory.in_child(lambda: time.sleep(60), 0.2) == {"reason": "left out: over 0.2 s"}
+    assert memory.in_child(lambda: time.sleep(60), 5e-3) == {"reason": "left out: over 0.005 s"}
     assert time.perf_counter() - begun < 30
     assert memory.in_child(lambda: 1, 30) == 1
 

@@ -50,6 +50,49 @@ def write_sharegpt4v(path: Path, rows: Sequence[tuple[object, object]]) -> Path:
     return path
 
 
+def write_coco(path: Path, rows: Sequence[tuple[object, object]]) -> Path:
+    """As COCO's captions_val2017.json; rows of one image belong together. Ids are not in order."""
+    ids = {name: 1000 - number for number, name in enumerate(dict.fromkeys(x for x, _ in rows))}
+    value = {
+        "info": {"description": "COCO 2017 Dataset"},
+        "licenses": [{"id": 1}],
+        "images": [{"license": 1, "file_name": name, "id": ids[name]} for name in ids],
+        "annotations": [
+            {"image_id": ids[name], "id": number, "caption": caption}
+            for number, (name, caption) in enumerate(rows)
+        ],
+    }
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def write_karpathy(
+    path: Path, rows: Sequence[tuple[str, object]], splits: Sequence[str] = (), folder: str = ""
+) -> Path:
+    """As dataset_coco.json, with a folder, or dataset_flickr30k.json; splits by image, or test."""
+    names = list(dict.fromkeys(name for name, _ in rows))
+    images = []
+    for number, name in enumerate(names):
+        sentences = [{"tokens": [], "raw": text, "imgid": number} for x, text in rows if x == name]
+        image = {"filename": name, "imgid": number, "sentences": sentences}
+        image["split"] = splits[number] if splits else "test"
+        images.append(image | ({"filepath": folder} if folder else {}))
+    value = {"images": images, "dataset": "coco" if folder else "flickr30k"}
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def write_flickr(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    """As Flickr30k's results_20130124.token."""
+    counts: dict[str, int] = {}
+    text = ""
+    for name, caption in rows:
+        text += f"{name}#{counts.setdefault(name, 0)}\t{caption}\n"
+        counts[name] += 1
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def write_csv(path: Path, rows: Sequence[tuple[str, str]], separator: str = "\t") -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=separator)

@@ -508,7 +508,11 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
     full.mkdir()
     (full / "mine").touch()
     for destination, to, message in [
-        (tmp_path / "b.pt", "onnx", "to be one of himo, open_clip, hf, got 'onnx'"),
+        (
+            tmp_path / "b.pt",
+            "onnx",
+            "convert: expected `to` to be one of himo, open_clip, hf, got 'onnx'",
+        ),
         (tmp_path / "b", "himo", "ending in .safetensors or .pt, .pth, .bin"),
         (full, "hf", "exists, expected a new or an empty directory"),
         (source / "b", "hf", "cannot be written: Not a directory"),

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from himo import checkpoint
+from himo.checkpoint import configuration_fields
 from himo.checkpoint.configurations import (
     hf_config,
     hf_preprocessor_config,
@@ -268,6 +269,17 @@ PROCESSOR_FIELDS = {
     "size": {"longest_edge": 32}, "crop_size": {"height": 24, "width": 24}, "image_mean": [0.5],
     "image_std": "CLIP", "do_pad": True, "not_yet_known": 1,
 }  # fmt: skip
+
+
+def test_no_field_lists_a_value_twice() -> None:
+    tables = [value for name, value in vars(configuration_fields).items() if name.isupper()]
+    meanings = [
+        values for fields in tables if isinstance(fields, dict) for values in fields.items()
+    ]
+    assert ("rescale_factor", (1 / 255,)) in meanings
+    for field, values in meanings:
+        if not isinstance(values, str):
+            assert len({json.dumps(value) for value in values}) == len(values), field
 
 
 def test_a_field_of_hugging_face_is_refused_by_its_name(

@@ -16,9 +16,11 @@ from captioned_files import (
     image_bytes,
     read,
     sharegpt4v_record,
+    write_coco,
     write_csv,
     write_images,
     write_jsonl,
+    write_karpathy,
     write_sharegpt4v,
     write_tar,
 )
@@ -65,6 +67,8 @@ WRITERS: dict[str, Callable[[Path, list[tuple[str, str]]], Path]] = {
     "sharegpt4v": lambda folder, rows: write_sharegpt4v(folder / "a.json", rows),
     "jsonl": lambda folder, rows: write_jsonl(folder / "a.jsonl", rows),
     "jsonl-named-json": lambda folder, rows: write_jsonl(folder / "a.json", rows),
+    "coco": lambda folder, rows: write_coco(folder / "a.json", rows),
+    "karpathy": lambda folder, rows: write_karpathy(folder / "a.json", rows),
     "tsv": lambda folder, rows: write_csv(folder / "a.tsv", rows),
     "csv": lambda folder, rows: write_csv(folder / "a.csv", rows, ","),
     "csv-semicolon": lambda folder, rows: write_csv(folder / "a.csv", rows, ";"),
@@ -520,6 +524,19 @@ def test_a_folder_in_the_layout_of_urban1k(names: tuple[str, str], tmp_path: Pat
     ]
     assert bad == [] and source.ignored["other files"] == 2
     assert read(Folder(tmp_path))[0][0].caption == "first 1 second"
+
+
+@pytest.mark.parametrize("below", ["", "images/"])
+def test_a_folder_without_captions_says_what_is_expected(below: str, tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / below / name).parent.mkdir(exist_ok=True)
+        (tmp_path / below / name).write_bytes(image_bytes())
+    (tmp_path / "pairs.csv").write_text("image,caption\n")
+    expected = rf"{tmp_path}: 2 images and no captions: expected a text file NAME.txt for each"
+    with pytest.raises(HimoError, match=expected):
+        open_dataset(tmp_path)
+    (tmp_path / below / "a.txt").write_text("A caption.")
+    assert len(open_dataset(tmp_path, max_bad_fraction=0.5)) == 1
 
 
 def test_a_folder_refuses_what_is_not_its_own(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from himo.evaluate.metrics import (
     MAX_SEGMENTS,
     caption_segments,
     segment_boundaries,
-    split_sentences,
 )
 from himo.evaluate.retrieval import retrieval
+from himo.evaluate.sentences import split_sentences
 from himo.tokenizer import TextError, Tokenizer, tokenize
 
 
@@ -178,13 +178,16 @@ def test_a_prefix_whose_features_are_not_finite_spoils_its_caption(captions, che
     model, preprocess = load(checkpoint)
     row = 9
     index, coverage = open_for_evaluation(captions, allow_missing=True)
-    first = tokenize(split_sentences(index[row].caption)[0])[0]
+    states = []
+    model.ln_final.register_forward_hook(lambda module, inputs, state: states.append(state))
+    with torch.no_grad():
+        model.encode_text(tokenize(split_sentences(index[row].caption)[0]))
 
-    def spoil(module, inputs, embedded):
-        embedded[(inputs[0] == first[: inputs[0].shape[1]]).all(dim=1)] = torch.nan
-        return embedded
+    def spoil(module, inputs, state):
+        state[((state - states[0]).abs() < 1e-4).all(dim=-1)] = torch.nan
+        return state
 
-    model.token_embedding.register_forward_hook(spoil)
+    model.ln_final.register_forward_hook(spoil)
     result = evaluate_captions(Encoder(model, preprocess, progress=False), index, coverage)
     assert result.coverage.left_out == {"not_finite": 1}
     assert result.captions.caption_rows == [other for other in range(IMAGES) if other != row]

@@ -24,8 +24,9 @@ from PIL import Image
 from himo.data import open_dataset
 from himo.evaluate import SENTENCE_RULE_SHA256, open_for_evaluation
 from himo.evaluate.encode import distinct_tokens
-from himo.evaluate.metrics import segment_boundaries, split_sentences
+from himo.evaluate.metrics import segment_boundaries
 from himo.evaluate.retrieval import group_by_image
+from himo.evaluate.sentences import split_sentences
 from himo.files import sha256_file
 from himo.tokenizer import tokenize
 

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from himo.errors import HimoError
-from himo.model import (
-    CONFIGS,
-    KEPT_POSITIONS,
-    Attention,
-    CLIPConfig,
-    HiMoCLIP,
-    LayerNorm,
-    longest_text,
-)
+from himo.layers import Attention, LayerNorm
+from himo.model import CONFIGS, KEPT_POSITIONS, CLIPConfig, HiMoCLIP, longest_text
 
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}  # float32, three blocks, features of size 1
 

@@ -1,108 +1,46 @@
 """The report in a real browser: what it shows, that it loads nothing, and that it fits a phone."""
 
-import html
 import json
-import re
-import shutil
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import report_runs
+from browser import NEEDS_BROWSER, POLICY, SCREENS, Elements, browse, measured
 
 from himo import report
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
-     if (found := shutil.which(name))),
-    None,
-)  # fmt: skip
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed"),
-    pytest.mark.timeout(120),
-]
-POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-# Put into a copy of a page without its policy; it leaves what it measures in an attribute.
-PROBE = """<script>
+pytestmark = NEEDS_BROWSER
+# Adds what is shown before and after the switches are used.
+PROBE = """
 const shown = s => [...document.querySelectorAll(s)].filter(e => e.getClientRects().length).length;
 const state = () => ({
   normalised: shown('.normalised'), raw: shown('.raw'),
   first: shown('figure path.run0'), second: shown('figure path.run1'),
 });
-addEventListener('load', () => {
-  const result = {before: state(), dark: matchMedia('(prefers-color-scheme:dark)').matches};
-  const width = document.documentElement.clientWidth;
-  result.width = width;
-  result.overflow = document.documentElement.scrollWidth - width;
-  result.outside = [...document.querySelectorAll('svg text')].filter(e => {
-    const box = e.getBoundingClientRect();
-    return box.width && (box.left < 0 || box.right > width);
-  }).map(e => e.textContent);
-  result.smallest = Math.min(...[...document.querySelectorAll('svg text')].map(
-    e => parseFloat(getComputedStyle(e).fontSize)));
-  result.background = getComputedStyle(document.body).backgroundColor;
-  // A table wider than its box scrolls under its first column.
-  result.wide = 0;
-  result.loose = [...document.querySelectorAll('.scroll')].filter(e => {
-    if (e.scrollWidth <= e.clientWidth) return false;
-    result.wide += 1;
-    e.scrollLeft = 60;
-    const cell = e.querySelector('tbody th').getBoundingClientRect();
-    const box = e.getBoundingClientRect();
-    return e.scrollLeft == 0 || Math.abs(cell.left - box.left) > 1 || cell.right > box.right - 60;
-  }).map(e => e.textContent);
-  document.querySelector('.show-raw').click();
-  document.getElementById('show-1').click();
-  result.after = state();
-  parent.document.body.setAttribute('data-result', JSON.stringify(result));
-});
-</script></body>"""
-
-
-class Elements(HTMLParser):
-    """A DOM as a list of (path of classes and tags, text)."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.tiles: list[tuple[str, list[str]]] = []
-        self.body: dict[str, str | None] = {}
-        self._cell: list[str] | None = None
-        self._heading = False
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "body":
-            self.body = dict(attrs)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th", "dd", "h3"):
-            self._cell = []
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th", "dd", "h3") and self._cell is not None:
-            content = "".join(self._cell).strip()
-            if tag == "h3":
-                self.tiles.append((content, []))
-            elif tag == "dd":
-                self.tiles[-1][1].append(content)
-            elif self.rows:
-                self.rows[-1].append(content)
-            self._cell = None
-
-    def handle_data(self, data: str) -> None:
-        if self._cell is not None:
-            self._cell.append(data)
-
-    def row_after(self, head: str, name: str) -> list[str]:
-        """The cells of the row `name` in the first table with `head` in its header."""
-        start = next(i for i, row in enumerate(self.rows) if head in row)
-        return next(row for row in self.rows[start:] if row and row[0] == name)[1:]
+result.before = state();
+result.outside = [...document.querySelectorAll('svg text')].filter(e => {
+  const box = e.getBoundingClientRect();
+  return box.width && (box.left < 0 || box.right > width);
+}).map(e => e.textContent);
+result.smallest = Math.min(...[...document.querySelectorAll('svg text')].map(
+  e => parseFloat(getComputedStyle(e).fontSize)));
+// A table wider than its box scrolls under its first column.
+result.wide = 0;
+result.loose = [...document.querySelectorAll('.scroll')].filter(e => {
+  if (e.scrollWidth <= e.clientWidth) return false;
+  result.wide += 1;
+  e.scrollLeft = 60;
+  const cell = e.querySelector('tbody th').getBoundingClientRect();
+  const box = e.getBoundingClientRect();
+  return e.scrollLeft == 0 || Math.abs(cell.left - box.left) > 1 || cell.right > box.right - 60;
+}).map(e => e.textContent);
+document.querySelector('.show-raw').click();
+document.getElementById('show-1').click();
+result.after = state();
+"""
 
 
 @pytest.fixture(scope="module")
@@ -131,23 +69,6 @@ def listener() -> Iterator[tuple[int, list[bytes]]]:
         threading.Thread(target=accept, daemon=True).start()
         yield server.getsockname()[1], heard
         server.shutdown(socket.SHUT_RDWR)
-
-
-def browse(page: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
-    """The DOM of a page after loading, and what the browser's console said."""
-    assert BROWSER is not None
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--enable-logging=stderr",
-            "--virtual-time-budget=2000", "--dump-dom", *flags, page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, console
 
 
 def test_page_loads_cleanly_and_shows_the_numbers_of_the_runs(page: Path, tmp_path: Path) -> None:
@@ -214,25 +135,10 @@ def test_nothing_is_requested(
     assert len(heard) >= 1
 
 
-@pytest.mark.parametrize(
-    ("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)]
-)
+@SCREENS
 def test_layout_and_switches(page: Path, width: int, dark: bool, tmp_path: Path) -> None:
-    copy = tmp_path / "probe.html"
-    source, found = POLICY.subn("", page.read_text())
-    assert found == 1
-    source = source.replace("</body>", PROBE)
-    if width < 500:  # no window is narrower
-        frame = f'<iframe width="{width}" height="900" srcdoc="{html.escape(source)}"></iframe>'
-        source = f'<body style="margin:0">{frame}</body>'
-    copy.write_text(source)
-    scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
-    dumped, console = browse(copy, tmp_path / "p", f"--window-size={max(width, 500)},900", *scheme)
-    assert console == []
-    result: dict[str, Any] = json.loads(Elements(dumped).body["data-result"] or "")
-    assert result["dark"] == dark
-    assert result["background"] == ("rgb(19, 22, 27)" if dark else "rgb(255, 255, 255)")
-    assert result["overflow"] <= 0 and result["outside"] == []
+    result = measured(page, PROBE, width, dark, tmp_path)
+    assert result["outside"] == []
     assert result["smallest"] >= 12
     assert result["loose"] == [] and (result["wide"] >= 2) == (width < 500)
     # The radio buttons of an image change its curves, and the boxes of the legend hide a run.

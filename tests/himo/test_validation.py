@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_runs import lines, photos, refused, small_model, train_here
+from train_runs import lines, photos, refused, small_model, train, train_here
 
 import himo
 from himo import run_folder
@@ -185,3 +185,22 @@ def test_wandb_gets_the_lines_without_a_network(begun, tmp_path, monkeypatch):
     assert train_here(pairs, tmp_path, *flags, "--report-to", "wandb") == 0
     (record,) = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
     assert b"val_text_to_image_R@1" in record.read_bytes()
+
+
+def test_wandb_without_an_account_is_one_line(begun, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    pairs, _, flags = begun
+    flags = [*flags, "--report-to", "tensorboard,wandb"]
+    # In a process of its own: W&B reads its settings once.
+    said = train(pairs, tmp_path, *flags, status=2).stderr.strip().splitlines()[-1]
+    assert said.startswith("himo: error: --report-to wandb: No API key configured")
+    assert said.endswith("; WANDB_MODE=offline writes to the run's folder")
+    # The same command begins the run once W&B can.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train_here(pairs, tmp_path, *flags) == 0
+    assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1

@@ -1,5 +1,6 @@
 """himo_loss against the stated formula in float64, by gradcheck, and on what breaks an SVD."""
 
+import math
 import sys
 
 import pytest
@@ -211,6 +212,20 @@ def test_degenerate_captions_are_finite(backend, shape, name, switches, dtype, g
     tolerance = 200 * torch.finfo(dtype).eps
     torch.testing.assert_close(actual[:2], expected[:2], rtol=tolerance, atol=tolerance)
     assert all(g.isfinite().all() for g in gradients(actual[:2], (images, texts)))
+
+
+@per_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_text_without_a_direction_has_bounded_logits(backend, dtype, generator):
+    # All components of an empty caption: they cancel its mean, and what is left is rounding.
+    images, texts, scale = inputs_of(generator, 40, 64, dtype=dtype, scale=100.0)
+    with torch.no_grad():
+        texts[5] = 0
+    losses = himo_loss(images, texts, scale, variance_threshold=1.0, backend=backend)
+    # Cosines are within [-1, 1], so no nll is above log N + 2 s.
+    assert losses[1] <= math.log(40) + 2 * 100
+    assert all(g.isfinite().all() for g in gradients(losses[:2], (images, texts, scale)))
+    assert losses[0].isfinite()
 
 
 @per_backend

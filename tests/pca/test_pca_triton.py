@@ -107,6 +107,14 @@ def test_product_in_parts_is_symmetric_to_the_last_bit_and_repeats(generator):
     assert torch.equal(first, first.mT) and torch.equal(first, again)
 
 
+def test_a_symmetric_product_is_its_lower_half_also_on_tiles_of_the_diagonal(generator):
+    # Of a product that is not symmetric: its upper half must not appear anywhere.
+    a, b = randn(1, 200, 20, generator=generator), randn(1, 20, 200, generator=generator)
+    lower = (a @ b).tril()
+    actual = matmul(a, b, torch.float64, symmetric=True)
+    torch.testing.assert_close(actual, lower + lower.tril(-1).mT, rtol=0, atol=1e-12)
+
+
 def test_product_with_factors_into_a_part_of_a_tensor(generator):
     a, b = randn(2, 70, 20, generator=generator), randn(2, 20, 66, generator=generator)
     add = randn(2, 70, 66, generator=generator)

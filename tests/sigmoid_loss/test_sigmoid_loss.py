@@ -254,6 +254,23 @@ class TestAutograd:
         assert asked.needs_grad == [[False] * 4, [False] * 4, [True, False, True, True]]
         assert [saved.numel() for saved in loss.grad_fn.saved_tensors] == [36, 0, 1, 1]
 
+    @per_target32
+    def test_the_loss_may_be_changed_in_place(
+        self, target: Target, generator: torch.Generator
+    ) -> None:
+        # The gradients are saved, and share no memory with it.
+        inputs = sigmoid_inputs(
+            9, 4, dtype=torch.float32, device=target.device, generator=generator
+        )
+        _, expected = losses_and_gradients(target, inputs)
+        leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+        (loss,) = target(**leaves)
+        loss *= 2
+        for name, gradient in zip(
+            leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True
+        ):
+            torch.testing.assert_close(gradient, 2 * expected[name])
+
     @targets_by_dtype(NAME, dtypes=[torch.bfloat16])
     def test_gradients_have_the_shape_and_dtype_of_their_inputs(
         self, target: Target, dtype: torch.dtype, generator: torch.Generator

@@ -166,6 +166,15 @@ def test_opcheck(generator):
         )
 
 
+def test_the_loss_may_be_changed_in_place(generator):
+    inputs = sigmoid_inputs(9, 4, dtype=torch.float32, device=DEVICE, generator=generator)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    (loss,) = TARGET(**leaves)
+    loss *= 2
+    loss.backward()
+    assert all(leaf.grad is not None for leaf in leaves.values())
+
+
 def test_float64_is_refused():
     x = torch.eye(3, dtype=torch.float64, device=DEVICE)
     reason = "triton: needs float16, bfloat16 or float32, got float64"

@@ -47,6 +47,49 @@ def _tiles(a_ptrs, b_ptrs, first_k, k, m_valid, n_valid, inner, a_stride_k, b_st
 
 
 @triton.jit
+def _end(length, limit_ptr, LIMITED: tl.constexpr, OF: tl.constexpr):
+    # The end of a dimension of this length, which the device may limit.
+    if LIMITED == OF:
+        length = tl.minimum(tl.load(limit_ptr), length)
+    return length
+
+
+@triton.jit
+def _centred(
+    tile,
+    means,
+    at,  # indices of the inner dimension
+    end,  # of the inner dimension
+    index,  # of the other dimension
+    valid,
+    MEAN: tl.constexpr,  # "inner", "none", or the other dimension
+    INNER: tl.constexpr,  # axis of the inner dimension
+):
+    """Returns the tile minus its mean, and 0 past the end of the inner dimension."""
+    inside = at < end
+    if MEAN == "inner":
+        mean = tl.load(means + at, mask=inside, other=0.0).to(tile.dtype)
+        tile -= tl.expand_dims(mean, 1 - INNER)
+    elif MEAN != "none":
+        mean = tl.load(means + index, mask=valid, other=0.0).to(tile.dtype)
+        tile -= tl.expand_dims(mean, INNER)
+    return tl.where(tl.expand_dims(inside, 1 - INNER), tile, 0.0)
+
+
+@triton.jit
+def _store(out_ptr, sums, m, n, columns, valid, SYMMETRIC: tl.constexpr):
+    # Of a symmetric product, the lower half and its mirror image above the diagonal: every element
+    # once, also on the tiles of the diagonal.
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        sums = sums.to(tl.float32)
+    lower = valid & (n[None, :] <= m[:, None]) if SYMMETRIC else valid
+    tl.store(out_ptr + m[:, None] * columns + n[None, :], sums, mask=lower)
+    if SYMMETRIC:
+        above = valid & (n[None, :] < m[:, None])
+        tl.store(out_ptr + n[None, :] * columns + m[:, None], sums, mask=above)
+
+
+@triton.jit
 def _matmul_kernel(
     out_ptr,  # [splits, P, M, N], matrices contiguous
     a_ptr,  # [P, M, K]
@@ -100,19 +143,12 @@ def _matmul_kernel(
     n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     m_valid, n_valid = m < rows, n < columns
-    m_kept, n_kept = m_valid, n_valid
-    if LIMITED != "none":
-        limit = tl.load(limit_ptr + problem)
-        if LIMITED == "rows":
-            if first_m >= limit:
-                return
-            m_kept = m < tl.minimum(limit, rows)
-        elif LIMITED == "columns":
-            if first_n >= limit:
-                return
-            n_kept = n < tl.minimum(limit, columns)
-        elif LIMITED == "inner":
-            end = tl.minimum(end, limit)
+    limit_ptr += problem
+    m_end = _end(rows, limit_ptr, LIMITED, "rows")
+    n_end = _end(columns, limit_ptr, LIMITED, "columns")
+    end = _end(end, limit_ptr, LIMITED, "inner")
+    if (first_m >= m_end) | (first_n >= n_end):
+        return
 
     a_ptrs = a_ptr + problem * a_stride_p + m[:, None] * a_stride_m + k[None, :] * a_stride_k
     b_ptrs = b_ptr + problem * b_stride_p + k[:, None] * b_stride_k + n[None, :] * b_stride_n
@@ -131,35 +167,19 @@ def _matmul_kernel(
         next_a, next_b = _tiles(
             a_ptrs, b_ptrs, next_k, k, m_valid, n_valid, inner, a_stride_k, b_stride_k
         )
-        k_valid = at < end
-        if A_MEAN == "rows":
-            a -= tl.load(means + m, mask=m_valid, other=0.0).to(SUMS)[:, None]
-        elif A_MEAN == "inner":
-            a -= tl.load(means + at, mask=k_valid, other=0.0).to(SUMS)[None, :]
-        if B_MEAN == "columns":
-            b -= tl.load(means + n, mask=n_valid, other=0.0).to(SUMS)[None, :]
-        elif B_MEAN == "inner":
-            b -= tl.load(means + at, mask=k_valid, other=0.0).to(SUMS)[:, None]
-        a = tl.where(k_valid[None, :], a, 0.0)
-        b = tl.where(k_valid[:, None], b, 0.0)
+        a = _centred(a, means, at, end, m, m_valid, A_MEAN, 1)
+        b = _centred(b, means, at, end, n, n_valid, B_MEAN, 0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=SUMS)
 
-    valid = m_kept[:, None] & n_kept[None, :]
+    valid = (m < m_end)[:, None] & (n < n_end)[None, :]
     if ALPHA != 1.0:
         sums *= ALPHA
     if ADD:
-        add_ptr += problem * add_stride_p
-        add_ptrs = add_ptr + m[:, None] * add_stride_m + n[None, :] * add_stride_n
-        added = valid
-        if LIMITED == "add":
-            added &= (m < limit)[:, None]
+        add_ptrs = add_ptr + problem * add_stride_p
+        add_ptrs += m[:, None] * add_stride_m + n[None, :] * add_stride_n
+        added = valid & (m < _end(rows, limit_ptr, LIMITED, "add"))[:, None]
         sums += BETA * _raised(tl.load(add_ptrs, mask=added, other=0.0), SUMS)
-    if out_ptr.dtype.element_ty == tl.bfloat16:
-        sums = sums.to(tl.float32)
-    out_ptr += slot * out_stride_p
-    tl.store(out_ptr + m[:, None] * columns + n[None, :], sums, mask=valid)
-    if SYMMETRIC:
-        tl.store(out_ptr + n[None, :] * columns + m[:, None], sums, mask=valid)
+    _store(out_ptr + slot * out_stride_p, sums, m, n, columns, valid, SYMMETRIC)
 
 
 def flat(tensor: Tensor, dims: int = 2) -> Tensor:
