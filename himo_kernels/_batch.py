@@ -4,7 +4,7 @@ Both classes have the same methods, so HiMoLoss has one code path for one proces
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor
 from himo_kernels._checks import (
     check_features,
     check_finite_values,
+    check_integers,
     check_same_as,
     check_shape,
 )
@@ -22,7 +23,7 @@ from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.himo_loss import himo_loss
 from himo_kernels.himo_loss.op import HIMO_LOSS
-from himo_kernels.info_nce import dual_info_nce
+from himo_kernels.info_nce import dual_info_nce, info_nce
 from himo_kernels.info_nce.api import check_logit_scale
 from himo_kernels.info_nce.op import DUAL_INFO_NCE
 from himo_kernels.normalize import normalize
@@ -33,19 +34,21 @@ if TYPE_CHECKING:
     from himo_kernels.nn import HiMoLoss
 
 
-def batch_of(loss: "HiMoLoss") -> "LocalBatch | JoinedBatch":
+def batch_of(loss: "HiMoLoss", labels: Tensor | None) -> "LocalBatch | JoinedBatch":
     """Returns the batch for a call of this loss: local if its group has one process."""
     group = loss.group
     if group is None and not (dist.is_available() and dist.is_initialized()):
-        return LocalBatch(loss)
-    return LocalBatch(loss) if dist.get_world_size(group) == 1 else JoinedBatch(loss)
+        return LocalBatch(loss, labels)
+    joined = dist.get_world_size(group) > 1
+    return JoinedBatch(loss, labels) if joined else LocalBatch(loss, labels)
 
 
 class Batch:
     """The interface of both batches, and the composition of the three operators."""
 
-    def __init__(self, loss: "HiMoLoss") -> None:
+    def __init__(self, loss: "HiMoLoss", labels: Tensor | None) -> None:
         self.loss = loss
+        self.labels = labels  # [N]; pairs of equal labels are not each other's negatives
 
     def terms(
         self,
@@ -87,6 +90,9 @@ class LocalBatch(Batch):
     ) -> None:
         """Raises if an argument is wrong; check_others checks the caller's other arguments."""
         _check_arguments(self.loss, check_features, image_features, text_features, logit_scale)
+        if self.labels is not None:
+            check_integers("HiMoLoss", "labels", self.labels, image_features)
+            check_shape("HiMoLoss", "labels", self.labels, image_features.shape[-2:-1])
         check_others()
 
     def terms(
@@ -98,11 +104,12 @@ class LocalBatch(Batch):
     ) -> tuple[Tensor, ...]:
         """Returns the contrastive loss, the component loss and the rank: eq. (1) to (3).
 
-        Calls himo_loss if it has the backend that dual_info_nce would use.
+        Calls himo_loss, which has no labels, if it has the backend that dual_info_nce would use.
         """
         loss, hide = self.loss, self.loss.hide
         head = HIMO_LOSS.choose(loss.backend, images)
-        if head is None or head != DUAL_INFO_NCE.choose(loss.backend, images):
+        other = DUAL_INFO_NCE.choose(loss.backend, images)
+        if self.labels is not None or head is None or head != other:
             return super().terms(images, text_features, texts, logit_scale)
         return himo_loss(
             images,
@@ -138,15 +145,18 @@ class LocalBatch(Batch):
         logit_scale: Tensor | float,
     ) -> tuple[Tensor, ...]:
         """Returns the contrastive and the component loss: eq. (2) and (3)."""
-        return dual_info_nce(
-            images,
-            texts,
-            components,
-            logit_scale,
-            label_smoothing=self.loss.label_smoothing,
-            differentiate_keys=self.loss.gather_with_grad,
-            check_finite=self.loss.check_finite,
-            backend=self.loss.backend,
+        loss = self.loss
+        settings: dict[str, Any] = {
+            "label_smoothing": loss.label_smoothing,
+            "differentiate_keys": loss.gather_with_grad,
+            "check_finite": loss.check_finite,
+            "backend": loss.backend,
+        }
+        if self.labels is None:
+            return dual_info_nce(images, texts, components, logit_scale, **settings)
+        settings |= {"labels": self.labels, "same_label": "exclude"}
+        return tuple(
+            info_nce(images, keys, logit_scale, **settings) for keys in (texts, components)
         )
 
 
@@ -170,6 +180,10 @@ class JoinedBatch(Batch):
         members = members_of(loss.group, "HiMoLoss")
 
         def check() -> None:
+            if self.labels is not None:
+                raise NotImplementedError(
+                    f"HiMoLoss: expected labels to be None over {members.size} processes"
+                )
             _check_arguments(loss, check_rows, image_features, text_features, logit_scale)
             check_others()
             loss_over_ranks.resolve_over_ranks(

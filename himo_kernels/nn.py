@@ -188,6 +188,8 @@ class HiMoLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: Literal[False] = False,
+        *,
+        labels: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -199,6 +201,7 @@ class HiMoLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         *,
         output_dict: Literal[True],
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]: ...
 
     def forward(
@@ -208,6 +211,8 @@ class HiMoLoss(nn.Module):
         logit_scale: Tensor | float,  # []
         logit_bias: Tensor | float | None = None,  # []
         output_dict: bool = False,
+        *,
+        labels: Tensor | None = None,  # [N]
     ) -> Tensor | dict[str, Tensor]:
         """Returns the loss [], eq. (4), or the terms that add up to it.
 
@@ -220,12 +225,15 @@ class HiMoLoss(nn.Module):
             output_dict: Return {"contrastive_loss": eq. (2), "component_loss": the weight times
                 eq. (3)}. open_clip's trainer minimises the sum of the values. In older versions of
                 open_clip it was the fourth argument; True or False there is still accepted.
+            labels: int64 or int32. An image and a text of equal labels that are not a pair, as of
+                captions that repeat in the batch, are not each other's negatives, in both terms.
+                In one process only; over several it is a NotImplementedError.
         """
 
         def check() -> tuple[Tensor | float | None, bool]:
             return bias_and_flag("HiMoLoss", logit_bias, output_dict)
 
-        terms = self._terms(image_features, text_features, logit_scale, check)
+        terms = self._terms(image_features, text_features, logit_scale, labels, check)
         bias, as_dict = check()
         parts = {
             "contrastive_loss": with_logit_bias(terms.contrastive_loss, bias),
@@ -239,18 +247,21 @@ class HiMoLoss(nn.Module):
         image_features: Tensor,  # [N, D]
         text_features: Tensor,  # [N, D]
         logit_scale: Tensor | float,  # []
+        *,
+        labels: Tensor | None = None,  # [N]
     ) -> Terms:
         """Returns both losses, without component_weight, and the rank, for logging."""
-        return self._terms(image_features, text_features, logit_scale, lambda: None)
+        return self._terms(image_features, text_features, logit_scale, labels, lambda: None)
 
     def _terms(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
+        labels: Tensor | None,
         check_others: Callable[[], object],
     ) -> Terms:
-        batch = batch_of(self)
+        batch = batch_of(self, labels)
         batch.check(image_features, text_features, logit_scale, check_others)
         images, texts = image_features, text_features
         if self.normalize_features:

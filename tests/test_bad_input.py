@@ -244,6 +244,19 @@ FLAGS = {
     "string": _instead("False", TypeError, "str"),
     "tensor": _instead(torch.tensor(True), TypeError, "Tensor"),
 }
+CHOICES = {
+    "unknown": _instead("all", ValueError, "'all'"),
+    "None": _instead(None, TypeError, "NoneType"),
+    "list": _instead(["rows"], TypeError, "list"),
+}
+INTEGERS = {
+    "number": _instead(1, TypeError, "int"),
+    "float32": _instead(torch.ones(5), TypeError, "torch.float32"),
+    "bool": _instead(torch.ones(5).bool(), TypeError, "torch.bool"),
+    "one more": _instead(torch.arange(6), ValueError, "[6]"),
+    "0-d": _instead(torch.tensor(1), ValueError, "[]"),
+    "other device": _instead(torch.arange(5, device="meta"), ValueError, "meta"),
+}
 ALL, PCAS = tuple(ENTRIES), ("pca", "pca_reconstruct", "himo_loss", "HiDe", "HiMoLoss")
 SETTING_MISTAKES = {
     "variance_threshold": (
@@ -265,6 +278,27 @@ SETTING_MISTAKES = {
     "keep_logits_mib": (
         ("info_nce", "dual_info_nce", "dual_info_nce_low_rank"),
         {name: mistake for name, mistake in NUMBERS.items() if name != "inf"},
+    ),
+    "exclude_self": (("info_nce",), FLAGS),
+    "directions": (("info_nce",), CHOICES),
+    "same_label": (("info_nce",), CHOICES),
+    "reduction": (("info_nce",), CHOICES),
+    "positives": (
+        ("info_nce",),
+        {
+            **INTEGERS,
+            "out of range": _instead(torch.tensor([0, 1, 2, 3, 5]), ValueError, "5 at [4]"),
+        },
+    ),
+    "labels": (("info_nce",), INTEGERS),
+    "weights": (
+        ("info_nce",),
+        {
+            "list": _instead([1.0] * 5, ValueError, "5 of them"),
+            "int64": _instead(torch.arange(5), TypeError, "torch.int64"),
+            "one more": _instead(torch.ones(6), ValueError, "[6]"),
+            "other device": _instead(torch.ones(5, device="meta"), ValueError, "meta"),
+        },
     ),
     "differentiate_basis": (("pca_reconstruct", "himo_loss", "HiDe", "HiMoLoss"), FLAGS),
     "differentiate_keys": (LOSSES[:-1], FLAGS),

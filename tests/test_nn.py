@@ -287,3 +287,60 @@ def test_training_with_the_loss_aligns_the_pairs(generator):
         for tensor, grad in zip((images, texts), gradients(value, (images, texts)), strict=True):
             tensor.data -= 0.5 * grad
     assert history[-1] < 0.9 * history[0]
+
+
+def _masked_loss(images, keys, scale, labels, smoothing, constants):
+    """InfoNCE whose pairs of equal labels, except the diagonal, are taken out of the softmax."""
+    hidden = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)
+
+    def direction(own, others):
+        logits = scale * own @ (others.detach() if constants else others).T
+        log_p = logits.masked_fill(hidden, -torch.inf).log_softmax(1)
+        mean = log_p.masked_fill(hidden, 0.0).sum(1) / (~hidden).sum(1)
+        return -((1 - smoothing) * log_p.diagonal() + smoothing * mean).mean()
+
+    return (direction(images, keys) + direction(keys, images)) / 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_pairs_of_equal_labels_are_no_negatives(preset, dtype, generator):
+    inputs = features(generator)
+    labels = torch.randint(9, (24,), generator=generator, dtype=dtype) - 4
+    switches = PRESETS[preset]
+    loss = HiMoLoss(preset, gap_eps=0.0)
+    terms, actual = loss.terms(*inputs, labels=labels), loss(*inputs, labels=labels)
+    images, texts = (F.normalize(x, dim=-1) for x in inputs[:2])
+    components, _ = hkt.oracle_pca_reconstruct(texts, switches["variance_threshold"])
+    if switches["normalize_components"]:
+        components = F.normalize(components, dim=-1)
+    settings = (labels, switches["label_smoothing"], not switches["gather_with_grad"])
+    expected = [_masked_loss(images, keys, inputs[2], *settings) for keys in (texts, components)]
+    for value, exact in zip((*terms[:2], actual), (*expected, sum(expected)), strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
+    for a, e in zip(gradients(actual, inputs), gradients(sum(expected), inputs), strict=True):
+        assert hkt.relative_error(a, e) <= 1e-9
+
+
+def test_labels_without_repeats_change_only_the_rounding(generator):
+    inputs = features(generator)
+    labels = torch.randperm(24, generator=generator)
+    loss = HiMoLoss()
+    torch.testing.assert_close(loss(*inputs, labels=labels), loss(*inputs), rtol=1e-12, atol=0)
+    as_dict = loss(*inputs, output_dict=True, labels=labels)
+    torch.testing.assert_close(sum(as_dict.values()), loss(*inputs), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "text"),
+    [
+        (torch.arange(23), ValueError, "labels of shape [24], got [23]"),
+        (torch.zeros(24), TypeError, "labels to be an int64 or int32 tensor, got torch.float32"),
+        (list(range(24)), TypeError, "labels to be an int64 or int32 tensor, got list"),
+    ],
+    ids=["shape", "dtype", "list"],
+)
+def test_bad_labels_are_refused(labels, error, text, generator):
+    with pytest.raises(error) as caught:
+        HiMoLoss()(*features(generator), labels=labels)
+    assert str(caught.value) == f"HiMoLoss: expected {text}"

@@ -39,7 +39,8 @@ struct Factors : ProductFactors<factor_t, gradient_t> {
       : ProductFactors<factor_t, gradient_t>(problem, with_logits) {
     if (problem.row_positives.defined()) {
       row_positives = problem.row_positives.contiguous();
-      column_positives = pad(problem.column_positives);
+      // Undefined for columns without losses.
+      if (problem.column_positives.defined()) column_positives = pad(problem.column_positives);
     } else {
       column_positives = at::zeros({padded(problem.key.size(0))}, problem.row_nll.options());
       row_positives = column_positives;

@@ -10,6 +10,18 @@
 
 namespace himo::cpu {
 
+// What decides about the pairs of the rows, or of the columns, if any pairs may be positive; and
+// what their losses need. See himo_kernels/info_nce/pairs/compose.py.
+struct InfoNCESide {
+  at::Tensor keys;    // [n] int
+  at::Tensor labels;  // [n] int; or undefined
+  // Undefined for columns without losses.
+  at::Tensor single;  // [n] int
+  at::Tensor target;  // [n] acc
+  at::Tensor share;   // [n] acc
+  at::Tensor total;   // [n] acc, contiguous: written by the forward
+};
+
 // S = scale query key^T. Row i and column i + offset are a positive pair. The problem is either a
 // whole batch (M = N, offset 0) or one block of a batch whose other rows and columns are on other
 // processes. K is the inner dimension. The caller allocates the outputs.
@@ -28,6 +40,10 @@ struct InfoNCE : Logits {
   // Backward only, as grad_query and grad_key.
   at::Tensor row_weight;     // [M] acc, contiguous: dL/d of each nll
   at::Tensor column_weight;  // [N] acc
+  // Any pairs only. The positives above are then references, and the nlls logs; both are undefined
+  // for columns without losses.
+  InfoNCESide rows, columns;
+  bool exclude_self = false;
 };
 
 struct InfoNCEOptions {
@@ -43,5 +59,11 @@ struct InfoNCEOptions {
 void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale);
 // Returns the gradient of scale, summed over the problems.
 double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOptions& options);
+
+// The same for any pairs, of rows and columns or of the rows only.
+void info_nce_pairs_statistics(const std::vector<InfoNCE>& problems, double scale,
+                               double label_smoothing);
+double info_nce_pairs_gradients(const std::vector<InfoNCE>& problems, double scale,
+                                double label_smoothing);
 
 }  // namespace himo::cpu

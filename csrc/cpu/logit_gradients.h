@@ -28,16 +28,6 @@ constexpr int64_t kRoundedSamples = 256;
 // Small problems run in groups that share the threads. A group has at most this many rows.
 constexpr int64_t kRowsAtATime = 4096;
 
-// Where a tile begins, and how large it is.
-struct TilePlace {
-  int64_t problem, row, rows, column, columns;
-
-  // Of the sums over a row block. One thread has all tiles of a row block.
-  int64_t row_block(int64_t samples) const {
-    return problem * at::divup(samples, kRows) + row / kRows;
-  }
-};
-
 // Returns the gradient of a tile as the left factor of the product with the keys.
 template <typename acc_t>
 const acc_t* as_factor(const acc_t* tile, int64_t, int64_t, acc_t*) {
@@ -97,21 +87,24 @@ void multiply_queries(c10::ArrayRef<Problem> problems, const std::vector<Factors
   });
 }
 
-// Calls gradient(place, tile, row_part, column_part) for every tile, and multiplies what it writes
-// into the gradients that are defined. gradient writes factor dL/dS [rows, padded(columns)],
-// zero-padded: its row part, and its column part, which is null unless halves is set; without
-// halves, row_part receives the sum of both. The tiles of a row block come one after the other.
+// gradient(place, row_part, column_part) writes factor dL/dS of a tile, [rows, padded(columns)] and
+// zero-padded, and returns sums over the tile (a type with +=). column_part is null unless halves
+// is set; row_part then receives the gradient of both directions. Returns the sums of each row
+// block of each problem, in that order.
 template <typename factor_t, typename gradient_t, typename Problem, typename Factors,
           typename Gradient>
-void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Factors>& factors,
-                        bool halves, bool add_to_query, Interrupt& interrupt,
-                        const Gradient& gradient) {
+auto multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Factors>& factors,
+                        bool halves, bool add_to_query, const Gradient& gradient,
+                        Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
   const bool cached = problems[0].products.defined();
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t count = problems.size(), inner = problems[0].query.size(1);
   const bool needs_query = problems[0].grad_query.defined();
   const bool needs_key = problems[0].grad_key.defined();
+  using Sum = decltype(gradient(Place<acc_t>{}, nullptr, nullptr));
+  const int64_t row_blocks = at::divup(samples, kRows);
+  std::vector<Sum> sums(count * row_blocks);
 
   const int64_t chunk = workspace_rows<gradient_t>(problems);
   const auto options_of_acc =
@@ -136,12 +129,14 @@ void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Facto
         const int64_t row = chunk_row + task % chunk_blocks * kRows;
         const int64_t rows = std::min(kRows, samples - row);
         const auto& problem = problems[b];
+        Sum sum{};
         for (int64_t column = 0; column < keys; column += kColumns) {
           if (interrupt.poll()) return;
           const int64_t columns = std::min(kColumns, keys - column), width = padded(columns);
           const ProductTile<factor_t> tile(problem, row, column, products);
           if (!cached) tile.form(factors[b], row, rows, column, columns);
-          gradient(TilePlace{b, row, rows, column, columns}, tile, row_part, column_part);
+          sum += gradient({b, tile.data, tile.stride, row, rows, column, columns}, row_part,
+                          column_part);
           if (needs_query) {
             factors[b].keys.multiply(
                 as_factor(row_part, rows, width, rounded.template mutable_data_ptr<gradient_t>()),
@@ -153,6 +148,7 @@ void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Facto
                       transposed + (b * keys + column) * chunk + (row - chunk_row), chunk);
           }
         }
+        sums[b * row_blocks + row / kRows] = sum;
       }
     });
     if (needs_key) {
@@ -160,6 +156,7 @@ void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Facto
                                  interrupt);
     }
   }
+  return sums;
 }
 
 // Calls run(group, factor_t{}, gradient_t{}) for each group of problems that share the threads.

@@ -44,6 +44,15 @@ struct ProductFactors {
   }
 };
 
+// A tile of the logits of problem b of a call.
+template <typename acc_t>
+struct Place {
+  int64_t b;
+  acc_t* products;
+  int64_t stride;  // of products
+  int64_t row, rows, column, columns;
+};
+
 // A tile of query key^T: in scratch, or in the cached products if there are any.
 template <typename factor_t>
 struct ProductTile {

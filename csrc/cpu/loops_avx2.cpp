@@ -1,4 +1,5 @@
-// tile_loops.h, row_loops.h and solver_loops.h for AVX2 with FMA.
+// tile_loops.h, pair_loops.h, row_loops.h and solver_loops.h for AVX2 with FMA.
+#include "cpu/pair_loops.h"
 #include "cpu/row_loops.h"
 #include "cpu/solver_loops.h"
 #include "cpu/tile_loops.h"
@@ -14,6 +15,8 @@
 #include "cpu/row_loops_body.h"
 #include "cpu/solver_loops_body.h"
 #include "cpu/tile_loops_body.h"
+// After the loops above, whose functions it uses.
+#include "cpu/pair_loops_body.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

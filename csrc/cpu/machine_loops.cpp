@@ -1,7 +1,8 @@
-// Selects the loops of tile_loops.h, row_loops.h and solver_loops.h for this machine.
+// Selects the loops of tile_loops.h, pair_loops.h, row_loops.h and solver_loops.h for this machine.
 
 #include <ATen/Version.h>
 
+#include "cpu/pair_loops.h"
 #include "cpu/row_loops.h"
 #include "cpu/solver_loops.h"
 #include "cpu/tile_loops.h"
@@ -22,6 +23,12 @@ const loops_t& for_this_machine(const loops_t& portable, const loops_t& avx2,
 const TileLoops& tile_loops() {
   static const TileLoops& loops =
       for_this_machine(default_isa::tile_loops, avx2::tile_loops, avx512::tile_loops);
+  return loops;
+}
+
+const AllPairLoops& pair_loops() {
+  static const AllPairLoops& loops =
+      for_this_machine(default_isa::pair_loops, avx2::pair_loops, avx512::pair_loops);
   return loops;
 }
 

@@ -21,7 +21,7 @@ SigmoidSums sigmoid(const SigmoidTile<acc_t>& tile) {
   using lanes_t = typename Lanes<acc_t>::type;
   constexpr int64_t step = Lanes<acc_t>::count;
   const int64_t width = padded(tile.columns), whole = tile.columns / step * step;
-  SigmoidSums sums{0, 0, 0};
+  SigmoidSums sums;
   for (int64_t i = 0; i < tile.rows; ++i) {
     const acc_t* products = tile.products + i * tile.products_stride;
     acc_t* part = tile.part == nullptr ? nullptr : tile.part + i * width;

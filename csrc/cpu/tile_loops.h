@@ -75,7 +75,14 @@ struct SigmoidTile {
 // Sums over a tile: of the loss, of dL/dl_ij v_i . u_j, and of dL/dl_ij. The last two are 0 without
 // a gradient.
 struct SigmoidSums {
-  double loss, scale, bias;
+  double loss = 0, scale = 0, bias = 0;
+
+  SigmoidSums& operator+=(const SigmoidSums& other) {
+    loss += other.loss;
+    scale += other.scale;
+    bias += other.bias;
+    return *this;
+  }
 };
 
 template <typename acc_t>

@@ -115,6 +115,8 @@ struct Ratios {
   acc_t columns[kTileColumns];  // exp(c - b_j), up to padded(columns); 1 if not in_range
   bool in_range;
 
+  Ratios() = default;
+
   // a = row_positives + row_logs, b = column_positives + column_logs. In float64: at logits near
   // 100, float32 would leave an error of 1e-5 in every entry of a row or column.
   Ratios(int64_t row_count, int64_t column_count, const acc_t* row_positives, const acc_t* row_logs,

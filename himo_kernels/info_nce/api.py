@@ -68,7 +68,8 @@ def info_nce(
         logit_scale: The multiplier s itself (already exponentiated, as in open_clip), a tensor of
             one element or a number.
         directions: "rows" is images against texts only, "columns" texts against images.
-        positives: int64 or int32, the text of each image. Default: text i of image i.
+        positives: int64 or int32, the text of each image. Default: text i of image i, M = N; with
+            one direction or labels also M > N.
         labels: int64 or int32, of images and texts; one tensor where both have the same.
         same_label: Pairs of equal labels are "positive" (instead of positives), or are neither
             positive nor negative ("exclude"), except each image's text.
@@ -139,6 +140,8 @@ def nt_xent(
     check_features(name, "y", y)
     check_same_as(name, "y", y, "x", x)
     check_shape(name, "y", y, x.shape)
+    if check_flag(name, "check_finite", check_finite):
+        check_finite_values(name, x=x, y=y)
     both = torch.cat([x, y], -2)
     samples = x.shape[-2]
     return info_nce(

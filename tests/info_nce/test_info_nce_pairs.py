@@ -246,7 +246,8 @@ class TestDefaults:
     ) -> None:
         # A hard negative has no loss of its own, in either direction.
         inputs = features(4, 9, generator=generator)
-        assert_equal_to_dense(backend, inputs)
+        assert_equal_to_dense(backend, inputs, directions="rows")
+        assert_equal_to_dense(backend, inputs, directions="columns")
         assert_equal_to_dense(backend, inputs, positives=torch.arange(4))
 
     def test_labels_without_repeats_exclude_nothing(self, generator: torch.Generator) -> None:
@@ -354,6 +355,20 @@ class TestNtXent:
         torch.testing.assert_close(loss, expected, rtol=EXACT, atol=EXACT)
         for name, gradient in exact.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=EXACT, atol=EXACT)
+
+    @pytest.mark.parametrize(
+        ("y", "text"),
+        [
+            (torch.ones(2, 2), "y of shape [3, 2], got [2, 2]"),
+            (torch.ones(3, 2).double(), "y of dtype torch.float32 (as x), got torch.float64"),
+            (torch.full((3, 2), math.nan), "y to be finite, got nan at [0, 0]"),
+        ],
+        ids=["shape", "dtype", "NaN"],
+    )
+    def test_refused(self, y: Tensor, text: str) -> None:
+        with pytest.raises((ValueError, TypeError)) as caught:
+            himo_kernels.nt_xent(torch.ones(3, 2), y, 1.0, check_finite=True)
+        assert str(caught.value) == f"nt_xent: expected {text}"
 
     @each_backend
     def test_reduction(self, backend: str, generator: torch.Generator) -> None:
@@ -472,7 +487,10 @@ REFUSED = {
     "labels to be one tensor or two, got '3 of them'": {"labels": (torch.arange(3),) * 3},
     "labels to be a pair, of 3 rows and 4 columns, got Tensor": {"labels": torch.arange(3)},
     "labels[1] of shape [4], got [3]": {"labels": (torch.arange(3),) * 2},
-    "weights to be a pair, of 3 rows and 4 columns, got Tensor": {"weights": torch.ones(3)},
+    "weights to be a pair, of 3 rows and 4 columns, got Tensor": {
+        "weights": torch.ones(3),
+        "positives": torch.arange(3),
+    },
     "weights of dtype float16, bfloat16, float32 or float64, got torch.int64": {
         "weights": torch.arange(3),
         "directions": "rows",
@@ -484,12 +502,14 @@ REFUSED = {
     "same_label to be 'exclude' with positives, which leave labels none to choose, "
     "got 'positive'": {"positives": torch.arange(3), "labels": (torch.arange(3), torch.arange(4))},
     "exclude_self to be False where each row's positive is its own column, got True": {
-        "exclude_self": True
+        "exclude_self": True,
+        "directions": "rows",
     },
     "directions to be 'rows' or 'columns' for losses without a reduction and M != N, got 'both'": {
         "reduction": "none"
     },
-    "text_features of shape [3, 2], got [2, 2]": {"keys": Z[:2]},
+    "text_features of shape [3, 2], got [2, 2]": {"keys": Z[:2], "directions": "rows"},
+    "text_features of shape [3, 2], got [4, 2]": {},
     "text_features of shape [4, 2], got [4, 3]": {"keys": torch.ones(4, 3)},
     "weights to be finite, got nan at [1]": {
         "weights": torch.tensor([1, math.nan, 1]),

@@ -109,7 +109,8 @@ def check_form(
             expected = "to be 'exclude' with positives, which leave labels none to choose"
             raise_value(operator, "same_label", expected, same_label)
     if positives is None and (labels is None or same_label == "exclude"):
-        if keys < samples:
+        # A plain call with unequal sides is more often a mistake than hard negatives.
+        if keys < samples or (directions == "both" and labels is None):
             check_shape(operator, "text_features", text_features, image_features.shape)
         if exclude_self:
             expected = "to be False where each row's positive is its own column"

@@ -64,13 +64,13 @@ def pairs_statistics_kernel(
             *(left_ptr, right_ptr, first_row, first_column, row_count, column_count, width, width),
             *(0, 1, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, PRECISION),
         )
-        of_columns = _records(column_records_ptr, columns, column_count, 0)
-        key, label = of_columns[0], of_columns[1]
+        key = _integer(column_records_ptr, columns, column_count)
         inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
         other = inside & (rows[:, None] != columns[None, :])
         allowed = other if EXCLUDE_SELF else inside
         positive = allowed & (row_key == key)
         if HAS_LABELS:
+            label = _integer(column_records_ptr + 1, columns, column_count)
             allowed &= positive | (row_label != label)
         relative = scale * products - reference
         counted = allowed & ~(positive & (target < 0))
@@ -185,6 +185,13 @@ def _records(
         tl.expand_dims(log, AXIS),
         tl.expand_dims(weight, AXIS),
     )
+
+
+@triton.jit
+def _integer(records_ptr, columns, count):
+    """Returns one field [1, BLOCK]. In the loop of pass 1 whole records would spill registers."""
+    field = tl.load(records_ptr + columns.to(tl.int64) * 8, mask=columns < count, other=0.0)
+    return field.to(tl.int32, bitcast=True)[None, :]
 
 
 @triton.jit

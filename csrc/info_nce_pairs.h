@@ -1,0 +1,36 @@
+// Entry points of InfoNCE of any pairs on the CPU: argument checks and allocation. They compute
+// what himo_kernels/info_nce/pairs/compose.py asks of a backend.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace himo {
+
+// A side, rows or columns, is a list: keys [*, n] int32; for losses also single [*, n] int32, and
+// reference, target and share [*, n]; in the backward also log and weight [*, n].
+using PairSideTensors = std::vector<at::Tensor>;
+
+// Returns log and total of the rows [*, N], and of the columns [*, M] if they have losses.
+std::vector<at::Tensor> info_nce_pairs_fwd(const at::Tensor& query,        // [*, N, K]
+                                           const at::Tensor& key,          // [*, M, K]
+                                           const at::Tensor& logit_scale,  // []
+                                           const PairSideTensors& rows,
+                                           const PairSideTensors& columns,
+                                           const std::optional<at::Tensor>& row_labels,
+                                           const std::optional<at::Tensor>& column_labels,
+                                           bool exclude_self, double label_smoothing);
+
+// Returns the gradients of query and key, empty if not needed, and of logit_scale [].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_pairs_bwd(
+    const at::Tensor& query,        // [*, N, K]
+    const at::Tensor& key,          // [*, M, K]
+    const at::Tensor& logit_scale,  // []
+    const PairSideTensors& rows, const PairSideTensors& columns,
+    const std::optional<at::Tensor>& row_labels, const std::optional<at::Tensor>& column_labels,
+    bool exclude_self, double label_smoothing, bool needs_query, bool needs_key);
+
+}  // namespace himo

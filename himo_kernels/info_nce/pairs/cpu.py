@@ -1,0 +1,44 @@
+"""The `cpu` backend of info_nce_pairs: csrc/info_nce_pairs.cpp.
+
+It computes the logits in tiles, which decide about their pairs, instead of materialising them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from himo_kernels import extension
+from himo_kernels.info_nce.pairs.compose import Problem
+
+
+def statistics(problem: Problem) -> tuple[Tensor, ...]:
+    """Returns log and T of the rows [*, N], and of the columns [*, M] if they have losses."""
+    return tuple(extension.load().info_nce_pairs_fwd(*_arguments(problem)))
+
+
+def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Returns the gradients of query, key and logit_scale; empty if not needed."""
+    needs_query, needs_key, _ = needs
+    return extension.load().info_nce_pairs_bwd(*_arguments(problem), needs_query, needs_key)
+
+
+def _arguments(problem: Problem) -> tuple[Any, ...]:
+    # The losses of a side are tensors or, those of the backward, None in the forward.
+    sides = [
+        [keys, *(value for value in softmax or () if value is not None)]
+        for keys, softmax in (
+            (problem.row_keys, problem.rows),
+            (problem.column_keys, problem.columns),
+        )
+    ]
+    return (
+        problem.query,
+        problem.key,
+        problem.logit_scale,
+        *sides,
+        problem.row_labels,
+        problem.column_labels,
+        problem.exclude_self,
+        problem.label_smoothing,
+    )
