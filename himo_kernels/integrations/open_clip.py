@@ -14,10 +14,11 @@ logits, which does not change the softmax: its gradient is 0.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from himo_kernels import distributed
 from himo_kernels._checks import raise_value
@@ -26,31 +27,18 @@ from himo_kernels.distributed.loss import check_strategy
 from himo_kernels.distributed.wire import members_of
 from himo_kernels.info_nce import info_nce
 from himo_kernels.info_nce.api import bias_and_flag, with_logit_bias
+from himo_kernels.integrations.kinds import Kind, as_under_autocast, base_named, check_settings
+
+Replacement = Callable[..., Any]
 
 OPTIONS = ("strategy", "backend")
-METHODS = ("forward", "get_logits", "get_ground_truth")
+METHODS = ("forward", "get_logits", "get_ground_truth")  # of the class that is accelerated
 SETTINGS = ("local_loss", "gather_with_grad", "world_size")  # of a ClipLoss, read at each call
 
 
-def class_of(module: nn.Module) -> type | None:
-    """Returns open_clip's ClipLoss if module is one or derives from it. Imports nothing."""
-    for kind in type(module).__mro__:
-        if kind.__name__ == "ClipLoss" and kind.__module__.split(".")[0] == "open_clip":
-            return kind
-    return None
-
-
-def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") -> Callable[..., Any]:
+def clip_forward(loss: Any, *, strategy: str = "gather", backend: str = "auto") -> Replacement:
     """Returns the new ClipLoss.forward."""
-    check_strategy("accelerate", strategy)
-    check_backend("accelerate", backend)
-    if getattr(loss, "use_horovod", False):  # removed from open_clip after 3.3.0
-        raise NotImplementedError("accelerate: expected torch.distributed, got use_horovod=True")
-    missing = [name for name in SETTINGS if not hasattr(loss, name)]
-    if missing:
-        raise NotImplementedError(
-            f"accelerate: expected ClipLoss with {SETTINGS}, got no {missing}"
-        )
+    _check("ClipLoss", loss, SETTINGS, strategy, backend)
 
     def forward(
         self: Any,
@@ -61,27 +49,74 @@ def forward_of(loss: Any, *, strategy: str = "gather", backend: str = "auto") ->
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         logit_bias, output_dict = bias_and_flag("ClipLoss", logit_bias, output_dict)
-        image_features, text_features = _as_under_autocast(image_features, text_features)
-        if self.world_size == 1:
-            value = info_nce(image_features, text_features, logit_scale, backend=backend)
-        else:
-            value = _over_ranks(self, image_features, text_features, logit_scale, strategy, backend)
+        value = _contrastive(self, image_features, text_features, logit_scale, strategy, backend)
         value = with_logit_bias(value, logit_bias)
         return {"contrastive_loss": value} if output_dict else value
 
     return forward
 
 
-def _as_under_autocast(*features: Tensor) -> tuple[Tensor, ...]:
-    """Returns features in the dtype that autocast would use for a matmul.
+def coca_forward(loss: Any, *, strategy: str = "gather", backend: str = "auto") -> Replacement:
+    """Returns the new CoCaLoss.forward: its caption loss stays open_clip's."""
+    settings = (*SETTINGS, "clip_loss_weight", "caption_loss_weight", "caption_loss")
+    _check("CoCaLoss", loss, settings, strategy, backend)
 
-    This library's operators follow their inputs' dtype. Autocast does not change float64.
-    """
-    device = features[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return features
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in features)
+    def forward(
+        self: Any,
+        image_features: Tensor,  # [M, D], L2-normalised by the model
+        text_features: Tensor,  # [M, D]
+        logits: Tensor,  # [M, L, V] of the captions' tokens
+        labels: Tensor,  # [M, L]
+        logit_scale: Tensor | float,  # []
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        if self.clip_loss_weight:
+            value = _contrastive(
+                self, image_features, text_features, logit_scale, strategy, backend
+            )
+            value = self.clip_loss_weight * value
+        else:
+            value = torch.tensor(0, device=logits.device)
+        caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
+        if output_dict:
+            return {"contrastive_loss": value, "caption_loss": caption}
+        return value, caption
+
+    return forward
+
+
+KINDS = tuple(
+    Kind(
+        f"open_clip's {name}",
+        partial(base_named, name=name, package="open_clip"),
+        METHODS,
+        make,
+        OPTIONS,
+    )
+    for name, make in (("CoCaLoss", coca_forward), ("ClipLoss", clip_forward))
+)
+
+
+def _check(name: str, loss: Any, settings: tuple[str, ...], strategy: str, backend: str) -> None:
+    check_strategy("accelerate", strategy)
+    check_backend("accelerate", backend)
+    if getattr(loss, "use_horovod", False):  # removed from open_clip after 3.3.0
+        raise NotImplementedError("accelerate: expected torch.distributed, got use_horovod=True")
+    check_settings(name, loss, settings)
+
+
+def _contrastive(
+    loss: Any,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    strategy: str,
+    backend: str,
+) -> Tensor:
+    image_features, text_features = as_under_autocast(image_features, text_features)
+    if loss.world_size == 1:
+        return info_nce(image_features, text_features, logit_scale, backend=backend)
+    return _over_ranks(loss, image_features, text_features, logit_scale, strategy, backend)
 
 
 def _over_ranks(
