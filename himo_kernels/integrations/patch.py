@@ -17,12 +17,11 @@ from himo_kernels.integrations import (
     open_clip,
     sentence_transformers,
 )
-from himo_kernels.integrations.kinds import Kind
+from himo_kernels.integrations.kinds import MARK, Kind
 
 Module = TypeVar("Module")
 
 _ITSELF = "itself, which was accelerated in place"
-_MARK = "_accelerated_by_himo_kernels"  # of a class that replaces that of an instance
 
 KINDS: tuple[Kind, ...] = (
     *open_clip.KINDS,
@@ -144,7 +143,7 @@ def _check_methods(kind: Kind, known: type, module: Any) -> None:
         method, found = getattr(known, name, None), getattr(type(module), name, None)
         # An unpickled module has its class's forward as an attribute of the instance.
         own = vars(module).get(name)
-        if found is not method and _MARK in vars(type(module)):
+        if found is not method and MARK in vars(type(module)):
             own = found
         elif found is not method:
             raise NotImplementedError(
@@ -167,7 +166,7 @@ def _subclass(kind: type, call: Callable[..., Any]) -> type:
         return copyreg.__newobj__, (kind,), vars(self)  # type: ignore[attr-defined]
 
     names = {"__call__": call, "__deepcopy__": deep_copy, "__reduce_ex__": reduce}
-    return type(kind.__name__, (kind,), names | {"__module__": kind.__module__, _MARK: True})
+    return type(kind.__name__, (kind,), names | {"__module__": kind.__module__, MARK: True})
 
 
 def _full_name(value: Any) -> str:
