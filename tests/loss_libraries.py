@@ -193,3 +193,4 @@ class UnpackagedGradCache:
             return F.cross_entropy(x @ y.T, target, reduction=reduction)
 
     SimpleContrastiveLoss.__module__ = "grad_cache.loss"
+    SimpleContrastiveLoss.__qualname__ = "SimpleContrastiveLoss"

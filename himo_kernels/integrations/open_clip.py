@@ -1,7 +1,8 @@
-"""open_clip's ClipLoss: the same loss and gradients, without N x N logits.
+"""open_clip's ClipLoss, CoCaLoss and SigLipLoss, without N x N logits.
 
-What its flags compute over W ranks. x is a rank's own rows, L the loss of the joined batch, and L_r
-the mean over a rank's own rows in both directions.
+What the flags of ClipLoss, and of CoCaLoss's contrastive half, compute over W ranks. x is a rank's
+own rows, L the loss of the joined batch, and L_r the mean over a rank's own rows in both
+directions.
 
     local_loss, gather_with_grad    value    gradient of x
     True,       True                L_r      W dL/dx: the share of himo_kernels.distributed
@@ -11,6 +12,9 @@ the mean over a rank's own rows in both directions.
 
 In each case, after DDP averages gradients, logit_scale gets dL/ds. A logit_bias is added to all
 logits, which does not change the softmax: its gradient is 0.
+
+SigLipLoss is L_r of the rows of images, with W dL/dx: the share of himo_kernels.distributed,
+whichever dist_impl exchanges the texts.
 """
 
 from collections.abc import Callable
@@ -24,10 +28,11 @@ from himo_kernels import distributed
 from himo_kernels._checks import raise_value
 from himo_kernels.dispatch import check_backend
 from himo_kernels.distributed.loss import check_strategy
-from himo_kernels.distributed.wire import members_of
+from himo_kernels.distributed.wire import Members, members_of
 from himo_kernels.info_nce import info_nce
 from himo_kernels.info_nce.api import bias_and_flag, with_logit_bias
 from himo_kernels.integrations.kinds import Kind, as_under_autocast, base_named, check_settings
+from himo_kernels.sigmoid_loss import sigmoid_loss
 
 Replacement = Callable[..., Any]
 
@@ -85,15 +90,45 @@ def coca_forward(loss: Any, *, strategy: str = "gather", backend: str = "auto") 
     return forward
 
 
+def siglip_forward(loss: Any, *, strategy: str = "gather", backend: str = "auto") -> Replacement:
+    """Returns the new SigLipLoss.forward."""
+    _check("SigLipLoss", loss, ("world_size",), strategy, backend)
+
+    def forward(
+        self: Any,
+        image_features: Tensor,  # [M, D], L2-normalised by the model
+        text_features: Tensor,  # [M, D]
+        logit_scale: Tensor | float,  # []
+        logit_bias: Tensor | float | None,  # []
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        image, text = as_under_autocast(image_features, text_features)
+        bias = 0.0 if logit_bias is None else logit_bias
+        if self.world_size == 1:
+            value = sigmoid_loss(image, text, logit_scale, bias, backend=backend)
+        else:
+            _check_world("SigLipLoss", self)
+            value = distributed.sigmoid_loss(
+                image, text, logit_scale, bias, strategy=strategy, backend=backend
+            )
+        return {"contrastive_loss": value} if output_dict else value
+
+    return forward
+
+
 KINDS = tuple(
     Kind(
         f"open_clip's {name}",
         partial(base_named, name=name, package="open_clip"),
-        METHODS,
-        make,
+        (*METHODS, *others),
+        replacement,
         OPTIONS,
     )
-    for name, make in (("CoCaLoss", coca_forward), ("ClipLoss", clip_forward))
+    for name, others, replacement in (
+        ("CoCaLoss", (), coca_forward),  # which derives from ClipLoss
+        ("ClipLoss", (), clip_forward),
+        ("SigLipLoss", ("_loss",), siglip_forward),
+    )
 )
 
 
@@ -127,12 +162,8 @@ def _over_ranks(
     strategy: str,
     backend: str,
 ) -> Tensor:
-    members = members_of(None, "ClipLoss")
+    members = _check_world("ClipLoss", loss)
     ranks = members.size
-    if loss.world_size != ranks:
-        raise_value(
-            "ClipLoss", "world_size", f"to be that of torch.distributed, {ranks}", loss.world_size
-        )
     if not (loss.local_loss or loss.gather_with_grad):
         image_features = _WeightedGradient.apply(image_features, 1 / ranks)
         text_features = _WeightedGradient.apply(text_features, 1 / ranks)
@@ -148,6 +179,14 @@ def _over_ranks(
         return share
     mean = members.all_reduce(share.detach().clone()) / ranks
     return share + (mean - share.detach())
+
+
+def _check_world(name: str, loss: Any) -> Members:
+    members = members_of(None, name)
+    if loss.world_size != members.size:
+        expected = f"to be that of torch.distributed, {members.size}"
+        raise_value(name, "world_size", expected, loss.world_size)
+    return members
 
 
 class _WeightedGradient(torch.autograd.Function):

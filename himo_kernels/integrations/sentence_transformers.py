@@ -13,6 +13,7 @@ loss has them. q are the queries, d the documents of all columns, s the scale, f
 is relative to the same positive. "per_direction" is their mean.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -72,6 +73,10 @@ def of_features(loss: Any, *, backend: str = "auto") -> Callable[..., Tensor]:
 def cached(loss: Any, *, backend: str = "auto") -> Callable[..., Tensor]:
     """Returns the new calculate_loss, which is called with the mini-batches of each column."""
     _check(loss, backend)
+    method = getattr(loss, "calculate_loss", None)
+    if method is None or "with_backward" not in inspect.signature(method).parameters:
+        expected = "with with_backward (sentence-transformers 3.4 or later)"
+        raise_setting("accelerate", "calculate_loss", expected, "an earlier version")
 
     def calculate_loss(
         self: Any,
@@ -89,7 +94,7 @@ def cached(loss: Any, *, backend: str = "auto") -> Callable[..., Tensor]:
     return calculate_loss
 
 
-def _class_of(module: Any, name: str, method: str) -> type | None:
+def _class_of(module: Any, name: str, method: str = "forward") -> type | None:
     for package in PACKAGES:
         known = base_named(module, name, package)
         if known is not None and hasattr(known, method):
@@ -100,16 +105,16 @@ def _class_of(module: Any, name: str, method: str) -> type | None:
 KINDS = tuple(
     Kind(
         f"sentence-transformers' {name}",
-        partial(_class_of, name=name, method=method),
+        partial(_class_of, name=name, method=needed),
         (method,),
-        make,
+        replacement,
         ("backend",),
         method,
     )
-    for name, method, make in (
-        (CACHED, "calculate_loss", cached),
-        (NAME, "compute_loss_from_embeddings", of_embeddings),
-        (NAME, "forward", of_features),
+    for name, needed, method, replacement in (
+        (CACHED, "forward", "calculate_loss", cached),
+        (NAME, "compute_loss_from_embeddings", "compute_loss_from_embeddings", of_embeddings),
+        (NAME, "forward", "forward", of_features),
     )
 )
 

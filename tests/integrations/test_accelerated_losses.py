@@ -4,6 +4,8 @@ Each case runs the published loss, of the newest and the oldest version, before 
 """
 
 import copy
+import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -263,7 +265,34 @@ CAPTIONS = [
     captions(caption_loss_weight=0.0, pad_id=3),
 ]
 
-CASES = [*SENTENCES, *METRICS, *VIEWS, *QUERIES, *CAPTIONS]
+
+def pairs(scale: float, bias: float | None, **settings: Any) -> Case:
+    def make(version: str) -> Any:
+        module = open_clip_loss()
+        return None if module is None else module.SigLipLoss(**settings)
+
+    def inputs(generator: torch.Generator) -> list[Tensor]:
+        scalars = [torch.tensor(x, dtype=torch.float64) for x in (scale, bias) if x is not None]
+        return [*tables(ROWS, ROWS)(generator), *scalars]
+
+    def call(loss: Any, *given: Tensor) -> Tensor:
+        given = given if bias is not None else (*given, None)
+        named = loss(*given, output_dict=True)
+        assert list(named) == ["contrastive_loss"] and named["contrastive_loss"] == loss(*given)
+        return named["contrastive_loss"]
+
+    title = f"SigLipLoss, scale {scale}, bias {bias}, {words(settings)}"
+    return Case(title, make, inputs, call, NEWEST, "sigmoid_loss")
+
+
+SIGMOIDS = [
+    pairs(1.0, -5.0),
+    pairs(0.1, 0.0, cache_labels=True),
+    pairs(3.0, -10.0, dist_impl="gather"),
+    pairs(1.0, None),
+]
+
+CASES = [*SENTENCES, *METRICS, *VIEWS, *QUERIES, *CAPTIONS, *SIGMOIDS]
 
 
 @pytest.fixture(
@@ -360,3 +389,201 @@ def test_twice_and_wrong_options_are_refused(case_and_loss):
     handle.undo()
     handle.undo()
     assert vars(loss) == before
+
+
+class TestRefused:
+    """What a loss would compute otherwise, at once and, if changed later, at the call."""
+
+    @pytest.mark.parametrize("name", ["", "Cached"])
+    @pytest.mark.parametrize(
+        "settings, words",
+        [
+            (
+                {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
+                "hardness_mode None, got 'all_negatives' of strength 5.0",
+            ),
+            (
+                {"directions": ("query_to_doc", "doc_to_doc")},
+                r"doc_to_query with doc_to_doc, got \['doc_to_doc', 'query_to_doc'\]",
+            ),
+            ({"similarity_fct": torch.cdist}, "cos_sim or dot_score, got cdist"),
+        ],
+    )
+    def test_of_sentence_transformers(self, name, settings, words, generator):
+        package = needed(loss_libraries.sentence_transformers())
+        make = getattr(package, f"{name}MultipleNegativesRankingLoss")
+        refused(make(Encoder(), **settings), words)
+        loss = make(Encoder())
+        himo_kernels.accelerate(loss)
+        for setting, value in settings.items():
+            setattr(loss, setting, value)
+        case = sentences(2, bool(name))
+        with pytest.raises(NotImplementedError, match=f"MultipleNegativesRankingLoss: .*{words}"):
+            case.call(loss, *case.inputs(generator))
+
+    def test_a_cached_form_that_computes_its_loss_elsewhere(self):
+        package = needed(loss_libraries.sentence_transformers("oldest"))
+        loss = package.CachedMultipleNegativesRankingLoss(Encoder())
+        refused(loss, "calculate_loss with with_backward .*, got an earlier version")
+
+    def test_one_column(self, generator):
+        package = needed(loss_libraries.sentence_transformers())
+        loss = package.MultipleNegativesRankingLoss(Encoder())
+        himo_kernels.accelerate(loss)
+        with pytest.raises(ValueError, match="embeddings of two columns or more, got '1 of them'"):
+            loss.compute_loss_from_embeddings([torch.ones(2, 3)], None)
+
+    def test_losses_of_the_same_name_that_score_pairs_of_texts(self):
+        # As sentence_transformers.cross_encoder.losses.
+        CrossEncoderLoss = type(
+            "MultipleNegativesRankingLoss",
+            (nn.Module,),
+            {
+                "__module__": "sentence_transformers.cross_encoder.losses",
+                "compute_loss_from_embeddings": None,
+            },
+        )
+        with pytest.raises(TypeError, match="expected module to be"):
+            himo_kernels.accelerate(CrossEncoderLoss())
+
+    @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+    def test_of_metric_learning(self, name, generator):
+        package = needed(loss_libraries.metric_learning())
+        make, distances = getattr(package.losses, name), package.distances
+        words = "expected distance CosineSimilarity or DotProductSimilarity, got LpDistance"
+        refused(make(distance=distances.LpDistance()), words)
+        refused(make(distance=distances.DotProductSimilarity(power=2)), "distance.power 1, got 2")
+        loss = make()
+        himo_kernels.accelerate(loss)
+        (embeddings,) = tables(ROWS)(generator)
+        chosen = (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]))
+        with pytest.raises(NotImplementedError, match=f"{name}: expected indices_tuple None"):
+            loss(embeddings, PAIRS, chosen)
+        with pytest.raises(TypeError, match=f"{name}: expected labels to be a torch.Tensor"):
+            loss(embeddings)
+        loss.distance = distances.LpDistance()
+        with pytest.raises(NotImplementedError, match=f"{name}: {words}"):
+            loss(embeddings, PAIRS)
+
+    @pytest.mark.parametrize("setting", ["temperature", "distance", "reducer"])
+    def test_what_a_version_lacks_is_named(self, setting):
+        loss = needed(loss_libraries.metric_learning()).losses.SupConLoss()
+        delattr(loss, setting)
+        refused(loss, rf"got no \['{setting}'\]")
+
+    def test_of_lightly(self):
+        NTXentLoss = needed(loss_libraries.lightly())
+        loss = NTXentLoss()
+        del loss.memory_bank
+        refused(loss, "of lightly 1.1 or later")
+
+    def test_of_grad_cache(self, generator):
+        loss = loss_libraries.grad_cache().SimpleContrastiveLoss(1)
+        himo_kernels.accelerate(loss)
+        with pytest.raises(ValueError, match=r"expected y of shape \[48, D\] .*, got \[24, 16\]"):
+            loss(*tables(ROWS, ROWS)(generator))
+
+    def test_a_subclass_that_computes_something_else(self):
+        library = loss_libraries.grad_cache()
+        base = library.SimpleContrastiveLoss
+        other = type("Closure", (base,), {"__call__": lambda self, *inputs: 0})
+        refused(other(), "got Closure with a __call__ of its own")
+        metric = needed(loss_libraries.metric_learning()).losses.NTXentLoss
+        refused(
+            type("Hard", (metric,), {"_compute_loss": lambda self, *inputs: 0})(),
+            "got Hard with a _compute_loss of its own",
+        )
+
+
+def needed(package: Any) -> Any:
+    if package is None:
+        pytest.skip("the package is not installed (make setup)")
+    return package
+
+
+def refused(loss: Any, words: str) -> None:
+    before = dict(vars(loss))
+    with pytest.raises(NotImplementedError, match=f"accelerate: .*{words}"):
+        himo_kernels.accelerate(loss)
+    assert vars(loss) == before
+
+
+class TestCallable:
+    """A loss that is no module: its class is replaced, and put back."""
+
+    @pytest.fixture
+    def loss(self) -> Any:
+        return loss_libraries.grad_cache().SimpleContrastiveLoss(1)
+
+    def test_class_and_name(self, loss):
+        kind = type(loss)
+        with himo_kernels.accelerate(loss) as inside:
+            assert inside is loss and isinstance(loss, kind)
+            assert type(loss).__name__ == kind.__name__
+        assert type(loss) is kind
+        other = type(loss)(0)
+        assert type(other) is kind
+
+    def test_undo_leaves_what_is_not_its_own(self, loss):
+        kind = type(loss)
+        first = himo_kernels.accelerate(loss)
+        first.undo()
+        second = himo_kernels.accelerate(loss)
+        first.undo()
+        assert type(loss) is not kind
+        second.undo()
+        assert type(loss) is kind
+
+    def test_a_deep_copy_is_accelerated_too_and_a_pickle_is_not(
+        self, loss, used, generator, monkeypatch
+    ):
+        inputs, kind = tables(ROWS, 2 * ROWS)(generator), type(loss)
+        expected = loss(*inputs)
+        himo_kernels.accelerate(loss)
+        twin = copy.deepcopy(loss)
+        torch.testing.assert_close(twin(*inputs), expected, rtol=1e-12, atol=0)
+        assert used == {"info_nce_pairs"} and vars(twin) == vars(loss) is not vars(twin)
+        monkeypatch.setitem(sys.modules, "grad_cache.loss", loss_libraries.grad_cache())
+        opened = pickle.loads(pickle.dumps(loss))
+        assert type(opened) is kind and opened(*inputs) == expected
+
+
+@pytest.mark.parametrize("case", [SENTENCES[0], METRICS[0], VIEWS[0], QUERIES[0], SIGMOIDS[0]])
+def test_under_autocast_features_are_multiplied_in_its_dtype(case, generator, monkeypatch):
+    loss = needed(case.make("newest"))
+    operator = OPERATORS[case.operator]
+    resolve, dtypes = operator.resolve, []
+    monkeypatch.setattr(
+        operator, "resolve", lambda name, *x: dtypes.append(x[0].dtype) or resolve(name, *x)
+    )
+    himo_kernels.accelerate(loss)
+    inputs = [x.float() for x in case.inputs(generator)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, gradients = step(case, loss, inputs)
+    assert set(dtypes) == {torch.bfloat16} and value.dtype == torch.float32
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(ROWS), torch.arange(ROWS), [0], [0, 0], [0, 1]])
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_no_positive_pair_or_no_negative_pair_is_a_loss_of_zero(name, labels, generator):
+    labels = torch.as_tensor(labels)
+    case = metrics(name, labels)
+    loss, inputs = needed(case.make("newest")), tables(len(labels))(generator)
+    expected = step(case, loss, inputs)
+    himo_kernels.accelerate(loss)
+    torch.testing.assert_close(step(case, loss, inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_records_of_a_distance(name, generator):
+    package = needed(loss_libraries.metric_learning())
+    found = []
+    for fast in (False, True):
+        loss = getattr(package.losses, name)(distance=package.distances.CosineSimilarity())
+        loss.distance.collect_stats = True
+        if fast:
+            himo_kernels.accelerate(loss)
+        loss(*tables(ROWS)(generator.manual_seed(3)), PAIRS)
+        found.append({key: x for key, x in vars(loss.distance).items() if key.endswith("norm")})
+    assert found[0] == found[1] and len(found[0]) == 4
