@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -179,7 +180,7 @@ def grad_cache() -> Any:
 
 
 class UnpackagedGradCache:
-    """The interface and formula of GradCache's losses at commit 906f038, for one process."""
+    """The interface and formulas of GradCache's losses at commit 906f038."""
 
     class SimpleContrastiveLoss:
         def __init__(self, n_hard_negatives: int = 0) -> None:
@@ -192,5 +193,16 @@ class UnpackagedGradCache:
                 target = self.target_per_qry * torch.arange(len(x))
             return F.cross_entropy(x @ y.T, target, reduction=reduction)
 
-    SimpleContrastiveLoss.__module__ = "grad_cache.loss"
-    SimpleContrastiveLoss.__qualname__ = "SimpleContrastiveLoss"
+    class DistributedContrastiveLoss(SimpleContrastiveLoss):
+        def __call__(self, x: Tensor, y: Tensor, **settings: Any) -> Tensor:
+            return super().__call__(self.gather_tensor(x), self.gather_tensor(y), **settings)
+
+        def gather_tensor(self, x: Tensor) -> Tensor:
+            tables = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+            dist.all_gather(tables, x)
+            tables[dist.get_rank()] = x
+            return torch.cat(tables)
+
+    for _class in (SimpleContrastiveLoss, DistributedContrastiveLoss):
+        # accelerate recognises them by name and module; pickle opens them by both.
+        _class.__module__, _class.__qualname__ = "grad_cache.loss", _class.__name__

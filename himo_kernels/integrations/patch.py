@@ -163,7 +163,7 @@ def _subclass(kind: type, call: Callable[..., Any]) -> type:
         return copied
 
     def reduce(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return copyreg.__newobj__, (kind,), vars(self)  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (kind, object, None), vars(self)  # type: ignore[attr-defined]
 
     names = {"__call__": call, "__deepcopy__": deep_copy, "__reduce_ex__": reduce}
     return type(kind.__name__, (kind,), names | {"__module__": kind.__module__, MARK: True})
