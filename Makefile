@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 # dependencies. The oldest is installed in a separate folder.
 OPEN_CLIP := open_clip_torch==3.3.0
 OPEN_CLIP_OLDEST := open_clip_torch==0.2.0
-# Libraries whose losses `accelerate` knows; also without dependencies (tests/loss_libraries.py).
+# Libraries whose losses `accelerate` knows; also without dependencies (benchmarks/baselines/libraries.py).
 LOSSES := sentence-transformers==6.2.0 pytorch-metric-learning==2.9.0 lightly==1.6.0
 LOSSES_OLDEST := sentence-transformers==2.3.0 pytorch-metric-learning==1.0.0 lightly==1.1.0
 

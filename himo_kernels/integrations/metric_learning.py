@@ -61,7 +61,7 @@ def nt_xent(loss: Any, *, backend: str = "auto") -> Callable[..., dict[str, Any]
             reduction="none",
             backend=backend,
         )
-        return _of(losses, (anchors, positives), "pos_pair")
+        return _of(losses.to(embeddings.dtype), (anchors, positives), "pos_pair")
 
     return compute_loss
 
@@ -92,7 +92,8 @@ def sup_con(loss: Any, *, backend: str = "auto") -> Callable[..., dict[str, Any]
             reduction="none",
             backend=backend,
         )
-        return _of(losses, torch.arange(len(rows), device=rows.device), "element")
+        numbers = torch.arange(len(rows), device=rows.device)
+        return _of(losses.to(embeddings.dtype), numbers, "element")
 
     return compute_loss
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import loss_libraries
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from upstream import ReleasedCLIP, Towers, open_clip_loss
 
 import himo_kernels
+from benchmarks.baselines import libraries
 from himo_kernels.distributed import count_traffic
 
 dist.init_process_group("gloo")
@@ -101,7 +101,7 @@ def compare_losses() -> None:
             return sum(values) + 0 * logit_bias
 
         of("coca", loss, caption)
-    package = loss_libraries.sentence_transformers()
+    package = libraries.sentence_transformers()
     both, every = ("query_to_doc", "doc_to_query"), ("query_to_query", "doc_to_doc")
     settings = (
         {},
@@ -113,11 +113,11 @@ def compare_losses() -> None:
         loss = getattr(package, name)(None, gather_across_devices=True, **setting)
 
         of(f"{name}, {setting}", loss, partial(ranked, loss, cached))
-    NTXentLoss = loss_libraries.lightly()
+    NTXentLoss = libraries.lightly()
     if NTXentLoss:
         loss = NTXentLoss(gather_distributed=True)
         of("lightly", loss, contrast)
-    loss = loss_libraries.grad_cache().DistributedContrastiveLoss(0)
+    loss = libraries.grad_cache().DistributedContrastiveLoss(0)
     of("grad_cache", loss, contrast)
 
 

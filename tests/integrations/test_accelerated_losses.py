@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import loss_libraries
 import pytest
 import torch
-from loss_libraries import VERSIONS
 from torch import Tensor, nn
 from upstream import open_clip_loss
 
 import himo_kernels
+from benchmarks.baselines import libraries
+from benchmarks.baselines.libraries import VERSIONS
 from himo_kernels.dispatch import OPERATORS
 from himo_kernels.testing import assert_within_budget, relative_error
 
@@ -69,7 +69,7 @@ def sentences(columns: int, cached: bool = False, versions=VERSIONS, **settings:
     name = f"Cached{name}" if cached else name
 
     def make(version: str) -> Any:
-        package = loss_libraries.sentence_transformers(version)
+        package = libraries.sentence_transformers(version)
         if package is None:
             return None
         chosen = dict(settings)
@@ -126,7 +126,7 @@ def metrics(
     name: str, labels: Tensor, refs: Tensor | None = None, versions=VERSIONS, **settings: Any
 ) -> Case:
     def make(version: str) -> Any:
-        package = loss_libraries.metric_learning(version)
+        package = libraries.metric_learning(version)
         if package is None:
             return None
         chosen = {
@@ -185,7 +185,7 @@ METRICS = [
 
 def views(rows: int = ROWS, versions=VERSIONS, **settings: Any) -> Case:
     def make(version: str) -> Any:
-        NTXentLoss = loss_libraries.lightly(version)
+        NTXentLoss = libraries.lightly(version)
         if NTXentLoss is None:
             return None
         loss = NTXentLoss(**settings)
@@ -217,7 +217,7 @@ VIEWS = [
 
 def queries(rows: int, keys: int, negatives: int = 0, **arguments: Any) -> Case:
     def make(version: str) -> Any:
-        return loss_libraries.grad_cache().SimpleContrastiveLoss(negatives)
+        return libraries.grad_cache().SimpleContrastiveLoss(negatives)
 
     def call(loss: Any, x: Tensor, y: Tensor) -> Tensor:
         return loss(x, y, **arguments).sum()
@@ -410,7 +410,7 @@ class TestRefused:
         ],
     )
     def test_of_sentence_transformers(self, name, settings, words, generator):
-        package = needed(loss_libraries.sentence_transformers())
+        package = needed(libraries.sentence_transformers())
         make = getattr(package, f"{name}MultipleNegativesRankingLoss")
         refused(make(Encoder(), **settings), words)
         loss = make(Encoder())
@@ -422,12 +422,12 @@ class TestRefused:
             case.call(loss, *case.inputs(generator))
 
     def test_a_cached_form_that_computes_its_loss_elsewhere(self):
-        package = needed(loss_libraries.sentence_transformers("oldest"))
+        package = needed(libraries.sentence_transformers("oldest"))
         loss = package.CachedMultipleNegativesRankingLoss(Encoder())
         refused(loss, "calculate_loss with with_backward .*, got an earlier version")
 
     def test_one_column(self, generator):
-        package = needed(loss_libraries.sentence_transformers())
+        package = needed(libraries.sentence_transformers())
         loss = package.MultipleNegativesRankingLoss(Encoder())
         himo_kernels.accelerate(loss)
         with pytest.raises(ValueError, match="embeddings of two columns or more, got '1 of them'"):
@@ -448,7 +448,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
     def test_of_metric_learning(self, name, generator):
-        package = needed(loss_libraries.metric_learning())
+        package = needed(libraries.metric_learning())
         make, distances = getattr(package.losses, name), package.distances
         words = "expected distance CosineSimilarity or DotProductSimilarity, got LpDistance"
         refused(make(distance=distances.LpDistance()), words)
@@ -467,28 +467,28 @@ class TestRefused:
 
     @pytest.mark.parametrize("setting", ["temperature", "distance", "reducer"])
     def test_what_a_version_lacks_is_named(self, setting):
-        loss = needed(loss_libraries.metric_learning()).losses.SupConLoss()
+        loss = needed(libraries.metric_learning()).losses.SupConLoss()
         delattr(loss, setting)
         refused(loss, rf"got no \['{setting}'\]")
 
     def test_of_lightly(self):
-        NTXentLoss = needed(loss_libraries.lightly())
+        NTXentLoss = needed(libraries.lightly())
         loss = NTXentLoss()
         del loss.memory_bank
         refused(loss, "of lightly 1.1 or later")
 
     def test_of_grad_cache(self, generator):
-        loss = loss_libraries.grad_cache().SimpleContrastiveLoss(1)
+        loss = libraries.grad_cache().SimpleContrastiveLoss(1)
         himo_kernels.accelerate(loss)
         with pytest.raises(ValueError, match=r"expected y of shape \[48, D\] .*, got \[24, 16\]"):
             loss(*tables(ROWS, ROWS)(generator))
 
     def test_a_subclass_that_computes_something_else(self):
-        library = loss_libraries.grad_cache()
+        library = libraries.grad_cache()
         base = library.SimpleContrastiveLoss
         other = type("Closure", (base,), {"__call__": lambda self, *inputs: 0})
         refused(other(), "got Closure with a __call__ of its own")
-        metric = needed(loss_libraries.metric_learning()).losses.NTXentLoss
+        metric = needed(libraries.metric_learning()).losses.NTXentLoss
         refused(
             type("Hard", (metric,), {"_compute_loss": lambda self, *inputs: 0})(),
             "got Hard with a _compute_loss of its own",
@@ -513,7 +513,7 @@ class TestCallable:
 
     @pytest.fixture
     def loss(self) -> Any:
-        return loss_libraries.grad_cache().SimpleContrastiveLoss(1)
+        return libraries.grad_cache().SimpleContrastiveLoss(1)
 
     def test_class_and_name(self, loss):
         kind = type(loss)
@@ -543,7 +543,7 @@ class TestCallable:
         twin = copy.deepcopy(loss)
         torch.testing.assert_close(twin(*inputs), expected, rtol=1e-12, atol=0)
         assert used == {"info_nce_pairs"} and vars(twin) == vars(loss) is not vars(twin)
-        monkeypatch.setitem(sys.modules, "grad_cache.loss", loss_libraries.grad_cache())
+        monkeypatch.setitem(sys.modules, "grad_cache.loss", libraries.grad_cache())
         opened = pickle.loads(pickle.dumps(loss))
         assert type(opened) is kind and opened(*inputs) == expected
 
@@ -577,7 +577,7 @@ def test_no_positive_pair_or_no_negative_pair_is_a_loss_of_zero(name, labels, ge
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
 def test_records_of_a_distance(name, generator):
-    package = needed(loss_libraries.metric_learning())
+    package = needed(libraries.metric_learning())
     found = []
     for fast in (False, True):
         loss = getattr(package.losses, name)(distance=package.distances.CosineSimilarity())
