@@ -13,6 +13,9 @@ TORCH ?= torch==2.13.0
 # dependencies. The oldest is installed in a separate folder.
 OPEN_CLIP := open_clip_torch==3.3.0
 OPEN_CLIP_OLDEST := open_clip_torch==0.2.0
+# Libraries whose losses `accelerate` knows; also without dependencies (benchmarks/baselines/libraries.py).
+LOSSES := sentence-transformers==6.2.0 pytorch-metric-learning==2.9.0 lightly==1.6.0
+LOSSES_OLDEST := sentence-transformers==2.3.0 pytorch-metric-learning==1.0.0 lightly==1.1.0
 
 # Prerequisites of a rebuild of the extension, which has no CUDA kernel yet.
 CSRC := $(filter-out csrc/cuda/% csrc/emulate/%,$(shell find csrc -name '*.cpp' -o -name '*.h'))
@@ -78,8 +81,9 @@ $(VENV)/.himo-installed: pyproject.toml
 $(VENV)/.himo-tools: $(VENV)/.himo-installed | $(BUILT)
 	@echo "installing the tools of tests and lint"
 	@HIMO_KERNELS_NO_EXTENSION=1 $(PIP) install --quiet --no-build-isolation -e ".[dev]"
-	@$(PIP) install --quiet --no-deps $(OPEN_CLIP)
+	@$(PIP) install --quiet --no-deps $(OPEN_CLIP) $(LOSSES)
 	@$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/open_clip_oldest $(OPEN_CLIP_OLDEST)
+	@$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/losses_oldest $(LOSSES_OLDEST)
 	@touch $@
 
 define BUILD_IN_PLACE
@@ -185,6 +189,7 @@ GPU_START := $(shell date +%s)
 GPU_FIRST := tests/covariance tests/normalize tests/pca/test_pca_triton.py tests/pca/test_pca_cuda.py \
   tests/pca/test_pca_moment.py tests/info_nce/test_info_nce_block.py tests/info_nce/test_info_nce_block_triton.py \
   tests/info_nce/test_info_nce_triton.py tests/info_nce/test_info_nce_cuda.py \
+  tests/info_nce/test_info_nce_pairs_triton.py \
   tests/sigmoid_loss/test_sigmoid_loss.py tests/sigmoid_loss/test_sigmoid_loss_triton.py
 GPU_TESTS = $(IN_TREE) PYTHONUNBUFFERED=1 timeout -s INT -k 20 $(1) $(PY) -m pytest -m gpu \
   --maxfail=60 $(2) --junitxml=$(GPU_OUT)/$(3).xml >$(GPU_OUT)/$(3).txt 2>&1

@@ -7,6 +7,9 @@ SPECTRA = ("power-law", "flat", "duplicates")  # duplicates: every caption occur
 PRESETS = ("paper", "official")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd", "fwd+bwd")
+# Of info_nce_pairs: one direction; with a hard negative a row; four rows a label, which are
+# positives, or neither positive nor negative; and two views of each sample.
+FORMS = ("rows", "negatives", "labels", "exclude", "views")
 
 # The fields that identify a cell of an operator, in addition to sizes and dtype.
 OPTIONS = {
@@ -17,6 +20,7 @@ OPTIONS = {
     "info_nce": ("preset",),
     "dual_info_nce": ("preset",),
     "dual_info_nce_low_rank": ("preset", "share"),
+    "info_nce_pairs": ("form",),
     "sigmoid_loss": ("spectrum",),
     "himo_loss": ("preset", "spectrum"),
 }
@@ -34,6 +38,7 @@ class Case:
     spectrum: str = "power-law"  # of the text features
     tau: float = 0.9  # variance threshold of the PCA, as in the paper
     preset: str = "paper"  # smoothing 0, gradients to both sides; official: 0.1, one side
+    form: str = "rows"  # of info_nce_pairs
     share: float = 0.25  # inner dimension of the low-rank form, as a share of D
     modes: tuple[str, ...] = MODES
     memory: bool = False  # measure peak extra memory (always done on a GPU, where it is free)
@@ -93,6 +98,10 @@ def _cpu() -> Iterator[Case]:
     for dtype in ("float32", "bfloat16"):
         yield Case("sigmoid_loss", 1024, dtype=dtype, memory=True)
         yield Case("sigmoid_loss", 8192, dtype=dtype, modes=("fwd+bwd",), memory=True)
+        for form in FORMS:
+            yield Case("info_nce_pairs", 1024, dtype=dtype, form=form, memory=True)
+            options = {"modes": ("fwd+bwd",), "memory": True, "priority": 2}
+            yield Case("info_nce_pairs", 8192, dtype=dtype, form=form, **options)
     yield Case("covariance", 1024, memory=True)
     yield Case("covariance", 4096, memory=True)
     yield Case("covariance", 128, B=8)
@@ -130,6 +139,8 @@ def _cuda_cells() -> Iterator[Case]:
     yield Case("info_nce", 32768, **bf16)
     yield Case("sigmoid_loss", 4096, **bf16)
     yield Case("sigmoid_loss", 32768, **bf16)
+    for form in FORMS:
+        yield Case("info_nce_pairs", 8192, form=form, **bf16)
     yield Case("himo_loss", 128, preset="official", **bf16)
     yield Case("himo_loss", 4096, **bf16)
     for n, d in ((256, 768), (512, 512), (4096, 768), (4096, 1024), (32768, 768)):

@@ -56,6 +56,17 @@ dual_loss_flops = loss_flops(lambda case, rank: 2)
 low_rank_flops = loss_flops(lambda case, rank: 1 + case.inner / case.D)
 
 
+def pairs_flops(case: Case, rank: int, backward: bool) -> float:
+    # N x N logits, N x 2N with hard negatives, 2N x 2N of two views.
+    size = {"negatives": 2, "views": 4}.get(case.form, 1)
+    return size * one_loss_flops(case, rank, backward)
+
+
+def pairs_elements(case: Case, backward: bool) -> float:
+    count = {"negatives": 3, "labels": 1}.get(case.form, 2)
+    return loss_elements(count)(case, backward)
+
+
 def sigmoid_flops(case: Case, rank: int, backward: bool) -> float:
     # Logits (2), and both gradients from the same logits (4).
     return (6.0 if backward else 2.0) * case.B * case.N**2 * case.D

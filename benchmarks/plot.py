@@ -23,6 +23,7 @@ LABELS = {
     "dual_info_nce": "dual loss",
     "dual_info_nce_low_rank": "dual loss, low rank",
     "info_nce": "InfoNCE",
+    "info_nce_pairs": "InfoNCE, other forms",
     "sigmoid_loss": "sigmoid loss",
     "covariance": "covariance",
     "gram": "gram",

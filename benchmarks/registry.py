@@ -13,18 +13,15 @@ from torch import Tensor
 
 import himo_kernels
 from benchmarks import costs
-from benchmarks.baselines import eager, peers, released
+from benchmarks import inputs as draw
+from benchmarks.baselines import eager, forms, peers, released
 from benchmarks.cases import Case
-from himo_kernels import testing as hkt
 from himo_kernels.dispatch import OPERATORS, backend_names
 from himo_kernels.nn import PRESETS, HiMoLoss
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
 Call = Callable[[Inputs, Case], Outputs]
-
-LOGIT_SCALE = 50.0  # between CLIP's initial 14.3 and its maximum of 100
-LOGIT_BIAS = -30.0  # logits of pairs are then above 0, of most other images and texts below
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,7 @@ class Operation:
     baselines: Mapping[str, Call] = field(default_factory=dict)
     compiled: tuple[str, ...] = ()  # the baselines that torch.compile is tried on too
     peers: int = 0  # losses per call; each is one call of another library's loss
+    published: Mapping[str, tuple[Call, Callable[[Case], str | None]]] = field(default_factory=dict)
     rank: Callable[[Inputs, Case], int] | None = None
 
 
@@ -94,6 +92,8 @@ def candidates(case: Case, inputs: Inputs) -> list[Candidate]:
         if name in op.compiled:
             compiled = _compiled(call)
             found.append(replace(baseline, name=f"{name}+compile", call=compiled, compiled=True))
+    for name, (call, why_not) in op.published.items():
+        found.append(Candidate(name, call, library=False, refusal=why_not(case)))
     if op.peers:
         options = eager.loss_options(case.preset)
         for name, peer in peers.PEERS.items():
@@ -119,6 +119,8 @@ def _backends(case: Case, op: Operation, inputs: Inputs) -> list[Candidate]:
         backends = [Candidate("auto", call("auto"), library=True, auto=True)]
         return backends + [Candidate(n, call(n), True, refusal=reasons[n]) for n in names]
     table = OPERATORS[case.op]
+    if case.op == "info_nce_pairs":
+        tensors = tensors[:1]
     if case.op == "dual_info_nce_low_rank":  # argument order of the operator: rank, then scale
         *features, scale = tensors
         rank = torch.zeros((), dtype=torch.int64, device=scale.device)
@@ -153,72 +155,11 @@ def _peer(peer: Callable[..., Tensor], losses: int) -> Call:
         smoothing, _ = eager.loss_options(case.preset)
         texts = [inputs["text_features"]]
         if losses == 2:
-            texts.append(_component(inputs))
+            texts.append(draw.component(inputs))
         image, scale = inputs["image_features"], inputs["logit_scale"]
         return tuple(peer(image, text, scale, smoothing) for text in texts)
 
     return call
-
-
-# Inputs, drawn in float64 on the CPU.
-
-
-def _rows(case: Case, generator: torch.Generator) -> Tensor:
-    N, D, drawn = case.N, case.D, {"dtype": torch.float64, "generator": generator}
-    if case.spectrum == "duplicates":
-        problems = [hkt.duplicate_captions(N, D, N // 2, **drawn) for _ in range(case.B)]
-        return problems[0] if case.B == 1 else torch.stack(problems)
-    flat = {"exponent": 0.0, "noise": 0.0} if case.spectrum == "flat" else {}
-    batch = () if case.B == 1 else (case.B,)
-    return hkt.power_law(N, D, batch=batch, **drawn, **flat)
-
-
-def _samples(case: Case, generator: torch.Generator) -> Inputs:
-    return {"x": _rows(case, generator)}
-
-
-def _unnormalized_rows(case: Case, generator: torch.Generator) -> Inputs:
-    # Rows of different lengths, as a projection layer returns them.
-    rows = _rows(case, generator)
-    powers = torch.randn(*rows.shape[:-1], 1, dtype=torch.float64, generator=generator)
-    return {"features": rows * powers.exp()}
-
-
-def _pairs(case: Case, generator: torch.Generator) -> Inputs:
-    # Images are near their captions, so that the loss is neither 0 nor log N.
-    text = _rows(case, generator)
-    noise = torch.randn(text.shape, dtype=torch.float64, generator=generator) / case.D**0.5
-    return {"image_features": F.normalize(text + noise, dim=-1), "text_features": text}
-
-
-def _scaled(inputs: Inputs) -> Inputs:
-    return inputs | {"logit_scale": torch.tensor(LOGIT_SCALE, dtype=torch.float64)}
-
-
-def _biased(inputs: Inputs) -> Inputs:
-    return _scaled(inputs) | {"logit_bias": torch.tensor(LOGIT_BIAS, dtype=torch.float64)}
-
-
-def _factors(case: Case, generator: torch.Generator) -> Inputs:
-    # Texts projected onto `inner` random directions.
-    inputs = _pairs(case, generator)
-    directions = torch.randn(case.D, case.inner, dtype=torch.float64, generator=generator)
-    basis = torch.linalg.qr(directions)[0].T.contiguous()
-    coefficients = inputs["text_features"] @ basis.T
-    return _scaled(inputs | {"coefficients": coefficients, "basis": basis})
-
-
-def _triples(case: Case, generator: torch.Generator) -> Inputs:
-    inputs = _factors(case, generator)
-    scale, basis = inputs.pop("logit_scale"), inputs.pop("basis")
-    component = inputs.pop("coefficients") @ basis
-    return inputs | {"component_features": component, "logit_scale": scale}
-
-
-def _component(inputs: Inputs) -> Tensor:
-    if "component_features" in inputs:
-        return inputs["component_features"]
-    return inputs["coefficients"] @ inputs["basis"]
 
 
 # Calls.
@@ -237,7 +178,7 @@ def _clip(inputs: Inputs, case: Case) -> Outputs:
     options = eager.loss_options(case.preset)
     texts = [inputs["text_features"]]
     if case.op != "info_nce":
-        texts.append(_component(inputs))
+        texts.append(draw.component(inputs))
     return tuple(eager.clip_loss(image, text, scale, *options) for text in texts)
 
 
@@ -250,7 +191,7 @@ def _siglip(loss: Callable[..., Tensor]) -> Call:
 
 
 def _released_dual(inputs: Inputs, case: Case) -> Outputs:
-    features = (inputs["image_features"], inputs["text_features"], _component(inputs))
+    features = (inputs["image_features"], inputs["text_features"], draw.component(inputs))
     gathered = tuple(x.detach() for x in features)
     return released.dual_loss(*features, inputs["logit_scale"], gathered)
 
@@ -323,7 +264,7 @@ def _longest(case: Case) -> int:
 OPERATIONS: dict[str, Operation] = {
     **{
         side: Operation(
-            inputs=_samples,
+            inputs=draw.samples,
             library=_library_moment,
             formula=_moment(side),
             flops=costs.moment_flops,
@@ -335,7 +276,7 @@ OPERATIONS: dict[str, Operation] = {
         for side in ("covariance", "gram")
     },
     "pca_reconstruct": Operation(
-        inputs=_samples,
+        inputs=draw.samples,
         library=_library_hide,
         formula=_hide(eager.hide_svd),
         flops=costs.hide_flops,
@@ -350,7 +291,7 @@ OPERATIONS: dict[str, Operation] = {
         rank=lambda inputs, case: _rank_of(inputs["x"], case.tau),
     ),
     "normalize": Operation(
-        inputs=_unnormalized_rows,
+        inputs=draw.unnormalized_rows,
         library=_library_normalize,
         formula=_normalize,
         flops=costs.normalize_flops,
@@ -360,7 +301,7 @@ OPERATIONS: dict[str, Operation] = {
         compiled=("F.normalize",),
     ),
     "info_nce": Operation(
-        inputs=lambda case, generator: _scaled(_pairs(case, generator)),
+        inputs=lambda case, generator: draw.scaled(draw.pairs(case, generator)),
         library=_library_loss,
         formula=_clip,
         flops=costs.one_loss_flops,
@@ -371,7 +312,7 @@ OPERATIONS: dict[str, Operation] = {
         peers=1,
     ),
     "dual_info_nce": Operation(
-        inputs=_triples,
+        inputs=draw.triples,
         library=_library_loss,
         formula=_clip,
         flops=costs.dual_loss_flops,
@@ -382,7 +323,7 @@ OPERATIONS: dict[str, Operation] = {
         peers=2,
     ),
     "dual_info_nce_low_rank": Operation(
-        inputs=_factors,
+        inputs=draw.factors,
         library=_library_loss,
         formula=_clip,
         flops=costs.low_rank_flops,
@@ -393,8 +334,19 @@ OPERATIONS: dict[str, Operation] = {
         peers=2,
         rank=lambda inputs, case: case.inner,
     ),
+    "info_nce_pairs": Operation(
+        inputs=draw.sides,
+        library=forms.library,
+        formula=forms.formula,
+        flops=costs.pairs_flops,
+        elements=costs.pairs_elements,
+        terms=_longest,
+        baselines={"eager": forms.formula},
+        compiled=("eager",),
+        published=forms.PUBLISHED,
+    ),
     "sigmoid_loss": Operation(
-        inputs=lambda case, generator: _biased(_pairs(case, generator)),
+        inputs=lambda case, generator: draw.biased(draw.pairs(case, generator)),
         library=_library_sigmoid,
         formula=_siglip(eager.siglip_loss),
         flops=costs.sigmoid_flops,
@@ -407,7 +359,7 @@ OPERATIONS: dict[str, Operation] = {
         compiled=("open_clip", "softplus"),
     ),
     "himo_loss": Operation(
-        inputs=lambda case, generator: _scaled(_pairs(case, generator)),
+        inputs=lambda case, generator: draw.scaled(draw.pairs(case, generator)),
         library=_library_head,
         formula=_head(eager.hide_svd),
         flops=costs.head_flops,

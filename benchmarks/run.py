@@ -220,6 +220,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         "spectrum": options.spectrum,
         "tau": options.tau,
         "preset": options.preset,
+        "form": options.form,
         "share": options.rank_share,
         "modes": [(mode,) for mode in options.mode] if options.mode else None,
     }
@@ -257,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--spectrum", nargs="+", choices=grid.SPECTRA, help="of the texts")
     add("--tau", nargs="+", type=_share, help="variance threshold of pca_reconstruct")
     add("--preset", nargs="+", choices=grid.PRESETS, help="of the losses")
+    add("--form", nargs="+", choices=grid.FORMS, help="of info_nce_pairs")
     add("--rank-share", nargs="+", type=_share, help="R / D of the low-rank loss")
     add("--backend", nargs="+", default=[], help="only these candidates, by name in the rows")
     add("--threads", type=positive, help="CPU threads; default 2, and all cores with a GPU")

@@ -49,6 +49,7 @@ MODULES: tuple[str, ...] = (
     "himo_kernels.normalize.triton",
     "himo_kernels.pca.triton",
     "himo_kernels.info_nce.triton",
+    "himo_kernels.info_nce.triton.pairs",
     "himo_kernels.sigmoid_loss.triton",
 )
 

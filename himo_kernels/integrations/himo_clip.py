@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from himo_kernels.integrations.kinds import Kind
 from himo_kernels.nn import HiMoLoss
 
 # HiMoLoss's arguments, except what the trainer sets: pca_ratio and the sum of the two losses.
@@ -60,3 +61,8 @@ def forward_of(model: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, 
         return terms.contrastive_loss, terms.component_loss
 
     return forward
+
+
+KINDS = (
+    Kind("the CLIP model of the released HiMo-CLIP code", class_of, METHODS, forward_of, OPTIONS),
+)

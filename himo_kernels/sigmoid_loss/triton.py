@@ -21,9 +21,8 @@ from himo_kernels.info_nce.triton.grad_logits import (
     block_and_tile,
     dtype_of_gradients,
     gain_of,
-    in_chunks,
 )
-from himo_kernels.info_nce.triton.gradients import multiply
+from himo_kernels.info_nce.triton.gradients import products_of
 from himo_kernels.info_nce.triton.logits import Branch, features_branch, tile_products
 from himo_kernels.info_nce.triton.losses import log1p
 
@@ -80,11 +79,10 @@ def _sums(
     # bias [B], all divided; empty where not needed.
     needs_left, needs_right, needs_scale, needs_bias = needs_grad
     problems, rows, columns = branch.problems, branch.rows, branch.columns
-    width = branch.right.shape[-1]
     # Sums of a tile: of the loss, and of the gradients of scale and bias.
     partials = branch.new_empty(problems, 3, branch.row_blocks, branch.column_tiles)
     dtype = dtype_of_gradients(branch, max(rows, columns))
-    gain, parts = gain_of(dtype), int(needs_left or needs_right)
+    gain, needs_features = gain_of(dtype), needs_left or needs_right
 
     def launch(chunk: Chunk) -> None:
         sigmoid_kernel[(chunk.programs(branch),)](
@@ -92,7 +90,7 @@ def _sums(
             branch.right,
             branch.scale,
             bias,
-            chunk.workspace if parts else None,
+            chunk.workspace if needs_features else None,
             partials,
             *branch.sizes(),
             *chunk.sizes(),
@@ -102,26 +100,16 @@ def _sums(
             **branch.constants(),
         )
 
-    left = branch.new_empty(*((problems, rows, width) if needs_left else (0,)))
-    right = branch.new_empty(*((problems, columns, width) if needs_right else (0,)))
-    x = branch.left[0]
-    for chunk, (grad,) in in_chunks(branch, parts, dtype, launch):
-        if needs_left:
-            product = branch.new_empty(problems, grad.shape[1], width)
-            multiply(branch, grad, branch.right, product)
-            left[:, chunk] = product
-        if needs_right:
-            multiply(branch, grad.mT, x[:, chunk], right, chunk.start > 0)
+    left, right = products_of(branch, dtype, needs_left, needs_right, launch)
     factor = branch.scale.float() / (divisor * gain)
     sums = partials.sum((-2, -1), dtype=torch.float64).div_(divisor).float()  # [B, 3]
     loss, of_scale, of_bias = (part.clone() for part in sums.unbind(1))  # outputs share no memory
-    empty = branch.new_empty(0)
     return (
         loss,
-        left.mul_(factor),
-        right.mul_(factor),
-        of_scale if needs_scale else empty,
-        of_bias if needs_bias else empty,
+        branch.new_empty(0) if left is None else left.mul_(factor),
+        branch.new_empty(0) if right is None else right.mul_(factor),
+        of_scale if needs_scale else branch.new_empty(0),
+        of_bias if needs_bias else branch.new_empty(0),
     )
 
 

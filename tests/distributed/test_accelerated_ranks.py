@@ -41,6 +41,27 @@ def test_the_mean_over_ranks_is_counted_where_a_value_needs_it(ranks):
         assert calls == {number}
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    "word, number",
+    [
+        ("siglip", 4),
+        ("coca", 1),
+        ("MultipleNegativesRankingLoss", 3),
+        ("CachedMultipleNegativesRankingLoss", 3),
+        ("lightly", 1),
+        ("grad_cache", 1),
+    ],
+)
+def test_other_libraries_losses(ranks, word, number):
+    found = [sum(n.startswith(word) and n.endswith("values") for n in checks) for checks in ranks]
+    if not any(found):
+        pytest.skip("the package is not installed (make setup)")
+    assert set(found) == {number}
+    assert_below(1e-12, ranks, word, "values")
+    assert_below(1e-10, ranks, word, "gradients")
+
+
 def test_the_released_model(ranks):
     assert_below(1e-10, ranks, "released", "values")
     assert_below(1e-6, ranks, "released", "gradients")  # SVD there, gap_eps here

@@ -230,10 +230,10 @@ def grad_logits_kernel(
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
         at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
         if grad_columns_ptr is None:
-            _store(grad_rows_ptr + start + at, (grad_rows + grad_columns) * GAIN, inside)
+            store(grad_rows_ptr + start + at, (grad_rows + grad_columns) * GAIN, inside)
         else:
-            _store(grad_rows_ptr + start + at, grad_rows * GAIN, inside)
-            _store(grad_columns_ptr + start + at, grad_columns * GAIN, inside)
+            store(grad_rows_ptr + start + at, grad_rows * GAIN, inside)
+            store(grad_columns_ptr + start + at, grad_columns * GAIN, inside)
 
 
 @triton.jit
@@ -266,7 +266,7 @@ def _grad_negatives(
 
 
 @triton.jit
-def _store(pointers, values, mask):
+def store(pointers, values, mask):
     tl.store(pointers, rounded(values, pointers.dtype.element_ty), mask=mask)
 
 
@@ -329,14 +329,14 @@ def grad_positive(
     """Returns 2 N dS at the positives of one direction: w (P_ii - (1 - eps) - eps / N), eq. (6)."""
     # P_ii - 1 = expm1(-nll) avoids cancellation for P_ii near 1.
     nll = tl.load(nll_ptr + at, mask=mask, other=0.0)
-    gradient = _expm1(-nll) + (SMOOTHING - SMOOTHING / total)
+    gradient = expm1(-nll) + (SMOOTHING - SMOOTHING / total)
     if weight_ptr is not None:
         gradient *= tl.load(weight_ptr + at, mask=mask, other=0.0)
     return gradient
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     # exp(x) - 1 for x <= 0 to full precision; for x > -1 by its Taylor series up to x^11.
     series = 1 + x * (1.0 / 11)
     for index in tl.static_range(10, 1, -1):

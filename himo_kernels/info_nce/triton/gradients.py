@@ -3,6 +3,7 @@
 No value is read on the host, so a CUDA graph can capture all launches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from himo_kernels._triton_jit import rounded
 from himo_kernels.info_nce.compose import Direction, Settings, Statistics
 from himo_kernels.info_nce.triton.grad_logits import (
+    Chunk,
     GradLogits,
     grad_positive,
+    in_chunks,
     positives_of,
 )
 from himo_kernels.info_nce.triton.logits import Branch
@@ -213,6 +216,30 @@ def _scale_gradient(
         **_SCALE,
     )
     return out
+
+
+def products_of(
+    branch: Branch,
+    dtype: torch.dtype,
+    needs_left: bool,
+    needs_right: bool,
+    launch: Callable[[Chunk], None],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns dS Y [B, M, W] and dS^T X [B, N, W] in float32, of the dS [dtype] that launch writes.
+
+    None where not needed; launch is called in any case.
+    """
+    problems, width = branch.problems, branch.right.shape[-1]
+    left = branch.new_empty(problems, branch.rows, width) if needs_left else None
+    right = branch.new_empty(problems, branch.columns, width) if needs_right else None
+    for chunk, (grad,) in in_chunks(branch, int(needs_left or needs_right), dtype, launch):
+        if left is not None:
+            product = branch.new_empty(problems, grad.shape[1], width)
+            multiply(branch, grad, branch.right, product)
+            left[:, chunk] = product
+        if right is not None:
+            multiply(branch, grad.mT, branch.left[0][:, chunk], right, chunk.start > 0)
+    return left, right
 
 
 def multiply(

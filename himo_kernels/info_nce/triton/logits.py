@@ -28,6 +28,7 @@ class Branch:
     scale: Tensor  # []
     rank: Tensor | None = None  # [B] int64, in [0, W]: X and Y are zero from this column on
     pair_offset: int = 0  # row i and column i + pair_offset are a pair, if there is such a column
+    small_tiles: bool = False  # for kernels that need more registers per logit
 
     @property
     def problems(self) -> int:
@@ -43,7 +44,8 @@ class Branch:
 
     @property
     def tile(self) -> Tile:
-        return tile_for(self.right, self.problems, self.rows, self.columns, self.left.shape[0])
+        sizes = (self.problems, self.rows, self.columns, self.left.shape[0])
+        return tile_for(self.right, *sizes, small_only=self.small_tiles)
 
     @property
     def row_blocks(self) -> int:

@@ -202,13 +202,13 @@ def statistics_kernel(
             logits = tl.where(inside & ~pairs, logits, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(logits, 1))
-        shift = _finite_shift(new_max)
+        shift = finite_shift(new_max)
         row_sum = row_sum * tl.exp(row_max - shift)
         row_sum += tl.sum(tl.exp(logits - shift[:, None]), 1)
         row_max = new_max
 
         column_max = tl.max(logits, 0)
-        column_sum = tl.sum(tl.exp(logits - _finite_shift(column_max)[None, :]), 0)
+        column_sum = tl.sum(tl.exp(logits - finite_shift(column_max)[None, :]), 0)
         _store(column_partials_ptr, columns, column_count, column_max, column_sum)
     _store(row_partials_ptr, rows, row_count, row_max, row_sum)
 
@@ -221,7 +221,7 @@ def _store(partials_ptr, index, count, maximum, total):
 
 
 @triton.jit
-def _finite_shift(maximum):
+def finite_shift(maximum):
     """Returns the maximum to subtract before exp, with 0 for -inf: -inf - -inf would be NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
@@ -247,7 +247,7 @@ def _merged(
         maximum = tl.load(at, mask=mask, other=float("-inf"))
         summed = tl.load(at + samples, mask=mask, other=0.0)
         new_max = tl.maximum(total_max, tl.max(maximum, 0))
-        shift = _finite_shift(new_max)
+        shift = finite_shift(new_max)
         total = total * tl.exp(total_max - shift)
         total += tl.sum(summed * tl.exp(maximum - shift[None, :]), 0)
         total_max = new_max

@@ -73,7 +73,15 @@ FEW_TILES = 256  # about two waves of 132 multiprocessors
 forced: Tile | None = None  # overrides the table; set by tune.py
 
 
-def tile_for(features: Tensor, problems: int, rows: int, columns: int, terms: int = 1) -> Tile:
+def tile_for(
+    features: Tensor,
+    problems: int,
+    rows: int,
+    columns: int,
+    terms: int = 1,
+    *,
+    small_only: bool = False,
+) -> Tile:
     """Returns the tile for this many problems of M x N logits, with X a sum of `terms` terms."""
     capability = _triton.capability(features)
     if forced is not None:
@@ -86,7 +94,7 @@ def tile_for(features: Tensor, problems: int, rows: int, columns: int, terms: in
     if terms > 1:
         large, small = _LARGE_OF_TERMS[architecture], _SMALL_OF_TERMS
     tiles = problems * -(-rows // large.rows) * -(-columns // large.columns)
-    return large if tiles >= FEW_TILES else small
+    return large if tiles >= FEW_TILES and not small_only else small
 
 
 def precision_for(dtype: torch.dtype) -> str:

@@ -1,0 +1,184 @@
+"""pytorch-metric-learning's NTXentLoss and SupConLoss, without logits or lists of pairs.
+
+compute_loss is replaced: reducers, regularisers and records stay theirs. e are the embeddings, r
+the references (e itself without ref_emb), l their labels, S = e @ r.T / temperature.
+
+    NTXentLoss    a loss for each positive pair (a, p), l_a = l_p: minus the log-softmax of S_ap
+                  among p and the columns of other labels
+    SupConLoss    a loss for each row a: minus the mean, over its positives p, of the log-softmax of
+                  S_ap among all columns; 0 without a positive
+
+Without ref_emb, no row is a pair with itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo_kernels._checks import raise_type
+from himo_kernels.dispatch import check_backend
+from himo_kernels.info_nce import info_nce
+from himo_kernels.integrations.kinds import (
+    Kind,
+    as_under_autocast,
+    base_named,
+    check_settings,
+    raise_setting,
+)
+
+PACKAGE = "pytorch_metric_learning"
+SETTINGS = ("temperature", "distance", "reducer")  # since version 1.0
+
+
+def nt_xent(loss: Any, *, backend: str = "auto") -> Callable[..., dict[str, Any]]:
+    """Returns the new NTXentLoss.compute_loss."""
+    _check(loss, backend)
+
+    def compute_loss(
+        self: Any,
+        embeddings: Tensor,  # [N, D]
+        labels: Tensor,  # [N]
+        indices_tuple: Any,
+        ref_emb: Tensor,  # [M, D]
+        ref_labels: Tensor,  # [M]
+    ) -> dict[str, Any]:
+        rows, columns = _features(self, embeddings, labels, indices_tuple, ref_emb)
+        matches = Matches(labels, ref_labels)
+        if matches.too_few():
+            return self.zero_losses()
+        anchors, positives = matches.pairs()
+        losses = info_nce(
+            rows[anchors],
+            columns,
+            1 / self.temperature,
+            directions="rows",
+            positives=positives,
+            labels=(matches.rows[anchors], matches.columns),
+            same_label="exclude",
+            reduction="none",
+            backend=backend,
+        )
+        return _of(losses.to(embeddings.dtype), (anchors, positives), "pos_pair")
+
+    return compute_loss
+
+
+def sup_con(loss: Any, *, backend: str = "auto") -> Callable[..., dict[str, Any]]:
+    """Returns the new SupConLoss.compute_loss."""
+    _check(loss, backend)
+
+    def compute_loss(
+        self: Any,
+        embeddings: Tensor,  # [N, D]
+        labels: Tensor,  # [N]
+        indices_tuple: Any,
+        ref_emb: Tensor,  # [M, D]
+        ref_labels: Tensor,  # [M]
+    ) -> dict[str, Any]:
+        rows, columns = _features(self, embeddings, labels, indices_tuple, ref_emb)
+        matches = Matches(labels, ref_labels)
+        if matches.too_few():
+            return self.zero_losses()
+        losses = info_nce(
+            rows,
+            columns,
+            1 / self.temperature,
+            directions="rows",
+            labels=(matches.rows, matches.columns),
+            exclude_self=matches.exclude_self,
+            reduction="none",
+            backend=backend,
+        )
+        numbers = torch.arange(len(rows), device=rows.device)
+        return _of(losses.to(embeddings.dtype), numbers, "element")
+
+    return compute_loss
+
+
+KINDS = tuple(
+    Kind(
+        f"pytorch-metric-learning's {name}",
+        partial(base_named, name=name, package=PACKAGE),
+        ("compute_loss", "_compute_loss", computed_by),
+        make,
+        ("backend",),
+        "compute_loss",
+    )
+    for name, computed_by, make in (
+        ("NTXentLoss", "pair_based_loss", nt_xent),
+        ("SupConLoss", "mat_based_loss", sup_con),
+    )
+)
+
+
+class Matches:
+    """The pairs of equal labels, without an N x M mask."""
+
+    def __init__(self, labels: Tensor, ref_labels: Tensor) -> None:
+        # As in get_matches_and_diffs: one object for both means no reference but the rows.
+        self.exclude_self = ref_labels is labels
+        both = torch.cat([labels, ref_labels.to(labels.device)])
+        numbers = torch.unique(both, return_inverse=True)[1]  # labels of any dtype as int64
+        self.rows, self.columns = numbers[: len(labels)], numbers[len(labels) :]
+        values, self._order = self.columns.sort(stable=True)
+        self._begin = torch.searchsorted(values, self.rows)
+        self._count = torch.searchsorted(values, self.rows, right=True) - self._begin
+
+    def too_few(self) -> bool:
+        """Whether the library returns zero: no positive pair, no negative pair, or one of each."""
+        equal = int(self._count.sum())  # reads the device, as does the library
+        positive = equal - self.exclude_self * min(len(self.rows), len(self.columns))
+        negative = len(self.rows) * len(self.columns) - equal
+        return min(positive, negative) == 0 or max(positive, negative) <= 1
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Returns row and column of the positive pairs, [P] each, in the order of torch.where."""
+        rows = torch.arange(len(self.rows), device=self.rows.device)
+        anchors = rows.repeat_interleave(self._count)
+        first = self._count.cumsum(0) - self._count  # place of each row's first pair
+        place = torch.arange(len(anchors), device=rows.device) - first[anchors]
+        positives = self._order[self._begin[anchors] + place]
+        if self.exclude_self:
+            other = anchors != positives
+            anchors, positives = anchors[other], positives[other]
+        return anchors, positives
+
+
+def _check(loss: Any, backend: str) -> None:
+    check_backend("accelerate", backend)
+    check_settings(type(loss).__name__, loss, SETTINGS)
+    _check_distance("accelerate", loss.distance)
+
+
+def _check_distance(operator: str, distance: Any) -> None:
+    known, found = base_named(distance, "DotProductSimilarity", PACKAGE), type(distance)
+    names = ("forward", "compute_mat")
+    if known is None or any(getattr(found, name) is not getattr(known, name) for name in names):
+        expected = "CosineSimilarity or DotProductSimilarity"
+        raise_setting(operator, "distance", expected, found.__name__)
+    if distance.power != 1:
+        raise_setting(operator, "distance.power", "1", distance.power)
+
+
+def _features(
+    loss: Any, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor
+) -> tuple[Tensor, ...]:
+    """Returns rows [N, D] and columns [M, D] whose products are the similarities."""
+    name, distance = type(loss).__name__, loss.distance
+    _check_distance(name, distance)
+    if indices_tuple is not None:
+        raise_setting(name, "indices_tuple", "None (all pairs)", "pairs of a miner")
+    if labels is None:
+        raise_type(name, "labels", "to be a torch.Tensor", "None")
+    distance.reset_stats()
+    rows, columns = distance.maybe_normalize(embeddings), distance.maybe_normalize(ref_emb)
+    distance.set_default_stats(embeddings, ref_emb, rows, columns)
+    return as_under_autocast(rows, columns)
+
+
+def _of(losses: Tensor, indices: Any, reduction_type: str) -> dict[str, Any]:
+    """Returns what reducers expect: a loss for each of indices."""
+    return {"loss": {"losses": losses, "indices": indices, "reduction_type": reduction_type}}
