@@ -26,8 +26,8 @@ BACKENDS = [name for name in PAIRS.backends if name in runnable_backends("info_n
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 few_examples = hypothesis.settings(max_examples=60, deadline=None)
 
-# (N, M): one pair, one key, one row, square, both sides of N = M, and across tiles.
-SHAPES = [(1, 1), (4, 1), (1, 4), (5, 5), (5, 9), (9, 5), (70, 300)]
+# (N, M): one pair, one key, one row, more keys than rows, and more than one tile.
+SHAPES = [(1, 1), (4, 1), (1, 4), (5, 9), (70, 300)]
 
 
 def drawn(rows: int, columns: int, generator: torch.Generator) -> dict[str, dict[str, object]]:
