@@ -143,7 +143,8 @@ __device__ inline void fill(double* out, int count, double value) {
   for (int i = threadIdx.x; i < count; i += kThreads) out[i] = value;
 }
 
-// Writes for each vector of the range the last one of its cluster. Ends with a barrier.
+// Writes for each vector of the range the last one of its cluster. A barrier follows
+// before it is read.
 __device__ inline void find_clusters(const double* eigenvalues, int count, double gap, int* last) {
   const int i = threadIdx.x;
   if (i < count) {
@@ -151,7 +152,6 @@ __device__ inline void find_clusters(const double* eigenvalues, int count, doubl
     while (end + 1 < count && eigenvalues[end] - eigenvalues[end + 1] < gap) ++end;
     last[i] = end;
   }
-  __syncthreads();
 }
 
 template <int SIDE>
