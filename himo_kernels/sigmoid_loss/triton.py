@@ -41,7 +41,7 @@ def sigmoid_loss_fwd(
     batch = image_features.shape[:-2]
     loss, *grads = _sums(branch, logit_bias, branch.columns, needs_grad)
     shapes = (image_features.shape, text_features.shape, batch, batch)
-    return loss.reshape(batch), *(
+    return _unpadded(loss, batch), *(
         _unpadded(grad, shape) if needed else grad
         for grad, shape, needed in zip(grads, shapes, needs_grad, strict=True)
     )
@@ -59,7 +59,7 @@ def sigmoid_loss_block_fwd(
     branch = features_branch(image_features, keys, logit_scale, offset)
     loss, *grads = _sums(branch, logit_bias, 1, needs_grad)
     shapes: tuple[torch.Size, ...] = (image_features.shape, keys.shape, loss.shape[1:])
-    return loss.reshape(()), *(
+    return _unpadded(loss, shapes[-1]), *(
         _unpadded(grad, shape) if needed else grad
         for grad, shape, needed in zip(grads, (*shapes, shapes[-1]), needs_grad, strict=True)
     )
@@ -67,8 +67,8 @@ def sigmoid_loss_block_fwd(
 
 def _unpadded(grad: Tensor, shape: torch.Size) -> Tensor:
     # [B, N, W] of features, or [B] of a scalar, in this shape.
-    if grad.dim() == 1:
-        return grad.reshape(shape)
+    if grad.dim() == 1:  # cloned: outputs share no memory, and a caller may change a loss in place
+        return grad.reshape(shape).clone()
     return grad[..., : shape[-1]].reshape(shape)
 
 
@@ -103,7 +103,7 @@ def _sums(
     left, right = products_of(branch, dtype, needs_left, needs_right, launch)
     factor = branch.scale.float() / (divisor * gain)
     sums = partials.sum((-2, -1), dtype=torch.float64).div_(divisor).float()  # [B, 3]
-    loss, of_scale, of_bias = (part.clone() for part in sums.unbind(1))  # outputs share no memory
+    loss, of_scale, of_bias = sums.unbind(1)
     return (
         loss,
         branch.new_empty(0) if left is None else left.mul_(factor),
