@@ -188,6 +188,22 @@ def test_the_lines_of_flickr_give_what_karpathys_file_gives(data, sets, evaluate
     assert result["curves"]  # one set and one checkpoint: all of eval.json
 
 
+@pytest.mark.parametrize(
+    ("name", "folder", "place"),
+    [("himo-docci", "docci", ("himo", "HiMo@K", "value")), ("cola", "cola", ("cola", "accuracy"))],
+)
+def test_one_set_of_another_kind_gives_the_usual_result(name, folder, place, data, sets, evaluate):
+    status, result, out, _ = evaluate("--data", f"{name}:{data / folder}")
+    assert status == 0 and "wrote" in out
+    value = result
+    for key in place:
+        value = value[key]
+    (measure,) = sets[name]["measures"].values()
+    assert value == pytest.approx(measure["value"])
+    assert (result["protocol"]["dataset"], result["protocol"]["split"]) == (name, "all")
+    assert "interval_rule" not in result["protocol"]  # there is none in this result
+
+
 def test_the_tables_hold_the_values_of_the_sets(suite, sets):
     result = json.loads((suite / "eval.json").read_text())
     assert [table["table"] for table in result["tables"]] == [1, 2, 3]
