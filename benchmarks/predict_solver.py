@@ -83,18 +83,40 @@ def steps_of(loops: list[Loop]) -> dict[str, list[Loop]]:
     return steps
 
 
+def count(loop: Loop, family: str) -> int:
+    """Returns how many instructions of a family a loop has."""
+    return sum(i.family == family for i in loop)
+
+
+def cost(loop: Loop, warps: int = WARPS) -> int:
+    """Returns the cycles of an iteration of a loop that all warps of the block run."""
+    return max(sass.latency(loop), sass.issue(loop, warps))
+
+
+def per_reflector(loops: list[Loop], side: int, phase: int) -> float:
+    """Returns the cycles of a reflector of a phase: `phase` times 32 elements of it are 0.
+
+    The loops of a phase, unrolled or not, are those with its number of multiply-adds.
+    """
+    parts = THREADS // side  # threads of a vector
+    elements = (side - LANES * phase) // parts
+    exchanges = 2 * int(math.log2(parts))  # of a reflector
+    fitting = [
+        cost(loop) * exchanges / count(loop, "SHFL")
+        for loop in loops
+        if count(loop, "DFMA") * exchanges == 2 * elements * count(loop, "SHFL")
+    ]
+    if not fitting:
+        raise ValueError(f"predict_solver: no loop for phase {phase} of side {side}")
+    return min(fitting)
+
+
 def microseconds(code: list[sass.Instruction], side: int, n: int) -> dict[str, float]:
     """Returns the predicted time of each step for a matrix of side n."""
     steps = steps_of(inner_loops(code))
     rows, columns, points = side // WARPS, side // LANES, THREADS // side
     each = (2 + 52 - math.log2(THREADS + 1)) / math.log2(points + 1)
     phases = [max(0, min(LANES, n - LANES * phase)) for phase in range(columns)]
-
-    def cost(loop: Loop, warps: int = WARPS) -> int:
-        return max(sass.latency(loop), sass.issue(loop, warps))
-
-    def count(loop: Loop, family: str) -> int:
-        return sum(i.family == family for i in loop)
 
     vector_warps = side // LANES  # a thread has a vector
     gram, *_, apply = steps["Newton-Schulz"]
@@ -117,8 +139,8 @@ def microseconds(code: list[sass.Instruction], side: int, n: int) -> dict[str, f
             + LANES * cost(apply) / (count(apply, "DFMA") / (rows * columns))
         ),
         "reflectors": sum(
-            trips * cost(loop)
-            for trips, loop in zip(reversed(phases), steps["reflectors"], strict=False)
+            trips * per_reflector(steps["reflectors"], side, phase)
+            for phase, trips in enumerate(phases)
         ),
     }
     return {step: value / (1e3 * CLOCK_GHZ) for step, value in cycles.items()}
