@@ -19,14 +19,15 @@ namespace {
 template <class T>
 std::vector<T> read(std::FILE* file, size_t count) {
   std::vector<T> values(count);
-  if (std::fread(values.data(), sizeof(T), count, file) != count)
+  if (count > 0 && std::fread(values.data(), sizeof(T), count, file) != count)
     himo::emulate::fail("solve: the input ends early, expected %lu numbers\n", count);
   return values;
 }
 
 template <class T>
 void write(std::FILE* file, const std::vector<T>& values) {
-  if (std::fwrite(values.data(), sizeof(T), values.size(), file) != values.size())
+  if (!values.empty() &&
+      std::fwrite(values.data(), sizeof(T), values.size(), file) != values.size())
     himo::emulate::fail("solve: cannot write %lu numbers\n", values.size());
 }
 
