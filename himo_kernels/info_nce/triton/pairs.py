@@ -134,7 +134,7 @@ def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
         branch.right.shape[-1],
         branch.row_blocks,
         splits,
-        **_constants(problem, branch),
+        **{**_constants(problem, branch), "num_warps": 8},  # 4 spill registers with exclusions
     )
     log, total = torch.logsumexp(partials[0], 1), partials[1].sum(1)  # [B, N]
     has_single = problem.rows.single.reshape(log.shape) >= 0
