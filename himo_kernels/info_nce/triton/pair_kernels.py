@@ -23,7 +23,8 @@ def pairs_statistics_kernel(
     right_ptr,  # [B, M, W]
     scale_ptr,  # []
     row_records_ptr,  # [B, N, 8]
-    column_records_ptr,  # [B, M, 8]
+    column_keys_ptr,  # [B, M] int32: whole records in the loop would spill registers
+    column_labels_ptr,  # [B, M] int32, or None
     log_ptr,  # [B, splits, N] float32: log sum exp (S - r), without the single positive
     total_ptr,  # [B, splits, N] float32: T
     row_count,  # N
@@ -32,7 +33,6 @@ def pairs_statistics_kernel(
     row_blocks,
     splits,  # programs that share a row block, each with some of the columns
     EXCLUDE_SELF: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
@@ -45,7 +45,9 @@ def pairs_statistics_kernel(
     problem = (tl.program_id(0) // (row_blocks * splits)).to(tl.int64)
     left_ptr += problem * row_count * width
     right_ptr += problem * column_count * width
-    column_records_ptr += problem * column_count * 8
+    column_keys_ptr += problem * column_count
+    if column_labels_ptr is not None:
+        column_labels_ptr += problem * column_count
     first_row = block * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     scale = tl.load(scale_ptr).to(tl.float32)
@@ -64,14 +66,14 @@ def pairs_statistics_kernel(
             *(left_ptr, right_ptr, first_row, first_column, row_count, column_count, width, width),
             *(0, 1, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, PRECISION),
         )
-        key = _integer(column_records_ptr, columns, column_count)
+        key = tl.load(column_keys_ptr + columns, mask=columns < column_count, other=0)
         inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
         other = inside & (rows[:, None] != columns[None, :])
         allowed = other if EXCLUDE_SELF else inside
-        positive = allowed & (row_key == key)
-        if HAS_LABELS:
-            label = _integer(column_records_ptr + 1, columns, column_count)
-            allowed &= positive | (row_label != label)
+        positive = allowed & (row_key == key[None, :])
+        if column_labels_ptr is not None:
+            label = tl.load(column_labels_ptr + columns, mask=columns < column_count, other=0)
+            allowed &= positive | (row_label != label[None, :])
         relative = scale * products - reference
         counted = allowed & ~(positive & (target < 0))
         weights = tl.where(positive, target, 0.0) + share
@@ -185,13 +187,6 @@ def _records(
         tl.expand_dims(log, AXIS),
         tl.expand_dims(weight, AXIS),
     )
-
-
-@triton.jit
-def _integer(records_ptr, columns, count):
-    """Returns one field [1, BLOCK]. In the loop of pass 1 whole records would spill registers."""
-    field = tl.load(records_ptr + columns.to(tl.int64) * 8, mask=columns < count, other=0.0)
-    return field.to(tl.int32, bitcast=True)[None, :]
 
 
 @triton.jit

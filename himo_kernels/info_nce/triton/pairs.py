@@ -64,7 +64,10 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, .
     weights = [side.weight.reshape(-1) for side in softmaxes if side.weight is not None]
     largest = torch.cat([*weights, branch.new_empty(1).zero_()]).abs().amax()  # []
     largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)
-    records = _records_of_both(problem, problems, largest)
+    records = (
+        _records(problem.row_keys, problem.row_labels, problem.rows, problems, largest),
+        _records(problem.column_keys, problem.column_labels, problem.columns, problems, largest),
+    )
     partials = branch.new_empty(problems, branch.row_blocks, branch.column_tiles)
 
     def launch(chunk: Chunk) -> None:
@@ -84,6 +87,7 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, .
             GAIN=gain,
             GROUP=GROUP,
             BOTH=problem.columns is not None,
+            HAS_LABELS=problem.row_labels is not None,
             **_constants(problem, branch),
         )
 
@@ -111,13 +115,18 @@ def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
     problems, rows = branch.problems, branch.rows
     splits = triton.cdiv(PROGRAMS, max(1, problems * branch.row_blocks))
     splits = min(branch.column_tiles, splits)
+    labels = problem.column_labels
+    if labels is not None:
+        labels = labels.reshape(problems, branch.columns).contiguous()
     # For each part of the columns: log sum exp, and T.
     partials = branch.new_empty(2, problems, splits, rows)
     pairs_statistics_kernel[(problems * splits * branch.row_blocks,)](
         branch.left,
         branch.right,
         branch.scale,
-        *_records_of_both(problem, problems),
+        _records(problem.row_keys, problem.row_labels, problem.rows, problems),
+        problem.column_keys.reshape(problems, branch.columns).contiguous(),
+        labels,
         partials[0],
         partials[1],
         rows,
@@ -125,7 +134,7 @@ def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
         branch.right.shape[-1],
         branch.row_blocks,
         splits,
-        **_constants(problem, branch),
+        **{**_constants(problem, branch), "num_warps": 8},  # 4 spill registers with exclusions
     )
     log, total = torch.logsumexp(partials[0], 1), partials[1].sum(1)  # [B, N]
     has_single = problem.rows.single.reshape(log.shape) >= 0
@@ -138,33 +147,29 @@ def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
 def _constants(problem: Problem, branch: Branch) -> dict[str, object]:
     constants = branch.constants()
     del constants["TERMS"]  # features are one term
-    has_labels = problem.row_labels is not None
-    return {"EXCLUDE_SELF": problem.exclude_self, "HAS_LABELS": has_labels, **constants}
+    return {"EXCLUDE_SELF": problem.exclude_self, **constants}
 
 
-def _records_of_both(
-    problem: Problem, problems: int, largest: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    # Of the rows [B, N, 8] and of the columns [B, M, 8]; RECORD says of what. The weights are
-    # divided by the largest.
-    def records(key: Tensor, label: Tensor | None, softmax: Softmax | None) -> Tensor:
-        fields: dict[str, Tensor | None] = {"key": _as_float32(key)}
-        if label is not None:
-            fields["label"] = _as_float32(label)
-        if softmax is not None:
-            target = torch.where(softmax.single >= 0, -1.0, softmax.target)
-            fields |= {"reference": softmax.reference, "target": target, "share": softmax.share}
-            if softmax.weight is not None and largest is not None:
-                fields |= {"log": softmax.log, "weight": softmax.weight / largest}
-        zero = torch.zeros(key.shape, device=key.device)
-        given = [fields.get(name) for name in RECORD]
-        joined = torch.stack([zero if value is None else value for value in given], -1)
-        return joined.reshape(problems, key.shape[-1], len(RECORD))
-
-    return (
-        records(problem.row_keys, problem.row_labels, problem.rows),
-        records(problem.column_keys, problem.column_labels, problem.columns),
-    )
+def _records(
+    key: Tensor,  # [*, n] int32
+    label: Tensor | None,  # [*, n] int32
+    softmax: Softmax | None,
+    problems: int,
+    largest: Tensor | None = None,  # []: divides the weights
+) -> Tensor:
+    # Of rows or columns [B, n, 8]; RECORD says of what.
+    fields: dict[str, Tensor | None] = {"key": _as_float32(key)}
+    if label is not None:
+        fields["label"] = _as_float32(label)
+    if softmax is not None:
+        target = torch.where(softmax.single >= 0, -1.0, softmax.target)
+        fields |= {"reference": softmax.reference, "target": target, "share": softmax.share}
+        if softmax.weight is not None and largest is not None:
+            fields |= {"log": softmax.log, "weight": softmax.weight / largest}
+    zero = torch.zeros(key.shape, device=key.device)
+    given = [fields.get(name) for name in RECORD]
+    joined = torch.stack([zero if value is None else value for value in given], -1)
+    return joined.reshape(problems, key.shape[-1], len(RECORD))
 
 
 def _as_float32(value: Tensor) -> Tensor:
