@@ -199,16 +199,20 @@ def times(out: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight processes, each of which imports torch
 def test_a_finished_run_is_not_repeated_and_a_stopped_one_goes_on(command, tmp_path, capsys):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-m", "himo", *command, "--epochs", "40"])
     metrics = [out / "runs" / f"{name}-0" / "metrics.jsonl" for name in ("full", "lambda-2")]
-    deadline = time.monotonic() + 200
-    while not all(path.exists() and path.read_text().count("\n") > 3 for path in metrics):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=200) == 130
+    process = subprocess.Popen([sys.executable, "-m", "himo", *command, "--epochs", "40"])
+    try:
+        deadline = time.monotonic() + 300
+        while not all(path.exists() and path.read_text().count("\n") > 3 for path in metrics):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(timeout=200)
+    assert status == 130
     assert not list(out.rglob("eval.json"))
     before = [path.read_text().splitlines() for path in metrics]
 
