@@ -101,9 +101,10 @@ def _check_flags(
     more: Sequence[tuple[str, str]],
 ) -> None:
     """HimoError for a flag that no data set of the call takes."""
-    of_all = {"allow_missing": None, "follow_links": None, "dataset_type": "auto"}
-    given = [key for key, value in options.items() if value and value != of_all.get(key, value)]
-    given += [key for key, value in options.items() if value and key not in of_all]
+    taken = {"allow_missing", "follow_links"}  # by a named set too
+    given = [key for key, value in options.items() if value and key not in taken]
+    if options["dataset_type"] == "auto":
+        given.remove("dataset_type")
     if given and not more and all(name for name, _ in asked):
         raise HimoError(f"{given[0]}: means nothing for {asked[0][0]}, whose layout is known")
     if data_root is not None and all(folder for _, folder in asked):
