@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from himo import config
+from himo import config, evaluate
 from himo.ablate.grid import LAMBDAS, TAUS, tables
 from himo.ablate.page import ablation_page, numbers_csv, read_results
 from himo.ablate.runs import claim, job_of, run_all
 from himo.config import TrainConfig
 from himo.errors import HimoError
+from himo.evaluate.captions import data_options
+from himo.evaluate.datasets import named
+from himo.evaluate.suite import open_items
 from himo.files import write_text
 from himo.report.runs import plural
 
@@ -61,20 +64,22 @@ def run(args: argparse.Namespace) -> int:
         raise HimoError(f"--seeds: expected different numbers of at least 0, got {args.seeds}")
     devices = _devices(args.devices)
     settings = config.from_arguments(args)
-    train, evaluate = _train_flags(settings), _eval_flags(args, settings)
+    train, measure = _train_flags(settings), _eval_flags(args, settings)
     out = Path(args.out)
-    claim(out, {"train": train, "eval": evaluate})
     variants = {variant.name: variant for table in wanted for _, variant, _ in table.rows}
     jobs = {
-        name: [job_of(out, variant, seed, train, evaluate) for seed in seeds]
+        name: [job_of(out, variant, seed, train, measure) for seed in seeds]
         for name, variant in variants.items()
     }
+    if not all(job.result.exists() for of in jobs.values() for job in of):
+        _check_eval_data(measure)
+    claim(out, {"train": train, "eval": measure})
     # The first seed of every variant before the second of any.
     if not run_all([of[k] for k in range(len(seeds)) for of in jobs.values()], devices):
         print(f"stopped; the same command goes on from {out}")
         return 130
     results = read_results({name: [job.folder for job in of] for name, of in jobs.items()})
-    about = _about(settings, evaluate)
+    about = _about(settings, measure)
     write_text(out / "ablation.csv", numbers_csv(wanted, results))
     write_text(out / "ablation.html", ablation_page(wanted, results, about, datetime.now()))
     print(f"page: {(out / 'ablation.html').resolve()}, all numbers: ablation.csv")
@@ -122,7 +127,8 @@ def _eval_flags(args: argparse.Namespace, settings: TrainConfig) -> list[str]:
     if data is None:
         raise HimoError("expected a data set to measure on: --eval-data or --val-data")
     flags = ["--data", data]
-    for name in _READING:
+    # A named set is read in its own way.
+    for name in () if named(data)[0] and not args.himo_docci else _READING:
         value, flag = getattr(settings, name), f"--{name.replace('_', '-')}"
         if value is True:
             flags.append(flag)
@@ -131,9 +137,18 @@ def _eval_flags(args: argparse.Namespace, settings: TrainConfig) -> list[str]:
     return flags + (["--himo-docci", args.himo_docci] if args.himo_docci else [])
 
 
-def _about(settings: TrainConfig, evaluate: Sequence[str]) -> list[str]:
+def _check_eval_data(flags: Sequence[str]) -> None:
+    """HimoError if `himo eval` cannot read its data: said before the first run is trained."""
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    args = parser.parse_args(["--pretrained", "", *flags])
+    more = [("prefixes", args.himo_docci)] if args.himo_docci else []
+    open_items(args.data, None, data_options(args), None, more)
+
+
+def _about(settings: TrainConfig, measure: Sequence[str]) -> list[str]:
     start = f"from {settings.pretrained}" if settings.pretrained else "from random weights"
     extent = f" for {plural(settings.epochs, 'epoch')}" if settings.epochs else ""
     rate = f" at a learning rate of {settings.lr:g}" if settings.lr is not None else ""
     trained = f"Trained {start} on {settings.train_data}{extent}{rate}."
-    return [trained, f"Measured on {evaluate[1]}."]
+    return [trained, f"Measured on {measure[1]}."]

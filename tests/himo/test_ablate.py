@@ -69,6 +69,9 @@ def test_other_values_have_no_printed_ones_and_weight_0_is_the_loss_alone():
         (("--seeds", "-1"), "--seeds: expected different numbers of at least 0, got -1"),
         (("--batch-size", "1"), "--batch-size: expected at least 2, got 1"),
         ((), "expected a data set to measure on: --eval-data or --val-data"),
+        (("--eval-data", "nowhere.csv"), "nowhere.csv"),
+        (("--eval-data", "coco:nowhere"), "coco: expected .* in nowhere, which is no folder"),
+        (("--eval-data", "cocoa:x"), "--data: expected a path, or NAME:FOLDER of"),
     ],
     ids=str,
 )
@@ -90,6 +93,12 @@ def test_what_the_grid_sets_is_no_flag_and_no_line_of_a_config(tmp_path, capsys)
     file.write_text("lambda_comp = 2.0\n")
     assert main([*given, "--config", str(file)]) == 2
     assert "--lambda-comp: expected none, himo ablate sets it, got 2.0" in capsys.readouterr().err
+
+
+def test_a_named_set_is_not_read_as_the_training_data(tmp_path, capsys):
+    given = ["ablate", "--train-data", "x.csv", "--csv-img-key", "path", "--out", str(tmp_path)]
+    assert main([*given, "--eval-data", "coco:nowhere"]) == 2
+    assert "coco: expected annotations/captions_val2017.json" in capsys.readouterr().err
 
 
 def test_flags_of_a_command():
@@ -234,7 +243,7 @@ def test_a_finished_run_is_not_repeated_and_a_stopped_one_goes_on(command, tmp_p
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_last_words(command, tmp_path, capsys):
-    assert main([*command, "--eval-data", str(tmp_path / "missing.csv")]) == 2
+    assert main([*command, "--train-data", str(tmp_path / "missing.csv")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     for name in ("full-0", "lambda-2-0"):

@@ -459,6 +459,20 @@ def test_a_bad_row_spoils_its_loss(backend: str, bad: float, generator: torch.Ge
         assert losses.isfinite().tolist() == [True, True, False, True]
 
 
+@each_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_positive_without_negatives_spoils_its_loss(
+    backend: str, bad: float, generator: torch.Generator
+) -> None:
+    inputs = features(3, 3, generator=generator)
+    inputs["image_features"][1, 1] = bad
+    options = {"labels": torch.zeros(3, dtype=torch.int64), "same_label": "exclude"}
+    options |= {"reduction": "none", "backend": backend}
+    for directions in ("rows", "columns"):
+        losses = himo_kernels.info_nce(**inputs, **options, directions=directions)
+        assert losses[1].isnan() and losses[::2].tolist() == [0, 0]
+
+
 def test_the_masks_of_the_oracle() -> None:
     # By hand: the rule that the other tests rest on.
     labels = (torch.tensor([1, 2]), torch.tensor([2, 1, 1]))

@@ -102,7 +102,9 @@ def _fwd(statistics: Statistics, *arguments: Any) -> tuple[Tensor, ...]:
     if inputs.positives is not None and inputs.positives.device.type == "cpu":  # no sync there
         check_places("info_nce", "positives", inputs.positives, inputs.text_features.shape[-2])
     sides = _sides(inputs, settings)
-    computed = list(statistics(_problem(inputs, settings, sides)))
+    problem = _problem(inputs, settings, sides)
+    computed = list(statistics(problem))
+    softmaxes = [problem.rows, problem.columns]
     empty = computed[0].new_empty(*inputs.image_features.shape[:-2], 0)
     losses, logs, counts = [], [], []
     for side, wanted in zip(sides, (settings.of_rows, settings.of_columns), strict=True):
@@ -112,7 +114,11 @@ def _fwd(statistics: Statistics, *arguments: Any) -> tuple[Tensor, ...]:
             counts.append(side.positives[..., :0])
             continue
         log, total = computed.pop(0), computed.pop(0)
-        losses.append(torch.where(side.positives > 0, log - total, 0.0))
+        softmax = softmaxes.pop(0)
+        assert softmax is not None  # of each direction that is wanted
+        # A single positive is not among log and total, so a bad one would not show: 0 or NaN.
+        bad = softmax.reference - softmax.reference
+        losses.append(torch.where(side.positives > 0, log - total + bad, 0.0))
         logs.append(log)
         counts.append(side.positives)
     return *losses, *logs, *counts
