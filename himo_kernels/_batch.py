@@ -39,8 +39,8 @@ def batch_of(loss: "HiMoLoss", labels: Tensor | None) -> "LocalBatch | JoinedBat
     group = loss.group
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return LocalBatch(loss, labels)
-    joined = dist.get_world_size(group) > 1
-    return JoinedBatch(loss, labels) if joined else LocalBatch(loss, labels)
+    alone = dist.get_world_size(group) == 1  # -1 on a rank that is no member, which is an error
+    return LocalBatch(loss, labels) if alone else JoinedBatch(loss, labels)
 
 
 class Batch:
