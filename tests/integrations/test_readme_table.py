@@ -100,7 +100,7 @@ LOSSES: list[Callable[[Any], Tensor]] = [  # in the order of the table
 ]
 
 
-@pytest.mark.parametrize("code, loss", zip(CODE, LOSSES, strict=True), ids=range(len(LOSSES)))
+@pytest.mark.parametrize("code, loss", [*zip(CODE, LOSSES, strict=True)], ids=range(len(LOSSES)))
 def test_a_line_of_the_table(code, loss, names):
     if None in (open_clip_loss(), *(of() for of in PACKAGES)):
         pytest.skip("a package is not installed (make setup)")
