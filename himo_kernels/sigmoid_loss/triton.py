@@ -5,6 +5,7 @@ bounded workspace, the operand of two matrix products. The order of all sums is 
 gives the same bits. No value is read on the host, so a CUDA graph can capture all launches.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -37,7 +38,7 @@ def sigmoid_loss_fwd(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Returns the loss [*] and its gradients; empty where not needed."""
-    branch = features_branch(image_features, text_features, logit_scale)
+    branch = _branch(image_features, text_features, logit_scale)
     batch = image_features.shape[:-2]
     loss, *grads = _sums(branch, logit_bias, branch.columns, needs_grad)
     shapes = (image_features.shape, text_features.shape, batch, batch)
@@ -56,13 +57,18 @@ def sigmoid_loss_block_fwd(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Returns the sum of the losses [] and its gradients; empty where not needed."""
-    branch = features_branch(image_features, keys, logit_scale, offset)
+    branch = _branch(image_features, keys, logit_scale, offset)
     loss, *grads = _sums(branch, logit_bias, 1, needs_grad)
     shapes: tuple[torch.Size, ...] = (image_features.shape, keys.shape, loss.shape[1:])
     return _unpadded(loss, shapes[-1]), *(
         _unpadded(grad, shape) if needed else grad
         for grad, shape, needed in zip(grads, (*shapes, shapes[-1]), needs_grad, strict=True)
     )
+
+
+def _branch(x: Tensor, y: Tensor, scale: Tensor, offset: int = 0) -> Branch:
+    # A large tile holds the logits, their losses and dL/dl at once, and spills registers.
+    return dataclasses.replace(features_branch(x, y, scale, offset), small_tiles=True)
 
 
 def _unpadded(grad: Tensor, shape: torch.Size) -> Tensor:
