@@ -103,6 +103,10 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, .
 info_nce_pairs_fwd, info_nce_pairs_bwd = passes(statistics, gradients).values()
 
 
+# By the bytes of an element: the other number of warps spills registers with exclusions.
+_WARPS_OF_STATISTICS = {2: {"num_warps": 8}, 4: {"num_warps": 4}}
+
+
 def _branch(problem: Problem) -> Branch:
     # A tile of 128 x 128 with both directions and exclusions spills its registers.
     branch = features_branch(problem.query, problem.key, problem.logit_scale)
@@ -134,7 +138,7 @@ def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
         branch.right.shape[-1],
         branch.row_blocks,
         splits,
-        **{**_constants(problem, branch), "num_warps": 8},  # 4 spill registers with exclusions
+        **_constants(problem, branch) | _WARPS_OF_STATISTICS[branch.right.element_size()],
     )
     log, total = torch.logsumexp(partials[0], 1), partials[1].sum(1)  # [B, N]
     has_single = problem.rows.single.reshape(log.shape) >= 0
