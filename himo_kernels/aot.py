@@ -41,7 +41,7 @@ REGISTER_GRANULARITY, WARP_GRANULARITY = 256, 4
 
 # Kernels whose epilogue takes as long as their matrix instructions: the largest number of
 # instructions outside the loop of these that 128 x 128 tiles of 16 bits may have on sm_90.
-MOST_OUTSIDE = {"statistics_kernel": 3400, "grad_logits_kernel": 2700}
+MOST_OUTSIDE = {"statistics_kernel": 3400, "grad_logits_kernel": 2750}
 
 # Modules with a function aot_cases() -> Iterable[Case].
 MODULES: tuple[str, ...] = (
