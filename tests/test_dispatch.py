@@ -80,16 +80,23 @@ def test_every_operator_has_a_reference_that_takes_everything(name: str) -> None
         assert operator.why_not("reference", x) is None
 
 
+# Operators whose forward returns the gradients too.
+PASSES = {"sigmoid_loss": {"fwd"}}
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_backend_has_a_forward_and_a_backward(name: str) -> None:
     for backend in OPERATORS[name].backends.values():
-        assert set(backend.kernels) == {"fwd", "bwd"}
+        assert set(backend.kernels) == PASSES.get(name, {"fwd", "bwd"})
         assert all(callable(kernel) for kernel in backend.kernels.values())
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_the_schema_ends_in_the_backend_and_changes_no_input(name: str, direction: str) -> None:
+    if direction not in PASSES.get(name, {direction}):
+        assert not hasattr(torch.ops.himo_kernels, f"{name}_{direction}")
+        return
     schema = getattr(torch.ops.himo_kernels, f"{name}_{direction}").default._schema
     *positional, last = [argument for argument in schema.arguments if not argument.kwarg_only]
     assert last.name == "backend"

@@ -6,7 +6,7 @@ column, and nothing of reductions. README.md (9) to (12) has the formulas.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -114,8 +114,7 @@ def _fwd(statistics: Statistics, *arguments: Any) -> tuple[Tensor, ...]:
             counts.append(side.positives[..., :0])
             continue
         log, total = computed.pop(0), computed.pop(0)
-        softmax = softmaxes.pop(0)
-        assert softmax is not None  # of each direction that is wanted
+        softmax = cast(Softmax, softmaxes.pop(0))  # there is one of each direction that is wanted
         # A single positive is not among log and total, so a bad one would not show: 0 or NaN.
         bad = softmax.reference - softmax.reference
         losses.append(torch.where(side.positives > 0, log - total + bad, 0.0))
@@ -176,10 +175,9 @@ def _problem(
             ((settings.of_rows, *features), (settings.of_columns, *features[::-1]))
         )
     ]
-    turn = 1 if settings.of_rows else -1
-    (query, key), (rows, columns) = features[::turn], sides[::turn]
-    of_rows, of_columns = softmaxes[::turn]
-    assert of_rows is not None  # the API asks for one direction at least
+    order = 1 if settings.of_rows else -1
+    (query, key), (rows, columns) = features[::order], sides[::order]
+    of_rows, of_columns = softmaxes[::order]
     return Problem(
         query,
         key,
@@ -190,7 +188,7 @@ def _problem(
         columns.labels,
         settings.exclude_self,
         smoothing,
-        of_rows,
+        cast(Softmax, of_rows),  # the API asks for one direction at least
         of_columns,
     )
 

@@ -5,6 +5,7 @@ exponential is exactly 1, so that the log of a confident one keeps all its digit
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     smoothing = problem.label_smoothing
     grad = _grad_logits(logits, positive, allowed, problem.rows, smoothing)
     if problem.columns is not None:
-        turned = (logits.mT, positive.mT, allowed.mT)
-        grad = grad + _grad_logits(*turned, problem.columns, smoothing).mT
+        transposed = (logits.mT, positive.mT, allowed.mT)
+        grad = grad + _grad_logits(*transposed, problem.columns, smoothing).mT
     return (
         scale * grad @ problem.key.to(scale.dtype),
         scale * grad.mT @ problem.query.to(scale.dtype),
@@ -90,10 +91,9 @@ def _statistics(
 def _grad_logits(
     logits: Tensor, positive: Tensor, allowed: Tensor, softmax: Softmax, smoothing: float
 ) -> Tensor:
-    assert softmax.log is not None and softmax.weight is not None  # set for the backward
+    log, weight = cast(Tensor, softmax.log), cast(Tensor, softmax.weight)  # set for the backward
     log, reference, share, weight = (
-        value.unsqueeze(-1)
-        for value in (softmax.log, softmax.reference, softmax.share, softmax.weight)
+        value.unsqueeze(-1) for value in (log, softmax.reference, softmax.share, weight)
     )
     grad = torch.exp(logits - reference - log) - _targets(softmax, positive, allowed)
     of_single = torch.expm1(-log) + smoothing - share  # = P - target - share, without cancellation
