@@ -47,6 +47,7 @@ OTHERS = {
     "loss": "clip",
     "preset": "official",
     "tau": 0.8,
+    "lambda_global": 0.5,
     "lambda_comp": 0.5,
     "label_smoothing": 0.2,
     "gap_eps": 1e-3,
@@ -123,7 +124,7 @@ def test_each_flag_that_differs_is_refused_said_or_free(name):
         assert advice in str(error.value)
     if rule == "refuse" and name not in ("batch_size", "accum_freq"):
         (change,) = resume.check(before, now, [name], PATH)
-        preset = {"tau": 0.9, "lambda_comp": 1.0, "label_smoothing": 0.0}
+        preset = {"tau": 0.9, "lambda_comp": 1.0, "lambda_global": 1.0, "label_smoothing": 0.0}
         assert change.values() == [preset.get(name, before["settings"][name]), value]
     if rule == "never":
         with pytest.raises(HimoError):
