@@ -115,7 +115,7 @@ FLAT_FILES = {
     "a doubled tuple among the keys": FLAT + b"\x80\x02}.\x80\x02](" + PAIR_2_TO_THE_100 + b"e.",
     "five pickles of 200,000 lists": (b"\x80\x02" + b"]" * 200_000 + b".") * 5,
     "two pickles of 200,000 lists": FLAT + (b"\x80\x02" + b"]" * 200_000 + b".") * 2,
-    "200,000 names": FLAT + b"\x80\x02" + b"ca\nb\n" * 200_000 + b"." + EMPTY_LIST,
+    "100,000 names": FLAT + b"\x80\x02" + b"ca\nb\n" * 100_000 + b"." + EMPTY_LIST,
     "a storage of 2^62 values": FLAT
     + named(tensor(storage(text(b"0"), number(1 << 46)), number(0), *FOUR))
     + pickle.dumps(["0"], 2)
@@ -264,12 +264,12 @@ def wide(path: Path) -> None:
     )
 
 
-@add("a CLIP of 512 blocks of nothing")
+@add("a CLIP of 256 blocks of nothing")
 def deep(path: Path) -> None:
     blocks = {
         f"{tower}transformer.resblocks.{i}.ln_1.bias": torch.zeros(0)
         for tower in ("", "visual.")
-        for i in range(256)
+        for i in range(128)
     }
     torch.save({**state(), **blocks}, path)
 
@@ -302,7 +302,7 @@ HEADERS: dict[str, tuple[Any, bytes]] = {
     "of a dtype of a megabyte": ({"a": entry(0, 16, [4], "F" * 1_000_000)}, bytes(16)),
     "of a dtype that is a number": ({"a": {**entry(0, 16), "dtype": 1}}, bytes(16)),
     "of metadata that is null": ({"__metadata__": None, "a": entry(0, 16)}, bytes(16)),
-    "of metadata of 300,000 keys": ({"__metadata__": {str(i): "" for i in range(300_000)}}, b""),
+    "of metadata of 200,000 keys": ({"__metadata__": {str(i): "" for i in range(200_000)}}, b""),
     "of a key of a megabyte": ({"a" * 1_000_000: entry(0, 15)}, bytes(16)),
     "of a key of a megabyte twice": (
         f'{{"{"a" * 1_000_000}":{ONE},"{"a" * 1_000_000}":{ONE}}}'.encode(),

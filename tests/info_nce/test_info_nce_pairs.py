@@ -17,12 +17,11 @@ from pairs_cases import (
 from torch import Tensor
 
 import himo_kernels
-from himo_kernels.dispatch import OPERATORS
 from himo_kernels.testing import confident_positives, relative_error, runnable_backends
 
 EXACT = 1e-12
-PAIRS = OPERATORS["info_nce_pairs"]
-BACKENDS = [name for name in PAIRS.backends if name in runnable_backends("info_nce_pairs")]
+# float64 throughout; Triton's kernels, which do not take it, have test_info_nce_pairs_triton.py.
+BACKENDS = runnable_backends("info_nce_pairs", interpreted=False)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 few_examples = hypothesis.settings(max_examples=60, deadline=None)
 
