@@ -33,6 +33,8 @@ class Borrowed(Generic[T]):
     # One lock for all, as two settings may inherit from the same one. Reentrant, as a signal
     # handler may call while its thread holds the lock.
     _lock = threading.RLock()
+    # How often a thread has taken the lock to change settings, and given it back.
+    _entered = _left = 0
 
     def __init__(
         self,
@@ -59,18 +61,36 @@ class Borrowed(Generic[T]):
         """The setting serves inside, whatever other borrowing threads do."""
         return _Loan(self)
 
-    def _begin(self, call: object) -> None:
-        with self._lock:
+    def _begin(self, call: object) -> bool:
+        """Returns whether the call counts as active, so that it must end."""
+        # Without the lock, because every small call comes here. If the user's setting serves, no
+        # call changes it, and none has to know of this one. The counts show that the value read is
+        # the user's, and not one that a call had written meanwhile.
+        entered = Borrowed._entered
+        if entered == Borrowed._left and not self._saved and self._serves(self._read()):
+            if entered == Borrowed._entered:
+                return False
+        with self._exclusively():
             self._calls.add(weakref.ref(call))
             if not self._serves(found := self._read()):
                 self._saved = [self._setting(found)]
                 self._write(self._value)
+        return True
 
     def _end(self, call: object) -> None:
-        with self._lock:
+        with self._exclusively():
             self._calls.discard(weakref.ref(call))
             self._calls = {active for active in self._calls if active() is not None}
             self._restore()
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        with self._lock:
+            Borrowed._entered += 1
+            try:
+                yield
+            finally:
+                Borrowed._left += 1
 
     def _restore(self) -> None:
         if self._saved and not self._calls:
@@ -93,10 +113,11 @@ class _Loan(ContextDecorator):
         return _Loan(self._setting)  # a decorated function may call itself
 
     def __enter__(self) -> None:
-        self._setting._begin(self)
+        self._counts = self._setting._begin(self)
 
     def __exit__(self, *_: object) -> None:
-        self._setting._end(self)
+        if self._counts:
+            self._setting._end(self)
 
 
 def _precision(backend: str, operation: str = "matmul") -> str:

@@ -289,6 +289,33 @@ def test_the_loss_hands_its_backend_to_every_operator(generator: torch.Generator
     assert {arguments[-1] for _, arguments in recorder.calls} == {"reference"}
 
 
+@each_operator_and_module
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_the_profiler_lists_the_passes(run: Run, needs_grad: bool) -> None:
+    # A call that nothing observes skips torch's dispatcher, where the profiler gets its names.
+    inputs = run.inputs(6, 4)
+    with torch.profiler.profile() as profile:
+        if needs_grad:
+            _forward_and_backward(run, inputs)
+        else:
+            run(*_detached(inputs))
+    names = {event.key for event in profile.key_averages()}
+    ours = {name.removeprefix("himo_kernels::") for name in names if "himo_kernels::" in name}
+    passes = {name.rpartition("_")[2] for name in ours}
+    own = OPERATORS.get(run.name)  # None: a module
+    with_backward = needs_grad and (own is None or "bwd" in own.backends["reference"].kernels)
+    assert passes == ({"fwd", "bwd"} if with_backward else {"fwd"})
+
+
+def test_tensors_of_a_subclass_reach_the_dispatcher(generator: torch.Generator) -> None:
+    real = power_law(6, 4, generator=generator)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(real)
+    loss = himo_kernels.info_nce(fake, fake, fake[0, 0])  # outside of the mode
+    assert type(loss) is type(fake)
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+
+
 @each_operator
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [None, True], ids=["dynamic=None", "dynamic=True"])
@@ -558,5 +585,7 @@ def test_the_precision_flag_of_matrix_products_changes_no_bit(flag, generator):
         assert torch.get_float32_matmul_precision() == flag  # the caller's setting is restored
     finally:
         torch.set_float32_matmul_precision(before)
+        for library in ("cuda", "mkldnn"):  # the older setting is one of matmul itself
+            torch._C._set_fp32_precision_setter(library, "matmul", "none")
     for name in calls:
         assert torch.equal(actual[name], expected[name]), name

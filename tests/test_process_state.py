@@ -255,9 +255,8 @@ def test_compiled_calls_in_threads_leave_the_settings(generator):
     torch.set_float32_matmul_precision("medium")
     image, text = power_law(2, 24, batch=(32,), generator=generator).unbind(-2)
     expected = himo_kernels.info_nce(image, text, 10.0)
-    compiled = torch.compile(
-        lambda: himo_kernels.info_nce(image, text, 10.0), fullgraph=True, backend="aot_eager"
-    )
+    # Without fullgraph, whose check in torch 2.13 counts the frames of all threads together.
+    compiled = torch.compile(lambda: himo_kernels.info_nce(image, text, 10.0), backend="aot_eager")
     compiled()
 
     def losses() -> list[Tensor]:

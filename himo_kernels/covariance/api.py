@@ -6,6 +6,7 @@ from torch import Tensor
 from himo_kernels._checks import check_features, check_finite_values, check_flag, raise_type
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.covariance.op import COVARIANCE, GRAM, CentredMoment
+from himo_kernels.dispatch import apply_function
 
 
 def covariance(
@@ -36,7 +37,7 @@ def covariance(
         NotImplementedError: the named backend cannot take x.
     """
     dtype = _check("covariance", x, dtype, check_finite)
-    return CentredMoment.apply(x, "covariance", dtype, COVARIANCE.resolve(backend, x))
+    return apply_function(CentredMoment, x, "covariance", dtype, COVARIANCE.resolve(backend, x))
 
 
 def gram(
@@ -55,7 +56,7 @@ def gram(
         mean [*, D] and gram [*, N, N], in dtype. First-order differentiable in x.
     """
     dtype = _check("gram", x, dtype, check_finite)
-    return CentredMoment.apply(x, "gram", dtype, GRAM.resolve(backend, x))
+    return apply_function(CentredMoment, x, "gram", dtype, GRAM.resolve(backend, x))
 
 
 def _check(operator: str, x: Tensor, dtype: torch.dtype | None, check_finite: bool) -> torch.dtype:

@@ -17,6 +17,7 @@ from himo_kernels._checks import (
     check_variance_threshold,
 )
 from himo_kernels._numerics import as_tensor
+from himo_kernels.dispatch import apply_function
 from himo_kernels.himo_loss.op import HIMO_LOSS, HiMoLossFunction, Settings
 from himo_kernels.info_nce.api import check_keep_logits_mib, check_logit_scale
 from himo_kernels.pca.reference import floor_of
@@ -93,4 +94,4 @@ def himo_loss(
     backend = HIMO_LOSS.resolve(backend, image_features, text_features)
     threshold = as_tensor(float(variance_threshold), torch.float64, text_features.device)
     inputs = (image_features, text_features, scale, threshold)
-    return HiMoTerms(*HiMoLossFunction.apply(settings, backend, logits_budget, *inputs))
+    return HiMoTerms(*apply_function(HiMoLossFunction, settings, backend, logits_budget, *inputs))

@@ -21,7 +21,7 @@ from himo_kernels._checks import (
     raise_value,
 )
 from himo_kernels._numerics import accumulation_dtype, as_tensor
-from himo_kernels.dispatch import Operator
+from himo_kernels.dispatch import Operator, apply_function
 from himo_kernels.info_nce.op import (
     DUAL_INFO_NCE,
     DUAL_INFO_NCE_LOW_RANK,
@@ -279,8 +279,8 @@ def _losses(
     )
     inputs = (*features.values(), *factors.values(), scale)
     backend = operator.resolve(backend, *inputs)
-    return ContrastiveLoss.apply(
-        name, smoothing, differentiate_keys, backend, logits_budget, *inputs
+    return apply_function(
+        ContrastiveLoss, name, smoothing, differentiate_keys, backend, logits_budget, *inputs
     )
 
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from himo_kernels._checks import check_features, check_finite_values, check_flag
+from himo_kernels.dispatch import apply_function
 from himo_kernels.normalize.op import NORMALIZE, Normalize
 
 
@@ -36,4 +37,4 @@ def normalize(
     check_features("normalize", "features", features)
     if check_flag("normalize", "check_finite", check_finite):
         check_finite_values("normalize", features=features)
-    return Normalize.apply(features, NORMALIZE.resolve(backend, features))
+    return apply_function(Normalize, features, NORMALIZE.resolve(backend, features))

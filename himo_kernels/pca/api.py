@@ -20,6 +20,7 @@ from himo_kernels._checks import (
     raise_type,
 )
 from himo_kernels._numerics import accumulation_dtype, as_tensor
+from himo_kernels.dispatch import apply_function
 from himo_kernels.pca.op import (
     PCA_OP,
     PCA_RECONSTRUCT,
@@ -89,7 +90,7 @@ def pca(
     gap_eps = check_gap_eps("pca", gap_eps)
     backend = PCA_OP.resolve(backend, x)
     threshold = as_tensor(float(variance_threshold), torch.float64, x.device)
-    return PCA(*Decompose.apply(x, threshold, floor, gap_eps, backend))
+    return PCA(*apply_function(Decompose, x, threshold, floor, gap_eps, backend))
 
 
 def project_reconstruct(
@@ -138,7 +139,7 @@ def project_reconstruct(
         parts = {"pca.mean": pca.mean, "pca.components": pca.components}
         check_finite_values(operator, x=x, **parts)
     backend = PROJECT_RECONSTRUCT.resolve(backend, x)
-    return ProjectReconstruct.apply(x, pca.mean, pca.components, pca.rank, backend)
+    return apply_function(ProjectReconstruct, x, pca.mean, pca.components, pca.rank, backend)
 
 
 def pca_reconstruct(
@@ -199,7 +200,9 @@ def reconstruct_above(
     """pca_reconstruct with checked arguments and a given floor, independent of x's dtype."""
     backend = PCA_RECONSTRUCT.resolve(backend, x)
     threshold = as_tensor(float(variance_threshold), torch.float64, x.device)
-    return PCAReconstruct.apply(x, threshold, floor, gap_eps, differentiate_basis, backend)
+    return apply_function(
+        PCAReconstruct, x, threshold, floor, gap_eps, differentiate_basis, backend
+    )
 
 
 def _check(

@@ -10,6 +10,7 @@ from himo_kernels._checks import (
     check_same_as,
     check_shape,
 )
+from himo_kernels.dispatch import apply_function
 from himo_kernels.info_nce.api import check_scalar
 from himo_kernels.sigmoid_loss.op import SIGMOID_LOSS, SigmoidLoss
 
@@ -66,4 +67,4 @@ def sigmoid_loss(
     # Asked here, because no gradient is enabled inside an autograd.Function.
     enabled = torch.is_grad_enabled()
     needs_grad = [enabled and value.requires_grad for value in inputs]
-    return SigmoidLoss.apply(needs_grad, backend, *inputs)
+    return apply_function(SigmoidLoss, needs_grad, backend, *inputs)

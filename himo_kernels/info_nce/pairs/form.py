@@ -20,6 +20,7 @@ from himo_kernels._checks import (
     raise_type,
     raise_value,
 )
+from himo_kernels.dispatch import apply_function
 from himo_kernels.info_nce.pairs.compose import Inputs, Settings
 from himo_kernels.info_nce.pairs.op import INFO_NCE_PAIRS, PairLosses
 
@@ -162,7 +163,7 @@ def loss_of_pairs(
             images, texts, logit_scale, form.positives, form.row_labels, form.column_labels
         )
         settings = Settings(form.exclude_self, rows, columns, label_smoothing)
-        row_losses, column_losses, *counts = PairLosses.apply(settings, backend, *inputs)
+        row_losses, column_losses, *counts = apply_function(PairLosses, settings, backend, *inputs)
         found = []
         if rows:
             found.append(_reduced(row_losses, counts[0], form.row_weights, form.reduction))
