@@ -11,6 +11,7 @@ import torch
 from fresh_process import run_python
 
 from benchmarks import measure, memory, worker
+from benchmarks.baselines import forms
 from benchmarks.cases import OPTIONS, Case
 from benchmarks.registry import OPERATIONS, Candidate, candidates
 from himo_kernels.dispatch import OPERATORS, Backend
@@ -46,6 +47,8 @@ def test_the_library_and_plain_pytorch_pass_on_every_operator(op, dtype, spectru
     checked = set()
     for candidate in found:
         hard = spectrum == "duplicates" and not candidate.library  # the SVD's gradient may be NaN
+        # Libraries that round the logits to bfloat16; a row of theirs states the error.
+        hard |= dtype == "bfloat16" and candidate.name in forms.PUBLISHED
         if candidate.refusal is None and not candidate.compiled and not hard:
             assert measure.accuracy(candidate, oracle)[1] is None, candidate.name
             checked.add(candidate.name)
