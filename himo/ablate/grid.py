@@ -78,13 +78,13 @@ def tables(numbers: Sequence[int], taus: Sequence[float], lambdas: Sequence[floa
 
 def _taus(taus: Sequence[float]) -> Table:
     def variant(tau: float) -> Variant:
-        return FULL if tau == _PAPER_TAU else Variant(f"tau-{tau:g}", {"tau": tau})
+        return FULL if tau == _PAPER_TAU else Variant(f"tau-{_text(tau)}", {"tau": tau})
 
     return Table(
         4,
         "Share of the variance that HiDe keeps",
         "λ = 1. The texts' PCA keeps as many components as explain the share τ.",
-        [(f"τ = {tau:g}", variant(tau), _PAPER_TAUS.get(tau)) for tau in taus],
+        [(f"τ = {_text(tau)}", variant(tau), _PAPER_TAUS.get(tau)) for tau in taus],
     )
 
 
@@ -109,15 +109,21 @@ def _lambdas(lambdas: Sequence[float]) -> Table:
             return FULL
         if weight == 0:  # as the first row of table 5
             return Variant("global", {"lambda_comp": 0.0})
-        return Variant(f"lambda-{weight:g}", {"lambda_comp": weight})
+        return Variant(f"lambda-{_text(weight)}", {"lambda_comp": weight})
 
     return Table(
         6,
         "Weight of the component loss",
         "τ = 0.9.",
-        [(f"λ = {w:g}", variant(w), _PAPER_LAMBDAS.get(w)) for w in lambdas],
+        [(f"λ = {_text(w)}", variant(w), _PAPER_LAMBDAS.get(w)) for w in lambdas],
     )
 
 
 def _listed(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values) or "none"
+    return ",".join(map(_text, values)) or "none"
+
+
+def _text(value: float) -> str:
+    """The number in six digits if that is exact, else in all: it names a run's folder."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

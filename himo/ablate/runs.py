@@ -93,6 +93,10 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / "ablation.json"
     before = _read(path)
     now = json.loads(json.dumps(settings))
+    if not before and path.exists():
+        raise HimoError(
+            f"{path}: not the settings of an ablation; remove it, or give another --out"
+        )
     differ = [key for key in now if before and before.get(key) != now[key]]
     if differ:
         raise HimoError(
@@ -187,6 +191,8 @@ class _Pool:
                 start_new_session=True,
             )
             self.processes.add(process)
+        if self.stop.is_set():  # a signal that came before the process was in the set
+            process.send_signal(signal.SIGTERM)
         process.wait()
         with self.lock:
             self.processes.discard(process)

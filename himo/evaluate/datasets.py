@@ -280,6 +280,8 @@ def run(args: argparse.Namespace) -> int:
         name, folder = named(value)
         if name is None:
             raise HimoError(f"datasets: expected NAME:FOLDER of {', '.join(SETS)}, got {value!r}")
+        if name in folders:
+            raise HimoError(f"datasets: expected each set once, got {name} again: {value!r}")
         folders[name] = folder
     for name in folders if folders and not args.data_root else SETS:
         print("\n".join(_description(name, folders.get(name, ""), args.data_root)))

@@ -54,6 +54,11 @@ def test_other_values_have_no_printed_ones_and_weight_0_is_the_loss_alone():
     assert variants([lambdas]) == {"global": {"lambda_comp": 0.0}, "lambda-4": {"lambda_comp": 4.0}}
 
 
+def test_values_equal_in_six_digits_have_runs_of_their_own():
+    (taus,) = tables((4,), (0.8, 0.80000001), LAMBDAS)
+    assert variants([taus]) == {"tau-0.8": {"tau": 0.8}, "tau-0.80000001": {"tau": 0.80000001}}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -115,6 +120,9 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         claim(out, {"train": {"lr": 1e-4}, "eval": ["--data", "x"]})
     with pytest.raises(HimoError, match="cannot be written"):
         claim(out / "ablation.json", {"train": {}, "eval": []})
+    (out / "ablation.json").write_text('{"train": {"lr"')
+    with pytest.raises(HimoError, match="ablation.json: not the settings of an ablation"):
+        claim(out, {"train": {"lr": 1e-3}, "eval": ["--data", "x"]})
 
 
 def test_a_run_is_done_when_its_result_is_that_of_its_last_model(tmp_path):

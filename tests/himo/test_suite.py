@@ -326,3 +326,6 @@ def test_himo_datasets_lists_what_is_there_and_what_is_missing(data, tmp_path, c
 
     assert main(["datasets", "nothing:x"]) == 2
     assert "expected a path, or NAME:FOLDER of urban1k" in capsys.readouterr().err
+
+    assert main(["datasets", "coco:a", "coco:b"]) == 2
+    assert "expected each set once, got coco again: 'coco:b'" in capsys.readouterr().err
