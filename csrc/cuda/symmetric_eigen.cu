@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(kThreads, 1) symmetric_eigen_kernel(Arguments 
   for (int i = threadIdx.x; i < n; i += kThreads)
     given.eigenvalues[problem * n + i] = arrays.eigenvalues[i] * scale;
   // Of a matrix of zeros, bisection leaves eigenvalues of a few smallest numbers.
-  const double unit = largest > 0 ? scale : 0.0;
-  const Range range = choose<SIDE>(arrays.eigenvalues, unit, given, problem);
+  const double scale_or_zero = largest > 0 ? scale : 0.0;
+  const Range range = choose<SIDE>(arrays.eigenvalues, scale_or_zero, given, problem);
   const double* wanted = arrays.eigenvalues + range.first;
   find_clusters(wanted, range.count, kCluster * bound, arrays.last_of_cluster);
 
