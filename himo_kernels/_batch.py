@@ -13,7 +13,6 @@ from torch import Tensor
 from himo_kernels._checks import (
     check_features,
     check_finite_values,
-    check_integers,
     check_same_as,
     check_shape,
 )
@@ -116,9 +115,7 @@ class LocalBatch(Batch):
     ) -> None:
         """Raises if an argument is wrong; check_others checks the caller's other arguments."""
         _check_arguments(self.loss, check_features, image_features, text_features, logit_scale)
-        if self.labels is not None:
-            check_integers("HiMoLoss", "labels", self.labels, image_features)
-            check_shape("HiMoLoss", "labels", self.labels, image_features.shape[-2:-1])
+        loss_over_ranks.check_labels("HiMoLoss", self.labels, self.loss.strategy, 1, image_features)
         check_others()
 
     def terms(
@@ -209,17 +206,17 @@ class JoinedBatch(Batch):
     ) -> None:
         """Raises on every rank if an argument of any rank is wrong or the ranks differ."""
         loss = self.loss
-        members = members_of(loss.group, "HiMoLoss")
+        members, labels = members_of(loss.group, "HiMoLoss"), self.labels
 
         def check() -> None:
-            if self.labels is not None:
-                raise NotImplementedError(
-                    f"HiMoLoss: expected labels to be None over {members.size} processes"
-                )
             _check_arguments(loss, check_rows, image_features, text_features, logit_scale)
+            loss_over_ranks.check_labels(
+                "HiMoLoss", labels, loss.strategy, members.size, image_features
+            )
             check_others()
+            block = loss_over_ranks.block_for(labels)
             loss_over_ranks.resolve_over_ranks(
-                "HiMoLoss", loss.backend, members.size, image_features
+                "HiMoLoss", loss.backend, members.size, image_features, block
             )
 
         self.rows = agree(
@@ -227,10 +224,18 @@ class JoinedBatch(Batch):
             members,
             image_features,
             check,
-            settings=(loss.extra_repr(), loss.hide.extra_repr(), loss.backend, loss.strategy),
+            settings=(
+                loss.extra_repr(),
+                loss.hide.extra_repr(),
+                loss.backend,
+                loss.strategy,
+                labels is None,
+            ),
             needs_grad=loss_over_ranks.grad_flags(image_features, text_features, logit_scale),
             check_ranks=loss.check_ranks,
         )
+        # Of all ranks [N]: both losses compare them.
+        self.labels = None if labels is None else self.rows.all_gather(labels.long())
 
     def normalize(self, features: Tensor) -> Tensor:  # [M, D] -> [M, D]
         """Returns rows of length 1. A rank may have no rows."""
@@ -275,15 +280,20 @@ class JoinedBatch(Batch):
     def _shares(
         self, images: Tensor, keys: tuple[Tensor, ...], logit_scale: Tensor | float
     ) -> tuple[Tensor, ...]:
+        loss = self.loss
         return loss_over_ranks.losses(
             self.rows,
-            self.loss.strategy,
+            loss_over_ranks.Options(
+                loss.label_smoothing,
+                loss.gather_with_grad,
+                loss.strategy,
+                loss.backend,
+                same_label="exclude",
+            ),
             images,
             keys,
             check_logit_scale("HiMoLoss", logit_scale, images),
-            label_smoothing=self.loss.label_smoothing,
-            differentiate_keys=self.loss.gather_with_grad,
-            backend=self.loss.backend,
+            self.labels,
         )
 
 

@@ -236,7 +236,8 @@ class HiMoLoss(nn.Module):
                 accepted.
             labels: int64 or int32. An image and a text of equal labels that are not a pair, as of
                 captions that repeat in the batch, are not each other's negatives, in both terms.
-                In one process only; over several it is a NotImplementedError.
+                Over several processes each rank passes those of its rows, or none does; they are
+                compared over all ranks, and the strategy must be "gather".
         """
 
         def check() -> tuple[Tensor | float | None, bool]:

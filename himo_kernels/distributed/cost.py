@@ -17,6 +17,7 @@ def step_traffic(
     strategy: str = "gather",
     feature_bytes: int = 4,
     scope: str = "global",
+    labels: bool = False,
 ) -> Counter[str]:
     """Bytes that each rank sends in HiMoLoss's forward and backward, by kind of collective.
 
@@ -27,6 +28,7 @@ def step_traffic(
         strategy: "gather" or "ring".
         feature_bytes: bytes per feature, 2, 4 or 8; a sum has max(4, feature_bytes).
         scope: of the PCA, "global" or "local".
+        labels: whether the rows have labels, which "gather" takes.
     """
     others, total = ranks - 1, ranks * rows
     keys, sums = 2 * features, max(4, feature_bytes)  # texts and components; bytes of a sum
@@ -46,6 +48,11 @@ def step_traffic(
     elif scope == "global":
         add("all_gather", others * rows * features * _WIDE)
         add("reduce_scatter", others * rows * features * _WIDE)
+    if labels:
+        sides = keys + features  # and the images
+        add("all_gather", others * rows * (8 + sides * feature_bytes))
+        add("reduce_scatter", others * rows * sides * sums)
+        return sent
     add("all_to_all", others * rows * 4 * sums)  # two statistics of each column of two losses
     forward_block = rows * (keys * feature_bytes + 2 * sums)
     if strategy == "gather":

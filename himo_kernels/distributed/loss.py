@@ -3,15 +3,17 @@
 README.md derives what is exchanged, and why gradients averaged by DDP equal those of one process.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from himo_kernels._checks import (
+    check_choice,
     check_finite_values,
     check_flag,
+    check_integers,
     check_label_smoothing,
     check_same_as,
     check_shape,
@@ -21,10 +23,24 @@ from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Operator, check_backend, refuse_double_backward
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.exchange import STRATEGIES
+from himo_kernels.distributed.labels import labelled_losses
 from himo_kernels.distributed.wire import Rows, members_of
 from himo_kernels.info_nce import api as of_one
 from himo_kernels.info_nce.block import BLOCK, block_bwd, block_fwd
 from himo_kernels.info_nce.compose import Direction, Settings
+from himo_kernels.info_nce.pairs.form import DIRECTIONS, SAME_LABEL
+from himo_kernels.info_nce.pairs.op import INFO_NCE_PAIRS
+
+
+class Options(NamedTuple):
+    """The arguments that are the same on every rank."""
+
+    label_smoothing: float
+    differentiate_keys: bool
+    strategy: str
+    backend: str
+    directions: str = "both"
+    same_label: str = "positive"
 
 
 def info_nce(
@@ -34,6 +50,9 @@ def info_nce(
     *,
     group: dist.ProcessGroup | None = None,
     strategy: str = "gather",
+    directions: str = "both",
+    labels: Tensor | None = None,  # [M]
+    same_label: str = "positive",
     label_smoothing: float = 0.0,
     differentiate_keys: bool = True,
     check_finite: bool = False,
@@ -42,15 +61,18 @@ def info_nce(
 ) -> Tensor:
     """This rank's share of himo_kernels.info_nce of the joined rows of all ranks.
 
-    The share is the loss of this rank's M of the N rows, both directions, times W / N. Its mean
-    over the W ranks is the loss of one process on the joined batch. After DDP averages gradients,
-    every parameter, including logit_scale, gets the gradient of that loss.
+    The share is the loss of this rank's M of the N images and texts times W / N. Its mean over the
+    W ranks is the loss of one process on the joined batch. After DDP averages gradients, every
+    parameter, including logit_scale, gets the gradient of that loss.
 
     Args:
         image_features: this rank's rows [M, D]; M may differ between ranks and may be 0.
         text_features: [M, D].
         group: the ranks; None is all of them, or this process alone without a process group.
-        strategy: "gather" holds the keys of all ranks, "ring" the keys of two ranks at a time.
+        strategy: "gather" holds the keys of all ranks, "ring" the keys of two ranks at a time. With
+            labels only "gather".
+        labels: int64 or int32 [M], one tensor for the images and the texts; of every rank or of
+            none. They are compared over all ranks.
         check_ranks: as in `HiMoLoss`.
         Others as in `himo_kernels.info_nce`; they must be equal on every rank.
 
@@ -61,9 +83,14 @@ def info_nce(
         ValueError, TypeError, NotImplementedError: on every rank, if any rank's arguments are
             wrong, with that rank's number.
     """
-    settings = (label_smoothing, differentiate_keys, check_finite, strategy, backend)
+    options = Options(
+        label_smoothing, differentiate_keys, strategy, backend, directions, same_label
+    )
+    checks = (check_finite, check_ranks)
     keys = {"text": text_features}
-    (loss,) = _public("info_nce", group, logit_scale, settings, check_ranks, image_features, **keys)
+    (loss,) = _public(
+        "info_nce", group, logit_scale, options, checks, image_features, labels, **keys
+    )
     return loss
 
 
@@ -83,15 +110,16 @@ def dual_info_nce(
 ) -> tuple[Tensor, Tensor]:
     """This rank's shares of himo_kernels.dual_info_nce; texts and components are sent together.
 
-    Arguments and errors as in `info_nce`.
+    Arguments and errors as in `info_nce`, without directions and labels.
 
     Returns:
         Shares of the global loss [] and of the component loss [].
     """
-    settings = (label_smoothing, differentiate_keys, check_finite, strategy, backend)
+    options = Options(label_smoothing, differentiate_keys, strategy, backend)
+    checks = (check_finite, check_ranks)
     keys = {"text": text_features, "component": component_features}
     global_loss, component_loss = _public(
-        "dual_info_nce", group, logit_scale, settings, check_ranks, image_features, **keys
+        "dual_info_nce", group, logit_scale, options, checks, image_features, None, **keys
     )
     return global_loss, component_loss
 
@@ -100,12 +128,13 @@ def _public(
     operator: str,
     group: dist.ProcessGroup | None,
     logit_scale: Tensor | float,
-    settings: tuple[float, bool, bool, str, str],
-    check_ranks: bool,
+    options: Options,
+    checks: tuple[bool, bool],  # check_finite and check_ranks
     image_features: Tensor,
+    labels: Tensor | None,
     **keys: Tensor,
 ) -> tuple[Tensor, ...]:
-    label_smoothing, differentiate_keys, check_finite, strategy, backend = settings
+    check_finite, check_ranks = checks
     members = members_of(group, operator)
     features = {"image_features": image_features}
     features |= {f"{name}_features": value for name, value in keys.items()}
@@ -116,10 +145,14 @@ def _public(
             check_same_as(operator, name, value, "image_features", image_features)
             check_shape(operator, name, value, image_features.shape)
         scale = of_one.check_logit_scale(operator, logit_scale, image_features)
-        check_label_smoothing(operator, label_smoothing)
-        check_flag(operator, "differentiate_keys", differentiate_keys)
-        check_strategy(operator, strategy)
-        resolve_over_ranks(operator, backend, members.size, image_features)
+        check_choice(operator, "directions", options.directions, DIRECTIONS)
+        check_choice(operator, "same_label", options.same_label, SAME_LABEL)
+        check_label_smoothing(operator, options.label_smoothing)
+        check_flag(operator, "differentiate_keys", options.differentiate_keys)
+        check_strategy(operator, options.strategy)
+        check_labels(operator, labels, options.strategy, members.size, image_features)
+        block = block_for(labels)
+        resolve_over_ranks(operator, options.backend, members.size, image_features, block)
         if check_flag(operator, "check_finite", check_finite):
             check_finite_values(operator, **features, logit_scale=scale)
 
@@ -128,55 +161,51 @@ def _public(
         members,
         image_features,
         check,
-        settings=settings,
+        settings=(options, check_finite, labels is None),
         needs_grad=grad_flags(*features.values(), logit_scale),
         check_ranks=check_flag(operator, "check_ranks", check_ranks),
     )
     return losses(
         rows,
-        strategy,
+        options,
         image_features,
         tuple(keys.values()),
         of_one.check_logit_scale(operator, logit_scale, image_features),
-        label_smoothing=label_smoothing,
-        differentiate_keys=differentiate_keys,
-        backend=backend,
+        None if labels is None else rows.all_gather(labels.long()),
     )
 
 
 def losses(
     rows: Rows,
-    strategy: str,
+    options: Options,
     image_features: Tensor,  # [M, D]
     keys: tuple[Tensor, ...],  # texts, or texts and components, [M, D] each
     logit_scale: Tensor,  # []
-    *,
-    label_smoothing: float,
-    differentiate_keys: bool,
-    backend: str,
+    labels: Tensor | None = None,  # [N] int64, of all ranks
 ) -> tuple[Tensor, ...]:
     """Shares of the losses, for arguments that all ranks agreed on."""
-    if rows.members.size == 1:
-        function: Any = of_one.info_nce if len(keys) == 1 else of_one.dual_info_nce
-        loss = function(
-            image_features,
-            *keys,
-            logit_scale,
-            label_smoothing=label_smoothing,
-            differentiate_keys=differentiate_keys,
-            backend=backend,
+    size = rows.members.size
+    if size > 1 and labels is not None:
+        return labelled_losses(rows, options, image_features, keys, logit_scale, labels)
+    if size > 1:
+        options = options._replace(
+            label_smoothing=float(options.label_smoothing),
+            backend=resolve_over_ranks("info_nce", options.backend, size, image_features),
         )
-        return loss if isinstance(loss, tuple) else (loss,)
-    return JoinedLoss.apply(
-        rows,
-        strategy,
-        resolve_over_ranks("info_nce", backend, rows.members.size, image_features),
-        float(label_smoothing),
-        differentiate_keys,
-        image_features,
-        logit_scale,
-        *keys,
-    )
+        return JoinedLoss.apply(rows, options, image_features, logit_scale, *keys)
+    settings: dict[str, Any] = {
+        "label_smoothing": options.label_smoothing,
+        "differentiate_keys": options.differentiate_keys,
+        "backend": options.backend,
+    }
+    if len(keys) == 2 and labels is None:
+        return of_one.dual_info_nce(image_features, *keys, logit_scale, **settings)
+    settings |= {
+        "directions": options.directions,
+        "labels": labels,
+        "same_label": options.same_label,
+    }
+    return tuple(of_one.info_nce(image_features, key, logit_scale, **settings) for key in keys)
 
 
 class JoinedLoss(torch.autograd.Function):
@@ -186,20 +215,18 @@ class JoinedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Rows,
-        strategy: str,
-        backend: str,
-        smoothing: float,
-        differentiate_keys: bool,
+        options: Options,  # with a backend of BLOCK
         image_features: Tensor,  # [M, D]
         logit_scale: Tensor,  # []
         *keys: Tensor,  # [M, D] each
     ) -> tuple[Tensor, ...]:
+        smoothing, backend = options.label_smoothing, options.backend
         dtype = accumulation_dtype(image_features.dtype)
         scale, features = logit_scale.to(dtype), image_features.shape[1]
         wide = image_features.to(dtype)
         # [M, K], K losses; all tables with one row per sample have this shape.
         positives = scale * torch.stack([(wide * key.to(dtype)).sum(1) for key in keys], 1)
-        ctx.exchange = STRATEGIES[strategy](rows)
+        ctx.exchange = STRATEGIES[options.strategy](rows)
         # [..., 0]: log sum exp without the positive. [..., 1]: the sum of all logits, not formed:
         # the sum over i of s v_i . k_j is s (sum_i v_i) . k_j.
         own_stats = scale.new_zeros(rows.own, len(keys), 2)
@@ -222,24 +249,28 @@ class JoinedLoss(torch.autograd.Function):
         zero = torch.zeros_like(positives)
         row_nll = torch.logaddexp(own_stats[..., 0], zero)
         column_nll = torch.logaddexp(torch.logsumexp(received[..., 0], 0), zero)
-        sums = own_stats[..., 1] + received[..., 1].sum(0)
-        # info_nce/README.md (5) for own rows; both directions share the smoothing term.
-        smoothed = smoothing * (2 * positives - sums / rows.total)
-        shares = _weight(rows) * (row_nll + column_nll + smoothed).sum(0)
+        directions = ((row_nll, own_stats[..., 1]), (column_nll, received[..., 1].sum(0)))
+        shares = scale.new_zeros(len(keys))
+        for weight, (nll, total) in zip(_weights(rows, options), directions, strict=True):
+            if weight:  # info_nce/README.md (5) for own rows, or own columns
+                shares += weight * (nll + smoothing * (positives - total / rows.total)).sum(0)
         ctx.save_for_backward(image_features, logit_scale, *keys, positives, row_nll, column_nll)
-        ctx.rows, ctx.smoothing, ctx.differentiate_keys = rows, smoothing, differentiate_keys
-        ctx.backend = backend
+        ctx.rows, ctx.options = rows, options
         return tuple(share.clone() for share in shares)
 
     @staticmethod
     def backward(ctx: Any, *grad_shares: Tensor) -> Any:
         refuse_double_backward("info_nce")
         rows: Rows = ctx.rows
+        options: Options = ctx.options
         image_features, logit_scale, *keys, positives, row_nll, column_nll = ctx.saved_tensors
         scale, features = logit_scale.to(positives.dtype), image_features.shape[1]
         # Incoming gradients may differ between ranks, so they are sent with the keys.
-        weights = (_weight(rows) * torch.stack(grad_shares)).expand_as(positives)
-        table = torch.cat([positives, column_nll, weights], 1)
+        row_weights, column_weights = (
+            (weight * torch.stack(grad_shares)).expand_as(positives)
+            for weight in _weights(rows, options)
+        )
+        table = torch.cat([positives, column_nll, column_weights], 1)
         grad_image = scale.new_zeros(image_features.shape)
         for first, block, block_table in ctx.exchange.blocks(torch.cat(keys, 1), table):
             offset = rows.first(rows.rank) - first
@@ -250,38 +281,58 @@ class JoinedLoss(torch.autograd.Function):
                     image_features,
                     key,
                     scale,
-                    Direction(positives[:, k], row_nll[:, k], weights[:, k]),
+                    Direction(positives[:, k], row_nll[:, k], row_weights[:, k]),
                     Direction(*of_keys[:, :, k].unbind(1)),
                     offset,
-                    Settings(ctx.smoothing, ctx.differentiate_keys),
+                    Settings(options.label_smoothing, options.differentiate_keys),
                     rows.total,
-                    ctx.backend,
+                    options.backend,
                 )
                 grad_image += to_images
                 grads.append(to_keys)
             ctx.exchange.add(torch.cat(grads, 1))
         grad_keys = ctx.exchange.collect()  # [M, K D]
         grad_scale = (image_features * grad_image).sum()
-        if not ctx.differentiate_keys:  # grad_image then has the row direction only
+        if not options.differentiate_keys:  # grad_image then has the row direction only
             grad_scale = grad_scale + (torch.cat(keys, 1) * grad_keys).sum()
         return (
-            *(None,) * 5,
+            *(None,) * 2,
             (scale * grad_image).to(image_features.dtype),
             grad_scale.to(logit_scale.dtype),
             *((scale * grad).to(image_features.dtype) for grad in grad_keys.split(features, 1)),
         )
 
 
-def _weight(rows: Rows) -> float:
-    # Of a row in its rank's share: the mean over N rows and two directions, times W, by which DDP's
-    # mean over ranks divides.
-    return rows.members.size / (2 * rows.total)
+def _weights(rows: Rows, options: Options) -> tuple[float, float]:
+    # Of an image and of a text in their rank's share: the mean over N of them and over the
+    # directions, times W, by which DDP's mean over ranks divides.
+    mean = rows.members.size / rows.total
+    return {"both": (mean / 2, mean / 2), "rows": (mean, 0.0), "columns": (0.0, mean)}[
+        options.directions
+    ]
+
+
+def check_labels(
+    operator: str, labels: Tensor | None, strategy: str, size: int, image_features: Tensor
+) -> None:
+    """Raises unless labels are None or integers, one of each row, and the strategy takes them."""
+    if labels is None:
+        return
+    check_integers(operator, "labels", labels, image_features)
+    check_shape(operator, "labels", labels, image_features.shape[-2:-1])
+    if size > 1 and strategy != "gather":
+        raise_value(operator, "strategy", "to be 'gather' with labels", strategy)
 
 
 def check_strategy(operator: str, strategy: object) -> None:
     """Raises unless strategy is the name of one."""
     if strategy not in STRATEGIES:
         raise_value(operator, "strategy", f"to be one of {list(STRATEGIES)}", strategy)
+
+
+def block_for(labels: Tensor | None) -> Operator:
+    """Returns the operator that computes a rank's part of the loss."""
+    return BLOCK if labels is None else INFO_NCE_PAIRS
 
 
 def resolve_over_ranks(

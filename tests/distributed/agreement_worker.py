@@ -69,6 +69,30 @@ attempt("a wrong scale", lambda: loss(rows(), rows(), torch.ones(2) if bad else 
 attempt("a wrong bias", lambda: loss(rows(), rows(), 1.0, torch.ones(2) if bad else None))
 attempt("all_gather of another width", lambda: hkd.all_gather(rows(width=5 if bad else 6)))
 attempt("pca of another tau", lambda: hkd.pca_reconstruct(rows(), 0.8 if bad else 0.9))
+given = torch.arange(4)
+of_labels = {
+    "labels of another length": lambda: given[:3] if bad else given,
+    "labels of floats": lambda: given.float() if bad else given,
+    "labels in a list": lambda: given.tolist() if bad else given,
+    "labels on one rank": lambda: given if bad else None,
+}
+for name, labels in of_labels.items():
+    attempt(name, lambda labels=labels: hkd.info_nce(rows(), rows(), 1.0, labels=labels()))
+    attempt(f"{name}, head", lambda labels=labels: loss(rows(), rows(), 1.0, labels=labels()))
+ring = HiMoLoss(strategy="ring")
+attempt(
+    "labels and the ring",
+    lambda: hkd.info_nce(rows(), rows(), 1.0, labels=given, strategy="ring"),
+)
+attempt("labels and the ring, head", lambda: ring(rows(), rows(), 1.0, labels=given))
+for name, settings in {
+    "another direction": {"directions": "columns" if bad else "rows"},
+    "no direction": {"directions": "sideways" if bad else "rows"},
+    "no string": {"directions": None if bad else "rows"},
+    "another meaning of labels": {"labels": given, "same_label": "exclude" if bad else "positive"},
+    "no meaning of labels": {"labels": given, "same_label": "none" if bad else "positive"},
+}.items():
+    attempt(name, lambda settings=settings: hkd.info_nce(rows(), rows(), 1.0, **settings))
 Operator("other", {"numpy": Backend({})}, public=False)  # registers the name
 attempt("a backend without a kernel", lambda: HiMoLoss(backend="numpy")(rows(), rows(), 1.0))
 # Rank 0 has no rows. It would wait for the others, whose backend refuses their rows.

@@ -64,6 +64,35 @@ CASES = {
     ),
     "pca by no backend": (ValueError, "rank 0: ", "expected backend to be 'auto' or one of"),
 }
+_LABELS = "to be an int64 or int32 tensor, got"
+_OF_LABELS = {
+    "labels of another length": (ValueError, FIRST, "expected labels of shape [4], got [3]"),
+    "labels of floats": (TypeError, FIRST, f"expected labels {_LABELS} torch.float32"),
+    "labels in a list": (TypeError, FIRST, f"expected labels {_LABELS} list"),
+    "labels on one rank": (ValueError, ALL, "expected the same settings on every rank"),
+    "labels and the ring": (
+        ValueError,
+        "rank 0: ",
+        "expected strategy to be 'gather' with labels, got 'ring'",
+    ),
+}
+CASES |= _OF_LABELS | {f"{name}, head": case for name, case in _OF_LABELS.items()}
+_DIRECTIONS = {
+    "another direction": (ValueError, ALL, "expected the same settings on every rank"),
+    "no direction": (
+        ValueError,
+        FIRST,
+        "expected directions to be one of ['both', 'rows', 'columns'], got 'sideways'",
+    ),
+    "no string": (TypeError, FIRST, "expected directions to be a string, got NoneType"),
+    "another meaning of labels": (ValueError, ALL, "expected the same settings on every rank"),
+    "no meaning of labels": (
+        ValueError,
+        FIRST,
+        "expected same_label to be one of ['positive', 'exclude'], got 'none'",
+    ),
+}
+CASES |= _DIRECTIONS
 OPERATORS = {
     "a backend without a kernel": "info_nce_block",
     "another strategy": "info_nce",
@@ -71,6 +100,7 @@ OPERATORS = {
     "pca of another tau": "pca_reconstruct",
     "pca by a backend without a kernel": "pca_reconstruct",
     "pca by no backend": "pca_reconstruct",
+    **dict.fromkeys([*_OF_LABELS, *_DIRECTIONS], "info_nce"),
 }
 
 
