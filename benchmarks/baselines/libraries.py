@@ -138,7 +138,7 @@ for _function, _name in ((_cos_sim, "cos_sim"), (_dot_score, "dot_score")):
 
 @functools.cache
 def metric_learning(version: str = "newest") -> SimpleNamespace | None:
-    """losses, distances, reducers and regularizers of pytorch-metric-learning, or None."""
+    """losses, distances, reducers, regularizers and miners of pytorch-metric-learning, or None."""
     package = "pytorch_metric_learning"
     folder = _folder(package, version)
     if folder is None:
@@ -148,7 +148,7 @@ def metric_learning(version: str = "newest") -> SimpleNamespace | None:
         "sklearn.preprocessing",
     )  # fmt: skip
     with _modules(supplied | _bare(folder, package)):
-        names = ("losses", "distances", "reducers", "regularizers")
+        names = ("losses", "distances", "reducers", "regularizers", "miners")
         return SimpleNamespace(
             **{name: importlib.import_module(f"{package}.{name}") for name in names}
         )

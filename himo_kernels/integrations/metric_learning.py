@@ -8,12 +8,13 @@ the references (e itself without ref_emb), l their labels, S = e @ r.T / tempera
     SupConLoss    a loss for each row a: minus the mean, over its positives p, of the log-softmax of
                   S_ap among all columns; 0 without a positive
 
-Without ref_emb, no row is a pair with itself.
+Without ref_emb, no row is a pair with itself. Calls with an indices_tuple, the pairs of a miner or
+of a CrossBatchMemory, are the library's own: they may be any of N x M pairs, and are listed anyway.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,67 +34,73 @@ PACKAGE = "pytorch_metric_learning"
 SETTINGS = ("temperature", "distance", "reducer")  # since version 1.0
 
 
-def nt_xent(loss: Any, *, backend: str = "auto") -> Callable[..., dict[str, Any]]:
-    """Returns the new NTXentLoss.compute_loss."""
-    _check(loss, backend)
+# Takes rows [N, D], columns [M, D], their matches, one over the temperature and the backend.
+# Returns losses, the pair or row of each, and what reducers call these.
+Losses = Callable[[Tensor, Tensor, "Matches", float, str], tuple[Tensor, Any, str]]
+
+
+def nt_xent(
+    rows: Tensor, columns: Tensor, matches: "Matches", scale: float, backend: str
+) -> tuple[Tensor, Any, str]:
+    """Returns the losses of NTXentLoss, one of each positive pair."""
+    anchors, positives = matches.pairs()
+    losses = info_nce(
+        rows[anchors],
+        columns,
+        scale,
+        directions="rows",
+        positives=positives,
+        labels=(matches.rows[anchors], matches.columns),
+        same_label="exclude",
+        reduction="none",
+        backend=backend,
+    )
+    return losses, (anchors, positives), "pos_pair"
+
+
+def sup_con(
+    rows: Tensor, columns: Tensor, matches: "Matches", scale: float, backend: str
+) -> tuple[Tensor, Any, str]:
+    """Returns the losses of SupConLoss, one of each row."""
+    losses = info_nce(
+        rows,
+        columns,
+        scale,
+        directions="rows",
+        labels=(matches.rows, matches.columns),
+        exclude_self=matches.exclude_self,
+        reduction="none",
+        backend=backend,
+    )
+    return losses, torch.arange(len(rows), device=rows.device), "element"
+
+
+def compute_loss_of(
+    loss: Any, losses_of: Losses, *, backend: str = "auto"
+) -> Callable[..., dict[str, Any]]:
+    """Returns the new compute_loss."""
+    check_backend("accelerate", backend)
+    check_settings(type(loss).__name__, loss, SETTINGS)
+    _check_distance("accelerate", loss.distance)
 
     def compute_loss(
         self: Any,
         embeddings: Tensor,  # [N, D]
-        labels: Tensor,  # [N]
+        labels: Tensor | None,  # [N]
         indices_tuple: Any,
         ref_emb: Tensor,  # [M, D]
         ref_labels: Tensor,  # [M]
     ) -> dict[str, Any]:
-        rows, columns = _features(self, embeddings, labels, indices_tuple, ref_emb)
-        matches = Matches(labels, ref_labels)
+        if indices_tuple is not None:
+            arguments = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            return type(self).compute_loss(self, *arguments)
+        rows, columns = _features(self, embeddings, labels, ref_emb)
+        matches = Matches(cast(Tensor, labels), ref_labels)
         if matches.too_few():
             return self.zero_losses()
-        anchors, positives = matches.pairs()
-        losses = info_nce(
-            rows[anchors],
-            columns,
-            1 / self.temperature,
-            directions="rows",
-            positives=positives,
-            labels=(matches.rows[anchors], matches.columns),
-            same_label="exclude",
-            reduction="none",
-            backend=backend,
-        )
-        return _of(losses.to(embeddings.dtype), (anchors, positives), "pos_pair")
-
-    return compute_loss
-
-
-def sup_con(loss: Any, *, backend: str = "auto") -> Callable[..., dict[str, Any]]:
-    """Returns the new SupConLoss.compute_loss."""
-    _check(loss, backend)
-
-    def compute_loss(
-        self: Any,
-        embeddings: Tensor,  # [N, D]
-        labels: Tensor,  # [N]
-        indices_tuple: Any,
-        ref_emb: Tensor,  # [M, D]
-        ref_labels: Tensor,  # [M]
-    ) -> dict[str, Any]:
-        rows, columns = _features(self, embeddings, labels, indices_tuple, ref_emb)
-        matches = Matches(labels, ref_labels)
-        if matches.too_few():
-            return self.zero_losses()
-        losses = info_nce(
-            rows,
-            columns,
-            1 / self.temperature,
-            directions="rows",
-            labels=(matches.rows, matches.columns),
-            exclude_self=matches.exclude_self,
-            reduction="none",
-            backend=backend,
-        )
-        numbers = torch.arange(len(rows), device=rows.device)
-        return _of(losses.to(embeddings.dtype), numbers, "element")
+        losses, indices, of_what = losses_of(rows, columns, matches, 1 / self.temperature, backend)
+        losses = losses.to(embeddings.dtype)
+        return {"loss": {"losses": losses, "indices": indices, "reduction_type": of_what}}
 
     return compute_loss
 
@@ -103,11 +110,11 @@ KINDS = tuple(
         f"pytorch-metric-learning's {name}",
         partial(base_named, name=name, package=PACKAGE),
         ("compute_loss", "_compute_loss", computed_by),
-        make,
+        partial(compute_loss_of, losses_of=losses_of),
         ("backend",),
         "compute_loss",
     )
-    for name, computed_by, make in (
+    for name, computed_by, losses_of in (
         ("NTXentLoss", "pair_based_loss", nt_xent),
         ("SupConLoss", "mat_based_loss", sup_con),
     )
@@ -147,12 +154,6 @@ class Matches:
         return anchors, positives
 
 
-def _check(loss: Any, backend: str) -> None:
-    check_backend("accelerate", backend)
-    check_settings(type(loss).__name__, loss, SETTINGS)
-    _check_distance("accelerate", loss.distance)
-
-
 def _check_distance(operator: str, distance: Any) -> None:
     known, found = base_named(distance, "DotProductSimilarity", PACKAGE), type(distance)
     names = ("forward", "compute_mat")
@@ -164,21 +165,14 @@ def _check_distance(operator: str, distance: Any) -> None:
 
 
 def _features(
-    loss: Any, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor
+    loss: Any, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor
 ) -> tuple[Tensor, ...]:
     """Returns rows [N, D] and columns [M, D] whose products are the similarities."""
     name, distance = type(loss).__name__, loss.distance
     _check_distance(name, distance)
-    if indices_tuple is not None:
-        raise_setting(name, "indices_tuple", "None (all pairs)", "pairs of a miner")
     if labels is None:
         raise_type(name, "labels", "to be a torch.Tensor", "None")
     distance.reset_stats()
     rows, columns = distance.maybe_normalize(embeddings), distance.maybe_normalize(ref_emb)
     distance.set_default_stats(embeddings, ref_emb, rows, columns)
     return as_under_autocast(rows, columns)
-
-
-def _of(losses: Tensor, indices: Any, reduction_type: str) -> dict[str, Any]:
-    """Returns what reducers expect: a loss for each of indices."""
-    return {"loss": {"losses": losses, "indices": indices, "reduction_type": reduction_type}}

@@ -457,9 +457,6 @@ class TestRefused:
         loss = make()
         himo_kernels.accelerate(loss)
         (embeddings,) = tables(ROWS)(generator)
-        chosen = (torch.tensor([0]), torch.tensor([1]), torch.tensor([2]))
-        with pytest.raises(NotImplementedError, match=f"{name}: expected indices_tuple None"):
-            loss(embeddings, PAIRS, chosen)
         with pytest.raises(TypeError, match=f"{name}: expected labels to be a torch.Tensor"):
             loss(embeddings)
         loss.distance = distances.LpDistance()
@@ -575,6 +572,46 @@ def test_no_positive_pair_or_no_negative_pair_is_a_loss_of_zero(name, labels, ge
     expected = step(case, loss, inputs)
     himo_kernels.accelerate(loss)
     torch.testing.assert_close(step(case, loss, inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_the_pairs_of_a_miner_are_left_to_the_library(name, version, generator, used):
+    package = needed(libraries.metric_learning(version))
+    loss = getattr(package.losses, name)()
+    (embeddings,) = tables(ROWS)(generator)
+
+    def results() -> list[Tensor]:
+        found = []
+        triplets = package.miners.TripletMarginMiner(margin=0.5)(embeddings, FEW)
+        listed = tuple(torch.tensor(x) for x in ([0, 1, 2], [5, 6, 7], [0, 1, 2], [8, 9, 10]))
+        for arguments in ((FEW, triplets), (FEW, listed)):
+            leaf = embeddings.clone().requires_grad_()
+            value = loss(leaf, *arguments)
+            found += [value.detach(), *torch.autograd.grad(value, [leaf])]
+        return found
+
+    expected = results()
+    himo_kernels.accelerate(loss)
+    torch.testing.assert_close(results(), expected, rtol=0, atol=0)
+    assert not used
+    loss(embeddings, FEW)  # all pairs
+    assert used == {"info_nce_pairs"}
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_a_memory_of_earlier_batches(name, generator):
+    package = needed(libraries.metric_learning())
+
+    def losses(fast: bool) -> list[Tensor]:
+        inner = getattr(package.losses, name)()
+        memory = package.losses.CrossBatchMemory(inner, FEATURES, memory_size=3 * ROWS).double()
+        if fast:
+            himo_kernels.accelerate(inner)
+        batches = [tables(ROWS)(generator.manual_seed(seed))[0] for seed in range(5)]
+        return [memory(batch, FEW) for batch in batches]
+
+    torch.testing.assert_close(losses(True), losses(False), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
