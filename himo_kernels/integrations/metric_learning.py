@@ -8,18 +8,18 @@ the references (e itself without ref_emb), l their labels, S = e @ r.T / tempera
     SupConLoss    a loss for each row a: minus the mean, over its positives p, of the log-softmax of
                   S_ap among all columns; 0 without a positive
 
-Without ref_emb, no row is a pair with itself. Calls with an indices_tuple, the pairs of a miner or
-of a CrossBatchMemory, are the library's own: they may be any of N x M pairs, and are listed anyway.
+Without ref_emb, no row is a pair with itself. The library itself computes a call with an
+indices_tuple, the pairs of a miner or of a CrossBatchMemory: they may be any of N x M pairs, and are
+listed anyway. It also refuses a call without labels.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from himo_kernels._checks import raise_type
 from himo_kernels.dispatch import check_backend
 from himo_kernels.info_nce import info_nce
 from himo_kernels.integrations.kinds import (
@@ -91,11 +91,11 @@ def compute_loss_of(
         ref_emb: Tensor,  # [M, D]
         ref_labels: Tensor,  # [M]
     ) -> dict[str, Any]:
-        if indices_tuple is not None:
+        if indices_tuple is not None or labels is None:
             arguments = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
             return type(self).compute_loss(self, *arguments)
-        rows, columns = _features(self, embeddings, labels, ref_emb)
-        matches = Matches(cast(Tensor, labels), ref_labels)
+        rows, columns = _features(self, embeddings, ref_emb)
+        matches = Matches(labels, ref_labels)
         if matches.too_few():
             return self.zero_losses()
         losses, indices, of_what = losses_of(rows, columns, matches, 1 / self.temperature, backend)
@@ -164,14 +164,10 @@ def _check_distance(operator: str, distance: Any) -> None:
         raise_setting(operator, "distance.power", "1", distance.power)
 
 
-def _features(
-    loss: Any, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor
-) -> tuple[Tensor, ...]:
+def _features(loss: Any, embeddings: Tensor, ref_emb: Tensor) -> tuple[Tensor, ...]:
     """Returns rows [N, D] and columns [M, D] whose products are the similarities."""
-    name, distance = type(loss).__name__, loss.distance
-    _check_distance(name, distance)
-    if labels is None:
-        raise_type(name, "labels", "to be a torch.Tensor", "None")
+    distance = loss.distance
+    _check_distance(type(loss).__name__, distance)
     distance.reset_stats()
     rows, columns = distance.maybe_normalize(embeddings), distance.maybe_normalize(ref_emb)
     distance.set_default_stats(embeddings, ref_emb, rows, columns)

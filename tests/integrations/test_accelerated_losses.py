@@ -457,8 +457,6 @@ class TestRefused:
         loss = make()
         himo_kernels.accelerate(loss)
         (embeddings,) = tables(ROWS)(generator)
-        with pytest.raises(TypeError, match=f"{name}: expected labels to be a torch.Tensor"):
-            loss(embeddings)
         loss.distance = distances.LpDistance()
         with pytest.raises(NotImplementedError, match=f"{name}: {words}"):
             loss(embeddings, PAIRS)
@@ -597,6 +595,14 @@ def test_the_pairs_of_a_miner_are_left_to_the_library(name, version, generator, 
     assert not used
     loss(embeddings, FEW)  # all pairs
     assert used == {"info_nce_pairs"}
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_without_labels_the_error_is_the_library_s(name, generator):
+    loss = getattr(needed(libraries.metric_learning()).losses, name)()
+    himo_kernels.accelerate(loss)
+    with pytest.raises(ValueError, match="labels and indices_tuple cannot both be None"):
+        loss(*tables(ROWS)(generator))
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
