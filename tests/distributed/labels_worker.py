@@ -216,6 +216,27 @@ def check_half(dtype: torch.dtype) -> None:
     found[f"dtypes, {dtype}"] = float(dtypes != expected)
 
 
+def check_unchecked() -> None:
+    # check_ranks=False changes no bit; strides of features and labels change only the rounding.
+    counts = COUNTS["equal"]
+    tensors, labels = batch(counts, torch.float64)
+    own = mine(tensors, counts)
+    strided = leaves(own[0].T.contiguous().T, own[1].repeat(1, 2)[:, :WIDTH], own[2])
+    of_rank = labels.split(counts)[RANK]
+    results = []
+    for inputs, given, check_ranks in (
+        (own, of_rank, True),
+        (own, of_rank, False),
+        (strided, of_rank.repeat_interleave(2)[::2], True),
+    ):
+        share = hkd.info_nce(*inputs, labels=given, check_ranks=check_ranks)
+        share = share + HiMoLoss(check_ranks=check_ranks)(*inputs, labels=given)
+        results.append([share, *torch.autograd.grad(share, inputs)])
+    found["unchecked"] = float(not all(map(torch.equal, results[0], results[1])))
+    pairs = zip(results[0], results[2], strict=True)
+    found["strided"] = max(hkt.relative_error(other, one) for one, other in pairs)
+
+
 def check_traffic() -> None:
     counts = COUNTS["equal"]
     (images, texts, scale), labels = batch(counts, torch.float32)
@@ -233,6 +254,7 @@ for arguments in itertools.product(COUNTS, ("paper", "official"), (False, True))
     if arguments[0] != "one row each":  # the PCA of one row per rank cuts in the middle of a gap
         check_ddp(*arguments)
 check_without_grad()
+check_unchecked()
 for dtype in (torch.bfloat16, torch.float16):
     check_half(dtype)
 if WORLD > 1:

@@ -81,6 +81,11 @@ def test_a_side_without_a_gradient(ranks):
     assert_below(0.0, ranks, "no gradient")
 
 
+def test_without_the_agreement_the_bits_are_the_same_and_strides_change_nothing(ranks):
+    assert_below(0.0, ranks, "unchecked")
+    assert_below(1e-12, ranks, "strided")
+
+
 def test_features_of_16_bits(ranks):
     assert_below(1e-6, ranks, "half")
     assert_below(0.0, ranks, "dtypes")
