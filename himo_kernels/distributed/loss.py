@@ -46,13 +46,14 @@ def info_nce(
     over the W ranks is the loss of one process on the joined batch. After DDP averages gradients,
     every parameter, including logit_scale, gets the gradient of that loss.
 
+    Other arguments are those of `himo_kernels.info_nce`, and must be equal on every rank.
+
     Args:
         image_features: this rank's rows [M, D]; M may differ between ranks and may be 0.
         text_features: [M, D].
         group: the ranks; None is all of them, or this process alone without a process group.
         strategy: "gather" holds the keys of all ranks, "ring" the keys of two ranks at a time.
         check_ranks: as in `HiMoLoss`.
-        Others as in `himo_kernels.info_nce`; they must be equal on every rank.
 
     Returns:
         Share of the loss [], float32, or float64 for float64 features.
