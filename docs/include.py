@@ -7,8 +7,8 @@ A page holds lines of two kinds, which a Markdown viewer hides:
     <!-- not run: REASON -->                tests leave out the next code block, or include
 
 Links of an included text lead to the page that includes their target. A picture is added to the
-site. Any other file is named by its path. mkdocs calls `on_files` and `on_page_markdown`; the tests
-call `expand`, which needs no mkdocs.
+site. Any other file is named by its path. mkdocs calls the functions `on_...`; the tests call the
+others, which need no mkdocs.
 """
 
 import posixpath
@@ -24,6 +24,13 @@ INCLUDE = re.compile(r"^<!-- include: ([^\s#]+)(?:#(.+?))? -->$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 # Code, which has no links, or a link: its mark, text and target.
 CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`]+`|(!?)\[([^\]]*)\]\(([^)\s]+)\)", re.M | re.S)
+
+# What a browser fetches by itself, which links are not.
+REMOTE = re.compile(
+    r"<(?:script|img|iframe|source|video)\b[^>]*\bsrc=.?(?:https?:)?//[^>]*>"
+    r"|<link\b(?![^>]*rel=.?(?:canonical|next|prev))[^>]*\bhref=.?(?:https?:)?//[^>]*>"
+    r"|(?:@import\s|url\()[^;)]*//[^;)]*"
+)
 
 
 def pages() -> dict[str, str]:
@@ -109,3 +116,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Returns the Markdown of a page with the texts that it includes."""
     home = homes()
     return expand(markdown, lambda text, source: move_links(text, source, page.file.src_uri, home))
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Returns a page as it is. Raises if it would load something from another host."""
+    if found := REMOTE.search(output):
+        raise ValueError(f"include: expected pages to load files of the site alone, got {found[0]}")
+    return output

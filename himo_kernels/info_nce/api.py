@@ -94,7 +94,8 @@ def info_nce(
         respect to the features and logit_scale.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take the features.
     """
     name, features = (
