@@ -51,6 +51,10 @@ def blocks_of(page: str) -> list[Block]:
         return re.sub(r"^```(?=\w)", lambda fence: mark + fence[0], text, flags=re.MULTILINE)
 
     page = re.sub(rf"^(<!-- not run: .+? -->\n)?({_INCLUDE})$", put, page, flags=re.MULTILINE)
+    if found := re.search(r"^(?:[ \t>]+```|[ \t>]*~~~).*", page, re.MULTILINE):
+        raise ValueError(
+            f"expected blocks to begin with ``` in the first column, got {found[0]}"
+        )
     blocks = []
     for found in _BLOCK.finditer(page):
         if found["stray"]:

@@ -115,6 +115,8 @@ def test_blocks_are_found_with_their_marks(page: str, expected: list[tuple[str, 
     [
         "```sh\nls\n```",  # would not be run
         "```\nls\n```",
+        "- an item\n  ```bash\n  ls\n  ```",
+        "~~~bash\nls\n~~~",
         "<!-- not run: -->\n```bash\nls\n```",
         "<!-- not run: words between -->\n\nHere:\n```bash\nls\n```",
         "<!-- include: README.md#No such heading -->",
