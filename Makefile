@@ -43,7 +43,7 @@ BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 # torch's default, the number of cores plus two, exhausts the memory of small machines.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test test-all classes fuzz emulate lint aot sanitize wheel install-check bench gpu demo clean in-place
+.PHONY: help setup test test-all classes fuzz emulate lint aot sanitize docs wheel sdist install-check bench gpu demo clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
@@ -55,8 +55,10 @@ help:
 	@echo "make lint    ruff, mypy and clang-format; changes nothing"
 	@echo "make aot     compile every Triton kernel for sm_80 and sm_90; needs no GPU"
 	@echo "make sanitize  the operators' tests on an extension with address and undefined-behaviour sanitizers"
+	@echo "make docs    the documentation in build/site; every code block of it is run by the tests"
 	@echo "make wheel   a wheel with the extension in dist/, for this platform, Python and minor version of torch"
-	@echo "make install-check  the README's install lines, and the wheel, in empty environments; needs network"
+	@echo "make sdist   the source distribution in dist/; needs no torch"
+	@echo "make install-check  the README's install lines, the wheel and the sdist, in empty environments; needs network"
 	@echo "make bench   time every operator on this machine's CPU, about 30 minutes: $(BENCH_OUT)"
 	@echo "make gpu     the GPU's tests, then time every operator on it, 10 minutes: $(GPU_OUT)"
 	@echo "make demo    render scenes, train two small models, evaluate them, write demo/report.html"
@@ -162,13 +164,33 @@ sanitize: $(READY)
 	  -p no:cacheprovider --capture=sys -m "not slow" -k "not reference and not triton" $(PYTEST_FLAGS) \
 	  $(or $(SANITIZE_TESTS),tests/covariance tests/normalize tests/pca tests/info_nce tests/sigmoid_loss tests/himo_loss tests/test_operators.py tests/test_memory.py tests/test_bad_input.py)
 
+# An environment of its own, as the site is built without torch: mkdocstrings reads the sources.
+DOCS := $(if $(strip $(VENV)),$(VENV)-docs)
+DOCS_PY := $(if $(DOCS),$(DOCS)/bin/python,$(PY))
+DOCS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+$(DOCS)/.installed: pyproject.toml
+	@test -x $(DOCS_PY) || { echo "creating $(DOCS)"; $(PYTHON) -m venv $(DOCS); }
+	@$(DOCS_PY) -c '$(DOCS_EXTRA)' >$(DOCS)/requirements.txt
+	@$(DOCS_PY) -m pip --disable-pip-version-check install --quiet -r $(DOCS)/requirements.txt
+	@touch $@
+
+# The variable: a warning that mkdocs-material prints at each build, about a later mkdocs.
+docs: $(if $(DOCS),$(DOCS)/.installed)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs --quiet build --strict
+	@echo "the site: file://$(CURDIR)/build/site/index.html; with search: $(DOCS_PY) -m http.server -d build/site"
+
 # Without what an earlier build left in build/lib*, which would be packed too.
 wheel: $(READY)
-	@rm -rf build/lib* build/bdist* dist
+	@rm -rf build/lib* build/bdist* dist/*.whl
 	@$(PY) setup.py -q bdist_wheel
 	@$(PY) -m zipfile -l dist/*.whl | grep 'himo_kernels/_C' >/dev/null || { \
-	  echo "make wheel: the extension was left out" >&2; rm -r dist; exit 1; }
+	  echo "make wheel: the extension was left out" >&2; rm dist/*.whl; exit 1; }
 	@ls dist/*.whl
+
+sdist: $(if $(strip $(VENV)),$(VENV)/.himo-installed)
+	@rm -rf dist/*.tar.gz
+	@HIMO_KERNELS_NO_EXTENSION=1 $(PY) setup.py -q sdist
+	@ls dist/*.tar.gz
 
 install-check:
 	@PATH="$(PATH_OUTSIDE)" TORCH="$(TORCH)" .ci/install-check

@@ -89,14 +89,16 @@ modules, before = set(sys.modules), settings()
 warnings.simplefilter("error")
 filters = list(warnings.filters)
 sys.addaudithook(watch)
-start = time.perf_counter()
+start, processor_start = time.perf_counter(), time.process_time()
 import himo_kernels
+processor_seconds = time.process_time() - processor_start
 seconds = time.perf_counter() - start
 seen = list(events)
 assert warnings.filters == filters
 del warnings.filters[0]
 print(json.dumps({
-    "seconds": seconds, "events": seen, "modules": sorted(set(sys.modules) - modules),
+    "seconds": seconds, "processor seconds": processor_seconds, "events": seen,
+    "modules": sorted(set(sys.modules) - modules),
     "same settings": settings() == before, "cuda": torch.cuda.is_initialized(),
 }))
 """
@@ -118,6 +120,16 @@ def test_importing_costs_less_than_half_a_second_beyond_torch(seen: dict[str, An
         if seconds >= 0.5:
             seconds = min(seconds, _watch()["seconds"])
     assert seconds < 0.5
+
+
+def test_importing_costs_less_than_a_fifth_of_a_second_of_the_processor(
+    seen: dict[str, Any],
+) -> None:
+    seconds = seen["processor seconds"]
+    for _ in range(4):  # the best of five: what shares the core slows its instructions too
+        if seconds >= 0.2:
+            seconds = min(seconds, _watch()["processor seconds"])
+    assert seconds < 0.2
 
 
 def test_importing_writes_no_file_opens_no_socket_and_starts_no_process(

@@ -33,7 +33,8 @@ def covariance(
         mean [*, D] and covariance [*, D, D], in dtype. First-order differentiable in x.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take x.
     """
     dtype = _check("covariance", x, dtype, check_finite)

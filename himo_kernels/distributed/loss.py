@@ -65,6 +65,8 @@ def info_nce(
     W ranks is the loss of one process on the joined batch. After DDP averages gradients, every
     parameter, including logit_scale, gets the gradient of that loss.
 
+    Other arguments are those of `himo_kernels.info_nce`, and must be equal on every rank.
+
     Args:
         image_features: this rank's rows [M, D]; M may differ between ranks and may be 0.
         text_features: [M, D].
@@ -74,7 +76,6 @@ def info_nce(
         labels: int64 or int32 [M], one tensor for the images and the texts; of every rank or of
             none. They are compared over all ranks.
         check_ranks: as in `HiMoLoss`.
-        Others as in `himo_kernels.info_nce`; they must be equal on every rank.
 
     Returns:
         Share of the loss [], float32, or float64 for float64 features.

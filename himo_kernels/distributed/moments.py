@@ -42,10 +42,11 @@ def pca_reconstruct(
 ) -> tuple[Tensor, Tensor]:
     """himo_kernels.pca_reconstruct of the joined rows of all ranks, eq. (1); returns own rows.
 
+    Other arguments are those of `himo_kernels.pca_reconstruct`, and must be equal on every rank.
+
     Args:
         x: this rank's rows [M, D]; M may differ between ranks and may be 0.
         group: the ranks; None is all of them.
-        Others as in `himo_kernels.pca_reconstruct`; they must be equal on every rank.
 
     Returns:
         reconstruction [M, D] of this rank's rows, in x's dtype, and rank [], int64, on the device:

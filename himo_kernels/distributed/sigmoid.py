@@ -38,11 +38,12 @@ def sigmoid_loss(
     loss. With M rows on every rank, W / N = 1 / M and the share is that of open_clip's SigLipLoss,
     which needs equal row counts.
 
+    Other arguments are those of `himo_kernels.sigmoid_loss`, and must be equal on every rank.
+
     Args:
         image_features: this rank's rows [M, D]; M may differ between ranks and may be 0.
         text_features: [M, D].
         group, strategy, check_ranks: as in `info_nce`.
-        Others as in `himo_kernels.sigmoid_loss`; they must be equal on every rank.
 
     Returns:
         Share of the loss [], float32, or float64 for float64 features.

@@ -69,7 +69,8 @@ def himo_loss(
         the features and logit_scale.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take the features.
     """
     name = HIMO_LOSS.name

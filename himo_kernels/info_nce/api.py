@@ -94,7 +94,8 @@ def info_nce(
         respect to the features and logit_scale.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take the features.
     """
     name, features = (
@@ -219,12 +220,13 @@ def dual_info_nce_low_rank(
     `basis = cat([mean[None], components])`, `rank = pca.rank + 1`. To normalise component_features,
     scale each row of coefficients; the rank does not change.
 
+    Other arguments are those of `info_nce`.
+
     Args:
         coefficients: [*, N, K], dtype and device of image_features.
         basis: [*, K, D], dtype and device of image_features.
         rank: [*] int64. Columns of coefficients and rows of basis from this index on are ignored
             (except by check_finite). None or a value above K uses all K, a value below 1 none.
-        Others as in `info_nce`.
 
     Returns:
         global_loss [*] and component_loss [*].

@@ -31,7 +31,8 @@ def normalize(
         [*, N, D], contiguous. First-order differentiable in features.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take features.
     """
     check_features("normalize", "features", features)

@@ -83,7 +83,8 @@ def pca(
         backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take x.
     """
     floor = _check("pca", x, variance_threshold, variance_floor, check_finite)
@@ -114,7 +115,8 @@ def project_reconstruct(
         backend: As in `pca`.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take x.
     """
     operator = "project_reconstruct"
@@ -179,7 +181,8 @@ def pca_reconstruct(
         Differentiable to first order in x.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take x.
     """
     operator = "pca_reconstruct"

@@ -49,7 +49,8 @@ def sigmoid_loss(
         Differentiable once with respect to the features, logit_scale and logit_bias.
 
     Raises:
-        ValueError: wrong shape or value. TypeError: wrong type or dtype.
+        ValueError: wrong shape or value.
+        TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take the features.
     """
     name = SIGMOID_LOSS.name
