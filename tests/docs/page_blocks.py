@@ -52,9 +52,7 @@ def blocks_of(page: str) -> list[Block]:
 
     page = re.sub(rf"^(<!-- not run: .+? -->\n)?({_INCLUDE})$", put, page, flags=re.MULTILINE)
     if found := re.search(r"^(?:[ \t>]+```|[ \t>]*~~~).*", page, re.MULTILINE):
-        raise ValueError(
-            f"expected blocks to begin with ``` in the first column, got {found[0]}"
-        )
+        raise ValueError(f"expected blocks to begin with ``` in the first column, got {found[0]}")
     blocks = []
     for found in _BLOCK.finditer(page):
         if found["stray"]:
