@@ -13,6 +13,9 @@ from page_blocks import DOCS, ROOT, Block, blocks_of
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the source tree")
 
+SECONDS = (
+    1200  # of a page: fine-tune.md trains and starts eight commands, on a machine that is busy
+)
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
@@ -34,7 +37,8 @@ def runs() -> list[Any]:
         if any(block.reason is None for block in quick):
             found.append(pytest.param(name, False, id=name))
         if len(quick) < len(blocks):
-            found.append(pytest.param(name, True, id=f"{name}-whole", marks=pytest.mark.slow))
+            marks = [pytest.mark.slow, pytest.mark.timeout(SECONDS)]
+            found.append(pytest.param(name, True, id=f"{name}-whole", marks=marks))
     return found
 
 
@@ -59,7 +63,7 @@ def run(block: Block, names: dict[str, Any], environment: dict[str, str]) -> Non
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=SECONDS,
     )
     assert done.returncode == 0, f"{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
