@@ -9,8 +9,8 @@ the references (e itself without ref_emb), l their labels, S = e @ r.T / tempera
                   S_ap among all columns; 0 without a positive
 
 Without ref_emb, no row is a pair with itself. The library itself computes a call with an
-indices_tuple, the pairs of a miner or of a CrossBatchMemory: they may be any of N x M pairs, and are
-listed anyway. It also refuses a call without labels.
+indices_tuple, the pairs of a miner or of a CrossBatchMemory: they may be any of N x M pairs, and
+are listed anyway. It also refuses a call without labels.
 """
 
 from collections.abc import Callable
