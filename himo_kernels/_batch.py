@@ -47,7 +47,8 @@ class Batch:
 
     def __init__(self, loss: "HiMoLoss", labels: Tensor | None) -> None:
         self.loss = loss
-        self.labels = labels  # [N]; pairs of equal labels are not each other's negatives
+        # [N]; pairs of equal labels are not each other's negatives. Over ranks, check joins them.
+        self.labels = labels
 
     def terms(
         self,
