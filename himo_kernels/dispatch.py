@@ -178,14 +178,14 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _is_plain(tensor: Tensor) -> bool:
     batched: bool = torch._C._functorch.is_legacy_batchedtensor(tensor)
-    return type(tensor) in _PLAIN and not batched
+    return type(tensor) in _PLAIN and not tensor.is_meta and not batched
 
 
 def _watched(arguments: Iterable[object]) -> bool:
     """Returns whether anything records, traces or transforms calls on these tensors.
 
-    That is a subclass of Tensor, a dispatch or function mode, a torch.func transform, the vmap of
-    is_grads_batched, a trace, or the profiler.
+    That is a subclass of Tensor, the meta device, a dispatch or function mode, a torch.func
+    transform, the vmap of is_grads_batched, a trace, or the profiler.
     """
     return (
         any(isinstance(value, Tensor) and not _is_plain(value) for value in arguments)

@@ -7,7 +7,7 @@ only one gradient is allocated.
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -98,7 +98,6 @@ class Backward(Protocol):
     ) -> Gradients: ...
 
 
-@cache  # every call asks
 def input_names(operator: str) -> tuple[str, ...]:
     """Returns the inputs of an operator in schema order. All but rank are differentiable."""
     return "image_features", *itertools.chain(*LOSSES[operator]), "logit_scale"
