@@ -27,8 +27,8 @@ def corpus(inputs: Mapping[str, Any], sample: int = 4) -> list[Any]:
 def bounded(seconds: float, mebibytes: float) -> Iterator[None]:
     """Fails when the block takes more processor time or more memory than stated.
 
-    Processor time, because time lost to other processes is not the reader's; of a processor that
-    runs Python as fast as `_PACE` says, since slow ones and cores shared by two threads need more. Memory is the
+    Processor time, because time lost to other processes is not the reader's. The bound holds for a
+    core that runs Python as fast as `_PACE` says, and grows on a slower or shared one. Memory is the
     growth of the peak resident size of this process.
     """
     seconds *= max(1.0, _seconds_of_a_loop() / _PACE)
