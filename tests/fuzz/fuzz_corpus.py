@@ -28,8 +28,8 @@ def bounded(seconds: float, mebibytes: float) -> Iterator[None]:
     """Fails when the block takes more processor time or more memory than stated.
 
     Processor time, because time lost to other processes is not the reader's. The bound holds for a
-    core that runs Python as fast as `_PACE` says, and grows on a slower or shared one. Memory is the
-    growth of the peak resident size of this process.
+    core that runs Python as fast as `_PACE` says, and grows on a slower or shared one. Memory is
+    the growth of the peak resident size of this process.
     """
     seconds *= max(1.0, _seconds_of_a_loop() / _PACE)
     _RESET.write_text("5")  # the peak from here on

@@ -121,7 +121,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     with pytest.raises(HimoError, match="cannot be written"):
         claim(out / "ablation.json", {"train": {}, "eval": []})
     (out / "ablation.json").write_text('{"train": {"lr"')
-    with pytest.raises(HimoError, match="ablation.json: not settings of an ablation"):
+    with pytest.raises(HimoError, match="ablation.json: not the settings of an ablation"):
         claim(out, {"train": {"lr": 1e-3}, "eval": ["--data", "x"]})
 
 
