@@ -40,6 +40,9 @@ GPU_OUT ?= benchmarks/results/cuda
 IN_TREE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 BENCH := $(IN_TREE) $(PY) -m benchmarks.run
 
+# Some images set this. Each of the suite's hundreds of processes then compiles torch again: 6 s, not 3.
+unexport PYTHONDONTWRITEBYTECODE
+
 # torch's default, the number of cores plus two, exhausts the memory of small machines.
 export MAX_JOBS ?= 2
 

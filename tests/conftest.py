@@ -114,8 +114,9 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 @pytest.fixture(autouse=True)
 def _poison_uninitialised_memory() -> Iterator[None]:
     # In deterministic mode torch.empty returns NaN, also in C++. So an output that a kernel does
-    # not write completely cannot look right by accident.
-    torch.use_deterministic_algorithms(True)
+    # not write completely cannot look right by accident. torch.use_deterministic_algorithms would
+    # also import the compiler, which takes seconds.
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

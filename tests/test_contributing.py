@@ -62,6 +62,7 @@ def python(tree: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_new_backend_passes_the_tests_that_read_the_tables(tree: Path) -> None:
     options = ["-v", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
     passed = python(tree, "-m", "pytest", *options, "-k", "einsum or backend", *TESTS)
@@ -69,6 +70,7 @@ def test_the_new_backend_passes_the_tests_that_read_the_tables(tree: Path) -> No
         assert re.search(rf"{name}::\S*einsum\S* PASSED", passed), name
 
 
+@pytest.mark.slow
 def test_info_lists_the_new_backend_without_a_word_about_hardware(tree: Path) -> None:
     report = python(tree, "-m", "himo_kernels.info")
     on_cpu = report.split("operators on cpu")[1].split("\n\n")[0]

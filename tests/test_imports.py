@@ -58,6 +58,7 @@ def test_the_reference_runs_without_triton_the_extension_and_numpy(block: str) -
     assert reason in refusal.split("  cpu: ")[1].splitlines()[0]
 
 
+@pytest.mark.slow
 def test_the_extension_can_be_switched_off() -> None:
     settings = {"HIMO_KERNELS_NO_EXTENSION": "1", "HIMO_KERNELS_BACKEND": "auto"}
     refusal = run_python("-c", USE, **settings)

@@ -154,6 +154,7 @@ def test_the_fit_alone_is_bounded(call, counts):
     assert sum(counts[call].values()) <= TOTALS[call]
 
 
+@pytest.mark.slow
 def test_the_counter_sees_launches_alone_and_refuses_a_wait():
     script = """
 import torch

@@ -72,6 +72,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_page_of_a_real_run(written):
     text = (written / "report.html").read_text()
     parser = parse(text)

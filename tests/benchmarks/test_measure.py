@@ -75,6 +75,7 @@ def test_a_baseline_with_a_nan_gradient_is_not_timed(unlimited):
     assert any(row["backend"] == "reference" and row["time_ms_p50"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_backend_outside_its_budget_is_not_timed(unlimited, monkeypatch):
     # A new backend is measured without further registration; this one is off by 1e-4.
     table = OPERATORS["covariance"]
@@ -93,6 +94,7 @@ def test_a_backend_outside_its_budget_is_not_timed(unlimited, monkeypatch):
         assert "time_ms_p50" not in row and row["auto"] == "yes"
 
 
+@pytest.mark.slow
 def test_a_backend_that_raises_is_a_row(unlimited, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no such instruction")
@@ -197,6 +199,7 @@ def test_a_ceiling_is_measured_for_the_dtypes_that_are_asked_for():
     assert isinstance(found["float32"], str) or 1e-4 < found["float32"] < 10
 
 
+@pytest.mark.slow
 def test_a_ceiling_that_takes_too_long_has_its_reason(unlimited, monkeypatch):
     monkeypatch.setattr(measure, "CEILING_SECONDS", 1e-6)
     reason = measure.ceilings("cpu", ["float32"])["float32"]
@@ -215,6 +218,7 @@ def test_what_takes_too_long_in_a_child_is_left_out():
     assert memory.in_child(lambda: 1, 30) == 1
 
 
+@pytest.mark.slow
 def test_slow_baselines_are_left_out_and_the_library_is_timed():
     # In a fresh process, in which nothing has been computed before the children are forked.
     script = """

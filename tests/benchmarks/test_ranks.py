@@ -46,6 +46,7 @@ def test_the_losses_agree_and_are_timed(rows):
     assert sum(row["auto"] == "yes" for row in rows) == 2
 
 
+@pytest.mark.slow
 def test_the_table_holds_them(folder):
     text = plot.markdown(plot.read_folder(folder))
     (line,) = (line for line in text.splitlines() if "ranks=2 local" in line)
@@ -66,6 +67,7 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_another_files_columns_are_kept_as_they_are(tmp_path):
     path = tmp_path / "himo_loss_over_ranks.csv"
     path.write_text("a,b\n1,2\n")

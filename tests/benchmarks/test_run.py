@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_candidate_has_a_whole_row_in_each_mode(folder):
     rows = read(folder / "info_nce.csv")
     assert all(tuple(row) == table.COLUMNS for row in rows)
@@ -54,6 +55,7 @@ def test_every_candidate_has_a_whole_row_in_each_mode(folder):
     assert sum(row["auto"] == "yes" for row in timed) == len(MODES)
 
 
+@pytest.mark.slow
 def test_a_refused_candidate_is_a_row_with_its_reason(folder):
     (row,) = (
         row
@@ -65,6 +67,7 @@ def test_a_refused_candidate_is_a_row_with_its_reason(folder):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_log_names_every_row(folder):
     log = (folder / "log.txt").read_text()
     assert "ceilings:" in log
@@ -122,6 +125,7 @@ def test_make_gpu_without_a_gpu_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_measuring_needs_neither_himo_nor_tqdm(folder):
     # A machine with a GPU may have only torch, triton, numpy and pytest.
     script = """

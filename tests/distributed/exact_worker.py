@@ -5,15 +5,13 @@ process. All ranks draw the same batch and use their own rows of it.
 """
 
 import itertools
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import row_losses, shares
+from ranks import DTYPES, RANK, SEED, WORLD, finish, found, leaves, own
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
@@ -26,11 +24,6 @@ from himo_kernels import testing as hkt
 from himo_kernels.info_nce.block import BLOCK
 from himo_kernels.nn import PRESETS, HiMoLoss
 
-torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-dist.init_process_group("gloo")
-RANK, WORLD = dist.get_rank(), dist.get_world_size()
-found: dict[str, object] = {}
-
 # Rows of each rank, and the features. A single process has at least 13 rows: with fewer, a float32
 # gradient loses too many digits by cancellation to be accurate to six.
 SHAPES = {
@@ -41,7 +34,6 @@ SHAPES = {
     "an empty rank": ([0, 20, 13, 7][:WORLD] if WORLD > 1 else [20], 12),
     "one row each": ([1] * WORLD if WORLD > 1 else [13], 8),
 }
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def batch(counts: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +45,7 @@ def batch(counts: list[int], width: int, dtype: torch.dtype) -> tuple[Tensor, Te
     of size s is s eps wrong in float32: s is small enough that 1e-6 is a bound on the exchange.
     """
     rows, least = sum(counts), 0.1 if WORLD > 1 else 0.2
-    generator = torch.Generator().manual_seed(int(sys.argv[2]) + 100 * rows + width)
+    generator = torch.Generator().manual_seed(SEED + 100 * rows + width)
     while True:
         images = torch.randn(rows, width, dtype=torch.float64, generator=generator)
         texts = hkt.power_law(rows, width, dtype=torch.float64, generator=generator)
@@ -69,14 +61,6 @@ def gap(texts: Tensor, tau: float) -> float:
     values = [*pca.eigenvalues.tolist(), 0.0]
     rank = int(pca.rank)
     return 1 - values[rank] / values[rank - 1]
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
-
-
-def own(tensor: Tensor, counts: list[int], rank: int = RANK) -> Tensor:
-    return tensor.split(counts)[rank]
 
 
 def worst(
@@ -391,5 +375,4 @@ for detach in (False, True):
     # Means a million times the spread: a difference of two sums would lose every digit.
     check_moments(f"far mean, detach={detach}", spread + 1e6, [20] * WORLD, 0.9, detach)
 run(check_degenerate, hkt.DEGENERATE)
-Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
-dist.destroy_process_group()
+finish()

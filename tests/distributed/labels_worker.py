@@ -5,18 +5,28 @@ joined batch, or against one process.
 """
 
 import itertools
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from info_nce.pairs_cases import dense
-from torch import Tensor, nn
+from ranks import (
+    COUNTS,
+    DTYPES,
+    RANK,
+    WIDTH,
+    WORLD,
+    LinearTowers,
+    finish,
+    found,
+    gradients,
+    leaves,
+    normalized_pairs,
+    own_leaves,
+)
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parameters_to_vector
 
 import himo_kernels
 from himo_kernels import distributed as hkd
@@ -24,18 +34,7 @@ from himo_kernels import testing as hkt
 from himo_kernels.distributed.loss import block_for
 from himo_kernels.nn import HiMoLoss
 
-torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-dist.init_process_group("gloo")
-RANK, WORLD = dist.get_rank(), dist.get_world_size()
 ALONE = [dist.new_group([rank]) for rank in range(WORLD)][RANK]
-WIDTH = 12
-COUNTS = {
-    "equal": [8] * WORLD,
-    "uneven": [9, 16, 4][:WORLD] if WORLD > 1 else [20],
-    "an empty rank": [0, 20, 13][:WORLD] if WORLD > 1 else [20],
-    "one row each": [1] * WORLD,
-}
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 DIRECTIONS = ("both", "rows", "columns")
 # With labels, drawn from a third as many values as there are rows, only "gather".
 PAIRS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -44,27 +43,13 @@ PAIRS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "exclude": ({"same_label": "exclude"}, ("gather",)),
 }
 NAMES = ("images", "texts", "scale")
-found: dict[str, Any] = {}
 
 
 def batch(counts: list[int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Images, texts and scale of the joined batch, and its labels; equal on every rank."""
-    generator = torch.Generator().manual_seed(int(sys.argv[2]) + sum(counts))
-    draw = {"dtype": torch.float64, "generator": generator}
-    images, texts = (F.normalize(torch.randn(sum(counts), WIDTH, **draw), dim=-1) for _ in range(2))
-    texts = F.normalize(texts + images, dim=-1)
+    tensors, generator = normalized_pairs(counts, dtype, 5.0)
     labels = torch.randint(-(sum(counts) // 3) - 1, 0, (sum(counts),), generator=generator)
-    scale = torch.tensor(5.0, dtype=torch.float64)
-    return [tensor.to(dtype) for tensor in (images, texts, scale)], labels
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
-
-
-def mine(tensors: list[Tensor], counts: list[int]) -> list[Tensor]:
-    images, texts, scale = tensors
-    return leaves(images.split(counts)[RANK], texts.split(counts)[RANK], scale)
+    return tensors, labels
 
 
 def note(name: str, share: Tensor, grads: list[Tensor], exact: list[Tensor]) -> None:
@@ -114,7 +99,7 @@ def check(shape: str, dtype: str, directions: str, pairs: str, constants: bool) 
     alone = torch.autograd.grad(loss, one, materialize_grads=True)
     backends = backends_of(given, tensors[0], constants) if shape == "uneven" else ["auto"]
     for strategy, backend in itertools.product(strategies, backends):
-        own = mine(tensors, counts)
+        own = own_leaves(tensors, counts)
         of_rank = {"labels": labels.split(counts)[RANK].int()} if given else {}
         share = hkd.info_nce(
             *own, strategy=strategy, directions=directions, backend=backend, **settings, **of_rank
@@ -135,32 +120,13 @@ def check(shape: str, dtype: str, directions: str, pairs: str, constants: bool) 
         note(f"one process, {name}", mean / WORLD, scaled, [loss.detach(), *of_one, alone[2]])
 
 
-class Towers(nn.Module):
-    """Two towers of one matrix and a scale: a minimal model for DDP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.image, self.text = (nn.Linear(WIDTH, 7, bias=False) for _ in range(2))
-        self.log_scale = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        towers = zip((self.image, self.text), (images, texts), strict=True)
-        features = (F.normalize(tower(rows), dim=-1) for tower, rows in towers)
-        return *features, self.log_scale.exp()
-
-
-def gradients(towers: nn.Module) -> Tensor:
-    return parameters_to_vector([parameter.grad for parameter in towers.parameters()])
-
-
 def check_ddp(shape: str, preset: str, of_both: bool) -> None:
     # The whole head with labels, against the head of one process; its terms besides.
     counts = COUNTS[shape]
     (images, texts, _), labels = batch(counts, torch.float64)
     settings = {"pca_scope": "global", "decompose_images": of_both, "variance_threshold": 0.8}
     head, one = (HiMoLoss(preset, group=group, **settings) for group in (None, ALONE))
-    alone, together = Towers().double(), DistributedDataParallel(Towers().double())
+    alone, together = LinearTowers().double(), DistributedDataParallel(LinearTowers().double())
     one(*alone(images, texts), labels=labels).backward()
     own = [tensor.split(counts)[RANK] for tensor in (images, texts, labels)]
     head(*together(*own[:2]), labels=own[2]).backward()
@@ -188,7 +154,7 @@ def check_without_grad() -> None:
     # Frozen images: no gradient of theirs is sent back, and none is asked for on a rank alone.
     counts = COUNTS["uneven"]
     tensors, labels = batch(counts, torch.float64)
-    images, texts, scale = mine(tensors, counts)
+    images, texts, scale = own_leaves(tensors, counts)
     joined = leaves(*tensors)
     own = labels.split(counts)[RANK]
     share = hkd.info_nce(images.detach(), texts, scale, labels=own)
@@ -204,7 +170,7 @@ def check_half(dtype: torch.dtype) -> None:
     # Values of 16-bit features; ranks without rows have their dtype too.
     counts = COUNTS["an empty rank"]
     tensors, labels = batch(counts, dtype)
-    images, texts, scale = mine([*tensors[:2], tensors[2].float()], counts)
+    images, texts, scale = own_leaves([*tensors[:2], tensors[2].float()], counts)
     share = hkd.info_nce(images, texts, scale, labels=labels.split(counts)[RANK])
     grads = torch.autograd.grad(share, [images, texts, scale])
     dtypes = [share.dtype, *(grad.dtype for grad in grads)]
@@ -220,7 +186,7 @@ def check_unchecked() -> None:
     # check_ranks=False changes no bit; strides of features and labels change only the rounding.
     counts = COUNTS["equal"]
     tensors, labels = batch(counts, torch.float64)
-    own = mine(tensors, counts)
+    own = own_leaves(tensors, counts)
     strided = leaves(own[0].T.contiguous().T, own[1].repeat(1, 2)[:, :WIDTH], own[2])
     of_rank = labels.split(counts)[RANK]
     results = []
@@ -240,7 +206,7 @@ def check_unchecked() -> None:
 def check_traffic() -> None:
     counts = COUNTS["equal"]
     (images, texts, scale), labels = batch(counts, torch.float32)
-    own = mine([images, texts, scale], counts)
+    own = own_leaves([images, texts, scale], counts)
     with hkd.count_traffic() as traffic:
         HiMoLoss()(*own, labels=labels.split(counts)[RANK]).backward()
     found["traffic"] = {"bytes": dict(traffic.bytes), "rows": counts[RANK], "features": WIDTH}
@@ -259,5 +225,4 @@ for dtype in (torch.bfloat16, torch.float16):
     check_half(dtype)
 if WORLD > 1:
     check_traffic()
-Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
-dist.destroy_process_group()
+finish()

@@ -5,16 +5,25 @@ process, or against open_clip's SigLipLoss on the same ranks.
 """
 
 import itertools
-import json
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from ranks import (
+    COUNTS,
+    DTYPES,
+    RANK,
+    WORLD,
+    LinearTowers,
+    finish,
+    found,
+    gradients,
+    leaves,
+    normalized_pairs,
+    own_leaves,
+)
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parameters_to_vector
 from upstream import open_clip_loss
 
 import himo_kernels
@@ -22,37 +31,12 @@ from himo_kernels import distributed as hkd
 from himo_kernels import testing as hkt
 from himo_kernels.sigmoid_loss.op import BLOCK
 
-torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-dist.init_process_group("gloo")
-RANK, WORLD = dist.get_rank(), dist.get_world_size()
-WIDTH = 12
-COUNTS = {
-    "equal": [8] * WORLD,
-    "uneven": [9, 16, 4][:WORLD] if WORLD > 1 else [20],
-    "an empty rank": [0, 20, 13][:WORLD] if WORLD > 1 else [20],
-    "one row each": [1] * WORLD,
-}
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 NAMES = ("images", "texts", "scale", "bias")
-found: dict[str, float] = {}
 
 
 def batch(counts: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """Images, texts, scale and bias of the joined batch, equal on every rank."""
-    generator = torch.Generator().manual_seed(int(sys.argv[2]) + sum(counts))
-    draw = {"dtype": torch.float64, "generator": generator}
-    images, texts = (F.normalize(torch.randn(sum(counts), WIDTH, **draw), dim=-1) for _ in range(2))
-    scalars = (torch.tensor(value, dtype=torch.float64) for value in (5.0, -2.5))
-    return [tensor.to(dtype) for tensor in (images, F.normalize(texts + images, dim=-1), *scalars)]
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
-
-
-def mine(tensors: list[Tensor], counts: list[int]) -> list[Tensor]:
-    images, texts, scale, bias = tensors
-    return leaves(images.split(counts)[RANK], texts.split(counts)[RANK], scale, bias)
+    """Images, texts, scale and bias of the joined batch."""
+    return normalized_pairs(counts, dtype, 5.0, -2.5)[0]
 
 
 def pair_losses(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -82,39 +66,19 @@ def check(shape: str, dtype: str, strategy: str, backend: str) -> None:
     total = sum(weight * part.sum() for weight, part in zip(weights, parts, strict=True))
     images, texts, *scalars = torch.autograd.grad(total, joined)
     exact = [images.split(counts)[RANK], texts.split(counts)[RANK], *scalars]
-    own = mine(tensors, counts)
+    own = own_leaves(tensors, counts)
     share = hkd.sigmoid_loss(*own, strategy=strategy, backend=backend)
     grads = torch.autograd.grad(upstream[RANK] * share, own)
     truth = parts[RANK].sum() * WORLD / sum(counts)
     errors(f"{shape}, {dtype}, {strategy}, {backend}", share, list(grads), [truth, *exact])
 
 
-class Towers(nn.Module):
-    """Two towers of one matrix, a scale and a bias: a minimal model for DDP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.image, self.text = (nn.Linear(WIDTH, 7, bias=False) for _ in range(2))
-        self.log_scale = nn.Parameter(torch.tensor(1.5))
-        self.logit_bias = nn.Parameter(torch.tensor(-2.0))
-
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
-        towers = zip((self.image, self.text), (images, texts), strict=True)
-        features = (F.normalize(tower(rows), dim=-1) for tower, rows in towers)
-        return *features, self.log_scale.exp(), self.logit_bias
-
-
-def gradients(towers: nn.Module) -> Tensor:
-    return parameters_to_vector([parameter.grad for parameter in towers.parameters()])
-
-
 def check_ddp(shape: str, strategy: str) -> None:
     counts = COUNTS[shape]
     images, texts, *_ = batch(counts, torch.float64)
-    alone = Towers().double()
+    alone = LinearTowers(logit_bias=-2.0).double()
     (pair_losses(*alone(images, texts)).sum() / sum(counts)).backward()
-    together = DistributedDataParallel(Towers().double())
+    together = DistributedDataParallel(LinearTowers(logit_bias=-2.0).double())
     own = (images.split(counts)[RANK], texts.split(counts)[RANK])
     share = hkd.sigmoid_loss(*together(*own), strategy=strategy)
     share.backward()
@@ -127,7 +91,7 @@ def check_open_clip(module: object, exchange: str, strategy: str) -> None:
     """open_clip's loss on the same ranks, alone and after DDP's mean."""
     counts = COUNTS["equal"]
     tensors = batch(counts, torch.float64)
-    theirs, own = mine(tensors, counts), mine(tensors, counts)
+    theirs, own = own_leaves(tensors, counts), own_leaves(tensors, counts)
     loss = module.SigLipLoss(rank=RANK, world_size=WORLD, dist_impl=exchange)(*theirs)
     expected = torch.autograd.grad(loss, theirs)
     share = hkd.sigmoid_loss(*own, strategy=strategy)
@@ -141,7 +105,7 @@ def check_open_clip(module: object, exchange: str, strategy: str) -> None:
 
 def check_refusal() -> None:
     # An error on one rank is the same error on all.
-    tensors = mine(batch(COUNTS["equal"], torch.float32), COUNTS["equal"])
+    tensors = own_leaves(batch(COUNTS["equal"], torch.float32), COUNTS["equal"])
     if RANK == WORLD - 1:
         tensors[3] = torch.zeros(2)
     try:
@@ -170,5 +134,4 @@ found["one process"] = hkt.relative_error(
     himo_kernels.sigmoid_loss(*batch([5], torch.float64)),
     pair_losses(*batch([5], torch.float64)).sum() / 5,
 )
-Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
-dist.destroy_process_group()
+finish()

@@ -4,8 +4,10 @@ import pytest
 from launch import found
 from upstream import open_clip_loss
 
+WORLDS = [pytest.param(2, id="W=2"), pytest.param(3, id="W=3", marks=pytest.mark.slow)]
 
-@pytest.fixture(scope="module", params=(2, 3), ids=lambda world: f"W={world}")
+
+@pytest.fixture(scope="module", params=WORLDS)
 def ranks(request, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("accelerated")
     return found("accelerate_worker.py", request.param, folder, str(seed))
@@ -20,7 +22,6 @@ def assert_below(limit: float, ranks: list[dict], word: str, what: str) -> None:
 
 
 @pytest.mark.skipif(open_clip_loss() is None, reason="open_clip_torch is not installed")
-@pytest.mark.sample(1)
 def test_clip_loss_with_each_pair_of_its_flags(ranks):
     assert all(sum(name.startswith("open_clip") for name in checks) == 24 for checks in ranks)
     assert_below(1e-12, ranks, "open_clip", "values")
@@ -28,7 +29,6 @@ def test_clip_loss_with_each_pair_of_its_flags(ranks):
 
 
 @pytest.mark.skipif(open_clip_loss() is None, reason="open_clip_torch is not installed")
-@pytest.mark.sample(1)
 def test_the_mean_over_ranks_is_counted_where_a_value_needs_it(ranks):
     for local_loss, number in ((True, 0), (False, 1)):
         word = f"open_clip, local_loss={local_loss}"
@@ -41,7 +41,6 @@ def test_the_mean_over_ranks_is_counted_where_a_value_needs_it(ranks):
         assert calls == {number}
 
 
-@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "word, number",
     [

@@ -14,7 +14,7 @@ STRATEGIES = pytest.mark.parametrize("strategy", ["gather", "ring"])
 
 
 WORLDS = [
-    pytest.param(world, id=f"W={world}", marks=[] if world < 3 else pytest.mark.slow)
+    pytest.param(world, id=f"W={world}", marks=[] if world == 2 else pytest.mark.slow)
     for world in (1, 2, 3, 4)
 ]
 several_ranks = pytest.mark.parametrize("ranks", WORLDS[1:], indirect=True)

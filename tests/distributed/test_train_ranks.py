@@ -173,6 +173,7 @@ def test_accumulation_around_a_ring_with_nothing_left_for_some_ranks(pairs, tmp_
     assert_equal_weights(tmp_path / "ranks", expected, epoch=1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_all_with_its_reason(pairs, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -282,7 +283,7 @@ def test_a_stop_request_stops_all_ranks_after_the_same_step(pairs, tmp_path):
 @pytest.mark.slow
 def test_what_is_wrong_for_all_is_said(flags, words, pairs, tmp_path):
     output = Ranks(2, pairs, tmp_path / "logs", *flags).end(status=None)
-    assert words in output and 'Traceback (most recent call last):\n  File "/work' not in output
+    assert words in output and f'File "{ROOT}' not in output  # no traceback of ours
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ def run(fault: str, sanitizer: str, seed: int) -> subprocess.CompletedProcess:
     return emulated.run(program, FAULTS.index(fault), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", emulated.SANITIZERS)
 def test_without_a_fault_nothing_is_reported(sanitizer):
     for seed in (1, 2):
@@ -32,6 +33,7 @@ def test_without_a_fault_nothing_is_reported(sanitizer):
 
 
 # Whatever the order in which the threads run.
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
     ("fault", "sanitizer", "report"),
@@ -78,6 +80,7 @@ def without_barrier(name: str, index: int, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(("name", "index"), BARRIERS)
 def test_every_barrier_of_the_solver_is_needed(name, index, tmp_path):

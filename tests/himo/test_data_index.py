@@ -247,6 +247,7 @@ def test_many_shards_keep_few_files_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) < before
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_records_open_in_50_ms(tmp_path: Path) -> None:
     write_images(tmp_path, 1)
     line = json.dumps(sharegpt4v_record("images/000.png", "A caption of some words. " * 8))

@@ -66,6 +66,7 @@ def test_both_towers_export(generator) -> None:
         torch.testing.assert_close(exported(image, text), model(image, text), **ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_compiled_text_tower_reads_no_token(generator) -> None:
     model = random_model(TINIEST, generator)
     encode = torch.compile(model.encode_text, fullgraph=True, backend="aot_eager")

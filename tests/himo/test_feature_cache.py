@@ -68,6 +68,7 @@ def test_the_second_evaluation_encodes_nothing_and_has_the_same_result(
     assert f"features of {IMAGES} images from {tmp_path / 'kept'}" in again.err
 
 
+@pytest.mark.slow
 def test_a_changed_image_caption_or_checkpoint_is_encoded_anew(
     evaluate, captions, encoded, checkpoint, tmp_path
 ):
@@ -91,6 +92,7 @@ def test_a_changed_image_caption_or_checkpoint_is_encoded_anew(
     differs(images=True, texts=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_another_precision_has_other_features(evaluate, captions, encoded, precision, tmp_path):
     options = ("--data", captions, "--feature-cache", tmp_path / "kept")

@@ -212,6 +212,7 @@ def test_error_names_the_file_and_survives_a_worker(tmp_path):
 # Mutated files (promise G19)
 
 
+@pytest.mark.slow
 def test_mutated_files_are_images_or_image_errors(generator):
     rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
     counts: dict[str, collections.Counter[str]] = {n: collections.Counter() for n in SAMPLES}
@@ -397,6 +398,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc for peak memory")
 def test_bombs_are_refused_from_the_header(tmp_path):
     paths = []

@@ -79,6 +79,7 @@ def test_parts_are_what_they_are_called(steps):
     assert IMAGE not in few["parts"] and TEXT in large["parts"]
 
 
+@pytest.mark.slow
 def test_many_ranks_have_buckets_and_exchange():
     many = rehearsal(ranks=8, batch_size=512)
     gathered, ring = many.step(), many.step(exchange="ring")
@@ -91,6 +92,7 @@ def test_many_ranks_have_buckets_and_exchange():
     assert BUCKETS not in rehearsal().step().parts
 
 
+@pytest.mark.slow
 def test_settings_change_in_one_rehearsal():
     steps = rehearsal()
     plain = steps.step().total
@@ -125,6 +127,7 @@ def test_the_largest_batch_is_found(start, limit):
     assert all(2 <= batch <= 4001 for batch in tried)
 
 
+@pytest.mark.slow
 def test_it_fits(capsys):
     plan = planned(capsys, "--gpu-mem", "0.01", status=0)
     assert plan["fits"] and plan["alternatives"] == []

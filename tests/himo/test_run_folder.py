@@ -168,6 +168,7 @@ def pairs(tmp_path_factory) -> Path:
     return photos(tmp_path_factory.mktemp("photos"))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_in_use_writes_nothing(pairs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("himo.run_folder._WAIT_S", 0)
     with another_owner(tmp_path / "run") as process:

@@ -84,6 +84,7 @@ def test_tables_of_a_large_model_have_the_difference_from_the_paper():
     assert cells[3]["high"] - cells[3]["low"] < min(x["high"] - x["low"] for x in cells[:3])
 
 
+@pytest.mark.slow
 def test_a_backbone_that_the_paper_lacks_is_told_and_has_no_difference():
     assert backbone(CONFIG) == "width 32, patch 16, 32 px"
     found = tables([_model(CONFIG)])

@@ -196,6 +196,7 @@ def test_bad_flags_are_one_line_and_exit_status_two(flags, words, pairs, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_linked_images_short_captions_and_the_first_pairs(pairs, tmp_path, capsys):
     table = tmp_path / "here" / "pairs.csv"
     table.parent.mkdir()
@@ -253,6 +254,7 @@ def test_an_unknown_model_is_one_line_with_the_names_before_any_data_is_read(tmp
     assert message.endswith(f"--model: expected one of {', '.join(CONFIGS)}, got ViT-B/16")
 
 
+@pytest.mark.slow
 def test_without_the_extension_train_says_so_once_and_doctor_warns(pairs, tmp_path):
     flags = command(pairs, tmp_path, *small_model(tmp_path), "--epochs", "1")[3:]
     code = f"""
@@ -273,6 +275,7 @@ print(main({flags!r}), main(["doctor"]))
     assert "the extension is not built (" in check and "--force-reinstall SOURCES" in check
 
 
+@pytest.mark.slow
 def test_validation_is_what_himo_eval_finds_and_changes_no_bit(pairs, whole_run, tmp_path, capsys):
     train(pairs, tmp_path, "--val-data", str(pairs), "--val-frequency", "2")
     assert digests(tmp_path) == digests(whole_run)

@@ -117,6 +117,7 @@ def weights(path: Path) -> list[bytes]:
     return [tensor.numpy().tobytes() for tensor in himo.load(path)[0].state_dict().values()]
 
 
+@pytest.mark.slow
 def test_the_best_model_survives_a_resume(run):
     pairs, logs, flags = run
     best = logs / "run/checkpoints/best.safetensors"

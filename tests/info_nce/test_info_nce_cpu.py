@@ -231,6 +231,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_inference_mode_many_threads_and_mkldnn_turned_off() -> None:
     # Panels of several columns are copied, and the kernel is chosen per call.
     assert run_python("-c", INFERENCE).strip() == "equal"

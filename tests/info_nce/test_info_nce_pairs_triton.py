@@ -132,6 +132,7 @@ def test_leading_dimensions_are_independent_problems(generator):
         assert relative_error(gradients[name], gradient) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_more_launches_and_splits_give_the_same(generator, monkeypatch):
     inputs = features(40, 70, dtype=torch.float32, generator=generator)
     options = drawn(40, 70, generator)["exclusions, not itself, weights"]

@@ -227,7 +227,7 @@ class TestChunks:
 class TestRank:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
-    @pytest.mark.sample(2)
+    @pytest.mark.sample(1)
     def test_what_is_past_the_rank_is_ignored(
         self, dtype: torch.dtype, differentiate_keys: bool, generator: torch.Generator
     ) -> None:

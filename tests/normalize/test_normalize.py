@@ -53,6 +53,7 @@ def test_hand_worked_two_vectors(backend):
     torch.testing.assert_close(grad, torch.tensor([[0.128, -0.096], [60 / 169, 25 / 169]]))
 
 
+@pytest.mark.sample
 @per_backend
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
@@ -67,6 +68,7 @@ def test_every_entry_against_torch_in_float64(backend, shape, dtype, generator):
         assert ((a - e).abs() <= budget * size).all()
 
 
+@pytest.mark.sample
 @per_backend
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 1], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -79,6 +81,7 @@ def test_values_and_gradient_within_budget(backend, shape, dtype, generator):
         hkt.assert_within_budget(name, a, p, e, terms=shape[-1])
 
 
+@pytest.mark.sample
 @per_backend
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_16_bit_results_are_rounded_once(backend, dtype, generator):

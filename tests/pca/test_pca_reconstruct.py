@@ -94,6 +94,7 @@ def test_gradcheck(backend, shape, threshold, generator):
     )
 
 
+@pytest.mark.slow
 @per_backend
 def test_gradcheck_of_a_thousand_random_problems(backend, generator):
     # G2. A random direction of each problem's Jacobian by central differences, in one batch for

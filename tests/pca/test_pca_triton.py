@@ -95,6 +95,7 @@ def test_product_ends_at_the_limit_and_touches_nothing_past_it(limited, limit, s
     assert (out[0] == 7).all() and (out[3] == 7).all()
 
 
+@pytest.mark.slow
 def test_product_in_parts_is_symmetric_to_the_last_bit_and_repeats(generator):
     x = randn(600, 260, generator=generator).unsqueeze(0)  # 5 tiles per side, split into 3 parts
     mean = x.mean(-2)
@@ -115,6 +116,7 @@ def test_a_symmetric_product_is_its_lower_half_also_on_tiles_of_the_diagonal(gen
     torch.testing.assert_close(actual, lower + lower.tril(-1).mT, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_product_with_factors_into_a_part_of_a_tensor(generator):
     a, b = randn(2, 70, 20, generator=generator), randn(2, 20, 66, generator=generator)
     add = randn(2, 70, 66, generator=generator)
@@ -188,6 +190,7 @@ def test_eigenpairs_of_degenerate_batches(name, generator):
         check_eigenpairs(moment[None], *eigenpairs(moment[None].clone()))
 
 
+@pytest.mark.slow
 def test_a_graded_spectrum_and_a_matrix_of_blocks(generator):
     graded = randn(12, 14, generator=generator) * 10 ** torch.linspace(0, -9, 14, device=DEVICE)
     blocks = torch.block_diag(*random_moments(4, 3, generator))
@@ -269,6 +272,7 @@ def test_rank():
         assert solution.complete.tolist() == [expected == 3]
 
 
+@pytest.mark.slow
 def test_the_floor_is_that_of_the_reference():
     # Problems on both sides of each floor; D = 37 is more than one block of the kernel's loop.
     values = torch.tensor([[1e-10, 0, 0], [1e-12, 0, 0], [3e-14, 0, 0], [0, 0, 0]]).double()
@@ -340,7 +344,7 @@ def test_reconstruction_and_gradient(shape, threshold, dtype, generator):
     "name", ["2 duplicate pairs", "4 labels", "all rows equal", "one-hot rows"]
 )
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8)], ids=["N<D", "N>D"])
-@pytest.mark.sample
+@pytest.mark.sample(2)
 def test_degenerate_batches_are_finite(name, shape, generator):
     x = hkt.DEGENERATE[name](*shape, device=DEVICE, generator=generator)
     weights = torch.randn(shape, generator=generator).to(DEVICE)
@@ -397,6 +401,7 @@ def test_projection_by_a_strided_mean_and_an_expanded_rank(generator):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)], ids=["N<D", "N>D"])
 def test_backward_of_one_backend_accepts_the_forward_of_another(shape, generator):
     x = torch.randn(shape, generator=generator).to(DEVICE)
