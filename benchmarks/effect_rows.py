@@ -178,45 +178,61 @@ def effect_page(results: Results, now: datetime) -> str:
         sections=[
             {
                 "name": measure,
+                "found": [_sentence(one) for one in found if _is_best(one, measure)],
                 "chart": _chart(results, measure),
-                "rows": [_row(one) for one in found if one.measure == measure],
-                "found": [
-                    _sentence(o) for o in found if (o.measure, o.rates) == (measure, "own best")
-                ],
+                "means": _means(results, MEASURES[measure][0], "compare", measure),
+                "differences": _differences(found, measure),
             }
             for measure in MEASURES
         ],
         seeds=len(seeds_of(results)),
-        ranks=[_ranks(results, name) for name in METHODS],
+        ranks=_means(results, 0, "rank"),
         rates=[f"{lr:g}" for lr in rates_of(results)],
         now=now,
     )
 
 
-def _ranks(results: Results, name: str) -> list[str]:
-    means = [mean(values(results, name, lr, "rank")) for lr in rates_of(results)]
-    return [METHODS[name].label, *(fixed(value, 0) for value in means)]
+def _means(results: Results, decimals: int, *keys: str) -> list[list[str]]:
+    """A row for each method: means over seeds, by rate."""
+    rates = rates_of(results)
+    return [
+        [
+            METHODS[name].label,
+            *(fixed(mean(values(results, name, lr, *keys)), decimals) for lr in rates),
+        ]
+        for name in METHODS
+    ]
 
 
-def _row(one: Comparison) -> list[str]:
+def _differences(found: Sequence[Comparison], measure: str) -> list[list[str]]:
+    """A row for each method with a baseline: the difference at each rate, then at the best ones."""
+    rows: dict[str, list[str]] = {}
+    for one in found:
+        if one.measure == measure:
+            row = rows.setdefault(one.method, [_pair(one)])
+            marks = {"higher": " ↑", "lower": " ↓"}
+            at = f" ({one.lr:g}, {one.baseline_lr:g})" if one.rates == "own best" else ""
+            row.append(_difference(one) + marks.get(one.verdict, "") + at)
+    return list(rows.values())
+
+
+def _pair(one: Comparison) -> str:
+    return f"{METHODS[one.method].label} against {METHODS[one.baseline].label}"
+
+
+def _difference(one: Comparison) -> str:
     decimals = MEASURES[one.measure][0]
-    pair = (one.lr, one.baseline_lr)
-    at = f"{one.lr:g}" if one.rates == "equal" else "own best: {:g}, {:g}".format(*pair)
-    interval = f"{fixed(one.difference, decimals)} ± {fixed(one.interval, decimals)}"
-    means = (fixed(value, decimals) for value in (one.mean, one.baseline_mean))
-    label, base = METHODS[one.method].label, METHODS[one.baseline].label
-    ranks = f"{fixed(one.rank, 0)}, {fixed(one.baseline_rank, 0)}"
-    return [f"{label} against {base}", at, *means, interval, one.verdict, ranks]
+    return f"{fixed(one.difference, decimals)} ± {fixed(one.interval, decimals)}"
+
+
+def _is_best(one: Comparison, measure: str) -> bool:
+    return one.measure == measure and one.rates == "own best"
 
 
 def _sentence(one: Comparison) -> str:
-    decimals = MEASURES[one.measure][0]
     words = {"not separated": "not separated from"}.get(one.verdict, f"{one.verdict} than")
-    return (
-        f"Each at its own best rate, {METHODS[one.method].label} is {words} "
-        f"{METHODS[one.baseline].label}: {fixed(one.difference, decimals)} ± "
-        f"{fixed(one.interval, decimals)}."
-    )
+    label, base = METHODS[one.method].label, METHODS[one.baseline].label
+    return f"{label} is {words} {base}: {_difference(one)}."
 
 
 def _chart(results: Results, measure: str) -> Svg:
@@ -243,6 +259,6 @@ def _chart(results: Results, measure: str) -> Svg:
         x_label="learning rate of fine-tuning",
         y_label=unit,
         over=over,
-        x_ticks=rates,
+        x_ticks=rates[::2],  # as many as a phone has room for
         height="260",
     )
