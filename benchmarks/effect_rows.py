@@ -205,14 +205,17 @@ def _means(results: Results, decimals: int, *keys: str) -> list[list[str]]:
 
 
 def _differences(found: Sequence[Comparison], measure: str) -> list[list[str]]:
-    """A row for each method with a baseline: the difference at each rate, then at the best ones."""
+    """A row for each method with a baseline: the difference at the best rates, then at each."""
     rows: dict[str, list[str]] = {}
     for one in found:
         if one.measure == measure:
             row = rows.setdefault(one.method, [_pair(one)])
             marks = {"higher": " ↑", "lower": " ↓"}
-            at = f" ({one.lr:g}, {one.baseline_lr:g})" if one.rates == "own best" else ""
-            row.append(_difference(one) + marks.get(one.verdict, "") + at)
+            cell = _difference(one) + marks.get(one.verdict, "")
+            if one.rates == "own best":
+                row.insert(1, f"{cell} ({one.lr:g}, {one.baseline_lr:g})")
+            else:
+                row.append(cell)
     return list(rows.values())
 
 
