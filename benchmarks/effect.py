@@ -20,16 +20,18 @@ import operator
 import os
 import re
 import signal
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,6 @@ from himo.synth.scenes import Scene
 
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2)
 SEEDS = (0, 1, 2, 3, 4)
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Scenes:
 
     def texts(self, rows: Sequence[int], *, short: bool = False) -> list[list[int]]:
         """Whole captions, or their first sentences."""
-        return [_joined(self.words[row][: 1 if short else None]) for row in rows]
+        return [[*chain(*self.words[row][: 1 if short else None])] for row in rows]
 
     def part(self, start: int, stop: int) -> "Scenes":
         return Scenes(self.facts[start:stop], self.words[start:stop])
@@ -164,7 +165,7 @@ def data(setting: Setting) -> Data:
     words = [[words_of(sentence) for sentence in one.sentences] for one in drawn]
     first = 2 * setting.held_out  # draw_scenes has those held out first
     known_facts = _known(facts[first:])
-    known_words = _known([_joined(sentences) for sentences in words[first:]])
+    known_words = _known([[*chain(*sentences)] for sentences in words[first:]])
     every = Scenes(
         [_indices(known_facts, of) for of in facts],
         [[_indices(known_words, of) for of in sentences] for sentences in words],
@@ -190,10 +191,6 @@ def words_of(text: str) -> list[str]:
     """The words of a text, and each two in a row."""
     words = re.findall(r"[a-z'-]+", text.lower())
     return [*words, *(f"{a} {b}" for a, b in pairwise(words))]
-
-
-def _joined(lists: Iterable[list[_Item]]) -> list[_Item]:
-    return list(chain.from_iterable(lists))
 
 
 def _known(bags: Sequence[Sequence[str]], least: int = 20) -> dict[str, int]:
@@ -311,8 +308,12 @@ def run_all(jobs: Sequence[Job], processes: int) -> None:
                 for done in as_completed(part):
                     bar.set_postfix_str(done.result(), refresh=False)
                     bar.update()
+        except BaseException:
+            for process in multiprocessing.active_children():  # a result is written as a whole
+                process.terminate()
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)  # what runs ends first, so that it is not lost
+            pool.shutdown(cancel_futures=True)
 
 
 def _ignore_interrupts() -> None:
@@ -326,12 +327,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args(arguments)
+    if given.processes < 1:
+        parser.error(f"--processes: expected at least 1, got {given.processes}")
     for folder in (given.runs, given.out):
         folder.mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(Setting(), given.runs, RATES, SEEDS)
     try:
         run_all(jobs, given.processes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenProcessPool) as error:
+        if isinstance(error, BrokenProcessPool):
+            print("a process ended: was it killed for memory?", file=sys.stderr)
         print(f"stopped; the same command goes on from {given.runs}")
         return 130
     write(jobs, given.out)

@@ -6,6 +6,10 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from datetime import datetime
 from itertools import chain
 
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from train_runs import ROOT
 
 from benchmarks import effect, effect_rows
 from benchmarks.effect import (
@@ -258,6 +263,42 @@ def test_texts_of_a_trained_model_have_more_than_30_directions(tmp_path):
         values = np.linalg.svd(texts.numpy() - texts.numpy().mean(0), compute_uv=False) ** 2
         shares = values[values > 1e-12] / values.sum()
         assert np.exp(-(shares * np.log(shares)).sum()) > 30
+
+
+def test_no_process_is_refused_and_nothing_is_written(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        effect.main(["--runs", str(tmp_path / "runs"), "--processes", "0"])
+    assert "--processes: expected at least 1, got 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_with_what_is_left(tmp_path):
+    folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    code = (
+        "import sys; from benchmarks import effect; of = effect.jobs_of\n"
+        f"small = effect.{SMALL}\n"
+        "effect.jobs_of = lambda _, folder, rates, seeds: of(small, folder, rates[:4], seeds)\n"
+        f"sys.exit(effect.main({[*folders, '--processes', '2']}))"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 200
+        while process.poll() is None and not list(tmp_path.glob("runs/clip-*.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from" in said
+    assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("runs/*.tmp"))
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*.json")}
+    assert len(SEEDS) < len(done) < len(SEEDS) * (1 + 4 * len(METHODS))
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert all(path.stat().st_mtime_ns == before for path, before in done.items())
+    assert len(list(tmp_path.glob("runs/*.json"))) == len(SEEDS) * (1 + 4 * len(METHODS))
+    assert len(list(tmp_path.glob("out/effect*"))) == 3
 
 
 def test_the_grid_has_every_method_at_every_rate_and_seed(tmp_path):
