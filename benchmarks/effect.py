@@ -4,9 +4,9 @@
 
 Two small towers are trained from scratch on the first sentences of captions, and then fine-tuned
 on whole captions, as the paper does, with each loss of METHODS at each of RATES. The scenes are
-those of `himo synth`, given to the image tower as facts and not as pictures: a CLIP that reads the
-pictures would need hours until its texts have as many directions (`last_rank` of demo.csv). Loss,
-optimizer and schedule are those of `himo train`, the metrics those of `himo eval`.
+those of `himo synth`, given to the image tower as facts and not as pictures: in the minutes of a
+run here, a CLIP that reads the pictures keeps few directions (`last_rank` of demo.csv), and HiDe
+needs many. Loss, optimizer and schedule are those of `himo train`, the metrics of `himo eval`.
 
 A method is compared with the same loss without its component part, at each rate and at the best
 rate of either, chosen on other scenes than those compared on. Runs are paired by seed.
