@@ -46,7 +46,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # torch's default, the number of cores plus two, exhausts the memory of small machines.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test test-all classes fuzz emulate lint aot sanitize docs wheel sdist install-check bench gpu demo clean in-place
+.PHONY: help setup test test-all classes fuzz emulate lint aot sanitize docs wheel sdist install-check bench gpu demo effect clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
@@ -65,6 +65,7 @@ help:
 	@echo "make bench   time every operator on this machine's CPU, about 30 minutes: $(BENCH_OUT)"
 	@echo "make gpu     the GPU's tests, then time every operator on it, 10 minutes: $(GPU_OUT)"
 	@echo "make demo    render scenes, train two small models, evaluate them, write demo/report.html"
+	@echo "make effect  what the component loss changes over learning rates and seeds; goes on where it was stopped"
 	@echo "make clean   remove what was built; the environment stays"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)"
 	@echo "VENV= (empty) uses PYTHON as it is: builds in place, installs nothing, needs no network."
@@ -248,6 +249,12 @@ demo: $(BUILT)
 	done
 	$(PY) -m himo report demo/logs/himo demo/logs/clip --out demo/report.html
 	@echo "the report: file://$(CURDIR)/demo/report.html"
+	@echo "what the component loss changes on such scenes: $(BENCH_OUT)/effect.html, of make effect"
+
+# Small towers on the demo's kind of scenes, one thread each: the rows and page of the effect. A stopped
+# run goes on; rm -r demo/effect begins anew, which a change of the code needs.
+effect: $(BUILT)
+	$(IN_TREE) OMP_NUM_THREADS=1 $(PY) -m benchmarks.effect --runs demo/effect --out $(BENCH_OUT)
 
 clean:
 	rm -rf build dist *.egg-info himo_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -15,6 +15,9 @@ from himo.transforms import normalize
 from himo_kernels import distributed
 from himo_kernels.nn import HiMoLoss
 
+# Below, components tell few captions apart; above this share of a batch, they are nearly the texts.
+LEAST_RANK, MOST_RANK_SHARE = 8, 0.5
+
 
 class Towers(nn.Module):
     """Computes the features and the logit scale from images and tokens."""
@@ -141,3 +144,21 @@ class Objective(nn.Module):
             if not self.check_finite:
                 raise
             raise HimoError(str(error)) from error  # every rank names the one that is wrong
+
+
+def rank_doubt(rank: int, pairs: int) -> str | None:
+    """What is wrong with R directions kept of so many texts, and what to do; None if nothing is."""
+    kept = f"HiDe keeps R = {rank} directions of a batch of {pairs} texts"
+    if rank < LEAST_RANK:
+        return (
+            f"{kept}, below {LEAST_RANK}: the component loss sees little of what tells captions "
+            "apart, and may hold training back. Captions that differ in more, a larger "
+            "--batch-size or a higher --tau keep more"
+        )
+    if rank > MOST_RANK_SHARE * pairs:
+        return (
+            f"{kept}, above half: components are nearly the captions themselves, so the component "
+            "loss repeats the contrastive one. A larger --batch-size or a lower --tau keeps a "
+            "smaller share of them"
+        )
+    return None

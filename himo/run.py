@@ -47,6 +47,7 @@ class TrainingRun:
         step: the number of steps done.
         steps_per_epoch: the number of steps in a whole epoch.
         total_steps: the value of step at the end of the run.
+        rank_checked: whether R has been looked at, once in a process.
     """
 
     settings: TrainConfig
@@ -65,6 +66,7 @@ class TrainingRun:
     total_steps: int
     best: Best = dataclasses.field(default_factory=Best)
     reports: Reports | None = None
+    rank_checked: bool = False
 
     def batches(self) -> Iterator[Sample]:
         """Yields the remaining batches of the epoch, equally many on every rank."""

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from himo import config, parallel, run_folder
 from himo.config import TrainConfig
 from himo.data import Sample, worker_deaths
+from himo.errors import note
 from himo.memory import out_of_memory_advice
 from himo.model import longest_text
-from himo.objective import Objective
+from himo.objective import Objective, rank_doubt
 from himo.optimizer import MAX_LOG_SCALE, clamp_temperature, learning_rate, make_optimizer
 from himo.parallel import Ranks
 from himo.run import TrainingRun, build_model, open_run
@@ -111,6 +112,7 @@ def _take_steps(run: TrainingRun) -> bool:
                     line = log.write(run.step, epochs_done, lr, run.model.logit_scale, outputs)
                     if run.reports is not None:
                         run.reports.write(line)
+                    _check_rank(run, line["rank"])
                     loss, data_s = f"{line['loss']:.3f}", f"{line['data_time_s']:.3f}"
                     bar.set_postfix(loss=loss, data_s=data_s, refresh=False)
                 bar.update()
@@ -185,6 +187,18 @@ def _has_lost_patience(run: TrainingRun) -> bool:
     if run.ranks.main:
         tqdm.write(f"no better R@1 in {since} validations, --patience {patience}: the run ends")
     return True
+
+
+def _check_rank(run: TrainingRun, rank: int | None) -> None:
+    """Says once, after the warm-up, if HiDe keeps too few or too many directions."""
+    is_early = run.step < min(run.settings.warmup, run.total_steps)
+    if rank is None or run.settings.lambda_comp == 0 or run.rank_checked or is_early:
+        return
+    run.rank_checked = True
+    doubt = rank_doubt(rank, run.log.pairs_per_step)
+    if doubt is not None and run.ranks.main:
+        with tqdm.external_write_mode():
+            note(f"step {run.step}: {doubt}")
 
 
 def _is_logged(run: TrainingRun) -> bool:

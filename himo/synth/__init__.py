@@ -13,7 +13,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from himo.errors import HimoError
 from himo.files import os_reason, write_text
-from himo.synth.scenes import Scene, caption, draw_scene, render
+from himo.synth.drawing import render
+from himo.synth.scenes import Scene, caption, draw_scene
 
 _SPLITS = ("test", "train")  # test first: for a seed it is the same whatever the size of train
 _RESOLUTIONS = (16, 1024)
@@ -32,12 +33,19 @@ _IMAGE_NAME = re.compile(r"\d{6,}\.png")
 _REPORT_EVERY = 16  # images, from a worker to the progress bar
 
 
-class _Job(NamedTuple):
-    """One picture to be rendered."""
+class DrawnScene(NamedTuple):
+    """A scene of a data set, and the sentences of its caption."""
 
-    path: str
+    split: str  # "test" or "train"
+    number: int  # in its split
     scene: Scene
+    sentences: list[str]
     seed: str  # of the exact positions and angles, which a caption does not tell
+
+    @property
+    def path(self) -> str:
+        """The path of its picture below the data set's directory."""
+        return f"images/{self.split}/{self.number:06}.png"
 
 
 def synthesize(
@@ -79,18 +87,28 @@ def synthesize(
     folder = Path(out)
     _prepare(folder, overwrite)
 
-    jobs: list[_Job] = []
-    records: dict[str, list[str]] = {split: [] for split in _SPLITS}
+    drawn = list(draw_scenes(num, seed, held_out))
+    _render_all(drawn, folder, resolution, min(workers, len(drawn)), progress)
+    for split in _SPLITS:
+        lines = [_record(one, resolution) for one in drawn if one.split == split]
+        text = ",\n".join(lines)
+        write_text(folder / f"{split}.json", f"[\n{text}\n]\n" if lines else "[]\n")
+
+
+def draw_scenes(num: int, seed: int = 0, held_out: int = 0) -> Iterator[DrawnScene]:
+    """Yields the scenes of `synthesize`, those held out first, without their pictures."""
     seen: set[Scene] = set()
     for split, count in zip(_SPLITS, (held_out, num), strict=True):
         for number in range(count):
-            job, sentences = _job(seed, split, number, seen)
-            records[split].append(_record(split, number, job.path, sentences, resolution))
-            jobs.append(job._replace(path=str(folder / job.path)))
-    _render_all(jobs, resolution, min(workers, len(jobs)), progress)
-    for split, lines in records.items():
-        text = ",\n".join(lines)
-        write_text(folder / f"{split}.json", f"[\n{text}\n]\n" if lines else "[]\n")
+            attempt, scene = 0, None
+            while scene is None or scene in seen:
+                # A text as seed: its digest is the same in every process and version of Python.
+                name = f"{seed}/{split}/{number}/{attempt}"
+                rng = random.Random(name)
+                scene = draw_scene(rng)
+                attempt += 1
+            seen.add(scene)
+            yield DrawnScene(split, number, scene, caption(scene, rng), f"{name}/render")
 
 
 def _prepare(folder: Path, overwrite: bool) -> None:
@@ -112,37 +130,25 @@ def _prepare(folder: Path, overwrite: bool) -> None:
         raise HimoError(f"{folder}: cannot be written: {os_reason(error)}") from error
 
 
-def _job(seed: int, split: str, number: int, seen: set[Scene]) -> tuple[_Job, list[str]]:
-    """A scene that is not in `seen`, to which it is added, and the sentences of its caption."""
-    attempt = 0
-    while True:
-        # A text as seed: its digest is the same in every process and version of Python.
-        name = f"{seed}/{split}/{number}/{attempt}"
-        rng = random.Random(name)
-        scene = draw_scene(rng)
-        if scene not in seen:
-            seen.add(scene)
-            path = f"images/{split}/{number:06}.png"
-            return _Job(path, scene, f"{name}/render"), caption(scene, rng)
-        attempt += 1
-
-
-def _record(split: str, number: int, path: str, sentences: list[str], resolution: int) -> str:
+def _record(drawn: DrawnScene, resolution: int) -> str:
     """A record of ShareGPT4V, as JSON."""
     record = {
-        "id": f"{split}_{number:06}",
-        "image": path,
+        "id": f"{drawn.split}_{drawn.number:06}",
+        "image": drawn.path,
         "width": resolution,
         "height": resolution,
         "conversations": [
             {"from": "human", "value": "Describe the picture, from general to detailed.\n<image>"},
-            {"from": "gpt", "value": " ".join(sentences)},
+            {"from": "gpt", "value": " ".join(drawn.sentences)},
         ],
+        "caption_short": drawn.sentences[0],  # of `himo train --short-captions`
     }
     return json.dumps(record)
 
 
-def _render_all(jobs: list[_Job], resolution: int, workers: int, progress: bool) -> None:
+def _render_all(
+    drawn: Sequence[DrawnScene], folder: Path, resolution: int, workers: int, progress: bool
+) -> None:
     context = multiprocessing.get_context()
     running: dict[Connection, BaseProcess] = {}
     try:
@@ -150,17 +156,19 @@ def _render_all(jobs: list[_Job], resolution: int, workers: int, progress: bool)
         for worker in range(workers if workers > 1 else 0):
             receiver, sender = context.Pipe(duplex=False)
             process: BaseProcess = context.Process(
-                target=_work, args=(sender, jobs[worker::workers], resolution), daemon=True
+                target=_work,
+                args=(sender, drawn[worker::workers], folder, resolution),
+                daemon=True,
             )
             process.start()
             running[receiver] = process
             sender.close()  # so that the pipe ends when the worker does
-        with tqdm(total=len(jobs), desc="render", unit=" images", disable=not progress) as bar:
+        with tqdm(total=len(drawn), desc="render", unit=" images", disable=not progress) as bar:
             if running:
                 _follow(running, bar.update)
             else:
-                for job in jobs:
-                    _render(job, resolution)
+                for one in drawn:
+                    _render(one, folder, resolution)
                     bar.update()
     finally:
         for process in running.values():
@@ -190,29 +198,29 @@ def _follow(running: dict[Connection, BaseProcess], advance: Callable[[int], obj
             advance(message)
 
 
-def _work(sender: Connection, jobs: list[_Job], resolution: int) -> None:
-    """Renders the jobs of one process; sends how many more are done, or an error message."""
+def _work(sender: Connection, drawn: Sequence[DrawnScene], folder: Path, resolution: int) -> None:
+    """Renders the scenes of one process; sends how many more are done, or an error message."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
     parent = multiprocessing.parent_process()
-    for done, job in enumerate(jobs, start=1):
+    for done, one in enumerate(drawn, start=1):
         if parent is None or not parent.is_alive():
             return  # it was killed, so the rest is not needed
         try:
-            _render(job, resolution)
+            _render(one, folder, resolution)
         except HimoError as error:
             sender.send(str(error))
             return
         if done % _REPORT_EVERY == 0:
             sender.send(_REPORT_EVERY)
-    sender.send(len(jobs) % _REPORT_EVERY)
+    sender.send(len(drawn) % _REPORT_EVERY)
 
 
-def _render(job: _Job, resolution: int) -> None:
-    image = render(job.scene, random.Random(job.seed), resolution)
+def _render(drawn: DrawnScene, folder: Path, resolution: int) -> None:
+    image, path = render(drawn.scene, random.Random(drawn.seed), resolution), folder / drawn.path
     try:
-        image.save(job.path, "PNG")
+        image.save(path, "PNG")
     except OSError as error:
-        raise HimoError(f"{job.path}: cannot be written: {os_reason(error)}") from error
+        raise HimoError(f"{path}: cannot be written: {os_reason(error)}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise, permutations
 from pathlib import Path
 
 import numpy
@@ -23,19 +24,22 @@ import himo
 from himo import synth
 from himo.data import open_dataset
 from himo.errors import HimoError
-from himo.synth import synthesize
+from himo.synth import draw_scenes, synthesize
+from himo.synth.drawing import render
+from himo.synth.kinds import NOUNS, PARTS
 from himo.synth.scenes import (
-    BACKGROUNDS,
-    COLOURS,
+    FLOOR_ROW,
+    GROUNDS,
+    HUES,
     PATTERNS,
     PLACES,
-    SHAPES,
     SIZES,
+    TEXTURES,
     Scene,
     Thing,
     caption,
     draw_scene,
-    render,
+    relation,
 )
 
 
@@ -75,6 +79,10 @@ def test_it_is_read_as_sharegpt4v(data_set: Path) -> None:
             assert image.size == (64, 64) and image.mode == "RGB"
     record = json.loads((data_set / "test.json").read_text())[3]
     assert record["id"] == "test_000003" and record["width"] == record["height"] == 64
+    assert record["conversations"][1]["value"].startswith(f"{record['caption_short']} ")
+    assert record["caption_short"].count(".") == 1
+    index = open_dataset(data_set / "test.json")
+    assert index[3].caption_short == record["caption_short"]
 
 
 def test_captions_have_three_to_eight_sentences_and_differ(data_set: Path) -> None:
@@ -119,81 +127,162 @@ def test_another_seed_gives_another_set_and_more_keeps_what_was(
     assert json.loads((tmp_path / "seed" / "test.json").read_text()) == []
 
 
-def test_no_scene_comes_twice() -> None:
-    seen: set[Scene] = set()
-    for split in ("test", "train"):
-        for number in range(1000):
-            synth._job(0, split, number, seen)
-    assert len(seen) == 2000
+def test_no_scene_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = list(draw_scenes(1000, held_out=1000))
+    assert [one.split for one in drawn] == ["test"] * 1000 + ["train"] * 1000
+    assert len({one.scene for one in drawn}) == 2000
 
-    first = draw_scene(random.Random("0/train/0/0"))
-    job, _ = synth._job(0, "train", 0, {first})
-    assert job.scene != first and job.seed == "0/train/0/1/render"
+    # The second draw is the scene of the first, so that it is drawn once more.
+    first, second = (one.scene for one in drawn[:2])
+    scenes = iter([first, first, second])
+    monkeypatch.setattr(synth, "draw_scene", lambda rng: next(scenes))
+    again = list(draw_scenes(2))
+    assert [one.scene for one in again] == [first, second]
+    assert [one.seed for one in again] == ["0/train/0/0/render", "0/train/1/1/render"]
 
 
 def test_a_caption_tells_all_of_its_scene() -> None:
     # What a scene is can be read back from the words, so that no two scenes share a caption.
     for scene, rng in _scenes(500):
-        sentences = caption(scene, rng)
-        text = " ".join(sentences).lower()
-        assert scene.background in sentences[0].lower()
+        sentences = [sentence.lower() for sentence in caption(scene, rng)]
+        overview, largest, *others = sentences
         assert 3 <= len(sentences) <= 8
-        for thing, sentence in zip(scene.things, sentences[1:], strict=False):
-            sentence = sentence.lower()
-            assert any(f"{thing.colour} {name}" in sentence for name in SHAPES[thing.shape])
+        assert f" {scene.wall} wall" in f" {overview}" and f"{scene.floor} floor" in overview
+        named = [f"{scene.things[0].colour} {noun}" for noun in NOUNS[scene.things[0].kind]]
+        assert any(name in overview for name in named)
+        for thing, sentence in zip(scene.things, [largest, *others], strict=False):
+            assert any(noun in sentence for noun in NOUNS[thing.kind])
             assert any(place in sentence for place in PLACES[thing.place])
+            for texture, words in TEXTURES.items():
+                said = any(f"{word} " in sentence for word in words)
+                assert said == (texture == thing.texture != "plain")
             if thing != scene.things[0]:
                 assert any(size in sentence for size in SIZES[thing.size][1])
+                assert f"{thing.colour} " in sentence
+        text = " ".join(sentences[1 + len(scene.things) :])
         for pattern, words in PATTERNS.items():
-            if pattern == scene.pattern:
-                assert not words or any(word in text for word in words)
+            assert any(word in text for word in words) == (pattern == scene.pattern != "plain")
         assert ("frame" in text or "border" in text) == (scene.frame is not None)
-        outline = scene.things[0].outline
-        assert ("outline" in text) == (outline is not None)
+        assert ("rail" in text or "skirting" in text) == (scene.rail is not None)
+        assert ("outline" in text) == (scene.things[0].outline is not None)
 
 
 def test_a_scene_has_one_largest_object_and_places_of_their_own() -> None:
-    counts = set()
+    counts, kinds = set(), set()
     for scene, _ in _scenes(500):
         sizes = [thing.size for thing in scene.things]
         assert sizes[0] == "large" and "large" not in sizes[1:]
         assert sizes[1:] == sorted(sizes[1:])  # medium before small
         assert len({thing.place for thing in scene.things}) == len(scene.things)
-        assert len({(t.shape, t.colour) for t in scene.things}) == len(scene.things)
-        ground = BACKGROUNDS[scene.background]
-        assert all(math.dist(COLOURS[thing.colour], ground) > 100 for thing in scene.things)
+        assert len({thing.kind for thing in scene.things}) == len(scene.things)
+        for thing in scene.things:
+            behind = GROUNDS[scene.floor if thing.place // 3 == FLOOR_ROW else scene.wall]
+            assert math.dist(HUES[thing.colour], behind) > 100
+        assert math.dist(GROUNDS[scene.wall], GROUNDS[scene.floor]) > 50
         counts.add(len(scene.things))
+        kinds |= {thing.kind for thing in scene.things}
     assert counts == {2, 3, 4, 5}
+    assert kinds == set(NOUNS) == set(PARTS) and len(kinds) > 40
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_picture_shows_its_object_in_colour_size_and_place(shape: str) -> None:
+def _pixels(scene: Scene, seed: int = 0) -> numpy.ndarray:
+    return numpy.asarray(render(scene, random.Random(seed), 64)).astype(int)
+
+
+def _centre(mask: numpy.ndarray) -> tuple[float, float]:
+    y, x = (axis.mean() / 64 for axis in numpy.nonzero(mask))
+    return x, y
+
+
+@pytest.mark.parametrize("kind", NOUNS)
+def test_a_picture_shows_its_object_in_colour_size_and_place(kind: str) -> None:
     areas = []
     for size in ("small", "medium", "large"):
         for place in range(9):
-            thing = Thing(shape, "blue", size, place, None)
-            scene = Scene("cream", "plain", None, (thing,))
-            pixels = numpy.asarray(render(scene, random.Random(place), 64)).astype(int)
+            scene = Scene("cream", "peach", (Thing(kind, "blue", size, place),))
+            pixels = _pixels(scene, place)
             blue = pixels[..., 2] - pixels[..., 0] > 60
-            y, x = (axis.mean() / 64 for axis in numpy.nonzero(blue))
             row, column = divmod(place, 3)
+            x, y = _centre(blue)
             assert abs(x - (0.2 + 0.3 * column)) < 0.08 and abs(y - (0.2 + 0.3 * row)) < 0.08
             assert not blue[[0, -1]].any() and not blue[:, [0, -1]].any()  # nothing is cut off
         areas.append(int(blue.sum()))
     assert all(b > 1.4 * a for a, b in pairwise(areas)), areas
 
 
+def test_kinds_look_different() -> None:
+    # Large, in one place and colour: of two kinds, a twentieth of their area at least differs.
+    shown = {}
+    for kind in NOUNS:
+        pixels = _pixels(Scene("cream", "peach", (Thing(kind, "blue", "large", 4),)))
+        shown[kind] = pixels[..., 2] - pixels[..., 0] > 60
+    for a, b in combinations(NOUNS, 2):
+        differ = (shown[a] ^ shown[b]).sum() / (shown[a] | shown[b]).sum()
+        assert differ > 1 / 20, (a, b, differ)
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_a_texture_and_an_outline_change_the_object_alone(texture: str) -> None:
+    def shown(**changes: str) -> numpy.ndarray:
+        thing = Thing("square", "blue", "large", 4)._replace(**changes)
+        return _pixels(Scene("cream", "peach", (thing,)))
+
+    plain, textured = shown(), shown(texture=texture)
+    differs = (plain != textured).any(-1)
+    assert differs.sum() == 0 if texture == "plain" else differs.sum() > 50
+    outlined = shown(texture=texture, outline="black")
+    assert (outlined < 60).all(-1).sum() > 100  # the object keeps its place and size
+    blue = plain[..., 2] - plain[..., 0] > 60
+    for other in (textured, outlined):
+        assert not ((plain != other).any(-1) & ~blue)[:, :18].any()
+
+
+def test_a_relation_is_that_of_the_picture() -> None:
+    for first, second in permutations(range(9), 2):
+        things = Thing("circle", "red", "small", first), Thing("circle", "blue", "small", second)
+        pixels = _pixels(Scene("cream", "cream", things))
+        red, blue = pixels[..., 0] - pixels[..., 2] > 90, pixels[..., 2] - pixels[..., 0] > 60
+        (x, y), (other_x, other_y) = _centre(red), _centre(blue)
+        words = relation(things[0], things[1]).split()
+        assert ("right" in words) == (x - other_x > 0.1)
+        assert ("left" in words) == (other_x - x > 0.1)
+        assert ("below" in words) == (y - other_y > 0.1)
+        assert ("above" in words) == (other_y - y > 0.1)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_pattern_and_a_frame_change_the_background_alone(pattern: str) -> None:
-    thing = Thing("square", "red", "large", 4, None)
-    plain, framed = (
-        numpy.asarray(render(Scene("sand", pattern, frame, (thing,)), random.Random(0), 64))
-        for frame in (None, "blue")
-    )
-    assert (plain[1:-1, 1:-1] == framed[1:-1, 1:-1])[4:-4, 4:-4].all()
-    assert (framed[0] == COLOURS["blue"]).all() and (framed[:, -1] == COLOURS["blue"]).all()
+def test_a_pattern_a_frame_and_a_rail_change_wall_and_edges_alone(pattern: str) -> None:
+    things = (Thing("square", "red", "medium", 4),)
+    plain = _pixels(Scene("sand", "navy blue", things, pattern))
+    framed = _pixels(Scene("sand", "navy blue", things, pattern, "blue"))
+    railed = _pixels(Scene("sand", "navy blue", things, pattern, None, "red"))
+    assert (plain == framed)[4:-4, 4:-4].all()
+    assert (framed[0] == HUES["blue"]).all() and (framed[:, -1] == HUES["blue"]).all()
     corner = plain[:16, :16].reshape(-1, 3)
     assert (len(numpy.unique(corner, axis=0)) == 1) == (pattern == "plain")
+    assert (plain[44:] == GROUNDS["navy blue"]).all()
+    changed = (plain != railed).any(-1)
+    assert changed[40:42].all() and not changed[:38].any() and not changed[44:].any()
+
+
+def _effective_rank(vectors: numpy.ndarray) -> float:
+    """exp of the entropy of the shares of variance (Roy and Vetterli, 2007)."""
+    variances = numpy.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
+    shares = variances[variances > 1e-12 * variances[0]] / variances.sum()
+    return float(numpy.exp(-(shares * numpy.log(shares)).sum()))
+
+
+def test_texts_of_a_batch_have_many_directions() -> None:
+    # Bags of words of 128 captions, and of their first sentences.
+    assert _effective_rank(numpy.eye(5)) == pytest.approx(4)  # centring takes one direction
+    drawn = list(draw_scenes(512))
+    words = sorted({word for one in drawn for word in " ".join(one.sentences).lower().split()})
+    for parts in (1, None):
+        bags = [Counter(" ".join(one.sentences[:parts]).lower().split()) for one in drawn]
+        counts = numpy.array([[bag[word] for word in words] for bag in bags], dtype=float)
+        counts /= numpy.linalg.norm(counts, axis=1, keepdims=True)
+        for batch in counts.reshape(4, 128, -1):
+            assert _effective_rank(batch) > 30
 
 
 BAD = {

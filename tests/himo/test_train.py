@@ -32,6 +32,7 @@ from himo.config import TrainConfig
 from himo.data import open_dataset
 from himo.errors import HimoError
 from himo.model import CONFIGS, HiMoCLIP
+from himo.objective import rank_doubt
 from himo.train import (
     MAX_LOG_SCALE,
     Objective,
@@ -226,6 +227,39 @@ def test_a_warmup_as_long_as_the_run_is_an_error_unless_forced(pairs, tmp_path, 
         assert not (tmp_path / "logs").exists()
         flags.append("--force-warmup")
     assert train_here(pairs, tmp_path / "logs", *flags) == 0
+
+
+def test_a_rank_that_is_too_small_or_too_large_is_said_with_what_it_means():
+    assert [rank_doubt(rank, 128) for rank in (8, 30, 64)] == [None] * 3
+    for rank in (1, 7):
+        said = rank_doubt(rank, 128)
+        assert said.startswith(f"HiDe keeps R = {rank} directions of a batch of 128 texts, below 8")
+        assert "sees little of what tells captions apart" in said and "higher --tau" in said
+    said = rank_doubt(65, 128)
+    assert "above half: components are nearly the captions themselves" in said
+    assert "A larger --batch-size or a lower --tau" in said
+    assert rank_doubt(8, 16) is None and "above half" in rank_doubt(8, 15)
+
+
+RANKS = {
+    "few": (["--tau", "0.9"], r"step 2: HiDe keeps R = [1-7] .* of 8 texts, below 8: "),
+    "after the warm-up": (["--warmup", "5"], r"step 5: HiDe keeps R = [1-7] .* below 8: "),
+    "many": (
+        ["--batch-size", "24", "--tau", "1"],
+        r"step 2: HiDe keeps R = 1[3-6] .* of 24 texts, above half: ",
+    ),
+    "no component loss": (["--lambda-comp", "0"], None),
+    "clip": (["--loss", "clip"], None),
+}
+
+
+@pytest.mark.parametrize(("flags", "said"), RANKS.values(), ids=RANKS)
+def test_train_says_once_what_the_rank_means(pairs, tmp_path, capsys, flags, said):
+    flags = [*small_model(tmp_path), *flags]
+    assert train_here(pairs, tmp_path, "--epochs", "4", *flags) == 0
+    noted = re.findall(r"himo: note: (.*R = .*)", capsys.readouterr().err)
+    assert len(noted) == (said is not None)
+    assert all(re.match(said, note) for note in noted)
 
 
 NO_DATA = {
