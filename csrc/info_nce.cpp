@@ -58,19 +58,6 @@ cpu::InfoNCE block_of(const at::Tensor& query, const at::Tensor& key, const at::
   return block;
 }
 
-void check_products(const std::optional<at::Tensor>& products, const at::Tensor& query) {
-  if (!products) return;
-  auto square = query.sizes().slice(0, query.dim() - 1).vec();
-  square.push_back(query.size(-2));
-  HIMO_CHECK_CPU(kOp, "products", *products);
-  HIMO_CHECK_SHAPE(
-      products->sizes().equals(square) && products->is_contiguous() && !products->is_neg(), kOp,
-      "products", *products, at::IntArrayRef(square));
-  const auto dtype = accumulation_dtype(query);
-  HIMO_CHECK_DTYPE(products->scalar_type() == dtype, kOp, "products", dtype,
-                   products->scalar_type());
-}
-
 // Splits the leading dimensions into problems, whose features are views [N, K].
 std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor& key,
                                       const at::Tensor& positives, const at::Tensor& row_nll,
@@ -136,7 +123,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   const auto rows = query.sizes().slice(0, query.dim() - 1);
   const auto row_nll = at::empty(rows, options), column_nll = at::empty(rows, options);
   const auto positives = at::empty(rows, options);
-  check_products(products, query);
+  check_products(kOp, products, query, key);
   const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
   cpu::info_nce_statistics(problems, scale);
   // HiMo-CLIP eq. (2); both directions share the smoothing term. An infinite positive times a
@@ -170,7 +157,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   HIMO_CHECK_SHAPE(row_nll.sizes().equals(rows), kOp, "row_nll", row_nll, rows);
   HIMO_CHECK_CPU(kOp, "column_nll", column_nll);
   HIMO_CHECK_SHAPE(column_nll.sizes().equals(rows), kOp, "column_nll", column_nll, rows);
-  check_products(products, query);
+  check_products(kOp, products, query, key);
   if (query_sum) {
     HIMO_CHECK_CPU(kOp, "query_sum", *query_sum);
     HIMO_CHECK_SHAPE(query_sum->sizes().equals(query.sizes()) && query_sum->is_contiguous(), kOp,

@@ -49,7 +49,8 @@ struct Call {
 Call call_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
              const PairSideTensors& rows, const PairSideTensors& columns,
              const std::optional<at::Tensor>& row_labels,
-             const std::optional<at::Tensor>& column_labels, bool exclude_self, size_t losses) {
+             const std::optional<at::Tensor>& column_labels, bool exclude_self,
+             const std::optional<at::Tensor>& products, size_t losses) {
   check_features(kOp, "query", query);
   check_features(kOp, "key", key);
   HIMO_CHECK_CPU(kOp, "logit_scale", logit_scale);
@@ -60,6 +61,7 @@ Call call_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& l
   HIMO_CHECK_SHAPE(
       key.size(-2) > 0 && key.sizes().equals(with_tail(query, {key.size(-2), query.size(-1)})), kOp,
       "key", key, "[*, M, K], M > 0");
+  check_products(kOp, products, query, key);
   const auto dtype = accumulation_dtype(query);
   Call call{flatten_lead(query, 2),
             flatten_lead(key, 2),
@@ -79,6 +81,7 @@ Call call_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& l
     cpu::InfoNCE problem;
     problem.query = call.query[b].resolve_neg();
     problem.key = call.key[b].resolve_neg();
+    if (products) problem.products = flatten_lead(*products, 2)[b];
     problem.exclude_self = exclude_self;
     const auto fill = [b](const std::vector<at::Tensor>& from, const at::Tensor& labels,
                           cpu::InfoNCESide& side, at::Tensor& reference, at::Tensor& log,
@@ -104,16 +107,14 @@ Call call_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& l
 
 }  // namespace
 
-std::vector<at::Tensor> info_nce_pairs_fwd(const at::Tensor& query, const at::Tensor& key,
-                                           const at::Tensor& logit_scale,
-                                           const PairSideTensors& rows,
-                                           const PairSideTensors& columns,
-                                           const std::optional<at::Tensor>& row_labels,
-                                           const std::optional<at::Tensor>& column_labels,
-                                           bool exclude_self, double label_smoothing) {
+std::vector<at::Tensor> info_nce_pairs_fwd(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
+    const PairSideTensors& rows, const PairSideTensors& columns,
+    const std::optional<at::Tensor>& row_labels, const std::optional<at::Tensor>& column_labels,
+    bool exclude_self, double label_smoothing, const std::optional<at::Tensor>& products) {
   const c10::NoGradGuard no_grad;
   auto call = call_of(query, key, logit_scale, rows, columns, row_labels, column_labels,
-                      exclude_self, kOfLosses);
+                      exclude_self, products, kOfLosses);
   const auto options = query.options().dtype(accumulation_dtype(query));
   const auto of_rows = query.sizes().slice(0, query.dim() - 1);
   const auto of_columns = key.sizes().slice(0, key.dim() - 1);
@@ -138,10 +139,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_pairs_bwd(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
     const PairSideTensors& rows, const PairSideTensors& columns,
     const std::optional<at::Tensor>& row_labels, const std::optional<at::Tensor>& column_labels,
-    bool exclude_self, double label_smoothing, bool needs_query, bool needs_key) {
+    bool exclude_self, double label_smoothing, const std::optional<at::Tensor>& products,
+    bool needs_query, bool needs_key) {
   const c10::NoGradGuard no_grad;
   auto call = call_of(query, key, logit_scale, rows, columns, row_labels, column_labels,
-                      exclude_self, kOfGradients);
+                      exclude_self, products, kOfGradients);
   const auto options = query.options().dtype(accumulation_dtype(query));
   const auto gradient = [&](const at::Tensor& features, bool needed) {
     return needed ? at::empty(features.sizes(), options) : at::empty({0}, options);

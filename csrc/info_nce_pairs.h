@@ -14,7 +14,9 @@ namespace himo {
 // reference, target and share [*, n]; in the backward also log and weight [*, n].
 using PairSideTensors = std::vector<at::Tensor>;
 
-// Returns log and total of the rows [*, N], and of the columns [*, M] if they have losses.
+// Returns log and total of the rows [*, N], and of the columns [*, M] if they have losses. Writes
+// query key^T into products [*, N, M] if given: contiguous, float32, or float64 for float64
+// features.
 std::vector<at::Tensor> info_nce_pairs_fwd(const at::Tensor& query,        // [*, N, K]
                                            const at::Tensor& key,          // [*, M, K]
                                            const at::Tensor& logit_scale,  // []
@@ -22,15 +24,18 @@ std::vector<at::Tensor> info_nce_pairs_fwd(const at::Tensor& query,        // [*
                                            const PairSideTensors& columns,
                                            const std::optional<at::Tensor>& row_labels,
                                            const std::optional<at::Tensor>& column_labels,
-                                           bool exclude_self, double label_smoothing);
+                                           bool exclude_self, double label_smoothing,
+                                           const std::optional<at::Tensor>& products);
 
-// Returns the gradients of query and key, empty if not needed, and of logit_scale [].
+// Returns the gradients of query and key, empty if not needed, and of logit_scale []. products is
+// the tensor that the forward wrote; without it the products are recomputed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_pairs_bwd(
     const at::Tensor& query,        // [*, N, K]
     const at::Tensor& key,          // [*, M, K]
     const at::Tensor& logit_scale,  // []
     const PairSideTensors& rows, const PairSideTensors& columns,
     const std::optional<at::Tensor>& row_labels, const std::optional<at::Tensor>& column_labels,
-    bool exclude_self, double label_smoothing, bool needs_query, bool needs_key);
+    bool exclude_self, double label_smoothing, const std::optional<at::Tensor>& products,
+    bool needs_query, bool needs_key);
 
 }  // namespace himo

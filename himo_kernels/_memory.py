@@ -1,8 +1,13 @@
 """How much memory an operator may cache between its passes."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from himo_kernels._numerics import accumulation_dtype
 
 # cgroup v2: the limit of a container and what it uses, both in bytes.
 _CGROUP = Path("/sys/fs/cgroup")
@@ -48,3 +53,16 @@ def fits(size: int, budget: float | None) -> bool:
     else:
         available = available_memory()
     return size <= min(_MOST, available // 4)
+
+
+def cache_for(
+    features: Tensor, shape: Sequence[int], budget: float | None, *, count: int = 1
+) -> Tensor | None:
+    """Returns an empty cache of this shape, in the dtype of sums over features.
+
+    None if `count` caches of this size do not fit the budget together.
+    """
+    dtype = accumulation_dtype(features.dtype)
+    if not fits(count * math.prod(shape) * dtype.itemsize, budget):
+        return None
+    return features.new_empty(shape, dtype=dtype)

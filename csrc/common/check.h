@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 // ValueError: `covariance: expected x of shape [*, N, D], got [3]`.
 #define HIMO_CHECK_SHAPE(condition, op, name, tensor, expected)                           \
   TORCH_CHECK_VALUE(condition, op, ": expected ", name, " of shape ", expected, ", got ", \
@@ -37,6 +39,22 @@ inline void check_features(const char* op, const char* name, const at::Tensor& x
   const auto dtype = x.scalar_type();
   HIMO_CHECK_DTYPE(is_computing_dtype(dtype) || dtype == at::kHalf || dtype == at::kBFloat16, op,
                    name, "float16, bfloat16, float32 or float64", dtype);
+}
+
+// Checks query key^T [*, N, M], the cache of logits before scaling, if there is one.
+inline void check_products(const char* op, const std::optional<at::Tensor>& products,
+                           const at::Tensor& query,  // [*, N, K]
+                           const at::Tensor& key) {  // [*, M, K]
+  if (!products) return;
+  auto shape = query.sizes().vec();
+  shape.back() = key.size(-2);
+  HIMO_CHECK_CPU(op, "products", *products);
+  HIMO_CHECK_SHAPE(
+      products->sizes().equals(shape) && products->is_contiguous() && !products->is_neg(), op,
+      "products", *products, at::IntArrayRef(shape));
+  const auto dtype = accumulation_dtype(query);
+  HIMO_CHECK_DTYPE(products->scalar_type() == dtype, op, "products", dtype,
+                   products->scalar_type());
 }
 
 }  // namespace himo

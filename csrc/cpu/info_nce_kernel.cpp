@@ -47,6 +47,7 @@ struct SquareForm {
   const std::vector<Factors<factor_t, acc_t>>& factors;
   acc_t scale;
   bool whole;  // the statistic of a whole batch is -log P; of a block, the log of its 1 / P - 1
+  bool formed;
 
   acc_t statistic(acc_t max, acc_t sum) const { return whole ? nll(max, sum) : log_odds(max, sum); }
 
@@ -78,7 +79,8 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
       problems[b].positives.copy_(factors[b].column_positives.narrow(0, 0, samples));
     }
   }
-  const SquareForm<factor_t> form{problems, factors, static_cast<acc_t>(scale), whole};
+  const SquareForm<factor_t> form{problems, factors, static_cast<acc_t>(scale), whole,
+                                  problems[0].products.defined()};
   reduce_tiles(problems, factors, form, interrupt);
 }
 

@@ -126,9 +126,11 @@ struct Tiles {
   bool has_targets;
   std::vector<Side<acc_t>> rows, columns;
 
-  PairTile<acc_t> at(const TilePlace& place, const acc_t* products) const {
+  template <typename factor_t>
+  PairTile<acc_t> at(const TilePlace& place, const ProductTile<factor_t>& products) const {
     PairTile<acc_t> tile{};
-    tile.products = products;
+    tile.products = products.data;
+    tile.products_stride = products.stride;
     tile.row = place.row;
     tile.rows = place.rows;
     tile.column = place.column;
@@ -147,13 +149,14 @@ template <typename factor_t>
 struct PairForm {
   using acc_t = accumulator_t<factor_t>;
   static constexpr acc_t first = -1e30;  // below every logit, and finite
+  static constexpr bool formed = false;
   bool columns, totals;
   const Tiles<acc_t>& tiles;
 
   void update(const TilePlace& place, const ProductTile<factor_t>& products,
               RowStatistics<acc_t>& rows, ColumnStatistics<acc_t> of_columns, acc_t* logits,
               acc_t* column_old_max) const {
-    auto tile = tiles.at(place, products.data);
+    auto tile = tiles.at(place, products);
     tile.of_rows.max = rows.max;
     tile.of_rows.sum = rows.sum;
     tile.of_rows.total = rows.total;
@@ -205,8 +208,8 @@ double info_nce_pairs_gradients(const std::vector<InfoNCE>& problems, double sca
     using factor_t = decltype(factor);
     using gradient_t = decltype(rounded);
     using acc_t = accumulator_t<factor_t>;
-    const auto factors =
-        factors_of<factor_t, gradient_t>(group, scale, /*formed=*/false, interrupt);
+    const bool formed = group[0].products.defined();
+    const auto factors = factors_of<factor_t, gradient_t>(group, scale, formed, interrupt);
     const Tiles<acc_t> tiles{group, static_cast<acc_t>(scale), has_several(group),
                              rows_of<acc_t>(group, label_smoothing),
                              columns_of<acc_t>(group, label_smoothing)};
@@ -216,7 +219,7 @@ double info_nce_pairs_gradients(const std::vector<InfoNCE>& problems, double sca
     multiply_gradients<factor_t, gradient_t>(
         group, factors, /*halves=*/false, /*add_to_query=*/false, interrupt,
         [&](const TilePlace& place, const ProductTile<factor_t>& products, acc_t* part, acc_t*) {
-          auto tile = tiles.at(place, products.data);
+          auto tile = tiles.at(place, products);
           tile.factor = static_cast<acc_t>(scale);
           tile.part = part;
           const auto& loops = pair_loops_of(acc_t{});

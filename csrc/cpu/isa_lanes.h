@@ -39,6 +39,16 @@ HIMO_INLINE typename Lanes<acc_t>::type load(const acc_t* source) {
   return *reinterpret_cast<const typename Lanes<acc_t>::unaligned*>(source);
 }
 
+// Loads the first `count` values only, and 0 for the others.
+template <typename acc_t>
+HIMO_INLINE typename Lanes<acc_t>::type load_first(const acc_t* source, int64_t count) {
+  typename Lanes<acc_t>::type result{};
+  for (int64_t k = 0; k < Lanes<acc_t>::count; ++k) {
+    if (k < count) result[k] = source[k];
+  }
+  return result;
+}
+
 template <typename acc_t>
 HIMO_INLINE void store(acc_t* target, typename Lanes<acc_t>::type value) {
   *reinterpret_cast<typename Lanes<acc_t>::unaligned*>(target) = value;

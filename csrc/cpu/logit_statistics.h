@@ -2,10 +2,10 @@
 // InfoNCE and for any pairs. A form gives the loop over one tile.
 //
 // Row blocks of 64 run against column tiles of 256. One pass over a tile updates the statistics of
-// both directions. A tile is computed just before that pass; if the logits are cached for the
-// backward, all tiles are computed first. Each of up to 64 groups of row blocks has its own column
-// statistics, which are merged in a fixed order: the result has the same bits for any number of
-// threads.
+// both directions. A tile is computed just before that pass, unless the form says that all tiles
+// are already in the cache of logits for the backward. Each of up to 64 groups of row blocks has
+// its own column statistics, which are merged in a fixed order: the result has the same bits for
+// any number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -36,16 +36,16 @@ struct ColumnStatistics {
   ColumnStatistics at(int64_t column) const { return {max + column, sum + column, total + column}; }
 };
 
-// Form has: `first`, the maximum of nothing; `columns`, whether columns have statistics, and
-// `totals`, whether totals; update(place, tile, rows, columns, logits, column_old_max), with
-// scratch [kRows, kColumns] and [kColumns], which updates the statistics by a tile; and of_row(b,
-// row, max, sum, total) and of_column likewise, which take the final ones.
+// Form has: `first`, the maximum of nothing; `columns`, whether columns have statistics, `totals`,
+// whether totals, and `formed`, whether the cached products are already computed; update(place,
+// tile, rows, columns, logits, column_old_max), with scratch [kRows, kColumns] and [kColumns],
+// which updates the statistics by a tile; and of_row(b, row, max, sum, total) and of_column
+// likewise, which take the final ones.
 template <typename factor_t, typename Form>
 void reduce_tiles(c10::ArrayRef<InfoNCE> problems,
                   const std::vector<Factors<factor_t, accumulator_t<factor_t>>>& factors,
                   const Form& form, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const bool cached = problems[0].products.defined();
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t kinds = form.totals ? 3 : 2, width = form.columns ? padded(keys) : 0;
   const int64_t row_blocks = at::divup(samples, kRows);
@@ -78,7 +78,7 @@ void reduce_tiles(c10::ArrayRef<InfoNCE> problems,
           if (interrupt.poll()) return;
           const int64_t columns = std::min(kColumns, keys - column);
           const ProductTile<factor_t> tile(problems[b], row, column, logits + kRows * kColumns);
-          if (!cached) tile.form(factors[b], row, rows, column, columns);
+          if (!form.formed) tile.form(factors[b], row, rows, column, columns);
           form.update(TilePlace{b, row, rows, column, columns}, tile, of_rows,
                       of_columns.at(form.columns ? column : 0), logits,
                       logits + 2 * kRows * kColumns);

@@ -39,7 +39,8 @@ struct PairSide {
 
 template <typename acc_t>
 struct PairTile {
-  const acc_t* products;               // [rows, kTileColumns]
+  const acc_t* products;  // [rows, products_stride]
+  int64_t products_stride;
   int64_t row, rows, column, columns;  // the first row and column count over the whole batch
   acc_t scale;
   bool has_labels, exclude_self;  // exclude_self: the pair (i, i) is excluded in any case

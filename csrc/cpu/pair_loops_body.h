@@ -27,6 +27,15 @@ HIMO_INLINE typename Lanes<acc_t>::bits places(int64_t first) {
   return result;
 }
 
+// One vector of a row of products, which are not padded.
+template <typename acc_t>
+HIMO_INLINE typename Lanes<acc_t>::type products_at(const PairTile<acc_t>& tile, int64_t i,
+                                                    int64_t j) {
+  const acc_t* products = tile.products + i * tile.products_stride + j;
+  const int64_t count = tile.columns - j;
+  return count >= Lanes<acc_t>::count ? load<acc_t>(products) : load_first<acc_t>(products, count);
+}
+
 // What row i of a tile has to do with one vector of its columns: masks of all bits or none.
 template <typename acc_t>
 struct Relation {
@@ -77,7 +86,6 @@ HIMO_INLINE void prepare_row(const PairTile<acc_t>& tile, int64_t i) {
   constexpr int64_t step = Lanes<acc_t>::count;
   const auto &own = tile.of_rows, &others = tile.of_columns;
   const int64_t width = padded(tile.columns);
-  const acc_t* products = tile.products + i * kTileColumns;
   acc_t* logits = tile.logits + i * width;
   const lanes_t reference = fill<acc_t>(own.reference[i]);
   const lanes_t target = fill<acc_t>(own.target[i]), share = fill<acc_t>(own.share[i]);
@@ -85,7 +93,7 @@ HIMO_INLINE void prepare_row(const PairTile<acc_t>& tile, int64_t i) {
   auto place = places<acc_t>(tile.column);
   for (int64_t j = 0; j < width; j += step, place += step) {
     const auto pair = Relation<acc_t>::template of<kBoth>(tile, i, j, place);
-    const lanes_t value = rounded_product<acc_t>(load<acc_t>(products + j), tile.scale);
+    const lanes_t value = rounded_product<acc_t>(products_at<acc_t>(tile, i, j), tile.scale);
     const lanes_t logit = pair.kept ? value : fill<acc_t>(-__builtin_inf());
     store<acc_t>(logits + j, logit);
     max = larger(logit - reference, max);
@@ -187,7 +195,6 @@ double pair_gradient(const PairTile<acc_t>& tile) {
   }
   double grad_scale = 0;
   for (int64_t i = 0; i < tile.rows; ++i) {
-    const acc_t* products = tile.products + i * kTileColumns;
     acc_t* part = tile.part + i * width;
     const lanes_t reference = fill<acc_t>(own.reference[i]), log = fill<acc_t>(own.log[i]);
     const lanes_t target = fill<acc_t>(own.target[i]), share = fill<acc_t>(own.share[i]);
@@ -196,7 +203,7 @@ double pair_gradient(const PairTile<acc_t>& tile) {
     auto place = places<acc_t>(tile.column);
     for (int64_t j = 0; j < width; j += step, place += step) {
       const auto pair = Relation<acc_t>::template of<kBoth>(tile, i, j, place);
-      const lanes_t product = load<acc_t>(products + j);
+      const lanes_t product = products_at<acc_t>(tile, i, j);
       const lanes_t logit = rounded_product<acc_t>(product, tile.scale);
       const lanes_t power = exponential<acc_t>((logit - reference) - log);
       lanes_t grad = slope<acc_t>(power, target, share, of_single, pair.positive, pair.row_single) *

@@ -46,12 +46,9 @@ SigmoidSums sigmoid(const SigmoidTile<acc_t>& tile) {
       store<acc_t>(part + j, gradient * tile.factor);
     };
     for (int64_t j = 0; j < whole; j += step) step_at(j, load<acc_t>(products + j), step);
-    for (int64_t j = whole; j < width; j += step) {
-      acc_t last[step];  // the products are not padded
-      for (int64_t k = 0; k < step; ++k) {
-        last[k] = j + k < tile.columns ? products[j + k] : acc_t{0};
-      }
-      step_at(j, load<acc_t>(last), tile.columns > j ? tile.columns - j : 0);
+    for (int64_t j = whole; j < width; j += step) {  // the products are not padded
+      const int64_t count = tile.columns > j ? tile.columns - j : 0;
+      step_at(j, load_first<acc_t>(products + j, count), count);
     }
     sums.loss += static_cast<double>(total<acc_t>(loss));
     sums.scale += static_cast<double>(total<acc_t>(scale));

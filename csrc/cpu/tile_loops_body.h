@@ -261,12 +261,8 @@ double gradient(const GradientTile<acc_t>& tile) {
       }
     };
     for (int64_t j = 0; j < whole; j += step) step_at(j, load<acc_t>(products + j));
-    for (int64_t j = whole; j < width; j += step) {
-      acc_t last[step];  // the products are not padded
-      for (int64_t k = 0; k < step; ++k) {
-        last[k] = j + k < tile.columns ? products[j + k] : acc_t{0};
-      }
-      step_at(j, load<acc_t>(last));
+    for (int64_t j = whole; j < width; j += step) {  // the products are not padded
+      step_at(j, load_first<acc_t>(products + j, tile.columns - j));
     }
     grad_scale += static_cast<double>(total<acc_t>(sum));
   }

@@ -61,6 +61,7 @@ def labelled_losses(
             logit_scale,
             float(options.label_smoothing),
             True,  # columns are constants already where they have to be
+            0.0,  # recompute the logits: memory is O(N D)
             options.backend,
         )
 

@@ -4,13 +4,12 @@ Every backend saves the same tensors for the backward: the inputs, the float64 d
 texts, and the nll of both losses. So any backend's backward accepts any other backend's forward.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from himo_kernels._memory import fits
+from himo_kernels._memory import cache_for
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.himo_loss import cpu, reference
@@ -95,16 +94,12 @@ _BWD = HIMO_LOSS.define(
 def _room(features: Tensor, budget: float | None) -> dict[str, Tensor]:
     # Returns an empty tensor for each cache that fits the budget (in bytes) on its own.
     *batch, samples, width = features.shape
-    dtype = accumulation_dtype(features.dtype)
     shapes = {
         "products": (2, *batch, samples, samples),
         "factors": (*batch, (2 * samples + width) * (min(samples, width) + 1)),
     }
-    return {
-        name: features.new_empty(shape, dtype=dtype)
-        for name, shape in shapes.items()
-        if fits(math.prod(shape) * dtype.itemsize, budget)
-    }
+    caches = {name: cache_for(features, shape, budget) for name, shape in shapes.items()}
+    return {name: cache for name, cache in caches.items() if cache is not None}
 
 
 class HiMoLossFunction(torch.autograd.Function):

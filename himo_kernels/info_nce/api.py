@@ -82,9 +82,10 @@ def info_nce(
             texts, and the images as constants in the loss of texts against images. This is the
             gradient of the released code, whose all-gather returns constants.
         keep_logits_mib: Cache the logits for the backward, instead of recomputing them, if they
-            take at most this many MiB (4 N^2 bytes per loss). Default: the environment variable
+            take at most this many MiB (4 N M bytes per loss; twice that with directions="both" and
+            differentiate_keys=False in the other forms). Default: the environment variable
             HIMO_KERNELS_LOGITS_MIB as read at import, else a quarter of the available memory, at
-            most 1 GiB. Only the `cpu` backend caches, and only the default form.
+            most 1 GiB. Only the `cpu` backend caches.
         check_finite: Raise on NaN or inf instead of returning NaN (synchronises with the device).
         backend: "auto", "reference", "cpu" or "triton". A named backend never falls back.
 
@@ -108,11 +109,11 @@ def info_nce(
     if form is None:
         (loss,) = _losses(INFO_NCE, features, {}, logit_scale, *settings, backend)
         return loss * image_features.shape[-2] if reduction == "sum" else loss
-    scale, smoothing, _ = _check_settings(name, features, {}, logit_scale, *settings)
+    scale, smoothing, budget = _check_settings(name, features, {}, logit_scale, *settings)
     if check_finite:
         check_form_values(name, form, text_features)
     inputs = (image_features, text_features, scale)
-    return loss_of_pairs(form, *inputs, smoothing, differentiate_keys, backend)
+    return loss_of_pairs(form, *inputs, smoothing, differentiate_keys, budget, backend)
 
 
 def nt_xent(
@@ -122,6 +123,7 @@ def nt_xent(
     *,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    keep_logits_mib: float | None = None,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -154,6 +156,7 @@ def nt_xent(
         exclude_self=True,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        keep_logits_mib=keep_logits_mib,
         check_finite=check_finite,
         backend=backend,
     )

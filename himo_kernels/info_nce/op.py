@@ -1,13 +1,12 @@
 """Schemas, fakes and autograd of info_nce, dual_info_nce and dual_info_nce_low_rank."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._memory import fits
+from himo_kernels._memory import cache_for
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.info_nce import compose, cpu, reference
@@ -93,11 +92,7 @@ def _allocate_products(
 ) -> Tensor | None:
     *batch, samples, _ = image_features.shape
     shape = (len(compose.LOSSES[operator]), *batch, samples, samples)
-    dtype = accumulation_dtype(image_features.dtype)
-    size = math.prod(shape) * dtype.itemsize
-    if not fits(size, budget):
-        return None
-    return image_features.new_empty(shape, dtype=dtype)
+    return cache_for(image_features, shape, budget)
 
 
 class ContrastiveLoss(torch.autograd.Function):

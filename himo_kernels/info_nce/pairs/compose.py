@@ -20,7 +20,7 @@ class Softmax(NamedTuple):
     """The losses of the rows, or of the columns: n own, m others. In the dtype of the logits."""
 
     single: Tensor  # [*, n] int32: the only positive; -1 where there is none or several
-    reference: Tensor  # r [*, n]: S of a positive
+    reference: Tensor  # r [*, n]: S of a positive, made by the forward
     target: Tensor  # [*, n]: (1 - eps) / number of positives; 0 where there is none
     share: Tensor  # [*, n]: eps / number of others that are not excluded
     # Backward only.
@@ -45,6 +45,7 @@ class Problem(NamedTuple):
     label_smoothing: float
     rows: Softmax
     columns: Softmax | None
+    products: Tensor | None = None  # X Y^T [*, N, M]: cache, written by fwd, read by bwd
 
 
 class Statistics(Protocol):
@@ -94,23 +95,26 @@ def passes(statistics: Statistics, gradients: Gradients) -> dict[str, Callable[.
     return {"fwd": partial(_fwd, statistics), "bwd": partial(_bwd, gradients)}
 
 
-def _fwd(statistics: Statistics, *arguments: Any) -> tuple[Tensor, ...]:
-    # Returns losses [*, N] and [*, M], then logs and numbers of positives of the same shapes;
-    # [*, 0] in a direction that is not wanted.
+def _fwd(
+    statistics: Statistics, *arguments: Any, products: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    # Returns losses [*, N] and [*, M], then logs, references and numbers of positives of the same
+    # shapes; [*, 0] in a direction that is not wanted.
     count = len(Inputs._fields)
     inputs, settings = Inputs(*arguments[:count]), Settings(*arguments[count:])
     if inputs.positives is not None and inputs.positives.device.type == "cpu":  # no sync there
         check_places("info_nce", "positives", inputs.positives, inputs.text_features.shape[-2])
     sides = _sides(inputs, settings)
-    problem = _problem(inputs, settings, sides)
+    problem = _problem(inputs, settings, sides, products)
     computed = list(statistics(problem))
     softmaxes = [problem.rows, problem.columns]
     empty = computed[0].new_empty(*inputs.image_features.shape[:-2], 0)
-    losses, logs, counts = [], [], []
+    losses, logs, references, counts = [], [], [], []
     for side, wanted in zip(sides, (settings.of_rows, settings.of_columns), strict=True):
         if not wanted:
             losses.append(empty)
             logs.append(empty.clone())
+            references.append(empty.clone())
             counts.append(side.positives[..., :0])
             continue
         log, total = computed.pop(0), computed.pop(0)
@@ -119,20 +123,24 @@ def _fwd(statistics: Statistics, *arguments: Any) -> tuple[Tensor, ...]:
         bad = softmax.reference - softmax.reference
         losses.append(torch.where(side.positives > 0, log - total + bad, 0.0))
         logs.append(log)
+        references.append(softmax.reference)
         counts.append(side.positives)
-    return *losses, *logs, *counts
+    return *losses, *logs, *references, *counts
 
 
-def _bwd(gradients: Gradients, *arguments: Any) -> tuple[Tensor, ...]:
+def _bwd(
+    gradients: Gradients, *arguments: Any, products: Tensor | None = None
+) -> tuple[Tensor, ...]:
     # Returns the gradients of the features and of logit_scale, in their dtypes; empty if not
     # needed.
     *tensors, needs_grad = arguments
     weights, tensors = tensors[:2], tensors[2:]
     count = len(Inputs._fields)
-    inputs, logs = Inputs(*tensors[:count]), tensors[count : count + 2]
-    settings = Settings(*tensors[count + 2 :])
+    inputs, tensors = Inputs(*tensors[:count]), tensors[count:]
+    logs, references, settings = tensors[:2], tensors[2:4], Settings(*tensors[4:])
     sides = _sides(inputs, settings)
-    problem = _problem(inputs, settings, sides, weights, logs)
+    saved = tuple(zip(references, logs, weights, strict=True))
+    problem = _problem(inputs, settings, sides, products, saved)
     if settings.of_rows:
         computed = gradients(problem, needs_grad)
     else:
@@ -161,18 +169,23 @@ def _problem(
     inputs: Inputs,
     settings: Settings,
     sides: tuple[plan.Side, plan.Side],
-    weights: Sequence[Tensor | None] = (None, None),
-    logs: Sequence[Tensor | None] = (None, None),
+    products: Tensor | None,
+    saved: Sequence[tuple[Tensor, ...] | None] = (None, None),
 ) -> Problem:
-    # The problem that a backend computes. If only the columns have losses, they are its rows.
+    # The problem that a backend computes. If only the columns have losses, they are its rows. For
+    # the backward, saved has the reference, log and weight of rows and of columns.
     features = (inputs.image_features, inputs.text_features)
     scale, smoothing = inputs.logit_scale, settings.label_smoothing
     softmaxes = [
-        _softmax(sides[index], own, other, scale, smoothing, weights[index], logs[index])
+        _softmax(side, smoothing, of_side or (_reference(side, *ordered, scale),))
         if wanted
         else None
-        for index, (wanted, own, other) in enumerate(
-            ((settings.of_rows, *features), (settings.of_columns, *features[::-1]))
+        for side, wanted, ordered, of_side in zip(
+            sides,
+            (settings.of_rows, settings.of_columns),
+            (features, features[::-1]),
+            saved,
+            strict=True,
         )
     ]
     order = 1 if settings.of_rows else -1
@@ -190,28 +203,34 @@ def _problem(
         smoothing,
         cast(Softmax, of_rows),  # the API asks for one direction at least
         of_columns,
+        products,
     )
 
 
-def _softmax(
+def _reference(
     side: plan.Side,
     own: Tensor,  # [*, n, D]
     other: Tensor,  # [*, m, D]
     scale: Tensor,
-    smoothing: float,
-    weight: Tensor | None,  # [*, n]
-    log: Tensor | None,  # [*, n]
-) -> Softmax:
+) -> Tensor:
+    # S of each one's anchor [*, n].
     dtype = accumulation_dtype(own.dtype)
     anchors = side.anchor.unsqueeze(-1).expand(*side.anchor.shape, own.shape[-1])
     products = (own.to(dtype) * other.gather(-2, anchors).to(dtype)).sum(-1)
-    none = side.positives == 0
-    target = torch.where(none, 0.0, (1 - smoothing) / side.positives.to(dtype))
-    return Softmax(
+    return scale.to(dtype) * products
+
+
+def _softmax(side: plan.Side, smoothing: float, saved: tuple[Tensor, ...]) -> Softmax:
+    # saved: the reference [*, n]; for the backward also the log and the weight [*, n].
+    reference, *of_backward = saved
+    none, dtype = side.positives == 0, reference.dtype
+    softmax = Softmax(
         torch.where(side.positives == 1, side.anchor, -1).to(torch.int32),
-        scale.to(dtype) * products,
-        target,
+        reference,
+        torch.where(none, 0.0, (1 - smoothing) / side.positives.to(dtype)),
         smoothing / side.allowed.clamp(min=1).to(dtype),
-        log,
-        None if weight is None else weight.masked_fill(none, 0.0),
     )
+    if not of_backward:
+        return softmax
+    log, weight = of_backward
+    return softmax._replace(log=log, weight=weight.masked_fill(none, 0.0))

@@ -41,4 +41,5 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
         problem.column_labels,
         problem.exclude_self,
         problem.label_smoothing,
+        problem.products,
     )

@@ -149,10 +149,13 @@ def loss_of_pairs(
     logit_scale: Tensor,  # []
     label_smoothing: float,
     differentiate_keys: bool,
+    logits_budget: float | None,  # bytes; None: the default
     backend: str,
 ) -> Tensor:
     """Returns the loss [*]; without a reduction [*, N] or, of the columns only, [*, M]."""
     backend = INFO_NCE_PAIRS.resolve(backend, image_features, text_features)
+    # With constant keys, both directions are two calls, which keep their logits at the same time.
+    calls = 2 if form.directions == "both" and not differentiate_keys else 1
 
     def reduced(rows: bool, columns: bool) -> list[Tensor]:
         # The reduced loss of each of these directions.
@@ -163,7 +166,9 @@ def loss_of_pairs(
             images, texts, logit_scale, form.positives, form.row_labels, form.column_labels
         )
         settings = Settings(form.exclude_self, rows, columns, label_smoothing)
-        row_losses, column_losses, *counts = apply_function(PairLosses, settings, backend, *inputs)
+        row_losses, column_losses, *counts = apply_function(
+            PairLosses, settings, backend, logits_budget, calls, *inputs
+        )
         found = []
         if rows:
             found.append(_reduced(row_losses, counts[0], form.row_weights, form.reduction))
@@ -173,9 +178,9 @@ def loss_of_pairs(
 
     if form.directions != "both":
         return reduced(form.directions == "rows", form.directions == "columns")[0]
-    if differentiate_keys:
+    if calls == 1:
         rows, columns = reduced(True, True)
-    else:  # the keys of each direction are constants
+    else:
         rows, columns = *reduced(True, False), *reduced(False, True)
     return (rows + columns) / 2
 

@@ -217,5 +217,5 @@ def _run(
     )
     settings = (both, True, both, 0.1)  # exclude_self, of_rows, of_columns, label_smoothing
     row_losses, column_losses, *rest = info_nce_pairs_fwd(*inputs, *settings)
-    arguments: tuple[Any, ...] = (row_losses, column_losses, *inputs, *rest[:2], *settings)
+    arguments: tuple[Any, ...] = (row_losses, column_losses, *inputs, *rest[:4], *settings)
     info_nce_pairs_bwd(*arguments, [True] * 3)
