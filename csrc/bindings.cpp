@@ -98,6 +98,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sigmoid_loss_fwd", &himo::sigmoid_loss_fwd, py::arg("query"), py::arg("key"),
         py::arg("logit_scale"), py::arg("logit_bias"), py::arg("offset"), py::arg("divisor"),
         py::arg("needs_query"), py::arg("needs_key"), py::arg("needs_scalars"), no_gil());
+  m.def("row_products", &himo::row_products, py::arg("x"), py::arg("y"), py::arg("places"),
+        no_gil());
   m.def("info_nce_pairs_fwd", &himo::info_nce_pairs_fwd, no_gil());
   m.def("info_nce_pairs_bwd", &himo::info_nce_pairs_bwd, no_gil());
   m.def("himo_loss_fwd", &himo::himo_loss_fwd, no_gil());

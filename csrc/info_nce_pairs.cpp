@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "common/shapes.h"
 #include "cpu/info_nce_kernel.h"
+#include "cpu/row_products.h"
 
 namespace himo {
 namespace {
@@ -39,6 +40,19 @@ std::vector<at::Tensor> checked_side(const char* name, const PairSideTensors& si
   return result;
 }
 
+// Checks the features of rows [*, N, K] and of columns [*, M, K].
+void check_tables(const char* name, const at::Tensor& rows, const char* other_name,
+                  const at::Tensor& columns) {
+  check_features(kOp, name, rows);
+  check_features(kOp, other_name, columns);
+  HIMO_CHECK_SHAPE(rows.size(-2) > 0, kOp, name, rows, "[*, N, K], N > 0");
+  HIMO_CHECK_DTYPE(columns.scalar_type() == rows.scalar_type(), kOp, other_name, rows.scalar_type(),
+                   columns.scalar_type());
+  const auto shape = with_tail(rows, {columns.size(-2), rows.size(-1)});
+  HIMO_CHECK_SHAPE(columns.size(-2) > 0 && columns.sizes().equals(shape), kOp, other_name, columns,
+                   "[*, M, K], M > 0");
+}
+
 struct Call {
   at::Tensor query, key;  // [B, N, K], [B, M, K]
   double scale;
@@ -51,16 +65,9 @@ Call call_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& l
              const std::optional<at::Tensor>& row_labels,
              const std::optional<at::Tensor>& column_labels, bool exclude_self,
              const std::optional<at::Tensor>& products, size_t losses) {
-  check_features(kOp, "query", query);
-  check_features(kOp, "key", key);
+  check_tables("query", query, "key", key);
   HIMO_CHECK_CPU(kOp, "logit_scale", logit_scale);
   HIMO_CHECK_SHAPE(logit_scale.dim() == 0, kOp, "logit_scale", logit_scale, "[]");
-  HIMO_CHECK_SHAPE(query.size(-2) > 0, kOp, "query", query, "[*, N, K], N > 0");
-  HIMO_CHECK_DTYPE(key.scalar_type() == query.scalar_type(), kOp, "key", "of query's dtype",
-                   key.scalar_type());
-  HIMO_CHECK_SHAPE(
-      key.size(-2) > 0 && key.sizes().equals(with_tail(query, {key.size(-2), query.size(-1)})), kOp,
-      "key", key, "[*, M, K], M > 0");
   check_products(kOp, products, query, key);
   const auto dtype = accumulation_dtype(query);
   Call call{flatten_lead(query, 2),
@@ -106,6 +113,21 @@ Call call_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& l
 }
 
 }  // namespace
+
+at::Tensor row_products(const at::Tensor& x, const at::Tensor& y, const at::Tensor& places) {
+  const c10::NoGradGuard no_grad;
+  check_tables("x", x, "y", y);
+  const auto own = checked("places", places, x, at::kLong);
+  const int64_t others = y.size(-2);
+  const auto* place = own.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < own.numel(); ++i) {
+    TORCH_CHECK_VALUE(place[i] >= 0 && place[i] < others, kOp, ": expected places in [0, ", others,
+                      "), got ", place[i]);
+  }
+  const auto products = at::empty(places.sizes(), x.options().dtype(accumulation_dtype(x)));
+  cpu::row_products(x.resolve_neg(), y.resolve_neg(), own, products);
+  return products;
+}
 
 std::vector<at::Tensor> info_nce_pairs_fwd(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,

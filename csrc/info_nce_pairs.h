@@ -14,6 +14,11 @@ namespace himo {
 // reference, target and share [*, n]; in the backward also log and weight [*, n].
 using PairSideTensors = std::vector<at::Tensor>;
 
+// Returns x_i . y_k with k = places_i [*, N]: float32, or float64 for float64 features.
+at::Tensor row_products(const at::Tensor& x,        // [*, N, D]
+                        const at::Tensor& y,        // [*, M, D]
+                        const at::Tensor& places);  // [*, N] int64 in [0, M)
+
 // Returns log and total of the rows [*, N], and of the columns [*, M] if they have losses. Writes
 // query key^T into products [*, N, M] if given: contiguous, float32, or float64 for float64
 // features.

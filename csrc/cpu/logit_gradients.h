@@ -2,10 +2,10 @@
 //
 // A tile is formed (or read, if cached) and its loss converts it to a factor times dL/dS. Each row
 // block multiplies that by the keys into grad_query and writes its transpose into a workspace. The
-// workspace holds a chunk of rows: kWorkspace bytes or two row blocks per thread, whichever is
-// larger; all rows when several small problems share the threads. When a chunk is complete, each
-// column block multiplies it by the queries and accumulates into grad_key. No two threads write to
-// the same memory.
+// workspace holds a chunk of rows: kChunkRows, fewer if they take more than kWorkspace bytes, or
+// two row blocks per thread if that is more; all rows when several small problems share the
+// threads. When a chunk is complete, its queries are laid out, and each column block multiplies it
+// by them and accumulates into grad_key. No two threads write to the same memory.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -20,6 +20,8 @@
 
 namespace himo::cpu {
 
+// With longer chunks the sums over rows are no faster, and the workspace leaves the caches.
+constexpr int64_t kChunkRows = 512;
 constexpr int64_t kWorkspace = 16 << 20;
 // With at least this many samples, bfloat16 features get their gradients from dL/dS rounded to
 // bfloat16, as under autocast, which takes half the time. With fewer, these products take little of
@@ -62,17 +64,21 @@ int64_t workspace_rows(c10::ArrayRef<Problem> problems) {
   const int64_t least = 2 * kRows * at::get_num_threads();  // two row blocks per thread
   const int64_t most = at::divup(samples, kRows) * kRows;
   if (problems.size() > 1) return most;
-  return std::min(most, std::max(least, kWorkspace / row_bytes / kRows * kRows));
+  const int64_t fitting = std::min(kChunkRows, kWorkspace / row_bytes / kRows * kRows);
+  return std::min(most, std::max(least, fitting));
 }
 
 // Multiplies a chunk of factor dL/dS, transposed [problems, N, chunk], by its queries; the result
 // is added to grad_key, or written there for the first chunk.
-template <typename factor_t, typename gradient_t, typename Problem, typename Factors>
-void multiply_queries(c10::ArrayRef<Problem> problems, const std::vector<Factors>& factors,
-                      const gradient_t* transposed, int64_t chunk, int64_t chunk_row,
-                      int64_t chunk_rows, Interrupt& interrupt) {
+template <typename factor_t, typename gradient_t, typename Problem>
+void multiply_queries(c10::ArrayRef<Problem> problems, const gradient_t* transposed, int64_t chunk,
+                      int64_t chunk_row, int64_t chunk_rows, Interrupt& interrupt) {
   const int64_t keys = problems[0].key.size(0), key_blocks = at::divup(keys, kRows);
   const int64_t count = problems.size(), inner = problems[0].query.size(1);
+  std::vector<RightFactor<gradient_t>> queries;
+  for (const auto& problem : problems) {
+    queries.emplace_back(problem.query.narrow(0, chunk_row, chunk_rows));
+  }
   at::parallel_for(0, count * key_blocks, 1, [&](int64_t begin, int64_t end) {
     const ProductScope scope;
     for (int64_t task = begin; task < end; ++task) {
@@ -80,9 +86,8 @@ void multiply_queries(c10::ArrayRef<Problem> problems, const std::vector<Factors
       const int64_t b = task / key_blocks, key = task % key_blocks * kRows;
       auto* grad_key =
           problems[b].grad_key.template mutable_data_ptr<accumulator_t<factor_t>>() + key * inner;
-      factors[b].queries.multiply(transposed + (b * keys + key) * chunk, chunk,
-                                  std::min(kRows, keys - key), chunk_row, chunk_rows, 0, inner,
-                                  /*add=*/chunk_row > 0, grad_key, inner);
+      queries[b].multiply(transposed + (b * keys + key) * chunk, chunk, std::min(kRows, keys - key),
+                          0, chunk_rows, 0, inner, /*add=*/chunk_row > 0, grad_key, inner);
     }
   });
 }
@@ -146,8 +151,7 @@ void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Facto
       }
     });
     if (needs_key) {
-      multiply_queries<factor_t>(problems, factors, transposed, chunk, chunk_row, chunk_rows,
-                                 interrupt);
+      multiply_queries<factor_t>(problems, transposed, chunk, chunk_row, chunk_rows, interrupt);
     }
   }
 }

@@ -33,7 +33,6 @@ struct ProductFactors {
   at::Tensor query;                      // left [M, K]
   RightFactor<factor_t> key_transposed;  // right [K, N]
   RightFactor<gradient_t> keys;          // right [N, K]
-  RightFactor<gradient_t> queries;       // right [M, K]
 
   ProductFactors(const Logits& problem, bool with_logits) {
     if (with_logits) {
@@ -41,7 +40,6 @@ struct ProductFactors {
       key_transposed = RightFactor<factor_t>(problem.key.t());
     }
     if (problem.grad_query.defined()) keys = RightFactor<gradient_t>(problem.key);
-    if (problem.grad_key.defined()) queries = RightFactor<gradient_t>(problem.query);
   }
 };
 

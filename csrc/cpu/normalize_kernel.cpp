@@ -8,48 +8,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
-#include <vector>
-
 #include "cpu/centring.h"
 #include "cpu/row_loops.h"
+#include "cpu/rows.h"
 
 namespace himo::cpu {
 namespace {
-
-const auto& loops_of(const float*) { return row_loops().float32; }
-const auto& loops_of(const double*) { return row_loops().float64; }
-const auto& loops_of(const BFloat16Bits*) { return row_loops().bfloat16; }
-const auto& loops_of(const HalfBits*) { return row_loops().float16; }
-
-float* elements(float* data) { return data; }
-double* elements(double* data) { return data; }
-auto* elements(c10::BFloat16* data) { return reinterpret_cast<BFloat16Bits*>(data); }
-auto* elements(c10::Half* data) { return reinterpret_cast<HalfBits*>(data); }
-
-// Gives access to the rows of a tensor [*, N, D] as contiguous arrays, copying them if necessary.
-template <typename element_t>
-class Rows {
- public:
-  Rows(const at::Tensor& x, const element_t* data)
-      : x_(x), data_(data), samples_(x.size(-2)), size_(x.size(-1)), stride_(x.stride(-1)) {
-    if (stride_ != 1) copy_.resize(size_);
-  }
-
-  // Valid until the next call.
-  const element_t* operator()(int64_t row) {
-    const element_t* first =
-        data_ + problem_offset(x_, row / samples_) + row % samples_ * x_.stride(-2);
-    if (stride_ == 1) return first;
-    for (int64_t j = 0; j < size_; ++j) copy_[j] = first[j * stride_];
-    return copy_.data();
-  }
-
- private:
-  const at::Tensor& x_;
-  const element_t* data_;
-  int64_t samples_, size_, stride_;
-  std::vector<element_t> copy_;
-};
 
 // Calls row_range(begin, end) on ranges of rows of x [*, N, D], in parallel if there are many.
 template <typename function_t>
@@ -68,7 +32,8 @@ void normalize_fwd(const at::Tensor& x,       // [*, N, D]
     const int64_t size = x.size(-1);
     over_rows(x, [&](int64_t begin, int64_t end) {
       Rows rows(x, from);
-      for (int64_t i = begin; i < end; ++i) loops_of(from).normalize(rows(i), size, to + i * size);
+      for (int64_t i = begin; i < end; ++i)
+        row_loops_of(from).normalize(rows(i), size, to + i * size);
     });
   });
 }
@@ -84,7 +49,7 @@ void normalize_bwd(const at::Tensor& grad,      // [*, N, D]
     over_rows(x, [&](int64_t begin, int64_t end) {
       Rows rows(x, from), grads(grad, incoming);
       for (int64_t i = begin; i < end; ++i) {
-        loops_of(from).normalize_gradient(grads(i), rows(i), size, to + i * size);
+        row_loops_of(from).normalize_gradient(grads(i), rows(i), size, to + i * size);
       }
     });
   });

@@ -1,5 +1,5 @@
-// Loops over one contiguous row: L2 normalisation and its gradient. Compiled for the same
-// instruction sets, and selected in the same way, as tile_loops.h.
+// Loops over one contiguous row: L2 normalisation and its gradient, and products. Compiled for the
+// same instruction sets, and selected in the same way, as tile_loops.h.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,15 @@ struct HalfBits {
   uint16_t bits;
 };
 
+template <typename element_t>
+struct SumsOf {
+  using type = float;
+};
+template <>
+struct SumsOf<double> {
+  using type = double;
+};
+
 // Sums are float, or double for double. A zero row gives zeros and a zero gradient. A row with NaN
 // or inf gives NaN in every entry.
 template <typename element_t>
@@ -26,6 +35,8 @@ struct RowLoops {
   // grad_x = (grad - y (grad . y)) / |x|, y = x / |x|
   void (*normalize_gradient)(const element_t* grad, const element_t* x, int64_t size,
                              element_t* grad_x);
+  // x . y
+  typename SumsOf<element_t>::type (*product)(const element_t* x, const element_t* y, int64_t size);
 };
 
 struct RowLoopsOfEach {

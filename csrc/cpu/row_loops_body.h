@@ -10,14 +10,6 @@ namespace himo::cpu::HIMO_ISA {
 namespace {
 
 template <typename element_t>
-struct SumsOf {
-  using type = float;
-};
-template <>
-struct SumsOf<double> {
-  using type = double;
-};
-template <typename element_t>
 using sums_t = typename SumsOf<element_t>::type;
 template <typename element_t>
 using lanes_of = typename Lanes<sums_t<element_t>>::type;
@@ -228,14 +220,19 @@ void normalize_gradient(const element_t* grad, const element_t* x, int64_t size,
   }
 }
 
+template <typename element_t>
+sums_t<element_t> product(const element_t* x, const element_t* y, int64_t size) {
+  return sum_up<true>(x, y, size, 1).along;
+}
+
 }  // namespace
 
 extern const RowLoopsOfEach row_loops;
 const RowLoopsOfEach row_loops = {
-    {normalize<float>, normalize_gradient<float>},
-    {normalize<double>, normalize_gradient<double>},
-    {normalize<BFloat16Bits>, normalize_gradient<BFloat16Bits>},
-    {normalize<HalfBits>, normalize_gradient<HalfBits>},
+    {normalize<float>, normalize_gradient<float>, product<float>},
+    {normalize<double>, normalize_gradient<double>, product<double>},
+    {normalize<BFloat16Bits>, normalize_gradient<BFloat16Bits>, product<BFloat16Bits>},
+    {normalize<HalfBits>, normalize_gradient<HalfBits>, product<HalfBits>},
 };
 
 }  // namespace himo::cpu::HIMO_ISA

@@ -1,4 +1,4 @@
-"""GradCache's SimpleContrastiveLoss and DistributedContrastiveLoss, without logits.
+"""GradCache's SimpleContrastiveLoss and DistributedContrastiveLoss, by `info_nce`.
 
 They are not modules: GradCache calls its loss_fn, which looks `__call__` up on the class. The loss
 of queries x [N, D] and keys y [M, D] is the cross-entropy of the logits x @ y.T, whose row i has

@@ -1,4 +1,4 @@
-"""lightly's NTXentLoss (SimCLR, and MoCo with a memory bank), without logits.
+"""lightly's NTXentLoss (SimCLR, and MoCo with a memory bank), by this library's operators.
 
 Written for the interface since 1.1, `forward(out0, out1)`. Its logits are cosines over the
 temperature. Without a bank, each of the 2 N rows of both views is classified among all rows but

@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's NTXentLoss and SupConLoss, without logits or lists of pairs.
+"""pytorch-metric-learning's NTXentLoss and SupConLoss, without lists of pairs.
 
 compute_loss is replaced: reducers, regularisers and records stay theirs. e are the embeddings, r
 the references (e itself without ref_emb), l their labels, S = e @ r.T / temperature.

@@ -1,4 +1,4 @@
-"""open_clip's ClipLoss, CoCaLoss and SigLipLoss, without N x N logits.
+"""open_clip's ClipLoss, CoCaLoss and SigLipLoss, by this library's operators.
 
 What the flags of ClipLoss, and of CoCaLoss's contrastive half, compute over W ranks. x is a rank's
 own rows, L the loss of the joined batch, and L_r the mean over a rank's own rows in both

@@ -1,4 +1,4 @@
-"""sentence-transformers' MultipleNegativesRankingLoss and its cached form, without logits.
+"""sentence-transformers' MultipleNegativesRankingLoss and its cached form, by `info_nce`.
 
 Written for 6.2 and its predecessors since 1.0; the settings of later versions are read where a
 loss has them. q are the queries, d the documents of all columns, s the scale, f the similarity.

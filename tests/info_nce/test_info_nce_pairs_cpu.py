@@ -1,4 +1,4 @@
-"""Specific to the `cpu` backend of the forms of info_nce: memory."""
+"""Specific to the `cpu` backend of the forms of info_nce: memory, and direct calls."""
 
 import pytest
 from fresh_process import run_python
@@ -38,12 +38,23 @@ print(status("VmHWM") - before)
 """
 
 
+FEATURE_MIB = 8192 * 64 * 4 / 2**20
+# As for the square form: factors and gradients, 12 times the features; column statistics, 128
+# numbers per column; the workspace of 16 MiB; the allocator's overhead. The integers of rows
+# and columns take less than one table of features.
+BOUND_MIB = 12 * FEATURE_MIB + 128 * 8192 * 4 / 2**20 + FEATURE_MIB + 16 + 16
+LOGITS_MIB = 8192**2 * 4 / 2**20
+
+
 @pytest.mark.parametrize("same_label", ["positive", "exclude"])
 def test_memory_is_that_of_the_features_not_of_the_pairs(same_label):
-    feature_mib = 8192 * 64 * 4 / 2**20
-    # As for the square form: factors and gradients, 12 times the features; column statistics, 128
-    # numbers per column; the workspace of 16 MiB; the allocator's overhead. The integers of rows
-    # and columns take less than one table of features.
-    bound_mib = 12 * feature_mib + 128 * 8192 * 4 / 2**20 + feature_mib + 16 + 16
-    assert bound_mib < 8192**2 * 4 / 2**20 / 4
-    assert float(run_python("-c", PEAK, same_label)) <= bound_mib
+    assert BOUND_MIB < LOGITS_MIB / 4
+    peak_mib = float(run_python("-c", PEAK, same_label, HIMO_KERNELS_LOGITS_MIB="64"))
+    assert peak_mib <= BOUND_MIB
+
+
+@pytest.mark.parametrize("same_label", ["positive", "exclude"])
+def test_kept_logits_take_one_table(same_label):
+    # Up to the limit, and no mask.
+    peak_mib = float(run_python("-c", PEAK, same_label, HIMO_KERNELS_LOGITS_MIB=str(LOGITS_MIB)))
+    assert LOGITS_MIB <= peak_mib <= BOUND_MIB + LOGITS_MIB

@@ -274,6 +274,4 @@ def test_logits_of_another_shape_or_dtype_are_refused(
     image, text, scale = features(6, 9, dtype=torch.float32, generator=generator).values()
     arguments = (image, text, scale, torch.arange(6), None, None, False, True, False, 0.0, "cpu")
     with pytest.raises((ValueError, TypeError), match="info_nce_pairs: expected products"):
-        torch.ops.himo_kernels.info_nce_pairs_fwd.default(
-            *arguments, products=bad_products()[name]
-        )
+        torch.ops.himo_kernels.info_nce_pairs_fwd.default(*arguments, products=bad_products()[name])

@@ -70,6 +70,17 @@ class Gradients(Protocol):
     def __call__(self, problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, ...]: ...
 
 
+class RowProducts(Protocol):
+    """Returns own_i . others_k with k = places_i [*, n], in the dtype of the logits."""
+
+    def __call__(
+        self,
+        own: Tensor,  # [*, n, D]
+        others: Tensor,  # [*, m, D]
+        places: Tensor,  # [*, n] int64
+    ) -> Tensor: ...
+
+
 class Inputs(NamedTuple):
     """The arguments that both passes of the schema share, in its order."""
 
@@ -90,13 +101,25 @@ class Settings(NamedTuple):
     label_smoothing: float
 
 
-def passes(statistics: Statistics, gradients: Gradients) -> dict[str, Callable[..., Any]]:
+def gathered_products(own: Tensor, others: Tensor, places: Tensor) -> Tensor:
+    """Implements RowProducts in plain PyTorch, with a copy of the rows of others."""
+    dtype = accumulation_dtype(own.dtype)
+    index = places.unsqueeze(-1).expand(*places.shape, own.shape[-1])
+    return (own.to(dtype) * others.gather(-2, index).to(dtype)).sum(-1)
+
+
+def passes(
+    statistics: Statistics, gradients: Gradients, row_products: RowProducts = gathered_products
+) -> dict[str, Callable[..., Any]]:
     """Returns the `fwd` and `bwd` of the operator, with its schema's arguments."""
-    return {"fwd": partial(_fwd, statistics), "bwd": partial(_bwd, gradients)}
+    return {"fwd": partial(_fwd, statistics, row_products), "bwd": partial(_bwd, gradients)}
 
 
 def _fwd(
-    statistics: Statistics, *arguments: Any, products: Tensor | None = None
+    statistics: Statistics,
+    row_products: RowProducts,
+    *arguments: Any,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     # Returns losses [*, N] and [*, M], then logs, references and numbers of positives of the same
     # shapes; [*, 0] in a direction that is not wanted.
@@ -105,13 +128,22 @@ def _fwd(
     if inputs.positives is not None and inputs.positives.device.type == "cpu":  # no sync there
         check_places("info_nce", "positives", inputs.positives, inputs.text_features.shape[-2])
     sides = _sides(inputs, settings)
-    problem = _problem(inputs, settings, sides, products)
+    features = (inputs.image_features, inputs.text_features)
+    wanted = (settings.of_rows, settings.of_columns)
+    scale = inputs.logit_scale.to(accumulation_dtype(inputs.image_features.dtype))
+    saved = tuple(
+        (scale * row_products(own, others, side.anchor),) if of_direction else ()
+        for side, of_direction, own, others in zip(
+            sides, wanted, features, features[::-1], strict=True
+        )
+    )
+    problem = _problem(inputs, settings, sides, products, saved)
     computed = list(statistics(problem))
     softmaxes = [problem.rows, problem.columns]
     empty = computed[0].new_empty(*inputs.image_features.shape[:-2], 0)
     losses, logs, references, counts = [], [], [], []
-    for side, wanted in zip(sides, (settings.of_rows, settings.of_columns), strict=True):
-        if not wanted:
+    for side, of_direction in zip(sides, wanted, strict=True):
+        if not of_direction:
             losses.append(empty)
             logs.append(empty.clone())
             references.append(empty.clone())
@@ -170,23 +202,15 @@ def _problem(
     settings: Settings,
     sides: tuple[plan.Side, plan.Side],
     products: Tensor | None,
-    saved: Sequence[tuple[Tensor, ...] | None] = (None, None),
+    saved: tuple[tuple[Tensor, ...], ...],
 ) -> Problem:
-    # The problem that a backend computes. If only the columns have losses, they are its rows. For
-    # the backward, saved has the reference, log and weight of rows and of columns.
+    # The problem that a backend computes. If only the columns have losses, they are its rows. saved
+    # has the reference of rows and of columns, for the backward also their log and weight.
     features = (inputs.image_features, inputs.text_features)
-    scale, smoothing = inputs.logit_scale, settings.label_smoothing
+    wanted = (settings.of_rows, settings.of_columns)
     softmaxes = [
-        _softmax(side, smoothing, of_side or (_reference(side, *ordered, scale),))
-        if wanted
-        else None
-        for side, wanted, ordered, of_side in zip(
-            sides,
-            (settings.of_rows, settings.of_columns),
-            (features, features[::-1]),
-            saved,
-            strict=True,
-        )
+        _softmax(side, settings.label_smoothing, *of_side) if of_direction else None
+        for side, of_direction, of_side in zip(sides, wanted, saved, strict=True)
     ]
     order = 1 if settings.of_rows else -1
     (query, key), (rows, columns) = features[::order], sides[::order]
@@ -194,43 +218,32 @@ def _problem(
     return Problem(
         query,
         key,
-        scale,
+        inputs.logit_scale,
         rows.keys,
         columns.keys,
         rows.labels,
         columns.labels,
         settings.exclude_self,
-        smoothing,
+        settings.label_smoothing,
         cast(Softmax, of_rows),  # the API asks for one direction at least
         of_columns,
         products,
     )
 
 
-def _reference(
+def _softmax(
     side: plan.Side,
-    own: Tensor,  # [*, n, D]
-    other: Tensor,  # [*, m, D]
-    scale: Tensor,
-) -> Tensor:
-    # S of each one's anchor [*, n].
-    dtype = accumulation_dtype(own.dtype)
-    anchors = side.anchor.unsqueeze(-1).expand(*side.anchor.shape, own.shape[-1])
-    products = (own.to(dtype) * other.gather(-2, anchors).to(dtype)).sum(-1)
-    return scale.to(dtype) * products
-
-
-def _softmax(side: plan.Side, smoothing: float, saved: tuple[Tensor, ...]) -> Softmax:
-    # saved: the reference [*, n]; for the backward also the log and the weight [*, n].
-    reference, *of_backward = saved
+    smoothing: float,
+    reference: Tensor,  # [*, n]
+    log: Tensor | None = None,  # [*, n]
+    weight: Tensor | None = None,  # [*, n]
+) -> Softmax:
     none, dtype = side.positives == 0, reference.dtype
-    softmax = Softmax(
+    return Softmax(
         torch.where(side.positives == 1, side.anchor, -1).to(torch.int32),
         reference,
         torch.where(none, 0.0, (1 - smoothing) / side.positives.to(dtype)),
         smoothing / side.allowed.clamp(min=1).to(dtype),
+        log,
+        None if weight is None else weight.masked_fill(none, 0.0),
     )
-    if not of_backward:
-        return softmax
-    log, weight = of_backward
-    return softmax._replace(log=log, weight=weight.masked_fill(none, 0.0))

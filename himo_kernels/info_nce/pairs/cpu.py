@@ -1,6 +1,7 @@
 """The `cpu` backend of info_nce_pairs: csrc/info_nce_pairs.cpp.
 
-It computes the logits in tiles, which decide about their pairs, instead of materialising them.
+It computes the logits in tiles, which decide about their pairs. It keeps them for the backward only
+in the cache of op.py.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from himo_kernels import extension
 from himo_kernels.info_nce.pairs.compose import Problem
+
+
+def row_products(own: Tensor, others: Tensor, places: Tensor) -> Tensor:
+    """Returns the product of each row of own and the row of others at its place [*, n]."""
+    return extension.load().row_products(own, others, places)
 
 
 def statistics(problem: Problem) -> tuple[Tensor, ...]:

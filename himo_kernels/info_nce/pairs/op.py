@@ -20,7 +20,7 @@ INFO_NCE_PAIRS = Operator(
     "info_nce_pairs",
     {
         "triton": _triton.backend(_TRITON, "info_nce_pairs", _triton.why_not),
-        "cpu": Backend(compose.passes(cpu.statistics, cpu.gradients), why_not),
+        "cpu": Backend(compose.passes(cpu.statistics, cpu.gradients, cpu.row_products), why_not),
         "reference": Backend(compose.passes(reference.statistics, reference.gradients)),
     },
 )
@@ -85,8 +85,7 @@ class PairLosses(torch.autograd.Function):
     """The loss of each row and of each column, and how many positives each has.
 
     Saves the inputs, and the logs and references of both softmaxes. Also saves the logits before
-    scaling, if the backend can cache them and as many caches as the loss has calls fit logits_budget
-    bytes.
+    scaling, if the backend can cache them and those of all calls of a loss fit logits_budget bytes.
     """
 
     @staticmethod
