@@ -9,8 +9,10 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
+#include "cpu/centring.h"
 #include "cpu/tile_loops.h"
 
 namespace himo::cpu {
@@ -96,6 +98,18 @@ RightFactor<float>::RightFactor(const at::Tensor& matrix) {
   const auto* from = source.const_data_ptr<float>();
   auto* to = storage_.mutable_data_ptr<float>();
   const int64_t down = source.stride(0), across = source.stride(1);
+  if (across == 1) {  // whole rows: strips of them would be a new page of memory each
+    at::parallel_for(0, inner, grain(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t column = 0; column < columns; column += width_) {
+          std::memcpy(to + column / width_ * panel_stride_ + row * width_,
+                      from + row * down + column,
+                      std::min(width_, columns - column) * sizeof(float));
+        }
+      }
+    });
+    return;
+  }
   constexpr int64_t kBlock = 64;  // rows that fit L1 with a panel's columns
   const int64_t blocks = at::divup(inner, kBlock);
   at::parallel_for(0, panels * blocks, 8, [&](int64_t begin, int64_t end) {
@@ -105,7 +119,7 @@ RightFactor<float>::RightFactor(const at::Tensor& matrix) {
                     count = std::min(width_, columns - column);
       const float* block = from + row * down + column * across;
       float* out = to + task / blocks * panel_stride_ + row * width_;
-      if (down == 1 && across != 1) {
+      if (down == 1) {
         tile_loops().float32.transpose(block, across, count, rows, out, width_);
         continue;
       }

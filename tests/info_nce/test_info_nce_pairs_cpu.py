@@ -1,6 +1,7 @@
 """Specific to the `cpu` backend of the forms of info_nce: memory, and direct calls."""
 
 import pytest
+import torch
 from fresh_process import run_python
 
 from himo_kernels import extension
@@ -58,3 +59,43 @@ def test_kept_logits_take_one_table(same_label):
     # Up to the limit, and no mask.
     peak_mib = float(run_python("-c", PEAK, same_label, HIMO_KERNELS_LOGITS_MIB=str(LOGITS_MIB)))
     assert LOGITS_MIB <= peak_mib <= BOUND_MIB + LOGITS_MIB
+
+
+def transposed(value: torch.Tensor) -> torch.Tensor:
+    return value.mT.contiguous().mT
+
+
+LAYOUTS = {
+    "contiguous": lambda value: value,
+    "columns first": transposed,
+    "every second row": lambda value: value.repeat_interleave(2, -2)[..., ::2, :],
+    "the same of all problems": lambda value: value[:1].expand(value.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [1, 7, 33, 768])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_products_of_rows_with_chosen_rows(layout, width, dtype, generator):
+    own = torch.randn(3, 5, width, generator=generator, dtype=torch.float64).to(dtype)
+    others = LAYOUTS[layout](torch.randn(3, 9, width, generator=generator).to(dtype))
+    places = torch.randint(9, (3, 5), generator=generator)
+    products = extension.load().row_products(LAYOUTS[layout](own), others, places)
+    chosen = torch.stack([table[place] for table, place in zip(others, places, strict=True)])
+    exact = torch.einsum("bnd,bnd->bn", LAYOUTS[layout](own).double(), chosen.double())
+    assert products.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Of sums of width terms, next to sums of their magnitudes.
+    magnitude = torch.einsum(
+        "bnd,bnd->bn", LAYOUTS[layout](own).double().abs(), chosen.double().abs()
+    )
+    bound = torch.finfo(products.dtype).eps * width**0.5 * magnitude
+    assert ((products - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("place", [-1, 9])
+def test_a_place_outside_of_the_table_is_refused(place):
+    places = torch.tensor([0, 8, place])
+    with pytest.raises(ValueError, match=rf"expected places in \[0, 9\), got {place}"):
+        extension.load().row_products(torch.ones(3, 2), torch.ones(9, 2), places)
