@@ -53,6 +53,19 @@ def saved_by(inputs: dict[str, Tensor], **options: object) -> list[torch.Size]:
     return [shape for shape in shapes if len(shape) == dimensions and shape not in given]
 
 
+def assert_equal_to_dense(
+    backend: str, inputs: dict[str, Tensor], budget: float, **options: object
+) -> None:
+    """Asserts float64 loss and gradients equal to those of the dense formula."""
+    loss, gradients = loss_and_gradients(
+        himo_kernels.info_nce, inputs, backend=backend, keep_logits_mib=budget, **options
+    )
+    expected, exact = loss_and_gradients(dense, inputs, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for name, gradient in exact.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-12, atol=1e-12)
+
+
 class TestWhatIsKept:
     # 32 rows and 64 columns of float32 take 8 KiB.
     ONE = 32 * 64 * 4 / 2**20
@@ -172,14 +185,21 @@ class TestKeptAgainstRecomputed:
     def test_constant_keys(self, backend: str, generator: torch.Generator) -> None:
         inputs = features(70, 90, generator=generator)
         options = {"positives": torch.arange(70), "differentiate_keys": False}
-        expected, exact = loss_and_gradients(dense, inputs, **options)
         for budget in (KEPT, RECOMPUTED):
-            loss, gradients = loss_and_gradients(
-                himo_kernels.info_nce, inputs, backend=backend, keep_logits_mib=budget, **options
-            )
-            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-            for name, gradient in exact.items():
-                torch.testing.assert_close(gradients[name], gradient, rtol=1e-12, atol=1e-12)
+            assert_equal_to_dense(backend, inputs, budget, **options)
+
+
+@each_caching_backend
+@pytest.mark.parametrize("budget", [KEPT, RECOMPUTED], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("form", ["labels", "exclusions"])
+def test_more_rows_than_a_chunk_of_the_backward(
+    backend: str, budget: float, form: str, generator: torch.Generator
+) -> None:
+    # The cpu backend multiplies 512 rows at a time, or two blocks of 64 for each thread.
+    rows = max(512, 2 * 64 * torch.get_num_threads()) + 77
+    options = drawn(rows, 40, generator)[form]
+    inputs = features(rows, 40, generator=generator)
+    assert_equal_to_dense(backend, inputs, budget, **options)
 
 
 class TestGraph:
