@@ -1,0 +1,158 @@
+"""Runs a session of steps: each with a time limit and its output in a file; none ends the next."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import ROOT
+
+GRACE = 10  # seconds from SIGINT, on which pytest still writes its report, to SIGKILL
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of the session."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int  # its limit
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """How a step ended."""
+
+    name: str
+    status: str  # "ok", "status N", "time limit", "not here: PROGRAM" or "no time left"
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return self.status.startswith(("status", "time limit"))
+
+
+@dataclass
+class _Running:
+    step: Step
+    process: subprocess.Popen[bytes]
+    started: float
+    end: float
+    stopped: bool = False
+
+
+def run(
+    session: Sequence[Sequence[Step]],  # the steps of a group run beside each other
+    out: Path,
+    minutes: float,
+) -> list[Result]:
+    """Runs the groups in order, prints a line for each step, and returns how they ended.
+
+    A step's output is in out/NAME.txt. No step outlives the minutes. Ctrl-C or SIGTERM ends the
+    running steps and leaves the others out.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * minutes
+    results: list[Result] = []
+    with _terminable():
+        for group in session:
+            results += _run_group(group, out, end)
+    lines = [_line(result) for result in results]
+    (out / "steps.txt").write_text("\n".join(lines) + "\n")
+    return results
+
+
+def pack(out: Path, file: Path) -> None:
+    """Writes everything in out to one tar file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w:gz") as tar:
+        for path in sorted(out.iterdir()):
+            if path.resolve() != file.resolve():
+                tar.add(path, arcname=path.name)
+
+
+def _run_group(group: Sequence[Step], out: Path, end: float) -> list[Result]:
+    running, results = [], []
+    for step in group:
+        left = end - time.monotonic() - GRACE
+        if left < 1:
+            results.append(Result(step.name, "no time left"))
+        elif shutil.which(step.command[0]) is None:
+            results.append(Result(step.name, f"not here: {step.command[0]}"))
+        else:
+            running.append(_start(step, out, min(step.seconds, left)))
+    for result in results:
+        print(_line(result), flush=True)
+    try:
+        for one in running:
+            results.append(_wait(one))
+            print(_line(results[-1]), flush=True)
+    except BaseException:
+        for one in running:
+            _signal(one, signal.SIGKILL)
+        raise
+    return results
+
+
+def _start(step: Step, out: Path, seconds: float) -> _Running:
+    with (out / f"{step.name}.txt").open("wb") as log:
+        process = subprocess.Popen(
+            step.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, **step.environment},
+            start_new_session=True,  # its children end with it
+        )
+    now = time.monotonic()
+    return _Running(step, process, now, now + seconds)
+
+
+def _wait(one: _Running) -> Result:
+    try:
+        status = one.process.wait(max(0.0, one.end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        _signal(one, signal.SIGINT)
+        try:
+            one.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            pass
+        _signal(one, signal.SIGKILL)  # also what it left behind
+        one.process.wait()
+        return Result(one.step.name, "time limit", time.monotonic() - one.started)
+    _signal(one, signal.SIGKILL)
+    told = "ok" if status == 0 else f"status {status}"
+    return Result(one.step.name, told, time.monotonic() - one.started)
+
+
+def _signal(one: _Running, number: int) -> None:
+    try:
+        os.killpg(one.process.pid, number)
+    except ProcessLookupError:  # all of them have ended
+        pass
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    # SIGTERM, as from `timeout`, ends the session as Ctrl-C does.
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _line(result: Result) -> str:
+    return f"{result.name:<16} {result.seconds:>5.0f} s  {result.status}"
