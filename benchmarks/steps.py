@@ -7,7 +7,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,8 @@ def _wait(one: _Running) -> Result:
         status = one.process.wait(max(0.0, one.end - time.monotonic()))
     except subprocess.TimeoutExpired:
         _signal(one, signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             one.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
         _signal(one, signal.SIGKILL)  # also what it left behind
         one.process.wait()
         return Result(one.step.name, "time limit", time.monotonic() - one.started)
@@ -135,10 +133,8 @@ def _wait(one: _Running) -> Result:
 
 
 def _signal(one: _Running, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):  # all of them have ended
         os.killpg(one.process.pid, number)
-    except ProcessLookupError:  # all of them have ended
-        pass
 
 
 @contextmanager

@@ -59,14 +59,14 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _head(samples: int, dtype: torch.dtype) -> None:
-    # HiMoLoss of one process: three normalisations, HiDe and both losses.
+def _head(samples: int, dtype: torch.dtype, features: int = FEATURES) -> None:
+    # HiMoLoss of one process: normalised rows, HiDe and both losses.
     normalize = importlib.import_module("himo_kernels.normalize.triton")
-    features = _meta(samples, FEATURES, dtype=dtype)
-    normalize.normalize_bwd(normalize.normalize_fwd(features), features)
-    _hide((samples, FEATURES), dtype)
+    x = _meta(samples, features, dtype=dtype)
+    normalize.normalize_bwd(normalize.normalize_fwd(x), x)
+    _hide((samples, features), dtype)
     for smoothing, keys in ((0.0, True), (0.1, False)):  # presets paper and official
-        _losses("dual_info_nce", samples, dtype, smoothing, keys)
+        _losses("dual_info_nce", samples, dtype, smoothing, keys, features)
 
 
 def _hide(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -78,10 +78,15 @@ def _hide(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def _losses(
-    operator: str, samples: int, dtype: torch.dtype, smoothing: float, differentiate_keys: bool
+    operator: str,
+    samples: int,
+    dtype: torch.dtype,
+    smoothing: float,
+    differentiate_keys: bool,
+    width: int = FEATURES,
 ) -> None:
     launchers = importlib.import_module("himo_kernels.info_nce.triton")
-    features, scale = _meta(samples, FEATURES, dtype=dtype), _meta()
+    features, scale = _meta(samples, width, dtype=dtype), _meta()
     inner = min(samples, 257)
     inputs, name = {
         "info_nce": ((features,) * 2, "info_nce"),
@@ -89,7 +94,7 @@ def _losses(
         "low_rank": (
             (
                 *(features, features, _meta(samples, inner, dtype=dtype)),
-                *(_meta(inner, FEATURES, dtype=dtype), _meta(dtype=torch.int64)),
+                *(_meta(inner, width, dtype=dtype), _meta(dtype=torch.int64)),
             ),
             "dual_info_nce_low_rank",
         ),

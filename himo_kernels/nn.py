@@ -1,7 +1,7 @@
 """Modules: HiDe's decomposition, and the HiMo loss with open_clip's ClipLoss signature."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from himo_kernels.distributed.loss import check_strategy
 from himo_kernels.info_nce.api import bias_and_flag, with_logit_bias
 from himo_kernels.pca import pca_reconstruct
 from himo_kernels.presets import PRESETS
+
+if TYPE_CHECKING:
+    from himo_kernels.graphed import GraphedHiMoLoss
 
 __all__ = ["PRESETS", "HiDe", "HiMoLoss", "Terms"]
 
@@ -263,6 +266,30 @@ class HiMoLoss(nn.Module):
     ) -> Terms:
         """Returns both losses, without their weights, and the rank, for logging."""
         return self._terms(image_features, text_features, logit_scale, labels, lambda: None)
+
+    def make_graphed(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+    ) -> "GraphedHiMoLoss":
+        """Returns this loss for tensors like these as CUDA graphs. Not yet run on hardware.
+
+        The result is called like this loss, without bias, labels and output_dict, or by its
+        `terms`. Its forward is one launch, and so is its backward; call backward before the next
+        forward. It needs backend="triton", min(N, D) <= 128, one process and check_finite=False.
+
+        Args:
+            image_features: [N, D] on a CUDA device, requiring a gradient if those of calls do.
+            text_features, logit_scale: likewise; the scale is a tensor.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: these tensors or settings cannot be
+                captured, with the reason.
+        """
+        from himo_kernels.graphed import capture  # imports this module
+
+        return capture(self, image_features, text_features, logit_scale)
 
     def _terms(
         self,

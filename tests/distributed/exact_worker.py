@@ -344,6 +344,13 @@ def check_unchecked() -> None:
     found["check_ranks changes no bit"] = float(not equal)
 
 
+def check_graphed() -> None:
+    try:
+        HiMoLoss().make_graphed(torch.eye(3), torch.eye(3), torch.tensor(1.0))
+    except ValueError as error:
+        found["make_graphed is refused"] = float("one process, got a group" not in str(error))
+
+
 def run(check: Callable[..., None], *options: object) -> None:
     for arguments in itertools.product(*options):
         check(*arguments)
@@ -363,6 +370,7 @@ if WORLD > 1:
     run(check_traffic, ("gather", "ring"), SHAPES)
     run(check_subgroup, ("gather", "ring"))
     check_unchecked()
+    check_graphed()
     run(check_backend_of_the_loss, BLOCK.backends)
 run(check_released, ("gather", "ring"))
 spread = hkt.power_law(

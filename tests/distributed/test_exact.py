@@ -130,6 +130,11 @@ def test_a_sub_group(ranks, strategy):
 
 
 @several_ranks
+def test_collectives_are_not_captured(ranks):
+    assert_below(0.0, ranks, "make_graphed is refused")
+
+
+@several_ranks
 def test_without_the_agreement_the_bits_are_the_same(ranks):
     assert_below(0.0, ranks, "check_ranks changes no bit")
     for checks in ranks:

@@ -306,9 +306,7 @@ def nll_kernel(
     column_partials_ptr += problem * column_slots * 2 * samples
     maximum, total = _merged(row_partials_ptr, 0, row_slots, entries, samples, SLOTS_AT_ONCE, BLOCK)
     row_nll = _nll(maximum, total, positives)
-    maximum, total = _merged(
-        column_partials_ptr, 0, filled, entries, samples, SLOTS_AT_ONCE, BLOCK
-    )
+    maximum, total = _merged(column_partials_ptr, 0, filled, entries, samples, SLOTS_AT_ONCE, BLOCK)
     column_nll = _nll(maximum, total, positives)
     tl.store(row_nll_ptr + at, row_nll, mask=valid)
     tl.store(column_nll_ptr + at, column_nll, mask=valid)

@@ -1,0 +1,115 @@
+"""The HiMo loss as CUDA graphs: one launch forward and one backward. Not yet run on hardware."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himo_kernels._batch import LocalBatch, batch_of
+from himo_kernels._checks import check_shape, check_tensor, raise_type, raise_value
+from himo_kernels.nn import HiMoLoss, Terms
+from himo_kernels.pca.op import PCA_RECONSTRUCT
+
+OPERATOR = "HiMoLoss.make_graphed"
+# Of the eigensolver that reads no value on the host; a larger side is solved by torch.linalg.eigh.
+LARGEST_SIDE = 128
+
+Graphs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class GraphedHiMoLoss:
+    """A HiMoLoss for tensors of one shape and dtype; `HiMoLoss.make_graphed` returns it.
+
+    Call backward before the next forward: a graph has one set of buffers.
+    """
+
+    def __init__(self, loss: HiMoLoss, graphs: Graphs, features: Tensor) -> None:
+        self.loss = loss
+        self._graphs = graphs
+        self._features = features.new_empty(0), features.shape
+
+    def __call__(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+    ) -> Tensor:
+        """Returns the loss [], eq. (4)."""
+        contrastive, component, _ = self.terms(image_features, text_features, logit_scale)
+        return self.loss.contrastive_weight * contrastive + self.loss.component_weight * component
+
+    def terms(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+    ) -> Terms:
+        """Returns both losses, without their weights, and the rank."""
+        for name, value in (("image", image_features), ("text", text_features)):
+            self._check(f"{name}_features", value)
+        _check_scale(logit_scale)
+        # Cloned, because the next call writes to the same memory.
+        terms = self._graphs(image_features, text_features, logit_scale)
+        return Terms(*(term.clone() for term in terms))
+
+    def fits(self, features: Tensor) -> bool:
+        """Returns whether features have the shape that was captured."""
+        return features.shape == self._features[1]
+
+    def _check(self, argument: str, value: Tensor) -> None:
+        like, shape = self._features
+        check_tensor(OPERATOR, argument, value)
+        if (value.dtype, value.device) != (like.dtype, like.device):
+            expected = f"of {like.dtype} on {like.device}, as captured"
+            raise_type(OPERATOR, argument, expected, f"{value.dtype} on {value.device}")
+        check_shape(OPERATOR, argument, value, shape)
+
+
+def capture(
+    loss: HiMoLoss,
+    image_features: Tensor,  # [N, D]
+    text_features: Tensor,  # [N, D]
+    logit_scale: Tensor,  # []
+) -> GraphedHiMoLoss:
+    """Implements HiMoLoss.make_graphed."""
+    check_capture(loss, image_features, text_features, logit_scale)
+
+    def terms(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(loss.terms(*inputs))
+
+    # Copies, as they become the memory that the graphs read.
+    inputs = (image_features, text_features, logit_scale)
+    samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+    make: Any = torch.cuda.make_graphed_callables
+    return GraphedHiMoLoss(loss, make(terms, samples), image_features)
+
+
+def check_capture(
+    loss: HiMoLoss, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+) -> None:
+    """Raises unless a CUDA graph can hold the loss of these tensors."""
+    batch = batch_of(loss, None)
+    if not isinstance(batch, LocalBatch):
+        raise ValueError(
+            f"{OPERATOR}: expected one process, got a group: its collectives are not captured"
+        )
+    if loss.check_finite:
+        raise_value(OPERATOR, "check_finite", "to be False, since it reads on the host", True)
+    _check_scale(logit_scale)
+    batch.check(image_features, text_features, logit_scale, lambda: None)
+    side = min(text_features.shape[-2:])
+    if side > LARGEST_SIDE:
+        expected = f"to be at most {LARGEST_SIDE}, since a larger eigenproblem waits for the host"
+        raise_value(OPERATOR, "min(N, D)", expected, side)
+    if image_features.device.type != "cuda":
+        raise_value(OPERATOR, "image_features", "on a CUDA device", str(image_features.device))
+    backend = PCA_RECONSTRUCT.resolve(loss.backend, text_features)
+    if backend != "triton":
+        expected = "to be 'triton', whose eigensolver alone does not wait for the host"
+        raise_value(OPERATOR, "backend", expected, backend)
+
+
+def _check_scale(logit_scale: object) -> None:
+    # A number would be captured as a constant.
+    check_tensor(OPERATOR, "logit_scale", logit_scale)
