@@ -1,9 +1,11 @@
 """Runs a session of steps: each with a time limit and its output in a file; none ends the next."""
 
+import argparse
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +79,46 @@ def pack(out: Path, file: Path) -> None:
         for path in sorted(out.iterdir()):
             if path.resolve() != file.resolve():
                 tar.add(path, arcname=path.name)
+
+
+def parser(module: str, doc: str | None, minutes: float) -> argparse.ArgumentParser:
+    """Returns the parser of a session's command."""
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=doc)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = made.add_argument
+    add("--out", type=Path, required=True, help="directory of rows and logs")
+    add("--tar", type=Path, help="where to pack that directory; by default OUT.tar.gz")
+    add("--minutes", type=float, default=minutes, help=f"no step outlives them; default {minutes}")
+    add("--dry-run", action="store_true", help="small, on this CPU")
+    add("--only", nargs="+", metavar="STEP", help="only these steps")
+    return made
+
+
+def main(
+    session: Sequence[Sequence[Step]], options: argparse.Namespace, parser: argparse.ArgumentParser
+) -> int:
+    """Runs a session as its options say and packs it; returns the exit status."""
+    if options.only:
+        names = sorted({step.name for group in session for step in group})
+        if unknown := sorted(set(options.only) - set(names)):
+            parser.error(f"--only: expected names of {names}, got {unknown}")
+        session = [[step for step in group if step.name in options.only] for group in session]
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    tar = options.tar or options.out.with_name(f"{options.out.name}.tar.gz")
+    try:
+        results = run(session, options.out, options.minutes)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        if options.out.exists():
+            pack(options.out, tar)
+            print(f"all of it: {tar}")
+    return int(any(result.failed for result in results))
 
 
 def _run_group(group: Sequence[Step], out: Path, end: float) -> list[Result]:
