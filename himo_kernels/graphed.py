@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from himo_kernels._batch import LocalBatch, batch_of
-from himo_kernels._checks import check_shape, check_tensor, raise_type, raise_value
+from himo_kernels._checks import (
+    check_device,
+    check_shape,
+    check_tensor,
+    raise_type,
+    raise_value,
+)
 from himo_kernels.nn import HiMoLoss, Terms
 from himo_kernels.pca.op import PCA_RECONSTRUCT
 
@@ -21,13 +27,15 @@ Graphs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 class GraphedHiMoLoss:
     """A HiMoLoss for tensors of one shape and dtype; `HiMoLoss.make_graphed` returns it.
 
-    Call backward before the next forward: a graph has one set of buffers.
+    Call backward before the next forward: the graphs have one set of buffers. Later, backward
+    raises RuntimeError.
     """
 
     def __init__(self, loss: HiMoLoss, graphs: Graphs, features: Tensor) -> None:
         self.loss = loss
         self._graphs = graphs
         self._features = features.new_empty(0), features.shape
+        self.calls = 0
 
     def __call__(
         self,
@@ -48,10 +56,11 @@ class GraphedHiMoLoss:
         """Returns both losses, without their weights, and the rank."""
         for name, value in (("image", image_features), ("text", text_features)):
             self._check(f"{name}_features", value)
-        _check_scale(logit_scale)
-        # Cloned, because the next call writes to the same memory.
-        terms = self._graphs(image_features, text_features, logit_scale)
-        return Terms(*(term.clone() for term in terms))
+        _check_scale(logit_scale, image_features)
+        self.calls += 1
+        *losses, rank = self._graphs(image_features, text_features, logit_scale)
+        contrastive, component = _OfLastCall.apply(self, *losses)
+        return Terms(contrastive, component, rank.clone())
 
     def fits(self, features: Tensor) -> bool:
         """Returns whether features have the shape that was captured."""
@@ -64,6 +73,24 @@ class GraphedHiMoLoss:
             expected = f"of {like.dtype} on {like.device}, as captured"
             raise_type(OPERATOR, argument, expected, f"{value.dtype} on {value.device}")
         check_shape(OPERATOR, argument, value, shape)
+
+
+class _OfLastCall(torch.autograd.Function):
+    """Copies of the losses, since the next call writes to their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, head: GraphedHiMoLoss, *losses: Tensor) -> tuple[Tensor, ...]:
+        ctx.head, ctx.call = head, head.calls
+        return tuple(loss.clone() for loss in losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if ctx.call != ctx.head.calls:
+            since = ctx.head.calls - ctx.call
+            raise RuntimeError(
+                f"{OPERATOR}: expected backward before the next forward, got {since} since then"
+            )
+        return None, *grads
 
 
 def capture(
@@ -96,8 +123,9 @@ def check_capture(
         )
     if loss.check_finite:
         raise_value(OPERATOR, "check_finite", "to be False, since it reads on the host", True)
-    _check_scale(logit_scale)
+    check_tensor(OPERATOR, "logit_scale", logit_scale)
     batch.check(image_features, text_features, logit_scale, lambda: None)
+    _check_scale(logit_scale, image_features)
     side = min(text_features.shape[-2:])
     if side > LARGEST_SIDE:
         expected = f"to be at most {LARGEST_SIDE}, since a larger eigenproblem waits for the host"
@@ -110,6 +138,7 @@ def check_capture(
         raise_value(OPERATOR, "backend", expected, backend)
 
 
-def _check_scale(logit_scale: object) -> None:
-    # A number would be captured as a constant.
+def _check_scale(logit_scale: Tensor, features: Tensor) -> None:
+    # A number would be captured as a constant, and a copy from the host cannot be captured.
     check_tensor(OPERATOR, "logit_scale", logit_scale)
+    check_device(OPERATOR, "logit_scale", logit_scale, "image_features", features)

@@ -38,6 +38,13 @@ def test_a_number_as_the_scale_is_refused():
         HiMoLoss().make_graphed(image, text, 20.0)
 
 
+def test_a_scale_on_another_device_is_refused():
+    image, text, _ = batch()
+    head = GraphedHiMoLoss(HiMoLoss(), HiMoLoss().terms, image)
+    with pytest.raises(ValueError, match="expected logit_scale on cpu"):
+        head(image, text, torch.tensor(1.0, device="meta"))
+
+
 def test_wrong_features_are_refused_as_by_the_loss():
     image, text, scale = batch()
     with pytest.raises(ValueError, match="HiMoLoss: expected text_features of shape"):
@@ -54,6 +61,16 @@ def test_calls_are_those_of_the_loss():
     assert all(map(torch.equal, actual, expected))
     for one, other in zip(head.terms(*inputs), loss.terms(*inputs), strict=True):
         assert torch.equal(one, other)
+
+
+def test_backward_after_another_forward_is_refused():
+    loss, inputs = HiMoLoss(), batch()
+    head = GraphedHiMoLoss(loss, loss.terms, inputs[0])
+    first, second = head(*inputs), head(*inputs)
+    with pytest.raises(RuntimeError, match="backward before the next forward, got 1 since then"):
+        first.backward()
+    second.backward()
+    assert torch.equal(second.detach(), loss(*inputs).detach())
 
 
 def test_other_shapes_and_dtypes_than_captured_are_refused():

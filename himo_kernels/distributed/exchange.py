@@ -52,14 +52,17 @@ class Ring:
     They are back at their owner after W steps.
     """
 
+    _partial: Tensor | None  # the gradients of the last block, to be sent on
+    _arriving: Transfer | None
+
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self._partial: Tensor | None = None  # the gradients of the last block, to be sent on
-        self._arriving: Transfer | None = None
+        self._begin()
 
     def blocks(self, keys: Tensor, table: Tensor) -> Iterator[Block]:
         """Yields the blocks, own block first. Takes own keys [M, C] and own table [M, T]."""
         rows, size = self._rows, self._rows.members.size
+        self._begin()
         current = pack_rows(keys, table)
         spaces: list[Tensor] = []  # two, which later steps use in turns
         into = None  # of the gradients, which are used up within a step
@@ -79,6 +82,10 @@ class Ring:
             block, its_table = unpack_rows(current, keys, table)
             yield rows.first(owner), block, its_table
             current = self._arriving.wait().get("keys", current)
+
+    def _begin(self) -> None:
+        # Also after a backward that failed.
+        self._partial = self._arriving = None
 
     def add(self, partial: Tensor) -> None:
         """Adds this rank's gradients of the keys in the last block yielded."""
