@@ -27,6 +27,7 @@ class Step:
     command: tuple[str, ...]
     seconds: int  # its limit
     environment: Mapping[str, str] = field(default_factory=dict)
+    leaves: int = 0  # seconds of the session, for later steps
 
 
 @dataclass
@@ -124,7 +125,7 @@ def main(
 def _run_group(group: Sequence[Step], out: Path, end: float) -> list[Result]:
     running, results = [], []
     for step in group:
-        left = end - time.monotonic() - GRACE
+        left = end - time.monotonic() - GRACE - step.leaves
         if left < 1:
             results.append(Result(step.name, "no time left"))
         elif shutil.which(step.command[0]) is None:

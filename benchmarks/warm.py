@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import small
 from himo_kernels import _triton, aot
 from himo_kernels.aot import Call, Case
 
@@ -37,6 +38,8 @@ def cases() -> Iterator[Case]:
     """Returns the launches of a first run on a GPU, those that everything waits for first."""
     for samples in SAMPLES[:3]:
         yield _case("himo_loss", _head, samples, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _case("small", _head, small.SAMPLES, dtype, small.FEATURES)
     tune = importlib.import_module("himo_kernels.info_nce.triton.tune")
     for text in tune.CANDIDATES:
         yield Case(f"tile {text}", functools.partial(_tune, text))

@@ -82,6 +82,14 @@ def test_no_step_starts_without_time_left(tmp_path):
     assert result.status == "no time left" and not result.failed
 
 
+def test_a_step_may_leave_time_for_later_ones(tmp_path):
+    step = python("long", "import time; time.sleep(30)")
+    greedy = Step(step.name, step.command, 60, leaves=48 - steps.GRACE)
+    results = steps.run([[greedy], [python("last", "")]], tmp_path, minutes=50 / 60)
+    assert [result.status for result in results] == ["time limit", "ok"]
+    assert results[0].seconds < 15
+
+
 def test_the_order_and_the_limits(tmp_path):
     session = gpu.session(tmp_path, minutes=9.5, dry=False)
     names = [[step.name for step in group] for group in session]
