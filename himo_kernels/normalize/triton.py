@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels._triton_jit import COUNTS, raised, rounded
+from himo_kernels._triton_jit import raised, rounded
 from himo_kernels.aot import Case
 
 # A program holds at most WIDEST_BYTES of a row in the accumulation dtype, and at least LEAST_BYTES,
@@ -128,7 +128,7 @@ def _inverse_length(squares):
     return tl.where(squares == 0, 0.0, inverse)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _normalize_fwd_kernel(
     out_ptr,  # [P, N, D] contiguous
     x_ptr,  # [P, N, D]
@@ -166,7 +166,7 @@ def _gradient(grad, u, scale, inverse, share):
     return tl.where(inverse == 0, 0.0, (grad - u * share) * inverse * scale)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def _normalize_bwd_kernel(
     out_ptr,  # [P, N, D] contiguous
     grad_ptr,  # [P, N, D]
