@@ -1,12 +1,12 @@
 """The HiMo loss as CUDA graphs: one launch forward and one backward. Not yet run on hardware."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from himo_kernels._batch import LocalBatch, batch_of
+from himo_kernels._batch import LocalBatch, Terms, batch_of
 from himo_kernels._checks import (
     check_device,
     check_shape,
@@ -14,8 +14,10 @@ from himo_kernels._checks import (
     raise_type,
     raise_value,
 )
-from himo_kernels.nn import HiMoLoss, Terms
 from himo_kernels.pca.op import PCA_RECONSTRUCT
+
+if TYPE_CHECKING:
+    from himo_kernels.nn import HiMoLoss
 
 OPERATOR = "HiMoLoss.make_graphed"
 # Of the eigensolver that reads no value on the host; a larger side is solved by torch.linalg.eigh.
@@ -31,7 +33,7 @@ class GraphedHiMoLoss:
     raises RuntimeError.
     """
 
-    def __init__(self, loss: HiMoLoss, graphs: Graphs, features: Tensor) -> None:
+    def __init__(self, loss: "HiMoLoss", graphs: Graphs, features: Tensor) -> None:
         self.loss = loss
         self._graphs = graphs
         self._features = features.new_empty(0), features.shape
@@ -94,7 +96,7 @@ class _OfLastCall(torch.autograd.Function):
 
 
 def capture(
-    loss: HiMoLoss,
+    loss: "HiMoLoss",
     image_features: Tensor,  # [N, D]
     text_features: Tensor,  # [N, D]
     logit_scale: Tensor,  # []
@@ -113,7 +115,7 @@ def capture(
 
 
 def check_capture(
-    loss: HiMoLoss, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+    loss: "HiMoLoss", image_features: Tensor, text_features: Tensor, logit_scale: Tensor
 ) -> None:
     """Raises unless a CUDA graph can hold the loss of these tensors."""
     batch = batch_of(loss, None)

@@ -1,12 +1,12 @@
 """Modules: HiDe's decomposition, and the HiMo loss with open_clip's ClipLoss signature."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from himo_kernels._batch import batch_of
+from himo_kernels._batch import Terms, batch_of
 from himo_kernels._checks import (
     check_flag,
     check_gap_eps,
@@ -19,12 +19,10 @@ from himo_kernels._checks import (
 )
 from himo_kernels.dispatch import check_backend
 from himo_kernels.distributed.loss import check_strategy
+from himo_kernels.graphed import GraphedHiMoLoss, capture
 from himo_kernels.info_nce.api import bias_and_flag, with_logit_bias
 from himo_kernels.pca import pca_reconstruct
 from himo_kernels.presets import PRESETS
-
-if TYPE_CHECKING:
-    from himo_kernels.graphed import GraphedHiMoLoss
 
 __all__ = ["PRESETS", "HiDe", "HiMoLoss", "Terms"]
 
@@ -72,14 +70,6 @@ class HiDe(nn.Module):
         """Returns the settings shown by print(module)."""
         names = ("variance_threshold", "variance_floor", "gap_eps", "differentiate_basis")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-
-class Terms(NamedTuple):
-    """The terms of HiMo-CLIP eq. (4), and the rank of the PCA."""
-
-    contrastive_loss: Tensor  # [], eq. (2), before its weight
-    component_loss: Tensor  # [], eq. (3), before its weight
-    rank: Tensor  # [] int64, of the PCA, on the device
 
 
 class HiMoLoss(nn.Module):
@@ -272,7 +262,7 @@ class HiMoLoss(nn.Module):
         image_features: Tensor,  # [N, D]
         text_features: Tensor,  # [N, D]
         logit_scale: Tensor,  # []
-    ) -> "GraphedHiMoLoss":
+    ) -> GraphedHiMoLoss:
         """Returns this loss for tensors like these as CUDA graphs. Not yet run on hardware.
 
         The result is called like this loss, without bias, labels and output_dict, or by its
@@ -287,8 +277,6 @@ class HiMoLoss(nn.Module):
             ValueError, TypeError, NotImplementedError: these tensors or settings cannot be
                 captured, with the reason.
         """
-        from himo_kernels.graphed import capture  # imports this module
-
         return capture(self, image_features, text_features, logit_scale)
 
     def _terms(
