@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.run import positive
 from himo_kernels.nn import HiMoLoss
 from himo_kernels.testing import power_law, relative_error
 
@@ -111,8 +112,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--n", type=int, default=128, help="rows of a rank in the checks")
-    add("--profiled", nargs="*", type=int, default=[1024, 4096], help="rows of a rank, profiled")
+    add("--n", type=positive, default=128, help="rows of a rank in the checks")
+    add(
+        "--profiled",
+        nargs="*",
+        type=positive,
+        default=[1024, 4096],
+        help="rows of a rank, profiled",
+    )
     add("--backend", default="auto", help="of the profiled loss")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)

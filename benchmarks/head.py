@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.run import positive
 from himo_kernels.graphed import LARGEST_SIDE
 from himo_kernels.info_nce.triton.tune import time_ms
 from himo_kernels.nn import HiMoLoss
@@ -71,11 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--n", nargs="+", type=int, default=[128], help="pairs; 128 by default")
+    add("--n", nargs="+", type=positive, default=[128], help="pairs; 128 by default")
     add("--preset", default="paper", help="of the loss; paper by default")
     add("--backend", default="triton", help="triton by default")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--repeats", type=int, default=50)
+    add("--repeats", type=positive, default=50)
     add("--out", type=Path, required=True, help="directory of head.json")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import small
+from benchmarks.run import positive
 from himo_kernels import _triton, aot
 from himo_kernels.aot import Call, Case
 
@@ -190,9 +191,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Compiles the kernels; returns 1 if one cannot be compiled."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.warm", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--processes", type=int, help="by default one for each core")
-    parser.add_argument("--first", type=int, help="compile only so many kernels")
+    parser.add_argument("--processes", type=positive, help="by default one for each core")
+    parser.add_argument("--first", type=positive, help="compile only so many kernels")
     options = parser.parse_args(arguments)
+    if _triton.INTERPRETED:
+        parser.error(f"expected no {_triton.INTERPRETER_VARIABLE}=1")
     if reason := _triton.MISSING:
         print(f"warm: {reason}; no kernel compiled")
         return 0

@@ -76,3 +76,8 @@ def test_a_second_run_finds_every_kernel_in_the_cache(tmp_path):
     ]
     assert told[0].startswith("1 compiled, 0 found in the cache, 0 failed")
     assert told[1].startswith("0 compiled, 1 found in the cache, 0 failed")
+
+
+def test_kernels_of_the_interpreter_are_not_compiled():
+    with pytest.raises(AssertionError, match="expected no TRITON_INTERPRET=1"):
+        run_python("-m", "benchmarks.warm", "--first", "1", TRITON_INTERPRET="1")
