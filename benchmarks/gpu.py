@@ -92,7 +92,7 @@ def session(out: Path, minutes: float, dry: bool) -> list[list[Step]]:
                 *_cells("dual_info_nce dual_info_nce_low_rank", 32768),
             )
         ],
-        [Step("head", (*python, "benchmarks.head", *head, "--out", str(out)), 45)],
+        [Step("head", (*python, "benchmarks.head", *head, "--out", str(out)), 45, only_here)],
         [Step("table", (*python, "benchmarks.plot", str(out), "--markdown"), TABLE)],
     ]
     if not dry:
