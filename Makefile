@@ -35,7 +35,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
 BENCH_OUT ?= benchmarks/results/cpu
-GPU_OUT ?= benchmarks/results/cuda
+GPU_OUT ?= $(if $(DRY_RUN),build/gpu-dry,benchmarks/results/cuda)
 # This tree's packages take precedence over an installed copy.
 IN_TREE := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 BENCH := $(IN_TREE) $(PY) -m benchmarks.run
@@ -46,7 +46,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # torch's default, the number of cores plus two, exhausts the memory of small machines.
 export MAX_JOBS ?= 2
 
-.PHONY: help setup test test-all classes fuzz emulate lint aot sanitize docs wheel sdist install-check bench gpu demo effect clean in-place
+.PHONY: help setup test test-all classes fuzz emulate lint aot sanitize docs wheel sdist install-check bench gpu gpus demo effect clean in-place
 
 help:
 	@echo "make setup   create $(or $(VENV),no environment), install $(TORCH) and the package, build the extension"
@@ -63,7 +63,8 @@ help:
 	@echo "make sdist   the source distribution in dist/; needs no torch"
 	@echo "make install-check  the README's install lines, the wheel and the sdist, in empty environments; needs network"
 	@echo "make bench   time every operator on this machine's CPU, about 30 minutes: $(BENCH_OUT)"
-	@echo "make gpu     the GPU's tests, then time every operator on it, 10 minutes: $(GPU_OUT)"
+	@echo "make gpu     compile, test, check, tune and time on a GPU, 10 minutes: $(GPU_OUT); DRY_RUN=1 here"
+	@echo "make gpus    the exchange over two and more GPUs, checked, profiled and timed: $(GPUS_OUT)"
 	@echo "make demo    render scenes, train two small models, evaluate them, write demo/report.html"
 	@echo "make effect  what the component loss changes over learning rates and seeds; goes on where it was stopped"
 	@echo "make clean   remove what was built; the environment stays"
@@ -206,33 +207,22 @@ bench: $(READY)
 	$(IN_TREE) $(PY) -m benchmarks.ranks --out $(BENCH_OUT)
 	$(IN_TREE) $(PY) -m benchmarks.plot $(BENCH_OUT) --svg $(BENCH_OUT) --update README.md benchmarks/README.md
 
-# Tests, rows and logs in one folder, within GPU_MINUTES of the start, including the build. The tests
-# of the kernels run first. A failed test sets the exit status, but the rows are measured anyway, since
-# each cell checks its own accuracy. On INT, unlike TERM, pytest still prints failures and writes its
-# xml; a process inside a CUDA call ignores it and is killed.
-GPU_MINUTES ?= 8
-GPU_START := $(shell date +%s)
-GPU_FIRST := tests/covariance tests/normalize tests/pca/test_pca_triton.py tests/pca/test_pca_cuda.py \
-  tests/pca/test_pca_moment.py tests/info_nce/test_info_nce_block.py tests/info_nce/test_info_nce_block_triton.py \
-  tests/info_nce/test_info_nce_triton.py tests/info_nce/test_info_nce_cuda.py \
-  tests/info_nce/test_info_nce_pairs_triton.py \
-  tests/sigmoid_loss/test_sigmoid_loss.py tests/sigmoid_loss/test_sigmoid_loss_triton.py
-GPU_TESTS = $(IN_TREE) PYTHONUNBUFFERED=1 timeout -s INT -k 20 $(1) $(PY) -m pytest -m gpu \
-  --maxfail=60 $(2) --junitxml=$(GPU_OUT)/$(3).xml >$(GPU_OUT)/$(3).txt 2>&1
-gpu: $(READY)
-	@$(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { \
-	  echo "make gpu: needs a CUDA device, and this torch sees none" >&2; exit 2; }
-	@mkdir -p $(GPU_OUT)
-	@status=0; \
-	$(IN_TREE) $(PY) -m himo_kernels.info | tee $(GPU_OUT)/info.txt; \
-	$(call GPU_TESTS,200,$(GPU_FIRST),tests) || status=$$?; \
-	$(call GPU_TESTS,100,tests $(GPU_FIRST:%=--ignore=%),more-tests) || status=$$?; \
-	tail -n 15 $(GPU_OUT)/tests.txt $(GPU_OUT)/more-tests.txt; \
-	left=$$(($(GPU_MINUTES) - ($$(date +%s) - $(GPU_START)) / 60)); \
-	[ $$left -ge 1 ] || left=1; \
-	$(BENCH) --device cuda --all --budget-minutes $$left --out $(GPU_OUT) || status=$$?; \
-	$(IN_TREE) $(PY) -m benchmarks.plot $(GPU_OUT) --markdown >$(GPU_OUT)/table.md || status=$$?; \
-	echo "tests, rows and logs: $(GPU_OUT)"; exit $$status
+# Kernels compiled, tested, checked, tuned and measured within GPU_MINUTES; rows, logs and tests in one
+# folder and in one tar (benchmarks/gpu.py). The extension is built in a step, with all cores.
+# DRY_RUN=1 runs the steps here, on a CPU.
+GPU_TAR ?= build/$(notdir $(GPU_OUT)).tar.gz
+GPU_MINUTES ?= 9.5
+gpu: MAX_JOBS := $(shell nproc)
+gpu: $(if $(strip $(VENV)),$(VENV)/.himo-tools)
+	@$(IN_TREE) $(PY) -m benchmarks.gpu --out $(GPU_OUT) --tar $(GPU_TAR) --minutes $(GPU_MINUTES) \
+	  $(if $(DRY_RUN),--dry-run) $(GPU_FLAGS)
+
+# Two and more GPUs: the exchange over NCCL checked, profiled and timed (benchmarks/gpus.py).
+GPUS_OUT ?= $(if $(DRY_RUN),build/gpus-dry,benchmarks/results/cuda-ranks)
+GPUS_MINUTES ?= 20
+gpus: $(if $(strip $(VENV)),$(VENV)/.himo-tools)
+	@$(IN_TREE) $(PY) -m benchmarks.gpus --out $(GPUS_OUT) --tar build/$(notdir $(GPUS_OUT)).tar.gz \
+	  --minutes $(GPUS_MINUTES) $(if $(DRY_RUN),--dry-run) $(GPUS_FLAGS)
 
 # Trains a tiny model from scratch on rendered scenes, once with the HiMo loss and once with CLIP's.
 DEMO_TRAIN := --model tiny --batch-size 64 --epochs 6 --lr 1e-3 --wd 0.1 --warmup 20 \

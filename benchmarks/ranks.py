@@ -28,6 +28,7 @@ from benchmarks import rows as table
 from benchmarks.baselines import released
 from benchmarks.rows import BenchmarkError, Row, number
 from benchmarks.run import progress
+from himo_kernels.distributed.exchange import STRATEGIES
 from himo_kernels.info_nce.block import BLOCK
 from himo_kernels.nn import HiMoLoss
 from himo_kernels.testing import power_law, relative_error
@@ -43,12 +44,12 @@ AGREE = 1e-3  # relative error of losses and gradients that differ only in the o
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def candidates(config: str, x: Tensor) -> dict[str, Loss]:
+def candidates(config: str, x: Tensor, strategy: str = "gather") -> dict[str, Loss]:
     """The timed losses, by the name in their row."""
     preset, scope = ("paper", "global") if config == "global" else ("official", "local")
     names = [name for name in BLOCK.backends if BLOCK.why_not(name, x) is None]
     found: dict[str, Loss] = {
-        name: HiMoLoss(preset, pca_scope=scope, backend=name) for name in names
+        name: HiMoLoss(preset, pca_scope=scope, backend=name, strategy=strategy) for name in names
     }
     if config == "local":
         found["released"] = lambda *inputs: sum(released.himo_loss(*inputs))
@@ -90,7 +91,7 @@ def _cell(config: str, n: int, options: argparse.Namespace) -> dict[str, dict]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     image, text = (power_law(n, FEATURES, generator=generator).to(device) for _ in range(2))
     inputs = [x.requires_grad_() for x in (image, text, torch.tensor(50.0, device=device))]
-    losses = candidates(config, image)
+    losses = candidates(config, image, options.strategy)
 
     def step(loss: Loss) -> tuple[Tensor, ...]:
         value = loss(*inputs)
@@ -143,7 +144,8 @@ def rows(found: list[dict], options: argparse.Namespace) -> list[Row]:
             "N": str(result["N"]),
             "D": str(FEATURES),
             "dtype": "float32",
-            "config": f"ranks={options.ranks} {result['config']}",
+            "config": f"ranks={options.ranks} {result['config']}"
+            + (" ring" if options.strategy == "ring" else ""),
             "timing": "wall",
             "error": number(result["error"]),
             "load": options.load,
@@ -168,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--ranks", type=_at_least_two, default=2, help="processes; 2 by default")
     add("--n", nargs="+", type=_positive, default=[128, 512, 2048], help="rows of each rank")
+    add("--strategy", choices=tuple(STRATEGIES), default="gather", help="of the exchange")
     add("--seconds", type=float, default=2.0, help="of timing per candidate; 2 by default")
     add("--out", type=Path, required=True, help=f"directory of {OP}.csv")
     add("--results", type=Path, help=argparse.SUPPRESS)  # passed to a worker
@@ -204,7 +207,8 @@ def _launch(options: argparse.Namespace) -> list[dict]:
             "--n",
             *map(str, options.n),
         ]
-        run += ["--seconds", str(options.seconds), "--out", folder, "--results", str(results)]
+        run += ["--strategy", options.strategy, "--seconds", str(options.seconds)]
+        run += ["--out", folder, "--results", str(results)]
         environment = {
             "GLOO_SOCKET_IFNAME": "lo",  # for hosts whose own name does not resolve
             **os.environ,

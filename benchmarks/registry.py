@@ -83,7 +83,7 @@ def leading_rows(inputs: Inputs, case: Case, rows: int) -> Inputs:
 
 def candidates(case: Case, inputs: Inputs) -> list[Candidate]:
     """Every backend in the operator's table, then every baseline, with refusals."""
-    op, device = operation(case), next(iter(inputs.values())).device.type
+    op = operation(case)
     found = _backends(case, op, inputs)
     for name, call in op.baselines.items():
         official = name == "released" and "preset" in case.config
@@ -97,7 +97,7 @@ def candidates(case: Case, inputs: Inputs) -> list[Candidate]:
     if op.peers:
         options = eager.loss_options(case.preset)
         for name, peer in peers.PEERS.items():
-            refusal = peers.why_not(name, device, *options)
+            refusal = peers.why_not(name, inputs["image_features"], *options)
             found.append(Candidate(name, _peer(peer, op.peers), library=False, refusal=refusal))
     return found
 

@@ -76,6 +76,9 @@ class TrainConfig:
     decompose_images: bool = _flag(False, "component loss of images' own components; table 5")
     label_smoothing: float | None = _flag(None, "label smoothing; paper 0, released code 0.1")
     gap_eps: float = _flag(1e-4, "floor of HiDe's eigenvalue gap; caps rare gradient spikes")
+    cuda_graph_head: bool = _flag(
+        False, "HiMo loss as CUDA graphs: one GPU, batches <= 128; not yet run on hardware"
+    )
 
     # Optimisation
     batch_size: int = _flag(
@@ -149,6 +152,8 @@ class TrainConfig:
             raise HimoError("--held-out: expected none beside --val-data, or no --val-data")
         if self.tau is not None and not 0 < self.tau <= 1:
             raise HimoError(f"--tau: expected a number in (0, 1], got {self.tau}")
+        if self.cuda_graph_head and self.loss != "himo":
+            raise HimoError(f"--cuda-graph-head: expected --loss himo, got {self.loss}")
         if not self.train_data:
             raise HimoError("--train-data: expected a data set, got none")
         for name in self.allowed:
@@ -206,7 +211,8 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
         *("skip_missing_images", "follow_links", "max_bad_fraction", "val_frequency"),
         *("val_himo", "patience"),
         *("activation", "vision_heads", "text_heads"),
-        *("model", "grad_checkpointing", "compile", "exchange", "device", "threads"),
+        *("model", "grad_checkpointing", "compile", "cuda_graph_head", "exchange", "device"),
+        "threads",
     ),
     # They change speed, and where and how often something is written.
     "ignore": (

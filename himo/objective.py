@@ -13,6 +13,7 @@ from himo.model import HiMoCLIP
 from himo.parallel import Ranks
 from himo.transforms import normalize
 from himo_kernels import distributed
+from himo_kernels.graphed import GraphedHiMoLoss
 from himo_kernels.nn import HiMoLoss
 
 # Below, components tell few captions apart; above this share of a batch, they are nearly the texts.
@@ -67,13 +68,15 @@ class Objective(nn.Module):
         ranks = ranks or Ranks()
         self.model = model
         self.towers = ranks.wrap(Towers(model, settings.precision))
-        self.himo_loss = None
+        self.himo_loss: HiMoLoss | None = None
+        self.graphed: GraphedHiMoLoss | None = None
         # A NaN on one rank reaches all: they name that rank, or skip the step together.
         self.check_finite = ranks.size > 1 and settings.on_nonfinite == "raise"
         self.options: dict[str, Any] = {
             "check_finite": self.check_finite,
             "strategy": settings.exchange,
-            "backend": backend,
+            # The backend whose kernels a graph can hold.
+            "backend": "triton" if settings.cuda_graph_head else backend,
             "check_ranks": check_ranks,
         }
         if settings.loss == "himo":
@@ -88,6 +91,22 @@ class Objective(nn.Module):
                 **self.options,
             )
         self.label_smoothing = settings.label_smoothing or 0.0
+
+    def capture_head(self, rows: int, device: torch.device) -> None:
+        """Captures the HiMo loss of batches of this many rows for --cuda-graph-head.
+
+        Raises:
+            HimoError: a CUDA graph cannot hold it, with the reason.
+        """
+        assert self.himo_loss is not None
+        shape = (rows, self.model.config.embed_dim)
+        features = [torch.eye(*shape, device=device).requires_grad_() for _ in range(2)]
+        scale = torch.ones((), device=device).requires_grad_()
+        try:
+            self.graphed = self.himo_loss.make_graphed(features[0], features[1], scale)
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error).partition(": ")[2]
+            raise HimoError(f"--cuda-graph-head: {reason}") from error
 
     def forward(
         self,
@@ -109,9 +128,11 @@ class Objective(nn.Module):
     ) -> dict[str, Any]:
         """Returns the dictionary of `forward` for given features."""
         if self.himo_loss is not None:
-            contrastive, component, rank = self.himo_loss.terms(
-                image_features, text_features, scale
-            )
+            # The last batch of an epoch may be smaller than the captured ones.
+            is_captured = self.graphed is not None and self.graphed.fits(image_features)
+            head = self.graphed if is_captured else self.himo_loss
+            assert head is not None
+            contrastive, component, rank = head.terms(image_features, text_features, scale)
             weights = self.himo_loss.contrastive_weight, self.himo_loss.component_weight
             loss = weights[0] * contrastive + weights[1] * component
         else:

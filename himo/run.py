@@ -175,6 +175,9 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         world_size=ranks.size,
         drop_last=not settings.keep_last_batch,
     )
+    objective = Objective(model, settings, ranks)
+    if settings.cuda_graph_head:  # before the loader's threads, whose calls would end a capture
+        objective.capture_head(sampler.batch_size, device)
     record = {}
     if ranks.main:
         val_data = held_out if settings.val_data is not None else None
@@ -185,7 +188,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         ranks,
         device,
         model,
-        Objective(model, settings, ranks),
+        objective,
         make_optimizer(model, settings),
         sampler,
         training_loader(settings, pairs, sampler, pin_memory=device.type == "cuda"),

@@ -4,7 +4,7 @@ Both classes have the same methods, so HiMoLoss has one code path for one proces
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,14 @@ from himo_kernels.pca.reference import floor_of
 
 if TYPE_CHECKING:
     from himo_kernels.nn import HiMoLoss
+
+
+class Terms(NamedTuple):
+    """The terms of HiMo-CLIP eq. (4), and the rank of the PCA."""
+
+    contrastive_loss: Tensor  # [], eq. (2), before its weight
+    component_loss: Tensor  # [], eq. (3), before its weight
+    rank: Tensor  # [] int64, of the PCA, on the device
 
 
 def batch_of(loss: "HiMoLoss", labels: Tensor | None) -> "LocalBatch | JoinedBatch":

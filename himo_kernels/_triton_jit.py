@@ -12,6 +12,17 @@ from himo_kernels import _triton
 
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 
+# Integers that only count or bound, for do_not_specialize: Triton would compile another kernel
+# where one is 1, or a multiple of 16. Lengths that vectors are loaded along (width, pitch, strides)
+# are not among them. Nor are the row_count and column_count of a tile of logits, whose masks take
+# hundreds of instructions more if they may end anywhere. `make aot` found spills without the
+# specialisation in normalize, which therefore does not use this.
+COUNTS = (
+    *("pair_offset", "samples", "total", "divisor", "splits", "count", "pair_count", "parts"),
+    *("chunk_rows", "first_block", "row_blocks", "all_row_blocks", "first_row", "rows"),
+    *("slots", "first_slot", "to_slot", "row_slots", "column_slots", "filled"),
+)
+
 
 @triton.jit
 def dot(x, y, accumulator, PRECISION: tl.constexpr):

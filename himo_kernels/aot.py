@@ -65,6 +65,16 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One launch of a kernel."""
+
+    kernel: Any
+    arguments: tuple[object, ...]
+    named: dict[str, object]  # arguments and options
+    programs: int
+
+
+@dataclass(frozen=True)
 class Launch:
     """What the compiler needs to know about one recorded launch."""
 
@@ -100,18 +110,17 @@ def cases(words: Iterable[str] = ()) -> list[Case]:
     return [case for case in found if all(word in case.label for word in words)]
 
 
+def calls(case: Case, target: int) -> list[Call]:
+    """Returns the launches of a case on an architecture, in order, with their arguments."""
+    recorded: list[Call] = []
+    with _recording(recorded.append), _target(target):
+        case.run()
+    return recorded
+
+
 def launches(case: Case, target: int) -> list[Launch]:
     """Returns the distinct launches of a case on an architecture."""
-    recorded: dict[Launch, None] = {}
-
-    def record(
-        kernel: Any, arguments: tuple[object, ...], options: dict[str, object], programs: int
-    ) -> None:
-        recorded.setdefault(_launch(kernel, arguments, options, programs))
-
-    with _recording(record), _target(target):
-        case.run()
-    return list(recorded)
+    return list(dict.fromkeys(_launch(call) for call in calls(case, target)))
 
 
 def device_launches(call: Callable[[], object]) -> Counter[str]:
@@ -134,8 +143,8 @@ def device_launches(call: Callable[[], object]) -> Counter[str]:
                 counted[str(operator)] += 1
             return operator(*arguments, **(named or {}))
 
-    def record(kernel: Any, *_: object) -> None:
-        counted[kernel.__name__] += 1
+    def record(call: Call) -> None:
+        counted[call.kernel.__name__] += 1
 
     with _recording(record), Operators():
         call()
@@ -259,15 +268,13 @@ def _target(target: int) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(
-    record: Callable[[Any, tuple[object, ...], dict[str, object], int], None],
-) -> Iterator[None]:
+def _recording(record: Callable[[Call], None]) -> Iterator[None]:
     # kernel[grid](...) calls JITFunction.run, which would load the CUDA driver.
     from triton.runtime.jit import JITFunction
 
     def run(kernel: Any, *arguments: object, grid: object, warmup: bool, **named: object) -> None:
         programs = cast(tuple[int, ...], grid(named) if callable(grid) else grid)
-        record(kernel, arguments, named, math.prod(programs))
+        record(Call(kernel, arguments, named, math.prod(programs)))
 
     original = JITFunction.run
     JITFunction.run = run
@@ -290,27 +297,26 @@ _TYPES = {
 }
 
 
-def _launch(
-    kernel: Any, arguments: tuple[object, ...], keywords: dict[str, object], programs: int
-) -> Launch:
+def _launch(call: Call) -> Launch:
     # The types and specialisations that Triton chooses at a launch.
-    options = dict(keywords)
-    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    kernel, options = call.kernel, dict(call.named)
+    values = dict(zip(kernel.arg_names, call.arguments, strict=False))
     values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
     constexpr = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     signature, constants, divisible = [], [], []
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
         value = values.get(name, parameter.default)
+        specialises = not parameter.do_not_specialize
         if isinstance(value, Tensor):
             signature.append((name, f"*{_TYPES[value.dtype]}"))
             divisible.append(index)
-        elif name in constexpr or value is None or value == 1:
+        elif name in constexpr or value is None or (value == 1 and specialises):
             signature.append((name, "constexpr"))
             constants.append((name, value))
         elif isinstance(value, int):
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and specialises:
                 divisible.append(index)
         else:
             raise TypeError(f"{kernel.arg_names[index]}: no type for {value!r} in a kernel")
@@ -321,7 +327,7 @@ def _launch(
         tuple(constants),
         tuple(divisible),
         tuple(sorted(options.items())),
-        programs,
+        call.programs,
         sizes,
     )
 

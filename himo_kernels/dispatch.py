@@ -71,6 +71,7 @@ class Operator:
         fake: Callable[..., object],
         *,
         multiplies: bool = True,
+        decomposes: bool = False,
     ) -> Callable[..., Any]:
         """Defines torch.ops.himo_kernels.<name>_<direction> and returns a function that calls it.
 
@@ -82,14 +83,16 @@ class Operator:
         Outputs are made contiguous here, for every backend, so that the result has the strides of
         the fake. Kernels run without autocast and with full float32 matmuls. multiplies=False says
         that the pass has no matmul, so precision flags are left alone; this saves a quarter of a
-        small call.
+        small call. decomposes=True says that an eigensolver of some backend waits for the host, so
+        torch.compile leaves the operator out of its CUDA graphs.
         """
 
         def run(*args: object, **optional: object) -> Any:
             return self.run(direction, *args, multiplies=multiplies, **optional)
 
         kernel = f"{self.name}_{direction}"
-        _LIBRARY.define(kernel + schema)
+        tags = (torch.Tag.cudagraph_unsafe,) if decomposes else ()
+        _LIBRARY.define(kernel + schema, tags=tags)
         _LIBRARY.impl(kernel, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"himo_kernels::{kernel}", fake, lib=_LIBRARY)
         overload = getattr(torch.ops.himo_kernels, kernel).default

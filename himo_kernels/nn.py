@@ -1,12 +1,12 @@
 """Modules: HiDe's decomposition, and the HiMo loss with open_clip's ClipLoss signature."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from himo_kernels._batch import batch_of
+from himo_kernels._batch import Terms, batch_of
 from himo_kernels._checks import (
     check_flag,
     check_gap_eps,
@@ -19,6 +19,7 @@ from himo_kernels._checks import (
 )
 from himo_kernels.dispatch import check_backend
 from himo_kernels.distributed.loss import check_strategy
+from himo_kernels.graphed import GraphedHiMoLoss, capture
 from himo_kernels.info_nce.api import bias_and_flag, with_logit_bias
 from himo_kernels.pca import pca_reconstruct
 from himo_kernels.presets import PRESETS
@@ -69,14 +70,6 @@ class HiDe(nn.Module):
         """Returns the settings shown by print(module)."""
         names = ("variance_threshold", "variance_floor", "gap_eps", "differentiate_basis")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-
-class Terms(NamedTuple):
-    """The terms of HiMo-CLIP eq. (4), and the rank of the PCA."""
-
-    contrastive_loss: Tensor  # [], eq. (2), before its weight
-    component_loss: Tensor  # [], eq. (3), before its weight
-    rank: Tensor  # [] int64, of the PCA, on the device
 
 
 class HiMoLoss(nn.Module):
@@ -263,6 +256,28 @@ class HiMoLoss(nn.Module):
     ) -> Terms:
         """Returns both losses, without their weights, and the rank, for logging."""
         return self._terms(image_features, text_features, logit_scale, labels, lambda: None)
+
+    def make_graphed(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+    ) -> GraphedHiMoLoss:
+        """Returns this loss for tensors like these as CUDA graphs. Not yet run on hardware.
+
+        The result is called like this loss, without bias, labels and output_dict, or by its
+        `terms`. Its forward is one launch, and so is its backward; call backward before the next
+        forward. It needs backend="triton", min(N, D) <= 128, one process and check_finite=False.
+
+        Args:
+            image_features: [N, D] on a CUDA device, requiring a gradient if those of calls do.
+            text_features, logit_scale: likewise; the scale is a tensor.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: these tensors or settings cannot be
+                captured, with the reason.
+        """
+        return capture(self, image_features, text_features, logit_scale)
 
     def _terms(
         self,

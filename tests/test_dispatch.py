@@ -400,3 +400,12 @@ def _assert_complete(report: str) -> None:
         _, *rows = section.split("\n    ")
         assert [row.split()[0] for row in rows] == list(BACKENDS)
         assert all(re.match(pattern, row) for row in rows), section
+
+
+def test_eigensolvers_stay_out_of_cuda_graphs():
+    # That of `triton` alone, for sides up to 128, does not wait for the host.
+    ops = torch.ops.himo_kernels
+    kernels = [f"{name}_fwd" for name in OPERATORS]
+    unsafe = torch.Tag.cudagraph_unsafe
+    tagged = {name for name in kernels if unsafe in getattr(ops, name).default.tags}
+    assert tagged == {"pca_fwd", "pca_reconstruct_fwd", "himo_loss_fwd"}

@@ -67,6 +67,17 @@ EXPECTED |= {
         "scale_gradient_kernel": 2,
     },
 }
+EXPECTED |= {
+    "normalize_fwd 128x768": {"_normalize_fwd_kernel": 1},
+    "normalize_bwd 128x768": {"_normalize_bwd_kernel": 1},
+}
+# The kernels of HiMoLoss at 128 x 768 and how often it calls each: images, texts and components are
+# normalised. HiMoLoss.make_graphed launches two graphs instead.
+HEAD = {
+    **dict.fromkeys(("normalize_fwd", "normalize_bwd"), 3),
+    **dict.fromkeys(("pca_reconstruct_fwd", "pca_reconstruct_bwd"), 1),
+    **dict.fromkeys(("dual_info_nce_fwd", "dual_info_nce_bwd"), 1),
+}
 EXPECTED |= {  # of one loss over ranks, 128 rows of 1024
     "info_nce_block_fwd 128x1024": {"statistics_kernel": 1, "log_odds_kernel": 2},
     "info_nce_block_bwd 128x1024": {
@@ -89,6 +100,7 @@ from himo_kernels.aot import device_launches
 from himo_kernels.covariance.triton import covariance_bwd, covariance_fwd
 from himo_kernels.info_nce import triton as info_nce
 from himo_kernels.info_nce.compose import Direction, Settings
+from himo_kernels.normalize.triton import normalize_bwd, normalize_fwd
 from himo_kernels.pca import triton as pca
 
 _triton.aot_target = 90  # its tiles are used
@@ -121,6 +133,8 @@ nlls = [output for index, output in enumerate(outputs) if index % 3]
 backward = info_nce.dual_info_nce_bwd
 settings = (0.0, True, [True] * 4)
 count("dual_info_nce_bwd", shape, backward, *outputs[::3], *inputs, *nlls, *settings)
+count("normalize_fwd", shape, normalize_fwd, x)
+count("normalize_bwd", shape, normalize_bwd, x, x)
 keys, shape = torch.empty(1024, 768, device="meta"), (128, 1024)
 of_rows, of_keys = torch.empty(128, device="meta"), torch.empty(1024, device="meta")
 forward, backward = info_nce.info_nce_block_fwd, info_nce.info_nce_block_bwd
@@ -147,6 +161,11 @@ def test_the_official_reconstruction_is_bounded(counts):
     # 33 and 19 with one kernel per step of the eigensolver and of the gradient's formula.
     assert sum(counts["pca_reconstruct_fwd 128x768"].values()) <= 14
     assert sum(counts["pca_reconstruct_bwd 128x768"].values()) <= 9
+
+
+def test_the_launches_of_the_official_head(counts):
+    launches = {name: sum(counts[f"{name} 128x768"].values()) for name in HEAD}
+    assert sum(times * launches[name] for name, times in HEAD.items()) == 49
 
 
 @pytest.mark.parametrize("call", TOTALS)

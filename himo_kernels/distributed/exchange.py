@@ -47,45 +47,67 @@ class Gathered:
 class Ring:
     """One block per rank, passed from rank to rank: O(N D / W) memory.
 
-    At every step the next block is in transfer while the current one is used. Gradients follow one
-    step behind their keys; each rank adds its part. They are back at their owner after W steps.
+    The next block is in transfer while the current one is used. The gradients of a block follow it
+    one step behind, in the same group of calls as the keys of that step; each rank adds its part.
+    They are back at their owner after W steps.
     """
+
+    _partial: Tensor | None  # the gradients of the last block, to be sent on
+    _arriving: Transfer | None
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self._owner = rows.rank
-        self._arriving: Transfer | None = None
+        self._begin()
 
     def blocks(self, keys: Tensor, table: Tensor) -> Iterator[Block]:
         """Yields the blocks, own block first. Takes own keys [M, C] and own table [M, T]."""
         rows, size = self._rows, self._rows.members.size
+        self._begin()
         current = pack_rows(keys, table)
+        spaces: list[Tensor] = []  # two, which later steps use in turns
+        into = None  # of the gradients, which are used up within a step
         for step in range(size):
-            self._owner = (rows.rank - step) % size
-            transfer = None
+            owner = (rows.rank - step) % size
+            sent: dict[str, tuple[Tensor, Tensor]] = {}
             if step + 1 < size:
-                transfer = rows.shift(current, self._space_for_next(current), tag=0)
+                if step < 2:
+                    spaces.append(_space_of_any(rows, current))
+                sent["keys"] = current, spaces[step % 2][: rows.counts[(owner - 1) % size]]
+            if self._partial is not None:
+                if into is None:
+                    into = _space_of_any(rows, self._partial)
+                sent["gradients"] = self._partial, into[: rows.counts[owner]]
+            self._arriving = rows.shift(sent)
+            self._partial = None
             block, its_table = unpack_rows(current, keys, table)
-            yield rows.first(self._owner), block, its_table
-            if transfer is not None:
-                current = transfer.wait()
+            yield rows.first(owner), block, its_table
+            current = self._arriving.wait().get("keys", current)
+
+    def _begin(self) -> None:
+        # Also after a backward that failed.
+        self._partial = self._arriving = None
 
     def add(self, partial: Tensor) -> None:
         """Adds this rank's gradients of the keys in the last block yielded."""
-        if self._arriving is not None:
-            partial += self._arriving.wait()
-        self._arriving = self._rows.shift(partial, self._space_for_next(partial), tag=1)
+        if self._arriving is None:
+            raise RuntimeError("add: expected a block to have been yielded")
+        before = self._arriving.wait().get("gradients")
+        if before is not None:
+            partial += before
+        self._partial = partial
 
     def collect(self) -> Tensor:
         """Returns the sum over ranks of the gradients of own keys [M, C]."""
-        arriving, self._arriving = self._arriving, None
-        if arriving is None:
+        partial, self._partial, self._arriving = self._partial, None, None
+        if partial is None:
             raise RuntimeError("collect: expected blocks to have been added")
-        return arriving.wait()
+        own = partial.new_empty((self._rows.own, *partial.shape[1:]))
+        return self._rows.shift({"gradients": (partial, own)}).wait()["gradients"]
 
-    def _space_for_next(self, block: Tensor) -> Tensor:
-        before = (self._owner - 1) % self._rows.members.size
-        return block.new_empty((self._rows.counts[before], *block.shape[1:]))
+
+def _space_of_any(rows: Rows, block: Tensor) -> Tensor:
+    # For a block of any rank.
+    return block.new_empty((max(rows.counts), *block.shape[1:]))
 
 
 STRATEGIES: dict[str, type[Gathered] | type[Ring]] = {"gather": Gathered, "ring": Ring}

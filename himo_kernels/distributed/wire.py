@@ -5,7 +5,7 @@ with the ring algorithms of NCCL and gloo; tests compare them with the cost mode
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,31 +155,38 @@ class Rows:
         )
         return received.view(members.size, self.own, *x.shape[1:])
 
-    def shift(self, sent: Tensor, received: Tensor, tag: int) -> "Transfer":
-        """Starts sending a tensor to the next rank and receiving one from the previous rank."""
+    def shift(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> "Transfer":
+        """Starts sending tensors to the next rank and receiving others from the previous rank.
+
+        Each pair is what is sent, and where what arrives is written. All travel in one group of
+        calls, which NCCL launches together. Every rank must pass the same names in the same order.
+        """
         members, group = self.members, self.members.group
         following = members.name((self.rank + 1) % members.size)
         preceding = members.name((self.rank - 1) % members.size)
         operations = []
-        if sent.numel():  # both ends know the row counts, so neither waits for an empty tensor
-            _count("send", _bytes(sent))
-            operations.append(dist.P2POp(dist.isend, sent, following, group, tag))
-        if received.numel():
-            operations.append(dist.P2POp(dist.irecv, received, preceding, group, tag))
+        for tag, (sent, received) in enumerate(pairs.values()):
+            if sent.numel():  # both ends know the row counts, so neither waits for an empty tensor
+                _count("send", _bytes(sent))
+                operations.append(dist.P2POp(dist.isend, sent, following, group, tag))
+            if received.numel():
+                operations.append(dist.P2POp(dist.irecv, received, preceding, group, tag))
         requests = dist.batch_isend_irecv(operations) if operations else []
-        return Transfer(requests, sent, received)
+        return Transfer(requests, pairs)
 
 
 class Transfer:
-    """A shift in progress; holds both tensors until it completes."""
+    """A shift in progress; holds its tensors until it completes."""
 
-    def __init__(self, requests: Sequence[Any], sent: Tensor, received: Tensor) -> None:
-        self._requests, self._sent, self._received = requests, sent, received
+    def __init__(self, requests: Sequence[Any], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._requests, self._pairs = requests, pairs
+        self._received = {name: received for name, (_, received) in pairs.items()}
 
-    def wait(self) -> Tensor:
-        """Returns the received tensor; the sent one may then be overwritten."""
+    def wait(self) -> dict[str, Tensor]:
+        """Returns the received tensors; the sent ones may then be overwritten."""
         for request in self._requests:
             request.wait()
+        self._requests, self._pairs = (), {}
         return self._received
 
 

@@ -78,6 +78,7 @@ _FWD = HIMO_LOSS.define(
     "Tensor(a!)? products=None, Tensor(b!)? factors=None) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
+    decomposes=True,
 )
 _BWD = HIMO_LOSS.define(
     "bwd",

@@ -81,6 +81,7 @@ _pca_fwd = PCA_OP.define(
     "(Tensor x, Tensor variance_threshold, float[] floor, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pca_fwd_fake,
+    decomposes=True,
 )
 _pca_bwd = PCA_OP.define(
     "bwd",
@@ -115,6 +116,7 @@ _pca_reconstruct_fwd = PCA_RECONSTRUCT.define(
     "(Tensor x, Tensor variance_threshold, float[] floor, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pca_reconstruct_fwd_fake,
+    decomposes=True,
 )
 _pca_reconstruct_bwd = PCA_RECONSTRUCT.define(
     "bwd",

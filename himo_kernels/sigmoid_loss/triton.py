@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from himo_kernels._triton_jit import rounded
+from himo_kernels._triton_jit import COUNTS, rounded
 from himo_kernels.aot import Case
 from himo_kernels.info_nce.triton.grad_logits import (
     GROUP,
@@ -119,7 +119,7 @@ def _sums(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sigmoid_kernel(
     left_ptr,  # [TERMS, B, M, W]
     right_ptr,  # [B, N, W]
@@ -191,7 +191,8 @@ def sigmoid_kernel(
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
         at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
         value = rounded(gradient * GAIN, grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + start + at, value, mask=inside)
+        stored = (rows < row_count)[:, None] & (columns < pitch)[None, :]  # as in grad_logits.py
+        tl.store(grad_ptr + start + at, value, mask=stored)
 
 
 def aot_cases() -> Iterator[Case]:

@@ -36,7 +36,7 @@ def test_every_candidate_has_a_whole_row_in_each_mode(folder):
     rows = read(folder / "info_nce.csv")
     assert all(tuple(row) == table.COLUMNS for row in rows)
     expected = set(OPERATORS["info_nce"].backends) | {
-        "open_clip", "linear_cross_entropy", "inf_cl", "liger",
+        "open_clip", "linear_cross_entropy", "inf_cl", "liger", "liger_sm90", "quack",
     }  # fmt: skip
     for mode in MODES:
         assert {row["backend"] for row in rows if row["mode"] == mode} == expected

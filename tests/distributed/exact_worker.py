@@ -6,6 +6,7 @@ process. All ranks draw the same batch and use their own rows of it.
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,15 @@ from ranks import DTYPES, RANK, SEED, WORLD, finish, found, leaves, own
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import himo_kernels
 from benchmarks.baselines import released
 from himo.accumulate import cached_backward
 from himo_kernels import distributed as hkd
 from himo_kernels import testing as hkt
+from himo_kernels.distributed import loss as joined_loss
+from himo_kernels.distributed.wire import Rows, Transfer
 from himo_kernels.info_nce.block import BLOCK
 from himo_kernels.nn import PRESETS, HiMoLoss
 
@@ -344,6 +348,62 @@ def check_unchecked() -> None:
     found["check_ranks changes no bit"] = float(not equal)
 
 
+class HostReads(TorchDispatchMode):
+    """Counts values read on the host."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        self.count += operator is torch.ops.aten._local_scalar_dense.default
+        return operator(*arguments, **(named or {}))
+
+
+def check_order() -> None:
+    # The ring's calls as they happen: what is sent, waits that may block, and products.
+    counts, width = SHAPES["N > D"]
+    images, texts, scale = batch(counts, width, torch.float64)
+    events: list[str] = []
+
+    def logged(name: Callable[..., str], call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            events.append(name(*arguments))
+            return call(*arguments)
+
+        return run
+
+    def wait(transfer: Transfer) -> str:
+        return "wait" if transfer._requests else ""
+
+    replaced = {
+        (Rows, "shift"): lambda rows, pairs: " ".join(["send", *pairs]) if pairs else "",
+        (Transfer, "wait"): wait,
+        (joined_loss, "block_fwd"): lambda *_: "product",
+        (joined_loss, "block_bwd"): lambda *_: "product",
+    }
+    originals = {key: getattr(*key) for key in replaced}
+    for key, name in replaced.items():
+        setattr(*key, logged(name, originals[key]))
+    mine = leaves(own(images, counts), own(texts, counts), scale)
+    with HostReads() as reads:
+        share = hkd.info_nce(*mine, strategy="ring", check_ranks=False, backend="reference")
+        split = len(events)
+        torch.autograd.grad(share, mine)
+    for key, original in originals.items():
+        setattr(*key, original)
+    found["events of the forward"] = [event for event in events[:split] if event]
+    found["events of the backward"] = [event for event in events[split:] if event]
+    found["host reads of the ring"] = float(reads.count)
+
+
+def check_graphed() -> None:
+    try:
+        HiMoLoss().make_graphed(torch.eye(3), torch.eye(3), torch.tensor(1.0))
+    except ValueError as error:
+        found["make_graphed is refused"] = float("one process, got a group" not in str(error))
+
+
 def run(check: Callable[..., None], *options: object) -> None:
     for arguments in itertools.product(*options):
         check(*arguments)
@@ -363,6 +423,8 @@ if WORLD > 1:
     run(check_traffic, ("gather", "ring"), SHAPES)
     run(check_subgroup, ("gather", "ring"))
     check_unchecked()
+    check_graphed()
+    check_order()
     run(check_backend_of_the_loss, BLOCK.backends)
 run(check_released, ("gather", "ring"))
 spread = hkt.power_law(

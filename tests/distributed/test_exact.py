@@ -130,6 +130,25 @@ def test_a_sub_group(ranks, strategy):
 
 
 @several_ranks
+def test_the_next_block_is_on_its_way_while_a_product_is_computed(ranks):
+    later = len(ranks) - 1
+    forward = ["send keys", "product", "wait"] * later + ["product"]
+    # Gradients travel with the keys of the next step; only the last two go alone.
+    backward = ["send keys", "product", "wait"]
+    backward += ["send keys gradients", "product", "wait"] * (later - 1)
+    backward += ["send gradients", "product", "wait"] + ["send gradients", "wait"]
+    for checks in ranks:
+        assert checks["events of the forward"] == forward
+        assert checks["events of the backward"] == backward
+        assert checks["host reads of the ring"] == 0
+
+
+@several_ranks
+def test_collectives_are_not_captured(ranks):
+    assert_below(0.0, ranks, "make_graphed is refused")
+
+
+@several_ranks
 def test_without_the_agreement_the_bits_are_the_same(ranks):
     assert_below(0.0, ranks, "check_ranks changes no bit")
     for checks in ranks:

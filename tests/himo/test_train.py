@@ -188,6 +188,8 @@ def test_plain_clip_loss(pairs, tmp_path):
         (["--val-data", "nothing.csv"], ["nothing.csv", "no such file"]),
         (["--csv-img-key", "photo"], ["'photo'", "filepath"]),
         (["--image-root", "nowhere"], ["nowhere"]),
+        (["--cuda-graph-head"], ["--cuda-graph-head: expected", "on a CUDA device, got 'cpu'"]),
+        (["--cuda-graph-head", "--loss", "clip"], ["expected --loss himo, got clip"]),
     ],
     ids=lambda value: " ".join(value)[:30] if value[0].startswith("--") else "",
 )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from himo_kernels._triton_jit import rounded
+from himo_kernels._triton_jit import COUNTS, rounded
 from himo_kernels.info_nce.compose import Direction, Settings
 from himo_kernels.info_nce.triton.logits import Branch, tile_products, up_to_rank
 
@@ -143,7 +143,7 @@ def positives_of(branch: Branch) -> Tensor:
     return positives
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_logits_kernel(
     left_ptr,  # [TERMS, B, M, W]
     right_ptr,  # [B, N, W]
@@ -229,11 +229,13 @@ def grad_logits_kernel(
     if grad_rows_ptr is not None:
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
         at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        # Up to the pitch, a multiple of 16, so that vectors are stored for every N.
+        stored = row_mask[:, None] & (columns < pitch)[None, :]
         if grad_columns_ptr is None:
-            store(grad_rows_ptr + start + at, (grad_rows + grad_columns) * GAIN, inside)
+            store(grad_rows_ptr + start + at, (grad_rows + grad_columns) * GAIN, stored)
         else:
-            store(grad_rows_ptr + start + at, grad_rows * GAIN, inside)
-            store(grad_columns_ptr + start + at, grad_columns * GAIN, inside)
+            store(grad_rows_ptr + start + at, grad_rows * GAIN, stored)
+            store(grad_columns_ptr + start + at, grad_columns * GAIN, stored)
 
 
 @triton.jit
@@ -270,7 +272,7 @@ def store(pointers, values, mask):
     tl.store(pointers, rounded(values, pointers.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def positives_kernel(
     left_ptr,  # [TERMS, B, N, W]
     right_ptr,  # [B, N, W]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from himo_kernels._triton_jit import rounded
+from himo_kernels._triton_jit import COUNTS, rounded
 from himo_kernels.info_nce.compose import Direction, Settings, Statistics
 from himo_kernels.info_nce.triton.grad_logits import (
     Chunk,
@@ -259,7 +259,7 @@ def multiply(
         torch.baddbmm(out, x.float(), y.float(), beta=int(accumulate), out=out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
     out_ptr,  # [B, M, W]: `rows` rows from first_row on are written
     product_ptr,  # [B, rows, W] float32: GAIN * 2 N dS Y, with zeros for the pairs in dS
@@ -327,7 +327,7 @@ def gradient_kernel(
     tl.store(out_ptr + at, rounded(gradient, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def scale_gradient_kernel(
     grad_scale_ptr,  # [] float32
     partials_ptr,  # [B, parts] float32: partial sums of 2 N dS_ij (x_i . y_j)

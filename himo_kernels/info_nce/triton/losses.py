@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from himo_kernels._triton_jit import COUNTS
 from himo_kernels.info_nce.triton.logits import Branch, tile_products, up_to_rank
 from himo_kernels.info_nce.triton.tiles import FUSED
 
@@ -122,7 +123,7 @@ def _mean_logit(branch: Branch) -> Tensor:
     return branch.scale.float() / branch.columns**2 * (left * right).sum(-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def statistics_kernel(
     left_ptr,  # [TERMS, B, M, W]
     right_ptr,  # [B, N, W]
@@ -254,7 +255,7 @@ def _merged(
     return total_max, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def fold_kernel(
     partials_ptr,  # [B, slots, 2, N] float32
     samples,  # N
@@ -278,7 +279,7 @@ def fold_kernel(
     tl.store(to_ptr + samples + entries, total, mask=entries < samples)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def nll_kernel(
     row_partials_ptr,  # [B, row_slots, 2, N] float32
     column_partials_ptr,  # [B, column_slots, 2, N] float32
@@ -289,7 +290,7 @@ def nll_kernel(
     samples,
     row_slots,
     column_slots,
-    column_count,  # number of filled column slots
+    filled,  # column slots
     SMOOTHING: tl.constexpr,
     SLOTS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -305,9 +306,7 @@ def nll_kernel(
     column_partials_ptr += problem * column_slots * 2 * samples
     maximum, total = _merged(row_partials_ptr, 0, row_slots, entries, samples, SLOTS_AT_ONCE, BLOCK)
     row_nll = _nll(maximum, total, positives)
-    maximum, total = _merged(
-        column_partials_ptr, 0, column_count, entries, samples, SLOTS_AT_ONCE, BLOCK
-    )
+    maximum, total = _merged(column_partials_ptr, 0, filled, entries, samples, SLOTS_AT_ONCE, BLOCK)
     column_nll = _nll(maximum, total, positives)
     tl.store(row_nll_ptr + at, row_nll, mask=valid)
     tl.store(column_nll_ptr + at, column_nll, mask=valid)
@@ -316,7 +315,7 @@ def nll_kernel(
     tl.store(loss_partials_ptr + tl.program_id(0), part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def log_odds_kernel(
     partials_ptr,  # [slots, 2, N] float32
     positives_ptr,  # [N] float32

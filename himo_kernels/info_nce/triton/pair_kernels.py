@@ -9,6 +9,7 @@ at a time. RECORD names its fields; key and label are int32, the others float32.
 import triton
 import triton.language as tl
 
+from himo_kernels._triton_jit import COUNTS
 from himo_kernels.info_nce.triton.grad_logits import block_and_tile, expm1, store
 from himo_kernels.info_nce.triton.logits import tile_products
 from himo_kernels.info_nce.triton.losses import finite_shift
@@ -17,7 +18,7 @@ from himo_kernels.info_nce.triton.losses import finite_shift
 RECORD = ("key", "label", "reference", "target", "share", "log", "weight", "unused")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pairs_statistics_kernel(
     left_ptr,  # [B, N, W]
     right_ptr,  # [B, M, W]
@@ -89,7 +90,7 @@ def pairs_statistics_kernel(
     tl.store(total_ptr + at, total, mask=rows < row_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pairs_gradient_kernel(
     left_ptr,  # [B, N, W]
     right_ptr,  # [B, M, W]
@@ -157,7 +158,8 @@ def pairs_gradient_kernel(
     if grad_ptr is not None:
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
         at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        store(grad_ptr + start + at, gradient * GAIN, inside)
+        stored = (rows < row_count)[:, None] & (columns < pitch)[None, :]  # as in grad_logits.py
+        store(grad_ptr + start + at, gradient * GAIN, stored)
 
 
 @triton.jit

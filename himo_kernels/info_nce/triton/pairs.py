@@ -122,8 +122,8 @@ def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
     labels = problem.column_labels
     if labels is not None:
         labels = labels.reshape(problems, branch.columns).contiguous()
-    # For each part of the columns: log sum exp, and T.
-    partials = branch.new_empty(2, problems, splits, rows)
+    # For each part of the columns. Two tensors, so that both pointers are aligned.
+    logs, totals = (branch.new_empty(problems, splits, rows) for _ in range(2))
     pairs_statistics_kernel[(problems * splits * branch.row_blocks,)](
         branch.left,
         branch.right,
@@ -131,8 +131,8 @@ def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
         _records(problem.row_keys, problem.row_labels, problem.rows, problems),
         problem.column_keys.reshape(problems, branch.columns).contiguous(),
         labels,
-        partials[0],
-        partials[1],
+        logs,
+        totals,
         rows,
         branch.columns,
         branch.right.shape[-1],
@@ -140,7 +140,7 @@ def _statistics(problem: Problem) -> tuple[Tensor, Tensor]:
         splits,
         **_constants(problem, branch) | _WARPS_OF_STATISTICS[branch.right.element_size()],
     )
-    log, total = torch.logsumexp(partials[0], 1), partials[1].sum(1)  # [B, N]
+    log, total = torch.logsumexp(logs, 1), totals.sum(1)  # [B, N]
     has_single = problem.rows.single.reshape(log.shape) >= 0
     log = torch.where(has_single, torch.logaddexp(log, torch.zeros_like(log)), log)
     log = log.masked_fill(log == -torch.inf, 0.0)  # all others are excluded
