@@ -6,15 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined  # a dependency of torch
-from markupsafe import Markup
-
+from benchmarks import templates
 from himo_charts.scales import Scale, fit, fixed
-from himo_charts.svg import Line, Svg, dots, line_chart, page_style, series_class
+from himo_charts.svg import Line, Svg, dots, line_chart, series_class
 
 # By method ("" is the start), learning rate and seed: the file of a run.
 Results = Mapping[tuple[str, float, int], Mapping[str, Any]]
@@ -119,7 +116,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, floa
     count = len(differences)
     if count == 1:
         return differences[0], math.nan
-    return mean(differences), _T[count - 1] * stdev(differences) / math.sqrt(count)
+    # Without what is only the rounding of float64; adding 0.0 makes a -0.0 positive.
+    return round(mean(differences), 9) + 0.0, _T[count - 1] * stdev(differences) / math.sqrt(count)
 
 
 def _compare(
@@ -163,16 +161,9 @@ def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def effect_page(results: Results, now: datetime) -> str:
     """The page: each measure over the rates, and the comparisons in words and numbers."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = comparisons(results)
-    return environment.get_template("effect.html").render(
-        chart_style=Markup(page_style()),
+    return templates.render(
+        "effect.html",
         series_class=series_class,
         methods=[method.label for method in METHODS.values()],
         sections=[

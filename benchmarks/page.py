@@ -6,12 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined  # a dependency of torch
-from markupsafe import Markup
-
-from benchmarks import compare
+from benchmarks import compare, templates
 from benchmarks.cases import Case
 from benchmarks.compare import Change
 from benchmarks.plot import LABELS, cells, options, place, quoted_ms, size, table_rows, work
@@ -25,7 +21,6 @@ from himo_charts.svg import (
     dots,
     label,
     line_chart,
-    page_style,
     rule,
     series_class,
 )
@@ -103,15 +98,8 @@ def render(
 ) -> str:
     """The page of one run."""
     found = dict(sorted(cells(rows).items(), key=place))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
-        chart_style=Markup(page_style()),
+    return templates.render(
+        "page.html",
         facts=_facts(facts, rows, now),
         summary=table_rows(rows),
         died=[f"{LABELS[r['op']]} {r['N']} {r['dtype']}: {r['reason']}" for r in _dead(rows)],

@@ -2,15 +2,12 @@
 
 import gc
 import itertools
-import json
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from ranks import RANK, SEED, WORLD, finish, found
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from upstream import ReleasedCLIP, Towers, open_clip_loss
@@ -19,13 +16,10 @@ import himo_kernels
 from benchmarks.baselines import libraries
 from himo_kernels.distributed import count_traffic
 
-dist.init_process_group("gloo")
-RANK, WORLD = dist.get_rank(), dist.get_world_size()
 ROWS, WIDTH, FEATURES = 12, 24, 16
-torch.manual_seed(int(sys.argv[2]))
+torch.manual_seed(SEED)
 batch = torch.randn(WORLD, ROWS, WIDTH, dtype=torch.float64)
 image, text = batch[RANK], batch[RANK] + 0.5 * torch.randn(WORLD, ROWS, WIDTH).double()[RANK]
-found: dict[str, float] = {}
 
 
 def run(model: nn.Module, step) -> tuple[Tensor, list[Tensor]]:
@@ -125,6 +119,5 @@ compare_losses()
 model = ReleasedCLIP(WIDTH, FEATURES).double()
 compare("released", model, model, lambda ddp: list(ddp(image, text, RANK, pca_ratio=0.9)))
 
-Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
 gc.collect()  # gloo aborts if a DDP module outlives the group
-dist.destroy_process_group()
+finish()
