@@ -116,7 +116,8 @@ class Operator:
         device = args[0].device.type  # type: ignore[attr-defined]
         given = {name: value for name, value in optional.items() if value is not None}
         precision = full_float32_matmuls(device) if multiplies else nullcontext()
-        with torch.no_grad(), precision, without_autocast(device):
+        no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+        with no_grad, precision, without_autocast(device):
             outputs: Any = body(*args[:-1], **given)
         if isinstance(outputs, Tensor):
             return outputs.contiguous()
@@ -138,7 +139,7 @@ class Operator:
             NotImplementedError: the named backend cannot take these tensors.
         """
         requested = _requested_backend(self.name, requested)
-        chosen = self.choose(requested, *tensors)
+        chosen = self._choose(requested, *tensors)
         if chosen is None:
             raise NotImplementedError(self._refusal(requested, *tensors))
         if requested == "auto" and self._lacks_extension(*tensors) and (said := extension.notice()):
@@ -147,7 +148,9 @@ class Operator:
 
     def choose(self, requested: str, *tensors: Tensor) -> str | None:
         """Returns the backend's name like `resolve`, or None if it cannot take the tensors."""
-        requested = _requested_backend(self.name, requested)
+        return self._choose(_requested_backend(self.name, requested), *tensors)
+
+    def _choose(self, requested: str, *tensors: Tensor) -> str | None:
         if requested == "auto":
             return self.preferred(*tensors)
         return requested if self.why_not(requested, *tensors) is None else None
@@ -179,20 +182,20 @@ class Operator:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    batched: bool = torch._C._functorch.is_legacy_batchedtensor(tensor)
-    return type(tensor) in _PLAIN and not tensor.is_meta and not batched
-
-
 def _watched(arguments: Iterable[object]) -> bool:
     """Returns whether anything records, traces or transforms calls on these tensors.
 
     That is a subclass of Tensor, the meta device, a dispatch or function mode, a torch.func
     transform, the vmap of is_grads_batched, a trace, or the profiler.
     """
+    for value in arguments:  # a loop: every small call comes here, and any() takes twice as long
+        if type(value) in _PLAIN:
+            if value.is_meta or torch._C._functorch.is_legacy_batchedtensor(value):  # type: ignore[attr-defined]
+                return True
+        elif isinstance(value, Tensor):
+            return True
     return (
-        any(isinstance(value, Tensor) and not _is_plain(value) for value in arguments)
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
@@ -254,6 +257,8 @@ def check_backend(operator: str, backend: object, argument: str = "backend") -> 
 
 
 def _requested_backend(operator: str, requested: str) -> str:
+    if requested == _default_backend == "auto":
+        return requested
     if check_backend(operator, requested) == "auto":
         return check_backend(operator, _default_backend, BACKEND_VARIABLE)
     return requested

@@ -188,6 +188,7 @@ def dual_info_nce(
         "text_features": text_features,
         "component_features": component_features,
     }
+    _check_rows(DUAL_INFO_NCE.name, features)
     global_loss, component_loss = _losses(
         DUAL_INFO_NCE,
         features,
@@ -235,7 +236,8 @@ def dual_info_nce_low_rank(
         global_loss [*] and component_loss [*].
     """
     operator = DUAL_INFO_NCE_LOW_RANK.name
-    check_features(operator, "image_features", image_features)
+    rows = {"image_features": image_features, "text_features": text_features}
+    _check_rows(operator, rows)
     check_features(operator, "coefficients", coefficients, "[*, N, K]")
     check_same_as(operator, "coefficients", coefficients, "image_features", image_features)
     check_features(operator, "basis", basis, "[*, K, D]")
@@ -249,7 +251,7 @@ def dual_info_nce_low_rank(
     check_rank(operator, "rank", rank, batch, image_features)
     global_loss, component_loss = _losses(
         DUAL_INFO_NCE_LOW_RANK,
-        {"image_features": image_features, "text_features": text_features},
+        rows,
         {"coefficients": coefficients, "basis": basis, "rank": rank},
         logit_scale,
         label_smoothing,
@@ -259,6 +261,15 @@ def dual_info_nce_low_rank(
         backend,
     )
     return global_loss, component_loss
+
+
+def _check_rows(operator: str, features: dict[str, Tensor]) -> None:
+    # Raises unless all have the shape, dtype and device of image_features, which come first.
+    image_features = features["image_features"]
+    for argument, value in features.items():
+        check_features(operator, argument, value)
+        check_same_as(operator, argument, value, "image_features", image_features)
+        check_shape(operator, argument, value, image_features.shape)
 
 
 def _losses(
@@ -272,12 +283,8 @@ def _losses(
     check_finite: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    # The callers have checked features and factors.
     name = operator.name
-    image_features = features["image_features"]
-    for argument, value in features.items():
-        check_features(name, argument, value)
-        check_same_as(name, argument, value, "image_features", image_features)
-        check_shape(name, argument, value, image_features.shape)
     settings = (label_smoothing, differentiate_keys, keep_logits_mib, check_finite)
     scale, smoothing, logits_budget = _check_settings(
         name, features, factors, logit_scale, *settings
@@ -339,7 +346,7 @@ def check_scalar(operator: str, argument: str, value: Tensor | float, features: 
     if value.numel() != 1:
         raise_shape(operator, argument, "[] or [1]", value)
     check_device(operator, argument, value, "image_features", features)
-    return value.reshape(())
+    return value if value.dim() == 0 else value.reshape(())
 
 
 def bias_and_flag(
