@@ -190,7 +190,7 @@ def _watched(arguments: Iterable[object]) -> bool:
     """
     for value in arguments:  # a loop: every small call comes here, and any() takes twice as long
         if type(value) in _PLAIN:
-            if value.is_meta or torch._C._functorch.is_legacy_batchedtensor(value):  # type: ignore[attr-defined]
+            if value.is_meta or torch._C._functorch.is_legacy_batchedtensor(value):  # type: ignore[attr-defined,arg-type]
                 return True
         elif isinstance(value, Tensor):
             return True
