@@ -2,9 +2,9 @@
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from himo.data.paths import ImageRoot
@@ -77,33 +77,62 @@ def from_data(data: str, wanted: Sequence[str], k: int | None, options: dict[str
     Raises:
         HimoError: the data set cannot be read, or has no such image or none of k sentences.
     """
-    item = open_items([data], None, options, None)[0]
-    images, entries = _entries(item, bool(options["allow_missing"]))
-    least = k or 2
-    chosen = Chosen(images)
-    if wanted:
-        found = {name: [entry for entry in entries if _is(entry[1], name)] for name in wanted}
-        for name, of_name in found.items():
-            if not of_name:
-                raise HimoError(f"--image: expected an image of {data}, got {name!r}")
-            long = [entry for entry in of_name if len(entry[2]) >= least]
-            if not long:
-                counted = plural(max(len(entry[2]) for entry in of_name), "sentence")
-                raise HimoError(f"{name}: expected at least {least} sentences, got {counted}")
-            row, image, segments, prefixes = long[0]
-            chosen.add(row, image, *cut(segments, prefixes, k))
-        return chosen
-    # With more than three sentences where no number is asked for: their correlation says more.
-    for fewest in (least,) if k else (MORE_THAN + 1, 2):
-        long = [entry for entry in entries if len(entry[2]) >= fewest]
-        if long:
-            break
-    if not long:
-        raise HimoError(f"{data}: expected captions of at least {least} sentences, got none")
-    drawn = sorted(random.Random(0).sample(range(len(long)), min(_DRAWN, len(long))))
-    for row, image, segments, prefixes in (long[place] for place in drawn):
-        chosen.add(row, image, *cut(segments, prefixes, k))
+    pool = _pool(open_items([data], None, options, None)[0], bool(options["allow_missing"]))
+    chosen = Chosen(pool.images)
+    rows = [_row_of(pool, data, name, k or 2) for name in wanted] or _drawn(pool, data, k)
+    for row in rows:
+        chosen.add(row, pool.names[row], *cut(*pool.parts(row), k))
     return chosen
+
+
+@dataclass
+class _Pool:
+    """The images of a data set: their names by row, and the segments and prefixes of a row."""
+
+    images: Images
+    names: Sequence[str]
+    parts: Callable[[int], tuple[list[str], list[str]]]
+
+
+def _pool(item: Item, allow_missing: bool) -> _Pool:
+    if item.opened is not None:
+        index = item.opened[0]
+
+        def parts(row: int) -> tuple[list[str], list[str]]:
+            segments = caption_segments(" ".join(index[row].caption.split()))
+            return segments, sentence_prefixes(segments)
+
+        return _Pool(index, [index[row].image for row in range(len(index))], parts)
+    if item.kind != "prefixes":
+        raise HimoError(f"{item.name}: has no captions of one image that grow")
+    records, _ = read_himo_docci(item.path, allow_missing=allow_missing)
+    root = ImageRoot(item.image_root or os.path.dirname(os.path.abspath(item.path)))
+    names = [record.image for record in records]
+    images = ImageFiles(root, names, [record.place for record in records])
+    return _Pool(images, names, lambda row: (records[row].segments(), records[row].prefixes))
+
+
+def _row_of(pool: _Pool, data: str, name: str, least: int) -> int:
+    """The first row of the image of this name with enough sentences."""
+    rows = [row for row, of in enumerate(pool.names) if name in (of, os.path.basename(of))]
+    if not rows:
+        raise HimoError(f"--image: expected an image of {data}, got {name!r}")
+    counts = {row: len(pool.parts(row)[0]) for row in rows}
+    found = next((row for row, count in counts.items() if count >= least), None)
+    if found is None:
+        most = plural(max(counts.values()), "sentence")
+        raise HimoError(f"{name}: expected at least {least} sentences, got {most}")
+    return found
+
+
+def _drawn(pool: _Pool, data: str, k: int | None) -> list[int]:
+    """Some rows, the same for the same data; with more than three sentences, if k is not given."""
+    order = random.Random(0).sample(range(len(pool.names)), len(pool.names))
+    for least in (MORE_THAN + 1, 2) if k is None else (k,):
+        long = (row for row in order if len(pool.parts(row)[0]) >= least)
+        if found := sorted(islice(long, _DRAWN)):
+            return found
+    raise HimoError(f"{data}: expected captions of at least {k or 2} sentences, got none")
 
 
 def cut(segments: list[str], prefixes: list[str], k: int | None) -> tuple[list[str], list[str]]:
@@ -113,26 +142,3 @@ def cut(segments: list[str], prefixes: list[str], k: int | None) -> tuple[list[s
     ends = segment_boundaries(len(segments), k)
     joined = [" ".join(segments[start:end]) for start, end in pairwise([0, *ends])]
     return joined, [prefixes[end - 1] for end in ends]
-
-
-def _entries(
-    item: Item, allow_missing: bool
-) -> tuple[Images, list[tuple[int, str, list[str], list[str]]]]:
-    """The images of a set, and each caption as (row, name, segments, prefixes)."""
-    if item.opened is not None:
-        index = item.opened[0]
-        entries = []
-        for row in range(len(index)):
-            segments = caption_segments(" ".join(index[row].caption.split()))
-            entries.append((row, index[row].image, segments, sentence_prefixes(segments)))
-        return index, entries
-    if item.kind != "prefixes":
-        raise HimoError(f"{item.name}: has no captions of one image that grow")
-    records, _ = read_himo_docci(item.path, allow_missing=allow_missing)
-    root = ImageRoot(item.image_root or os.path.dirname(os.path.abspath(item.path)))
-    images = ImageFiles(root, [x.image for x in records], [x.place for x in records])
-    return images, [(row, x.image, x.segments(), x.prefixes) for row, x in enumerate(records)]
-
-
-def _is(image: str, name: str) -> bool:
-    return name in (image, os.path.basename(image))
