@@ -29,7 +29,7 @@ from himo_charts.scales import Scale, fixed, number
 from himo_kernels import pca, project_reconstruct
 from himo_kernels.nn import PRESETS
 
-_POOL = 4096  # captions of a data set that are encoded, to find those most like the caption
+_POOL = 4096  # captions of a data set, of which those most like the caption are found
 _MOST_SEGMENTS = 12  # that a chart has room for
 _SHOWN = 6  # captions of each batch on the page
 _DRAWN, _ALIKE = "drawn at random", "most like the caption"
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     segments = segments_of(args.caption, None, at_most=_MOST_SEGMENTS)
     caption = " ".join(segments)
-    pools = [_captions(path, data_options(args), caption, args.seed) for path in args.data]
+    most = max(_POOL, args.batch_size)
+    pools = [_captions(path, data_options(args), caption, args.seed, most) for path in args.data]
     names = [_DRAWN, _ALIKE] if len(pools) == 1 else distinct_names(args.data)
     for path, pool in zip(args.data, pools, strict=True):
         if len(pool) < args.batch_size - 1:
@@ -117,8 +118,8 @@ def _check(args: argparse.Namespace) -> None:
         raise HimoError(f"--tau: expected a number in (0, 1], got {args.tau}")
 
 
-def _captions(data: str, options: dict[str, Any], caption: str, seed: int) -> list[str]:
-    """Different captions of a data set in random order, without `caption`; at most _POOL."""
+def _captions(data: str, options: dict[str, Any], caption: str, seed: int, most: int) -> list[str]:
+    """Different captions of a data set in random order, without `caption`; at most so many."""
     item = open_items([data], None, options, None)[0]
     if item.opened is not None:
         index = item.opened[0]
@@ -130,7 +131,7 @@ def _captions(data: str, options: dict[str, Any], caption: str, seed: int) -> li
         raise HimoError(f"{data}: expected captions of images, got groups")
     different = dict.fromkeys(" ".join(text.split()) for text in texts)
     different.pop(caption, None)
-    count = min(_POOL, len(different))
+    count = min(most, len(different))
     return random.Random(seed).sample(list(different), count)
 
 
@@ -226,6 +227,7 @@ def context_page(
         noun="context",
         title="One caption in two batches",
         names=[of.name for of in found],
+        set_of="" if found[0].name == _DRAWN else "of ",
         size=len(found[0].others) + 1,
         tau=f"{100 * tau:g}",
         cosine=fixed(_cosine(found), 3),

@@ -96,6 +96,8 @@ def test_the_same_call_writes_the_same_numbers(
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] != printed[2]
     assert "many.json" in printed[0] and "few.json" in printed[0]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Among captions of <b>many.json</b>" in page and "those of <b>few.json</b>" in page
 
 
 @pytest.mark.parametrize(
