@@ -14,6 +14,7 @@ from himo.cli import main
 from himo.errors import HimoError
 from himo.report import export, write_report
 from himo_charts.standalone import charts_of, standalone
+from himo_charts.strips import Strip, order_strips
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,28 @@ def test_charts_of_takes_nested_svg_whole() -> None:
     assert list(found) == ["a", "b"]
     assert found["a"] == f"{chart}x</svg>" and found["b"].endswith("y</svg>")
     assert charts_of("<p>no chart</p>") == {}
+
+
+@pytest.mark.parametrize(("steps", "signs", "numbers"), [(1, 1, 2), (16, 16, 9), (119, 0, 12)])
+def test_strips_have_a_cell_for_each_step(steps: int, signs: int, numbers: int) -> None:
+    falls = [k % 3 == 0 for k in range(steps)]
+    name = "<b>" + "n" * 40
+    strips = [Strip(1, name, "HiMo@9 = 0.5", falls), Strip(0, "b", "", [False] * steps)]
+    root = ElementTree.fromstring(order_strips("x", "Title", "Told", strips))
+    cells = [of.attrib for of in root.iter("rect")]
+    assert [cell["class"] for cell in cells[:steps]] == ["falls" if f else "rises" for f in falls]
+    assert {cell["class"] for cell in cells[steps:]} == {"rises"} and len(cells) == 2 * steps
+    lefts = [float(cell["x"].rstrip("%")) for cell in cells[:steps]]
+    assert lefts == pytest.approx([100 * k / steps for k in range(steps)], abs=0.01)
+    texts = list(root.iter("text"))
+    assert sum(of.get("class") == "sign" for of in texts) == 2 * signs
+    assert [of.text for of in texts if of.get("class") == "run"] == ["<b>" + "n" * 20 + "…", "b"]
+    ticks = [of.text for of in texts if of.get("class") == "tick"]
+    assert (
+        ticks[0] == "1"
+        and len(ticks) == numbers + 1
+        and ticks[-1] == "segments of the caption read, k"
+    )
 
 
 def test_what_is_no_chart_is_refused() -> None:
