@@ -17,5 +17,6 @@ def test_the_row_of_a_measurement(tmp_path):
     size = [row[name] for name in ("images", "captions", "features", "runs")]
     assert size == ["40", "120", "16", "2"]
     assert 0 < float(row["time_s_min"]) <= float(row["time_s_p50"])
+    assert float(row["cpu_s_min"]) > 0
     assert 0 <= float(row["peak_mib"]) < float(row["resident_mib"])
     assert all(0 <= float(row[f"r1_{way}"]) <= 100 for way in ("image_to_text", "text_to_image"))
