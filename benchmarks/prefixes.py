@@ -9,9 +9,7 @@ a row in place of that of the same measurement.
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import math
 import os
 import statistics
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.rows import facts, number, write_whole
+from benchmarks.rows import facts, number, replace_row
 from himo.evaluate import Encoder, read_himo_docci
 from himo.evaluate.encode import distinct_tokens
 from himo.evaluate.shared_prefixes import TextBatch, TokenRows, shared_rows, text_batches
@@ -74,7 +72,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    _write(args.out, measure(args))
+    replace_row(args.out, measure(args), COLUMNS, CELL)
 
 
 def measure(args: argparse.Namespace) -> dict[str, str]:
@@ -177,16 +175,6 @@ def _tokens(tokens: TokenRows, batch: TextBatch) -> int:
 
 def _longest(tokens: TokenRows, batch: TextBatch) -> int:
     return len(batch.texts) * int(tokens[batch.texts].argmax(axis=1).max() + 1)
-
-
-def _write(path: Path, row: dict[str, str]) -> None:
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    others = [other for other in rows if any(other[name] != row[name] for name in CELL)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*others, row])
-    write_whole(path, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def merge(path: Path, new: list[Row]) -> None:
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(ordered)
+    write_whole(path, text.getvalue())
+
+
+def replace_row(path: Path, row: Row, columns: Sequence[str], cell: Sequence[str]) -> None:
+    """Writes a row of other columns into a file, in place of that with the same cell."""
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    others = [other for other in rows if any(other[name] != row[name] for name in cell)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*others, row])
     write_whole(path, text.getvalue())
 
 

@@ -30,7 +30,7 @@ class TrainConfig:
     # Data
     train_data: str = _flag("", "data set: sharegpt4v json, csv, tsv, jsonl, folder or tar shards")
     dataset_type: str = _flag(
-        "auto", "auto, sharegpt4v, csv, jsonl, image-list, flickr, folder, webdataset"
+        "auto", "auto, sharegpt4v, csv, jsonl, image-list, flickr, dci, folder, webdataset"
     )
     image_root: str | None = _flag(None, "directory that image paths are relative to")
     csv_separator: str | None = _flag(None, "of a csv file; by default tab, comma or semicolon")

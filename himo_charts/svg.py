@@ -20,7 +20,8 @@ COLOURS = 8  # s0 to s7 in colours.css; further runs reuse them
 HEIGHT = "180"  # default height of the plot area, in pixels
 _BAR_STEP = 22  # pixels from one bar of a list to the next
 _SLIVER = 0.006  # least width of a bar of a list, so that the smallest is visible
-_GRID = 1000  # width and height of the inner svg, in its own coordinates
+GRID = 1000  # width and height of the inner svg, in its own coordinates
+STRETCHED = f'viewBox="0 0 {GRID} {GRID}" preserveAspectRatio="none"'
 # Control characters, lone surrogates, and marks that change the direction of text.
 _UNFIT = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
@@ -122,7 +123,7 @@ def line_chart(
     ticks = x.ticks() if x_ticks is None else x_ticks
     labels = names(ticks)
     below = "".join(
-        f'<text class="tick" x="{_percent(x.at(tick))}" y="100%" dy="18" '
+        f'<text class="tick" x="{percent(x.at(tick))}" y="100%" dy="18" '
         f'text-anchor="{_anchor(x.at(tick))}">{label}</text>'
         for tick, label in zip(ticks, labels, strict=True)
     )
@@ -132,7 +133,7 @@ def line_chart(
         for line in sorted(lines, key=lambda line: order.get(line.style, 2))
     )
     return Svg(
-        _open(ident, title, description, height)
+        opening(ident, title, description, height)
         + _vertical_axis(y, names, y_label)
         + below
         + f'<text class="tick axis" x="100%" y="100%" dy="34" text-anchor="end">'
@@ -160,14 +161,14 @@ def bar_chart(
         bars: for each run one value per group; None leaves a gap.
         chance: for each group the score of guessing, drawn as a line across it, or None.
     """
-    parts = [_open(ident, title, description, HEIGHT), _vertical_axis(y, tick_labels, y_label)]
+    parts = [opening(ident, title, description, HEIGHT), _vertical_axis(y, tick_labels, y_label)]
     values = []  # on top of everything else
     slot = 1 / len(groups)
     width = min(0.8 * slot / max(1, len(bars)), 0.12)
     for g, group in enumerate(groups):
         centre = (g + 0.5) * slot
         parts.append(
-            f'<text class="tick" x="{_percent(centre)}" y="100%" dy="18" '
+            f'<text class="tick" x="{percent(centre)}" y="100%" dy="18" '
             f'text-anchor="middle">{text(group)}</text>'
         )
         for run, of_run in enumerate(bars):
@@ -177,9 +178,9 @@ def bar_chart(
             left = centre + (run - len(bars) / 2) * width
             bottom, top = sorted((y.at(0), y.at(value)))
             parts.append(
-                f'<g class="{series_class(run)}"><rect class="bar" x="{_percent(left)}" '
-                f'y="{_percent(1 - top)}" width="{_percent(width * 0.92)}" '
-                f'height="{_percent(top - bottom)}">'
+                f'<g class="{series_class(run)}"><rect class="bar" x="{percent(left)}" '
+                f'y="{percent(1 - top)}" width="{percent(width * 0.92)}" '
+                f'height="{percent(top - bottom)}">'
                 f"<title>{text(group)}: {number(value)}</title></rect></g>"
             )
             if len(bars) <= 3:
@@ -188,8 +189,8 @@ def bar_chart(
                 values.append(f'<g class="{series_class(run)}">{place}</g>')
         guess = chance[g]
         if guess is not None and y.holds(guess):
-            ends = f'x1="{_percent(centre - 0.46 * slot)}" x2="{_percent(centre + 0.46 * slot)}"'
-            height = _percent(1 - y.at(guess))
+            ends = f'x1="{percent(centre - 0.46 * slot)}" x2="{percent(centre + 0.46 * slot)}"'
+            height = percent(1 - y.at(guess))
             # On top of a line in the page's colour, so that it is visible on a bar too.
             parts.append(
                 f'<g class="chance"><title>chance: {number(guess)}</title>'
@@ -210,7 +211,7 @@ def bar_list(
         full: the value of a bar as wide as the area; None takes the largest.
     """
     full = full or max((bar.value for bar in bars if bar.value is not None), default=0.0) or 1.0
-    parts = [_open(ident, title, description, str(_BAR_STEP * len(bars)))]
+    parts = [opening(ident, title, description, str(_BAR_STEP * len(bars)))]
     for index, bar in enumerate(bars):
         top = index * _BAR_STEP
         middle = f'y="{top + _BAR_STEP // 2}" dy="4"'
@@ -220,7 +221,7 @@ def bar_list(
         if bar.value is None:
             parts.append(f'<text class="tick" x="2" {middle}>{text(bar.shown)}</text>')
             continue
-        width = _percent(min(1.0, max(_SLIVER, bar.value / full)))
+        width = percent(min(1.0, max(_SLIVER, bar.value / full)))
         parts.append(
             f'<g class="{series_class(bar.run)}"><rect class="bar" x="0" y="{top + 3}" '
             f'width="{width}" height="{_BAR_STEP - 6}"><title>{text(bar.name)}: {text(bar.shown)}'
@@ -240,8 +241,8 @@ def path(x: Scale, y: Scale, line: Line) -> str:
             pen = False
             continue
         # Values outside the axis leave the area and are clipped.
-        column = round(x.at(place) * _GRID)
-        row = round(max(-3.0, min(4.0, 1 - y.at(value))) * _GRID)
+        column = round(x.at(place) * GRID)
+        row = round(max(-3.0, min(4.0, 1 - y.at(value))) * GRID)
         right, down = column - before[0], row - before[1]
         if not pen:
             parts.append(f"M{column} {row}h0")
@@ -258,7 +259,7 @@ def dots(
 ) -> str:
     """Dots of a run at fractions of width and height, each with a tooltip; `css`: dots or best."""
     circles = "".join(
-        f'<circle cx="{_percent(x)}" cy="{_percent(1 - y)}" r="{radius:g}">'
+        f'<circle cx="{percent(x)}" cy="{percent(1 - y)}" r="{radius:g}">'
         f"<title>{text(title)}</title></circle>"
         for x, y, title in places
     )
@@ -268,7 +269,7 @@ def dots(
 def triangles(run: int, places: Iterable[tuple[float, float, str]]) -> str:
     """Triangles that point down, for scores that do not rise; not distorted by the width."""
     marks = "".join(
-        f'<svg x="{_percent(x)}" y="{_percent(1 - y)}"><polygon points="-7,-5 7,-5 0,8">'
+        f'<svg x="{percent(x)}" y="{percent(1 - y)}"><polygon points="-7,-5 7,-5 0,8">'
         f"<title>{text(title)}</title></polygon></svg>"
         for x, y, title in places
     )
@@ -281,7 +282,7 @@ def label(
     """Text at fractions of the area, shifted by pixels."""
     place = anchor or ("end" if x > 0.7 else "start")
     return (
-        f'<text class="{css}" x="{_percent(x)}" y="{_percent(1 - y)}" '
+        f'<text class="{css}" x="{percent(x)}" y="{percent(1 - y)}" '
         f'dx="{-dx if place == "end" else dx:g}" dy="{dy:g}" text-anchor="{place}">'
         f"{text(content)}</text>"
     )
@@ -290,13 +291,13 @@ def label(
 def rule(css: str, *, x: float | None = None, y: float | None = None, top: float = 1) -> str:
     """A line across the area at a height `y`, or up from the axis at `x` to a height `top`."""
     if y is not None:
-        height = _percent(1 - y)
+        height = percent(1 - y)
         return f'<line class="{css}" x1="0" x2="100%" y1="{height}" y2="{height}"/>'
-    place = _percent(x or 0)
-    return f'<line class="{css}" x1="{place}" x2="{place}" y1="100%" y2="{_percent(1 - top)}"/>'
+    place = percent(x or 0)
+    return f'<line class="{css}" x1="{place}" x2="{place}" y1="100%" y2="{percent(1 - top)}"/>'
 
 
-def _open(ident: str, title: str, description: str, height: str) -> str:
+def opening(ident: str, title: str, description: str, height: str) -> str:
     return (
         f'<svg width="100%" height="{height}" role="img" '
         f'aria-labelledby="{ident}-title {ident}-desc">'
@@ -308,25 +309,22 @@ def _open(ident: str, title: str, description: str, height: str) -> str:
 def _vertical_axis(y: Scale, labels: Callable[[Sequence[float]], list[str]], name: str) -> str:
     """Ticks with lines across the area, and the name above, from the left edge of the labels."""
     ticks = y.ticks()
-    heights = [round((1 - y.at(tick)) * _GRID) for tick in ticks]
+    heights = [round((1 - y.at(tick)) * GRID) for tick in ticks]
     names = "".join(
-        f'<text class="tick" x="-8" y="{_percent(1 - y.at(tick))}" dy="4" text-anchor="end">'
+        f'<text class="tick" x="-8" y="{percent(1 - y.at(tick))}" dy="4" text-anchor="end">'
         f"{name}</text>"
         for tick, name in zip(ticks, labels(ticks), strict=True)
     )
-    rules = "".join(f"M0 {height}h{_GRID}" for height in heights)
-    base = f'<path class="base" d="M0 {_GRID}h{_GRID}"/>'
+    rules = "".join(f"M0 {height}h{GRID}" for height in heights)
+    base = f'<path class="base" d="M0 {GRID}h{GRID}"/>'
     name = f"{name}, log scale" if y.log else name
     names += f'<text class="tick axis" x="-46" y="0" dy="-14">{text(name)}</text>'
     return names + _stretched(f'<path class="grid" d="{rules}"/>{base}', "rules")
 
 
 def _stretched(content: str, css: str) -> str:
-    """The inner svg, of _GRID x _GRID coordinates, stretched to the area."""
-    return (
-        f'<svg class="{css}" width="100%" height="100%" viewBox="0 0 {_GRID} {_GRID}" '
-        f'preserveAspectRatio="none">{content}</svg>'
-    )
+    """The inner svg, of GRID x GRID coordinates, stretched to the area."""
+    return f'<svg class="{css}" width="100%" height="100%" {STRETCHED}>{content}</svg>'
 
 
 def _hits(x: Scale, hits: Sequence[tuple[float, str]]) -> str:
@@ -336,13 +334,13 @@ def _hits(x: Scale, hits: Sequence[tuple[float, str]]) -> str:
     places = [min(1.0, max(0.0, x.at(place))) for place, _ in hits]
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(places)), 1.0]
     return "".join(
-        f'<rect class="hit" x="{_percent(left)}" width="{_percent(right - left)}" '
+        f'<rect class="hit" x="{percent(left)}" width="{percent(right - left)}" '
         f'height="100%"><title>{text(content)}</title></rect>'
         for (_, content), left, right in zip(hits, edges[:-1], edges[1:], strict=True)
     )
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.2f}".rstrip("0").rstrip(".") + "%"
 
 

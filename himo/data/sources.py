@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from himo.data.dci import Annotations
 from himo.data.folder import Folder
 from himo.data.image_lists import FLICKR_LINE, IMAGE_LIST, FlickrLines, ImageList
 from himo.data.index import Origin, SampleIndex, write_index
@@ -27,6 +28,7 @@ _FORMATS: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
     "jsonl": (JsonLines, _OBJECTS),
     "image-list": (ImageList, ("split",)),
     "flickr": (FlickrLines, ()),
+    "dci": (Annotations, ()),
     "folder": (Folder, ("first_line", "follow_links")),
     "webdataset": (WebDataset, ("caption_key",)),
 }
@@ -89,9 +91,9 @@ def open_dataset(
         "follow_links": follow_links,
     }
     reader = _reader(path, dataset_type, given)
-    if reader.kind not in ("folder", "webdataset"):
+    if reader.kind not in ("dci", "folder", "webdataset"):
         regular_file(path)
-    elif image_root is not None:
+    elif reader.kind != "dci" and image_root is not None:
         raise HimoError(f"image_root: a {reader.kind} data set holds its images, leave it out")
     directory = image_root or reader.image_root
     root = ImageRoot(directory, follow_links) if directory is not None else None

@@ -12,7 +12,7 @@ from himo.data import DATASET_TYPES, SampleIndex, open_dataset
 from himo.data.splits import listed_splits
 from himo.errors import note
 from himo.evaluate.encode import Coverage, Encoder, TextScores
-from himo.evaluate.himo_k import K_RULE, himo_at, himo_k
+from himo.evaluate.himo_k import K_RULE, himo_at, himo_k, word_counts
 from himo.evaluate.metrics import (
     MAX_SEGMENTS,
     caption_segments,
@@ -167,6 +167,7 @@ def evaluate_captions(
     )
     at_k = himo_k(series)
     histogram = {key: at_k.pop(key) for key in ("K", "rho")}
+    histogram["words"] = word_counts(captions.captions, series)
     shown = ("image_to_text", "text_to_image", "chance_R@1", "ties")
     sections = {
         "protocol": _protocol(index, captions, texts, ways, scored.cut),

@@ -101,7 +101,10 @@ SETS: dict[str, DataSet] = {
         title="Long-DCI",
         tables="1, 3",
         folders=("dci", "dci_long", "Long-DCI", "long-dci"),
-        layouts=(Layout("dci_long.csv", _DCI_IMAGES, {"separator": "\t"}),),
+        layouts=(
+            Layout("dci_long.csv", _DCI_IMAGES, {"separator": "\t"}),
+            Layout("annotations", _DCI_IMAGES, {"dataset_type": "dci"}),
+        ),
         images=0,
         captions=0,
         source="https://huggingface.co/datasets/mderakhshani/Long-DCI, images: SA-1B",
@@ -245,7 +248,7 @@ def _place(layout: Layout, root: str) -> Place | None:
         return Place(path, None, layout.options) if all(map(os.path.isdir, folders)) else None
     directories = [os.path.normpath(os.path.join(root, name)) for name in layout.images]
     images = next(filter(os.path.isdir, directories), None)
-    if not os.path.isfile(path) or images is None:
+    if not os.path.exists(path) or images is None:
         return None
     return Place(path, images, layout.options)
 

@@ -85,6 +85,14 @@ def himo_k(series: Sequence[Tensor], more_than: int = MORE_THAN) -> dict[str, An
     }
 
 
+def word_counts(
+    texts: Sequence[str], series: Sequence[Tensor], more_than: int = MORE_THAN
+) -> list[int]:
+    """The words of each text that `himo_k` of the same series uses, in its order."""
+    pairs = zip(texts, series, strict=True)
+    return [len(text.split()) for text, scores in pairs if len(scores) > more_than]
+
+
 @dataclass
 class PrefixedImage:
     """One line of HiMo-Docci: an image and K increasingly complete texts, K >= 2."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from himo.evaluate.captions import CaptionScores
 from himo.evaluate.encode import Images
-from himo.evaluate.himo_k import GIVEN_K_RULE, PrefixScores, himo_k
+from himo.evaluate.himo_k import GIVEN_K_RULE, PrefixScores, himo_k, word_counts
 from himo.evaluate.metrics import MAX_SEGMENTS, caption_segments
 from himo.evaluate.retrieval import RECALLS
 from himo.files import write_text
@@ -95,6 +95,8 @@ def add_himo_docci(
     measure = himo_k(scores.series, more_than=1)
     measure["left_out"] = scores.coverage.total - measure["used"]
     histogram = {key: measure.pop(key) for key in ("K", "rho")}
+    whole = [record.prefixes[-1] for record in scores.records]
+    histogram["words"] = word_counts(whole, scores.series, more_than=1)
     coverage = scores.coverage.to_dict()
     if "protocol" in result:
         measure |= {"dataset": os.fspath(path), "k_rule": GIVEN_K_RULE, "coverage": coverage}

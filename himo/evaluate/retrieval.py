@@ -170,7 +170,8 @@ def retrieval(
     device = image_features.device
     together = sorted(set(zip(caption_images, numbers, strict=True)))
     images, texts = torch.tensor(together, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-    text_features = text_features[list(first.values())]
+    if len(first) < count:  # otherwise a copy of all
+        text_features = text_features[list(first.values())]
     ranked = {
         "image_to_text": ranks_and_ties(image_features, text_features, images, texts),
         "text_to_image": ranks_and_ties(text_features, image_features, texts, images),

@@ -14,8 +14,9 @@ import torch
 
 from himo.files import output_path, write_text
 from himo.printing import csv_cell
+from himo.report import export
 from himo.report.page import report_page
-from himo.report.runs import COLUMNS, Run, read_runs
+from himo.report.runs import COLUMNS, Run, distinct_names, read_runs
 from himo_kernels import __version__
 
 
@@ -26,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "the page; its numbers go beside it as .csv and .json (default: %(default)s)"
     parser.add_argument("--out", default="report.html", metavar="FILE", help=text)
+    export.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """`himo report`."""
+    export.check(args)
     page = write_report(args.runs, args.out)
     print(f"report: {page.resolve()}")
+    export.export(args, page, distinct_names(args.runs))
     return 0
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from himo.evaluate.himo_k import MORE_THAN
 from himo.evaluate.metrics import growth_correlation
 from himo.report.figures import Table
 from himo.report.runs import Curve, Run
-from himo_charts.scales import Scale, finite_only, fit, number
+from himo_charts.scales import Scale, finite_only, fit, fixed, number
+from himo_charts.strips import Strip, order_strips
 from himo_charts.svg import Line, Svg, dots, line_chart, path, triangles
 
 
@@ -89,8 +91,7 @@ def card(ident: str, example: Example, names: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         `ident`, `segments` as (words, class and opacity of the ground), `views` as (class, chart
-        or None), and for each run a verdict whose `order` says for each k from 2 whether the score
-        falls there.
+        or None), `order` as a chart, and for each run a verdict in words.
     """
     count = len(example.segments)
     rows = []
@@ -109,13 +110,9 @@ def card(ident: str, example: Example, names: Sequence[str]) -> dict[str, Any]:
             (css, _view(f"{ident}-{css}", example, names, raw=css == "raw"))
             for css in ("normalised", "raw")
         ],
+        "order": _order(f"{ident}-order", example, names),
         "verdicts": [
-            {
-                "run": run,
-                "name": names[run],
-                "order": [(k, k in falls(scores)) for k in range(2, len(scores) + 1)],
-                "words": _verdict(scores),
-            }
+            {"run": run, "name": names[run], "words": _verdict(scores)}
             for run, scores in example.scores
         ],
         "table": Table(
@@ -176,9 +173,34 @@ def _view(ident: str, example: Example, names: Sequence[str], *, raw: bool) -> S
     )
 
 
+def _order(ident: str, example: Example, names: Sequence[str]) -> Svg | None:
+    """Strips that say at which segments the scores rise; None for a single segment."""
+    if len(example.segments) < 2:
+        return None
+    strips = [
+        Strip(
+            run,
+            names[run],
+            himo_at_k(scores),
+            [k in falls(scores) for k in range(2, len(scores) + 1)],
+        )
+        for run, scores in example.scores
+    ]
+    told = "; ".join(f"{names[run]}: {_verdict(scores)}" for run, scores in example.scores)
+    return order_strips(ident, f"Order of the scores of {example.image}", told, strips)
+
+
+def himo_at_k(scores: Sequence[float]) -> str:
+    """What HiMo@K says of one image: eq. (6) up to K = 3, eq. (5) from 4 on."""
+    count = len(scores)
+    if count > MORE_THAN:
+        return f"HiMo@{count} = {fixed(pearson(scores), 3)}"
+    return f"HiMo@{count}: {'not ' if falls(scores) else ''}in order"
+
+
 def _verdict(scores: Sequence[float]) -> str:
     fallen = falls(scores)
     words = "rises with every segment"
     if fallen:
         words = f"does not rise at {', '.join(map(str, fallen))}"
-    return words if len(scores) <= 3 else f"{words}, ρ = {number(pearson(scores), 3)}"
+    return words if len(scores) <= MORE_THAN else f"{words}, ρ = {number(pearson(scores), 3)}"

@@ -10,6 +10,7 @@ from himo_charts.scales import Scale, finite_only, fit, fixed, is_finite, number
 from himo_charts.svg import Line, dots, line_chart
 
 HIMO = ("HiMo@2", "HiMo@3", "HiMo@K")
+_GROUPS = 6  # of captions by their words
 # Share of random orders of K scores that rise throughout, in percent: 100 / K!
 _RANDOM_ORDER = {"HiMo@2": 50.0, "HiMo@3": 100 / 6}
 
@@ -17,7 +18,7 @@ _RANDOM_ORDER = {"HiMo@2": 50.0, "HiMo@3": 100 / 6}
 def himo(runs: Sequence[Run]) -> dict[str, Any] | None:
     """`figures` and a `table` that says what was left out; None where no run has a measure.
 
-    The figures are HiMo@2 and @3 as bars, HiMo@K likewise, and HiMo@K by length.
+    The figures are HiMo@2 and @3 as bars, HiMo@K likewise, and HiMo@K by segments and by words.
     """
     found = list(dict.fromkeys(name for run in runs for name in _measures(run)))
     found.sort(key=lambda name: HIMO.index(name) if name in HIMO else len(HIMO))
@@ -29,6 +30,7 @@ def himo(runs: Sequence[Run]) -> dict[str, Any] | None:
         _bars(runs, shares, "Similarity always rises", "% of captions", 1) if shares else None,
         _bars(runs, means, "Similarity and length", "correlation ρ", 2) if means else None,
         _rho_by_k(runs),
+        _rho_by_words(runs),
     ]
     rows = []
     for run in runs:
@@ -50,51 +52,110 @@ def himo(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def _rho_by_k(runs: Sequence[Run]) -> Figure | None:
-    """The mean correlation of the captions of each length, from the histogram of eval.json."""
-    means = [_means_by_k(run) for run in runs]
-    lengths = sorted({k for by_k in means for k in by_k})
-    y = fit((mean for by_k in means for mean, _ in by_k.values()), margin=0.12)
-    if y is None or len(lengths) < 2:
-        return None
-    x = Scale(lengths[0] - 0.3, lengths[-1] + 0.3)
-    lines, marks = [], ""
-    for index, (run, by_k) in enumerate(zip(runs, means, strict=True)):
-        lines.append(Line(index, list(by_k), [mean for mean, _ in by_k.values()]))
-        places = []
-        for k, (mean, count) in by_k.items():
-            told = f"{run.label}, K = {k}: mean ρ {number(mean)}, {plural(count, 'caption')}"
-            places.append((x.at(k), y.at(mean), told))
-        marks += dots(index, places)
-    title = "Correlation by number of segments"
-    chart = line_chart(
+    """The mean correlation of the captions of each number of segments."""
+    found = [_correlations(run, "K") for run in runs]
+    lengths = sorted({k for of_run in found for k, _ in of_run})
+    return _rho_figure(
+        runs,
+        found,
+        [(k, k) for k in lengths],
         "rho-by-k",
+        "Correlation by number of segments",
+        "segments of the caption, K",
+        x_ticks=lengths[:: max(1, math.ceil(len(lengths) / 8))],
+    )
+
+
+def _rho_by_words(runs: Sequence[Run]) -> Figure | None:
+    """The mean correlation of captions of similar length; each group has about as many."""
+    found = [_correlations(run, "words") for run in runs]
+    words = sorted(count for of_run in found for count, _ in of_run)
+    if not words:
+        return None
+    ends = sorted({words[(len(words) * part - 1) // _GROUPS] for part in range(1, _GROUPS + 1)})
+    starts = [words[0], *(end + 1 for end in ends)]
+    return _rho_figure(
+        runs,
+        found,
+        list(zip(starts, ends, strict=False)),
+        "rho-by-words",
+        "Correlation by length of the caption",
+        "words of the caption",
+    )
+
+
+def _rho_figure(
+    runs: Sequence[Run],
+    found: Sequence[Sequence[tuple[int, float]]],
+    groups: Sequence[tuple[int, int]],
+    ident: str,
+    title: str,
+    x_label: str,
+    x_ticks: Sequence[float] | None = None,
+) -> Figure | None:
+    """Mean correlations over groups of captions; None where there are fewer than two.
+
+    Args:
+        found: for each run the captions, as (size, correlation).
+        groups: the smallest and the largest size of each, ascending.
+        x_ticks: as of `line_chart`.
+    """
+    means = [[_group_mean(of_run, *group) for group in groups] for of_run in found]
+    y = fit((mean for of_run in means for mean, _ in of_run), margin=0.12)
+    if y is None or len(groups) < 2:
+        return None
+    middles = [(low + high) / 2 for low, high in groups]
+    margin = 0.05 * (middles[-1] - middles[0])
+    x = Scale(middles[0] - margin, middles[-1] + margin)
+    names = [str(low) if low == high else f"{low}–{high}" for low, high in groups]
+    lines, marks = [], ""
+    for index, (run, of_run) in enumerate(zip(runs, means, strict=True)):
+        shown = [
+            (middle, name, mean, count)
+            for middle, name, (mean, count) in zip(middles, names, of_run, strict=True)
+            if mean is not None
+        ]
+        lines.append(Line(index, [place for place, *_ in shown], [mean for *_, mean, _ in shown]))
+        places = []
+        for place, name, mean, count in shown:
+            told = f"{run.label}, {name}: mean ρ {number(mean)}, {plural(count, 'caption')}"
+            places.append((x.at(place), y.at(mean), told))
+        marks += dots(index, places)
+    chart = line_chart(
+        ident,
         title,
-        "Mean correlation of length and similarity for captions of K segments.",
+        f"Mean correlation of length and similarity over {x_label}.",
         x,
         y,
         lines,
-        x_label="segments of the caption, K",
+        x_label=x_label,
         y_label="mean ρ",
         over=marks,
-        x_ticks=lengths[:: math.ceil(len(lengths) / 8)],
+        x_ticks=x_ticks,
     )
     rows = []
-    for k in lengths:
-        cells = [by_k.get(k, (None, 0)) for by_k in means]
-        rows.append([str(k), *(c for mean, count in cells for c in (number(mean), f"{count:,}"))])
-    head = ["K", *(h for run in runs for h in (run.label, "captions"))]
+    for place, name in enumerate(names):
+        cells = (of_run[place] for of_run in means)
+        rows.append([name, *(c for mean, count in cells for c in (number(mean), f"{count:,}"))])
+    head = [x_label, *(h for run in runs for h in (run.label, "captions"))]
     return Figure(title, chart, Table(head, rows))
 
 
-def _means_by_k(run: Run) -> dict[int, tuple[float, int]]:
-    """For each K, ascending, the mean correlation and the number of captions."""
-    lengths, rhos = (as_numbers(lookup(run.evaluation, "histogram", n)) for n in ("K", "rho"))
-    groups: dict[int, list[float]] = {}
-    if lengths and rhos and len(lengths) == len(rhos):
-        for length, rho in zip(lengths, rhos, strict=True):
-            if math.isfinite(length) and math.isfinite(rho):
-                groups.setdefault(int(length), []).append(rho)
-    return {k: (sum(of_k) / len(of_k), len(of_k)) for k, of_k in sorted(groups.items())}
+def _group_mean(
+    captions: Sequence[tuple[int, float]], low: int, high: int
+) -> tuple[float | None, int]:
+    """The mean correlation of the captions whose size is from low to high, and their number."""
+    values = [rho for size, rho in captions if low <= size <= high]
+    return (sum(values) / len(values) if values else None), len(values)
+
+
+def _correlations(run: Run, size: str) -> list[tuple[int, float]]:
+    """The size of each caption, K or words, and its correlation."""
+    sizes, rhos = (as_numbers(lookup(run.evaluation, "histogram", n)) for n in (size, "rho"))
+    if not sizes or not rhos or len(sizes) != len(rhos):
+        return []
+    pairs = zip(sizes, rhos, strict=True)
+    return [(int(at), rho) for at, rho in pairs if math.isfinite(at) and math.isfinite(rho)]
 
 
 def _measures(run: Run) -> list[str]:

@@ -267,6 +267,7 @@ def spectrum_charts(runs: Sequence[Run]) -> list[Figure]:
         x_label="components",
         y_label="cumulative share",
         over=over,
+        x_ticks=[tick for tick in x.ticks() if tick.is_integer()],
     )
     figure = Figure(title, chart, _spectrum_table(last), wide=True, caption=caption)
     return [figure, ranks]

@@ -151,7 +151,7 @@ def evaluation(loss: str, seed: int, images: int = 500, pictures: int = 6) -> di
             "HiMo@K": {"value": sum(rhos) / len(rhos), "used": len(rhos), "left_out": short},
         },
         "coverage": {"used": images, "total": images, "left_out": {}, "examples": []},
-        "histogram": {"K": lengths, "rho": rhos},
+        "histogram": {"K": lengths, "rho": rhos, "words": [11 * k + 3 for k in lengths]},
         "misses": misses,
         "curves": curves,
         "chosen": {

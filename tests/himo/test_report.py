@@ -16,7 +16,7 @@ import report_runs
 from himo import report
 from himo.cli import main
 from himo.errors import HimoError
-from himo.report import growth, rendering, training
+from himo.report import growth, monotonicity, rendering, training
 from himo.report import runs as reader
 from himo_charts import scales, svg
 
@@ -108,11 +108,10 @@ def test_page_shows_two_runs(runs: list[Path], tmp_path: Path) -> None:
     thumbnails = sum(map(len, re.findall(r'src="data:image[^"]*"', page.source)))
     assert thumbnails > 10_000
     assert len(page.source.encode()) - thumbnails < 200_000
-    # Each chart has a title, a description, a name of its vertical axis and a table.
+    # Each chart has a title, a description, a table, and a name of its vertical axis if it has one.
     charts = page.source.count('role="img"')
-    assert (
-        len(re.findall(r'<text class="tick axis" x="-46"[^>]*>[^<]+</text>', page.source)) == charts
-    )
+    named = len(re.findall(r'<text class="tick axis" x="-46"[^>]*>[^<]+</text>', page.source))
+    assert named == charts - page.source.count('-order-title"')
     assert charts >= 25
     assert page.source.count("<desc ") == charts
     ids = [value for _, name, value in page.attributes if name == "id"]
@@ -570,3 +569,29 @@ def test_no_template_is_exempt_from_escaping() -> None:
         content = path.read_text()
         assert not re.search(r"\|\s*safe\b|autoescape\s+false|autoescape=False", content), path
         assert "Markup(" not in content.replace("Markup(svg.page_style())", ""), path
+
+
+def test_correlation_by_words_is_the_mean_over_groups_of_similar_length(tmp_path: Path) -> None:
+    words = [40, 10, 20, 30, 50, 60, 10, 20, 30, 40, 50, 60]
+    rho = [0.1 * place for place in range(12)]
+    histogram = {"K": [4] * 12, "rho": rho, "words": words}
+    evaluation = {"himo": {"HiMo@K": {"value": 0.55}}, "histogram": histogram}
+    run = reader.read_run(bare_run(tmp_path / "run", eval=json.dumps(evaluation)))
+    shown = monotonicity.himo([run])
+    assert shown is not None
+    figure = shown["figures"][-1]
+    assert figure.title == "Correlation by length of the caption"
+    expected = [
+        ("10", 0.35), ("11–20", 0.45), ("21–30", 0.55),
+        ("31–40", 0.45), ("41–50", 0.7), ("51–60", 0.8),
+    ]  # fmt: skip
+    assert [(row[0], float(row[1]), row[2]) for row in figure.table.rows] == [
+        (name, pytest.approx(value), "2") for name, value in expected
+    ]
+    # An older file has no words, and captions of one length have nothing to compare.
+    for changed in ({"words": None}, {"words": [7] * 12}, {"words": [10]}):
+        evaluation["histogram"] = histogram | changed
+        run = reader.read_run(bare_run(tmp_path / str(changed), eval=json.dumps(evaluation)))
+        shown = monotonicity.himo([run])
+        assert shown is not None
+        assert [f.title for f in shown["figures"]] == ["Similarity and length"]

@@ -1,9 +1,12 @@
 """himo explain: the scores are the model's, and bad input is one clear line."""
 
 import base64
+import itertools
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import report_runs
 import torch
@@ -132,3 +135,135 @@ def test_same_checkpoint_twice_is_refused(
     model = ["--pretrained", str(files / "a.safetensors")]
     assert main(["explain", str(files / "scene.jpg"), CAPTION, *model, *model]) == 2
     assert "given twice" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def data(files: Path) -> Path:
+    """A data set of five images with captions of 4 to 6 sentences, one of them of 2."""
+    records = []
+    for seed in range(5):
+        url, sentences = report_runs.scene(seed)
+        (files / "images").mkdir(exist_ok=True)
+        (files / "images" / f"{seed}.jpg").write_bytes(base64.b64decode(url.partition(",")[2]))
+        caption = " ".join(sentences[:2] if seed == 4 else sentences)
+        records.append({"image": f"images/{seed}.jpg", "caption": caption})
+    path = files / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def scored(files: Path, image: Path, texts: list[str]) -> list[float]:
+    """Computed a text at a time, from the public functions alone."""
+    model, preprocess = load(files / "a.safetensors")
+    with torch.no_grad():
+        picture = model.encode_image(preprocess(open_image(image))[None])
+        each = [model.encode_text(tokenize([text])) for text in texts]
+    return [F.cosine_similarity(picture, text).item() for text in each]
+
+
+def numbers(printed: str) -> list[list[float]]:
+    """The scores of each image in the tables of the terminal, by their first column k."""
+    found: list[list[float]] = []
+    for line in printed.splitlines():
+        if match := re.match(r" +(\d+) +(-?\d\.\d{4})", line):
+            if match[1] == "1":
+                found.append([])
+            found[-1].append(float(match[2]))
+    return found
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_k_joins_sentences_as_himo_at_k_does(
+    k: int, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = {2: [2, 4], 3: [1, 2, 4], 4: [1, 2, 3, 4]}[k]  # floor(4 j / k)
+    out = tmp_path / "page.html"
+    given = ["explain", str(files / "scene.jpg"), CAPTION, "--k", str(k), "--out", str(out)]
+    assert main([*given, "--pretrained", str(files / "a.safetensors")]) == 0
+    texts = [" ".join(SEGMENTS[:end]) for end in ends]
+    expected = scored(files, files / "scene.jpg", texts)
+    assert numbers(capsys.readouterr().out) == [pytest.approx(expected, abs=6e-5)]
+    page = out.read_text(encoding="utf-8")
+    if k < 4:
+        rising = all(a < b for a, b in itertools.pairwise(expected))
+        assert f"HiMo@{k}: {'in order' if rising else 'not in order'}</text>" in page
+    else:
+        rho = np.corrcoef(np.arange(k), expected)[0, 1]
+        shown = re.search(rf"HiMo@{k} = (.\d?\.?\d+)</text>", page)
+        assert shown is not None
+        assert float(shown[1].replace("−", "-")) == pytest.approx(rho, abs=2e-3)
+    signs = re.findall(r'<text class="sign"[^>]*>(&lt;|≥)</text>', page)
+    pairs = itertools.pairwise(expected)
+    assert signs == ["&lt;" if before < after else "≥" for before, after in pairs]
+
+
+def test_images_of_a_data_set(
+    data: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "page.html"
+    given = ["explain", "--data", str(data), "--k", "3", "--out", str(out)]
+    given += ["--pretrained", str(files / "a.safetensors")]
+    assert main([*given, "--image", "2.jpg", "--image", "images/0.jpg"]) == 0
+    found = numbers(capsys.readouterr().out)
+    for seed, scores in zip((2, 0), found, strict=True):
+        sentences = report_runs.scene(seed)[1]
+        ends = [len(sentences) * part // 3 for part in (1, 2, 3)]
+        texts = [" ".join(sentences[:end]) for end in ends]
+        expected = scored(files, files / "images" / f"{seed}.jpg", texts)
+        assert scores == pytest.approx(expected, abs=6e-5)
+    page = out.read_text(encoding="utf-8")
+    assert page.count('<article class="growth') == 2 and "2 images" in page
+    # Without names, all that have three sentences.
+    assert main(given) == 0
+    assert len(numbers(capsys.readouterr().out)) == 4
+
+
+def test_prefixes_of_himo_docci_are_scored_as_given(
+    data: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefixes = ["A picture.", "A picture of shapes", "A picture of shapes, red.", "All of it. Yes."]
+    folder = tmp_path / "docci"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "0.jpg").write_bytes((files / "images" / "0.jpg").read_bytes())
+    line = {"img_path": "0.jpg", "caption": prefixes, "raw_caption": ""}
+    (folder / "himo_docci.jsonl").write_text(json.dumps(line) + "\n")
+    given = ["explain", "--data", f"himo-docci:{folder}", "--out", str(tmp_path / "page.html")]
+    given += ["--pretrained", str(files / "a.safetensors")]
+    assert main(given) == 0
+    expected = scored(files, files / "images" / "0.jpg", prefixes)
+    assert numbers(capsys.readouterr().out) == [pytest.approx(expected, abs=6e-5)]
+    assert main([*given, "--k", "2"]) == 0
+    halves = [expected[1], expected[3]]
+    assert numbers(capsys.readouterr().out) == [pytest.approx(halves, abs=6e-5)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["DATA", "--image", "9.jpg"], "--image: expected an image of "),
+        (["DATA", "--image", "4.jpg", "--k", "3"], "4.jpg: expected at least 3 sentences, got 2"),
+        (["DATA", "--k", "9"], "expected captions of at least 9 sentences, got none"),
+        (["DATA", "--k", "1"], "--k: expected at least 2, got 1"),
+        (["DATA", "scene.jpg"], "--data: expected no image and caption beside it"),
+        (["--image", "2.jpg"], "--image: expected a data set to take it from, --data"),
+        (["scene.jpg"], "expected an image and its caption, or --data"),
+        ([], "expected an image and its caption, or --data"),
+        (["scene.jpg", CAPTION, "--k", "5"], "caption: expected at least 5 sentences"),
+        (["--data", "none.json"], "none.json"),
+    ],
+)
+def test_images_that_cannot_be_chosen(
+    arguments: list[str],
+    said: str,
+    data: Path,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    at = {"DATA": ["--data", str(data)], "scene.jpg": [str(files / "scene.jpg")]}
+    given = [part for word in arguments for part in at.get(word, [word])]
+    model = ["--pretrained", str(files / "a.safetensors"), "--out", str(tmp_path / "page.html")]
+    assert main(["explain", *model, *given]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
