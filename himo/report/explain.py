@@ -55,6 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     export.add_arguments(parser)
     add_data_arguments(parser)
+    _allow_flags_between(parser)
+
+
+def _allow_flags_between(parser: argparse.ArgumentParser) -> None:
+    """The caption may follow flags that follow the image, though both may be left out."""
+    plain = parser.parse_known_args
+
+    def parse(*arguments: Any, **optional: Any) -> Any:
+        parser.parse_known_args = plain  # type: ignore[method-assign]  # the next line calls it
+        return parser.parse_known_intermixed_args(*arguments, **optional)
+
+    parser.parse_known_args = parse  # type: ignore[method-assign]
 
 
 def run(args: argparse.Namespace) -> int:

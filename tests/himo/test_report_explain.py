@@ -92,8 +92,12 @@ def test_several_texts_are_the_segments(files: Path, tmp_path: Path) -> None:
     texts = ["a scene", "with shapes, one. of them red"]
     model = str(files / "a.safetensors")
     image = str(files / "scene.jpg")
-    assert main(["explain", image, *texts, "--pretrained", model, "--out", str(out)]) == 0
-    assert len(SEGMENT.findall(out.read_text(encoding="utf-8"))) == 2
+    flags = ["--pretrained", model, "--out", str(out)]
+    # Texts may stand on either side of the flags.
+    for arguments in ([image, *texts, *flags], [*flags, image, *texts], [image, *flags, *texts]):
+        out.unlink(missing_ok=True)
+        assert main(["explain", *arguments]) == 0
+        assert len(SEGMENT.findall(out.read_text(encoding="utf-8"))) == 2
 
 
 @pytest.mark.parametrize(
