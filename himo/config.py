@@ -63,7 +63,11 @@ class TrainConfig:
     vision_heads: int | None = _flag(None, "attention heads, where its file does not state them")
     text_heads: int | None = _flag(None, "attention heads, where its file does not state them")
     lock_image: bool = _flag(False, "freeze the image tower")
+    lock_image_unlocked_groups: int = _flag(
+        0, "last groups of it to train all the same: 1 its projection, 2 also its last block, ..."
+    )
     lock_text: bool = _flag(False, "freeze the text tower")
+    lock_text_unlocked_layers: int = _flag(0, "as --lock-image-unlocked-groups, of the text tower")
     grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
     compile: bool = _flag(False, "torch.compile for both towers; needs a C++ compiler on a CPU")
 
@@ -94,11 +98,19 @@ class TrainConfig:
     beta1: float = _flag(0.9, "AdamW; paper 0.9")
     beta2: float = _flag(0.999, "AdamW; paper 0.999")
     eps: float = _flag(1e-8, "AdamW")
-    warmup: int = _flag(
-        None, "steps to the peak learning rate, then a cosine to 0; paper 200 (recipe)"
+    layer_decay: float | None = _flag(
+        None, "learning rate of each block, as a share of that of the next; the heads have --lr"
     )
+    warmup: int = _flag(None, "steps to the peak learning rate; paper 200 (recipe)")
+    lr_scheduler: Literal["cosine", "const", "const-cooldown"] = _flag(
+        "cosine", "after the warm-up: a cosine to 0, --lr to the end, or --lr and a line to 0"
+    )
+    epochs_cooldown: int | None = _flag(None, "last epochs in which const-cooldown falls to 0")
     force_warmup: bool = _flag(False, "train although the warm-up is as long as the run")
     grad_clip_norm: float | None = _flag(None, "largest norm of the gradient")
+    ema: float | None = _flag(
+        None, "decay of an average of the weights, which is then validated and saved: 0.999"
+    )
     on_nonfinite: Literal["raise", "skip"] = _flag(
         "raise",
         "NaN or inf in a loss or gradient: end the run, or skip the step; 10 in a row end it",
@@ -150,6 +162,23 @@ class TrainConfig:
             raise HimoError("--patience: expected a validation, from --val-data or --held-out")
         if self.val_data is not None and self.held_out:
             raise HimoError("--held-out: expected none beside --val-data, or no --val-data")
+        for name in ("lock_image_unlocked_groups", "lock_text_unlocked_layers"):
+            lock = name.partition("_unlocked")[0]
+            if getattr(self, name) and not getattr(self, lock):
+                raise HimoError(f"--{_dashed(name)}: expected --{_dashed(lock)} beside it")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise HimoError(f"--ema: expected a number in [0, 1), got {self.ema}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise HimoError(f"--layer-decay: expected a number in (0, 1], got {self.layer_decay}")
+        if (self.epochs_cooldown is None) != (self.lr_scheduler != "const-cooldown"):
+            raise HimoError(
+                "--epochs-cooldown: expected beside --lr-scheduler const-cooldown, and only there"
+            )
+        if self.epochs and self.epochs_cooldown and self.epochs_cooldown > self.epochs:
+            raise HimoError(
+                f"--epochs-cooldown: expected at most the {self.epochs} epochs of the run, got "
+                f"{self.epochs_cooldown}"
+            )
         if self.tau is not None and not 0 < self.tau <= 1:
             raise HimoError(f"--tau: expected a number in (0, 1], got {self.tau}")
         if self.cuda_graph_head and self.loss != "himo":
@@ -199,10 +228,12 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     # They change the result. --allow-changes lets them differ; metrics.jsonl records it.
     "refuse": (
         *("train_data", "val_data", "short_captions", "image_mode"),
-        *("pretrained", "lock_image", "lock_text"),
+        *("pretrained", "lock_image", "lock_image_unlocked_groups"),
+        *("lock_text", "lock_text_unlocked_layers"),
         *("loss", "preset", "tau", "lambda_comp", "lambda_global", "decompose_images"),
         *("label_smoothing", "gap_eps"),
         *("batch_size", "accum_freq", "epochs", "warmup", "lr", "wd", "beta1", "beta2", "eps"),
+        *("layer_decay", "lr_scheduler", "epochs_cooldown", "ema"),
         *("grad_clip_norm", "on_nonfinite", "precision"),
     ),
     # At most the rounding differs. The user is told, and metrics.jsonl records it.
@@ -226,6 +257,8 @@ _MINIMA: dict[str, float] = {
     "batch_size": 2,
     "rank_timeout": 3.0,
     **dict.fromkeys(("accum_freq", "epochs", "train_num_samples", "vision_heads", "text_heads"), 1),
+    "epochs_cooldown": 1,
+    **dict.fromkeys(("lock_image_unlocked_groups", "lock_text_unlocked_layers"), 0),
     **dict.fromkeys(("log_every_n_steps", "save_frequency", "val_frequency"), 1),
     **dict.fromkeys(("warmup", "save_every_n_steps", "keep_checkpoints", "held_out"), 0),
     "patience": 0,

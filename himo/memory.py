@@ -33,6 +33,7 @@ def step_bytes(config: CLIPConfig, settings: TrainConfig, batch: int) -> int:
     """About the memory of a training step in float32; `himo plan` counts it exactly, in seconds."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in HiMoCLIP(config).parameters())
+    per_parameter = _BYTES_PER_PARAMETER + (0 if settings.ema is None else 4)
     patches = (config.image_resolution // config.vision_patch_size) ** 2 + 1
     kept = 0.0
     for layers, width, tokens in (
@@ -44,7 +45,7 @@ def step_bytes(config: CLIPConfig, settings: TrainConfig, batch: int) -> int:
         if settings.grad_checkpointing:
             blocks = layers + _KEPT
         kept += 4 * blocks * width * tokens
-    return _BYTES_PER_PARAMETER * parameters + int(batch * kept)
+    return per_parameter * parameters + int(batch * kept)
 
 
 @contextmanager

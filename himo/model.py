@@ -6,6 +6,7 @@ the batch, and attention is torch's `scaled_dot_product_attention`.
 """
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ __all__ = [
     "longest_text",
     "named_config",
 ]
+
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 
 
 def _normal_(weight: Tensor, std: float) -> None:
@@ -144,16 +147,42 @@ class HiMoCLIP(nn.Module):
         self.visual.transformer.grad_checkpointing = enable
         self.transformer.grad_checkpointing = enable
 
-    def lock_image_tower(self) -> None:
-        """Freezes the image tower, its projection included."""
-        self.visual.requires_grad_(False)
+    def lock_image_tower(self, unlocked_groups: int = 0) -> None:
+        """Freezes the image tower, its projection included.
 
-    def lock_text_tower(self) -> None:
-        """Freezes the text tower, its projection included, but not `logit_scale`."""
-        for part in (self.transformer, self.token_embedding, self.ln_final):
-            part.requires_grad_(False)
-        self.positional_embedding_res.requires_grad_(False)
-        self.text_projection.requires_grad_(False)
+        Args:
+            unlocked_groups: that many of the last `layer_groups` are not frozen.
+        """
+        self._lock(self.layer_groups()[0], unlocked_groups, "--lock-image-unlocked-groups")
+
+    def lock_text_tower(self, unlocked_layers: int = 0) -> None:
+        """Freezes the text tower, its projection included, but not `logit_scale`.
+
+        Args:
+            unlocked_layers: that many of the last `layer_groups` are not frozen.
+        """
+        self._lock(self.layer_groups()[1], unlocked_layers, "--lock-text-unlocked-layers")
+
+    def _lock(self, groups: list[list[str]], unlocked: int, flag: str) -> None:
+        if unlocked > len(groups):
+            raise HimoError(
+                f"{flag}: expected at most {len(groups)} for this model, got {unlocked}"
+            )
+        for group in groups[: len(groups) - unlocked]:
+            for name in group:
+                self.get_parameter(name).requires_grad_(False)
+
+    def layer_groups(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The names of the parameters of the image and the text tower, from input to output.
+
+        As open_clip groups them: the embeddings; each block, the last one with the norm after it;
+        the projection. `logit_scale` is of no tower.
+        """
+        names = [name for name, _ in self.named_parameters() if name != "logit_scale"]
+        of_image = [name for name in names if name.startswith("visual.")]
+        of_text = [name for name in names if not name.startswith("visual.")]
+        config = self.config
+        return _layers(of_image, config.vision_layers), _layers(of_text, config.text_layers)
 
     def encode_image(self, image: Tensor, *, normalize: bool = False) -> Tensor:
         """Image features [B, E].
@@ -272,6 +301,20 @@ class HiMoCLIP(nn.Module):
         logit_scale = self.logit_scale.exp().to(image_features.dtype)
         logits_per_image = logit_scale * image_features @ text_features.t()
         return logits_per_image, logits_per_image.t()
+
+
+def _layers(names: list[str], blocks: int) -> list[list[str]]:
+    groups: list[list[str]] = [[] for _ in range(blocks + 2)]
+    for name in names:
+        if block := _BLOCK.search(name):
+            groups[int(block[1]) + 1].append(name)
+        elif name.startswith(("visual.ln_post.", "ln_final.")):
+            groups[blocks].append(name)
+        elif name in ("visual.proj", "text_projection"):
+            groups[blocks + 1].append(name)
+        else:
+            groups[0].append(name)
+    return groups
 
 
 def _is_traced() -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from himo import checkpoint, recipes, resume, run_folder, training_state
+from himo.average import AverageWeights
 from himo.config import TrainConfig
 from himo.data import (
     BatchLoader,
@@ -47,6 +49,7 @@ class TrainingRun:
         step: the number of steps done.
         steps_per_epoch: the number of steps in a whole epoch.
         total_steps: the value of step at the end of the run.
+        average: the average of --ema: it is what is validated, and saved as a model.
         rank_checked: whether R has been looked at, once in a process.
     """
 
@@ -64,6 +67,7 @@ class TrainingRun:
     step: int
     steps_per_epoch: int
     total_steps: int
+    average: AverageWeights | None = None
     best: Best = dataclasses.field(default_factory=Best)
     reports: Reports | None = None
     rank_checked: bool = False
@@ -104,7 +108,9 @@ class TrainingRun:
             "best": dataclasses.asdict(self.best),
             **self.record,
         }
-        training_state.save_state(checkpoints, self.step, self.model, self.optimizer, loop)
+        training_state.save_state(
+            checkpoints, self.step, self.model, self.optimizer, loop, self.average
+        )
         if keep := self.settings.keep_checkpoints:
             models = run_folder.saved_models(checkpoints, self.sampler.epoch + 1)
             for old in [*training_state.saved_states(checkpoints)[:-keep], *models[:-keep]]:
@@ -114,7 +120,12 @@ class TrainingRun:
         """Writes the model, with the settings, to a file among the checkpoints."""
         path = self.settings.folder / run_folder.CHECKPOINTS / name
         training = {"step": self.step, **dataclasses.asdict(self.settings)}
-        checkpoint.save(self.model, path, metadata={"training": training})
+        with self.averaged():
+            checkpoint.save(self.model, path, metadata={"training": training})
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model has the weights that are validated and saved in the body."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def report_end(self) -> None:
         """Prints unreadable samples and the paths of the models. Every rank must call it."""
@@ -199,6 +210,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         steps_per_epoch=sampler.global_batches(),
         total_steps=0,
     )
+    if settings.ema is not None:
+        run.average = AverageWeights(model, settings.ema)
     changes = _restore(run, state)
     run.step = 0 if state is None else state.step
     # Steps done plus steps left, so that a run resumed with more --epochs gets the right total.
@@ -230,7 +243,7 @@ def _restore(run: TrainingRun, state: State | None) -> list[resume.Change]:
             sampler.load_state_dict(state.record["sampler"])
             run.loader.bad.load_state_dict(state.record["bad_samples"])
             run.best = Best(**state.record.get("best", {}))
-            training_state.restore(state, run.model, run.optimizer, run.device)
+            training_state.restore(state, run.model, run.optimizer, run.average, run.device)
         if sampler.epoch >= settings.epochs:
             done = sampler.epoch + 1
             raise HimoError(
@@ -357,9 +370,9 @@ def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
     if settings.preset == "official" and settings.loss == "himo":
         nn.init.constant_(model.logit_scale, MAX_LOG_SCALE)
     if settings.lock_image:
-        model.lock_image_tower()
+        model.lock_image_tower(settings.lock_image_unlocked_groups)
     if settings.lock_text:
-        model.lock_text_tower()
+        model.lock_text_tower(settings.lock_text_unlocked_layers)
     model.set_grad_checkpointing(settings.grad_checkpointing)
     model.to(device)
     if settings.compile:  # in place, so parameter names do not change

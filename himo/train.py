@@ -22,7 +22,13 @@ from himo.errors import note
 from himo.memory import out_of_memory_advice
 from himo.model import longest_text
 from himo.objective import Objective, rank_doubt
-from himo.optimizer import MAX_LOG_SCALE, clamp_temperature, learning_rate, make_optimizer
+from himo.optimizer import (
+    MAX_LOG_SCALE,
+    clamp_temperature,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 from himo.parallel import Ranks
 from himo.run import TrainingRun, build_model, open_run
 
@@ -144,8 +150,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     max_length = longest_text(batch.tokens)  # on the CPU: no sync
     images = batch.image.to(run.device, non_blocking=True)
     tokens = batch.tokens.to(run.device, non_blocking=True)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
     outputs = run.objective.backward(images, tokens, max_length, settings.batch_size)
     limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
@@ -157,6 +162,8 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
         optimizer.step()
         if settings.preset == "paper":  # the released code does not clamp
             clamp_temperature(run.model)
+        if run.average is not None:
+            run.average.update()
     return outputs, grad_norm, is_finite
 
 
@@ -170,7 +177,9 @@ def _validated(run: TrainingRun) -> dict[str, float | None]:
     if run.validation is None or not is_due:
         return {}
     run.log.check_finite(run.step)
-    values, epochs = run.validation.measure(run.model), run.step / run.steps_per_epoch
+    epochs = run.step / run.steps_per_epoch
+    with run.averaged():
+        values = run.validation.measure(run.model)
     line = f"epoch {epochs:g}: {run.validation.line(values)}"
     if run.best.is_beaten(run.step, epochs, values):
         run.save_model(run_folder.BEST)

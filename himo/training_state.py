@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from himo.average import AverageWeights
 from himo.checkpoint.safetensors_files import read_safetensors, write_safetensors
 from himo.errors import HimoError
 from himo.files import open_regular
@@ -29,6 +30,7 @@ def save_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loop: Mapping[str, Any],
+    average: AverageWeights | None = None,
 ) -> Path:
     """Writes state-STEP.safetensors atomically and returns its path.
 
@@ -39,6 +41,9 @@ def save_state(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value
+    if average is not None:
+        for name, value in average.state_dict().items():
+            tensors[f"average/{name}"] = value
     tensors["random/torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
@@ -64,9 +69,15 @@ class State:
 
 
 def restore(
-    state: State, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AverageWeights | None,
+    device: torch.device,
 ) -> None:
-    """Restores model, optimizer and random state.
+    """Restores model, optimizer, the average of the weights if there is one, and random state.
+
+    An average that the state does not have begins with the weights of the state.
 
     Raises:
         HimoError: the state is of another model.
@@ -93,6 +104,8 @@ def restore(
             optimizer.state[parameter] = {  # AdamW's step count [] stays on the CPU
                 key: value.to(device) if value.dim() else value for key, value in adam.items()
             }
+    if average is not None:
+        average.load_state_dict(below("average/"))
     torch.set_rng_state(tensors["random/torch"])
     for index in range(torch.cuda.device_count()):
         if f"random/cuda{index}" in tensors:

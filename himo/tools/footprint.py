@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from himo.average import AverageWeights
 from himo.config import TrainConfig
 from himo.objective import Objective
 from himo.optimizer import make_optimizer
@@ -29,11 +30,12 @@ from himo_kernels.dispatch import OPERATORS
 
 # The uses of memory, in the order shown.
 PARAMETERS, GRADIENTS, STATE = "parameters", "gradients", "optimizer state"
+AVERAGE = "average of the weights"
 BUCKETS, BATCH = "DDP's gradient buckets", "images and tokens"
 IMAGE, TEXT, LOSS, EXCHANGE = "image tower", "text tower", "loss and HiDe", "exchange"
 BACKWARD, UPDATE = "in passing, backward", "in passing, optimizer"
 KINDS = (
-    *(PARAMETERS, GRADIENTS, STATE, BUCKETS, BATCH),
+    *(PARAMETERS, GRADIENTS, STATE, AVERAGE, BUCKETS, BATCH),
     *(IMAGE, TEXT, LOSS, EXCHANGE, BACKWARD, UPDATE),
 )
 
@@ -231,6 +233,9 @@ class Rehearsal:
         with ledger.making(GRADIENTS):
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
+        if self.settings.ema is not None:
+            with ledger.making(AVERAGE):
+                self._average = AverageWeights(model, self.settings.ema)
         optimizer = make_optimizer(model, self.settings)
         for group in optimizer.param_groups:
             group["foreach"] = True

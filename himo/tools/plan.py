@@ -26,8 +26,9 @@ from himo.tools.footprint import (
 
 # The flags of `himo train` that change the memory of a step.
 _FLAGS = (
-    *("model", "pretrained", "lock_image", "lock_text", "grad_checkpointing", "loss", "preset"),
-    *("batch_size", "accum_freq", "exchange", "precision"),
+    *("model", "pretrained", "lock_image", "lock_image_unlocked_groups"),
+    *("lock_text", "lock_text_unlocked_layers", "grad_checkpointing", "loss", "preset"),
+    *("batch_size", "accum_freq", "ema", "exchange", "precision"),
 )
 _LEAST_BATCH = 2  # of the trainer
 # Pairs of all processes in a step, and processes: counting these takes a minute.

@@ -12,6 +12,7 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from himo.average import AverageWeights
 from himo.config import TrainConfig
 from himo.model import CONFIGS, CLIPConfig
 from himo.objective import Objective
@@ -38,6 +39,7 @@ CASES = {
     "tiny, few pairs": {"model": "tiny", "batch_size": 2},  # the optimizer's step is the peak
     "bfloat16": {"batch_size": 512, "precision": "amp_bf16"},
     "recomputed, frozen images": {"grad_checkpointing": True, "lock_image": True},
+    "average": {"model": "tiny", "batch_size": 2, "ema": 0.9},
     "large loss": {"batch_size": 1024},
     "accumulated, clip loss": {"batch_size": 256, "accum_freq": 5, "loss": "clip"},
 }
@@ -50,6 +52,7 @@ def measured(settings: TrainConfig) -> int:
         optimizer = make_optimizer(network, settings)
         for group in optimizer.param_groups:
             group["foreach"] = True  # as by default on a GPU
+        average = None if settings.ema is None else AverageWeights(network, settings.ema)
         objective = Objective(network, settings, backend="reference")
         pairs = settings.batch_size * settings.accum_freq
         side, length = network.visual.input_resolution, network.context_length
@@ -62,6 +65,8 @@ def measured(settings: TrainConfig) -> int:
             objective.backward(images, tokens, length, settings.batch_size)
             torch.nn.utils.clip_grad_norm_(network.parameters(), float("inf"))
             optimizer.step()
+            if average is not None:
+                average.update()
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     alive = highest = 0

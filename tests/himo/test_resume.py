@@ -44,6 +44,8 @@ OTHERS = {
     "text_heads": 4,
     "model": "ViT-B-32",
     "pretrained": "start.pt",
+    "lock_image_unlocked_groups": 1,
+    "lock_text_unlocked_layers": 1,
     "loss": "clip",
     "preset": "official",
     "tau": 0.8,
@@ -61,6 +63,10 @@ OTHERS = {
     "eps": 1e-6,
     "warmup": 10,
     "grad_clip_norm": 1.0,
+    "layer_decay": 0.7,
+    "lr_scheduler": "const",
+    "epochs_cooldown": 2,
+    "ema": 0.99,
     "on_nonfinite": "skip",
     "exchange": "ring",
     "rank_timeout": 30.0,
@@ -77,6 +83,13 @@ OTHERS = {
     "report_to": "tensorboard",
     "resume": "latest",
     "allow_changes": "lr",
+}
+# What a flag is refused without.
+NEEDED = {
+    "patience": {"held_out": 2},
+    "lock_image_unlocked_groups": {"lock_image": True},
+    "lock_text_unlocked_layers": {"lock_text": True},
+    "epochs_cooldown": {"lr_scheduler": "const-cooldown", "epochs_cooldown": 1},
 }
 # What a recipe chooses, as a run records it: the paper's values.
 CHOSEN = {"batch_size": 128, "accum_freq": 1, "epochs": 10, "lr": 1e-6, "wd": 1e-2, "warmup": 200}
@@ -106,8 +119,8 @@ def test_every_flag_has_one_rule():
 def test_each_flag_that_differs_is_refused_said_or_free(name):
     (rule,) = (rule for rule, names in AT_RESUME.items() if name in names)
     value = OTHERS.get(name, True)
-    held_out = {"held_out": 2} if name == "patience" else {}  # which needs a validation
-    before, now = conditions(**held_out), conditions(**held_out, **{name: value})
+    needed = NEEDED.get(name, {})
+    before, now = conditions(**needed), conditions(**needed | {name: value})
     assert resume.check(before, before, [], PATH) == []
     flag = f"--{name.replace('_', '-')} "
     if rule == "ignore":
