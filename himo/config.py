@@ -134,6 +134,7 @@ class TrainConfig:
     save_every_n_steps: int = _flag(0, "steps between two checkpoints within an epoch; 0: none")
     keep_checkpoints: int = _flag(2, "newest checkpoints kept, and the best; 0 keeps all")
     report_to: str | None = _flag(None, "also write the metrics for: tensorboard, wandb, or both")
+    dry_run: bool = _flag(False, "check everything, take two steps, print the plan, write nothing")
     resume: str | None = _flag(None, "'latest' checkpoint of this run, or a path")
     allow_changes: str | None = _flag(
         None, "flags that may differ from those of the resumed checkpoint: lr,epochs"
@@ -249,7 +250,7 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     "ignore": (
         *("workers", "rank_timeout", "logs", "name", "log_every_n_steps", "save_frequency"),
         *("save_every_n_steps", "keep_checkpoints", "report_to", "resume", "allow_changes"),
-        "force_warmup",
+        *("force_warmup", "dry_run"),
     ),
 }
 

@@ -1,6 +1,8 @@
 """The memory of training: what is free, what a step takes, and advice where it runs out."""
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +29,14 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of tensors on a GPU, or of this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) of each system
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def step_bytes(config: CLIPConfig, settings: TrainConfig, batch: int) -> int:

@@ -221,15 +221,23 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     ranks.barrier()  # every rank has read the folder before rank 0 writes to it
     if ranks.main:
         choice = recipes.chosen(given, settings) if state is None else {}
-        run_folder.start(settings, state, changes, choice)
-        run.log.recipe = {settings.recipe: choice} if choice else None
-        if run.best.step and not run_folder.keeps_best(settings.folder, run.best.step):
-            run.best = Best()
-        run.reports = Reports(settings, run.step)
+        if not settings.dry_run:
+            _open_folder(run, state, changes, choice)
         if choice:
             print(f"{settings.folder}: recipe {settings.recipe}: {recipes.as_flags(choice)}")
         _announce(run, len(pairs), pairs_per_step)
     return run
+
+
+def _open_folder(
+    run: TrainingRun, state: State | None, changes: list[resume.Change], choice: dict[str, Any]
+) -> None:
+    settings = run.settings
+    run_folder.start(settings, state, changes, choice)
+    run.log.recipe = {settings.recipe: choice} if choice else None
+    if run.best.step and not run_folder.keeps_best(settings.folder, run.best.step):
+        run.best = Best()
+    run.reports = Reports(settings, run.step)
 
 
 def _restore(run: TrainingRun, state: State | None) -> list[resume.Change]:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from himo import config, parallel, run_folder
 from himo.config import TrainConfig
 from himo.data import Sample, worker_deaths
+from himo.dry_run import check_writable, rehearse
 from himo.errors import note
 from himo.memory import out_of_memory_advice
 from himo.model import longest_text
@@ -59,7 +60,7 @@ def train(settings: TrainConfig) -> bool:
     """Runs or resumes a training run; returns False if a signal stopped it.
 
     Writes config.json, metrics.jsonl and checkpoints/ in settings.folder. The folder is locked:
-    no other run can write there at the same time.
+    no other run can write there at the same time. With --dry-run nothing is written or locked.
 
     Raises:
         HimoError: bad data or settings, a damaged checkpoint, a checkpoint of another run, a folder
@@ -72,14 +73,24 @@ def train(settings: TrainConfig) -> bool:
         parallel.join(settings.device, settings.rank_timeout) as ranks,
         worker_deaths(),
         out_of_memory_advice(),
-        run_folder.owned(settings.folder) if ranks.main else nullcontext(),
+        _folder_of(settings) if ranks.main else nullcontext(),
     ):
         # The run is local to _train, so it is freed before the process group is destroyed.
         return _train(settings, ranks)
 
 
+def _folder_of(settings: TrainConfig) -> AbstractContextManager[None]:
+    if settings.dry_run:
+        check_writable(settings.folder)
+        return nullcontext()
+    return run_folder.owned(settings.folder)
+
+
 def _train(settings: TrainConfig, ranks: Ranks) -> bool:
     run = open_run(settings, ranks)
+    if settings.dry_run:
+        rehearse(run, _step)
+        return True
     try:
         if not _take_steps(run):
             return False

@@ -24,7 +24,7 @@ from himo.report.runs import plural
 # What the grid sets, or decides where a run is written and whether it goes on.
 _SET_HERE = (
     *("loss", "preset", "tau", "lambda_comp", "lambda_global", "decompose_images", "seed"),
-    *("device", "logs", "name", "resume", "allow_changes", "patience", "report_to"),
+    *("device", "logs", "name", "resume", "allow_changes", "patience", "report_to", "dry_run"),
 )
 # Of `himo eval`, as the training data are read.
 _READING = (
