@@ -5,6 +5,7 @@ positions whose features are used.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,18 @@ from torch.utils.checkpoint import checkpoint
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
-def _taken(x: Tensor, at: Tensor) -> Tensor:  # [B, L, W], [B, K] -> [B, K, W]
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], at]
+# Rows and tokens in a row, of each group of equally long rows in a packed batch.
+Groups = Sequence[tuple[int, int]]
+
+
+def _taken(x: Tensor, at: Tensor) -> Tensor:  # [B, L, W], [B, K] -> [B, K, W], or [T, W], [B]
+    return x[at] if x.dim() == 2 else x[torch.arange(x.shape[0], device=x.device)[:, None], at]
+
+
+def _rows(x: Tensor, groups: Groups) -> Iterator[Tensor]:  # [T, C] -> [rows, length, C], ...
+    parts = x.split([rows * length for rows, length in groups])
+    for part, (rows, length) in zip(parts, groups, strict=True):
+        yield part.view(rows, length, -1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -42,31 +53,69 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)  # as nn.MultiheadAttention starts
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, at: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        at: Tensor | None = None,
+        visible: Tensor | None = None,
+        groups: Groups | None = None,
+    ) -> Tensor:
         """[B, L, W] -> [B, L, W]; with at [B, K], only positions at[b] of row b: [B, K, W].
 
         Position i attends to each j with visible[b, i, j], bool [B, L, L]. By default that is all,
         or all up to i if causal.
+
+        With groups the batch is packed: x is [T, W], all tokens of the rows of the first group, one
+        row after the other, then those of the next. The result is [T, W], or [B, W] at the tokens
+        at [B] of x, one in each row.
         """
         if at is not None:
-            return self._some_positions(x, at, visible)
-        batch, length, width = x.shape
+            return self._some_positions(x, at, visible, groups)
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        split = projected.view(batch, length, 3, self.heads, width // self.heads)
+        if groups is None:
+            mixed = self._mixed(projected, visible)
+        else:
+            parts = [self._mixed(part).flatten(0, 1) for part in _rows(projected, groups)]
+            mixed = torch.cat(parts)
+        joined: Tensor = self.out_proj(mixed)
+        return joined
+
+    def _mixed(self, projected: Tensor, visible: Tensor | None = None) -> Tensor:
+        """[B, L, 3 W], query, key and value -> [B, L, W]."""
+        split = projected.unflatten(2, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, W / heads]
         if visible is None:
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None])
-        joined: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _some_positions(
+        self, x: Tensor, at: Tensor, visible: Tensor | None, groups: Groups | None
+    ) -> Tensor:
+        width, weight, bias = x.shape[-1], self.in_proj_weight, self.in_proj_bias
+        query = F.linear(_taken(x, at), weight[:width], bias[:width])
+        projected = F.linear(x, weight[width:], bias[width:])
+        if groups is None:
+            mixed = self._mixed_at(query, projected, at, visible)
+        else:
+            found, row, token = [], 0, 0
+            for part, (rows, length) in zip(_rows(projected, groups), groups, strict=True):
+                of_group = slice(row, row + rows)
+                places = (at[of_group, None] - token) % length  # within each row
+                found.append(self._mixed_at(query[of_group, None], part, places, None)[:, 0])
+                row, token = row + rows, token + rows * length
+            mixed = torch.cat(found)
+        joined: Tensor = self.out_proj(mixed)
         return joined
 
-    def _some_positions(self, x: Tensor, at: Tensor, visible: Tensor | None) -> Tensor:
-        batch, length, width = x.shape
-        size, weight, bias = width // self.heads, self.in_proj_weight, self.in_proj_bias
-        query = F.linear(_taken(x, at), weight[:width], bias[:width])
+    def _mixed_at(
+        self, query: Tensor, projected: Tensor, at: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        """[B, K, W] at [B, K], and key and value [B, L, 2 W] -> [B, K, W]."""
+        batch, length, _ = projected.shape
+        size = query.shape[-1] // self.heads
         query = query.unflatten(2, (self.heads, size)).transpose(1, 2) * size**-0.5
-        projected = F.linear(x, weight[width:], bias[width:])
         split = projected.view(batch, length, 2, self.heads, size)
         key, value = split.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, L, W / heads]
         # torch's attention of one query rounds differently on a CPU with the number of rows.
@@ -74,11 +123,10 @@ class Attention(nn.Module):
         if visible is not None:
             scores = scores.masked_fill(~_taken(visible, at)[:, None], -math.inf)
         elif self.causal:
-            later = torch.arange(length, device=x.device) > at[:, :, None]
+            later = torch.arange(length, device=at.device) > at[:, :, None]
             scores = scores.masked_fill(later[:, None], -math.inf)
         mixed = scores.softmax(dim=-1) @ value  # [B, heads, K, W / heads]
-        joined: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        return joined
+        return mixed.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -108,9 +156,15 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = MLP(width, activation)
         self.ln_2 = LayerNorm(width)
 
-    def forward(self, x: Tensor, at: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        at: Tensor | None = None,
+        visible: Tensor | None = None,
+        groups: Groups | None = None,
+    ) -> Tensor:
         """[B, L, W] -> [B, L, W], or [B, K, W]: as `Attention`."""
-        x = (x if at is None else _taken(x, at)) + self.attn(self.ln_1(x), at, visible)
+        x = (x if at is None else _taken(x, at)) + self.attn(self.ln_1(x), at, visible, groups)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -122,8 +176,14 @@ class Transformer(nn.Module):
         )
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, at: Tensor, visible: Tensor | None = None) -> Tensor:
-        """[B, L, W], [B, K] -> [B, K, W]: of row b positions at[b]; visible is as in `Attention`.
+    def forward(
+        self,
+        x: Tensor,
+        at: Tensor,
+        visible: Tensor | None = None,
+        groups: Groups | None = None,
+    ) -> Tensor:
+        """[B, L, W], [B, K] -> [B, K, W]: of row b positions at[b]; or packed, as in `Attention`.
 
         The last block computes only these positions: no other output of it is used.
         """
@@ -132,9 +192,8 @@ class Transformer(nn.Module):
             positions = at if block is last else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so the RNG state need not be restored.
-                x = checkpoint(
-                    block, x, positions, visible, use_reentrant=False, preserve_rng_state=False
-                )
+                given = x, positions, visible, groups
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, positions, visible)
+                x = block(x, positions, visible, groups)
         return x

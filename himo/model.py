@@ -7,6 +7,7 @@ the batch, and attention is torch's `scaled_dot_product_attention`.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ __all__ = [
     "HiMoCLIP",
     "longest_text",
     "named_config",
+    "text_lengths",
 ]
 
+_MULTIPLE = 16  # tokens that the texts of a group differ by, at most, in a packed batch
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 
 
@@ -210,7 +213,12 @@ class HiMoCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
-        self, text: Tensor, max_length: int | None = None, *, normalize: bool = False
+        self,
+        text: Tensor,
+        max_length: int | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        normalize: bool = False,
     ) -> Tensor:
         """Text features [B, E].
 
@@ -224,6 +232,9 @@ class HiMoCLIP(nn.Module):
                 while the tokens are on the CPU. By default it is computed here, with one sync on
                 CUDA. Cutting the tokens beforehand does not avoid the sync; passing text.shape[1]
                 does.
+            lengths: the tokens of each text, up to its end, as `text_lengths(text)` finds them
+                while the tokens are on the CPU. With it the tower computes next to no padding, and
+                needs no max_length. The features differ by rounding.
             normalize: divides each row by its L2 norm.
 
         A compiler or exporter (torch.compile, torch.export, ONNX) sees no values of text: it gets
@@ -249,6 +260,11 @@ class HiMoCLIP(nn.Module):
                     f"encode_text: expected token ids from 0 to {self.config.vocab_size - 1}, "
                     f"got {wrong}"
                 )
+        if lengths is not None:
+            if len(lengths) != len(text) or (readable and text_lengths(text) != list(lengths)):
+                raise HimoError("encode_text: expected lengths to be those of text, one for each")
+        if lengths:
+            return self._projected(self._packed(text, lengths), normalize)
         end = text.argmax(dim=-1)  # [B]
         if max_length is None:
             max_length = text.shape[1] if _is_traced() else longest_text(text)
@@ -259,9 +275,37 @@ class HiMoCLIP(nn.Module):
             )
         x = self.token_embedding(text[:, :max_length]).to(self.dtype)
         x = x + self._positions(max_length).to(self.dtype)
-        x = self.ln_final(self.transformer(x, end[:, None])[:, 0])  # [B, W]
-        features = x @ self.text_projection
+        return self._projected(self.transformer(x, end[:, None])[:, 0], normalize)
+
+    def _projected(self, x: Tensor, normalize: bool) -> Tensor:  # [B, W] -> [B, E]
+        features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
+
+    def _packed(self, text: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What the text tower computes at the end of each text: [B, W].
+
+        All layers but attention take the tokens of all texts as one sequence. Texts are sorted by
+        length; those of about one length are a group, whose rows attention takes together.
+        """
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        groups: list[tuple[int, int]] = []
+        ends, back, tokens = [], [0] * len(order), 0
+        for place, text_number in enumerate(order):
+            length = min(-(-lengths[text_number] // _MULTIPLE) * _MULTIPLE, text.shape[1])
+            rows = groups.pop()[0] if groups and groups[-1][1] == length else 0
+            groups.append((rows + 1, length))
+            ends.append(tokens + lengths[text_number] - 1)
+            back[text_number] = place
+            tokens += length
+        indices = torch.tensor([order, ends, back], dtype=torch.int64)
+        sorted_by_length, at, as_given = indices.to(text.device, non_blocking=True)
+        parts = text[sorted_by_length].split([rows for rows, _ in groups])
+        ids = torch.cat([p[:, :n].flatten() for p, (_, n) in zip(parts, groups, strict=True)])
+        table = self._positions(text.shape[1]).to(self.dtype)
+        places = torch.cat([table[:length].repeat(rows, 1) for rows, length in groups])
+        x = self.token_embedding(ids).to(self.dtype) + places
+        packed: Tensor = self.transformer(x, at, None, groups)
+        return packed[as_given]
 
     def encode_shared_text(
         self, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor
@@ -319,6 +363,11 @@ def _layers(names: list[str], blocks: int) -> list[list[str]]:
 
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def text_lengths(text: Tensor) -> list[int]:
+    """Tokens of each row of text [B, L], its end included. Syncs with the device of the tokens."""
+    return [end + 1 for end in text.argmax(dim=-1).tolist()] if text.numel() else []
 
 
 def longest_text(text: Tensor) -> int:

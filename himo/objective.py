@@ -32,6 +32,7 @@ class Towers(nn.Module):
         images: Tensor,  # uint8 [B, 3, R, R]
         tokens: Tensor,  # [B, L]
         max_length: int,
+        lengths: list[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns image and text features [B, D] and the logit multiplier [], in float32."""
         bf16 = self.precision == "amp_bf16"
@@ -39,7 +40,7 @@ class Towers(nn.Module):
             config = self.model.config
             pixels = normalize(images, config.image_mean, config.image_std)
             image_features = self.model.encode_image(pixels)
-            text_features = self.model.encode_text(tokens, max_length)
+            text_features = self.model.encode_text(tokens, max_length, lengths=lengths)
         # The loss needs float32: half-precision logits near 100 are 0.06 or more apart.
         scale = self.model.logit_scale.float().exp()
         return image_features.float(), text_features.float(), scale
@@ -113,12 +114,14 @@ class Objective(nn.Module):
         images: Tensor,  # uint8 [B, 3, R, R]
         tokens: Tensor,  # [B, L]
         max_length: int,
+        lengths: list[int] | None = None,
     ) -> dict[str, Any]:
         """Returns loss, contrastive_loss, component_loss, rank, text_features (detached).
 
-        component_loss and rank are None without HiDe.
+        component_loss and rank are None without HiDe. The last two arguments are those of
+        `HiMoCLIP.encode_text`.
         """
-        return self.losses(*self.towers(images, tokens, max_length))
+        return self.losses(*self.towers(images, tokens, max_length, lengths))
 
     def losses(
         self,
@@ -150,16 +153,25 @@ class Objective(nn.Module):
         }
 
     def backward(
-        self, images: Tensor, tokens: Tensor, max_length: int, size: int
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        max_length: int,
+        size: int,
+        lengths: list[int] | None = None,
     ) -> dict[str, Any]:
         """Adds the gradient of the batch's loss, `size` rows at a time; returns as `forward`."""
         try:
             if images.shape[0] <= size:
-                outputs = self(images, tokens, max_length)
+                outputs = self(images, tokens, max_length, lengths)
                 outputs["loss"].backward()
                 return outputs
-            columns = zip(images.split(size), tokens.split(size), strict=True)
-            parts = [(images_, tokens_, max_length) for images_, tokens_ in columns]
+            parts = [
+                (images_, tokens_, max_length, lengths and lengths[start : start + size])
+                for start, images_, tokens_ in zip(
+                    range(0, len(tokens), size), images.split(size), tokens.split(size), strict=True
+                )
+            ]
             return cached_backward(self.towers, self.losses, parts)
         except ValueError as error:
             if not self.check_finite:

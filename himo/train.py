@@ -21,7 +21,7 @@ from himo.data import Sample, worker_deaths
 from himo.dry_run import check_writable, rehearse
 from himo.errors import note
 from himo.memory import out_of_memory_advice
-from himo.model import longest_text
+from himo.model import text_lengths
 from himo.objective import Objective, rank_doubt
 from himo.optimizer import (
     MAX_LOG_SCALE,
@@ -158,12 +158,16 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     not checked, and the third value is always True.
     """
     settings, optimizer = run.settings, run.optimizer
-    max_length = longest_text(batch.tokens)  # on the CPU: no sync
+    lengths = text_lengths(batch.tokens)  # on the CPU: no sync
+    max_length = max(lengths, default=1)
     images = batch.image.to(run.device, non_blocking=True)
     tokens = batch.tokens.to(run.device, non_blocking=True)
     set_learning_rate(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
-    outputs = run.objective.backward(images, tokens, max_length, settings.batch_size)
+    # A compiled text tower takes a padded batch: it would be compiled again for every packing.
+    packing = None if settings.compile else lengths
+    size = settings.batch_size
+    outputs = run.objective.backward(images, tokens, max_length, size, packing)
     limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
     # Gradients are averaged by now, so all ranks decide alike. The check synchronises the host.

@@ -261,11 +261,11 @@ def _first_and_last(forward: Callable[..., Any], parts: int, width: int) -> Call
     # last, when most embeddings are in memory. The others take the memory of the second, and time.
     calls = 0
 
-    def run(images: Tensor, tokens: Tensor, max_length: int) -> Any:
+    def run(images: Tensor, tokens: Tensor, max_length: int, lengths: Any = None) -> Any:
         nonlocal calls
         number, calls = calls % parts, calls + 1
         if number < 2 or number == parts - 1:
-            return forward(images, tokens, max_length)
+            return forward(images, tokens, max_length, lengths)
         shapes = ((images.shape[0], width), (images.shape[0], width), ())
         wanted = torch.is_grad_enabled()
         return tuple(torch.empty(shape, requires_grad=wanted) for shape in shapes)

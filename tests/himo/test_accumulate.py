@@ -45,9 +45,10 @@ class Wide(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images, tokens, max_length):
+    def forward(self, images, tokens, max_length, lengths=None):
         features = self.model.encode_image(images.double() / 255 - 0.5)
-        return features, self.model.encode_text(tokens, max_length), self.model.logit_scale.exp()
+        texts = self.model.encode_text(tokens, max_length, lengths=lengths)
+        return features, texts, self.model.logit_scale.exp()
 
 
 class Dropping(nn.Module):
