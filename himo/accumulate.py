@@ -18,6 +18,7 @@ def cached_backward(
     encode: nn.Module,
     losses: Callable[..., dict[str, Any]],
     parts: Sequence[tuple[Any, ...]],
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> dict[str, Any]:
     """Adds the gradient of losses(*embeddings)["loss"] to the parameters; returns the losses.
 
@@ -26,6 +27,7 @@ def cached_backward(
             micro-batches share. DDP averages its gradients once, after the last micro-batch.
         losses: takes the embeddings of all micro-batches, concatenated along their rows.
         parts: the arguments of encode for each micro-batch; at least one.
+        scaled: the loss whose gradient is added, from that of losses.
     """
     cached: list[tuple[Tensor, ...]] = []
     states = []
@@ -36,7 +38,7 @@ def cached_backward(
     *columns, scales = zip(*cached, strict=True)
     leaves = [tensor.requires_grad_() for tensor in (*map(torch.cat, columns), scales[0])]
     outputs = losses(*leaves)
-    outputs["loss"].backward()
+    scaled(outputs["loss"]).backward()
     rows = [part[0].shape[0] for part in cached]
     grads = [leaf.grad.split(rows) for leaf in leaves[:-1] if leaf.grad is not None]
     for number, (part, state) in enumerate(zip(parts, states, strict=True)):

@@ -119,8 +119,10 @@ class TrainConfig:
         "gather", "of texts between processes; ring: O(N/W)"
     )
     rank_timeout: float = _flag(15.0, "seconds without a sign of life until a process is gone")
-    precision: Literal["fp32", "amp_bf16", "auto"] = _flag(
-        "fp32", "float32, bfloat16 autocast, or auto: whichever is faster on the device"
+    precision: Literal["fp32", "amp", "amp_bf16", "auto"] = _flag(
+        "fp32",
+        "float32, autocast of float16 with a scaled loss or of bfloat16, or auto: float32 or "
+        "bfloat16, whichever is faster on the device",
     )
     seed: int = _flag(0, "of the initial weights, the order of the data and replaced images")
     device: str = _flag("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")

@@ -11,6 +11,7 @@ from himo.config import TrainConfig
 from himo.errors import HimoError
 from himo.model import HiMoCLIP
 from himo.parallel import Ranks
+from himo.precision import AUTOCAST
 from himo.transforms import normalize
 from himo_kernels import distributed
 from himo_kernels.graphed import GraphedHiMoLoss
@@ -35,8 +36,8 @@ class Towers(nn.Module):
         lengths: list[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns image and text features [B, D] and the logit multiplier [], in float32."""
-        bf16 = self.precision == "amp_bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        half = AUTOCAST.get(self.precision)
+        with torch.autocast(images.device.type, half, enabled=half is not None):
             config = self.model.config
             pixels = normalize(images, config.image_mean, config.image_std)
             image_features = self.model.encode_image(pixels)
@@ -69,6 +70,10 @@ class Objective(nn.Module):
         ranks = ranks or Ranks()
         self.model = model
         self.towers = ranks.wrap(Towers(model, settings.precision))
+        # Small gradients of float16 would be 0; with the other precisions it does nothing.
+        self.scaler = torch.amp.GradScaler(
+            model.logit_scale.device.type, enabled=settings.precision == "amp"
+        )
         self.himo_loss: HiMoLoss | None = None
         self.graphed: GraphedHiMoLoss | None = None
         # A NaN on one rank reaches all: they name that rank, or skip the step together.
@@ -160,11 +165,14 @@ class Objective(nn.Module):
         size: int,
         lengths: list[int] | None = None,
     ) -> dict[str, Any]:
-        """Adds the gradient of the batch's loss, `size` rows at a time; returns as `forward`."""
+        """Adds the gradient of the batch's loss, `size` rows at a time; returns as `forward`.
+
+        With --precision amp the gradients are scaled; `scaler.unscale_` divides them.
+        """
         try:
             if images.shape[0] <= size:
                 outputs = self(images, tokens, max_length, lengths)
-                outputs["loss"].backward()
+                self.scaler.scale(outputs["loss"]).backward()
                 return outputs
             parts = [
                 (images_, tokens_, max_length, lengths and lengths[start : start + size])
@@ -172,7 +180,7 @@ class Objective(nn.Module):
                     range(0, len(tokens), size), images.split(size), tokens.split(size), strict=True
                 )
             ]
-            return cached_backward(self.towers, self.losses, parts)
+            return cached_backward(self.towers, self.losses, parts, self.scaler.scale)
         except ValueError as error:
             if not self.check_finite:
                 raise

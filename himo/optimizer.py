@@ -26,7 +26,12 @@ def make_optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
         groups.append({"params": matrices, "weight_decay": settings.wd, "lr_scale": scale})
         groups.append({"params": others, "weight_decay": 0.0, "lr_scale": scale})
     return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps
+        groups,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        # One kernel for all weights instead of one for each operation. None leaves it to torch.
+        fused=True if model.logit_scale.device.type in ("cpu", "cuda") else None,
     )
 
 

@@ -10,27 +10,30 @@ import torch
 from himo.parallel import Ranks
 
 _SIZE = 512  # rows and columns of the timed matmuls, which take milliseconds if they are fast
-Chosen = Literal["fp32", "amp_bf16"]
+Chosen = Literal["fp32", "amp", "amp_bf16"]
+AUTOCAST = {"amp": torch.float16, "amp_bf16": torch.bfloat16}
 
 
 def resolve(
     precision: Chosen | Literal["auto"], device: torch.device, ranks: Ranks | None = None
 ) -> tuple[Chosen, str]:
-    """Returns "fp32" or "amp_bf16", and a line for the user if it is not what was asked for.
+    """Returns the precision to use, and a line for the user if it is not what was asked for.
 
-    The result is bfloat16 only if its matmuls are faster than float32's, even for "amp_bf16": an
-    x86 processor without AVX-512 BF16 or AMX takes up to a hundred times as long. One slow rank
-    decides for all.
+    The result is a half precision only if its matmuls are faster than float32's, even where it was
+    asked for: an x86 processor without AVX-512 BF16 or AMX takes up to a hundred times as long in
+    bfloat16. "auto" takes bfloat16, which needs no scaled loss. One slow rank decides for all.
     """
     if precision == "fp32":
         return precision, ""
-    slower = not is_faster_than_float32(torch.bfloat16, device.type)
+    half: Chosen = "amp_bf16" if precision == "auto" else precision
+    slower = not is_faster_than_float32(AUTOCAST[half], device.type)
     if ranks is not None:
         slower = ranks.any(slower)()
     if slower:
-        why = f"bfloat16 products are slower than float32 on this {_kind(device)}"
+        name = str(AUTOCAST[half]).removeprefix("torch.")
+        why = f"{name} products are slower than float32 on this {_kind(device)}"
         return "fp32", f"precision fp32: {why}"
-    return "amp_bf16", "precision amp_bf16" if precision == "auto" else ""
+    return half, f"precision {half}" if precision == "auto" else ""
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

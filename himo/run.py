@@ -106,6 +106,7 @@ class TrainingRun:
             "sampler": self.sampler.state_dict(),
             "bad_samples": {"reasons": reasons},
             "best": dataclasses.asdict(self.best),
+            "scaler": self.objective.scaler.state_dict(),
             **self.record,
         }
         training_state.save_state(
@@ -250,6 +251,9 @@ def _restore(run: TrainingRun, state: State | None) -> list[resume.Change]:
                 changes = resume.check(state.record, run.record, settings.allowed, state.path)
             sampler.load_state_dict(state.record["sampler"])
             run.loader.bad.load_state_dict(state.record["bad_samples"])
+            scaler = state.record.get("scaler")
+            if scaler and run.objective.scaler.is_enabled():
+                run.objective.scaler.load_state_dict(scaler)
             run.best = Best(**state.record.get("best", {}))
             training_state.restore(state, run.model, run.optimizer, run.average, run.device)
         if sampler.epoch >= settings.epochs:

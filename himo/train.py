@@ -154,10 +154,10 @@ def _take_steps(run: TrainingRun) -> bool:
 def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], Tensor, bool]:
     """Takes one optimizer step; returns (outputs of the objective, gradient norm, is finite).
 
-    With --on-nonfinite skip, a gradient that is not finite changes no weight. Otherwise the norm is
-    not checked, and the third value is always True.
+    With --on-nonfinite skip or --precision amp, a gradient that is not finite changes no weight.
+    Otherwise the norm is not checked, and the third value is always True.
     """
-    settings, optimizer = run.settings, run.optimizer
+    settings, optimizer, scaler = run.settings, run.optimizer, run.objective.scaler
     lengths = text_lengths(batch.tokens)  # on the CPU: no sync
     max_length = max(lengths, default=1)
     images = batch.image.to(run.device, non_blocking=True)
@@ -168,17 +168,20 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     packing = None if settings.compile else lengths
     size = settings.batch_size
     outputs = run.objective.backward(images, tokens, max_length, size, packing)
+    scaler.unscale_(optimizer)
     limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
     # Gradients are averaged by now, so all ranks decide alike. The check synchronises the host.
-    is_finite = settings.on_nonfinite != "skip" or bool(torch.isfinite(grad_norm))
+    is_checked = settings.on_nonfinite == "skip" or scaler.is_enabled()
+    is_finite = not is_checked or bool(torch.isfinite(grad_norm))
     run.step += 1
     if is_finite:
-        optimizer.step()
+        scaler.step(optimizer)
         if settings.preset == "paper":  # the released code does not clamp
             clamp_temperature(run.model)
         if run.average is not None:
             run.average.update()
+    scaler.update()
     return outputs, grad_norm, is_finite
 
 

@@ -101,8 +101,11 @@ def restore(
         if any(value.dim() and value.shape != parameter.shape for value in adam.values()):
             raise HimoError(f"{state.path}: is of another model: the moments of {name} differ")
         if adam:
-            optimizer.state[parameter] = {  # AdamW's step count [] stays on the CPU
-                key: value.to(device) if value.dim() else value for key, value in adam.items()
+            # AdamW's step count [] is on the CPU, or with its weight where one kernel does it all.
+            fused = optimizer.defaults.get("fused")
+            optimizer.state[parameter] = {
+                key: value.to(device) if value.dim() or fused else value
+                for key, value in adam.items()
             }
     if average is not None:
         average.load_state_dict(below("average/"))

@@ -1,22 +1,25 @@
 """Averages of the weights, learning rates by layer and step, and towers that are partly frozen."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from train_runs import lines, photos, refused, small_model, train_here
+from train_runs import SMALL, lines, photos, refused, small_model, train_here
 
 import himo
+from himo import precision
 from himo.average import AverageWeights
-from himo.checkpoint.safetensors_files import read_safetensors
+from himo.checkpoint.safetensors_files import read_safetensors, write_safetensors
 from himo.config import TrainConfig
 from himo.errors import HimoError
 from himo.model import CONFIGS, HiMoCLIP
 from himo.objective import Objective
 from himo.optimizer import learning_rate, make_optimizer, set_learning_rate
 from himo.train import build_model
+from himo.training_state import find_state
 
 SETTINGS = TrainConfig(train_data="x", model="tiny", lr=1e-3, wd=0.01, epochs=4, warmup=2)
 CPU = torch.device("cpu")
@@ -272,3 +275,90 @@ def test_more_groups_than_a_tower_has_is_an_error(tower, most):
     message = f"--{flag.replace('_', '-')}: expected at most {most} for this model, got {most + 1}"
     with pytest.raises(HimoError, match=message):
         build_model(dataclasses.replace(SETTINGS, **given), CPU)
+
+
+# Float16 with a scaled loss. The choice of the dtype is made to take float16 on any processor.
+
+
+@pytest.fixture
+def half_is_fast(monkeypatch):
+    monkeypatch.setattr(precision, "is_faster_than_float32", lambda *_: True)
+
+
+@pytest.mark.slow  # a CPU takes float16 one number at a time
+@pytest.mark.parametrize("size", [8, 4])  # the whole batch at once, or in two parts
+def test_a_scaled_gradient_is_that_of_float32(size, generator):
+    images = torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    tokens = himo.tokenize([f"a card with number {number}" for number in range(8)])
+    torch.manual_seed(0)
+    start = HiMoCLIP(SMALL).state_dict()
+    found = {}
+    for name in ("fp32", "amp"):
+        settings = dataclasses.replace(SETTINGS, precision=name, loss="clip", batch_size=size)
+        model = HiMoCLIP(SMALL)
+        model.load_state_dict(start)
+        objective, optimizer = Objective(model, settings), make_optimizer(model, settings)
+        objective.backward(images, tokens, 12, size)
+        if name == "amp":
+            largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.requires_grad)
+            assert largest > 1000  # they are scaled by 65536
+        objective.scaler.unscale_(optimizer)
+        found[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    error = (found["amp"] - found["fp32"]).norm() / found["fp32"].norm()
+    assert 0 < error < 0.02  # float16 has 11 bits
+
+
+@pytest.mark.slow
+def test_a_scale_that_is_too_large_skips_steps_and_falls(begun, tmp_path, half_is_fast, capsys):
+    pairs, small = begun
+    flags = [*small, "--precision", "amp", "--save-every-n-steps", "1", "--keep-checkpoints", "0"]
+    assert train_here(pairs, tmp_path, *flags) == 0
+    state = tmp_path / "run/checkpoints/state-00000003.safetensors"
+    with open(state, "rb") as file:
+        before, metadata = read_safetensors(file, str(state))
+    record = json.loads(metadata["himo_training_state"])
+    assert record["scaler"]["scale"] >= 1024  # of a run that went well
+    record["scaler"]["scale"] = 2.0**120
+    write_safetensors(str(state), before, {"himo_training_state": json.dumps(record)})
+    capsys.readouterr()
+    assert train_here(pairs, tmp_path, *flags, "--resume", str(state)) == 0
+    assert capsys.readouterr().out.count(": skipped, the gradient is ") == 3
+    last = state.with_name("state-00000006.safetensors")
+    assert find_state(str(last), last.parent).record["scaler"]["scale"] == 2.0**117
+    after = tensors(last)
+    names = [name for name in after if not name.startswith("random/")]
+    assert all(torch.equal(after[name], before[name]) for name in names)
+
+
+@pytest.mark.slow
+def test_a_resumed_scale_is_the_same_to_the_bit(begun, tmp_path, half_is_fast):
+    pairs, small = begun
+    flags = [*small, "--precision", "amp", "--save-every-n-steps", "1", "--keep-checkpoints", "0"]
+    assert train_here(pairs, tmp_path, *flags) == 0
+    last = tmp_path / "run/checkpoints/state-00000006.safetensors"
+    whole, scaler = tensors(last), find_state(str(last), last.parent).record["scaler"]
+    resumed = ["--resume", str(last.with_name("state-00000003.safetensors"))]
+    assert train_here(pairs, tmp_path, *flags, *resumed) == 0
+    assert find_state(str(last), last.parent).record["scaler"] == scaler
+    again = tensors(last)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_fused_step_is_that_of_the_plain_optimizer(generator):
+    model = HiMoCLIP(SMALL)
+    optimizer = make_optimizer(model, SETTINGS)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    twins = {p: p.detach().double().requires_grad_() for p in model.parameters() if p.requires_grad}
+    groups = [
+        {**group, "params": [twins[p] for p in group["params"]], "fused": False}
+        for group in optimizer.param_groups
+    ]
+    plain = torch.optim.AdamW(groups, foreach=False)
+    for _ in range(3):
+        for parameter, twin in twins.items():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            twin.grad = parameter.grad.double()
+        optimizer.step()
+        plain.step()
+    for parameter, twin in twins.items():
+        torch.testing.assert_close(parameter.double(), twin, rtol=1e-5, atol=1e-7)

@@ -39,6 +39,7 @@ def test_the_faster_dtype_is_chosen(monkeypatch):
         for asked in ("auto", "amp_bf16"):
             assert precision.resolve(asked, CPU)[0] == expected
             assert precision.resolve(asked, CPU, Ranks())[0] == expected  # as a run asks
+        assert precision.resolve("amp", CPU)[0] == ("amp" if faster else "fp32")
         assert precision.resolve("fp32", CPU) == ("fp32", "")
     assert precision.resolve("auto", CPU)[1].startswith("precision fp32: bfloat16 products")
 

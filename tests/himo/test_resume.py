@@ -70,7 +70,7 @@ OTHERS = {
     "on_nonfinite": "skip",
     "exchange": "ring",
     "rank_timeout": 30.0,
-    "precision": "amp_bf16",
+    "precision": "amp",
     "seed": 1,
     "device": "cpu",
     "threads": 1,
