@@ -242,7 +242,8 @@ class HiMoCLIP(nn.Module):
 
         Raises:
             HimoError: wrong shape or dtype, or more tokens than the context. For tokens on the CPU
-                also an id outside the vocabulary, or a text longer than max_length.
+                also an id outside the vocabulary, a text longer than max_length, or lengths that
+                are not those of text.
         """
         if text.dim() != 2 or not 1 <= text.shape[1] <= self.context_length:
             raise HimoError(
@@ -261,7 +262,8 @@ class HiMoCLIP(nn.Module):
                     f"got {wrong}"
                 )
         if lengths is not None:
-            if len(lengths) != len(text) or (readable and text_lengths(text) != list(lengths)):
+            fit = len(lengths) == len(text) and all(1 <= n <= text.shape[1] for n in lengths)
+            if not fit or (readable and text_lengths(text) != list(lengths)):
                 raise HimoError("encode_text: expected lengths to be those of text, one for each")
         if lengths:
             return self._projected(self._packed(text, lengths), normalize)
