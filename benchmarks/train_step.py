@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.baselines import released
 from benchmarks.rows import Row, facts, number, replace_row
@@ -194,17 +194,21 @@ def _timed(parts: Mapping[str, Part]) -> dict[str, float]:
 
 def _profiled(parts: Mapping[str, Part]) -> dict[str, float]:
     """The most bytes in use in each part beyond those at the start of the step."""
-    found, alive = {}, 0
-    for name, part in parts.items():
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            part()
-        events = profiler.profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        found[name] = alive
-        for _, change in sorted(changes, key=lambda item: item[0]):
-            alive += change
-            found[name] = max(found[name], alive)
-    return found
+    # One profile of all parts: it does not see the end of memory that was taken before it began.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for name, part in parts.items():
+            with record_function(name):
+                part()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    found: dict[str, float] = {}
+    alive, name = 0, ""
+    for event in events:
+        if event.name() in parts:
+            name = event.name()
+        elif event.name() == "[memory]":
+            alive += event.nbytes()
+        found[name] = max(found.get(name, alive), alive)
+    return {name: found[name] for name in parts}
 
 
 if __name__ == "__main__":

@@ -155,10 +155,10 @@ class _OneOfMany(Ranks):
 class Rehearsal:
     """Steps of a training run, any number of them, each with its own settings.
 
-    Counts as a GPU runs by default: AdamW in one kernel, which stores no temporary tensors, the
-    operators' reference backend, and fused attention, which stores no scores [L, L]. Every
-    caption has the context's length. With several processes DistributedDataParallel adds gradient
-    buckets as large as the gradients.
+    Counts AdamW on all tensors at once (the trainer's fused one stores no temporary tensors), the
+    operators' reference backend, and fused attention, which stores no scores [L, L]. Every caption
+    has the context's length. With several processes DistributedDataParallel adds gradient buckets
+    as large as the gradients.
 
     Args:
         settings: of the run; data, device and files do not matter.
@@ -237,6 +237,8 @@ class Rehearsal:
             with ledger.making(AVERAGE):
                 self._average = AverageWeights(model, self.settings.ema)
         optimizer = make_optimizer(model, self.settings)
+        for group in optimizer.param_groups:
+            group |= {"foreach": True, "fused": None}
         ledger.forget_peak()
         with ledger.making(UPDATE):
             optimizer.step()  # makes its state first, then its temporary tensors

@@ -50,6 +50,8 @@ def measured(settings: TrainConfig) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         network = build_model(settings, torch.device("cpu"))
         optimizer = make_optimizer(network, settings)
+        for group in optimizer.param_groups:
+            group |= {"foreach": True, "fused": None}  # as it is counted
         average = None if settings.ema is None else AverageWeights(network, settings.ema)
         objective = Objective(network, settings, backend="reference")
         pairs = settings.batch_size * settings.accum_freq
