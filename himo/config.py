@@ -43,6 +43,7 @@ class TrainConfig:
     max_bad_fraction: float = _flag(0.01, "share of unreadable images that ends the run")
     image_mode: Literal["exact", "fast"] = _flag("exact", "exact resize, or the faster one")
     workers: int = _flag(2, "processes that read images; 0 reads in the training process")
+    token_cache: bool = _flag(True, "keep the captions' tokens in a file beside the index")
 
     # Validation: retrieval, into metrics.jsonl
     val_data: str | None = _flag(None, "data set to validate on, read with the same data flags")
@@ -216,7 +217,15 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     ),
     # They change speed, and where and how often something is written.
     "ignore": (
-        *("workers", "rank_timeout", "logs", "name", "log_every_n_steps", "save_frequency"),
+        *(
+            "workers",
+            "token_cache",
+            "rank_timeout",
+            "logs",
+            "name",
+            "log_every_n_steps",
+            "save_frequency",
+        ),
         *("save_every_n_steps", "keep_checkpoints", "report_to", "resume", "allow_changes"),
         "force_warmup",
     ),

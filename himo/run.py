@@ -18,6 +18,7 @@ from himo.data import (
     SampleIndex,
     make_loader,
     open_dataset,
+    open_tokens,
 )
 from himo.device import usable_device
 from himo.errors import HimoError, note
@@ -166,7 +167,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     settings = recipes.with_schedule(
         settings, len(index), processes=ranks.size, config=model.config, free=free
     )
-    pairs = training_pairs(settings, index, model.config)
+    with ranks.main_first():  # rank 0 writes the token cache
+        pairs = training_pairs(settings, index, model.config)
     sampler = EpochSampler(
         len(pairs),
         settings.batch_size * settings.accum_freq,
@@ -308,13 +310,20 @@ def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleI
 def training_pairs(
     settings: TrainConfig, index: SampleIndex, config: CLIPConfig
 ) -> CaptionedImages:
-    """Returns the pairs, preprocessed and tokenized for a model of this configuration."""
+    """Returns the pairs, preprocessed and tokenized for a model of this configuration.
+
+    Without --no-token-cache, encodes all captions if their tokens are not there yet.
+    """
+    length, cache = config.context_length, None
+    if settings.token_cache:
+        cache = open_tokens(index, length, workers=settings.workers)
     return CaptionedImages(
         index,
         Preprocess.of(config, settings.image_mode),
-        partial(tokenize, context_length=config.context_length),
+        partial(tokenize, context_length=length),
         seed=settings.seed,
         short_captions=settings.short_captions,
+        cache=cache,
     )
 
 
