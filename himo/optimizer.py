@@ -14,9 +14,10 @@ def make_optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that are not frozen."""
     # Without decay: norms, biases, the class embedding and logit_scale, all below two dimensions.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    least = 0 if settings.decay_all else 2
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.wd},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= least], "weight_decay": settings.wd},
+        {"params": [p for p in trained if p.dim() < least], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps

@@ -25,7 +25,7 @@ from himo.errors import HimoError, note
 from himo.memory import free_memory
 from himo.model import CLIPConfig, HiMoCLIP, named_config
 from himo.objective import Objective
-from himo.optimizer import MAX_LOG_SCALE, learning_rate, make_optimizer
+from himo.optimizer import learning_rate, make_optimizer
 from himo.parallel import Ranks
 from himo.precision import resolve
 from himo.reporting import Reports, check_installed
@@ -176,6 +176,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         rank=ranks.rank,
         world_size=ranks.size,
         drop_last=not settings.keep_last_batch,
+        reshuffle=not settings.same_order,
     )
     objective = Objective(model, settings, ranks)
     if settings.cuda_graph_head:  # before the loader's threads, whose calls would end a capture
@@ -363,8 +364,8 @@ def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
         model, _ = checkpoint.load(settings.pretrained, device="cpu", stretch=True, **given)
     else:
         model = HiMoCLIP(named_config(settings.model))
-    if settings.preset == "official" and settings.loss == "himo":
-        nn.init.constant_(model.logit_scale, MAX_LOG_SCALE)
+    if settings.log_scale is not None:
+        nn.init.constant_(model.logit_scale, settings.log_scale)
     if settings.lock_image:
         model.lock_image_tower()
     if settings.lock_text:

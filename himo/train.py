@@ -155,7 +155,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     run.step += 1
     if is_finite:
         optimizer.step()
-        if settings.preset == "paper":  # the released code does not clamp
+        if settings.clamp_scale:
             clamp_temperature(run.model)
     return outputs, grad_norm, is_finite
 

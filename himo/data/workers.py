@@ -33,7 +33,7 @@ def in_order(items: Dataset[_T], workers: int, *, timeout_s: float = 300.0) -> I
         worker_init_fn=outlive_a_stop_request,
         timeout=timeout_s if workers else 0,
     )
-    running = [iter(loader)]
+    running: list[Iterator[_T]] = [iter(loader)]
     try:
         while (item := next_item(running[0])) is not None:
             yield item

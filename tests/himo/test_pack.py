@@ -357,5 +357,6 @@ def test_a_run_trains_on_the_shards_and_takes_short_captions(tmp_path):
 
 def test_a_missing_shard_of_the_pattern_is_named(tmp_path, capsys):
     pack(source(tmp_path / "source"), tmp_path / "packed")
+    capsys.readouterr()
     message = refused(capsys, tmp_path / "packed" / "{000000..000004}.tar", tmp_path)
     assert "2 of 5 shards missing" in message and "000003.tar" in message
