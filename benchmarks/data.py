@@ -46,7 +46,10 @@ COLUMNS = (
     *("rounds", "load", "device", "torch", "threads", "commit", "date"),
 )
 CELL = ("part", "variant", "workers", "measure", "device")  # one row each
-WORDS = ["a", "the", "of", "and", "in", "on", "with", "red", "green", "blue", "wooden", "small", "large", "bright", "dark", "old", "house", "tree", "street", "window", "table", "lamp", "person", "dog", "river", "mountain", "stands", "beside", "behind", "shows", "holds", "near", "under"]
+WORDS = (
+    "a the of and in on with red green blue wooden small large bright dark old house tree street "
+    "window table lamp person dog river mountain stands beside behind shows holds near under"
+)
 _PHOTO = (640, 427)
 _CAPTION_WORDS = 130
 _READS = 20_000  # records that each reader takes
@@ -221,7 +224,7 @@ def write_photos(folder: Path, count: int) -> Path:
 
 def caption(seed: int) -> str:
     """Sentences of ten words."""
-    words = random.Random(seed).choices(WORDS, k=_CAPTION_WORDS)
+    words = random.Random(seed).choices(WORDS.split(), k=_CAPTION_WORDS)
     sentences = (" ".join(words[start : start + 10]) for start in range(0, _CAPTION_WORDS, 10))
     return " ".join(f"{sentence.capitalize()}." for sentence in sentences)
 

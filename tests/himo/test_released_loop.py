@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from step_formula import MEAN, STD, dual_loss, order, rate
 from torch import Tensor
 from train_runs import SMALL, lines, refused, train_here
 
@@ -26,7 +26,6 @@ from himo.recipes import as_flags, chosen, taken_up, with_model, with_schedule
 PAIRS, BATCH, WARMUP, LR = 88, 32, 5, 1e-6
 RELEASED_EPOCHS, PUBLISHED_EPOCHS = 4, 6  # of three batches, and of two full ones: 12 steps
 CLOSE = 1.6e-5 / 17  # of a loss: a run of the released code on real towers came so close
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @pytest.fixture(scope="module")
@@ -58,58 +57,12 @@ def run(pairs: Path, logs: Path, *flags: str) -> list[dict]:
     return lines(logs)
 
 
-def order(epoch: int, seed: int = 0) -> list[int]:
-    bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
-    return np.random.RandomState(bits).permutation(PAIRS).tolist()
-
-
 def batch(pairs: Path, rows: list[int]) -> tuple[Tensor, Tensor]:
     records = [json.loads(line) for line in pairs.read_text().splitlines()]
     images = [np.asarray(Image.open(pairs.with_name(records[row]["image"]))) for row in rows]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD))
     return (pixels - mean) / std, himo.tokenize([records[row]["caption"] for row in rows])
-
-
-def components(texts: Tensor, tau: float) -> Tensor:
-    mean = texts.mean(0)
-    _, singular, right = torch.linalg.svd(texts - mean, full_matrices=False)
-    share = singular.square().cumsum(0) / singular.square().sum()
-    kept = right[: int((share >= tau).nonzero()[0, 0]) + 1]
-    return (texts - mean) @ kept.T @ kept + mean
-
-
-def two_losses(
-    model: HiMoCLIP,
-    images: Tensor,
-    tokens: Tensor,
-    *,
-    smoothing: float,
-    unit: bool,
-    constant_keys: bool,
-    tau: float,
-) -> Tensor:
-    image, text = model.encode_image(images), model.encode_text(tokens)
-    image = image / image.norm(dim=1, keepdim=True)
-    text = text / text.norm(dim=1, keepdim=True)
-    component = components(text, tau)
-    if unit:
-        component = component / component.norm(dim=1, keepdim=True)
-    labels = torch.arange(len(image))
-    loss = 0.0
-    for texts in (text, component):
-        for queries, keys in ((image, texts), (texts, image)):
-            # The gather of the released code gives constants, also of the process's own rows.
-            keys = keys.detach() if constant_keys else keys
-            logits = model.logit_scale.exp() * queries @ keys.T
-            loss = loss + F.cross_entropy(logits, labels, label_smoothing=smoothing) / 2
-    return loss
-
-
-def rate(step: int, total: int, lr: float = LR) -> float:
-    if step < WARMUP:
-        return lr * (step + 1) / WARMUP
-    return 0.5 * (1 + np.cos(np.pi * (step - WARMUP) / (total - WARMUP))) * lr
 
 
 def trained(model: HiMoCLIP) -> list[tuple[str, Tensor]]:
@@ -124,18 +77,18 @@ def released(
     model.train()
     model.logit_scale = torch.nn.Parameter(torch.ones([]) * log_scale)
     optimizer = torch.optim.AdamW([p for _, p in trained(model)], lr=lr, weight_decay=1e-2)
-    rows = order(0)  # in every epoch, with its last batch
+    rows = order(PAIRS, 0)  # in every epoch, with its last batch
     batches = [rows[start : start + BATCH] for start in range(0, PAIRS, BATCH)]
     total = RELEASED_EPOCHS * len(batches)
     losses, rates = [], []
     for step in range(total):
-        rates.append(rate(step, total, lr))
+        rates.append(rate(step, total, lr, WARMUP))
         optimizer.param_groups[0]["lr"] = rates[-1]
         optimizer.zero_grad()
         images, tokens = batch(pairs, batches[step % len(batches)])
-        loss = two_losses(
-            model, images, tokens, smoothing=0.1, unit=False, constant_keys=True, tau=tau
-        )
+        features = model.encode_image(images), model.encode_text(tokens)
+        scale = model.logit_scale.exp()
+        loss = dual_loss(*features, scale, tau, smoothing=0.1, unit=False, constant_keys=True)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -154,16 +107,15 @@ def published(pairs: Path) -> tuple[list[float], list[float], HiMoCLIP]:
     full = PAIRS // BATCH
     losses, rates = [], []
     for step in range(PUBLISHED_EPOCHS * full):
-        rates.append(rate(step, PUBLISHED_EPOCHS * full))
+        rates.append(rate(step, PUBLISHED_EPOCHS * full, LR, WARMUP))
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
         optimizer.zero_grad()
         first = step % full * BATCH
-        rows = order(step // full)[first : first + BATCH]
+        rows = order(PAIRS, step // full)[first : first + BATCH]
         images, tokens = batch(pairs, rows)
-        loss = two_losses(
-            model, images, tokens, smoothing=0.0, unit=True, constant_keys=False, tau=0.9
-        )
+        features = model.encode_image(images), model.encode_text(tokens)
+        loss = dual_loss(*features, model.logit_scale.exp(), tau=0.9)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
