@@ -28,6 +28,7 @@ class Recipe:
 
 # HiMo-CLIP, arXiv 2511.06653, section 4.1: 1.2 million pairs, and a trained CLIP to start from.
 _PAPER = Recipe(batch_size=128, epochs=10, lr=1e-6, wd=1e-2, warmup=200)
+_PAPER_TOGETHER = 1024  # pairs contrasted together, on 8 GPUs
 _PAPER_PAIRS = 1_000_000  # from here on a data set is as large as the paper's
 # The rate at which the scripts of FLYP (arXiv 2212.00638) fine-tune CLIP on smaller data sets, with
 # the contrastive loss. At the paper's rate, a tenth of it, a short run changes nothing.
@@ -196,6 +197,18 @@ def doubts(settings: TrainConfig, steps: int) -> list[str]:
             f"--recipe auto takes at most {_FINE_TUNE.lr:g}"
         )
     return found
+
+
+def other_batch(settings: TrainConfig, together: int) -> str | None:
+    """What a run of the paper's recipe should know that contrasts so many pairs; None if 1,024."""
+    if settings.recipe not in _MODELS or together == _PAPER_TOGETHER:
+        return None
+    said = (
+        f"--recipe {settings.recipe}: the paper contrasts {_PAPER_TOGETHER} pairs together, 128 on "
+        f"each of 8 GPUs, and this run {together}"
+    )
+    times, rest = divmod(_PAPER_TOGETHER * settings.accum_freq, together)
+    return said if rest or not times else f"{said}; --accum-freq {times} has as many"
 
 
 def _of_preset(settings: TrainConfig) -> dict[str, Any]:

@@ -253,7 +253,8 @@ def _check_warmup(settings: TrainConfig, total_steps: int) -> None:
 
 def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
     settings, total = run.settings, run.total_steps
-    for doubt in recipes.doubts(settings, total):
+    batch = recipes.other_batch(settings, pairs_per_step)
+    for doubt in [*([batch] if batch else []), *recipes.doubts(settings, total)]:
         note(doubt)
     left_out = pairs % pairs_per_step
     if left_out and not settings.keep_last_batch:

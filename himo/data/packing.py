@@ -34,7 +34,7 @@ from himo.files import (
     remove_abandoned,
     write_text,
 )
-from himo.images import MAX_PIXELS, ImageError, Source, decode, eight_bits, source_name
+from himo.images import MAX_PIXELS, ImageError, Source, decode, source_name
 
 MANIFEST = "pack.json"
 FORMATS = {"jpeg": "jpg", "webp": "webp"}  # and the suffix of a member
@@ -96,12 +96,12 @@ def small_image(source: Source, options: PackOptions) -> bytes:
     image, (width, height) = decode(source, MAX_PIXELS, side)
     buffer = io.BytesIO()
     try:
-        image = eight_bits(image)
         image = image if image.mode == "L" else image.convert("RGB")
         short = min(width, height)
         if short > options.size:  # of the header: a decoder that shrinks rounds
             size = (options.size * width // short, options.size * height // short)
             image = image.resize(size, Image.Resampling.BICUBIC)
+        image.info = {}  # comments and colour profiles, which Pillow would write again
         image.save(buffer, options.format.upper(), quality=options.quality)
     except (ValueError, OSError) as error:
         shape = f"{width} x {height} pixels of mode {image.mode}"
@@ -228,7 +228,7 @@ class _Folder:
         self.shards: dict[str, dict[str, Any]] = {}
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise HimoError(f"--out {path}: cannot be made: {os_reason(error)}") from error
         remove_abandoned(path)
         if (path / MANIFEST).exists():

@@ -33,7 +33,7 @@ def write(folder: Path) -> tuple[Path, Path]:
         Image.fromarray(pixels).save(folder / f"{number}.png")
     with (folder / "pairs.jsonl").open("w") as file:
         for number in range(HELD_OUT + PAIRS):
-            words = " ".join(f"w{word}" for word in rng.integers(0, 99, 4))
+            words = " ".join(f"w{word}" for word in rng.integers(0, 99, 12))  # over 20 tokens
             record = {"image": f"{number % PICTURES}.png", "caption": f"{words} {number}."}
             file.write(json.dumps(record) + "\n")
     torch.manual_seed(0)

@@ -137,6 +137,18 @@ def test_grey_stays_grey_and_other_modes_become_rgb(tmp_path):
     assert modes == ["L", "RGB", "RGB", "RGB", "RGB", "L", "RGB"]
 
 
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+@pytest.mark.parametrize("side", [20, 64])
+def test_no_metadata_is_carried_over(tmp_path, form, side):
+    exif = Image.Exif()
+    exif[0x010E] = "a secret place"
+    about = {"comment": b"secret comment", "icc_profile": b"secret profile" * 99, "exif": exif}
+    photo(0).resize((side, side)).save(tmp_path / "a.jpg", **about)
+    assert (tmp_path / "a.jpg").read_bytes().count(b"secret") > 99
+    pack(write_csv(tmp_path / "a.csv", [("a.jpg", "A card.")]), tmp_path / "out", "--format", form)
+    assert b"secret" not in (tmp_path / "out/000000.tar").read_bytes()
+
+
 def test_the_same_pack_has_the_same_bytes_for_any_workers(tmp_path):
     data = source(tmp_path / "source", 40)
     for name, workers in (("a", "0"), ("b", "2")):

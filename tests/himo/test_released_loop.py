@@ -21,7 +21,7 @@ import himo
 from himo.config import TrainConfig
 from himo.model import HiMoCLIP
 from himo.optimizer import make_optimizer
-from himo.recipes import as_flags, chosen, taken_up, with_model, with_schedule
+from himo.recipes import as_flags, chosen, other_batch, taken_up, with_model, with_schedule
 
 PAIRS, BATCH, WARMUP, LR = 88, 32, 5, 1e-6
 RELEASED_EPOCHS, PUBLISHED_EPOCHS = 4, 6  # of three batches, and of two full ones: 12 steps
@@ -159,7 +159,26 @@ def test_eleven_steps_are_those_that_the_paper_describes(pairs, tmp_path):
 
 
 def settings(**given) -> TrainConfig:
-    return with_schedule(with_model(TrainConfig("x", recipe="paper-b16", **given), 1000), 1000)
+    given = {"recipe": "paper-b16", **given}
+    return with_schedule(with_model(TrainConfig("x", **given), 1000), 1000)
+
+
+@pytest.mark.parametrize(
+    ("given", "together", "advice"),
+    [
+        ({}, 128, "; --accum-freq 8 has as many"),
+        ({"batch_size": 64, "accum_freq": 2}, 512, "; --accum-freq 4 has as many"),
+        ({}, 384, ""),
+        ({}, 2048, ""),
+        ({}, 1024, None),
+        ({"recipe": "auto"}, 128, None),
+    ],
+    ids=str,
+)
+def test_another_batch_than_the_papers_is_said(given, together, advice):
+    said = other_batch(settings(**given), together)
+    expected = f"1024 pairs together, 128 on each of 8 GPUs, and this run {together}{advice}"
+    assert said is None if advice is None else said.endswith(expected)
 
 
 RELEASED = {
