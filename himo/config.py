@@ -232,15 +232,8 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     ),
     # They change speed, and where and how often something is written.
     "ignore": (
-        *(
-            "workers",
-            "token_cache",
-            "rank_timeout",
-            "logs",
-            "name",
-            "log_every_n_steps",
-            "save_frequency",
-        ),
+        *("workers", "token_cache", "rank_timeout", "logs", "name", "log_every_n_steps"),
+        "save_frequency",
         *("save_every_n_steps", "keep_checkpoints", "report_to", "resume", "allow_changes"),
         "force_warmup",
     ),

@@ -173,7 +173,8 @@ class WebDataset(Source):
             value = DECODER.decode(decode_file(data))
         except (ValueError, RecursionError, RecordError):
             return None  # the caption is in the .txt, or the error is already known
-        return value.get(SHORT_CAPTION_KEY) if isinstance(value, dict) else None
+        short = value.get(SHORT_CAPTION_KEY) if isinstance(value, dict) else None
+        return short if isinstance(short, str) else None
 
 
 def _readable(member: Member) -> Member:
