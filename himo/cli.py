@@ -19,6 +19,7 @@ _COMMANDS = {
     "eval": ("himo.evaluate", "retrieval and HiMo@K of a checkpoint"),
     "datasets": ("himo.evaluate.datasets", "the data sets that have a name, and where they are"),
     "doctor": ("himo.tools.doctor", "what is installed, and what would stop a training run"),
+    "pack": ("himo.tools.pack", "training data as shards of small images, which read faster"),
     "plan": ("himo.tools.plan", "whether a training step fits the memory of a GPU"),
     "bench": ("himo.tools.bench", "how fast the training data are read, and the kernels"),
     "ablate": ("himo.ablate", "the paper's tables 4 to 6 on any data, as runs and one page"),

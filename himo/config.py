@@ -43,6 +43,7 @@ class TrainConfig:
     max_bad_fraction: float = _flag(0.01, "share of unreadable images that ends the run")
     image_mode: Literal["exact", "fast"] = _flag("exact", "exact resize, or the faster one")
     workers: int = _flag(2, "processes that read images; 0 reads in the training process")
+    token_cache: bool = _flag(True, "keep the captions' tokens in a file beside the index")
 
     # Validation: retrieval, into metrics.jsonl
     val_data: str | None = _flag(None, "data set to validate on, read with the same data flags")
@@ -73,12 +74,20 @@ class TrainConfig:
 
     # Loss
     loss: Literal["himo", "clip"] = _flag("himo", "HiMo loss, or plain CLIP for comparison")
-    preset: Literal["paper", "official"] = _flag("paper", "switches of the HiMo loss")
-    tau: float | None = _flag(None, "share of the variance HiDe keeps; paper 0.9")
+    preset: Literal["paper", "official"] = _flag(
+        "paper", "the paper, or the released code's run file: HiMo loss and flags marked (preset)"
+    )
+    tau: float | None = _flag(None, "share of the variance HiDe keeps; both presets 0.9")
     lambda_comp: float | None = _flag(None, "weight of the component loss; paper 1")
     lambda_global: float | None = _flag(None, "weight of the contrastive loss; paper 1, or 0")
     decompose_images: bool = _flag(False, "component loss of images' own components; table 5")
     label_smoothing: float | None = _flag(None, "label smoothing; paper 0, released code 0.1")
+    log_scale: float | None = _flag(
+        None, "logarithm of the first temperature; default the model's, released code 4.6052"
+    )
+    clamp_scale: bool = _flag(
+        None, "keep the temperature at or below 100; paper, not the released code (preset)"
+    )
     gap_eps: float = _flag(1e-4, "floor of HiDe's eigenvalue gap; caps rare gradient spikes")
     cuda_graph_head: bool = _flag(
         False, "HiMo loss as CUDA graphs: one GPU, batches <= 128; not yet run on hardware"
@@ -91,10 +100,16 @@ class TrainConfig:
     accum_freq: int = _flag(
         None, "batches that make one: contrasted together, in the memory of one (recipe)"
     )
-    keep_last_batch: bool = _flag(False, "also train on the smaller batch at an epoch's end")
+    keep_last_batch: bool = _flag(
+        None, "also train on the smaller batch at an epoch's end; released code (preset)"
+    )
+    same_order: bool = _flag(None, "every epoch in the first one's order; released code (preset)")
     epochs: int = _flag(None, "passes over the data; paper 10 (recipe)")
     lr: float = _flag(None, "peak learning rate; paper 1e-6, for fine-tuning (recipe)")
     wd: float = _flag(None, "weight decay of matrices; paper 1e-2 (recipe)")
+    decay_all: bool = _flag(
+        None, "decay biases, norms and the temperature too; released code (preset)"
+    )
     beta1: float = _flag(0.9, "AdamW; paper 0.9")
     beta2: float = _flag(0.999, "AdamW; paper 0.999")
     eps: float = _flag(1e-8, "AdamW")
@@ -218,8 +233,9 @@ class TrainConfig:
         return _names(self.report_to)
 
 
-# What a recipe chooses where it is None.
+# What a recipe or preset chooses where it is None.
 OPEN = ("model", "batch_size", "accum_freq", "epochs", "lr", "wd", "warmup")
+OPEN_TO_PRESET = ("keep_last_batch", "same_order", "decay_all", "clamp_scale", "log_scale", "tau")
 _REPORTS = ("tensorboard", "wandb")
 
 # What --resume does with a flag that differs from the checkpoint's. resume.py also compares the
@@ -227,14 +243,14 @@ _REPORTS = ("tensorboard", "wandb")
 AT_RESUME: dict[str, tuple[str, ...]] = {
     # They change the order of the samples or the length of an epoch, so nothing can be continued.
     # A recipe chooses nothing any more: open flags are as in the checkpoint.
-    "never": ("recipe", "seed", "train_num_samples", "held_out", "keep_last_batch"),
+    "never": ("recipe", "seed", "train_num_samples", "held_out", "keep_last_batch", "same_order"),
     # They change the result. --allow-changes lets them differ; metrics.jsonl records it.
     "refuse": (
         *("train_data", "val_data", "short_captions", "image_mode"),
         *("pretrained", "lock_image", "lock_image_unlocked_groups"),
         *("lock_text", "lock_text_unlocked_layers"),
         *("loss", "preset", "tau", "lambda_comp", "lambda_global", "decompose_images"),
-        *("label_smoothing", "gap_eps"),
+        *("label_smoothing", "gap_eps", "log_scale", "clamp_scale", "decay_all"),
         *("batch_size", "accum_freq", "epochs", "warmup", "lr", "wd", "beta1", "beta2", "eps"),
         *("layer_decay", "lr_scheduler", "epochs_cooldown", "ema"),
         *("grad_clip_norm", "on_nonfinite", "precision"),
@@ -250,7 +266,8 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
     ),
     # They change speed, and where and how often something is written.
     "ignore": (
-        *("workers", "rank_timeout", "logs", "name", "log_every_n_steps", "save_frequency"),
+        *("workers", "token_cache", "rank_timeout", "logs", "name", "log_every_n_steps"),
+        "save_frequency",
         *("save_every_n_steps", "keep_checkpoints", "report_to", "resume", "allow_changes"),
         *("force_warmup", "dry_run"),
     ),
@@ -271,6 +288,7 @@ _MINIMA: dict[str, float] = {
 _RANGES: dict[str, tuple[float, float]] = {
     "max_bad_fraction": (0.0, 1.0),
     "label_smoothing": (0.0, 1.0),
+    "log_scale": (0.0, 20.0),  # float32 logits of 5e8; the released code has 4.6052
     "workers": (0, 1024),  # each is a process
     "threads": (0, 1024),  # torch crashes with many more
     "seed": (0, 2**63 - 1),  # a signed integer of 64 bits

@@ -18,12 +18,15 @@ def make_optimizer(model: HiMoCLIP, settings: TrainConfig) -> torch.optim.AdamW:
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scales = lr_scales(model, settings.layer_decay)
+    # Without decay: norms, biases, the class embedding and logit_scale, all below two dimensions.
+    least = 0 if settings.decay_all else 2
     groups: list[dict[str, Any]] = []
     for scale in sorted(set(scales.values()), reverse=True):
         of_scale = [parameter for name, parameter in trained if scales[name] == scale]
-        # Without decay: norms, biases, the class embedding and logit_scale, all below 2 dimensions.
-        matrices, others = ([p for p in of_scale if (p.dim() >= 2) == big] for big in (True, False))
-        groups.append({"params": matrices, "weight_decay": settings.wd, "lr_scale": scale})
+        decayed, others = (
+            [p for p in of_scale if (p.dim() >= least) == big] for big in (True, False)
+        )
+        groups.append({"params": decayed, "weight_decay": settings.wd, "lr_scale": scale})
         groups.append({"params": others, "weight_decay": 0.0, "lr_scale": scale})
     return torch.optim.AdamW(
         groups,

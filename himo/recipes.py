@@ -9,9 +9,10 @@ import dataclasses
 from typing import Any
 
 from himo.clip_config import CLIPConfig
-from himo.config import OPEN, TrainConfig
+from himo.config import OPEN, OPEN_TO_PRESET, TrainConfig
 from himo.errors import HimoError
 from himo.memory import step_bytes
+from himo_kernels.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Recipe:
 
 # HiMo-CLIP, arXiv 2511.06653, section 4.1: 1.2 million pairs, and a trained CLIP to start from.
 _PAPER = Recipe(batch_size=128, epochs=10, lr=1e-6, wd=1e-2, warmup=200)
+_PAPER_TOGETHER = 1024  # pairs contrasted together, on 8 GPUs
 _PAPER_PAIRS = 1_000_000  # from here on a data set is as large as the paper's
 # The rate at which the scripts of FLYP (arXiv 2212.00638) fine-tune CLIP on smaller data sets, with
 # the contrastive loss. At the paper's rate, a tenth of it, a short run changes nothing.
@@ -34,6 +36,27 @@ _FINE_TUNE = dataclasses.replace(_PAPER, lr=1e-5)
 # open_clip's example of a training from random weights on one GPU. Its 3 million pairs take 680,000
 # steps.
 _FROM_SCRATCH = Recipe(batch_size=128, epochs=30, lr=1e-3, wd=0.1, warmup=10_000)
+
+# What a preset chooses of the training, beside the switches of the loss. `paper` is what open_clip
+# does where the paper says nothing. `official` is the released run file, train/run_scripts/
+# run_train.sh, and where that says nothing train/train.py (commit f235e97), whose own default of
+# tau, 0.85, the run file replaces. 4.6052 is ln 100 rounded up: above the clamp.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "keep_last_batch": False,
+        "same_order": False,
+        "decay_all": False,
+        "clamp_scale": True,
+    },
+    "official": {
+        "keep_last_batch": True,
+        "same_order": True,
+        "decay_all": True,
+        "clamp_scale": False,
+        "log_scale": 4.6052,
+        "tau": 0.9,
+    },
+}
 
 _MODELS = {"paper-b16": "ViT-B-16", "paper-l14": "ViT-L-14"}
 # New models from the largest on: (pairs from which on it is taken, name). Our choice: CLIPs of this
@@ -49,7 +72,7 @@ _LEAST_NEW_LR, _MOST_FINE_TUNE_LR = 1e-5, 1e-4
 
 
 def with_model(settings: TrainConfig, pairs: int | None) -> TrainConfig:
-    """The settings with a model, unless a checkpoint brings its own.
+    """The settings with what the preset chooses and a model, unless a checkpoint brings its own.
 
     Args:
         pairs: to train on; None if unknown, taken to be as many as the paper's.
@@ -57,6 +80,7 @@ def with_model(settings: TrainConfig, pairs: int | None) -> TrainConfig:
     Raises:
         HimoError: a recipe for a new model, and a checkpoint.
     """
+    settings = _filled(settings, _of_preset(settings))
     if settings.pretrained is not None:
         if settings.recipe == "from-scratch":
             raise HimoError("--recipe from-scratch: expected no --pretrained")
@@ -117,20 +141,38 @@ def total_steps(settings: TrainConfig, pairs: int, processes: int = 1) -> int:
 
 
 def chosen(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
-    """The values that a recipe chose, by flag; a step of one batch is no choice."""
-    values = {name: getattr(after, name) for name in OPEN if _is_open(before, name)}
+    """The values that a recipe or preset chose, by flag.
+
+    A step of one batch is no choice, and neither is what the paper's preset does.
+    """
+    names = (*OPEN, *OPEN_TO_PRESET)
+    values = {name: getattr(after, name) for name in names if _is_open(before, name)}
     nothing = {"model": None, "accum_freq": 1}  # None: a checkpoint brings its own
+    nothing |= {name: _PRESETS["paper"].get(name) for name in OPEN_TO_PRESET}
     return {n: v for n, v in values.items() if n not in nothing or v != nothing[n]}
 
 
 def as_flags(values: dict[str, Any]) -> str:
-    """Values as flags of the command: --batch-size 32 --lr 0.001."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+    """Values as flags of the command: --batch-size 32 --lr 0.001 --same-order."""
+    flags = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag} {value}")
+    return " ".join(flags)
 
 
 def taken_up(settings: TrainConfig, before: dict[str, Any]) -> TrainConfig:
     """The settings of a resumed run: what the user leaves open is as in its checkpoint."""
-    return _filled(settings, {name: before[name] for name in OPEN if name in before})
+    names = (*OPEN, *OPEN_TO_PRESET)
+    values = {name: before[name] for name in names if before.get(name) is not None}
+    if "decay_all" not in before:  # a checkpoint of a himo without these flags
+        preset = before["preset"]
+        threshold = PRESETS[preset]["variance_threshold"]
+        values = _PRESETS["paper"] | {"clamp_scale": preset == "paper", "tau": threshold} | values
+    return _filled(settings, values)
 
 
 def doubts(settings: TrainConfig, steps: int) -> list[str]:
@@ -155,6 +197,22 @@ def doubts(settings: TrainConfig, steps: int) -> list[str]:
             f"--recipe auto takes at most {_FINE_TUNE.lr:g}"
         )
     return found
+
+
+def other_batch(settings: TrainConfig, together: int) -> str | None:
+    """What a run of the paper's recipe should know that contrasts so many pairs; None if 1,024."""
+    if settings.recipe not in _MODELS or together == _PAPER_TOGETHER:
+        return None
+    said = (
+        f"--recipe {settings.recipe}: the paper contrasts {_PAPER_TOGETHER} pairs together, 128 on "
+        f"each of 8 GPUs, and this run {together}"
+    )
+    times, rest = divmod(_PAPER_TOGETHER * settings.accum_freq, together)
+    return said if rest or not times else f"{said}; --accum-freq {times} has as many"
+
+
+def _of_preset(settings: TrainConfig) -> dict[str, Any]:
+    return _PRESETS[settings.preset if settings.loss == "himo" else "paper"]
 
 
 def _is_open(settings: TrainConfig, name: str) -> bool:

@@ -20,13 +20,14 @@ from himo.data import (
     SampleIndex,
     make_loader,
     open_dataset,
+    open_tokens,
 )
 from himo.device import usable_device
 from himo.errors import HimoError, note
 from himo.memory import free_memory
 from himo.model import CLIPConfig, HiMoCLIP, named_config
 from himo.objective import Objective
-from himo.optimizer import MAX_LOG_SCALE, learning_rate, make_optimizer
+from himo.optimizer import learning_rate, make_optimizer
 from himo.parallel import Ranks
 from himo.precision import resolve
 from himo.reporting import Reports, check_installed
@@ -178,7 +179,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     settings = recipes.with_schedule(
         settings, len(index), processes=ranks.size, config=model.config, free=free
     )
-    pairs = training_pairs(settings, index, model.config)
+    with ranks.main_first():  # rank 0 writes the token cache
+        pairs = training_pairs(settings, index, model.config)
     sampler = EpochSampler(
         len(pairs),
         settings.batch_size * settings.accum_freq,
@@ -186,6 +188,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         rank=ranks.rank,
         world_size=ranks.size,
         drop_last=not settings.keep_last_batch,
+        reshuffle=not settings.same_order,
     )
     objective = Objective(model, settings, ranks)
     if settings.cuda_graph_head:  # before the loader's threads, whose calls would end a capture
@@ -275,7 +278,8 @@ def _check_warmup(settings: TrainConfig, total_steps: int) -> None:
 
 def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
     settings, total = run.settings, run.total_steps
-    for doubt in recipes.doubts(settings, total):
+    batch = recipes.other_batch(settings, pairs_per_step)
+    for doubt in [*([batch] if batch else []), *recipes.doubts(settings, total)]:
         note(doubt)
     left_out = pairs % pairs_per_step
     if left_out and not settings.keep_last_batch:
@@ -333,13 +337,21 @@ def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleI
 def training_pairs(
     settings: TrainConfig, index: SampleIndex, config: CLIPConfig
 ) -> CaptionedImages:
-    """Returns the pairs, preprocessed and tokenized for a model of this configuration."""
+    """Returns the pairs, preprocessed and tokenized for a model of this configuration.
+
+    Without --no-token-cache, encodes all captions if their tokens are not there yet; a dry run writes
+    none.
+    """
+    length, cache = config.context_length, None
+    if settings.token_cache and not settings.dry_run:
+        cache = open_tokens(index, length, workers=settings.workers)
     return CaptionedImages(
         index,
         Preprocess.of(config, settings.image_mode),
-        partial(tokenize, context_length=config.context_length),
+        partial(tokenize, context_length=length),
         seed=settings.seed,
         short_captions=settings.short_captions,
+        cache=cache,
     )
 
 
@@ -379,8 +391,8 @@ def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
         model, _ = checkpoint.load(settings.pretrained, device="cpu", stretch=True, **given)
     else:
         model = HiMoCLIP(named_config(settings.model))
-    if settings.preset == "official" and settings.loss == "himo":
-        nn.init.constant_(model.logit_scale, MAX_LOG_SCALE)
+    if settings.log_scale is not None:
+        nn.init.constant_(model.logit_scale, settings.log_scale)
     if settings.lock_image:
         model.lock_image_tower(settings.lock_image_unlocked_groups)
     if settings.lock_text:

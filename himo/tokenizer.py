@@ -12,6 +12,8 @@ import gzip
 import hashlib
 import heapq
 import html
+import importlib.metadata
+import unicodedata
 import warnings
 import zlib
 from array import array
@@ -30,6 +32,7 @@ from himo.errors import HimoError
 START_OF_TEXT = 49_406
 END_OF_TEXT = 49_407  # the highest id: the text towers find the end of a text by argmax
 CONTEXT_LENGTH = 248
+_START, _END = (array("H", [number]).tobytes() for number in (START_OF_TEXT, END_OF_TEXT))
 
 _VOCABULARY = Path(__file__).with_name("vocabulary") / "bpe_merges.txt.gz"
 _VOCABULARY_SHA256 = "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02"  # unpacked
@@ -45,6 +48,10 @@ _WHITE_SPACE = regex.compile(r"\s+")
 # About 20 MB when full; the cache is then cleared, and frequent chunks soon fill it again.
 _CACHED_CHUNKS = 1 << 17
 _CACHED_CHUNK_LENGTH = 64  # characters; longer chunks rarely come twice
+
+# The version of what this file does to a text: counted up where that changes, so that no cache of
+# tokens outlives it.
+_RULES = 1
 
 # Most characters of a text that are cleaned: 33 for each of 248 tokens; English has 4 to 5.
 MAX_CLEANED = 8192
@@ -117,8 +124,12 @@ class Tokenizer:
 
         Not truncated, but see `tokenize` for a text of over MAX_CLEANED characters.
         """
+        return array("H", self.encode_bytes(text)).tolist()
+
+    def encode_bytes(self, text: str) -> bytes:
+        """The ids of `encode` as the bytes of an array of uint16."""
         _check_text(text, "text")
-        return array("H", self._encode(text)).tolist()
+        return self._encode(text)
 
     def encode_batch(
         self,
@@ -129,7 +140,7 @@ class Tokenizer:
         """The rows of `tokenize` as uint16 [B, context_length], in half the bytes, for storage."""
         rows, too_long = self.encode_cut(texts, context_length, truncate)
         if too_long:
-            _report_truncation(too_long, len(rows), context_length, truncate)
+            report_truncation(too_long, len(rows), context_length, truncate)
         return rows
 
     def encode_cut(
@@ -151,8 +162,6 @@ class Tokenizer:
                 "tokenize: expected context_length to be an integer of at least 2, got "
                 f"{context_length!r:.40}"
             )
-        start, end = array("H", [START_OF_TEXT]).tobytes(), array("H", [END_OF_TEXT]).tobytes()
-        row_bytes, room = 2 * context_length, 2 * (context_length - 2)
         rows, too_long = [], []
         for index, text in enumerate(texts):
             if not isinstance(text, str):
@@ -163,10 +172,9 @@ class Tokenizer:
                     f"which is to be cleaned and not truncated, got {len(text):,}"
                 )
             ids = self._encode(text)
-            if len(ids) > room:
+            if len(ids) > 2 * (context_length - 2):
                 too_long.append((index, len(ids) // 2 + 2))
-                ids = ids[:room]
-            rows.append((start + ids + end).ljust(row_bytes, b"\0"))
+            rows.append(padded_row(ids, context_length))
         flat = np.frombuffer(bytearray().join(rows), dtype=np.uint16)
         return flat.reshape(len(rows), context_length), too_long
 
@@ -203,6 +211,18 @@ class Tokenizer:
         except Exception as error:
             message = f"text {text[:60]!r} cannot be read: {str(error)[:80]}"
             raise TextError(message) from error
+
+
+def padded_row(ids: bytes, context_length: int) -> bytes:
+    """Ids between start-of-text and end-of-text, cut or padded with 0; all uint16."""
+    return (_START + ids[: 2 * (context_length - 2)] + _END).ljust(2 * context_length, b"\0")
+
+
+def tokenizer_digest() -> str:
+    """Changes where ids may: with the vocabulary, the rules and the versions of libraries."""
+    versions = [importlib.metadata.version(library) for library in ("ftfy", "regex")]
+    parts = [_VOCABULARY_SHA256, _RULES, MAX_CLEANED, unicodedata.unidata_version, *versions]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @functools.cache
@@ -342,7 +362,7 @@ def _check_text(text: object, name: str) -> None:
         raise HimoError(f"tokenize: expected {name} to be a str, got {type(text).__name__}")
 
 
-def _report_truncation(
+def report_truncation(
     too_long: list[tuple[int, int]], count: int, context_length: int, truncate: bool
 ) -> None:
     """Raises, or warns once per process, about the texts (index, length in tokens)."""

@@ -177,7 +177,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     run.step += 1
     if is_finite:
         scaler.step(optimizer)
-        if settings.preset == "paper":  # the released code does not clamp
+        if settings.clamp_scale:
             clamp_temperature(run.model)
         if run.average is not None:
             run.average.update()

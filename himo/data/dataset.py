@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from himo.data.index import SampleIndex
+from himo.data.tokens import TokenCache
 from himo.errors import HimoError
 from himo.tokenizer import TextError
 from himo.transforms import ImageError, Preprocess, Reason
@@ -45,6 +46,7 @@ class CaptionedImages(Dataset[Sample]):
         tokenize: makes tokens [1, L] of a caption, as `himo.tokenize`.
         seed: of the replacements.
         short_captions: takes `caption_short` where a record has one.
+        cache: gives what `tokenize` would, where it has the caption.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class CaptionedImages(Dataset[Sample]):
         *,
         seed: int = 0,
         short_captions: bool = False,
+        cache: TokenCache | None = None,
     ) -> None:
         self.index, self.preprocess, self.tokenize = index, preprocess, tokenize
-        self.seed, self.short_captions = seed, short_captions
+        self.seed, self.short_captions, self.cache = seed, short_captions, cache
 
     def __len__(self) -> int:
         return len(self.index)
@@ -68,6 +71,10 @@ class CaptionedImages(Dataset[Sample]):
 
     def tokens(self, index: int) -> Tensor:
         """The tokens of the caption at `index`, [L]; TextError if it cannot be read."""
+        if self.cache is not None:
+            tokens = self.cache.tokens(self.index.row(index), self.short_captions)
+            if tokens is not None:
+                return tokens
         record = self.index[index]
         short = self.short_captions and record.caption_short
         return self.tokenize(short or record.caption)[0]

@@ -4,19 +4,14 @@ Parsing 1.25 million records takes seconds and gigabytes in every process; the i
 milliseconds, and all processes share the system's copy of its pages. A library's format would bring
 a large dependency, and would trust the file more than this one does.
 
-The file lies next to the data, where anyone may have put or changed it, so it is trusted no more
-than the data: no link to it is followed, it does not say where files are, and any fault in it is a
-DamagedIndex. Layout, little-endian:
+It is trusted no more than the data: it does not say where files are. The frame is that of
+`himo.data.blob_file`; the body, little-endian:
 
-    8 bytes    b"HIMOIDX2"
     text       of each row: image path, caption, short caption, UTF-8, one after the other
     rows       one `_ROW` for each sample
-    header     JSON
-    24 bytes   offset, length and CRC-32 of the header, and b"IDX1"
 """
 
 import hashlib
-import json
 import os
 import struct
 import zlib
@@ -30,6 +25,7 @@ import numpy
 from PIL import Image
 from tqdm import tqdm
 
+from himo.data.blob_file import BlobFile, DamagedFile, Frame
 from himo.data.index_report import IndexReport
 from himo.data.paths import ImageRoot, MissingImage
 from himo.data.records import (
@@ -43,23 +39,17 @@ from himo.data.records import (
     make_record,
 )
 from himo.errors import HimoError, printable
-from himo.files import atomic_path, os_reason, regular_descriptor
+from himo.files import atomic_path, os_reason
 from himo.transforms import ImageError, Reason, open_image
 
-_MAGIC, _END_MAGIC = b"HIMOIDX2", b"IDX1"
+_FRAME = Frame(b"HIMOIDX2", b"IDX1", "an index")
 # Offset of the text; bytes of path, caption and short caption; line; shard, offset and size of the
 # image in it; CRC-32 of the text and of the row's earlier fields.
 _ROW = struct.Struct("<qiiiqiqqI")
 _CRC = struct.Struct("<I")
-_END = struct.Struct("<qqI4s")
-_MAX_HEADER = 1 << 21  # bytes; a thousand folders of the longest names take a fourth of it
 _MAX_TEXT = 4 * (MAX_RECORD + 2 * MAX_CAPTION)  # bytes of the text of one row
 _PROGRESS_DELAY_S = 2.0
 _OPEN_SHARDS = 64  # descriptors that stay open in each process, of the usual limit of 1024
-
-
-class DamagedIndex(HimoError):
-    """A file that is not an index, or a damaged one."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +110,8 @@ def write_index(
         atomic_path(path, follow_links=False) as temporary,
         open(temporary, "wb", buffering=1 << 20) as file,
     ):
-        file.write(_MAGIC)
-        offset = len(_MAGIC)
+        file.write(_FRAME.magic)
+        offset = len(_FRAME.magic)
         for item in source.read(lambda done: bar.update(done - bar.n)):
             if isinstance(item, BadRecord):
                 report.add_bad(item.reason, item.message)
@@ -143,9 +133,8 @@ def write_index(
         if not skip_missing_images:
             report.check_missing()
         values = {"key": key, "stamp": stamp, "rows": offset, "report": report.to_dict()}
-        header = json.dumps(values).encode()
-        file.write(rows + header)
-        file.write(_END.pack(offset + len(rows), len(header), zlib.crc32(header), _END_MAGIC))
+        file.write(rows)
+        _FRAME.finish(file, offset + len(rows), values)
 
 
 def _has_image(root: ImageRoot, record: Record, source: str, report: IndexReport) -> bool:
@@ -172,7 +161,7 @@ class SampleIndex(Sequence[Record]):
         origin: its data set; None gives the captions, but no image.
 
     Raises:
-        DamagedIndex: there is no index, or a damaged one.
+        DamagedFile: there is no index, or a damaged one.
     """
 
     def __init__(self, path: str | os.PathLike[str], origin: Origin | None = None) -> None:
@@ -180,24 +169,10 @@ class SampleIndex(Sequence[Record]):
         self.origin = origin
         self._descriptors: dict[int, int] = {}  # of shards
         self._selected: numpy.ndarray | None = None
+        self._file = BlobFile(self.path, _FRAME)
         try:
-            self._file = regular_descriptor(self.path, follow_links=False)
-        except HimoError as error:
-            raise DamagedIndex(str(error)) from error
-        size = os.fstat(self._file).st_size
-        if size < len(_MAGIC) + _END.size:
-            raise self._damaged("is too short")
-        offset, length, crc, end = _END.unpack(self._bytes(size - _END.size, _END.size))
-        if self._bytes(0, len(_MAGIC)) != _MAGIC or end != _END_MAGIC:
-            raise self._damaged("is not an index of this version")
-        if not 0 <= length <= _MAX_HEADER or offset + length + _END.size != size:
-            raise self._damaged("has a damaged header")
-        text = self._bytes(offset, length)
-        try:
-            if zlib.crc32(text) != crc:
-                raise ValueError("wrong checksum")
-            self._read_header(json.loads(text), offset)
-        except (ValueError, RecursionError) as error:
+            self._read_header(self._file.header, self._file.body_end)
+        except ValueError as error:
             raise self._damaged("has a damaged header") from error
 
     def _read_header(self, header: Any, end: int) -> None:
@@ -208,7 +183,7 @@ class SampleIndex(Sequence[Record]):
         origin = self.origin or Origin(self.path, "index")
         self.report = IndexReport.from_dict(origin.source, origin.kind, header["report"])
         size = self.report.records * _ROW.size
-        if type(self._rows) is not int or not len(_MAGIC) <= self._rows == end - size:
+        if type(self._rows) is not int or not len(_FRAME.magic) <= self._rows == end - size:
             raise ValueError("rows")
 
     def is_current(self, key: str, stamp: str) -> bool:
@@ -237,6 +212,10 @@ class SampleIndex(Sequence[Record]):
         selected._selected = chosen if self._selected is None else self._selected[chosen]
         return selected
 
+    def whole(self) -> "SampleIndex":
+        """All samples of the file, also of those left out by `select`."""
+        return SampleIndex(self.path, self.origin) if self._selected is not None else self
+
     def __len__(self) -> int:
         return self.report.records if self._selected is None else len(self._selected)
 
@@ -250,21 +229,25 @@ class SampleIndex(Sequence[Record]):
             return self.select(range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        row = index % len(self)
-        record = self._record(row if self._selected is None else int(self._selected[row]))
+        record = self._record(self.row(index))
         if record is None:
             raise self._damaged(f"is damaged at sample {index}")
         return record
 
+    def row(self, index: int) -> int:
+        """The row of the index file that holds the sample at `index`."""
+        row = index % len(self)
+        return row if self._selected is None else int(self._selected[row])
+
     def _record(self, row: int) -> Record | None:
         """The record in a row of the file; None if `write_index` did not write it so."""
-        data = self._bytes(self._rows + _ROW.size * row, _ROW.size)
+        data = self._file.read(self._rows + _ROW.size * row, _ROW.size)
         start, *lengths, line, shard, offset, size, crc = _ROW.unpack(data)
         end = start + sum(lengths)
         most = min(self._rows, start + _MAX_TEXT)
-        if min(lengths) < 0 or not len(_MAGIC) <= start <= end <= most:
+        if min(lengths) < 0 or not len(_FRAME.magic) <= start <= end <= most:
             return None
-        text = self._bytes(start, end - start)
+        text = self._file.read(start, end - start)
         if zlib.crc32(data[: -_CRC.size], zlib.crc32(text)) != crc:
             return None
         image, caption = lengths[0], lengths[0] + lengths[1]
@@ -276,16 +259,6 @@ class SampleIndex(Sequence[Record]):
         except (UnicodeDecodeError, RecordError):
             return None
         return replace(record, shard=shard, offset=offset, size=size)
-
-    def _bytes(self, offset: int, length: int) -> bytes:
-        # Not by mmap: a file that is truncated meanwhile would then kill the process.
-        try:
-            data = os.pread(self._file, length, offset)
-        except (OSError, OverflowError) as error:
-            raise self._damaged("cannot be read") from error
-        if len(data) < length:
-            raise self._damaged("is cut off")
-        return data
 
     def image_source(self, index: int) -> str | bytes:
         """The path of an image, checked to be inside the image root, or its bytes from a shard.
@@ -332,8 +305,8 @@ class SampleIndex(Sequence[Record]):
             raise ImageError(f"{shard}: {record.image} is cut off", "truncated")
         return data
 
-    def _damaged(self, what: str) -> DamagedIndex:
-        return DamagedIndex(f"{self.path}: {what}; remove it to have the index built again")
+    def _damaged(self, what: str) -> DamagedFile:
+        return self._file.damaged(what)
 
     def _check_same(self, sha256: str) -> None:
         if self.report.sha256 != sha256:
@@ -349,6 +322,5 @@ class SampleIndex(Sequence[Record]):
         self._selected = selected
 
     def __del__(self) -> None:
-        for descriptor in [getattr(self, "_file", -1), *self._descriptors.values()]:
-            if descriptor >= 0:
-                os.close(descriptor)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)

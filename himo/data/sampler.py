@@ -33,6 +33,7 @@ class EpochSampler(Sampler[list[int]]):
         world_size: number of processes.
         drop_last: drops the samples that do not fill a global batch.
         shuffle: False keeps the order of the data set in every epoch.
+        reshuffle: False keeps the order of the first epoch, as the released HiMo-CLIP code.
 
     Raises:
         HimoError: an argument out of range; with `drop_last`, fewer samples than a global batch.
@@ -47,6 +48,7 @@ class EpochSampler(Sampler[list[int]]):
         world_size: int = 1,
         drop_last: bool = True,
         shuffle: bool = True,
+        reshuffle: bool = True,
     ) -> None:
         if batch_size < 1:
             raise HimoError(f"batch_size: expected at least 1, got {batch_size}")
@@ -61,7 +63,7 @@ class EpochSampler(Sampler[list[int]]):
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.drop_last, self.shuffle = drop_last, shuffle
+        self.drop_last, self.shuffle, self.reshuffle = drop_last, shuffle, reshuffle
         self.epoch = 0
         self.position = 0  # samples of this epoch handed out by all ranks together
 
@@ -78,7 +80,8 @@ class EpochSampler(Sampler[list[int]]):
         if not self.shuffle:
             return numpy.arange(self.length)
         # RandomState, because numpy guarantees its stream; Generator's may change.
-        bits = numpy.random.MT19937(numpy.random.SeedSequence([self.seed, self.epoch]))
+        epoch = self.epoch if self.reshuffle else 0
+        bits = numpy.random.MT19937(numpy.random.SeedSequence([self.seed, epoch]))
         return numpy.random.RandomState(bits).permutation(self.length)
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -16,6 +16,7 @@ from himo.data.records import (
     DECODER,
     MAX_IMAGE,
     MAX_RECORD,
+    SHORT_CAPTION_KEY,
     BadRecord,
     Progress,
     Record,
@@ -40,6 +41,7 @@ _SHARD = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4|lzma|Z|br))?|tgz|tbz2?|txz|tzs
 _IMAGE_ORDER = ("jpg", "png", "jpeg", "webp")
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_SHARDS = 1_000_000
+_SHORT_KEY = f'"{SHORT_CAPTION_KEY}"'.encode()
 
 
 class WebDataset(Source):
@@ -55,7 +57,7 @@ class WebDataset(Source):
         path: an uncompressed shard, a directory of `*.tar`, or a numbered pattern such as
             `cc-{0000..0331}.tar`.
         caption_key: key of the caption in `{key}.json`; None takes `{key}.txt`, or else the key
-            `title` or `caption`.
+            `title` or `caption`. The json may also hold a `caption_short`.
     """
 
     kind = "webdataset"
@@ -136,7 +138,8 @@ class WebDataset(Source):
             if image.size > MAX_IMAGE:
                 raise RecordError("too_long", f"image is longer than {MAX_IMAGE:,} bytes")
             caption = self._caption(sample.descriptor, part)
-            record = make_record(0, _readable(image).name, caption)
+            short = self._caption_short(sample.descriptor, part)
+            record = make_record(0, _readable(image).name, caption, short)
             return replace(record, shard=sample.shard, offset=image.offset, size=image.size)
         except RecordError as error:
             return error.at(f"{self.shards[sample.shard]}: {quoted(name)}")
@@ -157,6 +160,21 @@ class WebDataset(Source):
         except (ValueError, RecursionError) as error:
             raise json_error(error) from error
         return caption_of_mapping(value, self.caption_key)
+
+    def _caption_short(self, descriptor: int, part: "_Part") -> Any:
+        """The short caption that `himo pack` writes, in the json, or None."""
+        member = part.captions.get("json")
+        if member is None or not member.is_file or member.size > MAX_RECORD:
+            return None
+        data = os.pread(descriptor, member.size, member.offset)
+        if _SHORT_KEY not in data:  # of most shards: they need not be decoded
+            return None
+        try:
+            value = DECODER.decode(decode_file(data))
+        except (ValueError, RecursionError, RecordError):
+            return None  # the caption is in the .txt, or the error is already known
+        short = value.get(SHORT_CAPTION_KEY) if isinstance(value, dict) else None
+        return short if isinstance(short, str) else None
 
 
 def _readable(member: Member) -> Member:

@@ -32,7 +32,16 @@ from himo.transforms import ImageError
 _FLAGS = (
     *("train_data", "dataset_type", "image_root", "csv_separator", "csv_img_key"),
     *("csv_caption_key", "skip_missing_images", "follow_links", "short_captions"),
-    *("max_bad_fraction", "image_mode", "workers", "model", "batch_size", "seed", "threads"),
+    *(
+        "max_bad_fraction",
+        "image_mode",
+        "workers",
+        "token_cache",
+        "model",
+        "batch_size",
+        "seed",
+        "threads",
+    ),
 )
 _MAX_SECONDS = 3600.0
 _MAX_BATCHES = 10_000  # of the loader, in addition to the seconds: enough for any rate
@@ -128,7 +137,7 @@ def by_step(dataset: CaptionedImages, rows: list[int], seconds: float) -> list[R
             dataset.image(row)
             yield "decode, resize and crop"
         dataset.tokens(row)
-        yield "tokenise"
+        yield "tokenise" if dataset.cache is None else "read tokens"
 
     taken: dict[str, float] = {}
     samples = 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from launch import ROOT, WORKERS, environment, torchrun
 from PIL import Image
+from train_processes import TrainProcesses
 
 import himo
 from himo_kernels.testing import relative_error
@@ -53,49 +54,13 @@ def alone(pairs: Path, logs: Path, *flags: str) -> Path:
     return logs
 
 
-class Ranks:
-    """`himo train` as several processes; `end` waits for all of them."""
+class Ranks(TrainProcesses):
+    """`himo train` with the flags of this file."""
 
     def __init__(
         self, world: int, pairs: Path, logs: Path, *flags: str, launch: tuple[str, ...] = ()
     ) -> None:
-        self.logs = logs
-        # `--`, because torchrun would parse --logs as its own --logs-specs.
-        command = torchrun(world, *launch, "-m", "--", "himo", *arguments(pairs, logs, *flags))
-        self.output = open(logs.parent / f"{logs.name}.txt", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(),
-            cwd=ROOT,
-        )
-
-    def end(self, status: int | None = 0) -> str:
-        returned = self.process.wait(timeout=240)
-        self.output.seek(0)
-        output = self.output.read()
-        self.output.close()
-        assert (returned == status) if status is not None else returned, output
-        return output
-
-    def wait_for(self, pattern: str) -> None:
-        deadline = time.monotonic() + 90
-        while not list(self.logs.glob(pattern)):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.end()
-            time.sleep(0.02)
-
-    def process_of(self, rank: int) -> int:
-        for entry in Path("/proc").iterdir():
-            try:
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-            except (OSError, IndexError):
-                continue
-            if f"RANK={rank}".encode() in variables and int(parent) == self.process.pid:
-                return int(entry.name)
-        raise AssertionError(f"no process of rank {rank}")
+        super().__init__(world, logs, arguments(pairs, logs, *flags), launch)
 
 
 def weights(logs: Path, epoch: int) -> dict[str, torch.Tensor]:

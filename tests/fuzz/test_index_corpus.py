@@ -18,7 +18,7 @@ from fuzz_corpus import bounded, corpus
 from PIL import Image
 
 from himo.data import SampleIndex, open_dataset
-from himo.data.index import DamagedIndex
+from himo.data.blob_file import DamagedFile
 from himo.errors import HimoError
 from himo.transforms import ImageError
 
@@ -250,7 +250,7 @@ def test_what_is_no_index_is_built_anew(forge: Forge, source: Path) -> None:
     with bounded(SECONDS, MEBIBYTES):
         try:
             alone = SampleIndex(path)
-        except DamagedIndex as error:
+        except DamagedFile as error:
             assert str(error).startswith(f"{path}: ") and str(error).isprintable()
         else:
             assert alone.key != "" and [record.line for record in alone]
@@ -267,7 +267,7 @@ def test_a_forged_row_is_one_line_or_a_bad_image(forge: Forge, source: Path) -> 
     with bounded(SECONDS, MEBIBYTES):
         index = open_dataset(source)
         assert index[0].caption == "caption 0" and index.open_image(2).size == (8, 8)
-        with pytest.raises((DamagedIndex, ImageError)) as error:
+        with pytest.raises((DamagedFile, ImageError)) as error:
             index.open_image(1)
     assert str(error.value).isprintable()
     path.unlink()
@@ -277,7 +277,7 @@ def test_a_forged_row_is_one_line_or_a_bad_image(forge: Forge, source: Path) -> 
 def test_an_index_that_is_cut_off_while_it_is_open_is_one_line(source: Path) -> None:
     index = open_dataset(source)
     os.truncate(index.path, 20)
-    with pytest.raises(DamagedIndex, match=r"is cut off; remove it to have the index built again"):
+    with pytest.raises(DamagedFile, match=r"is cut off; remove it to have the index built again"):
         index[0]
 
 

@@ -28,14 +28,15 @@ def rows(text: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "steps"),
+    ("more", "steps"),
     [
-        ("exact", ["decode", "resize and crop", "tokenise"]),
-        ("fast", ["decode, resize and crop", "tokenise"]),
+        (["--no-token-cache"], ["decode", "resize and crop", "tokenise"]),
+        ([], ["decode", "resize and crop", "read tokens"]),
+        (["--image-mode", "fast"], ["decode, resize and crop", "read tokens"]),
     ],
 )
-def test_each_step_and_the_loader_have_a_row(capsys, pairs, mode, steps):
-    assert main(flags(pairs, "--image-mode", mode)) == 0
+def test_each_step_and_the_loader_have_a_row(capsys, pairs, more, steps):
+    assert main(flags(pairs, *more)) == 0
     text = capsys.readouterr().out
     found = rows(text)
     assert list(found) == [*steps, "one process", "loader, --workers 0"]

@@ -601,6 +601,34 @@ def test_a_folder_of_shards_is_a_webdataset(tmp_path: Path) -> None:
     assert [r.shard for r in read(WebDataset(tmp_path / "{0..1}.tar"))[0]] == [0, 1]
 
 
+@pytest.mark.parametrize("with_text", [True, False])
+@pytest.mark.parametrize(
+    ("more", "short"),
+    [
+        (', "caption_short": "Short."', "Short."),
+        (', "caption_short": ""', ""),
+        (', "caption_short": null', ""),
+        (', "caption_short": 5', ""),
+        (', "note": "no \\"caption_short\\" here"', ""),
+        ("", ""),
+    ],
+)
+def test_the_json_of_a_shard_may_hold_a_short_caption(
+    tmp_path: Path, with_text: bool, more: str, short: str
+) -> None:
+    about = f'{{"caption": "one"{more}}}'.encode()
+    files = [("a.png", image_bytes()), ("a.json", about)]
+    files += [("a.txt", b"one")] if with_text else []
+    (record,) = open_dataset(write_tar(tmp_path / "a.tar", files))
+    assert (record.caption, record.caption_short) == ("one", short)
+
+
+def test_a_json_beside_a_text_may_be_damaged(tmp_path: Path) -> None:
+    files = [("a.png", image_bytes()), ("a.txt", b"one"), ("a.json", b'{"caption_short": "x')]
+    (record,) = open_dataset(write_tar(tmp_path / "a.tar", files))
+    assert (record.caption, record.caption_short) == ("one", "")
+
+
 def test_an_image_of_a_gibibyte_in_a_shard_is_a_bad_record(tmp_path: Path) -> None:
     files = [("1.png", image_bytes(1)), ("1.txt", b"one"), ("2.txt", b"two")]
     path = write_tar(tmp_path / "a.tar", files)

@@ -134,6 +134,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert sorted(chain(*seen)) == list(range(length))
 
 
+def test_without_a_new_shuffle_every_epoch_has_the_order_of_the_first() -> None:
+    once, anew = (EpochSampler(20, 4, seed=3, reshuffle=reshuffle) for reshuffle in (False, True))
+    first = list(anew)
+    for epoch in range(3):
+        once.set_epoch(epoch)
+        assert list(once) == first
+    anew.set_epoch(1)
+    assert list(anew) != first and sorted(chain(*anew)) == sorted(chain(*first))
+
+
 BAD = {
     "batch": ((10, 0), "batch_size: expected at least 1, got 0"),
     "rank": ((10, 1, 0, 2, 2), "rank: expected 0 to 1, got 2"),
