@@ -39,8 +39,8 @@ from himo.config import TrainConfig
 from himo.data import CaptionedImages, EpochSampler, open_dataset, open_tokens
 from himo.data.packing import PackOptions, pack
 from himo.model import named_config
-from himo.run import training_pairs
 from himo.tools import bench
+from himo.training_data import training_pairs
 
 COLUMNS = (
     *("part", "variant", "workers", "count", "measure", "value", "unit"),

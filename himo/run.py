@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,26 +11,17 @@ from torch import nn
 from himo import checkpoint, recipes, resume, run_folder, training_state
 from himo.average import AverageWeights
 from himo.config import TrainConfig
-from himo.data import (
-    BatchLoader,
-    CaptionedImages,
-    EpochSampler,
-    Sample,
-    SampleIndex,
-    make_loader,
-    open_dataset,
-    open_tokens,
-)
+from himo.data import BatchLoader, EpochSampler, Sample, SampleIndex
 from himo.device import usable_device
 from himo.errors import HimoError, note
 from himo.memory import free_memory
-from himo.model import CLIPConfig, HiMoCLIP, named_config
+from himo.model import HiMoCLIP, named_config
 from himo.objective import Objective
 from himo.optimizer import learning_rate, make_optimizer
 from himo.parallel import Ranks
 from himo.precision import resolve
 from himo.reporting import Reports, check_installed
-from himo.tokenizer import tokenize
+from himo.training_data import open_data, training_loader, training_pairs
 from himo.training_log import TrainingLog
 from himo.training_state import State
 from himo.transforms import Preprocess
@@ -297,76 +287,6 @@ def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
     if 0 < run.step < total:
         rate = learning_rate(run.step, total, settings)
         print(f"{settings.folder}: goes on after step {run.step}, at a learning rate of {rate:.3g}")
-
-
-def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
-    """Returns the pairs to train on and the pairs to validate on; prints which were left out."""
-
-    def opened(source: str) -> SampleIndex:
-        index = open_dataset(
-            source,
-            settings.dataset_type,
-            image_root=settings.image_root,
-            image_key=settings.csv_img_key,
-            caption_key=settings.csv_caption_key,
-            separator=settings.csv_separator,
-            skip_missing_images=settings.skip_missing_images,
-            follow_links=settings.follow_links,
-            max_bad_fraction=settings.max_bad_fraction,
-        )
-        if ranks.main:
-            print(index.report.summary())
-        return index
-
-    index = opened(settings.train_data)
-    held_out = opened(settings.val_data) if settings.val_data is not None else None
-    first, count = settings.held_out, settings.train_num_samples
-    if first:
-        if first >= len(index):
-            raise HimoError(f"--held-out: expected fewer than {len(index)} pairs, got {first}")
-        held_out, index = index[:first], index[first:]
-    if count is not None:
-        if count > len(index):
-            raise HimoError(
-                f"--train-num-samples: expected at most {len(index)} pairs, got {count}"
-            )
-        index = index[:count]
-    return index, held_out
-
-
-def training_pairs(
-    settings: TrainConfig, index: SampleIndex, config: CLIPConfig
-) -> CaptionedImages:
-    """Returns the pairs, preprocessed and tokenized for a model of this configuration.
-
-    Without --no-token-cache, encodes all captions if their tokens are not there yet; a dry run writes
-    none.
-    """
-    length, cache = config.context_length, None
-    if settings.token_cache and not settings.dry_run:
-        cache = open_tokens(index, length, workers=settings.workers)
-    return CaptionedImages(
-        index,
-        Preprocess.of(config, settings.image_mode),
-        partial(tokenize, context_length=length),
-        seed=settings.seed,
-        short_captions=settings.short_captions,
-        cache=cache,
-    )
-
-
-def training_loader(
-    settings: TrainConfig, pairs: CaptionedImages, sampler: EpochSampler, *, pin_memory: bool
-) -> BatchLoader:
-    """Returns a loader of the pairs in the order of the sampler."""
-    return make_loader(
-        pairs,
-        sampler,
-        workers=settings.workers,
-        seed=settings.seed,
-        max_bad_fraction=settings.max_bad_fraction,
-        pin_memory=pin_memory,
-    )
 
 
 def _validation(

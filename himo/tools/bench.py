@@ -24,7 +24,7 @@ from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, worker
 from himo.errors import HimoError
 from himo.model import named_config
 from himo.parallel import Ranks
-from himo.run import open_data, training_loader, training_pairs
+from himo.training_data import open_data, training_loader, training_pairs
 from himo.training_log import per_second
 from himo.transforms import ImageError
 

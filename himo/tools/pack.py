@@ -7,7 +7,7 @@ from himo.data import open_dataset
 from himo.data.packing import FORMATS, PackOptions, bad_images, pack
 from himo.errors import HimoError, note
 from himo.parallel import Ranks
-from himo.run import open_data
+from himo.training_data import open_data
 
 # The flags of `himo train` that decide how the data are read.
 _FLAGS = (
