@@ -211,9 +211,13 @@ def test_the_charts_import_the_standard_library_alone() -> None:
         assert packages - sys.stdlib_module_names <= {"himo_charts"}, path
 
 
+# Benchmarks of the trainer and of evaluation.
+TRAINER = ("data.py", "effect.py", "prefixes.py", "retrieval.py", "train_step.py")
+
+
 def test_the_benchmarks_of_kernels_import_nothing_of_the_trainer() -> None:
     for path in PACKAGE.with_name("benchmarks").rglob("*.py"):
-        if path.name in ("prefixes.py", "effect.py"):  # they measure the trainer
+        if path.name in TRAINER:
             continue
         assert "himo" not in {name.split(".")[0] for name in _imports(path)}, path
 
