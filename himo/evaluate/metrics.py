@@ -21,7 +21,7 @@ from himo_kernels.process_state import full_float32
 # change.
 MAX_SEGMENTS = 120
 
-_TILE_BYTES = 64 << 20  # of scores at a time
+_TILE_BYTES = 32 << 20  # of scores at a time
 _MAX_CANDIDATES = 1 << 24  # as far as float32 counts
 
 
