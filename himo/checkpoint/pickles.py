@@ -167,7 +167,7 @@ def read_pickle(
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if count > most:
-                raise PickleError("more instructions than any checkpoint has")
+                raise PickleError(f"more instructions than any checkpoint has; {REMEDY}")
             machine.step(opcode.name, argument)
         return machine.stack.pop()
     except PickleError:

@@ -1,6 +1,7 @@
 """Finds and reads the weights and configurations of a checkpoint, a file or a directory."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any
@@ -28,7 +29,9 @@ _PROCESSOR_FILE = "processor_config.json"  # newer versions have the image proce
 # Weights in a directory, in the order in which they are looked for.
 _WEIGHTS = (HF_FILES[1], "pytorch_model.bin", OPEN_CLIP_FILES[1], "open_clip_pytorch_model.bin")
 _INDEX = ".index.json"  # suffix after the name of weights in several files
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_OF_OTHERS = (".h5", ".msgpack", ".onnx")  # suffixes of weights that no torch wrote
+_SHARD = re.compile(r"(.+)-\d{5}-of-(?!00001)\d{5}(\.\w+)")  # weights in several files
 
 
 def find(name: str) -> Weights:
@@ -39,6 +42,11 @@ def find(name: str) -> Weights:
                 f"{name}: a model's name and no file: nothing is downloaded, give the path of "
                 "a checkpoint"
             )
+        if name.endswith(_INDEX) or _SHARD.fullmatch(name):
+            raise HimoError(
+                f"{name}: a part of weights in several files: expected their directory, "
+                f"{os.path.dirname(name) or '.'}"
+            )
         return _read_file(name)
     for weights in _WEIGHTS:
         path = os.path.join(name, weights)
@@ -46,11 +54,31 @@ def find(name: str) -> Weights:
             return _read_file(path)
         if os.path.exists(path + _INDEX):
             return _read_shards(name, path + _INDEX)
-    others = [file for file in sorted(os.listdir(name)) if file.endswith(_WEIGHT_SUFFIXES)]
-    there = f"; there is {', '.join(map(quoted, others[:3]))}: name the file" if others else ""
     raise HimoError(
-        f"{name}: a directory without {', '.join(_WEIGHTS)}: expected a checkpoint{there}"
+        f"{name}: a directory without {', '.join(_WEIGHTS)}: expected a checkpoint{_there(name)}"
     )
+
+
+def _there(directory: str) -> str:
+    """What a directory without a checkpoint has in its place, as the end of a message."""
+    files = sorted(os.listdir(directory))
+    for file in files:
+        if shard := _SHARD.fullmatch(file):
+            return f"; there is {quoted(file)} without its index, {shard[1]}{shard[2]}{_INDEX}"
+    below = [
+        f"{folder}/{file}"
+        for folder in files
+        if os.path.isdir(path := os.path.join(directory, folder)) and os.access(path, os.R_OK)
+        for file in sorted(os.listdir(path))
+    ]
+    for found, then in (
+        ([file for file in files if file.endswith(_WEIGHT_SUFFIXES)], "name the file"),
+        ([file for file in below if file.endswith(_WEIGHT_SUFFIXES)], "name the file"),
+        ([file for file in files if file.endswith(_OF_OTHERS)], "not read"),
+    ):
+        if found:
+            return f"; there is {', '.join(map(quoted, found[:3]))}: {then}"
+    return ""
 
 
 def configuration(name: str, layout: str, metadata: Mapping[str, str]) -> Stated:

@@ -13,7 +13,8 @@ from himo.errors import HimoError, quoted
 from himo.files import os_reason
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # a URL, or the drive of a Windows path
+# A URL, or the drive of a Windows path. Other names may have a colon, such as File:A.jpg.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z]:|(?:data|file|blob):")
 _MAX_NAME, _MAX_PATH = 255, 4095  # bytes, of Linux file systems
 
 

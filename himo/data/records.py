@@ -8,6 +8,7 @@ take long.
 import io
 import json
 import os
+import re
 import stat
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -29,6 +30,7 @@ MAX_RECORD = 1 << 20
 # text that is not plain ASCII takes time quadratic in its length at worst.
 MAX_CAPTION = MAX_CLEANED
 
+START = 32  # bytes of a file by which `check_uncompressed` knows it
 MAX_IMAGE = 1 << 26  # bytes of one image in a shard, which is read whole before it is checked
 
 # Default names of the fields, in any case: open_clip's csv, ShareGPT4V and jsonl, HiMo-Docci.
@@ -319,7 +321,7 @@ def _assistant_words(turns: Any) -> Any:
         if isinstance(role, str) and role.strip().lower() in _ASSISTANTS:
             words = turn.get("value", turn.get("content"))
             if isinstance(words, list):  # OpenAI's form: parts, of which some are text
-                parts = [part.get("text") for part in words if isinstance(part, dict)]
+                parts = [part.get("text") if isinstance(part, dict) else part for part in words]
                 words = " ".join(part for part in parts if isinstance(part, str))
             return words
     expected = "expected a turn from gpt or assistant"
@@ -342,6 +344,8 @@ def decode_file(data: bytes) -> str:
 
 
 _BYTE_ORDER_MARK, _UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+_UTF_16_UNMARKED = re.compile(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]")  # ASCII without that mark
+_LFS = b"version https://git-lfs"
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -356,7 +360,9 @@ _COMPRESSED = {
 
 
 def check_uncompressed(path: str, start: bytes) -> None:
-    """HimoError if a file starts as a compressed one does."""
+    """HimoError if a file starts as a compressed one does, or as a pointer of Git LFS."""
+    if start.startswith(_LFS):
+        raise HimoError(f"{path}: a pointer of Git LFS, not the file: run `git lfs pull`")
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise HimoError(f"{path}: is compressed ({name}), expected it uncompressed: unpack it")
@@ -369,7 +375,7 @@ def check_start(path: str, start: bytes) -> int:
         HimoError: the file is compressed, or UTF-16.
     """
     check_uncompressed(path, start)
-    if start.startswith(_UTF_16):
+    if start.startswith(_UTF_16) or _UTF_16_UNMARKED.match(start):
         raise HimoError(f"{path}: is UTF-16 text, expected UTF-8: save it again as UTF-8")
     return len(_BYTE_ORDER_MARK) if start.startswith(_BYTE_ORDER_MARK) else 0
 
@@ -379,7 +385,7 @@ def lines(path: str, file: BufferedReader, progress: Progress) -> Iterator[tuple
 
     Lines end with \n, \r\n or \r, as Python's do.
     """
-    file.read(check_start(path, file.peek(8)))
+    file.read(check_start(path, file.peek(START)))
     text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
     number = 0
     while line := text.readline(MAX_RECORD + 1):

@@ -12,7 +12,7 @@ from himo.data.image_lists import FLICKR_LINE, IMAGE_LIST, FlickrLines, ImageLis
 from himo.data.index import Origin, SampleIndex, write_index
 from himo.data.jsonl import JsonLines
 from himo.data.paths import ImageRoot
-from himo.data.records import Source, check_uncompressed, list_directory, regular_file
+from himo.data.records import START, Source, check_uncompressed, list_directory, regular_file
 from himo.data.sharegpt4v import ShareGPT4V
 from himo.data.table import Table
 from himo.data.webdataset import WebDataset, is_shard
@@ -158,7 +158,7 @@ def _detect(path: str) -> str:
     if not os.path.exists(path):
         raise HimoError(f"{path}: no such file or folder")
     with open_regular(path) as file:
-        check_uncompressed(path, file.read(8))
+        check_uncompressed(path, file.read(START))
     known = ", ".join(sorted([*_SUFFIXES, ".json", ".tar"]))
     raise HimoError(
         f"{path}: cannot tell the format: expected a folder or one of {known}, or a dataset_type"

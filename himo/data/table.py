@@ -198,10 +198,11 @@ class _Rows:
     def _put_back(self, line: str, known: Set[str], taken: list[tuple[int, str | None]]) -> None:
         """Puts back the lines that do not belong to the row that is lost.
 
-        To it belong the lines up to the first with an image path, and those after it that cannot
-        begin a row: they have one field, and no quote at their start.
+        To it belong the lines up to the first with an image path, or the first line alone if
+        every row begins with its path. So do those after them that cannot begin a row: they have
+        one field, and no quote at their start.
         """
-        texts = [line, *(below or "" for _, below in taken)]
+        texts = [line, *(below or "" for _, below in taken)] if self.image else []
         first = next((at for at, text in enumerate(texts) if self._is_row(text, known)), 0)
         self.source.put_back(taken[first:])
         self._again += len(taken)

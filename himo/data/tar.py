@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from himo.data.records import RecordError, check_uncompressed, decode
+from himo.data.records import START, RecordError, check_uncompressed, decode
 from himo.errors import HimoError, quoted
 
 _OCTAL = re.compile(rb"[0-7]{1,8}")
@@ -38,7 +38,7 @@ def members(shard: str, descriptor: int) -> Iterator[Member]:
         RecordError: after the last member, if there is no end mark: the writer was stopped, or the
             copy was cut off between two members.
     """
-    check_uncompressed(shard, os.pread(descriptor, 8, 0))
+    check_uncompressed(shard, os.pread(descriptor, START, 0))
     total = os.fstat(descriptor).st_size
     position = archive = 0
     # Name and size from the headers before a member, where its own cannot hold them.
@@ -98,7 +98,7 @@ def _after_zeros(descriptor: int, position: int, total: int) -> int:
 def _header(header: bytes) -> tuple[bytes, str, int]:
     """Type, name and size in bytes of a tar header; ValueError if its checksum is wrong."""
     if len(header) < _BLOCK:
-        raise ValueError("incomplete header")
+        raise ValueError("incomplete header: is it an uncompressed tar file, and whole?")
     given = header[148:156].strip(b" \0")
     found = sum(header[:148]) + sum(header[156:]) + 8 * ord(" ")
     if not _OCTAL.fullmatch(given) or int(given, 8) != found:

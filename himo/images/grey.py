@@ -11,18 +11,22 @@ from himo.images.limits import ImageError
 _DEEP = ("I", "F")  # and all that begin with "I;"
 # The largest values of 8 bits and of the depths that cameras, scanners and detectors give.
 _WHITES = (255, 1023, 4095, 16_383, 65_535)
+_LEAST_OF_255 = 16  # a float picture without a pixel above is not one from 0 to 255
+_LEAST_HIGH_BYTE = 16  # a picture of 16-bit channels without a pixel above is one of 12 bits
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
     """An image of 8 bits a channel: the image itself, or mode `L` for one with deeper greys.
 
     Black is 0; white is the largest value of 8, 10, 12, 14 or 16 bits, the first of these that no
-    pixel exceeds, and for floats also 1. If a pixel is negative or above 65,535, black and white
-    are the least and the greatest value. Values are rounded to the nearest of 256 levels, half to
-    even. NaN is black; infinities are black and white.
+    pixel exceeds. For floats it is also 1, and the greatest value where that is between 1 and 16,
+    as after a resampling that overshoots 1. If a pixel is negative or above 65,535, black and
+    white are the least and the greatest value. Values are rounded to the nearest of 256 levels,
+    half to even. NaN is black; infinities are black and white.
 
     Raises:
-        ImageError: no value is finite, or values that differ would all become one grey.
+        ImageError: no value is finite; or values that differ would all become one grey; or all
+            but the least and the greatest, such as a mark for no data, one grey or two.
     """
     if image.mode not in _DEEP and not image.mode.startswith("I;"):
         return image
@@ -34,6 +38,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if least >= 0 and greatest <= _WHITES[-1]:
         whites = (1, *_WHITES) if image.mode == "F" else _WHITES
         white = float(next(white for white in whites if greatest <= white))
+        if image.mode == "F" and 1 < greatest < _LEAST_OF_255:
+            white = greatest
     else:
         black, white = least, greatest
     levels = _levels(values, black, white)
@@ -43,7 +49,46 @@ def eight_bits(image: Image.Image) -> Image.Image:
             f"{black:.7g} and {white:.7g}",
             "unknown_format",
         )
+    if _merges_all_between(values, levels, least, greatest):
+        raise ImageError(
+            f"all values but {least:.7g} and {greatest:.7g} would become one or two greys of 256 "
+            f"between {black:.7g} and {white:.7g}",
+            "unknown_format",
+        )
     return Image.fromarray(levels)
+
+
+def check_channels(image: Image.Image) -> None:
+    """Raises ImageError for decoded channels of 16 bits whose values fill 12 bits or fewer.
+
+    The decoder keeps the high byte of each value, which leaves at most 16 levels, nearly black.
+    """
+    colours = {"LA": 1, "RGB": 3, "RGBA": 3}.get(image.mode, 0)
+    bands = [image.getchannel(number) for number in range(colours)]
+    if bands and all(np.asarray(band).max(initial=0) < _LEAST_HIGH_BYTE for band in bands):
+        raise ImageError(
+            "channels of 16 bits without a value above 4,095 would be nearly black",
+            "unknown_format",
+        )
+
+
+def _merges_all_between(
+    values: np.ndarray, levels: np.ndarray, least: float, greatest: float
+) -> bool:
+    """Whether the values between the least and the greatest have two adjacent levels at most.
+
+    False if none of them differ within a level: then nothing is lost.
+    """
+    ranges: dict[int, tuple[float, float]] = {}  # the values of each level
+    for row, row_levels in zip(values, levels, strict=True):
+        between = (row > least) & (row < greatest)
+        for level in np.unique(row_levels[between]).tolist():
+            same = row[between & (row_levels == level)]
+            low, high = ranges.get(level, (np.inf, -np.inf))
+            ranges[level] = min(low, float(same.min())), max(high, float(same.max()))
+            if max(ranges) - min(ranges) > 1:
+                return False
+    return any(low < high for low, high in ranges.values())
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile, JpegImagePlugin
 from himo.errors import HimoError
 from himo.files import open_regular
 from himo.images import jpeg, png, small_formats, tiff
-from himo.images.grey import eight_bits
+from himo.images.grey import check_channels, eight_bits
 from himo.images.limits import MAX_PIXELS, ImageError, Reader, Reason
 from himo_kernels.process_state import Borrowed
 
@@ -112,7 +112,10 @@ def _decode(
     size = image.size
     if side is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
         image.draft(None, (side, side))
+    deep = ";16" in repr(getattr(image, "tile", ""))  # Pillow's name of the bytes it will decode
     image.load()
+    if deep:
+        check_channels(image)
     return eight_bits(image), size
 
 

@@ -339,14 +339,22 @@ def check_logit_scale(operator: str, value: Tensor | float, features: Tensor) ->
 
 def check_scalar(operator: str, argument: str, value: Tensor | float, features: Tensor) -> Tensor:
     """Returns a number, or a tensor of one element on the device of features, as a tensor []."""
+    dtype = accumulation_dtype(features.dtype)
+    if _is_traced_number(value):
+        value = torch.as_tensor(value).to(features.device, dtype)
     if not isinstance(value, Tensor):
         number = check_number(operator, argument, value)
-        return as_tensor(number, accumulation_dtype(features.dtype), features.device)
+        return as_tensor(number, dtype, features.device)
     check_tensor(operator, argument, value)
     if value.numel() != 1:
         raise_shape(operator, argument, "[] or [1]", value)
     check_device(operator, argument, value, "image_features", features)
     return value if value.dim() == 0 else value.reshape(())
+
+
+def _is_traced_number(value: object) -> bool:
+    """Whether value is the array [] that torch.compile has for a NumPy number while it traces."""
+    return torch.compiler.is_compiling() and type(value).__name__ == "ndarray"
 
 
 def bias_and_flag(
@@ -362,6 +370,8 @@ def bias_and_flag(
         if output_dict:
             raise_type(operator, "logit_bias", "to be a number", "bool")
         return None, logit_bias
+    if _is_traced_number(logit_bias):
+        logit_bias = torch.as_tensor(logit_bias).double()
     if isinstance(logit_bias, Tensor):
         check_tensor(operator, "logit_bias", logit_bias)
         if logit_bias.numel() != 1:  # it would change the softmax

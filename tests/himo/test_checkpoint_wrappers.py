@@ -232,6 +232,7 @@ def test_what_is_no_state_dict_is_told_how_to_become_one(
 ) -> None:
     contents: list[tuple[Any, str]] = [
         (Settings(), r"a \S*Settings without tensors by name"),
+        ({**state, "losses": list(range(260_000))}, "more instructions than any checkpoint has"),
         ([state], "a list without tensors by name"),
         ({"model": None}, "a dict without tensors by name"),
         (
@@ -265,11 +266,37 @@ def test_shards_of_any_suffix_are_joined(
     assert_same(checkpoint.read_state_dict(tmp_path)[0], state)
 
 
+def test_a_part_of_several_files_names_the_others(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    part = tmp_path / "pytorch_model-00001-of-00002.bin"
+    torch.save(state, part)
+    index = f"{tmp_path}/pytorch_model.bin.index.json"
+    with pytest.raises(HimoError, match=rf"there is '{part.name}' without its index, pytorch_mod"):
+        checkpoint.load(tmp_path)
+    for name in (part, index):
+        with pytest.raises(
+            HimoError, match=rf"several files: expected their directory, {tmp_path}"
+        ):
+            checkpoint.load(name)
+    torch.save(state, tmp_path / "x-00001-of-00001.bin")  # the only part is the whole
+    assert_same(checkpoint.read_state_dict(tmp_path / "x-00001-of-00001.bin")[0], state)
+
+
 def test_a_directory_names_the_weights_that_it_has(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
     torch.save(state, tmp_path / "epoch_3.pt")
     with pytest.raises(HimoError, match=r"there is 'epoch_3\.pt': name the file"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "epoch_3.pt").rename(tmp_path / "epoch_3.ckpt")
+    with pytest.raises(HimoError, match=r"there is 'epoch_3\.ckpt': name the file"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "epoch_3.ckpt").rename(tmp_path / "runs/last.ckpt")
+    (tmp_path / "tf_model.h5").write_bytes(b"x")
+    with pytest.raises(HimoError, match=r"there is 'runs/last\.ckpt': name the file"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "runs/last.ckpt").unlink()
+    with pytest.raises(HimoError, match=r"there is 'tf_model\.h5': not read"):
         checkpoint.load(tmp_path)
     torch.save(from_himo(state, "open_clip"), tmp_path / "open_clip_pytorch_model.bin")
     with pytest.raises(HimoError, match=r"a directory without open_clip_config\.json, which its"):

@@ -263,6 +263,7 @@ CONVERSATIONS: dict[str, tuple[str, list[object]]] = {
         "messages",
         [{"role": "assistant", "content": [{"type": "text", "text": "A."}, {"type": "image"}]}],
     ),
+    "parts of plain text": ("messages", [{"role": "assistant", "content": ["A.", 3, None]}]),
     "no turn at all": (
         "conversations",
         [None, 3, "x", {"from": 7}, {"from": "gpt", "value": "A."}],
@@ -405,6 +406,37 @@ def test_a_bad_row_is_counted_and_said_where(tmp_path: Path) -> None:
     places = [record.message.split(": ")[0] for record in bad]
     assert places == [f"{path}:{line}" for line in (2, 3, 4, 5, 6, 8)]
     assert bad[0].message == f"{path}:2: 3 fields, the header has 2: 'a.jpg'"
+
+
+def test_a_line_with_a_quote_alone_takes_no_row_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('filepath,title\na.jpg,one\n"\nb.jpg,two\n"x\ny\nc.jpg,three\n')
+    good, bad = read(Table(path))
+    assert [record.image for record in good] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [record.message.split(": ")[0] for record in bad] == [f"{path}:3", f"{path}:5"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_utf_16_without_its_mark_is_named_as_such(name: str, tmp_path: Path) -> None:
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / name).write_bytes('[{"filepath,title": 1}]'.encode(encoding))
+        with pytest.raises(HimoError, match=rf"{name}: is UTF-16 text, expected UTF-8"):
+            open_dataset(tmp_path / name, "auto" if name != "a.json" else "sharegpt4v")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.tar"])
+def test_a_pointer_of_git_lfs_is_named_as_such(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+    with pytest.raises(HimoError, match=rf"{name}: a pointer of Git LFS, .*git lfs pull"):
+        open_dataset(tmp_path / name)
+
+
+def test_a_short_file_named_as_a_shard_is_asked_about(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_text("not found")
+    with pytest.raises(HimoError, match=r"incomplete header: is it an uncompressed tar file"):
+        open_dataset(tmp_path / "a.tar")
 
 
 FIELD = st.text(st.sampled_from("ab\",;\t\n é'."), max_size=12)
@@ -657,6 +689,13 @@ def test_dotted_names_in_a_shard_are_samples_of_their_own(tmp_path: Path) -> Non
     assert [record.caption for record in index] == stems
     assert [record.image for record in index] == [f"{stem}.png" for stem in stems]
     assert index.report.bad == {} and index.report.ignored == {"other files": 20}
+
+
+def test_the_only_image_of_a_sample_has_its_caption(tmp_path: Path) -> None:
+    names = ["a.v2.png", "a.txt", "b.png", "b.cap.txt", "c.1.png", "c.2.txt"]
+    good, bad = read(WebDataset(write_tar(tmp_path / "a.tar", [(name, b"x") for name in names])))
+    assert [record.image for record in good] == ["a.v2.png", "b.png"]
+    assert [record.reason for record in bad] == ["missing_key"] * 2  # c, of two names
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "folder"])

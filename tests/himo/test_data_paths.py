@@ -142,6 +142,16 @@ def test_an_absolute_path_below_the_root_is_that_file(root: Path, tmp_path: Path
     assert index.report.missing == {"images": [0, 2]}
 
 
+@pytest.mark.parametrize("name", ["File:A.png", "shot-2026-01-02T12:30:00.png", "a:b.png"])
+def test_a_colon_in_a_name_makes_no_url(name: str, root: Path) -> None:
+    (root / name).write_bytes(image_bytes())
+    if name == "a:b.png":  # a drive, by its form
+        with pytest.raises(RecordError, match="is a URL or has a drive letter"):
+            ImageRoot(root).resolve(name)
+    else:
+        assert ImageRoot(root).resolve(name) == f"{os.path.realpath(root)}/{name}"
+
+
 def test_a_root_that_is_a_link_is_followed(root: Path, tmp_path: Path) -> None:
     os.symlink(root, tmp_path / "elsewhere")
     assert ImageRoot(tmp_path / "elsewhere").resolve("images/000.png").startswith(str(root))

@@ -120,13 +120,17 @@ def test_ramp_of_a_deep_grey_is_a_ramp_of_8_bits(name: str) -> None:
         (np.array([[np.nan, 1.0, 0.2]], "f4"), [0, 255, 51]),
         (np.array([[-np.inf, 1.0, np.inf]], "f4"), [0, 255, 255]),
         (np.array([[np.nan, -3.0, -1.0]], "f4"), [0, 0, 255]),
+        (np.array([[0.0, 0.625, 1.25]], "f4"), [0, 128, 255]),  # a resampling that overshot 1
+        (np.array([[0, 1, 3, 2, 1]], "u2"), [0, 1, 3, 2, 1]),  # dark, but nothing is lost
+        (np.array([[0, 40_000, 65_535]], "u2"), [0, 156, 255]),
     ],
     ids=str,
 )
 def test_levels_worked_by_hand(values: np.ndarray, expected: list[int]) -> None:
     image = Image.fromarray(values)
     assert np.asarray(eight_bits(image)).tolist() == [expected]
-    assert Preprocess(1).uint8(image).flatten().tolist() == [expected[1]] * 3  # its middle
+    middle = expected[len(expected) // 2]
+    assert Preprocess(1).uint8(image).flatten().tolist() == [middle] * 3
 
 
 @pytest.mark.parametrize("value", [0, 7, 40_000])
@@ -141,8 +145,15 @@ def test_image_of_one_grey_stays_one(value: int) -> None:
         (np.array([[60_020, 60_100]], "u2"), "from 60020 to 60100 would become one grey of 256"),
         (np.array([[0, 1e-4]], "f4"), "from 0 to 0.0001 would become one grey of 256"),
         (np.full((1, 2), np.nan, "f4"), "no pixel is a finite number"),
+        # A hot pixel, and marks for no data.
+        (
+            np.array([[0, 60, 90, 218, 65_535]], "u2"),
+            "all values but 0 and 65535 would become one or",
+        ),
+        (np.array([[-9999, -9999, 0.1, 0.9, 0.5]], "f4"), "all values but -9999 and 0.9 would"),
+        (np.array([[3.4e38, 0.1, 0.9, 0.5]], "f4"), r"all values but 0.1 and 3.4e\+38 would"),
     ],
-    ids=["dim-16", "dim-float", "nan"],
+    ids=["dim-16", "dim-float", "nan", "hot", "no-data-low", "no-data-high"],
 )
 def test_picture_that_would_become_one_grey_is_refused(values: np.ndarray, message: str) -> None:
     data = encoded(Image.fromarray(values), "TIFF")
@@ -211,3 +222,18 @@ CHANNELS = np.repeat(ramp(65_535, "u2")[..., None], 4, axis=2)
 def test_channels_of_16_bits_keep_their_picture(data: bytes) -> None:
     levels = np.asarray(open_image(data).convert("RGB")).astype(int)
     assert np.abs(levels - np.linspace(0, 255, WIDTH)[None, :, None]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(CHANNELS[..., :2] >> np.array([4, 0], "u2"), 4),
+        png(CHANNELS[..., :3] >> 4, 2),
+        png(CHANNELS >> np.array([8, 8, 8, 0], "u2"), 6),
+        tiff(ramp(4095, "u2"), 16, order="<", samples=3, photometric=2),
+    ],
+    ids=["png-grey-alpha", "png-rgb", "png-rgba", "tiff-rgb"],
+)
+def test_channels_of_12_bits_kept_in_16_are_refused(data: bytes) -> None:
+    with pytest.raises(ImageError, match="channels of 16 bits without a value above 4,095"):
+        open_image(data)
