@@ -72,7 +72,7 @@ class Objective(nn.Module):
         self.towers = ranks.wrap(Towers(model, settings.precision))
         # Small gradients of float16 would be 0; with the other precisions it does nothing.
         self.scaler = torch.amp.GradScaler(
-            model.logit_scale.device.type, enabled=settings.precision == "amp"
+            next(model.parameters()).device.type, enabled=settings.precision == "amp"
         )
         self.himo_loss: HiMoLoss | None = None
         self.graphed: GraphedHiMoLoss | None = None

@@ -49,10 +49,12 @@ def lr_scales(model: HiMoCLIP, decay: float | None) -> dict[str, float]:
         decay: None for the whole rate everywhere.
     """
     scales = {name: 1.0 for name, _ in model.named_parameters()}
+    if decay is None:
+        return scales
     for tower in model.layer_groups():
         for above, group in enumerate(reversed(tower)):
             for name in group:
-                scales[name] = 1.0 if decay is None else decay**above
+                scales[name] = decay**above
     return scales
 
 
