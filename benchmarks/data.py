@@ -148,12 +148,13 @@ def index_rows(folder: Path, args: argparse.Namespace) -> list[Row]:
         (file,) = folder.glob(f"records.json.*.himo-{variant.split()[0].rstrip('s')}*")
         one(variant, workers, "size", file.stat().st_size / 2**20, "MiB")
     (alone,) = _in_processes(_read, [path])
-    several = _in_processes(_read, [path] * args.workers)
     one("both", 1, "open", alone["open_s"], "s")
     one("both", 1, "read", 1e6 * alone["seconds"] / _READS, "us a record")
     one("both", 1, "growth of private memory", alone["growth_mib"], "MiB a process")
-    most = max(process["growth_mib"] for process in several)
-    one("both", args.workers, "growth of private memory", most, "MiB a process")
+    if args.workers > 1:
+        several = _in_processes(_read, [path] * args.workers)
+        most = max(process["growth_mib"] for process in several)
+        one("both", args.workers, "growth of private memory", most, "MiB a process")
     return rows
 
 
