@@ -185,7 +185,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     return outputs, grad_norm, is_finite
 
 
-def _validated(run: TrainingRun) -> dict[str, float | None]:
+def _validated(run: TrainingRun) -> dict[str, Any]:
     """Measures, prints and returns the validation if it is due after this step, else {}.
 
     Saves the model if it is the best so far.
@@ -203,7 +203,7 @@ def _validated(run: TrainingRun) -> dict[str, float | None]:
         run.save_model(run_folder.BEST)
         line += ", the best so far"
     tqdm.write(line)
-    return values
+    return values | {"predictions": run.validation.predictions}
 
 
 def _has_lost_patience(run: TrainingRun) -> bool:

@@ -101,6 +101,8 @@ class TrainingLog:
             "skipped_steps": self._skipped,
             **{name: outputs[name] for name in VALIDATION_COLUMNS if name in outputs},
         }
+        if "predictions" in outputs:
+            line["predictions"] = outputs["predictions"]
         if int(epoch) != self._spectrum_epoch:  # once an epoch, for it needs an eigendecomposition
             self._spectrum_epoch = int(epoch)
             texts = distributed.all_gather(outputs["text_features"], differentiate=False)

@@ -1,19 +1,22 @@
 """Retrieval on held-out pairs during training, and the best of it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from himo.data import SampleIndex
-from himo.errors import HimoError
+from himo.errors import HimoError, shortened
 from himo.evaluate.captions import score_prefixes
 from himo.evaluate.encode import Coverage, Encoder
 from himo.evaluate.himo_k import himo_at
-from himo.evaluate.retrieval import RECALLS, group_by_image, retrieval
+from himo.evaluate.retrieval import RECALLS, CaptionedSet, group_by_image, retrieval
 from himo.model import HiMoCLIP
 from himo.transforms import Preprocess
 
 WAYS = ("image_to_text", "text_to_image")
+_FOLLOWED, _CHARACTERS = 4, 200  # images, and characters of a caption, in metrics.jsonl
 _SEGMENTS = (2, 3)  # of HiMo@2 and HiMo@3
 # Of metrics.jsonl.
 COLUMNS = (
@@ -48,6 +51,33 @@ class Best:
         return f"best after epoch {self.epoch:g}, R@1 {self.score:.1f} %"
 
 
+def predictions(
+    images: Tensor, texts: Tensor, captions: CaptionedSet, index: SampleIndex
+) -> list[dict[str, Any]]:
+    """What the model makes of the first few images, to be followed from one validation to the next.
+
+    Args:
+        images: features of the images of captions, [N, E], L2-normalised.
+        texts: features of its captions, [M, E].
+
+    Returns:
+        For each the path of the image, its first caption, the rank of that among all captions,
+        from 1, and the caption that fits best.
+    """
+    found = []
+    for image, scores in enumerate(images[:_FOLLOWED] @ texts.T):
+        own = captions.caption_images.index(image)
+        found.append(
+            {
+                "image": index[captions.image_rows[image]].image,
+                "caption": shortened(captions.captions[own], _CHARACTERS),
+                "rank": 1 + int((scores > scores[own]).sum()),
+                "best": shortened(captions.captions[int(scores.argmax())], _CHARACTERS),
+            }
+        )
+    return found
+
+
 class Validation:
     """Computes the recalls of a model on an index, as `himo eval` does.
 
@@ -76,6 +106,7 @@ class Validation:
         self.index, self.preprocess = index, preprocess
         self.batch_size, self.workers = batch_size, max(1, workers)
         self.max_bad_fraction, self.with_himo = max_bad_fraction, with_himo
+        self.predictions: list[dict[str, Any]] = []
         self.captions = group_by_image(index, Coverage(len(index), allow_missing=True))
 
     def __len__(self) -> int:
@@ -126,6 +157,7 @@ class Validation:
             captions.texts(),
         )
         self.chance = result["chance_R@1"]
+        self.predictions = predictions(image_features, scored.features, captions, self.index)
         return {f"val_{way}_R@{k}": result[way][f"R@{k}"] for way in WAYS for k in RECALLS} | himo
 
     def line(self, values: dict[str, float | None]) -> str:

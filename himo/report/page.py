@@ -76,6 +76,7 @@ def _training(runs: Sequence[Run]) -> dict[str, Any] | None:
     return {
         "losses": training.losses(runs),
         "validation": training.validation(runs),
+        "predictions": training.predictions(runs),
         "spectrum": training.spectrum_charts(runs),
         "optimisation": training.optimisation(runs),
     }

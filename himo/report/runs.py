@@ -27,6 +27,7 @@ _MAX_RESUMED = 20  # lines of a resume that are shown, the last ones
 _MAX_CHANGES, _MAX_NAME = 64, 80  # settings of each that are shown, and characters of each
 _MAX_COMPONENTS = 4096  # of one spectrum
 _MAX_TOP = 5  # images of a miss
+_MAX_FOLLOWED = 8  # images that are followed from one validation to the next
 _MAX_THUMBNAIL = 400_000  # characters
 _THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
 
@@ -77,6 +78,16 @@ class Miss:
 
 
 @dataclass
+class Followed:
+    """An image whose caption is ranked in each validation: among all captions, 1 is the best."""
+
+    image: str
+    caption: str
+    ranks: list[int]
+    best: str  # the caption that fitted best in the last validation
+
+
+@dataclass
 class Run:
     """One run directory. Lists of `columns` go with `step`; None is a value not logged."""
 
@@ -86,6 +97,7 @@ class Run:
     step: list[int] = field(default_factory=list)
     columns: dict[str, list[float | None]] = field(default_factory=dict)
     spectra: list[Spectrum] = field(default_factory=list)
+    followed: list[Followed] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
     curves: list[Curve] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
@@ -258,12 +270,27 @@ def _read_metrics(run: Run, data: bytes) -> None:
     ]
     if odd:
         run.notes.append(f"metrics.jsonl: values that are NaN or infinite: {', '.join(odd)}.")
+    run.followed = _followed(line.get("predictions") for line in lines.values())
     for step, line in lines.items():
         ratios = as_numbers(line.get("spectrum"))
         if ratios and all(math.isfinite(ratio) and ratio >= 0 for ratio in ratios):
             rank = as_number(line.get("rank"))
             kept = int(rank) if rank is not None and 1 <= rank <= len(ratios) else None
             run.spectra.append(Spectrum(step, kept, tuple(ratios[:_MAX_COMPONENTS])))
+
+
+def _followed(validations: Iterable[Any]) -> list[Followed]:
+    """The images of all validations, in the order of the first; entries of other kinds are none."""
+    found: dict[tuple[str, str], Followed] = {}
+    for entries in validations:
+        for entry in entries[:_MAX_FOLLOWED] if isinstance(entries, list) else ():
+            image, caption, best = (lookup(entry, key) for key in ("image", "caption", "best"))
+            rank = lookup(entry, "rank")
+            if all(isinstance(text, str) for text in (image, caption, best)) and type(rank) is int:
+                followed = found.setdefault((image, caption), Followed(image, caption, [], best))
+                followed.ranks.append(rank)
+                followed.best = best
+    return list(found.values())[:_MAX_FOLLOWED]
 
 
 def _resumed(line: dict[str, Any]) -> list[str]:

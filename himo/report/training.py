@@ -14,6 +14,7 @@ from himo_kernels.nn import PRESETS
 
 _PRESET_NAMES = list(PRESETS)  # a list: the value in a file need not be hashable
 _CELLS = 40  # of the table below a chart, at least 8 rows; all lines are in report.csv
+_RANKS = 8  # of one caption, evenly spread over the validations
 _POINTS = 640  # of all curves of one chart together
 
 
@@ -65,6 +66,24 @@ def validation(runs: Sequence[Run]) -> list[Figure]:
         )
         for column, title in charts
     ]
+
+
+def predictions(runs: Sequence[Run]) -> Table | None:
+    """The rank of a few captions in each validation; None where no run has any."""
+    several = len(runs) > 1
+    rows = [
+        [
+            f"{run.label}: {followed.image}" if several else followed.image,
+            followed.caption,
+            " → ".join(f"{followed.ranks[at]:,}" for at in spread(len(followed.ranks), _RANKS)),
+            "its own" if followed.best == followed.caption else followed.best,
+        ]
+        for run in runs
+        for followed in run.followed
+    ]
+    head = ["image", "its caption", "rank of its caption", "best caption at the end"]
+    note = "Of the first held-out images, among all held-out captions, from epoch to epoch."
+    return Table(head, rows, note) if rows else None
 
 
 def best_line(run: Run) -> int | None:

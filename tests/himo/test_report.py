@@ -511,6 +511,33 @@ def test_the_best_epoch_is_marked(runs: list[Path]) -> None:
     assert training.best_line(run) is None
 
 
+def test_followed_captions_are_a_table(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    report_runs.write_run(folder, "himo", 2)
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for rank, line in zip((7, 1, 3), lines, strict=False):
+        own = {"image": "a.jpg", "caption": "A <b>cat</b>.", "rank": rank, "best": "A dog."}
+        other = {"image": "b.jpg", "caption": "A bird.", "rank": 2, "best": "A bird."}
+        broken = {"image": 3, "caption": None, "rank": "x", "best": []}
+        line["predictions"] = [own, broken, other]
+    lines[3]["predictions"] = "nothing"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page = tmp_path / "report.html"
+    report.write_report([folder], page)
+    (run,) = reader.read_runs([folder])
+    table = training.predictions([run])
+    assert table is not None
+    assert table.rows == [
+        ["a.jpg", "A <b>cat</b>.", "7 → 1 → 3", "A dog."],
+        ["b.jpg", "A bird.", "2 → 2 → 2", "its own"],
+    ]
+    text = page.read_text(encoding="utf-8")
+    assert "A &lt;b&gt;cat&lt;/b&gt;." in text and "<b>cat" not in text
+    run.followed = []
+    assert training.predictions([run]) is None
+
+
 def test_bars_begin_at_zero_on_both_sides() -> None:
     y = scales.Scale(-0.5, 1.5)
     chart = svg.bar_chart(

@@ -1,5 +1,6 @@
 """Validation during training: its line, the best model, --patience, and --report-to."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from himo.cli import main
 from himo.config import TrainConfig
 from himo.errors import HimoError
 from himo.reporting import check_installed
+from himo.transforms import open_image
 from himo.validation import Best
 
 WAYS = ("image_to_text", "text_to_image")
@@ -86,6 +88,32 @@ def test_himo_of_a_validation_is_what_himo_eval_finds(begun, tmp_path):
     found = json.loads(out.read_text())["himo"]
     for k in (2, 3):
         assert lines(tmp_path)[-1][f"val_HiMo@{k}"] == found[f"HiMo@{k}"]["value"]
+
+
+def test_a_few_predictions_are_followed_from_epoch_to_epoch(begun):
+    pairs, logs, _ = begun
+    with pairs.open(newline="") as file:
+        held_out = list(csv.DictReader(file))[:6]
+    captions = [row["title"] for row in held_out]
+    rows = [row for row in lines(logs) if "predictions" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for epoch, row in enumerate(rows, 1):
+        model, preprocess = himo.load(logs / f"run/checkpoints/epoch_{epoch}.safetensors")
+        images = [preprocess(open_image(pairs.parent / pair["filepath"])) for pair in held_out[:4]]
+        with torch.no_grad():
+            image_features = model.encode_image(torch.stack(images), normalize=True)
+            length = model.config.context_length
+            texts = himo.tokenize(captions, context_length=length)
+            scores = image_features @ model.encode_text(texts, normalize=True).T
+        for number, found in enumerate(row["predictions"]):
+            above = int((scores[number] > scores[number, number]).sum())
+            assert found == {
+                "image": held_out[number]["filepath"],
+                "caption": captions[number],
+                "rank": 1 + above,
+                "best": captions[int(scores[number].argmax())],
+            }
+        assert len(row["predictions"]) == 4
 
 
 def test_old_models_go_with_old_states(tmp_path):
