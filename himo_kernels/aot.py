@@ -377,7 +377,8 @@ def _compile_at(index: int) -> Resources:
 
 
 if __name__ == "__main__":
-    # A kernel defined for the interpreter cannot be compiled.
-    os.environ.pop(_triton.INTERPRETER_VARIABLE, None)
+    if _triton.INTERPRETED:  # kernels and tiles for the interpreter cannot be compiled: begin anew
+        del os.environ[_triton.INTERPRETER_VARIABLE]
+        os.execv(sys.executable, [sys.executable, "-m", "himo_kernels.aot", *sys.argv[1:]])
     # Import by name: as a script, this file is a second module with another class Case.
     sys.exit(importlib.import_module("himo_kernels.aot").main(sys.argv[1:]))

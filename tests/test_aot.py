@@ -1,9 +1,10 @@
-"""What himo_kernels.aot reads from the compiler, and which launches fail. Compiles nothing."""
+"""What himo_kernels.aot reads from the compiler, and which launches fail."""
 
 import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from fresh_process import run_python
 
 from himo_kernels import aot
 
@@ -102,3 +103,12 @@ def test_a_case_may_spill_and_may_load_less():
     bad = dataclasses.replace(KEPT, spilled_bytes=8, load_bytes=2)
     case = aot.Case("", lambda: None, may_spill=True, ragged=True)
     assert aot.broken_promise(case, launch("tf32"), 90, bad) == ""
+
+
+@pytest.mark.slow
+def test_the_same_is_compiled_where_the_interpreter_is_asked_for():
+    pytest.importorskip("triton")
+    command = ("-m", "himo_kernels.aot", "normalize", "float64", "4096")
+    compiled = run_python(*command, TRITON_INTERPRET="0")
+    assert "4 launches compiled, 0 break a promise" in compiled
+    assert run_python(*command, TRITON_INTERPRET="1") == compiled
