@@ -48,10 +48,10 @@ class WebDataset(Source):
     """Tar shards; the files of a sample are adjacent and share the name up to its first dot.
 
     In a sample, `a.jpg` goes with `a.txt` or `a.json`, or else with the only other caption, such as
-    `a.cap.txt`; `a.txt` goes with the only image, such as `a.v2.jpg`; and `a.v2.jpg` goes with
-    `a.v2.txt`. Of an image in several formats the first of jpg, png, jpeg and webp is taken, as
-    open_clip does. Other files of a sample are counted in `ignored`. A file that comes twice begins
-    a new sample, and so does the next of several joined archives.
+    `a.cap.txt`; and `a.v2.jpg` goes with `a.v2.txt`. Of an image in several formats the first of
+    jpg, png, jpeg and webp is taken, as open_clip does. Other files of a sample are counted in
+    `ignored`. A file that comes twice begins a new sample, and so does the next of several joined
+    archives.
 
     Args:
         path: an uncompressed shard, a directory of `*.tar`, or a numbered pattern such as
@@ -120,7 +120,8 @@ class WebDataset(Source):
         parts = sample.parts()
         images = [part for part in parts.values() if part.images]
         captions = [part for part in parts.values() if part.captions]
-        if len(images) == len(captions) == 1 and "" in parts:  # as a.cap.txt of a.jpg
+        # As a.cap.txt of a.jpg. An image of another name may be a mask: it is not guessed.
+        if len(images) == len(captions) == 1 and images[0] is parts.get(""):
             parts = {"": _Part(images[0].images, captions[0].captions)}
         for name, part in parts.items():
             if _is_beside_another(name, parts) and not (part.images and part.captions):

@@ -80,14 +80,16 @@ def chunk(kind: bytes, data: bytes = b"") -> bytes:
     return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def zeros(count: int) -> bytes:
-    """So many zeros, as zlib packs them: blocks that do not depend on each other."""
+def zeros(count: int, byte: int = 0) -> bytes:
+    """So many zeros, or other bytes, as zlib packs them in blocks that are independent."""
 
     def packed(length: int) -> bytes:
         packer = zlib.compressobj(9, wbits=-15)
-        return packer.compress(bytes(length)) + packer.flush(zlib.Z_FULL_FLUSH)
+        return packer.compress(bytes([byte]) * length) + packer.flush(zlib.Z_FULL_FLUSH)
 
-    checksum = struct.pack(">HH", count % 65_521, 1)
+    # Adler-32: one plus the sum of the bytes, and the sum of these sums.
+    sums = count + byte * count * (count + 1) // 2, 1 + byte * count
+    checksum = struct.pack(">HH", *(each % 65_521 for each in sums))
     return b"\x78\xda" + packed(MIB) * (count // MIB) + packed(count % MIB) + b"\3\0" + checksum
 
 
@@ -99,8 +101,12 @@ def png(
     before: bytes = b"",
     after: bytes = b"",
     more: int = 0,
+    byte: int = 0,
 ) -> bytes:
-    """A PNG of zeros, complete; `more` zeros than its pixels take, and chunks around them."""
+    """A PNG of zeros, complete; `more` zeros than its pixels take, and chunks around them.
+
+    Ones for `byte` are filters and differences from the left, so that each row is a ramp.
+    """
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     count = side * (1 + -(-side * bits // 8)) * (2 if interlaced else 1) + more
     header = struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, interlaced)
@@ -108,7 +114,7 @@ def png(
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
         + before
-        + chunk(b"IDAT", zeros(count))
+        + chunk(b"IDAT", zeros(count, byte))
         + after
         + chunk(b"IEND")
     )
