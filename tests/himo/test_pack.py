@@ -217,7 +217,8 @@ def test_too_many_bad_images_end_it_and_keep_what_is_finished(tmp_path, capsys):
 
 
 def test_a_killed_pack_goes_on_with_the_missing_shards(tmp_path):
-    data = source(tmp_path / "source", 400)
+    data = source(tmp_path / "source")
+    data.write_text(data.read_text() * 100)  # the kill must come before the end, on any machine
     pack(data, tmp_path / "whole")
     out = tmp_path / "packed"
     command = [sys.executable, "-m", "himo", "pack", str(data), "--out", str(out)]
@@ -235,7 +236,7 @@ def test_a_killed_pack_goes_on_with_the_missing_shards(tmp_path):
         if name.endswith(".tar"):
             assert content == (tmp_path / "whole" / name).read_bytes()
     finished = list(json.loads((out / "pack.json").read_text())["shards"])
-    assert 0 < len(finished) < 80
+    assert 0 < len(finished) < 240
     times = {name: (out / name).stat().st_mtime_ns for name in finished}
     pack(data, out)
     assert contents(out) == contents(tmp_path / "whole")
@@ -243,7 +244,8 @@ def test_a_killed_pack_goes_on_with_the_missing_shards(tmp_path):
 
 
 def test_a_stopped_pack_says_so_and_leaves_no_worker(tmp_path):
-    data = source(tmp_path / "source", 400)
+    data = source(tmp_path / "source")
+    data.write_text(data.read_text() * 1000)  # the stop must come before the end, on any machine
     command = [sys.executable, "-m", "himo", "pack", str(data), "--out", str(tmp_path / "packed")]
     process = subprocess.Popen(
         [*command, "--shard-pairs", "5", "--workers", "2"],
