@@ -88,7 +88,9 @@ def test_eight_processes_killed_and_resumed_once_run_the_recipe(tmp_path):
 
     rows = [json.loads(line) for line in (logs / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
-    assert [row["lr"] for row in rows] == [rate(n, steps, LR, WARMUP) for n in range(steps)]
+    rates = [rate(n, steps, LR, WARMUP) for n in range(steps)]
+    # NumPy's cosine and Python's may differ in the last bit, of which little is left near the end.
+    assert [row["lr"] for row in rows] == pytest.approx(rates, rel=1e-13, abs=0)
     before, _ = himo.load(small)
     assert rows[0]["loss"] == pytest.approx(first_loss(pairs, before), rel=2e-6)
     assert all(row["logit_scale"] <= 100 * (1 + 1e-6) for row in rows)  # 101 in the checkpoint
