@@ -14,9 +14,7 @@ which other programs had them.
 """
 
 import argparse
-import csv
 import functools
-import io
 import json
 import multiprocessing
 import os
@@ -34,7 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.rows import facts, number, write_whole
+from benchmarks.rows import Row, facts, number, replace_rows
 from himo.config import TrainConfig
 from himo.data import CaptionedImages, EpochSampler, open_dataset, open_tokens
 from himo.data.packing import PackOptions, pack
@@ -55,7 +53,6 @@ _PHOTO = (640, 427)
 _CAPTION_WORDS = 130
 _READS = 20_000  # records that each reader takes
 _BATCH = 64
-Row = dict[str, str]
 
 
 def main() -> None:
@@ -79,7 +76,7 @@ def main() -> None:
     known["load"] = f"{os.getloadavg()[0]:.1f}"
     for row in rows:
         print(", ".join(row[name] for name in ("part", "variant", "measure", "value", "unit")))
-    _write(args.out, [row | known for row in rows])
+    replace_rows(args.out, [row | known for row in rows], COLUMNS, CELL)
 
 
 def loader_rows(folder: Path, args: argparse.Namespace) -> list[Row]:
@@ -261,17 +258,6 @@ def _row(
 ) -> Row:
     given = {"part": part, "variant": variant, "measure": measure, "unit": unit, "rounds": "1"}
     return given | {"workers": str(workers), "count": str(count), "value": number(value)}
-
-
-def _write(path: Path, new: list[Row]) -> None:
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    cells = [[row[name] for name in CELL] for row in new]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    others = [row for row in rows if [row[name] for name in CELL] not in cells]
-    writer.writerows([*others, *new])
-    write_whole(path, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.rows import facts, number, replace_row
+from benchmarks.rows import facts, number, replace_rows
 from himo.evaluate import Encoder, read_himo_docci
 from himo.evaluate.encode import distinct_tokens
 from himo.evaluate.shared_prefixes import TextBatch, TokenRows, shared_rows, text_batches
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    replace_row(args.out, measure(args), COLUMNS, CELL)
+    replace_rows(args.out, [measure(args)], COLUMNS, CELL)
 
 
 def measure(args: argparse.Namespace) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.memory import in_child, peak_cpu
-from benchmarks.rows import facts, number, replace_row
+from benchmarks.rows import facts, number, replace_rows
 from himo.evaluate import retrieval
 
 COLUMNS = (
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
-    replace_row(options.out, measure(options), COLUMNS, CELL)
+    replace_rows(options.out, [measure(options)], COLUMNS, CELL)
 
 
 def measure(options: argparse.Namespace) -> dict[str, str]:

@@ -148,14 +148,17 @@ def merge(path: Path, new: list[Row]) -> None:
     write_whole(path, text.getvalue())
 
 
-def replace_row(path: Path, row: Row, columns: Sequence[str], cell: Sequence[str]) -> None:
-    """Writes a row of other columns into a file, in place of that with the same cell."""
+def replace_rows(
+    path: Path, new: Sequence[Row], columns: Sequence[str], cell: Sequence[str]
+) -> None:
+    """Writes rows of other columns into a file, in place of those with the same cells."""
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    others = [other for other in rows if any(other[name] != row[name] for name in cell)]
+    cells = {tuple(row[name] for name in cell) for row in new}
+    others = [row for row in rows if tuple(row[name] for name in cell) not in cells]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*others, row])
+    writer.writerows([*others, *new])
     write_whole(path, text.getvalue())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.baselines import released
-from benchmarks.rows import Row, facts, number, replace_row
+from benchmarks.rows import Row, facts, number, replace_rows
 from benchmarks.run import positive
 from himo.config import TrainConfig
 from himo.evaluate import read_himo_docci
@@ -64,8 +64,7 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for row in measure(args):
-        replace_row(args.out, row, COLUMNS, CELL)
+    replace_rows(args.out, measure(args), COLUMNS, CELL)
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
