@@ -37,15 +37,31 @@ class Line:
         """Drawn so that the same formula without compilation remains visible beneath it."""
         return self.name.endswith("+compile")
 
+    @property
+    def formula(self) -> str:
+        """The name without its compilation. It decides the colour."""
+        return self.name.removesuffix("+compile")
 
-def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> str:
-    """The chart of positive values over sizes; both axes are logarithmic if they span decades."""
+
+def svg(
+    title: str,
+    unit: str,
+    sizes: Sequence[int],
+    lines: Sequence[Line],
+    formulas: Sequence[str] | None = None,
+) -> str:
+    """The chart of positive values over sizes; both axes are logarithmic if they span decades.
+
+    Charts with the same `formulas` give a formula the same colour; by default, those of the lines.
+    """
+    formulas = formulas or list(dict.fromkeys(line.formula for line in lines))
+    runs = [formulas.index(line.formula) for line in lines]
     x = Scale(sizes[0], sizes[-1], log=True)
     y = fit((value for line in lines for _, value in line.points), log=True) or Scale(0, 1)
     heights = [AREA * (1 - y.at(line.points[-1][1])) if line.points else 0.0 for line in lines]
     marks = "".join(
-        _marks(run, line, unit, x, y, 1 - height / AREA)
-        for run, (line, height) in enumerate(zip(lines, _apart(heights), strict=True))
+        _marks(run, row, line, unit, x, y, 1 - height / AREA)
+        for row, (run, line, height) in enumerate(zip(runs, lines, _apart(heights), strict=True))
     )
     chart = line_chart(
         "chart",
@@ -60,7 +76,7 @@ def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> s
                 [value for _, value in line.points],
                 "broken" if line.is_compiled else "solid",
             )
-            for run, line in enumerate(lines)
+            for run, line in zip(runs, lines, strict=True)
         ],
         x_label="N",
         y_label=unit,
@@ -79,15 +95,15 @@ def svg(title: str, unit: str, sizes: Sequence[int], lines: Sequence[Line]) -> s
     )
 
 
-def _marks(run: int, line: Line, unit: str, x: Scale, y: Scale, height: float) -> str:
-    """The dots of a line, its name at a relative height, and OOM where memory ran out."""
+def _marks(run: int, row: int, line: Line, unit: str, x: Scale, y: Scale, height: float) -> str:
+    """The dots of a line, its name at a relative height, and OOM in a row where memory ran out."""
     tooltips = [
         (x.at(n), y.at(value), f"{line.name}, N = {n:,}: {number(value)} {unit}")
         for n, value in line.points
     ]
     # OOM is written above the size without a value, on a separate row for each line.
     oom = "".join(
-        label(x.at(n), 1, "OOM", "run", dy=4 + 15 * run, anchor="end" if x.at(n) == 1 else "middle")
+        label(x.at(n), 1, "OOM", "run", dy=4 + 15 * row, anchor="end" if x.at(n) == 1 else "middle")
         for n in line.out_of_memory
     )
     name = label(1, height, line.name, "run", dx=14, dy=4, anchor="start")

@@ -222,12 +222,16 @@ def draw(rows: list[Row]) -> dict[str, str]:
             if len(own) < 3:
                 continue
             title = f"{LABELS[op]}, D = 768, {dtype}, forward + backward"
-            for kind, unit, value in (("time", "ms", quoted_ms), ("memory", "MiB", _peak)):
-                lines = _lines(own, value, oom=kind == "memory")
-                if any(len(points) > 1 for _, points, _ in lines):
-                    curves = [charts.Line(*line) for line in lines]
-                    sizes = {n for _, points, crosses in lines for n in (*dict(points), *crosses)}
-                    svg = charts.svg(f"{title}: {kind}", unit, sorted(sizes), curves)
+            kinds = {
+                "time": ("ms", _lines(own, quoted_ms, oom=False)),
+                "memory": ("MiB", _lines(own, _peak, oom=True)),
+            }
+            every = [line.formula for _, lines in kinds.values() for line in lines]
+            formulas = list(dict.fromkeys(every))  # one colour in both charts
+            for kind, (unit, lines) in kinds.items():
+                if any(len(line.points) > 1 for line in lines):
+                    sizes = {n for line in lines for n in (*dict(line.points), *line.out_of_memory)}
+                    svg = charts.svg(f"{title}: {kind}", unit, sorted(sizes), lines, formulas)
                     found[f"{op}_{dtype}_{kind}.svg"] = svg
     return found
 
@@ -238,9 +242,8 @@ def _peak(row: Row) -> float:
 
 def _lines(
     sizes: dict[int, dict[str, Row]], value: Callable[[Row], float], oom: bool
-) -> list[tuple[str, list[tuple[int, float]], list[int]]]:
-    # Name, points, and sizes that ran out of memory. First the choice of "auto" at each size as one
-    # line, then the baselines.
+) -> list[charts.Line]:
+    # First the choice of "auto" at each size as one line, then the baselines.
     points: dict[str, dict[int, float]] = defaultdict(dict)
     crosses: dict[str, list[int]] = defaultdict(list)
     for n, candidates in sizes.items():
@@ -254,7 +257,7 @@ def _lines(
             elif oom and row["status"] == "out of memory":
                 crosses[name].append(n)
     names = sorted({*points, *crosses}, key=lambda name: (name != "himo_kernels", name))
-    return [(name, sorted(points[name].items()), sorted(crosses[name])) for name in names]
+    return [charts.Line(n, sorted(points[n].items()), sorted(crosses[n])) for n in names]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -59,10 +59,18 @@ def test_the_charts_mark_what_ran_out_of_memory():
     assert "OOM<" not in charts["dual_info_nce_float32_time.svg"]
 
 
+def test_a_formula_has_one_colour_in_all_charts_of_an_operator():
+    lines = [charts.Line(name, [(8, 1.0), (64, 9.0)]) for name in ("himo_kernels", "released")]
+    drawn = charts.svg("t", "ms", [8, 64], lines, ["himo_kernels", "open_clip", "released"])
+    assert re.findall(r'class="s(\d) run\d solid"', drawn) == ["0", "2"]
+
+
 def test_a_compiled_formula_does_not_hide_the_one_beneath():
     lines = [charts.Line(name, [(8, 1.0), (64, 9.0)]) for name in ("eager", "eager+compile")]
     drawn = charts.svg("t", "ms", [8, 64], lines)
     assert re.findall(r'class="s\d run\d (solid|broken)"', drawn) == ["solid", "broken"]
+    colours = re.findall(r'class="s(\d) run\d (?:solid|broken)"', drawn)
+    assert colours[0] == colours[1]
     radii = re.findall(r'r="([\d.]+)"', drawn)
     assert float(radii[0]) > float(radii[-1])
     assert ">ms</text>" in drawn
