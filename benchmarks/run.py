@@ -34,8 +34,8 @@ CASE_TIMEOUT = {"cpu": 600, "cuda": 120}
 class Worker:
     """A process that measures. It is restarted after it died."""
 
-    def __init__(self, device: str, threads: int, log: TextIO) -> None:
-        self.device, self.log = device, log
+    def __init__(self, device: str, threads: int, log: TextIO, timeout_s: float | None) -> None:
+        self.device, self.log, self.timeout_s = device, log, timeout_s
         bound = {
             "OMP_PROC_BIND": "true",  # a thread that migrates finds a cold cache
             "OMP_PLACES": "cores",
@@ -60,10 +60,10 @@ class Worker:
             self.process.stdin.flush()
         while True:
             try:
-                answer = self.answers.get(timeout=CASE_TIMEOUT[self.device])
+                answer = self.answers.get(timeout=self.timeout_s)
             except queue.Empty:
                 self.stop()
-                raise WorkerDied(f"no answer for {CASE_TIMEOUT[self.device]} s") from None
+                raise WorkerDied(f"no answer for {self.timeout_s} s") from None
             if answer is None:
                 status = self.process.wait()
                 self.stop()
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         cases = _cases(options)
         cores = os.cpu_count() or 1
         if options.baseline_seconds is None:
-            options.baseline_seconds = math.inf if options.all else 8.0
+            options.baseline_seconds = math.inf if options.all or options.once else 8.0
         options.threads = options.threads or (min(2, cores) if options.device == "cpu" else cores)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError("--device cuda: this torch sees no CUDA device")
@@ -151,7 +151,8 @@ def measure(cases: list[Case], options: argparse.Namespace, log: TextIO) -> list
         table.read(options.out / f"{op}.csv")  # fails on a file of another format before measuring
     if options.device == "cpu" and os.getloadavg()[0] > 0.5:
         warn(f"load average {os.getloadavg()[0]:.1f}: something else runs here; the rows say so")
-    worker = Worker(options.device, options.threads, log)
+    timeout_s = None if options.once else CASE_TIMEOUT[options.device]
+    worker = Worker(options.device, options.threads, log, timeout_s)
     facts = table.facts(options.device, options.threads)
     measured: list[Row] = []
     left_out = []
@@ -235,7 +236,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     cases = [case for op in options.op for case in grid.product(op, **given)]
     # One cell for both modes: they share inputs, checks and compilation.
     both = tuple(mode for choice in modes for mode in choice)
-    cases = [dataclasses.replace(case, modes=both, memory=True) for case in cases]
+    changes = {"modes": both, "memory": True, "timed": not options.once}
+    cases = [dataclasses.replace(case, **changes) for case in cases]
     for case in cases:
         if case.B > 1 and case.op not in ("covariance", "gram", "pca_reconstruct", "normalize"):
             raise BenchmarkError(f"--batch {case.B}: {case.op} is measured on one problem only")
@@ -267,8 +269,9 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline-seconds",
         type=float,
         help="on a CPU, for all baselines of a cell with compilation; slower ones are left out; "
-        "default 8, and no limit with --all",
+        "default 8, and no limit with --all or --once",
     )
+    add("--once", action="store_true", help="on a CPU, one run each: for calls that take minutes")
     add("--budget-minutes", type=float, default=60.0, help="no cell starts later; default 60")
     add("--no-compile", action="store_true", help="do not measure torch.compile")
     add("--no-memory", action="store_true", help="do not measure peak memory on a CPU")

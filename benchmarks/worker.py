@@ -183,13 +183,13 @@ class Cell:
             wanted = measured and not compiled
             limited = not library and self.baseline_seconds < math.inf
             modes = [mode for mode in self.case.modes if mode != "fwd" or not compiled]
-            for mode in modes if wanted or limited else ():
+            for mode in modes if wanted or limited or not self.case.timed else ():
                 # Half of the remaining time, so that one slow baseline does not use it all.
                 limit_s = max(left_s, 0.0) / 2 if limited else math.inf
                 begun = time.perf_counter()
                 peak = memory.in_child(partial(self._peak, name, mode, wanted), limit_s)
                 left_s -= (time.perf_counter() - begun) * limited
-                if limited and "time_ms" in peak:
+                if limited and "time_ms" in peak and self.case.timed:
                     rounds_s = REPEATS["cpu"][0] * peak["time_ms"] / 1e3
                     left_s -= rounds_s
                     if rounds_s > limit_s:
@@ -198,7 +198,7 @@ class Cell:
                     advice = f"of {self.baseline_seconds:g} s for the baselines of a cell"
                     self.left_out[name] = f"{peak['reason']}, {advice}"
                     break
-                if wanted:
+                if wanted or not self.case.timed:
                     self.peaks[name, mode] = peak
 
     def _peak(self, name: str, mode: str, measured: bool) -> dict[str, float]:

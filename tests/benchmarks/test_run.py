@@ -56,6 +56,18 @@ def test_every_candidate_has_a_whole_row_in_each_mode(folder):
 
 
 @pytest.mark.slow
+def test_once_times_one_run_of_each_compiled_or_not(tmp_path):
+    cell = ["--op", "info_nce", "--n", "16", "--d", "16", "--mode", "fwd+bwd", "--once"]
+    chosen = ["--backend", "cpu", "open_clip", "open_clip+compile"]
+    run_python("-m", "benchmarks.run", *cell, *chosen, "--out", str(tmp_path))
+    rows = {row["backend"]: row for row in read(tmp_path / "info_nce.csv")}
+    assert set(rows) == {"cpu", "open_clip", "open_clip+compile"}
+    for row in rows.values():
+        assert (row["status"], row["timing"], row["repeats"]) == ("ok", "once", "1")
+        assert float(row["time_ms_min"]) > 0
+
+
+@pytest.mark.slow
 def test_a_refused_candidate_is_a_row_with_its_reason(folder):
     (row,) = (
         row
