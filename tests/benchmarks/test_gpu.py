@@ -126,6 +126,7 @@ def dry_run(module: str, out: Path, *only: str) -> list[tuple[str, str]]:
     return [(line[0], line[-1]) for line in lines[: len(only)]]
 
 
+@pytest.mark.slow
 def test_a_short_dry_run(tmp_path):
     out = tmp_path / "out"
     assert dry_run("gpu", out, "machine", "head") == [("machine", "ok"), ("head", "ok")]

@@ -65,6 +65,7 @@ def test_aot_tells_kernels_apart_as_triton_does(counts):
     assert launches == kernels > 0
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_every_kernel_in_the_cache(tmp_path):
     told = [
         run_python(

@@ -4,7 +4,8 @@ import pytest
 from launch import found
 from upstream import open_clip_loss
 
-WORLDS = [pytest.param(2, id="W=2"), pytest.param(3, id="W=3", marks=pytest.mark.slow)]
+pytestmark = pytest.mark.slow  # test_exact.py has the quick launch of two ranks
+WORLDS = [pytest.param(world, id=f"W={world}") for world in (2, 3)]
 
 
 @pytest.fixture(scope="module", params=WORLDS)

@@ -10,10 +10,8 @@ from test_exact import assert_below
 from himo_kernels.distributed.cost import step_traffic
 from himo_kernels.distributed.loss import block_for
 
-WORLDS = [
-    pytest.param(world, id=f"W={world}", marks=[] if world == 2 else pytest.mark.slow)
-    for world in (1, 2, 3)
-]
+pytestmark = pytest.mark.slow  # test_exact.py has the quick launch of two ranks
+WORLDS = [pytest.param(world, id=f"W={world}") for world in (1, 2, 3)]
 _started: dict[int, list[dict]] = {}  # results by world size: one launch serves every test
 PARTS = ("share", "images", "texts", "scale")
 DIRECTIONS = pytest.mark.parametrize("directions", ["both", "rows", "columns"])

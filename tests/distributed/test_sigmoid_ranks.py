@@ -8,10 +8,8 @@ from upstream import open_clip_loss
 
 from himo_kernels.sigmoid_loss.op import BLOCK
 
-WORLDS = [
-    pytest.param(world, id=f"W={world}", marks=[] if world == 2 else pytest.mark.slow)
-    for world in (1, 2, 3)
-]
+pytestmark = pytest.mark.slow  # test_exact.py has the quick launch of two ranks
+WORLDS = [pytest.param(world, id=f"W={world}") for world in (1, 2, 3)]
 _started: dict[int, list[dict]] = {}  # results by world size: one launch serves every test
 STRATEGIES = pytest.mark.parametrize("strategy", ["gather", "ring"])
 PARTS = ("share", "images", "texts", "scale", "bias")

@@ -9,7 +9,10 @@ from torch import Tensor
 import himo_kernels.testing as hkt
 from himo_kernels.pca import reference
 
-pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+pytestmark = [
+    pytest.mark.slow,  # the kernel is compiled with sanitizers first
+    pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not())),
+]
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -38,8 +41,6 @@ def hard_matrices(n: int, generator: torch.Generator) -> Tensor:  # [P, n, n]
 
 
 # Around the sizes that the kernel is compiled for: 32, 64 and 128.
-@pytest.mark.slow
-@pytest.mark.sample(4)
 @pytest.mark.parametrize("n", [20, 2, 33, 128, 3, 64, 65])
 def test_hard_matrices(n, generator):
     matrices = hard_matrices(n, generator)
@@ -58,7 +59,6 @@ def test_one_by_one():
     assert found.vectors.abs().flatten().tolist() == pytest.approx([1.0, 1.0, 1.0], rel=4 * EPS)
 
 
-@pytest.mark.slow
 def test_an_indefinite_matrix(generator):
     matrix = torch.randn(1, 50, 50, dtype=torch.float64, generator=generator)
     matrix = matrix + matrix.mT
@@ -67,7 +67,6 @@ def test_an_indefinite_matrix(generator):
     assert_solved(matrix[0], found.eigenvalues[0], found.vectors[0])
 
 
-@pytest.mark.slow
 def test_batches_of_captions(generator):
     # The moments of HiDe: N x N for N <= D.
     batches = [
@@ -86,8 +85,6 @@ def test_batches_of_captions(generator):
 
 
 # ThreadSanitizer holds a state for each of the 512 threads of each matrix.
-@pytest.mark.slow
-@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("n", "names"),
     [
@@ -109,7 +106,6 @@ def test_no_thread_races(n, names, generator):
         assert_solved(matrix, eigenvalues, vectors)
 
 
-@pytest.mark.slow
 def test_the_bits_do_not_depend_on_the_order_of_threads(generator):
     x = torch.stack([MATRICES[name](40, generator) for name in ("gaussian", "duplicates")])
     matrices = x.mT @ x
@@ -117,7 +113,6 @@ def test_the_bits_do_not_depend_on_the_order_of_threads(generator):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.slow
 def test_other_problems_do_not_see_a_matrix_that_is_not_finite(generator):
     x = gaussian(24, generator)
     matrices = (x.mT @ x).expand(4, 24, 24).clone()
@@ -167,7 +162,6 @@ def test_only_the_vectors_that_a_threshold_needs(threshold, generator):
         assert float(residual.abs().sum()) <= 8 * n * n * EPS
 
 
-@pytest.mark.slow
 def test_no_variance_keeps_every_direction(generator):
     n = 12
     x = gaussian(n, generator)

@@ -216,6 +216,7 @@ def test_too_many_bad_images_end_it_and_keep_what_is_finished(tmp_path, capsys):
     assert "9 pairs in 3 shards, 1 of them there before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_pack_goes_on_with_the_missing_shards(tmp_path):
     data = source(tmp_path / "source")
     data.write_text(data.read_text() * 100)  # the kill must come before the end, on any machine
