@@ -12,10 +12,10 @@ namespace himo {
 at::Tensor normalize_fwd(const at::Tensor& x) {  // [*, N, D]
   const c10::NoGradGuard no_grad;
   check_features("normalize", "features", x);
-  const auto unit = at::empty(x.sizes(), x.options());
+  const auto normalized = at::empty(x.sizes(), x.options());
   // The kernels read raw memory, which does not include the lazy minus sign of a negated view.
-  cpu::normalize_fwd(x.resolve_neg(), unit);
-  return unit;
+  cpu::normalize_fwd(x.resolve_neg(), normalized);
+  return normalized;
 }
 
 at::Tensor normalize_bwd(const at::Tensor& grad,  // [*, N, D]

@@ -1,4 +1,4 @@
-"""The memory of training: what is free, what a step takes, and advice where it runs out."""
+"""The memory of training: how much is free, how much a step takes, and advice if it runs out."""
 
 import os
 import resource
@@ -14,11 +14,11 @@ from himo.errors import HimoError
 from himo.model import HiMoCLIP
 from himo_kernels._memory import available_memory
 
-# Numbers that a block keeps for each token and channel until its backward pass: its input, two
+# Numbers that a block saves for its backward, for each token and channel: its input, two
 # normalised inputs, query, key, value, attention, its projection, and 4 + 4 of the MLP.
-_KEPT = 16.5
+_SAVED = 16.5
 # The last block computes one position of each row, but key and value of all, from the input.
-_KEPT_LAST = 4
+_SAVED_LAST = 4
 # Weight, gradient, and the two moments of AdamW, in float32.
 _BYTES_PER_PARAMETER = 4 * 4
 _SIGNS = ("not enough memory", "can't allocate memory", "out of memory")  # in a RuntimeError
@@ -45,17 +45,17 @@ def step_bytes(config: CLIPConfig, settings: TrainConfig, batch: int) -> int:
         parameters = sum(parameter.numel() for parameter in HiMoCLIP(config).parameters())
     per_parameter = _BYTES_PER_PARAMETER + (0 if settings.ema is None else 4)
     patches = (config.image_resolution // config.vision_patch_size) ** 2 + 1
-    kept = 0.0
+    saved = 0.0
     for layers, width, tokens in (
         (config.vision_layers, config.vision_width, patches),
         (config.text_layers, config.text_width, config.context_length),
     ):
-        # Recomputed blocks keep their input, and one at a time the rest.
-        blocks = _KEPT * (layers - 1) + _KEPT_LAST
+        # Recomputed blocks save their input, and one block at a time saves the rest.
+        blocks = _SAVED * (layers - 1) + _SAVED_LAST
         if settings.grad_checkpointing:
-            blocks = layers + _KEPT
-        kept += 4 * blocks * width * tokens
-    return per_parameter * parameters + int(batch * kept)
+            blocks = layers + _SAVED
+        saved += 4 * blocks * width * tokens
+    return per_parameter * parameters + int(batch * saved)
 
 
 @contextmanager

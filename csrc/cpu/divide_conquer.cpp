@@ -1,5 +1,5 @@
 // A rank-one change in the middle cuts T in two (Cuppen, Numer. Math. 36, 1981). Given the
-// eigenvalues and vectors of the halves, those of T follow from diag(d) + rho z z^T. Eigenpairs
+// eigenvalues and vectors of the halves, the eigenpairs of T follow from diag(d) + rho z z^T. Pairs
 // that are already correct to rounding are excluded, "deflated" (Dongarra and Sorensen, SIAM J.
 // Sci. Stat. Comput. 8, 1987). Vectors are stored as rows, so that all accesses are contiguous.
 
@@ -82,11 +82,11 @@ enum Half : int8_t { kUpper, kBoth, kLower };
 
 // diag(d) + rho z z^T after deflation. Indices are rows of the segment.
 struct Deflated {
-  double rho, largest;          // largest = max(rho, max |d|)
-  std::vector<double> z;        // |z| = 1
-  std::vector<Half> half;       // for each row
-  std::vector<int64_t> kept;    // still to be solved; d ascends by more than rounding
-  std::vector<int64_t> solved;  // deflated; d ascends
+  double rho, largest;            // largest = max(rho, max |d|)
+  std::vector<double> z;          // |z| = 1
+  std::vector<Half> half;         // for each row
+  std::vector<int64_t> unsolved;  // still to be solved; d ascends by more than rounding
+  std::vector<int64_t> solved;    // deflated; d ascends
 };
 
 struct Solver {
@@ -185,12 +185,12 @@ Deflated Solver::deflate(Segment s) const {
         values[i] -= gap * sine * sine;
         result.solved.push_back(held);
       } else {
-        result.kept.push_back(held);
+        result.unsolved.push_back(held);
       }
     }
     held = i;
   }
-  if (held >= 0) result.kept.push_back(held);
+  if (held >= 0) result.unsolved.push_back(held);
   sort(s, result.solved.data(), result.solved.data() + result.solved.size());
   return result;
 }
@@ -198,19 +198,19 @@ Deflated Solver::deflate(Segment s) const {
 void Solver::merge(Segment s) const {
   const Deflated deflated = deflate(s);
   const int64_t upper = s.upper().count, lower = s.lower().count;
-  const int64_t kept = deflated.kept.size(), solved = deflated.solved.size();
+  const int64_t unsolved = deflated.unsolved.size(), solved = deflated.solved.size();
   double* values = d + s.first;
 
-  // Group the kept rows by half, so that the product for each half of the columns skips the rows
-  // that are 0 there.
+  // Group the unsolved rows by half, so that the product for each half of the columns skips the
+  // rows that are 0 there.
   int64_t starts[4] = {};
-  for (const int64_t i : deflated.kept) ++starts[deflated.half[i] + 1];
+  for (const int64_t i : deflated.unsolved) ++starts[deflated.half[i] + 1];
   for (int k = 0; k < 3; ++k) starts[k + 1] += starts[k];
   int64_t next[3] = {starts[0], starts[1], starts[2]};
-  std::vector<int64_t> places(kept), sources(kept);
-  std::vector<double> poles(round_up(kept), 4 * deflated.largest + 1), z(round_up(kept));
-  for (int64_t k = 0; k < kept; ++k) {
-    const int64_t i = deflated.kept[k], place = next[deflated.half[i]]++;
+  std::vector<int64_t> places(unsolved), sources(unsolved);
+  std::vector<double> poles(round_up(unsolved), 4 * deflated.largest + 1), z(round_up(unsolved));
+  for (int64_t k = 0; k < unsolved; ++k) {
+    const int64_t i = deflated.unsolved[k], place = next[deflated.half[i]]++;
     places[k] = place;
     sources[place] = i;
     poles[place] = values[i];
@@ -219,16 +219,17 @@ void Solver::merge(Segment s) const {
 
   // This fills at most `count` rows of `compact`: each half keeps at most as many rows as it has,
   // and rows nonzero in both halves, which are stored twice, are at most as many as solved rows.
-  const int64_t uppers = starts[2], lowers = kept - starts[1];
+  const int64_t uppers = starts[2], lowers = unsolved - starts[1];
   double* upper_rows = compact + s.first * stride;    // [uppers, upper]
   double* lower_rows = upper_rows + uppers * upper;   // [lowers, lower]
   double* solved_rows = lower_rows + lowers * lower;  // [solved, count]
   const int64_t grain = at::divup(kCopyGrain, s.count);
   at::parallel_for(0, s.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      const double* row = block(s) + (k < kept ? sources[k] : deflated.solved[k - kept]) * stride;
-      if (k >= kept) {
-        std::copy_n(row, s.count, solved_rows + (k - kept) * s.count);
+      const double* row =
+          block(s) + (k < unsolved ? sources[k] : deflated.solved[k - unsolved]) * stride;
+      if (k >= unsolved) {
+        std::copy_n(row, s.count, solved_rows + (k - unsolved) * s.count);
         continue;
       }
       if (k < uppers) std::copy_n(row, upper, upper_rows + k * upper);
@@ -236,32 +237,33 @@ void Solver::merge(Segment s) const {
     }
   });
 
-  std::vector<double> results(s.count), scratch(round_up(kept));
-  if (kept > 0) {
-    const int64_t rotation_stride = solver_stride(kept);
-    const Matrix<double> rotation{rotations + s.first * stride, kept, kept, rotation_stride, 1};
-    solve_secular({kept, deflated.rho, poles.data(), z.data(), places.data()}, results.data(),
+  std::vector<double> results(s.count), scratch(round_up(unsolved));
+  if (unsolved > 0) {
+    const int64_t rotation_stride = solver_stride(unsolved);
+    const Matrix<double> rotation{rotations + s.first * stride, unsolved, unsolved, rotation_stride,
+                                  1};
+    solve_secular({unsolved, deflated.rho, poles.data(), z.data(), places.data()}, results.data(),
                   rotation.data, rotation_stride, scratch.data());
     const auto multiply = [&](int64_t from, Matrix<const double> right, int64_t column) {
-      const Matrix<double> out{block(s) + column, kept, right.columns, stride, 1};
+      const Matrix<double> out{block(s) + column, unsolved, right.columns, stride, 1};
       if (right.rows > 0) {
         return himo::cpu::multiply(rotation.column_block(from, right.rows), right, out);
       }
-      for (int64_t i = 0; i < kept; ++i) std::fill_n(out.data + i * stride, right.columns, 0.0);
+      for (int64_t i = 0; i < unsolved; ++i) std::fill_n(out.data + i * stride, right.columns, 0.0);
     };
     multiply(0, row_major<const double>(upper_rows, uppers, upper), 0);
     multiply(starts[1], row_major<const double>(lower_rows, lowers, lower), upper);
   }
   at::parallel_for(0, solved, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      std::copy_n(solved_rows + k * s.count, s.count, block(s) + (kept + k) * stride);
+      std::copy_n(solved_rows + k * s.count, s.count, block(s) + (unsolved + k) * stride);
     }
   });
-  for (int64_t k = 0; k < solved; ++k) results[kept + k] = values[deflated.solved[k]];
+  for (int64_t k = 0; k < solved; ++k) results[unsolved + k] = values[deflated.solved[k]];
   std::copy(results.begin(), results.end(), values);
   std::vector<int64_t> order(s.count);
   std::iota(order.begin(), order.end(), 0);
-  std::merge(order.begin(), order.begin() + kept, order.begin() + kept, order.end(),
+  std::merge(order.begin(), order.begin() + unsolved, order.begin() + unsolved, order.end(),
              sorted + s.first, [&](int64_t a, int64_t b) { return values[a] < values[b]; });
 }
 

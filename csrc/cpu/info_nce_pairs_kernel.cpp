@@ -107,8 +107,8 @@ bool has_several(c10::ArrayRef<InfoNCE> problems) {
   return false;
 }
 
-// The log of the sum of exp over what is not excluded, 0 if that is nothing. max and sum are
-// without a single positive, which adds exp(0).
+// The log of the sum of exp over the pairs that are not excluded; 0 if all are. max and sum do not
+// include a single positive, which adds exp(0).
 template <typename acc_t>
 acc_t log_sum(acc_t max, acc_t sum, bool single) {
   if (!single && sum == 0) return 0;

@@ -32,7 +32,7 @@ struct RowStatistics {
 };
 template <typename acc_t>
 struct ColumnStatistics {
-  acc_t *max, *sum, *total;  // [padded(N)] each; those of a tile start at its first column
+  acc_t *max, *sum, *total;  // [padded(N)] each; a tile's part starts at its first column
   ColumnStatistics at(int64_t column) const { return {max + column, sum + column, total + column}; }
 };
 

@@ -24,11 +24,11 @@ void over_rows(const at::Tensor& x, const function_t& row_range) {
 
 }  // namespace
 
-void normalize_fwd(const at::Tensor& x,       // [*, N, D]
-                   const at::Tensor& unit) {  // [*, N, D]
+void normalize_fwd(const at::Tensor& x,             // [*, N, D]
+                   const at::Tensor& normalized) {  // [*, N, D]
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "normalize_fwd", [&] {
     const auto* from = elements(const_cast<scalar_t*>(x.const_data_ptr<scalar_t>()));
-    auto* const to = elements(unit.mutable_data_ptr<scalar_t>());
+    auto* const to = elements(normalized.mutable_data_ptr<scalar_t>());
     const int64_t size = x.size(-1);
     over_rows(x, [&](int64_t begin, int64_t end) {
       Rows rows(x, from);

@@ -5,8 +5,8 @@
 
 namespace himo::cpu {
 
-void normalize_fwd(const at::Tensor& x,      // [*, N, D]
-                   const at::Tensor& unit);  // [*, N, D], contiguous, same dtype
+void normalize_fwd(const at::Tensor& x,            // [*, N, D]
+                   const at::Tensor& normalized);  // [*, N, D], contiguous, same dtype
 
 void normalize_bwd(const at::Tensor& grad,     // [*, N, D]
                    const at::Tensor& x,        // [*, N, D], same dtype

@@ -1,6 +1,6 @@
 // Element-wise loops over one tile of products x_i . y_j, where any pairs may be positive and any
-// excluded: running softmax statistics, and the gradient of the logits. As tile_loops.h, for the
-// forms of InfoNCE beside the square one.
+// excluded: running softmax statistics, and the gradient of the logits. Like tile_loops.h, but for
+// the forms of InfoNCE other than the square one.
 #pragma once
 
 #include <cstdint>

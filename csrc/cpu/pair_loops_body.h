@@ -1,5 +1,5 @@
-// The loops of pair_loops.h, after those of tile_loops_body.h, whose functions they use. Each
-// loops_<instruction set>.cpp enables its instruction set and then includes this file.
+// The loops of pair_loops.h. Each loops_<instruction set>.cpp enables its instruction set and then
+// includes this file, after tile_loops_body.h, whose functions it uses.
 
 #include <cstdint>
 
@@ -41,7 +41,7 @@ template <typename acc_t>
 struct Relation {
   using bits_t = typename Lanes<acc_t>::bits;
   using integer_t = typename LaneInteger<acc_t>::type;
-  bits_t kept;           // not excluded, and a column of the tile
+  bits_t allowed;        // not excluded, and a column of the tile
   bits_t positive;       // set only if the tile has labels or targets
   bits_t row_single;     // the single positive of the row
   bits_t column_single;  // the row is the single positive of the column
@@ -49,17 +49,17 @@ struct Relation {
   template <bool kBoth>
   static HIMO_INLINE Relation of(const PairTile<acc_t>& tile, int64_t i, int64_t j, bits_t place) {
     Relation pair;
-    pair.kept = place < static_cast<integer_t>(tile.column + tile.columns);
+    pair.allowed = place < static_cast<integer_t>(tile.column + tile.columns);
     pair.positive = bits_t{};
     if (tile.has_labels || tile.has_targets) {
       pair.positive = load_integers<acc_t>(tile.of_columns.keys + j) == tile.of_rows.keys[i];
     }
     if (tile.has_labels) {
-      pair.kept &= pair.positive |
-                   (load_integers<acc_t>(tile.of_columns.labels + j) != tile.of_rows.labels[i]);
+      pair.allowed &= pair.positive |
+                      (load_integers<acc_t>(tile.of_columns.labels + j) != tile.of_rows.labels[i]);
     }
     const auto row = static_cast<integer_t>(tile.row + i);
-    if (tile.exclude_self) pair.kept &= place != row;
+    if (tile.exclude_self) pair.allowed &= place != row;
     pair.row_single = place == tile.of_rows.single[i];
     pair.column_single = bits_t{};
     if (kBoth) pair.column_single = load_integers<acc_t>(tile.of_columns.single + j) == row;
@@ -67,7 +67,8 @@ struct Relation {
   }
 };
 
-// (target [positive] + share) relative, without what is excluded and without a single positive.
+// (target [positive] + share) relative in the lanes to count: excluded pairs and a single positive
+// give 0.
 template <typename acc_t>
 HIMO_INLINE typename Lanes<acc_t>::type targeted(typename Lanes<acc_t>::type relative,
                                                  typename Lanes<acc_t>::type target,
@@ -94,12 +95,12 @@ HIMO_INLINE void prepare_row(const PairTile<acc_t>& tile, int64_t i) {
   for (int64_t j = 0; j < width; j += step, place += step) {
     const auto pair = Relation<acc_t>::template of<kBoth>(tile, i, j, place);
     const lanes_t value = rounded_product<acc_t>(products_at<acc_t>(tile, i, j), tile.scale);
-    const lanes_t logit = pair.kept ? value : fill<acc_t>(-__builtin_inf());
+    const lanes_t logit = pair.allowed ? value : fill<acc_t>(-__builtin_inf());
     store<acc_t>(logits + j, logit);
     max = larger(logit - reference, max);
     if (tile.has_targets) {
       total_of_row += targeted<acc_t>(value - reference, target, share, pair.positive,
-                                      pair.kept & ~pair.row_single);
+                                      pair.allowed & ~pair.row_single);
     }
     if (kBoth) {
       const lanes_t of_column = load<acc_t>(others.reference + j);
@@ -107,7 +108,7 @@ HIMO_INLINE void prepare_row(const PairTile<acc_t>& tile, int64_t i) {
       if (tile.has_targets) {
         const lanes_t more = targeted<acc_t>(value - of_column, load<acc_t>(others.target + j),
                                              load<acc_t>(others.share + j), pair.positive,
-                                             pair.kept & ~pair.column_single);
+                                             pair.allowed & ~pair.column_single);
         store<acc_t>(others.total + j, load<acc_t>(others.total + j) + more);
       }
     }
@@ -218,8 +219,8 @@ double pair_gradient(const PairTile<acc_t>& tile) {
                              load<acc_t>(others.of_single + j), pair.positive, pair.column_single) *
                 load<acc_t>(others.weight + j);
       }
-      sum += pair.kept ? grad * product : lanes_t{};
-      store<acc_t>(part + j, pair.kept ? grad * tile.factor : lanes_t{});
+      sum += pair.allowed ? grad * product : lanes_t{};
+      store<acc_t>(part + j, pair.allowed ? grad * tile.factor : lanes_t{});
     }
     grad_scale += static_cast<double>(total<acc_t>(sum));
   }

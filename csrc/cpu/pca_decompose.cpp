@@ -260,7 +260,7 @@ void pca_bwd(const at::Tensor& grad_mean, const at::Tensor& grad_eigenvalues,
                             row_major(grad_components.const_data_ptr<double>() + b * n * features,
                                       present_components(spectrum, feature_side(x)), features)};
         Output<double> output(grad_x, b, sides, sums);
-        // The rows of X sum to zero, so those of dX must too; the large weights of kept noise
+        // The rows of X sum to zero, so the rows of dX must too. The large weights of kept noise
         // directions amplify rounding there, so the column means are set explicitly.
         std::vector<double> means(features, 0.0);
         const auto out = output.begin_at(means.data(), 0, samples);

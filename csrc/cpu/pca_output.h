@@ -23,7 +23,7 @@ class Output {
               b * tensor.size(1) * features_ * tensor.element_size()),
         scratch_(scratch) {}
 
-  // Initialises the lines with those of `x`; returns them as [lines, n].
+  // Initialises the lines with the lines of `x`; returns them as [lines, n].
   Matrix<T> begin_at(const at::Tensor& x, int64_t b, int64_t line, int64_t lines) {
     open(line, lines);
     auto source = block_;

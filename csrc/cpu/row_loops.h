@@ -30,8 +30,8 @@ struct SumsOf<double> {
 // or inf gives NaN in every entry.
 template <typename element_t>
 struct RowLoops {
-  // unit = x / |x|
-  void (*normalize)(const element_t* x, int64_t size, element_t* unit);
+  // normalized = x / |x|
+  void (*normalize)(const element_t* x, int64_t size, element_t* normalized);
   // grad_x = (grad - y (grad . y)) / |x|, y = x / |x|
   void (*normalize_gradient)(const element_t* grad, const element_t* x, int64_t size,
                              element_t* grad_x);

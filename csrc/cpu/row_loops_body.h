@@ -189,15 +189,15 @@ HIMO_INLINE void set_zero(element_t* out, int64_t size) {
 }
 
 template <typename element_t>
-void normalize(const element_t* x, int64_t size, element_t* unit) {
+void normalize(const element_t* x, int64_t size, element_t* normalized) {
   constexpr int64_t step = Lanes<sums_t<element_t>>::count;
   const auto row = measure<false>(x, x, size);
-  if (row.squares == 0) return set_zero(unit, size);
+  if (row.squares == 0) return set_zero(normalized, size);
   const auto inverse = inverse_length(row);
   const auto of = [&](lanes_of<element_t> value) { return value * row.scale * inverse; };  // (2)
   const int64_t whole = size / step * step;
-  for (int64_t j = 0; j < whole; j += step) lower(of(raised(x + j)), unit + j);
-  if (whole < size) store_last(of(last_entries(x, whole, size)), unit, whole, size);
+  for (int64_t j = 0; j < whole; j += step) lower(of(raised(x + j)), normalized + j);
+  if (whole < size) store_last(of(last_entries(x, whole, size)), normalized, whole, size);
 }
 
 template <typename element_t>

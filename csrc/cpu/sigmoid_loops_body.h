@@ -27,7 +27,7 @@ SigmoidSums sigmoid(const SigmoidTile<acc_t>& tile) {
     acc_t* part = tile.part == nullptr ? nullptr : tile.part + i * width;
     const int64_t positive = tile.diagonal + i;
     lanes_t loss{}, scale{}, bias{};
-    // Adds one vector of columns from j on, of which `count` are inside the tile.
+    // Adds one vector of columns from j on; `count` of them are inside the tile.
     const auto step_at = [&](int64_t j, lanes_t product, int64_t count) {
       lanes_t x = product * tile.scale + tile.bias;
       const bool has_positive = j <= positive && positive < j + step;

@@ -18,8 +18,9 @@ struct SigmoidOptions {
   bool gradients;  // whether any gradient is needed
 };
 
-// Returns for each problem its loss, and the gradients of scale and bias. Writes those of query and
-// key where they are defined. All problems have the same shape, dtype and set of defined tensors.
+// Returns for each problem its loss, and the gradients of scale and bias. Writes the gradients of
+// query and key where these tensors are defined. All problems have the same shape, dtype and set of
+// defined tensors.
 std::vector<SigmoidSums> sigmoid_loss(const std::vector<Logits>& problems,
                                       const SigmoidOptions& options);
 

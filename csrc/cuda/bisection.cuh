@@ -30,8 +30,8 @@ __device__ inline int count_below(const SturmRow* rows,  // whole groups of kRes
       before = p;
       p = next;
     }
-    // Divide by the power of two of the larger: 0x7fe00000 minus its exponent is that of the
-    // inverse.
+    // Divide by the power of two of the larger. The exponent of its inverse is 0x7fe00000 minus its
+    // exponent.
     constexpr int kExponent = 0x7ff00000;
     const int a = high_word(p) & kExponent, b = high_word(before) & kExponent;
     const double inverse = from_high_word(0x7fe00000 - (a > b ? a : b));

@@ -52,8 +52,8 @@ class SharedMemory {
 __device__ inline int high_word(double x) { return __double2hiint(x); }
 __device__ inline double from_high_word(int word) { return __hiloint2double(word, 0); }
 
-// 1 / x and 1 / sqrt(x) to 1 or 2 units in the last place, for normal x and results: the unit's
-// approximation (PTX ISA: 20 bits) and two Newton steps, without the branch for other numbers.
+// 1 / x and 1 / sqrt(x) to 1 or 2 ulp, for normal x and results: the hardware's approximation
+// (PTX ISA: 20 bits) and two Newton steps, without the branch for other numbers.
 __device__ inline double reciprocal(double x) {
   double r;
   asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(x));
@@ -103,8 +103,8 @@ __device__ inline T largest_of_warp(T x) {
   return x;
 }
 
-// Returns low summed with that of the lane `mask` away to lanes without this bit, high to those
-// with it.
+// A lane and the lane `mask` away add up their values. The lane without this bit gets the sum of
+// low, the other the sum of high.
 __device__ inline double exchange_sum(double low, double high, int lane, int mask) {
   const bool upper = lane & mask;
   return (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, mask);

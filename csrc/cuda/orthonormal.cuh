@@ -1,5 +1,5 @@
 // The last steps of the eigenvectors, by one block: one Newton-Schulz step makes nearly orthonormal
-// rows orthonormal, and reflectors turn eigenvectors of T into those of A = Q T Q^T.
+// rows orthonormal, and reflectors map eigenvectors of T to eigenvectors of A = Q T Q^T.
 #pragma once
 
 #include "cuda/device.cuh"

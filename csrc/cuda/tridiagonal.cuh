@@ -60,7 +60,7 @@ __device__ inline void reduce_columns(double (&a)[Layout<SIDE>::kRows][Layout<SI
     for (int c = FIRST; c < kColumns; ++c) first = (k + 1) / kLanes == c ? row[c] : first;
     first = __shfl_sync(kAllLanes, first, (k + 1) % kLanes);
     const double rest = sum_of_warp(squares);
-    const bool reflects = rest > 0x1p-400;  // smaller entries are 0 beside those near 1
+    const bool reflects = rest > 0x1p-400;  // smaller entries are 0 relative to entries near 1
     const double square = reflects ? first * first + rest : 1.0;
     const double norm = square * inverse_root(square);
     const double end = reflects ? (first > 0 ? -norm : norm) : first;

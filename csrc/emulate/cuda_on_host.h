@@ -1,8 +1,7 @@
 // Runs CUDA kernels on the host. Every thread of a block is a fiber, so a kernel's source compiles
 // as C++ and runs under sanitizers:
-// - ThreadSanitizer sees each fiber as a thread. Only __syncthreads and __syncwarp order memory,
-// not
-//   the switches between fibers or the shuffles. Races are therefore reported whatever order the
+// - ThreadSanitizer sees each fiber as a thread. Only __syncthreads and __syncwarp order memory;
+//   switches between fibers and shuffles do not. Races are therefore reported whatever order the
 //   fibers ran in. Nothing orders two blocks.
 // - AddressSanitizer sees the bounds of each array in shared memory.
 // Shared memory starts as NaN. A barrier that some threads never reach ends the program.
@@ -32,7 +31,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// The fibers share this file's state without synchronisation, which is no race of the kernel.
+// The fibers share this file's state without synchronisation. That is not a race of the kernel.
 #define HIMO_SCHEDULER __attribute__((no_sanitize("thread"), noinline)) inline
 
 #define __global__
@@ -58,11 +57,11 @@ constexpr size_t kLargestShared = 227 * 1024;  // bytes of a block of sm_90
 
 struct Barrier {
   unsigned arrived = 0, round = 0;
-  char order[2];  // what ThreadSanitizer orders by, one per parity: see arrive
+  char order[2];  // addresses for ThreadSanitizer's acquire and release, one per parity: see arrive
 };
 
 struct Warp {
-  uint64_t slots[2][kLanes];  // what lanes exchange, one row per parity of the barrier's round
+  uint64_t slots[2][kLanes];  // words exchanged by lanes, one row per parity of the barrier's round
   Barrier barrier;
   unsigned live = kLanes;
 };
@@ -220,7 +219,7 @@ HIMO_SCHEDULER void prepare(Fiber& fiber) {
 #endif
 }
 
-// Runs a block to its end, its fibers in another order for each seed and each round.
+// Runs a block to its end. Its fibers run in another order for each seed and each round.
 HIMO_SCHEDULER void run(Block& block) {
   block.stacks = allocate(block_size * kStackBytes);
   for (unsigned i = 0; i < block_size; ++i) {
@@ -285,7 +284,8 @@ HIMO_SCHEDULER void launch(unsigned blocks, unsigned threads, size_t shared, cud
 #if defined(__SANITIZE_THREAD__)
   host.tsan = __tsan_get_current_fiber();
 #endif
-  // Kept to the end of the launch: a fiber created after another's end would be ordered after it.
+  // All blocks live to the end of the launch, because ThreadSanitizer orders a new fiber after one
+  // that was destroyed before.
   std::vector<Block> running(blocks);
   std::vector<std::unique_ptr<Fiber[]>> fibers;
   std::vector<std::unique_ptr<Warp[]>> warps;

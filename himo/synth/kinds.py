@@ -4,8 +4,8 @@ import math
 
 Points = list[tuple[float, float]]
 Part = tuple[Points, bool]  # corners, and whether they are cut out of the parts before
-TILT = 9.0  # degrees, the most by which an object is turned
-_REACH = 1.08  # of a turned object, across and upright: its place has room for so much
+TILT = 9.0  # degrees, the largest rotation of an object
+_REACH = 1.08  # half the width and height that the place of a rotated object has room for
 
 # What a caption may call each kind.
 NOUNS: dict[str, tuple[str, ...]] = {
@@ -73,7 +73,7 @@ def _box(left: float, top: float, right: float, bottom: float) -> Points:
 
 
 def _dome(y: float, width: float, height: float) -> Points:
-    """The upper half of an ellipse that stands on `y`."""
+    """The upper half of an ellipse whose base is at `y`."""
     angles = [math.pi * i / 24 for i in range(25)]
     return [(-width * math.cos(angle), y - height * math.sin(angle)) for angle in angles]
 
@@ -83,11 +83,11 @@ def _mirrored(points: Points) -> Points:
 
 
 def _around(points: Points, count: int) -> list[Points]:
-    """Copies turned about the centre."""
-    turns = [math.tau * i / count for i in range(count)]
+    """Copies rotated about the centre."""
+    angles = [math.tau * i / count for i in range(count)]
     return [
         [(x * math.cos(t) - y * math.sin(t), x * math.sin(t) + y * math.cos(t)) for x, y in points]
-        for t in turns
+        for t in angles
     ]
 
 
@@ -218,13 +218,13 @@ _DRAWN: dict[str, list[Part]] = {
 
 
 def _fitted(parts: list[Part]) -> list[Part]:
-    """The parts, smaller where they would reach farther than _REACH when turned."""
-    turns = [math.radians(turn) for turn in (-TILT, 0.0, TILT)]
+    """The parts, scaled down where they would reach farther than _REACH when rotated."""
+    angles = [math.radians(angle) for angle in (-TILT, 0.0, TILT)]
     corners = [corner for points, is_hole in parts if not is_hole for corner in points]
     reach = max(
         max(abs(x * math.cos(t) - y * math.sin(t)), abs(x * math.sin(t) + y * math.cos(t)))
         for x, y in corners
-        for t in turns
+        for t in angles
     )
     scale = min(1.0, _REACH / reach)
     return [([(scale * x, scale * y) for x, y in points], is_hole) for points, is_hole in parts]

@@ -217,7 +217,7 @@ def test_degenerate_captions_are_finite(backend, shape, name, switches, dtype, g
 @per_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_text_without_a_direction_has_bounded_logits(backend, dtype, generator):
-    # All components of an empty caption: they cancel its mean, and what is left is rounding.
+    # All components of an empty caption: they cancel its mean, and only rounding is left.
     images, texts, scale = inputs_of(generator, 40, 64, dtype=dtype, scale=100.0)
     with torch.no_grad():
         texts[5] = 0
@@ -284,8 +284,8 @@ def test_leading_dimensions_are_independent_problems(backend, shape, generator):
 
 
 @per_backend
-def test_unit_of_the_texts_does_not_matter(backend, generator):
-    # Rows of any length: with normalised components the component loss is that of unit rows.
+def test_scale_of_the_texts_does_not_matter(backend, generator):
+    # With normalised components, the length of the rows does not change the component loss.
     images, texts, scale = inputs_of(generator, 48, 32, dtype=torch.float32)
     expected = himo_loss(images, texts, scale, backend=backend).component_loss
     for factor in (2.0**-60, 2.0**-20, 2.0**20, 2.0**60):

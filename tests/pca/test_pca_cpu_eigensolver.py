@@ -23,8 +23,8 @@ def solve(x: Tensor, solver: str = "himo") -> tuple[Tensor, Tensor, Tensor]:
 def assert_solved(x: Tensor) -> None:
     matrix, eigenvalues, eigenvectors = solve(x)
     # Rescaled so that nothing in the check overflows or underflows.
-    unit = torch.clamp(matrix.abs().max(), min=1e-300)
-    matrix, eigenvalues = matrix / unit, eigenvalues / unit
+    scale = torch.clamp(matrix.abs().max(), min=1e-300)
+    matrix, eigenvalues = matrix / scale, eigenvalues / scale
     n = len(eigenvalues)
     exact = torch.linalg.eigvalsh(matrix).flip(0)
     tolerance = 8 * n * EPS * max(1.0, float(exact[0]))  # the moment's own error takes half

@@ -362,12 +362,12 @@ def test_magnitude_of_the_rows_does_not_matter(backend, dtype, magnitude, shape,
     x = torch.randn(shape, dtype=torch.float64, generator=generator)
     weights = torch.randn(shape, dtype=torch.float64, generator=generator)
     large = (x * magnitude).to(dtype)
-    unit = large.double() / magnitude
+    ordinary = large.double() / magnitude
     reconstruction, rank = pca_reconstruct(large, 0.7, backend=backend)
-    expected, expected_rank = pca_reconstruct(unit, 0.7, backend="reference")
+    expected, expected_rank = pca_reconstruct(ordinary, 0.7, backend="reference")
     assert rank == expected_rank
     assert hkt.relative_error(reconstruction.double() / magnitude, expected) <= 1e-6
-    exact = gradient(unit, weights, 0.7, backend="reference")
+    exact = gradient(ordinary, weights, 0.7, backend="reference")
     assert hkt.relative_error(gradient(large, weights, 0.7, backend=backend), exact) <= 2e-6
     fitted = large.clone().requires_grad_()
     p = run_pca(fitted, 0.7)
@@ -404,7 +404,7 @@ def test_low_precision_input_is_not_worse_than_eager(backend, dtype, generator):
         eager = hkt.relative_error(cumulative_ratio_pca(x, 0.9).to(dtype), exact)
         ours = hkt.relative_error(reconstruction, exact)
         assert ours <= 2 * eager, f"case {case}: ours {ours:.2e}, eager {eager:.2e}"
-        # The only rounding left is that of the output.
+        # Only the rounding of the output is left.
         assert ours <= hkt.relative_error(exact.to(dtype), exact) * 1.001
 
 

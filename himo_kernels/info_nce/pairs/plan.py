@@ -54,10 +54,10 @@ def of_positives(
     if labels is not None:
         row_labels, column_labels = own = _ranks(*labels)
         # Pairs of equal labels are excluded, unless they are positive.
-        kept = (counted & (column_labels.gather(-1, anchor) == row_labels)).long()
-        allowed += kept - _matches(row_labels, column_labels, exclude_self)[0]
+        positive = (counted & (column_labels.gather(-1, anchor) == row_labels)).long()
+        allowed += positive - _matches(row_labels, column_labels, exclude_self)[0]
         column_allowed -= _matches(column_labels, row_labels, exclude_self)[0]
-        column_allowed.scatter_add_(-1, anchor, kept)
+        column_allowed.scatter_add_(-1, anchor, positive)
     row_keys = torch.where(inside, positives, -1).to(torch.int32)
     return (
         Side(row_keys, own[0], anchor, count, allowed),

@@ -39,7 +39,7 @@ def statistics(problem: Problem) -> tuple[Tensor, ...]:
     of_rows = _statistics(problem)
     if problem.columns is None:
         return of_rows
-    turned = problem._replace(
+    transposed = problem._replace(
         query=problem.key,
         key=problem.query,
         row_keys=problem.column_keys,
@@ -49,7 +49,7 @@ def statistics(problem: Problem) -> tuple[Tensor, ...]:
         rows=problem.columns,
         columns=None,
     )
-    return *of_rows, *_statistics(turned)
+    return *of_rows, *_statistics(transposed)
 
 
 def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -59,7 +59,7 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor | None, .
     problems, rows, columns = branch.problems, branch.rows, branch.columns
     dtype = dtype_of_gradients(branch, max(rows, columns))
     gain, needs_features = gain_of(dtype), needs_query or needs_key
-    # Weights are divided by the largest, because those of a mean are too small for float16.
+    # Weights are divided by the largest, because the weights of a mean are too small for float16.
     softmaxes = [side for side in (problem.rows, problem.columns) if side is not None]
     weights = [side.weight.reshape(-1) for side in softmaxes if side.weight is not None]
     largest = torch.cat([*weights, branch.new_empty(1).zero_()]).abs().amax()  # []

@@ -72,8 +72,7 @@ def pca_bwd(
 ) -> Tensor:
     """Returns the gradient of x [*, N, D]; equations (8) to (10).
 
-    The columns of every term of (10) sum to 0, as those of X do, so only the gradient of the mean
-    is added.
+    The columns of X, and so of every term of (10), sum to 0. Only the mean's gradient is added.
     """
     shape, x, mean, rank = x.shape, flat(x), flat(mean, 1), flat(rank, 0)
     eigenvalues, eigenvectors = flat(eigenvalues, 1), flat(eigenvectors)
@@ -82,12 +81,12 @@ def pca_bwd(
     grads = torch.where(present.unsqueeze(-1), flat(grad_components), 0.0)
     add = flat(grad_mean, 1).unsqueeze(-2) / x.shape[-2]
     scaled = eigenvectors * (2 * flat(grad_eigenvalues, 1).unsqueeze(-2))
-    kept: Options = {"limit": rank}
+    limit: Options = {"limit": rank}
     if _feature_side(x):
-        h = matmul(grads, eigenvectors, F64, limited="rows", **kept)
+        h = matmul(grads, eigenvectors, F64, limited="rows", **limit)
         weigh_pairs(h, eigenvalues, rank, gap_eps)
-        h = matmul(h, eigenvectors.mT, F64, limited="rows", **kept)  # eq. (8)
-        product = matmul(h.mT, components, F64, limited="inner", **kept)
+        h = matmul(h, eigenvectors.mT, F64, limited="rows", **limit)  # eq. (8)
+        product = matmul(h.mT, components, F64, limited="inner", **limit)
         moment = matmul(scaled, eigenvectors.mT, F64, add=product + product.mT)
         return finished(shape, x, x, moment, mean=mean, a_mean="inner", add=add)
     centred: Options = {"mean": mean, "b_mean": "columns"}
@@ -102,10 +101,10 @@ def pca_bwd(
     # Eq. (9), zero past rank
     h = matmul(corrections, axes, F64, add=weights.unsqueeze(-1) * outside)
     h = torch.where(present.unsqueeze(-1), h, 0.0)
-    left = matmul(x, h.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
-    add = matmul(left, components, F64, limited="inner", add=add, **kept)
-    left = matmul(x, components.mT, F64, mean=mean, a_mean="inner", limited="columns", **kept)
-    add = matmul(left, h, F64, limited="inner", add=add, **kept)
+    left = matmul(x, h.mT, F64, mean=mean, a_mean="inner", limited="columns", **limit)
+    add = matmul(left, components, F64, limited="inner", add=add, **limit)
+    left = matmul(x, components.mT, F64, mean=mean, a_mean="inner", limited="columns", **limit)
+    add = matmul(left, h, F64, limited="inner", add=add, **limit)
     return finished(shape, x, scaled * root, axes, add=add)
 
 
@@ -118,12 +117,12 @@ def project_reconstruct_fwd(
     """Returns (x - mean) P^T P + mean, with P the first rank rows of components."""
     shape, x, mean = x.shape, flat(x), flat(mean, 1)
     components = flat(components)
-    kept: Options = {"limit": flat(rank, 0)}
+    limit: Options = {"limit": flat(rank, 0)}
     coefficients = matmul(
-        x, components.mT, mean.dtype, mean=mean, a_mean="inner", limited="columns", **kept
+        x, components.mT, mean.dtype, mean=mean, a_mean="inner", limited="columns", **limit
     )
     add = mean.unsqueeze(-2)
-    return finished(shape, x, coefficients, components, limited="inner", add=add, **kept)
+    return finished(shape, x, coefficients, components, limited="inner", add=add, **limit)
 
 
 def project_reconstruct_bwd(
@@ -137,20 +136,20 @@ def project_reconstruct_bwd(
     shape, components_shape = x.shape, components.shape
     grad, x, mean = flat(grad_reconstruction), flat(x), flat(mean, 1)
     components, sums = flat(components), mean.dtype
-    kept: Options = {"limit": flat(rank, 0)}
+    limit: Options = {"limit": flat(rank, 0)}
     coefficients = matmul(
-        x, components.mT, sums, mean=mean, a_mean="inner", limited="columns", **kept
+        x, components.mT, sums, mean=mean, a_mean="inner", limited="columns", **limit
     )
-    grad_coefficients = matmul(grad, components.mT, sums, limited="columns", **kept)
-    grad_x = finished(shape, x, grad_coefficients, components, limited="inner", **kept)
+    grad_coefficients = matmul(grad, components.mT, sums, limited="columns", **limit)
+    grad_x = finished(shape, x, grad_coefficients, components, limited="inner", **limit)
     # The sum of G - G Pi over the samples, computed from the sum of G, one row.
     total = grad.sum(-2, keepdim=True, dtype=sums)
-    along = matmul(total, components.mT, sums, limited="columns", **kept)
-    grad_mean = total - matmul(along, components, sums, limited="inner", **kept)
-    first = matmul(coefficients.mT, grad, sums, limited="rows", **kept)
+    along = matmul(total, components.mT, sums, limited="columns", **limit)
+    grad_mean = total - matmul(along, components, sums, limited="inner", **limit)
+    first = matmul(coefficients.mT, grad, sums, limited="rows", **limit)
     grad_components = torch.zeros_like(components, memory_format=torch.contiguous_format)
-    kept |= {"mean": mean, "b_mean": "columns", "add": first, "out": grad_components}
-    matmul(grad_coefficients.mT, x, sums, limited="rows", **kept)
+    rest: Options = {"b_mean": "columns", "add": first, "out": grad_components, **limit}
+    matmul(grad_coefficients.mT, x, sums, mean=mean, limited="rows", **rest)
     return grad_x, grad_mean.view(*shape[:-2], shape[-1]), grad_components.view(components_shape)
 
 
@@ -163,15 +162,17 @@ def pca_reconstruct_fwd(
     shape, x = x.shape, flat(x)
     mean, solution = _decompose(x, variance_threshold, floor)
     eigenvalues, eigenvectors, rank, complete = solution
-    kept: Options = {"limit": rank}
+    limit: Options = {"limit": rank}
     if _feature_side(x):
-        left = matmul(x, eigenvectors, F64, mean=mean, a_mean="inner", limited="columns", **kept)
+        left = matmul(x, eigenvectors, F64, mean=mean, a_mean="inner", limited="columns", **limit)
         right = eigenvectors.mT
     else:  # X Pi = W W^T X
         left = eigenvectors
-        right = matmul(eigenvectors.mT, x, F64, mean=mean, b_mean="columns", limited="rows", **kept)
+        right = matmul(
+            eigenvectors.mT, x, F64, mean=mean, b_mean="columns", limited="rows", **limit
+        )
     add = mean.unsqueeze(-2)
-    projected = finished(x.shape, x, left, right, limited="inner", add=add, **kept)  # eq. (3)
+    projected = finished(x.shape, x, left, right, limited="inner", add=add, **limit)  # eq. (3)
     reconstruction = torch.where(complete[:, None, None], x, projected).view(shape)
     return reconstruction, *_batched(shape[:-2], rank, mean, eigenvalues, eigenvectors)
 
@@ -192,7 +193,7 @@ def pca_reconstruct_bwd(
     """
     shape, grad, x, mean = x.shape, flat(grad_reconstruction), flat(x), flat(mean, 1)
     eigenvalues, eigenvectors, rank = flat(eigenvalues, 1), flat(eigenvectors), flat(rank, 0)
-    kept: Options = {"limit": rank}
+    limit: Options = {"limit": rank}
     grad_mean = grad.mean(-2, dtype=F64)
     add = grad_mean.unsqueeze(-2)
     if differentiate_basis and not _feature_side(x):
@@ -202,22 +203,22 @@ def pca_reconstruct_bwd(
         basis_x = matmul(eigenvectors.mT, x, F64, mean=mean, b_mean="columns")
         pairs = matmul(basis_grad, basis_x.mT, F64)
         weigh_pairs(pairs, eigenvalues, rank, gap_eps, symmetric=True)
-        basis_grad_x = matmul(pairs, basis_x, F64, limited="add", add=basis_grad, **kept)
+        basis_grad_x = matmul(pairs, basis_x, F64, limited="add", add=basis_grad, **limit)
         centred: Options = {"mean": eigenvectors.mean(-2), "a_mean": "inner"}
         return finished(shape, x, eigenvectors, basis_grad_x, add=add, **centred)  # eq. (7)
-    centred_grad: Options = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **kept}
+    centred_grad: Options = {"mean": grad_mean, "a_mean": "inner", "limited": "columns", **limit}
     if not differentiate_basis:
         present = _present(x, eigenvalues, rank)
         components = _components(x, mean, eigenvalues, eigenvectors, rank, present)
         left = matmul(grad, components.mT, F64, **centred_grad)
-        grad_x = finished(x.shape, x, left, components, limited="inner", add=add, **kept)
+        grad_x = finished(x.shape, x, left, components, limited="inner", add=add, **limit)
         return torch.where(identity(eigenvalues, rank), grad, grad_x).view(shape)
     grad_projector = matmul(x.mT, grad, F64, mean=mean, a_mean="rows")  # B, eq. (4)
     symmetric = grad_projector + grad_projector.mT
     grad_c = grad_moment(symmetric, eigenvalues, eigenvectors, rank, gap_eps)  # dC
     add = matmul(x, grad_c, F64, mean=mean, a_mean="inner", add=add)
     left, right = matmul(grad, eigenvectors, F64, **centred_grad), eigenvectors.mT
-    return finished(shape, x, left, right, limited="inner", add=add, **kept)  # eq. (7)
+    return finished(shape, x, left, right, limited="inner", add=add, **limit)  # eq. (7)
 
 
 def _feature_side(x: Tensor) -> bool:

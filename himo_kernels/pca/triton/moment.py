@@ -79,12 +79,14 @@ def _projected(
     add: Tensor,  # broadcasts to [1, M, D]
 ) -> Tensor:
     # (values - mean) Pi + add in the dtype of values; values unchanged if every direction is kept.
-    kept: Options = {"limit": rank[None]}
+    limit: Options = {"limit": rank[None]}
     vectors = eigenvectors[None]
     left = matmul(
-        values[None], vectors, F64, mean=mean[None], a_mean="inner", limited="columns", **kept
+        values[None], vectors, F64, mean=mean[None], a_mean="inner", limited="columns", **limit
     )
-    found = finished(values.shape, values[None], left, vectors.mT, limited="inner", add=add, **kept)
+    found = finished(
+        values.shape, values[None], left, vectors.mT, limited="inner", add=add, **limit
+    )
     return torch.where(identity(eigenvalues[None], rank[None])[0], values, found)
 
 
