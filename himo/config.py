@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from himo.config_file import read_config
 from himo.errors import HimoError
+from himo.flags import flag
 
 
 def _flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -43,7 +44,7 @@ class TrainConfig:
     max_bad_fraction: float = _flag(0.01, "share of unreadable images that ends the run")
     image_mode: Literal["exact", "fast"] = _flag("exact", "exact resize, or the faster one")
     workers: int = _flag(2, "processes that read images; 0 reads in the training process")
-    token_cache: bool = _flag(True, "keep the captions' tokens in a file beside the index")
+    token_cache: bool = _flag(True, "cache the captions' tokens in a file next to the index")
 
     # Validation: retrieval, into metrics.jsonl
     val_data: str | None = _flag(None, "data set to validate on, read with the same data flags")
@@ -161,17 +162,17 @@ class TrainConfig:
         for name, minimum in _MINIMA.items():
             value = getattr(self, name)
             if value is not None and not minimum <= value < math.inf:
-                raise HimoError(f"--{_dashed(name)}: expected at least {minimum}, got {value}")
+                raise HimoError(f"{flag(name)}: expected at least {minimum}, got {value}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise HimoError(f"--{_dashed(name)}: expected {low} to {high}, got {value}")
+                raise HimoError(f"{flag(name)}: expected {low} to {high}, got {value}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise HimoError(f"--{name}: expected a number in [0, 1), got {getattr(self, name)}")
         for name in ("activation", "vision_heads", "text_heads"):
             if getattr(self, name) is not None and self.pretrained is None:
-                raise HimoError(f"--{_dashed(name)}: expected beside --pretrained alone")
+                raise HimoError(f"{flag(name)}: expected beside --pretrained alone")
         for name in self.reports:
             if name not in _REPORTS:
                 expected = " or ".join(_REPORTS)
@@ -183,7 +184,7 @@ class TrainConfig:
         for name in ("lock_image_unlocked_groups", "lock_text_unlocked_layers"):
             lock = name.partition("_unlocked")[0]
             if getattr(self, name) and not getattr(self, lock):
-                raise HimoError(f"--{_dashed(name)}: expected --{_dashed(lock)} beside it")
+                raise HimoError(f"{flag(name)}: expected {flag(lock)} beside it")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise HimoError(f"--ema: expected a number in [0, 1), got {self.ema}")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
@@ -319,7 +320,7 @@ def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None
             group = parser.add_argument_group(_GROUPS[item.name])
         if names is not None and item.name not in names:
             continue
-        flag, text = f"--{_dashed(item.name)}", item.metadata["help"]
+        text = item.metadata["help"]
         kind = kinds[item.name]
         shown = text if item.default in (None, "") else f"{text} (default: {item.default!r})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
@@ -330,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None
             options["choices"] = typing.get_args(kind)
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
-        group.add_argument(flag, **options)
+        group.add_argument(flag(item.name), **options)
 
 
 def from_arguments(arguments: argparse.Namespace, **given: Any) -> TrainConfig:
@@ -353,10 +354,6 @@ def _kinds() -> dict[str, Any]:
 
 def _names(given: str | None) -> list[str]:
     return [name.strip() for name in (given or "").split(",") if name.strip()]
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _without_none(hint: Any) -> Any:

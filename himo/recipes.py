@@ -37,10 +37,10 @@ _FINE_TUNE = dataclasses.replace(_PAPER, lr=1e-5)
 # steps.
 _FROM_SCRATCH = Recipe(batch_size=128, epochs=30, lr=1e-3, wd=0.1, warmup=10_000)
 
-# What a preset chooses of the training, beside the switches of the loss. `paper` is what open_clip
-# does where the paper says nothing. `official` is the released run file, train/run_scripts/
-# run_train.sh, and where that says nothing train/train.py (commit f235e97), whose own default of
-# tau, 0.85, the run file replaces. 4.6052 is ln 100 rounded up: above the clamp.
+# Settings of the training that a preset chooses in addition to the switches of the loss. Where the
+# paper says nothing, `paper` does as open_clip does. `official` is the released run file,
+# train/run_scripts/run_train.sh. Where that says nothing, it is train/train.py (commit f235e97);
+# the run file replaces its default of tau, 0.85. 4.6052 is ln 100 rounded up, above the clamp.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "keep_last_batch": False,
@@ -72,10 +72,10 @@ _LEAST_NEW_LR, _MOST_FINE_TUNE_LR = 1e-5, 1e-4
 
 
 def with_model(settings: TrainConfig, pairs: int | None) -> TrainConfig:
-    """The settings with what the preset chooses and a model, unless a checkpoint brings its own.
+    """The settings with the preset's values, and with a model unless --pretrained has its own.
 
     Args:
-        pairs: to train on; None if unknown, taken to be as many as the paper's.
+        pairs: to train on; None if unknown, which counts as the number in the paper.
 
     Raises:
         HimoError: a recipe for a new model, and a checkpoint.
@@ -133,7 +133,7 @@ def with_schedule(
 
 
 def total_steps(settings: TrainConfig, pairs: int, processes: int = 1) -> int:
-    """The steps of a whole run on so many pairs."""
+    """The steps of a whole run on this many pairs."""
     together = settings.batch_size * settings.accum_freq * processes
     return settings.epochs * (
         -(-pairs // together) if settings.keep_last_batch else pairs // together
@@ -143,7 +143,7 @@ def total_steps(settings: TrainConfig, pairs: int, processes: int = 1) -> int:
 def chosen(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
     """The values that a recipe or preset chose, by flag.
 
-    A step of one batch is no choice, and neither is what the paper's preset does.
+    Steps of one batch and the values of the paper's preset are not reported as choices.
     """
     names = (*OPEN, *OPEN_TO_PRESET)
     values = {name: getattr(after, name) for name in names if _is_open(before, name)}
@@ -152,20 +152,8 @@ def chosen(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
     return {n: v for n, v in values.items() if n not in nothing or v != nothing[n]}
 
 
-def as_flags(values: dict[str, Any]) -> str:
-    """Values as flags of the command: --batch-size 32 --lr 0.001 --same-order."""
-    flags = []
-    for name, value in values.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags.append(f"--{flag} {value}")
-    return " ".join(flags)
-
-
 def taken_up(settings: TrainConfig, before: dict[str, Any]) -> TrainConfig:
-    """The settings of a resumed run: what the user leaves open is as in its checkpoint."""
+    """The settings of a resumed run: flags that the user leaves open are as in its checkpoint."""
     names = (*OPEN, *OPEN_TO_PRESET)
     values = {name: before[name] for name in names if before.get(name) is not None}
     if "decay_all" not in before:  # a checkpoint of a himo without these flags
@@ -176,7 +164,7 @@ def taken_up(settings: TrainConfig, before: dict[str, Any]) -> TrainConfig:
 
 
 def doubts(settings: TrainConfig, steps: int) -> list[str]:
-    """Why a schedule of so many steps would hardly train, each with what to do."""
+    """Reasons why a schedule of this many steps would hardly train, each with advice."""
     found = []
     lr = f"--lr {settings.lr:g}"
     if settings.warmup >= steps:
@@ -200,7 +188,7 @@ def doubts(settings: TrainConfig, steps: int) -> list[str]:
 
 
 def other_batch(settings: TrainConfig, together: int) -> str | None:
-    """What a run of the paper's recipe should know that contrasts so many pairs; None if 1,024."""
+    """A note if a run of the paper's recipe does not contrast 1,024 pairs together, else None."""
     if settings.recipe not in _MODELS or together == _PAPER_TOGETHER:
         return None
     said = (

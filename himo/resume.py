@@ -11,6 +11,7 @@ from himo.config import AT_RESUME, TrainConfig
 from himo.data import SampleIndex
 from himo.errors import HimoError, shortened
 from himo.files import open_regular
+from himo.flags import flag
 from himo.model import CLIPConfig
 from himo_kernels.nn import PRESETS
 
@@ -127,8 +128,7 @@ def _settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Cha
             if name not in old or old[name] == new[name]:
                 continue
             moved = name in ("train_data", "val_data") and before.get(name) and now.get(name)
-            flag = f"--{name.replace('_', '-')}"
-            yield Change(name, "say" if moved else rule, old[name], new[name], flag)
+            yield Change(name, "say" if moved else rule, old[name], new[name], flag(name))
 
 
 def _derived(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
@@ -153,14 +153,14 @@ def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
     # None means no validation. _settings reports validation turned on or off, by the flag.
     if not before.get(name) or not now.get(name):
         return
-    old, new, flag = before[name], now[name], f"--{name.replace('_', '-')}"
+    old, new = before[name], now[name]
     if old["sha256"] != new["sha256"]:
         before_, now_ = (
             f"{part['pairs']} pairs [SHA-256 {part['sha256'][:12]}]" for part in (old, new)
         )
         # The order of the samples is a permutation of all pairs, so their number cannot change.
         rule = "never" if name == "train_data" and old["pairs"] != new["pairs"] else "refuse"
-        yield Change(name, rule, before_, now_, f"{flag} of")
+        yield Change(name, rule, before_, now_, f"{flag(name)} of")
         return
     pairs = [(image, old["pictures"].get(image), now) for image, now in new["pictures"].items()]
     compared = [pair for pair in pairs if None not in pair]
@@ -168,7 +168,7 @@ def _data(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
     if others:
         image, digest, digest_now = others[0]
         many = f"{digest_now}; {len(others)} of {len(compared)} pictures looked at are others"
-        yield Change(name, "refuse", digest, many, f"{flag} whose {image} is")
+        yield Change(name, "refuse", digest, many, f"{flag(name)} whose {image} is")
 
 
 def _content(index: SampleIndex) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from himo.config import TrainConfig
 from himo.data import BatchLoader, EpochSampler, Sample, SampleIndex
 from himo.device import usable_device
 from himo.errors import HimoError, note
+from himo.flags import as_arguments
 from himo.memory import free_memory
 from himo.model import HiMoCLIP, named_config
 from himo.objective import Objective
@@ -40,8 +41,9 @@ class TrainingRun:
         step: the number of steps done.
         steps_per_epoch: the number of steps in a whole epoch.
         total_steps: the value of step at the end of the run.
-        average: the average of --ema: it is what is validated, and saved as a model.
-        rank_checked: whether R has been looked at, once in a process.
+        average: the average of --ema, which is validated and saved as a model in place of the
+            weights.
+        rank_checked: whether R has been checked; each process checks it once.
     """
 
     settings: TrainConfig
@@ -116,7 +118,7 @@ class TrainingRun:
             checkpoint.save(self.model, path, metadata={"training": training})
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The model has the weights that are validated and saved in the body."""
+        """In the body, the model has the weights that are validated and saved."""
         return nullcontext() if self.average is None else self.average.in_place()
 
     def report_end(self) -> None:
@@ -163,7 +165,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         named_config(settings.model)  # a wrong name is an error before the data are read
     with ranks.main_first():  # rank 0 writes the index, then the others read it
         index, held_out = open_data(settings, ranks)
-    free = min(ranks.gather(free_memory(device)))  # without the model: a step counts it
+    free = min(ranks.gather(free_memory(device)))  # before the model is built: step_bytes counts it
     settings = recipes.with_model(settings, len(index))
     model = build_model(settings, device)
     settings = recipes.with_schedule(
@@ -181,7 +183,7 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         reshuffle=not settings.same_order,
     )
     objective = Objective(model, settings, ranks)
-    if settings.cuda_graph_head:  # before the loader's threads, whose calls would end a capture
+    if settings.cuda_graph_head:  # before the loader's threads start: their calls end a capture
         objective.capture_head(sampler.batch_size, device)
     record = {}
     if ranks.main:
@@ -218,7 +220,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         if not settings.dry_run:
             _open_folder(run, state, changes, choice)
         if choice:
-            print(f"{settings.folder}: recipe {settings.recipe}: {recipes.as_flags(choice)}")
+            flags = " ".join(as_arguments(choice))
+            print(f"{settings.folder}: recipe {settings.recipe}: {flags}")
         _announce(run, len(pairs), pairs_per_step)
     return run
 

@@ -19,6 +19,7 @@ from himo.evaluate.captions import data_options
 from himo.evaluate.datasets import named
 from himo.evaluate.suite import open_items
 from himo.files import write_text
+from himo.flags import as_arguments, flag
 from himo.report.runs import plural
 
 # What the grid sets, or decides where a run is written and whether it goes on.
@@ -35,7 +36,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `himo ablate`: its own, and those of `himo train` that all runs share."""
+    """The arguments of `himo ablate`: its own, and the ones of `himo train` that all runs share."""
     parser.allow_abbrev = False  # --tau, --seed and --device of `himo train` are none of these
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and page")
     parser.add_argument("--eval-data", help="data set to measure on (default: that of --val-data)")
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs what is left of the grid, and writes the page; 130 if a signal stopped it."""
+    """Runs the rest of the grid and writes the page; returns 130 if a signal stopped it."""
     wanted = tables(
         _numbers("--tables", args.tables, int),
         _numbers("--taus", args.taus, float),
@@ -109,15 +110,15 @@ def _devices(given: str) -> Sequence[str]:
 
 
 def _train_flags(settings: TrainConfig) -> dict[str, Any]:
-    """The fields that are given, without those of the grid."""
+    """The fields that are given, without the fields of the grid."""
     given: dict[str, Any] = {}
     for item in dataclasses.fields(TrainConfig):
         value = getattr(settings, item.name)
         if value == item.default:
             continue
         if item.name in _SET_HERE:  # only a file of --config can name it
-            flag = item.name.replace("_", "-")
-            raise HimoError(f"--{flag}: expected none, himo ablate sets it, got {value}")
+            expected = "expected none, himo ablate sets it"
+            raise HimoError(f"{flag(item.name)}: {expected}, got {value}")
         given[item.name] = value
     return given
 
@@ -126,15 +127,10 @@ def _eval_flags(args: argparse.Namespace, settings: TrainConfig) -> list[str]:
     data = args.eval_data or settings.val_data
     if data is None:
         raise HimoError("expected a data set to measure on: --eval-data or --val-data")
-    flags = ["--data", data]
     # A named set is read in its own way.
-    for name in () if named(data)[0] and not args.himo_docci else _READING:
-        value, flag = getattr(settings, name), f"--{name.replace('_', '-')}"
-        if value is True:
-            flags.append(flag)
-        elif value:
-            flags += [flag, str(value)]
-    return flags + (["--himo-docci", args.himo_docci] if args.himo_docci else [])
+    names = () if named(data)[0] and not args.himo_docci else _READING
+    values = {name: getattr(settings, name) or None for name in names}
+    return as_arguments({"data": data, **values, "himo_docci": args.himo_docci or None})
 
 
 def _check_eval_data(flags: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The page of an ablation: the paper's tables, measured here, with the paper's values beside."""
+"""The page of an ablation: the paper's tables, measured here, next to the paper's values."""
 
 import csv
 import io

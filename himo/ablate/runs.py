@@ -17,6 +17,7 @@ from himo.ablate.grid import Variant
 from himo.checkpoint import digest
 from himo.errors import HimoError
 from himo.files import json_value, open_regular, write_text
+from himo.flags import as_arguments
 from himo.run_folder import CHECKPOINTS, model_name
 
 _POLL_S = 0.2
@@ -28,7 +29,7 @@ class Job:
     """One run of a variant.
 
     Attributes:
-        folder: of the run, as `himo train` makes it; `NAME.log` beside it has the output.
+        folder: of the run, as `himo train` makes it; `NAME.log` next to it has the output.
         train: arguments of `himo train`, without --device.
         evaluate: arguments of `himo eval`, without the model, the device and the output.
     """
@@ -51,7 +52,7 @@ class Job:
         return path if path.exists() else None
 
     def is_done(self) -> bool:
-        """Whether the result is that of the last model."""
+        """Whether the result belongs to the last model."""
         model, result = self.model(), _read(self.result)
         if model is None or not result:
             return False
@@ -70,18 +71,6 @@ def job_of(
     name = f"{variant.name}-{seed}"
     flags = {**train, **variant.flags, "seed": seed, "logs": os.fspath(out / "runs"), "name": name}
     return Job(out / "runs" / name, [*as_arguments(flags), "--resume", "latest"], list(evaluate))
-
-
-def as_arguments(flags: Mapping[str, Any]) -> list[str]:
-    """Fields of TrainConfig as flags of a command."""
-    arguments = []
-    for name, value in flags.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            arguments.append(flag if value else f"--no-{flag[2:]}")
-        elif value is not None:
-            arguments += [flag, str(value)]
-    return arguments
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
@@ -110,7 +99,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def run_all(jobs: Sequence[Job], devices: Sequence[str]) -> bool:
-    """Runs what is not done yet, one at a time on each device; False if a signal stopped it.
+    """Runs the jobs that are not done, one at a time on each device; False if a signal stopped it.
 
     A stopped or killed run resumes from its last checkpoint the next time.
 

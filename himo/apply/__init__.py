@@ -1,6 +1,6 @@
 """Uses of a trained model: `himo encode`, `himo search` and `himo classify`.
 
-Here is what they share: the flags, the images that a user names, and the features of texts.
+This module holds the parts they share: flags, the images that a user names, features of texts.
 """
 
 import argparse
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from himo.checkpoint import add_model_arguments, load, model_arguments
 from himo.data import SampleIndex
@@ -20,16 +19,10 @@ from himo.data.paths import ImageRoot
 from himo.data.webdataset import is_shard
 from himo.errors import HimoError, note
 from himo.evaluate.captions import open_for_evaluation
-from himo.evaluate.encode import (
-    PROGRESS_DELAY_S,
-    Coverage,
-    Encoder,
-    GivenFiles,
-    ImageFiles,
-    Images,
-)
+from himo.evaluate.encode import Coverage, Encoder, GivenFiles, ImageFiles, Images
 from himo.evaluate.result import thumbnail
 from himo.evaluate.retrieval import group_by_image
+from himo.progress import passing_bar
 from himo.report.runs import plural
 from himo.transforms import ImageError
 
@@ -78,8 +71,7 @@ class Opened:
 
     def thumbnails(self, positions: Sequence[int]) -> list[str | None]:
         """The images at positions of rows as data URLs; None for one that cannot be read."""
-        bar = tqdm(positions, "thumbnails", delay=PROGRESS_DELAY_S, disable=None, leave=False)
-        return [self._thumbnail(position) for position in bar]
+        return [self._thumbnail(position) for position in passing_bar(positions, "thumbnails")]
 
     def _thumbnail(self, position: int) -> str | None:
         try:

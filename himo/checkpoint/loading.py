@@ -29,6 +29,7 @@ from himo.clip_config import ACTIVATIONS, UNSHAPED, CLIPConfig
 from himo.device import usable_device
 from himo.errors import HimoError, note, printable, quoted, shortened
 from himo.files import sha256_file
+from himo.flags import flag
 from himo.model import HiMoCLIP
 from himo_kernels import __version__
 
@@ -106,11 +107,10 @@ def load(
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for each field that a checkpoint may not state; `model_arguments` reads them."""
     for name, text in CHOICES.items():
-        flag = f"--{name.replace('_', '-')}"
         if name == "activation":
-            parser.add_argument(flag, choices=ACTIVATIONS, help=text)
+            parser.add_argument(flag(name), choices=ACTIVATIONS, help=text)
         else:
-            parser.add_argument(flag, type=int, metavar="N", help=text)
+            parser.add_argument(flag(name), type=int, metavar="N", help=text)
     parser.add_argument(
         "--stretch",
         action="store_true",
@@ -156,7 +156,7 @@ def save(
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a checkpoint's file; of a directory, that of the digests of its files."""
+    """The SHA-256 of a checkpoint's file; for a directory, of the digests of its files."""
     place = Path(located(os.fspath(path)))
     files = [place] if place.is_file() else sorted(x for x in place.iterdir() if x.is_file())
     digests = [sha256_file(file) for file in files]
@@ -209,7 +209,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
 def read_model(
     path: str, given: Mapping[str, Any], stretch: bool
 ) -> tuple[State, CLIPConfig, dict[str, Any]]:
-    """(state dict, configuration, metadata) of a checkpoint; arguments and errors as of `load`."""
+    """(state dict, configuration, metadata) of a checkpoint; arguments and errors as in `load`."""
     state, metadata = read_state_dict(path)
     config = config_of(state, metadata, path, given)
     if stretch:

@@ -4,8 +4,8 @@ Parsing 1.25 million records takes seconds and gigabytes in every process; the i
 milliseconds, and all processes share the system's copy of its pages. A library's format would bring
 a large dependency, and would trust the file more than this one does.
 
-It is trusted no more than the data: it does not say where files are. The frame is that of
-`himo.data.blob_file`; the body, little-endian:
+The file is trusted no more than the data, so it does not say where images are. Its header and
+checksums are described in `himo.data.blob_file`. Its body, little-endian:
 
     text       of each row: image path, caption, short caption, UTF-8, one after the other
     rows       one `_ROW` for each sample
@@ -40,6 +40,7 @@ from himo.data.records import (
 )
 from himo.errors import HimoError, printable
 from himo.files import atomic_path, os_reason
+from himo.progress import DELAY_S
 from himo.transforms import ImageError, Reason, open_image
 
 _FRAME = Frame(b"HIMOIDX2", b"IDX1", "an index")
@@ -48,7 +49,6 @@ _FRAME = Frame(b"HIMOIDX2", b"IDX1", "an index")
 _ROW = struct.Struct("<qiiiqiqqI")
 _CRC = struct.Struct("<I")
 _MAX_TEXT = 4 * (MAX_RECORD + 2 * MAX_CAPTION)  # bytes of the text of one row
-_PROGRESS_DELAY_S = 2.0
 _OPEN_SHARDS = 64  # descriptors that stay open in each process, of the usual limit of 1024
 
 
@@ -102,7 +102,7 @@ def write_index(
         total=source.size(),
         unit=source.unit,
         unit_scale=True,
-        delay=_PROGRESS_DELAY_S,
+        delay=DELAY_S,
         disable=not progress,
     )
     with (
@@ -189,7 +189,7 @@ class SampleIndex(Sequence[Record]):
     def is_current(self, key: str, stamp: str) -> bool:
         """Whether the source is the same and unchanged, and the missing images are still missing.
 
-        Of the missing images the examples in the report are looked for.
+        Only the missing images that the report names as examples are looked for.
         """
         root = self.origin.root if self.origin else None
         if root is not None:
@@ -213,7 +213,7 @@ class SampleIndex(Sequence[Record]):
         return selected
 
     def whole(self) -> "SampleIndex":
-        """All samples of the file, also of those left out by `select`."""
+        """All samples of the file, including those left out by `select`."""
         return SampleIndex(self.path, self.origin) if self._selected is not None else self
 
     def __len__(self) -> int:
@@ -240,7 +240,7 @@ class SampleIndex(Sequence[Record]):
         return row if self._selected is None else int(self._selected[row])
 
     def _record(self, row: int) -> Record | None:
-        """The record in a row of the file; None if `write_index` did not write it so."""
+        """The record in a row of the file; None if the row or its text is damaged."""
         data = self._file.read(self._rows + _ROW.size * row, _ROW.size)
         start, *lengths, line, shard, offset, size, crc = _ROW.unpack(data)
         end = start + sum(lengths)

@@ -1,12 +1,12 @@
 """The token cache: the ids of every caption of an index, encoded once and read row by row.
 
 Encoding 1.25 million captions takes a core half a minute, in every epoch. The cache takes their ids
-in uint16, before they are cut or padded, so that it serves every context length. It lies beside the
-index, `NAME.himo-index` and `NAME.himo-tokens`, and is written whole or not at all.
+in uint16, before they are cut or padded, so that it serves every context length. It lies next to
+the index, `NAME.himo-index` and `NAME.himo-tokens`, and is written whole or not at all.
 
 It is trusted no more than the data: its header has to name the captions and the tokenizer that are
-in use, and a row that is damaged or holds an unknown id is encoded again from its caption. The
-frame is that of `himo.data.blob_file`; the body, little-endian:
+in use, and a row that is damaged or holds an unknown id is encoded again from its caption. Its
+header and checksums are described in `himo.data.blob_file`. Its body, little-endian:
 
     ids        of each row: caption, then short caption, uint16, without start and end
     rows       one `_ROW` for each row of the index
@@ -30,6 +30,7 @@ from himo.data.index import SampleIndex
 from himo.data.workers import in_order
 from himo.errors import HimoError, note, printable
 from himo.files import atomic_path, remove_abandoned
+from himo.progress import DELAY_S
 from himo.tokenizer import (
     END_OF_TEXT,
     TextError,
@@ -47,7 +48,6 @@ _CRC = struct.Struct("<I")
 _UNREADABLE, _NONE = -1, -2  # instead of a number: the tokenizer refuses the text; there is none
 _MOST_IDS = 1 << 16  # of one row: two captions of MAX_CAPTION characters, four bytes each
 _CHUNK = 2048  # rows that a worker encodes at a time
-_PROGRESS_DELAY_S = 2.0
 
 
 class TokenCache:
@@ -160,7 +160,7 @@ def _write(path: str, index: SampleIndex, key: str, workers: int, progress: bool
         total=index.report.records,
         unit=" captions",
         unit_scale=True,
-        delay=_PROGRESS_DELAY_S,
+        delay=DELAY_S,
         disable=not progress,
     )
     rows = bytearray()

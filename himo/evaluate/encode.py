@@ -20,10 +20,10 @@ from himo.evaluate.metrics import nonfinite_rows
 from himo.evaluate.shared_prefixes import TextBatch, TokenRows, shared_rows, text_batches
 from himo.files import sha256_file
 from himo.model import HiMoCLIP
+from himo.progress import passing_bar
 from himo.tokenizer import default_tokenizer
 from himo.transforms import ImageError, Preprocess, Reason
 
-PROGRESS_DELAY_S = 2.0
 _EXAMPLES = 5  # of what was left out
 _TOKENIZED = 4096  # texts at a time
 _SCORED = 4096  # rows of features from a cache at a time
@@ -124,7 +124,7 @@ class Encoder:
         batch_size: images or texts at a time.
         workers: threads that decode images.
         progress: shows a bar for what takes more than 2 seconds.
-        cache: where features are kept for the next time, if anywhere.
+        cache: stores features for the next evaluation; None stores none.
     """
 
     model: HiMoCLIP
@@ -156,8 +156,8 @@ class Encoder:
         """
         data = self.cache and _digest_of_images(images, rows)
         shape = len(rows), self.model.config.embed_dim
-        if self.cache and data and (kept := self.cache.read("images", data, shape)) is not None:
-            return kept
+        if self.cache and data and (cached := self.cache.read("images", data, shape)) is not None:
+            return cached
         features = torch.full(shape, torch.nan)
         with torch.no_grad(), self._bar("images", len(rows)) as bar:
             for positions, pixels in self._decoded(images, rows, failed):
@@ -227,10 +227,10 @@ class Encoder:
                 yield self.encode_batch(tokens[batch.texts], batch)
             return
         data = hashlib.sha256(tokens.tobytes()).hexdigest()
-        kept = self.cache.read("texts", data, (len(tokens), self.model.config.embed_dim))
-        if kept is not None:
+        cached = self.cache.read("texts", data, (len(tokens), self.model.config.embed_dim))
+        if cached is not None:
             for start in range(0, len(order), _SCORED):
-                yield kept[order[start : start + _SCORED]]
+                yield cached[order[start : start + _SCORED]]
             return
         features = torch.empty(len(tokens), self.model.config.embed_dim)
         for batch in batches:
@@ -302,14 +302,8 @@ class Encoder:
             return error
 
     def _bar(self, what: str, total: int) -> "tqdm[Any]":
-        return tqdm(
-            desc=f"encoding {what}",
-            total=total,
-            unit=what.removesuffix("s"),
-            delay=PROGRESS_DELAY_S,
-            disable=None if self.progress else True,  # None: shown on a terminal
-            leave=False,
-        )
+        unit = what.removesuffix("s")
+        return passing_bar(None, f"encoding {what}", unit, total=total, shown=self.progress)
 
 
 @dataclass
@@ -361,7 +355,7 @@ def _digest_of_images(images: Images, rows: Sequence[int]) -> str | None:
             source = images.image_source(row)
             one = sha256_file(source) if isinstance(source, str) else hashlib.sha256(source)
         except (ImageError, HimoError):
-            return None  # whoever decodes it says what is wrong
+            return None  # decoding the image will raise an error with the reason
         digest.update((one if isinstance(one, str) else one.hexdigest()).encode())
     return digest.hexdigest()
 

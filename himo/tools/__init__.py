@@ -1,1 +1,1 @@
-"""Commands around a run: what is installed, what fits a GPU, how fast the data are read."""
+"""Commands around a run: the installation, the memory of a step, the speed of reading data."""

@@ -13,10 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from tqdm import tqdm
 
 from himo import config, recipes
 from himo.config import TrainConfig
@@ -24,6 +22,7 @@ from himo.data import BatchLoader, CaptionedImages, EpochSampler, Sample, worker
 from himo.errors import HimoError
 from himo.model import named_config
 from himo.parallel import Ranks
+from himo.progress import passing_bar
 from himo.training_data import open_data, training_loader, training_pairs
 from himo.training_log import per_second
 from himo.transforms import ImageError
@@ -45,8 +44,6 @@ _FLAGS = (
 )
 _MAX_SECONDS = 3600.0
 _MAX_BATCHES = 10_000  # of the loader, in addition to the seconds: enough for any rate
-_PROGRESS_DELAY_S = 2.0
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=5.0, metavar="S", help="for each part (default: 5)"
     )
     config.add_arguments(data, _FLAGS)
-    kernels = parts.add_parser("kernels", help="the kernels beside PyTorch, as one HTML page")
+    kernels = parts.add_parser("kernels", help="the kernels against PyTorch, as one HTML page")
     # The flags of benchmarks.report, which checks them.
     kernels.add_argument("--out", required=True, metavar="DIR", help="report.html and rows")
     kernels.add_argument("--baseline", metavar="DIR", help="an earlier run to compare with")
@@ -100,9 +97,9 @@ def _kernels(args: argparse.Namespace) -> int:
             command += [f"--{name}={value}"]
     command += ["--fail-on-regression"] if args.fail_on_regression else []
     path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
-    # Not the waiting that `himo` chooses for training: the benchmarks take torch's own.
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    return subprocess.run(command, env={**kept, "PYTHONPATH": path}).returncode
+    # `himo` sets the wait policy of threads for training; the benchmarks use torch's default.
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return subprocess.run(command, env={**others, "PYTHONPATH": path}).returncode
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -144,7 +141,7 @@ def by_step(dataset: CaptionedImages, rows: list[int], seconds: float) -> list[R
     dataset.tokens(rows[0])  # the first call reads the vocabulary
     began = time.perf_counter()
     # An iterator has no length: the seconds end the loop, long before the last row.
-    for row in _bar(iter(rows), "by step", "pair"):
+    for row in passing_bar(iter(rows), "by step", "pair"):
         with suppress(ImageError):
             parts, before = {}, time.perf_counter()
             for name in stages(row):
@@ -169,7 +166,7 @@ def loader(
     ready, samples = 1 + 2 * settings.workers, 0
     asked = time.perf_counter()
     arrivals = []
-    bar = _bar(_over_epochs(batches, sampler), "loader", "batch")
+    bar = passing_bar(_over_epochs(batches, sampler), "loader", "batch")
     for batch in bar:
         arrivals.append(time.perf_counter())
         if len(arrivals) <= ready:
@@ -179,10 +176,6 @@ def loader(
             break
     bar.close()
     return Rate("loader", samples, arrivals[-1] - arrivals[ready - 1]), arrivals[0] - asked
-
-
-def _bar(items: Iterator[_T], what: str, unit: str) -> "tqdm[_T]":
-    return tqdm(items, desc=what, unit=unit, delay=_PROGRESS_DELAY_S, disable=None, leave=False)
 
 
 def _over_epochs(batches: BatchLoader, sampler: EpochSampler) -> Iterator[Sample]:

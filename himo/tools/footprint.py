@@ -42,7 +42,7 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes in use at the peak of a step, by use, and the phase of the step at that moment."""
+    """Bytes in use at the peak of a step, by use, and the phase of the step at the peak."""
 
     parts: dict[str, int]
     phase: str
@@ -65,7 +65,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
-        """Counts storages that the body makes as of that kind."""
+        """Counts storages that the body makes as this kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -73,7 +73,7 @@ class Ledger(TorchDispatchMode):
             self._kind = before
 
     def during(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function; storages that it makes count as of that kind."""
+        """The function; storages that it makes are counted as this kind."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.making(kind):
@@ -82,7 +82,7 @@ class Ledger(TorchDispatchMode):
         return run
 
     def become(self, kind: str) -> Callable[[Tensor], None]:
-        """A hook of a tensor: storages made after its gradient count as of that kind."""
+        """A hook of a tensor: storages made after its gradient are counted as this kind."""
 
         def hook(grad: Tensor) -> None:
             self._kind = kind
@@ -90,7 +90,7 @@ class Ledger(TorchDispatchMode):
         return hook
 
     def claim(self, tensors: Iterable[Any], kind: str) -> None:
-        """Counts existing tensors as of another kind."""
+        """Counts existing tensors as this kind instead."""
         for key in {tensor.untyped_storage()._cdata for tensor in tensors} & self._owners.keys():
             before, size = self._owners[key]
             self._owners[key] = kind, size

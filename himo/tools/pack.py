@@ -6,6 +6,7 @@ from himo import config
 from himo.data import open_dataset
 from himo.data.packing import FORMATS, PackOptions, bad_images, pack
 from himo.errors import HimoError, note
+from himo.flags import flag
 from himo.parallel import Ranks
 from himo.training_data import open_data
 
@@ -18,7 +19,7 @@ _RANGES = {"size": (16, 4096), "quality": (1, 100), "shard_pairs": (1, 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the data, where the shards go, what they hold, and the trainer's flags for reading."""
+    """Adds the data, the output folder, the options of shards, and the flags for reading data."""
     default = PackOptions()
     parser.add_argument("data", metavar="DATA", help="data set, as --train-data of himo train")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards")
@@ -50,12 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the shards that are missing and their index; prints what they hold; returns 0."""
+    """Writes the missing shards and their index; prints their contents; returns 0."""
     settings = config.from_arguments(args, train_data=args.data)
     for name, (low, high) in _RANGES.items():
         if not low <= getattr(args, name) <= high:
-            flag = name.replace("_", "-")
-            raise HimoError(f"--{flag}: expected {low} to {high}, got {getattr(args, name)}")
+            raise HimoError(f"{flag(name)}: expected {low} to {high}, got {getattr(args, name)}")
     options = PackOptions(
         args.size, args.format, args.quality, settings.image_mode, args.shard_pairs
     )

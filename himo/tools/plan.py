@@ -12,6 +12,7 @@ from tqdm import tqdm
 from himo import config, recipes
 from himo.config import TrainConfig
 from himo.errors import HimoError
+from himo.flags import as_arguments
 from himo.tools.footprint import (
     BACKWARD,
     EXCHANGE,
@@ -95,10 +96,7 @@ class Alternative:
 
     @property
     def flags(self) -> str:
-        return " ".join(
-            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-            for name, value in self.changes.items()
-        )
+        return " ".join(as_arguments(self.changes))
 
 
 @dataclasses.dataclass(frozen=True)

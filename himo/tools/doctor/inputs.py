@@ -6,19 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from himo import checkpoint as checkpoints
 from himo.config import TrainConfig
 from himo.data import CaptionedImages, SampleIndex, open_dataset
 from himo.errors import HimoError
+from himo.flags import flag
 from himo.model import CONTEXT_LENGTH, CLIPConfig
+from himo.progress import passing_bar
 from himo.tokenizer import TextError, default_tokenizer
 from himo.tools.doctor.check import Check
 from himo.transforms import ImageError, Preprocess
 
 _IMAGES, _CAPTIONS = 100, 2000  # read, evenly over the data set
-_PROGRESS_DELAY_S = 2.0
 _EXAMPLES = 3  # of bad images
 
 
@@ -42,7 +42,7 @@ def opened(settings: TrainConfig, field: str, folder: str) -> SampleIndex | Chec
             cache_dir=folder,
         )
     except (HimoError, OSError) as error:  # OSError: a disk that fails
-        return Check("data", "problem", f"--{field.replace('_', '-')}: {error}")
+        return Check("data", "problem", f"{flag(field)}: {error}")
 
 
 def pairs(settings: TrainConfig, data: SampleIndex | Check | None) -> int | None:
@@ -129,7 +129,7 @@ def _images(settings: TrainConfig, dataset: CaptionedImages) -> Check:
     rows = _spread(len(dataset), _IMAGES)
     reasons: Counter[str] = Counter()
     bad = []
-    for row in _progress(rows, "reading images"):
+    for row in passing_bar(rows, "reading images"):
         try:
             dataset.image(row)
         except ImageError as error:
@@ -148,7 +148,7 @@ def _images(settings: TrainConfig, dataset: CaptionedImages) -> Check:
 def _captions(dataset: CaptionedImages) -> Check:
     rows = _spread(len(dataset), _CAPTIONS)
     longer = longest = 0
-    for row in _progress(rows, "reading captions"):
+    for row in passing_bar(rows, "reading captions"):
         try:
             length = len(dataset.tokens(row)) + 2  # with start and end
         except TextError as error:
@@ -170,10 +170,6 @@ def _all_tokens(caption: str) -> Tensor:  # [1, its length], not cut where the c
 def _spread(length: int, most: int) -> range:
     # Evenly, because a data set may hold one source after the other.
     return range(0, length, max(1, -(-length // most)))
-
-
-def _progress(rows: range, what: str) -> "tqdm[int]":
-    return tqdm(rows, desc=what, delay=_PROGRESS_DELAY_S, disable=None, leave=False)
 
 
 def checkpoint(path: str, settings: TrainConfig) -> tuple[Check, CLIPConfig | None]:
