@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from himo.errors import HimoError, quoted, shortened
 from himo.files import json_value, open_regular
+from himo.flags import flag
 
 _LARGEST = 1 << 20  # bytes
-# What config.json of a run holds beside its flags, so that the file can be given to --config.
-_OF_A_RUN = ("command", "versions", "starts")
+# Keys of a run's config.json that are no flags; they are skipped, so that --config can read it.
+_OF_A_RUN = ("command", "versions", "starts", "chosen")
 
 
 def read_config(path: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,8 +33,7 @@ def read_config(path: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name not in kinds:
             (near,) = difflib.get_close_matches(name, kinds, 1, 0)
-            flag = f"--{near.replace('_', '-')}"
-            raise HimoError(f"{path}: unknown key {quoted(key)}; the nearest flag is {flag}")
+            raise HimoError(f"{path}: unknown key {quoted(key)}; the nearest flag is {flag(near)}")
         if name in values:
             raise HimoError(f"{path}: {shortened(key)} is given twice, with - and with _")
         if value is not None:

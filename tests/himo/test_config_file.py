@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from himo import config
+from himo import config, run_folder
 from himo.config import TrainConfig
 from himo.errors import HimoError
 
@@ -45,6 +45,12 @@ def test_config_json_of_a_run_is_a_config_file(tmp_path: Path) -> None:
     content = json.dumps(dataclasses.asdict(run) | extra)
     path = written(tmp_path / "config.json", content)
     assert settings("--config", path) == run
+
+
+def test_config_json_is_a_config_file_as_a_run_writes_it(tmp_path: Path) -> None:
+    run = TrainConfig("pairs.csv", lr=1e-3, logs=str(tmp_path), name="first")
+    run_folder.start(run, None, [], {"lr": 1e-3})
+    assert settings("--config", run.folder / "config.json") == run
 
 
 @pytest.mark.parametrize(
