@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from himo_kernels._triton_jit import COUNTS, rounded
+from himo_kernels._triton_jit import COUNTS
 from himo_kernels.aot import Case
 from himo_kernels.info_nce.triton.grad_logits import (
     GROUP,
@@ -22,6 +22,7 @@ from himo_kernels.info_nce.triton.grad_logits import (
     block_and_tile,
     dtype_of_gradients,
     gain_of,
+    store_tile,
 )
 from himo_kernels.info_nce.triton.gradients import products_of
 from himo_kernels.info_nce.triton.logits import Branch, features_branch, tile_products
@@ -81,8 +82,8 @@ def _unpadded(grad: Tensor, shape: torch.Size) -> Tensor:
 def _sums(
     branch: Branch, bias: Tensor, divisor: int, needs_grad: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    # Returns the losses [B], the gradients of X [B, M, W] and Y [B, N, W], and those of scale and
-    # bias [B], all divided; empty where not needed.
+    # Returns the losses [B] and the gradients of X [B, M, W], Y [B, N, W], scale [B] and bias [B],
+    # all divided by divisor; empty where not needed.
     needs_left, needs_right, needs_scale, needs_bias = needs_grad
     problems, rows, columns = branch.problems, branch.rows, branch.columns
     # Sums of a tile: of the loss, and of the gradients of scale and bias.
@@ -189,10 +190,7 @@ def sigmoid_kernel(
     tl.store(at + 2 * part, tl.sum(gradient))
     if grad_ptr is not None:
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
-        at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        value = rounded(gradient * GAIN, grad_ptr.dtype.element_ty)
-        stored = (rows < row_count)[:, None] & (columns < pitch)[None, :]  # as in grad_logits.py
-        tl.store(grad_ptr + start + at, value, mask=stored)
+        store_tile(grad_ptr + start, gradient, rows < row_count, columns, pitch, GAIN)
 
 
 def aot_cases() -> Iterator[Case]:

@@ -228,19 +228,17 @@ def grad_logits_kernel(
         tl.store(scale_partials_ptr + at, part)
     if grad_rows_ptr is not None:
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
-        at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        # Up to the pitch, a multiple of 16, so that vectors are stored for every N.
-        stored = row_mask[:, None] & (columns < pitch)[None, :]
         if grad_columns_ptr is None:
-            store(grad_rows_ptr + start + at, (grad_rows + grad_columns) * GAIN, stored)
+            both = grad_rows + grad_columns
+            store_tile(grad_rows_ptr + start, both, row_mask, columns, pitch, GAIN)
         else:
-            store(grad_rows_ptr + start + at, grad_rows * GAIN, stored)
-            store(grad_columns_ptr + start + at, grad_columns * GAIN, stored)
+            store_tile(grad_rows_ptr + start, grad_rows, row_mask, columns, pitch, GAIN)
+            store_tile(grad_columns_ptr + start, grad_columns, row_mask, columns, pitch, GAIN)
 
 
 @triton.jit
 def block_and_tile(program, row_blocks, tiles, GROUP: tl.constexpr):
-    """Returns the row block and column tile of a program: GROUP row blocks take turns per tile."""
+    """Returns the row block and column tile of a program; GROUP row blocks share a column tile."""
     group = program // (GROUP * tiles)
     group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
     in_group = program % (GROUP * tiles)
@@ -268,8 +266,18 @@ def _grad_negatives(
 
 
 @triton.jit
-def store(pointers, values, mask):
-    tl.store(pointers, rounded(values, pointers.dtype.element_ty), mask=mask)
+def store_tile(
+    tile_ptr,  # first element of the tile in a workspace [B, chunk, pitch]
+    grads,  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    row_mask,  # [BLOCK_ROWS]
+    columns,  # [BLOCK_COLUMNS]
+    pitch,
+    GAIN: tl.constexpr,
+):
+    """Writes GAIN * grads up to the pitch, a multiple of 16: vectors are stored for every N."""
+    at = tl.arange(0, grads.shape[0])[:, None] * pitch + tl.arange(0, grads.shape[1])[None, :]
+    stored = row_mask[:, None] & (columns < pitch)[None, :]
+    tl.store(tile_ptr + at, rounded(grads * GAIN, tile_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -59,7 +59,7 @@ def gradients(
 ) -> Gradients:
     """Returns the gradients of X, Y and s of a whole batch: eq. (6) and (7).
 
-    The gradients of X and s include those of an earlier loss, passed as float32 in add_to.
+    The gradients of X and s include the gradients of an earlier loss, passed as float32 in add_to.
     """
     if needs == Needs():
         return Gradients()

@@ -88,7 +88,7 @@ def _statistics(branch: Branch, positives: Tensor | None) -> _Partials:
     at_once = min(row_blocks, ROW_BLOCKS_AT_ONCE)
     launches = triton.cdiv(row_blocks, at_once)
     splits = min(branch.column_tiles, triton.cdiv(PROGRAMS, max(problems, 1) * at_once))
-    # Slots of the column partials: one folded slot per launch, then those of the current launch.
+    # Slots of the column partials: one folded slot per launch, then the slots of this launch.
     folded = launches if launches > 1 else 0
     slots = folded + at_once
     row_partials = branch.new_empty(problems, splits, 2, branch.rows)

@@ -1,16 +1,16 @@
 """The kernels of info_nce_pairs: one direction, rectangles, positives, labels and exclusions.
 
-The tiles of logits are those of the square form. What a pair is follows from the integers of its
-row and of its column (pairs/plan.py), which the kernels compare in the tile: no mask is formed.
-All that a kernel must know of a row or column is one record of 32 bytes, so that it loads 16 bytes
-at a time. RECORD names its fields; key and label are int32, the others float32.
+The tiles of logits are computed as in the square form. The integers of a row and of a column
+(pairs/plan.py) decide whether their pair is positive, negative or excluded. The kernels compare
+them in the tile, so no mask is formed. One record of 32 bytes describes a row or column; it is
+loaded 16 bytes at a time. RECORD names its fields; key and label are int32, the others float32.
 """
 
 import triton
 import triton.language as tl
 
 from himo_kernels._triton_jit import COUNTS
-from himo_kernels.info_nce.triton.grad_logits import block_and_tile, expm1, store
+from himo_kernels.info_nce.triton.grad_logits import block_and_tile, expm1, store_tile
 from himo_kernels.info_nce.triton.logits import tile_products
 from himo_kernels.info_nce.triton.losses import finite_shift
 
@@ -157,9 +157,7 @@ def pairs_gradient_kernel(
         tl.store(scale_partials_ptr + at, tl.sum(gradient * products))
     if grad_ptr is not None:
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
-        at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        stored = (rows < row_count)[:, None] & (columns < pitch)[None, :]  # as in grad_logits.py
-        store(grad_ptr + start + at, gradient * GAIN, stored)
+        store_tile(grad_ptr + start, gradient, rows < row_count, columns, pitch, GAIN)
 
 
 @triton.jit
