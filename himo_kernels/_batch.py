@@ -80,7 +80,7 @@ class Batch:
     ) -> tuple[Tensor, ...]:
         """Returns `terms` with the component loss of both reconstructions: table 5's L_comp^{u,v}.
 
-        The rank is that of the texts.
+        The rank returned is the texts' rank.
         """
         pairs = zip(features, (images, texts), strict=True)
         (image_components, _), (components, rank) = [self.reconstruct(*pair) for pair in pairs]

@@ -75,7 +75,8 @@ class Operator:
     ) -> Callable[..., Any]:
         """Defines torch.ops.himo_kernels.<name>_<direction> and returns a function that calls it.
 
-        The function skips torch's dispatcher where nothing can tell, which shortens small calls.
+        The function skips torch's dispatcher if nothing observes the call. Small calls are then
+        faster.
 
         The last positional argument of the schema must be `str backend`. Keyword-only arguments are
         passed to the kernels unless they are None.
@@ -132,7 +133,7 @@ class Operator:
     def resolve(self, requested: str, *tensors: Tensor) -> str:
         """Returns the backend's name. A named backend never falls back to another.
 
-        Warns, once per process, if "auto" does without a backend because the extension is missing.
+        Warns, once per process, if "auto" skips a backend because the extension is missing.
 
         Raises:
             ValueError: requested (or the environment variable) names no backend.
@@ -185,7 +186,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _watched(arguments: Iterable[object]) -> bool:
     """Returns whether anything records, traces or transforms calls on these tensors.
 
-    That is a subclass of Tensor, the meta device, a dispatch or function mode, a torch.func
+    This may be a subclass of Tensor, the meta device, a dispatch or function mode, a torch.func
     transform, the vmap of is_grads_batched, a trace, or the profiler.
     """
     for value in arguments:  # a loop: every small call comes here, and any() takes twice as long
@@ -204,7 +205,7 @@ def _watched(arguments: Iterable[object]) -> bool:
 
 
 class _NoGraph:
-    # What the forward of an autograd.Function needs of its context, where nothing needs a gradient.
+    # The context of an autograd.Function's forward if no input needs a gradient.
     needs_input_grad = ()
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
@@ -212,9 +213,9 @@ class _NoGraph:
 
 
 def apply_function(function: type[torch.autograd.Function], *arguments: object) -> Any:
-    """Returns function.apply(*arguments), without its node where no input needs a gradient.
+    """Returns function.apply(*arguments), without an autograd node if no input needs a gradient.
 
-    Without the node a small call is faster. Forward-mode AD needs it, so that it raises an error.
+    Without the node a small call is faster. Forward-mode AD gets the node, which raises an error.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _watched(arguments):
         return function.apply(*arguments)
@@ -243,7 +244,7 @@ _default_backend = os.environ.get(BACKEND_VARIABLE, "auto")
 
 
 def default_backend() -> str:
-    """Returns what replaces "auto": HIMO_KERNELS_BACKEND as it was at import, or "auto"."""
+    """Returns the name that replaces "auto": HIMO_KERNELS_BACKEND as read at import, or "auto"."""
     return _default_backend
 
 

@@ -96,8 +96,9 @@ class HiMoLoss(nn.Module):
         normalize_features: L2-normalise image and text features first (changes normalised
             ones only by rounding). Both True.
         normalize_components: L2-normalise the reconstructed texts. paper True, official False.
-        decompose_images: The component loss is that of the images' own reconstruction, by the same
-            PCA, and the texts'. It treats both alike, normalize_components too. Both False.
+        decompose_images: Reconstruct the images too, each side from its own PCA. The component loss
+            then compares both reconstructions, and normalize_components applies to both. Both
+            False.
         pca_scope: PCA over the "global" batch (paper) or each rank's "local" batch (official).
             Equal in one process.
         gather_with_grad: True (paper) differentiates both sides of each direction; False
@@ -108,8 +109,8 @@ class HiMoLoss(nn.Module):
         backend: As in every operator; used for all of them.
         group: The ranks that share a batch; None is all of them, if there is a process group.
         strategy: How a rank gets the others' texts: "gather", or "ring" in O(N D / W) memory.
-        check_ranks: False skips the ranks' agreement before each step, with its host sync. Every
-            rank must then have the same number of rows and the same settings.
+        check_ranks: False skips the check before each step that all ranks agree, and its host sync.
+            Every rank must then have the same number of rows and the same settings.
     """
 
     def __init__(
@@ -227,10 +228,10 @@ class HiMoLoss(nn.Module):
                 weight times eq. (3)}. open_clip's trainer minimises the sum of the values. In older
                 versions of open_clip it was the fourth argument; True or False there is still
                 accepted.
-            labels: int64 or int32. An image and a text of equal labels that are not a pair, as of
-                captions that repeat in the batch, are not each other's negatives, in both terms.
-                Over several processes each rank passes those of its rows, or none does; they are
-                compared over all ranks, and the strategy must be "gather".
+            labels: int64 or int32. An image and a text with equal labels are not negatives of each
+                other, in both terms; use this if captions repeat in a batch. Over several processes
+                every rank passes the labels of its rows, or no rank passes any. Labels are compared
+                over all ranks, and the strategy must be "gather".
         """
 
         def check() -> tuple[Tensor | float | None, bool]:
@@ -263,14 +264,15 @@ class HiMoLoss(nn.Module):
         text_features: Tensor,  # [N, D]
         logit_scale: Tensor,  # []
     ) -> GraphedHiMoLoss:
-        """Returns this loss for tensors like these as CUDA graphs. Not yet run on hardware.
+        """Returns this loss, captured as CUDA graphs for these shapes. Not yet run on hardware.
 
-        The result is called like this loss, without bias, labels and output_dict, or by its
-        `terms`. Its forward is one launch, and so is its backward; call backward before the next
-        forward. It needs backend="triton", min(N, D) <= 128, one process and check_finite=False.
+        Call the result like this loss, or call its `terms`; it takes no bias, labels or
+        output_dict. Its forward is one launch, and so is its backward. Call backward before the
+        next forward. It needs backend="triton", min(N, D) <= 128, one process and
+        check_finite=False.
 
         Args:
-            image_features: [N, D] on a CUDA device, requiring a gradient if those of calls do.
+            image_features: [N, D] on a CUDA device; it requires a gradient if later inputs do.
             text_features, logit_scale: likewise; the scale is a tensor.
 
         Raises:

@@ -19,7 +19,7 @@ def microseconds(
 ) -> float:
     """Returns the predicted microseconds of a launch, or 0 for a kernel whose trips are not known.
 
-    Programs run in waves, and those of a wave share each multiprocessor. Memory is not modelled.
+    Programs run in waves; the programs of a wave share each multiprocessor. Memory is not modelled.
     """
     if kernel not in TRIPS or not code or not at_once:
         return 0.0

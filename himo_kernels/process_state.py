@@ -23,11 +23,11 @@ class Borrowed(Generic[T]):
     earlier setting is restored.
 
     Args:
-        value: what the calls need.
+        value: the value that the calls need.
         read: returns the value in effect.
         write: sets a value.
         serves: returns whether a value in effect is as good as `value`.
-        setting: returns what to write to restore a value in effect.
+        setting: returns the value to write to restore a value in effect.
     """
 
     # One lock for all, as two settings may inherit from the same one. Reentrant, as a signal

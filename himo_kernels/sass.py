@@ -1,9 +1,9 @@
 """Reads SASS, the machine code of NVIDIA GPUs, from cuobjdump's listing, and predicts its latency.
 
-The prediction is of one warp that issues in order: it follows the stall counts and scoreboards that
-the compiler wrote into each instruction, and assumes a latency where only a scoreboard waits.
-A warp that shares its scheduler with others may be bound by issue instead. Expect errors of 40 %:
-the latencies are rounded, and nothing contends for a unit.
+The prediction is for one warp that issues in order. It follows the stall counts and scoreboards in
+each instruction, and assumes a latency where only a scoreboard waits. A warp that shares its
+scheduler with others may be bound by issue instead. Expect errors of 40 %: the latencies are
+rounded, and contention for functional units is ignored.
 """
 
 import math
@@ -150,7 +150,7 @@ def latency(path: Sequence[Instruction], repeats: int = 6) -> int:
 def issue(path: Sequence[Instruction], warps: int) -> int:
     """Returns the cycles that a scheduler needs to issue a path of this many warps of an SM.
 
-    The largest of one cycle per instruction and of what each unit is occupied.
+    This is the largest of one cycle per instruction and the cycles that each unit is occupied.
     """
     each = -(-warps // SCHEDULERS)
     occupied = [sum(OCCUPANCY.get(i.family, 0) for i in path if i.family in u) for u in UNITS]

@@ -64,8 +64,8 @@ class Ring:
         rows, size = self._rows, self._rows.members.size
         self._begin()
         current = pack_rows(keys, table)
-        spaces: list[Tensor] = []  # two, which later steps use in turns
-        into = None  # of the gradients, which are used up within a step
+        spaces: list[Tensor] = []  # two, which later steps use alternately
+        into = None  # buffer of the gradients, which are used up within a step
         for step in range(size):
             owner = (rows.rank - step) % size
             sent: dict[str, tuple[Tensor, Tensor]] = {}

@@ -26,7 +26,7 @@ def labelled_losses(
     logit_scale: Tensor,  # []
     labels: Tensor,  # [N] int64, of all ranks
 ) -> tuple[Tensor, ...]:
-    """Shares of the losses. One gather, and one reduce-scatter of the gradients of what it sent."""
+    """Shares of the losses. One gather, and one reduce-scatter of the gradients of its rows."""
     of_rows, of_columns = (options.directions in ("both", name) for name in ("rows", "columns"))
     sent = torch.cat([*(keys if of_rows else ()), *([image_features] if of_columns else [])], 1)
     if options.differentiate_keys:

@@ -1,6 +1,6 @@
 """InfoNCE of the joined batch of all ranks, in which each rank owns its rows.
 
-README.md derives what is exchanged, and why gradients averaged by DDP equal those of one process.
+README.md derives the exchange, and why gradients averaged by DDP equal those of one process.
 """
 
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def info_nce(
     W ranks is the loss of one process on the joined batch. After DDP averages gradients, every
     parameter, including logit_scale, gets the gradient of that loss.
 
-    Other arguments are those of `himo_kernels.info_nce`, and must be equal on every rank.
+    Other arguments are as in `himo_kernels.info_nce`, and must be equal on every rank.
 
     Args:
         image_features: this rank's rows [M, D]; M may differ between ranks and may be 0.

@@ -42,7 +42,7 @@ def pca_reconstruct(
 ) -> tuple[Tensor, Tensor]:
     """himo_kernels.pca_reconstruct of the joined rows of all ranks, eq. (1); returns own rows.
 
-    Other arguments are those of `himo_kernels.pca_reconstruct`, and must be equal on every rank.
+    Other arguments are as in `himo_kernels.pca_reconstruct`, and must be equal on every rank.
 
     Args:
         x: this rank's rows [M, D]; M may differ between ranks and may be 0.

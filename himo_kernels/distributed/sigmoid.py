@@ -35,10 +35,10 @@ def sigmoid_loss(
     The share is the sum over the pairs of this rank's M images with all N texts, times W / N. Its
     mean over the W ranks is the loss of one process on the joined batch. After DDP averages
     gradients, every parameter, including logit_scale and logit_bias, gets the gradient of that
-    loss. With M rows on every rank, W / N = 1 / M and the share is that of open_clip's SigLipLoss,
+    loss. With M rows on every rank, W / N = 1 / M and the share equals open_clip's SigLipLoss,
     which needs equal row counts.
 
-    Other arguments are those of `himo_kernels.sigmoid_loss`, and must be equal on every rank.
+    Other arguments are as in `himo_kernels.sigmoid_loss`, and must be equal on every rank.
 
     Args:
         image_features: this rank's rows [M, D]; M may differ between ranks and may be 0.

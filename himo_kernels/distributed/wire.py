@@ -158,7 +158,7 @@ class Rows:
     def shift(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> "Transfer":
         """Starts sending tensors to the next rank and receiving others from the previous rank.
 
-        Each pair is what is sent, and where what arrives is written. All travel in one group of
+        Each pair is the tensor to send and the tensor to receive into. All are sent in one group of
         calls, which NCCL launches together. Every rank must pass the same names in the same order.
         """
         members, group = self.members, self.members.group

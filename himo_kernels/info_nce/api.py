@@ -133,7 +133,7 @@ def nt_xent(
     Equal to `F.cross_entropy(S, (arange(2N) + N) % 2N)` with `S = logit_scale * Z @ Z.T`, whose
     diagonal is -inf. Features are not normalised here; logit_scale is one over the temperature.
 
-    Arguments and errors are those of `info_nce`.
+    Arguments and errors are as in `info_nce`.
 
     Returns:
         Loss [*], the mean over the 2N rows; without a reduction [*, 2N], of x and then of y.
@@ -177,8 +177,8 @@ def dual_info_nce(
     """MoLo's two terms: images against texts, and against their components (eq. (2) and (3)).
 
     Equal to `info_nce(image, text, s), info_nce(image, component, s)` as one operator. Arguments
-    and errors are those of `info_nce`; component_features [*, N, D] are the texts reconstructed
-    from their principal components.
+    and errors are as in `info_nce`; component_features [*, N, D] are the texts reconstructed from
+    their principal components.
 
     Returns:
         global_loss [*] and component_loss [*]; MoLo is `global_loss + weight * component_loss`.
@@ -224,7 +224,7 @@ def dual_info_nce_low_rank(
     `basis = cat([mean[None], components])`, `rank = pca.rank + 1`. To normalise component_features,
     scale each row of coefficients; the rank does not change.
 
-    Other arguments are those of `info_nce`.
+    Other arguments are as in `info_nce`.
 
     Args:
         coefficients: [*, N, K], dtype and device of image_features.

@@ -2,9 +2,9 @@
 
 They are not modules: GradCache calls its loss_fn, which looks `__call__` up on the class. The loss
 of queries x [N, D] and keys y [M, D] is the cross-entropy of the logits x @ y.T, whose row i has
-its positive at column target[i]: by default every (1 + n_hard_negatives)-th column in turn. Over
-ranks both sides are gathered, and every rank computes the loss of all rows; only its own rows have
-a gradient, which is that of this loss.
+its positive at column target[i], by default column i (1 + n_hard_negatives). Over ranks both sides
+are gathered, and every rank computes the loss of all rows; only its own rows get a gradient, the
+gradient of this loss.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,7 @@ from torch import Tensor
 from himo_kernels import distributed
 from himo_kernels._checks import raise_value
 
-MARK = "_accelerated_by_himo_kernels"  # of a class that stands for that of one instance
+MARK = "_accelerated_by_himo_kernels"  # of a class that replaces the class of one instance
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def check_settings(name: str, module: Any, settings: tuple[str, ...]) -> None:
 
 
 def raise_setting(operator: str, setting: str, expected: str, got: object) -> NoReturn:
-    """Raises the NotImplementedError for a setting that cannot be honoured."""
+    """Raises the NotImplementedError for a setting that is not supported."""
     raise NotImplementedError(f"{operator}: expected {setting} {expected}, got {got}")
 
 

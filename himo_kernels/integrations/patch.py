@@ -108,7 +108,7 @@ def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
             pytorch-metric-learning's NTXentLoss and SupConLoss;
             lightly's NTXentLoss;
             GradCache's SimpleContrastiveLoss and DistributedContrastiveLoss.
-            README.md lists the settings that are honoured and those that are refused. Settings
+            README.md lists the settings that are supported and those that are refused. Settings
             are read at each call. Call before torch.compile. A deep copy is accelerated too, a
             pickle is not. A shallow copy, such as a replica of DataParallel, computes with the
             parameters of the original.
@@ -122,7 +122,7 @@ def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
         TypeError: module is none of these, or an option is unknown.
         ValueError: module is already accelerated, or an option has an invalid value.
         NotImplementedError: module's class derives from the known one and overrides its methods; or
-            it has a setting that cannot be honoured; or its version lacks settings that are read.
+            it has a setting that is not supported; or its version lacks settings that are read.
             A setting changed later raises at the call.
     """
     inner = module.module if isinstance(module, DistributedDataParallel) else module

@@ -1,8 +1,8 @@
 """The steps of pca_reconstruct for some rows of a batch, given the moment of the whole batch.
 
-One process of distributed HiDe runs these. X [M, D] holds its own rows (M may be 0); the mean, the
-moment C = X^T X [D, D] and its decomposition are those of the whole batch. Autograd and schemas are
-in himo_kernels/distributed/moments.py. Equation numbers refer to README.md.
+One process of distributed HiDe runs these. X [M, D] holds its own rows (M may be 0). The mean, the
+moment C = X^T X [D, D] and its decomposition are of the whole batch. Autograd and schemas are in
+himo_kernels/distributed/moments.py. Equation numbers refer to README.md.
 """
 
 from collections.abc import Sequence

@@ -34,7 +34,7 @@ def covariance_bwd(
     """Returns the gradient of x [*, N, D], computed in the dtype of mean."""
     x_flat, mean = flat(x), flat(mean, 1)
     grads = flat(grad_covariance + grad_covariance.mT)
-    # The columns of X (G + G^T) sum to 0, as those of X do: only the mean's gradient is added.
+    # The columns of X, and so of X (G + G^T), sum to 0. Only the mean's gradient is added.
     add = flat(grad_mean, 1).unsqueeze(-2) / x.shape[-2]
     out = x.new_empty(x_flat.shape)
     matmul(x_flat, grads, mean.dtype, mean=mean, a_mean="inner", add=add, out=out)

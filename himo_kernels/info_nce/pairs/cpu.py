@@ -30,7 +30,7 @@ def gradients(problem: Problem, needs: Sequence[bool]) -> tuple[Tensor, ...]:
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
-    # The losses of a side are tensors or, those of the backward, None in the forward.
+    # The fields of a side's softmax; the ones that only the backward uses are None in the forward.
     sides = [
         [keys, *(value for value in softmax or () if value is not None)]
         for keys, softmax in (

@@ -1,4 +1,4 @@
-"""The forms of info_nce beside the square one: their arguments, and their reductions."""
+"""The forms of info_nce other than the square one: their arguments, and their reductions."""
 
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ class Form(NamedTuple):
     """Which pairs count, checked and with the leading dimensions of the features."""
 
     directions: str
-    positives: Tensor | None  # [*, N]; None: labels say what is positive
+    positives: Tensor | None  # [*, N]; None: labels decide which pairs are positive
     row_labels: Tensor | None  # [*, N]
     column_labels: Tensor | None  # [*, M]
     exclude_self: bool

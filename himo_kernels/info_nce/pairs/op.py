@@ -85,7 +85,7 @@ class PairLosses(torch.autograd.Function):
     """The loss of each row and of each column, and how many positives each has.
 
     Saves the inputs, and the logs and references of both softmaxes. Also saves the logits before
-    scaling, if the backend can cache them and those of all calls of a loss fit logits_budget bytes.
+    scaling, if the backend can cache them and all calls of a loss together fit logits_budget bytes.
     """
 
     @staticmethod
