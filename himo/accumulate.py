@@ -27,7 +27,7 @@ def cached_backward(
             micro-batches share. DDP averages its gradients once, after the last micro-batch.
         losses: takes the embeddings of all micro-batches, concatenated along their rows.
         parts: the arguments of encode for each micro-batch; at least one.
-        scaled: the loss whose gradient is added, from that of losses.
+        scaled: maps the loss to the one whose gradient is added, such as `GradScaler.scale`.
     """
     cached: list[tuple[Tensor, ...]] = []
     states = []

@@ -1,4 +1,4 @@
-"""--ema: an exponential moving average of the weights, beside those that are trained."""
+"""--ema: an exponential moving average of the trained weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -115,7 +115,7 @@ class TrainConfig:
     beta2: float = _flag(0.999, "AdamW; paper 0.999")
     eps: float = _flag(1e-8, "AdamW")
     layer_decay: float | None = _flag(
-        None, "learning rate of each block, as a share of that of the next; the heads have --lr"
+        None, "learning rate of each block, as a share of the next block's; the heads have --lr"
     )
     warmup: int = _flag(None, "steps to the peak learning rate; paper 200 (recipe)")
     lr_scheduler: Literal["cosine", "const", "const-cooldown"] = _flag(

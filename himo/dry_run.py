@@ -1,4 +1,4 @@
-"""`himo train --dry-run`: two steps of a run that writes nothing, and what they took."""
+"""`himo train --dry-run`: two steps of a run that writes nothing, with their time and memory."""
 
 import os
 import time

@@ -6,8 +6,8 @@ import sys
 class HimoError(ValueError):
     """A mistake of the user or a bad file, as one printable line.
 
-    The line names the thing, what was expected and what came. The command prints it after
-    `himo: error: ` and exits with status 2. Any other exception is a bug in himo.
+    The line names the argument or file, the expected value and the value given. The command prints
+    it after `himo: error: ` and exits with status 2. Any other exception is a bug in himo.
     """
 
     def __init__(self, message: str) -> None:
@@ -44,7 +44,7 @@ def shortened(text: str, limit: int = MAX_QUOTED) -> str:
 
 
 def note(message: str) -> None:
-    """Prints to stderr what a user should know and need not fix."""
+    """Prints something to stderr that a user should know and need not fix."""
     print(f"himo: note: {printable(message)}", file=sys.stderr)
 
 

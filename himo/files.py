@@ -28,10 +28,10 @@ def atomic_path(
     """Yields the path of an empty temporary file that becomes `path` if the body succeeds.
 
     The temporary file lies in the directory of `path`, which has to exist. On success it is
-    flushed to the disk and renamed, so that `path` is the old file or all of the new one at every
-    moment, even after a power cut. On failure it is removed and `path` is unchanged.
+    flushed to the disk and renamed, so that `path` is always the old file or all of the new one,
+    even after a power cut. On failure it is removed and `path` is unchanged.
     A killed process leaves at most a `.himo-*.tmp` file, which `remove_abandoned` removes.
-    The mode is that of the replaced file, or 0666 less the umask.
+    The mode is the replaced file's, or 0666 less the umask.
 
     Args:
         path: the file to write.

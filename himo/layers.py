@@ -65,9 +65,9 @@ class Attention(nn.Module):
         Position i attends to each j with visible[b, i, j], bool [B, L, L]. By default that is all,
         or all up to i if causal.
 
-        With groups the batch is packed: x is [T, W], all tokens of the rows of the first group, one
-        row after the other, then those of the next. The result is [T, W], or [B, W] at the tokens
-        at [B] of x, one in each row.
+        With groups the batch is packed: x is [T, W] with the tokens of all rows, one row after the
+        other, group by group. The result is [T, W], or [B, W] at the tokens at [B] of x, one in
+        each row.
         """
         if at is not None:
             return self._some_positions(x, at, visible, groups)

@@ -223,7 +223,7 @@ class HiMoCLIP(nn.Module):
         """Text features [B, E].
 
         The tower runs over the first `max_length` tokens only. Causal attention hides the tokens
-        after a text's end, so the features differ from those of the padded texts only by rounding.
+        after a text's end, so the features equal the features of the padded texts up to rounding.
 
         Args:
             text: [B, L] token ids, int32 or int64, L <= context_length. The highest id of a row
@@ -233,8 +233,8 @@ class HiMoCLIP(nn.Module):
                 CUDA. Cutting the tokens beforehand does not avoid the sync; passing text.shape[1]
                 does.
             lengths: the tokens of each text, up to its end, as `text_lengths(text)` finds them
-                while the tokens are on the CPU. With it the tower computes next to no padding, and
-                needs no max_length. The features differ by rounding.
+                while the tokens are on the CPU. With it the tower computes almost no padding, and
+                max_length is not needed. The features differ by rounding.
             normalize: divides each row by its L2 norm.
 
         A compiler or exporter (torch.compile, torch.export, ONNX) sees no values of text: it gets
@@ -243,7 +243,7 @@ class HiMoCLIP(nn.Module):
         Raises:
             HimoError: wrong shape or dtype, or more tokens than the context. For tokens on the CPU
                 also an id outside the vocabulary, a text longer than max_length, or lengths that
-                are not those of text.
+                are not the lengths of text.
         """
         if text.dim() != 2 or not 1 <= text.shape[1] <= self.context_length:
             raise HimoError(
@@ -284,10 +284,10 @@ class HiMoCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def _packed(self, text: Tensor, lengths: Sequence[int]) -> Tensor:
-        """What the text tower computes at the end of each text: [B, W].
+        """The text tower's output at the end of each text: [B, W].
 
         All layers but attention take the tokens of all texts as one sequence. Texts are sorted by
-        length; those of about one length are a group, whose rows attention takes together.
+        length. Texts of about the same length form a group, and attention takes a group at a time.
         """
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         groups: list[tuple[int, int]] = []
@@ -314,15 +314,15 @@ class HiMoCLIP(nn.Module):
     ) -> Tensor:
         """Features [B, K, E] of K texts in each row, which share the tokens they begin with.
 
-        They equal those of `encode_text` up to rounding if each token has the position it has in
-        its text, and sees this text's tokens up to itself alone. `himo.evaluate.shared_prefixes`
-        lays texts out so.
+        They equal the features of `encode_text` up to rounding if each token has its position in
+        its text, and sees only this text's tokens up to itself. `himo.evaluate.shared_prefixes`
+        lays texts out in this way.
 
         Args:
             tokens: int64 [B, S], of all texts of a row, a shared token once.
             positions: int64 [B, S], from 0 to context_length - 1: where a token is in its text.
-            visible: bool [B, S, S], True where the token of the row attends to that of the column.
-                Every token, also one that fills a row up, sees itself.
+            visible: bool [B, S, S], True if the row's token attends to the column's token. Every
+                token sees itself, including tokens that pad a row.
             ends: int64 [B, K], where in the row the last token of each text is.
         """
         x = self.token_embedding(tokens).to(self.dtype)

@@ -123,7 +123,7 @@ class Objective(nn.Module):
     ) -> dict[str, Any]:
         """Returns loss, contrastive_loss, component_loss, rank, text_features (detached).
 
-        component_loss and rank are None without HiDe. The last two arguments are those of
+        component_loss and rank are None without HiDe. The last two arguments are passed to
         `HiMoCLIP.encode_text`.
         """
         return self.losses(*self.towers(images, tokens, max_length, lengths))
@@ -188,7 +188,7 @@ class Objective(nn.Module):
 
 
 def rank_doubt(rank: int, pairs: int) -> str | None:
-    """What is wrong with R directions kept of so many texts, and what to do; None if nothing is."""
+    """Advice if R, the rank of a batch of this many texts, is too low or too high; else None."""
     kept = f"HiDe keeps R = {rank} directions of a batch of {pairs} texts"
     if rank < LEAST_RANK:
         return (

@@ -42,8 +42,8 @@ def lr_scales(model: HiMoCLIP, decay: float | None) -> dict[str, float]:
     """The share of the learning rate that each parameter has, by name.
 
     decay^(n + 1 - i) in block i of a tower of n, counted from 1, as in BEiT (arXiv 2106.08254). The
-    embeddings count as block 0, the norm after block n as of it; the projections and logit_scale
-    have the whole rate.
+    embeddings count as block 0, and the norm after block n counts as part of it. The projections
+    and logit_scale have the whole rate.
 
     Args:
         decay: None for the whole rate everywhere.

@@ -33,14 +33,14 @@ from himo.errors import HimoError
 
 _BEAT_S = 1.0
 _LOOK_S = 0.1
-# Timeout of a collective, for a process that lives and does not come. Reading data has a shorter
-# limit; saving and validating a large model may take minutes.
+# Timeout of a collective that a live process never joins. Reading data has a shorter limit; saving
+# and validating a large model may take minutes.
 _STUCK = timedelta(minutes=30)
 _LEAVING, _FAILED, _SILENT = "leaving", "failed", "silent"
 
 
 class Ranks:
-    """This process among those of the run. This class is a run of one process."""
+    """The process's place in the run. This class itself is for a run of one process."""
 
     rank, size = 0, 1
 
@@ -66,7 +66,7 @@ class Ranks:
         return [value]
 
     def any(self, flag: bool) -> Callable[[], bool]:
-        """Starts to find out whether the flag is set on any rank; the result waits and tells."""
+        """Starts a vote: is the flag set on any rank? Calling the result waits for the answer."""
         return lambda: flag
 
     def barrier(self) -> None:
@@ -74,7 +74,7 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Runs the body on rank 0, then on the others, which find what it wrote."""
+        """Runs the body on rank 0, then on the others, which find the files that it wrote."""
         if not self.main:
             self.barrier()
         yield
@@ -160,9 +160,9 @@ def join(device: str, timeout_s: float) -> Iterator[Ranks]:
 
 
 def _store(use: str) -> PrefixStore:
-    # One connection for each use: one that waits in a collective's set-up would block the other.
-    # Keys have the number of restarts: torchrun's store may still hold the addresses of processes
-    # before a restart.
+    # Each use has its own connection, because a connection is blocked while the group is set up.
+    # Keys contain the restart count, because torchrun's store may still hold the addresses of the
+    # processes before a restart.
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -187,7 +187,7 @@ class _Watch:
         self._thread.start()
 
     def leave(self) -> None:
-        """Marks this process as finished, so that its silence is no failure."""
+        """Marks this process as finished, so that a missing heartbeat is no failure."""
         self._quiet()
         self._store.set(f"beat/{self.rank}", _LEAVING)
 
@@ -198,7 +198,7 @@ class _Watch:
         self._quiet()
         status = 2 if isinstance(error, HimoError) else 1
         try:
-            self._store.set(f"beat/{self.rank}", _LEAVING)  # its silence is not the cause
+            self._store.set(f"beat/{self.rank}", _LEAVING)  # a missing heartbeat is not the cause
             # gloo and NCCL raise RuntimeError if a peer is gone.
             if isinstance(error, RuntimeError) and (cause := self._cause()):
                 self._end_because(cause)
@@ -206,7 +206,7 @@ class _Watch:
             if not isinstance(error, HimoError):
                 traceback.print_exception(error)
                 message = f"{type(error).__name__}: {message.partition(chr(10))[0]}"
-            if not message.startswith("rank "):  # else all ranks report the same one
+            if not message.startswith("rank "):  # else all ranks raised this error
                 message = f"rank {self.rank}: {message}"
             self._tell(message)
         except (RuntimeError, OSError):  # the store went with the process that held it

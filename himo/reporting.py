@@ -42,7 +42,7 @@ class Reports:
             write(line["step"], numbers)
 
     def close(self) -> None:
-        """Writes what is still in memory."""
+        """Writes the values still in memory, and closes the reports."""
         for _, close in self._writers:
             close()
 
@@ -57,7 +57,7 @@ def check_installed(settings: TrainConfig) -> None:
 def _tensorboard(settings: TrainConfig, step: int) -> tuple[Write, Callable[[], None]]:
     # By name: its types are of a package that may be absent.
     module = importlib.import_module("torch.utils.tensorboard")
-    purge = step + 1 if step else None  # hides what a killed run wrote after its checkpoint
+    purge = step + 1 if step else None  # hides lines that a killed run wrote after its checkpoint
     writer = module.SummaryWriter(str(settings.folder / "tensorboard"), purge_step=purge)
 
     def write(step: int, numbers: dict[str, float]) -> None:

@@ -164,7 +164,7 @@ def saved_state(settings: TrainConfig) -> State | None:
 
 
 def model_name(epoch: int) -> str:
-    """The file of the model after so many epochs."""
+    """The file of the model after this many epochs."""
     return f"epoch_{epoch}.safetensors"
 
 

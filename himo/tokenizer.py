@@ -1,4 +1,4 @@
-"""Text to token ids by CLIP's byte-pair encoding, equal to that of OpenAI's release.
+"""Text to token ids by CLIP's byte-pair encoding; the ids equal those of OpenAI's release.
 
 A text is cleaned (ftfy, HTML entities, runs of white space), lowered, split into words by a regular
 expression, and each word is merged from its UTF-8 bytes by the ranked merges of the vocabulary
@@ -240,7 +240,7 @@ def split_text(text: str) -> list[str]:
 
 def _is_clean(text: str) -> bool:
     # Cleaning does not change printable ASCII: without `&` there is no entity, and ftfy repairs
-    # only what is not ASCII or a control character.
+    # only control characters and characters outside ASCII.
     return text.isascii() and "&" not in text and text.replace("\n", " ").isprintable()
 
 

@@ -164,7 +164,7 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     tokens = batch.tokens.to(run.device, non_blocking=True)
     set_learning_rate(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
-    # A compiled text tower takes a padded batch: it would be compiled again for every packing.
+    # A compiled text tower takes a padded batch, because each packing would compile it again.
     packing = None if settings.compile else lengths
     size = settings.batch_size
     outputs = run.objective.backward(images, tokens, max_length, size, packing)
@@ -207,7 +207,7 @@ def _validated(run: TrainingRun) -> dict[str, Any]:
 
 
 def _has_lost_patience(run: TrainingRun) -> bool:
-    """Whether too many validations were no better; rank 0 knows, and all ranks must ask."""
+    """Whether the model has not improved for too long. Every rank must call it; rank 0 knows."""
     patience, since = run.settings.patience, run.best.since
     if not patience or not run.ranks.any(run.ranks.main and since >= patience)():
         return False
@@ -217,7 +217,7 @@ def _has_lost_patience(run: TrainingRun) -> bool:
 
 
 def _check_rank(run: TrainingRun, rank: int | None) -> None:
-    """Says once, after the warm-up, if HiDe keeps too few or too many directions."""
+    """Warns once, after the warm-up, if HiDe keeps too few or too many directions."""
     is_early = run.step < min(run.settings.warmup, run.total_steps)
     if rank is None or run.settings.lambda_comp == 0 or run.rank_checked or is_early:
         return

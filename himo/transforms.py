@@ -45,8 +45,8 @@ class Preprocess:
 
     `fast` differs by a few 1/255: `read` lets the JPEG decoder shrink a large image to no less than
     twice the resolution, and torch resizes RGB and grey images, also those already decoded. Other
-    modes are resized as in `exact`. The crop is always that of `exact`, because it follows from the
-    size in the header.
+    modes are resized as in `exact`. The crop is always the crop of `exact`, because it follows from
+    the size in the header.
 
     Args:
         resolution: R, pixels of a side of the result.

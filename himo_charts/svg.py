@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a list: its name, its value, and what is written behind it. None: words alone."""
+    """A bar of a list: its name, its value, and the text after it. Without a value only text."""
 
     run: int
     name: str

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `himo ablate`: its own, and the ones of `himo train` that all runs share."""
     parser.allow_abbrev = False  # --tau, --seed and --device of `himo train` are none of these
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and page")
-    parser.add_argument("--eval-data", help="data set to measure on (default: that of --val-data)")
+    parser.add_argument("--eval-data", help="data set to measure on (default: --val-data)")
     parser.add_argument("--himo-docci", metavar="FILE", help="also measure HiMo@K on HiMo-Docci")
     parser.add_argument("--tables", default="4,5,6", help="of the paper (default: %(default)s)")
     listed = ",".join(f"{tau:g}" for tau in TAUS)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="the text of a label, which replaces {} (default: %(default)r)",
     )
-    text = "the page; all probabilities go beside it as .csv (default: %(default)s)"
+    text = "the page; all probabilities go next to it as .csv (default: %(default)s)"
     parser.add_argument("--out", default="classify.html", metavar="FILE", help=text)
     add_encoder_arguments(parser)
     add_data_arguments(parser)

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data", nargs="+", metavar="DATA", help="image files, or a folder of them, or a data set"
     )
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help=".npy or .safetensors; ids beside it as .json"
+        "--out", required=True, metavar="FILE", help=".npy or .safetensors; ids as .json"
     )
     add_encoder_arguments(parser)
     add_data_arguments(parser)

@@ -1,7 +1,7 @@
-"""Files of features: the numbers as .npy or .safetensors, and beside them what they are of.
+"""Files of features: the numbers as .npy or .safetensors, and their description as .json.
 
 NAME.json has the ids in the order of the rows, the model, the data set, and the SHA-256 of the file
-of the numbers.
+of numbers.
 """
 
 from dataclasses import asdict, dataclass
@@ -47,7 +47,7 @@ class About:
 
 
 def write_features(path: Path, features: Tensor, about: About) -> None:
-    """Writes float32 features [N, E] and, beside them, what they are of."""
+    """Writes float32 features [N, E] and their description."""
     if path.suffix == ".npy":
         with atomic_path(path, needed=features.nbytes) as temporary, open(temporary, "wb") as file:
             np.save(file, features.numpy(), allow_pickle=False)
@@ -58,7 +58,7 @@ def write_features(path: Path, features: Tensor, about: About) -> None:
 
 
 def read_features(name: str) -> tuple[Tensor, About]:
-    """The features [N, E] of `write_features`, and what they are of.
+    """The features [N, E] of `write_features`, and their description.
 
     Raises:
         HimoError: a file is missing or damaged, or the two do not belong together.
@@ -67,22 +67,22 @@ def read_features(name: str) -> tuple[Tensor, About]:
     if path.suffix not in SUFFIXES:
         raise HimoError(f"--features {name}: expected a name that ends in {' or '.join(SUFFIXES)}")
     actual = sha256_file(path)
-    beside = path.with_suffix(".json")
-    with open_regular(beside) as file:
+    described = path.with_suffix(".json")
+    with open_regular(described) as file:
         data = file.read()
     try:
         content = json_value(data)
         digest = content.pop("sha256")
         about = About(**content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise HimoError(f"{beside}: not what `himo encode` writes beside features") from error
+        raise HimoError(f"{described}: not what `himo encode` writes beside features") from error
     if digest != actual:
-        raise HimoError(f"{name}: damaged, or not the features that {beside} belongs to")
+        raise HimoError(f"{name}: damaged, or not the features that {described} belongs to")
     with open_regular(path) as file:
         if path.suffix == ".npy":
             features = torch.from_numpy(np.load(file, allow_pickle=False))
         else:
             features = read_safetensors(file, name)[0][_NAME]
     if len(features) != len(about.ids):
-        raise HimoError(f"{beside}: {len(about.ids):,} ids of {len(features):,} features")
+        raise HimoError(f"{described}: {len(about.ids):,} ids of {len(features):,} features")
     return features, about

@@ -88,10 +88,10 @@ def search_page(
 
 
 def _take_model(args: argparse.Namespace, about: About) -> None:
-    """Sets the flags of the model to what the images were encoded with.
+    """Sets the flags of the model to the model with which the images were encoded.
 
     Raises:
-        HimoError: --pretrained, or the file that was used, is another model by now.
+        HimoError: --pretrained is another model, or the file of that model has changed.
     """
     stored = dict(about.model)
     sha256, pretrained = stored.pop("sha256"), stored.pop("pretrained")

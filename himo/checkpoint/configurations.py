@@ -82,7 +82,7 @@ def of_hugging_face(config: Mapping[str, Any], path: str) -> Stated:
     for tower, part in towers.items():
         if not isinstance(part, dict):
             raise HimoError(f"{path}: not the configuration of a CLIPModel: no {tower}_config")
-        # The name of the same fields in files of old versions, some of which have both.
+        # Old versions write the same fields under this name; some write both.
         earlier = config.get(f"{tower}_config_dict")
         for key, value in earlier.items() if isinstance(earlier, dict) else ():
             if part.get(key) != value:
@@ -228,7 +228,7 @@ def hf_tokenizer_config(config: CLIPConfig) -> dict[str, Any]:
         "bos_token": start,
         "eos_token": end,
         "unk_token": end,
-        "pad_token": end,  # as CLIP's own; what follows the first end has no effect
+        "pad_token": end,  # like CLIP's own; tokens after the first end have no effect
         "do_lower_case": True,
         "model_max_length": config.context_length,
     }

@@ -1,6 +1,6 @@
 """Maps the names of a CLIP's tensors between projects, and deduces its sizes from their shapes.
 
-"himo" names are those of OpenAI's CLIP and of `HiMoCLIP`. "open_clip" has one table of text
+"himo" are the names of OpenAI's CLIP and of `HiMoCLIP`. "open_clip" has one table of text
 positions instead of two. "hf", Hugging Face's CLIPModel, has other names, separate query, key and
 value projections, and transposed output projections. A mapping moves values and changes none, so a
 round trip is exact to the bit.
@@ -267,7 +267,7 @@ def _from_hf(state: State) -> State:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """The name by a table that has the whole name or that of the parameter's module."""
+    """The new name, from a table that has the whole name or the name of the parameter's module."""
     module, _, parameter = name.rpartition(".")
     if name in names:
         return names[name]

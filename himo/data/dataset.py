@@ -18,7 +18,7 @@ from himo.transforms import ImageError, Preprocess, Reason
 
 # What `Sample.reason` means; 0 is a good image.
 REASONS: tuple[str, ...] = ("good", *get_args(Reason), TextError.reason)
-# With 1 % bad samples, so many independent draws all fail once in 1e32.
+# With 1 % bad samples, this many independent draws all fail once in 1e32.
 _ATTEMPTS = 16
 _EXAMPLES = 5  # of bad samples, in a message
 

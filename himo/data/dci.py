@@ -26,7 +26,7 @@ class Annotations(Source):
     A file whose `extra_caption` is empty is no record: it counts in `ignored`.
 
     Args:
-        path: the folder `annotations`; images are below `photos` beside it by default.
+        path: the folder `annotations`; by default images are in the folder `photos` next to it.
     """
 
     kind = "dci"

@@ -75,7 +75,7 @@ def make_loader(
 
     Args:
         dataset: the samples.
-        sampler: its length is that of `dataset`.
+        sampler: as long as `dataset`.
         workers: processes that decode; 0 decodes in this one.
         seed: of the generator that seeds the workers.
         max_bad_fraction: see `BadSamples`.

@@ -40,20 +40,20 @@ MANIFEST = "pack.json"
 FORMATS = {"jpeg": "jpg", "webp": "webp"}  # and the suffix of a member
 _CHUNK = 16  # images that a worker makes at a time
 _EXAMPLES = 5  # of images that cannot be read, for each shard and in a message
-_DRAFT_SIDES = 2  # in fast mode a JPEG is shrunk while decoded, to no less than so many sizes
+_DRAFT_SIDES = 2  # in fast mode a JPEG is shrunk while decoded, to no less than twice the size
 _MAX_MANIFEST = 1 << 28  # bytes; a shard takes 100 and, with bad images, 1,000
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What decides the content of the shards, beside the records.
+    """The options that, with the records, decide the content of the shards.
 
     Attributes:
         size: pixels of the short side; a smaller image keeps its size.
         format: of the images, a key of FORMATS.
         quality: of the encoder, 1 to 100.
         mode: of the decoder and resize; see `himo.transforms.Preprocess`.
-        shard_pairs: records of a shard, those that cannot be read too.
+        shard_pairs: records of a shard, including those that cannot be read.
     """
 
     size: int = 256
@@ -223,7 +223,7 @@ class _Folder:
 
     def __init__(self, path: Path, index: SampleIndex, options: PackOptions) -> None:
         self.path, self.records = path, len(index)
-        # Of all paths and captions; images themselves are not watched, as those of an index.
+        # Of all paths and captions. As in an index, changes of the images are not noticed.
         self.key = {"version": 1, "sha256": index.report.sha256, **asdict(options)}
         self.shards: dict[str, dict[str, Any]] = {}
         try:
@@ -253,7 +253,7 @@ class _Folder:
         self._write()
 
     def check(self, bad: dict[str, int], examples: list[str], most: float) -> None:
-        """HimoError if more than this fraction of all images is bad, with those of a new shard."""
+        """HimoError if more than this fraction of all images is bad, including the new shard's."""
         packed = self.packed(0)
         total = Counter(packed.bad) + Counter(bad)
         if total.total() > most * self.records:

@@ -172,7 +172,7 @@ class ObjectSource(KeyedSource):
 
     @abstractmethod
     def values(self, file: BufferedReader, progress: Progress) -> Iterator[tuple[int, Any]]:
-        """Yields the line and the value of each record; a RecordError for what is not JSON."""
+        """Yields the line and the value of each record; a RecordError where it is not JSON."""
 
     def place(self, line: int, number: int) -> str:
         """Where record `number` is, for messages."""
@@ -303,7 +303,7 @@ def record_of_mapping(
 def caption_of_mapping(value: Any, caption_key: str | None) -> Any:
     """The caption of a decoded JSON object, unchecked.
 
-    It is the value of `caption_key`; by default what the assistant says in the conversation, or,
+    It is the value of `caption_key`. By default it is the assistant's text in the conversation or,
     without a conversation, the value of the first of CAPTION_KEYS.
     """
     if not isinstance(value, dict):
@@ -320,7 +320,7 @@ def _assistant_words(turns: Any) -> Any:
         role = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
         if isinstance(role, str) and role.strip().lower() in _ASSISTANTS:
             words = turn.get("value", turn.get("content"))
-            if isinstance(words, list):  # OpenAI's form: parts, of which some are text
+            if isinstance(words, list):  # OpenAI's form: a list of parts, some of them text
                 parts = [part.get("text") if isinstance(part, dict) else part for part in words]
                 words = " ".join(part for part in parts if isinstance(part, str))
             return words

@@ -12,10 +12,10 @@ from himo.errors import HimoError
 class EpochSampler(Sampler[list[int]]):
     """Yields, for one rank, the lists of sample numbers of each batch of an epoch.
 
-    The order of an epoch is one permutation of all samples, for any number of ranks; global batch k
-    is its k-th slice of `batch_size * world_size` samples, of which rank r takes the r-th part. No
-    sample comes twice in an epoch, and none is repeated to fill a batch: in a contrastive loss it
-    would be a false negative.
+    The order of an epoch is one permutation of all samples, for any number of ranks. Global batch k
+    is its k-th slice of `batch_size * world_size` samples; rank r takes the r-th part of the slice.
+    No sample comes twice in an epoch, and none is repeated to fill a batch: in a contrastive loss
+    it would be a false negative.
 
     With `drop_last`, for training, the samples that do not fill a global batch are dropped: every
     rank has the same number of full batches. Without it, for evaluation, they follow in order: the

@@ -21,7 +21,7 @@ from himo.data.records import (
 from himo.errors import HimoError, quoted
 
 _CHUNK = 1 << 18  # bytes read at a time
-_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's, which are fewer than those of Unicode
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space; Unicode has more
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
 _FIRST_KEY = re.compile(r'{\s*("[^"\\\n]{0,100}")\s*:')
 _NEXT_OBJECT = re.compile(rf",\s*{_FIRST_KEY.pattern}")
@@ -32,8 +32,8 @@ _MAX_KEYS = 100  # that records begin with
 class ShareGPT4V(ObjectSource):
     """Records `{"image": path, "conversations": [{...}, {"from": "gpt", "value": caption}]}`.
 
-    The caption is what the first turn of the assistant says, with line breaks as spaces: in
-    ShareGPT4V the second turn, which HiMo-CLIP and Long-CLIP train on. A turn is found by its role
+    The caption is the text of the assistant's first turn, with line breaks as spaces: in ShareGPT4V
+    the second turn, which HiMo-CLIP and Long-CLIP train on. A turn is found by its role
     (`from` or `role`: gpt, assistant, ...); its text is its `value` or `content`. A record without
     conversations, as in other JSON lists of captioned images, is read by its caption key.
 
@@ -154,9 +154,9 @@ class JsonText:
     def _end(self) -> int:
         """Where the broken element at the position ends; -1 if not in the window.
 
-        It ends where its brackets close. A stray quote would move that end past good records, so
-        it ends at the latest before the next object whose first key is its own, or that of a good
-        record.
+        It ends where its brackets close. A stray quote would move that end past good records.
+        Therefore it ends at the latest before the next object whose first key is its own first key
+        or a good record's.
         """
         opening = _FIRST_KEY.match(self.window, self.position)
         if opening is None:

@@ -64,8 +64,8 @@ def open_dataset(
     Args:
         source: an annotation file, a folder, a tar shard or a pattern of shards.
         dataset_type: one of DATASET_TYPES; auto goes by the name and, for .json, the first byte.
-        image_root: directory of the image paths; by default that of the annotation file.
-        image_key, caption_key: names of the fields; by default those of `himo.data.records`.
+        image_root: directory of the image paths; by default the directory of the annotation file.
+        image_key, caption_key: names of the fields; by default the names in `himo.data.records`.
         separator: of csv; by default whichever of tab, comma and semicolon gives the columns.
         split: reads the records of one split, of a file whose records have the key `split`.
         first_line: of a folder; see `Folder`.
@@ -77,7 +77,7 @@ def open_dataset(
         progress: shows a bar when building takes more than 2 seconds.
 
     Raises:
-        HimoError: what is wrong with the source or an argument, with file and line.
+        HimoError: a fault of the source or an argument, with file and line.
     """
     path = os.path.abspath(source)
     if not 0 <= max_bad_fraction <= 1:

@@ -9,7 +9,7 @@ _MAX_NAME = 40  # characters
 
 
 class Splits:
-    """Tells which records are read, and counts those of each split.
+    """Tells which records are read, and counts the records of each split.
 
     Args:
         wanted: the split to read; None reads all, and records without a split.

@@ -28,10 +28,11 @@ _SEPARATORS = ("\t", ",", ";")
 _QUOTED = re.compile(r'([^"]*+(?:""[^"]*+)*+)("?)')  # up to the quote that closes it, if there
 # Numbers, and the hexadecimal ones of a digest or a UUID.
 _NUMBER = re.compile(r"[0-9a-fA-F]{4,}|\d+")
-# Longest row, in lines: each line is read again if the quote was a stray one. After so many lines
-# read again, in a file full of stray quotes, no row continues on further lines.
+# Longest row, in lines. If its quote was a stray one, each line is read again.
 _MAX_LINES = 500
-_MAX_AGAIN, _MAX_AGAIN_SHARE = 10_000, 10  # plus ten times the lines of the file up to there
+# Lines read again, plus ten times the lines of the file so far. In a file with more of them, which
+# is full of stray quotes, no row continues on further lines.
+_MAX_AGAIN, _MAX_AGAIN_SHARE = 10_000, 10
 _MAX_SHAPES = 1000  # of image paths
 
 
@@ -237,7 +238,7 @@ def _fields(line: str, separator: str, width: int, below: Iterator[str]) -> list
     Args:
         line: its first line.
         separator: of fields.
-        width: a field beyond so many does not continue on further lines.
+        width: fields after this many do not continue on further lines.
         below: the lines on which a quoted field may continue.
 
     Raises:

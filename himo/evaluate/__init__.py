@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--himo-docci", metavar="FILE", help="HiMo-Docci's prefixes, JSON lines")
     parser.add_argument("--cola", metavar="FILE", help="COLA's multi-object groups, JSON")
-    text = "result; tables go beside it as .csv, .tex and .html (default: %(default)s)"
+    text = "result; tables go next to it as .csv, .tex and .html (default: %(default)s)"
     parser.add_argument("--out", default="eval.json", help=text)
     parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, prints the table and writes the result; HimoError for what a user can mend."""
+    """Evaluates, prints the table and writes the result; HimoError for a mistake of the user."""
     data = [*args.data, *SUITES.get(args.suite, ())]
     given = (("prefixes", args.himo_docci), ("groups", args.cola))
     more = [(kind, path) for kind, path in given if path]
@@ -188,7 +188,7 @@ def _run_suite(args: argparse.Namespace, items: Sequence[Item], out: Path) -> in
     write_result(out, result)
     for suffix, content in contents.items():
         write_text(out.with_suffix(suffix), content)
-    print(f"{terminal(found, models)}\n\nwrote {out}, and {', '.join(contents)} beside it")
+    print(f"{terminal(found, models)}\n\nwrote {out}, and {', '.join(contents)} next to it")
     return 0
 
 
@@ -219,7 +219,7 @@ def _describe(args: argparse.Namespace, encoder: Encoder, path: str) -> dict[str
 def _decisive(
     args: argparse.Namespace, described: dict[str, Any], products: torch.dtype, encoder: Encoder
 ) -> dict[str, Any]:
-    """What a kept feature depends on beside the data: the model, the program and the device."""
+    """Everything but the data on which a cached feature depends: model, program and device."""
     given = {name: value for name, value in described.items() if name != "path"}
     versions = {"himo": __version__, "torch": torch.__version__}
     arithmetic = {"products": str(products), "device": encoder.device.type}

@@ -32,7 +32,7 @@ def cola(
     Args:
         encoder: the model.
         path: the published JSON file.
-        image_root: the directory of the images; by default that of the file.
+        image_root: the directory of the images; by default the directory of the file.
         allow_missing: leaves out, and counts, groups that cannot be used.
 
     Returns:

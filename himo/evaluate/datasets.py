@@ -1,6 +1,6 @@
 """The data sets of the paper by name: how each lies on disk, and where it comes from.
 
-`datasets.md` beside this file has the sources of what is stated here.
+The sources are in `datasets.md`, next to this file.
 """
 
 import argparse
@@ -16,7 +16,7 @@ class Layout(NamedTuple):
     """One way in which a set lies on disk. Paths are relative to its folder.
 
     Attributes:
-        file: what is read; "." is the folder itself.
+        file: the file that is read; "." is the folder itself.
         images: where the images may be; the first directory that exists is taken.
         options: further arguments of `himo.data.open_dataset`.
     """
@@ -45,7 +45,7 @@ class DataSet:
         images, captions: how many it has; 0 where the sources do not say.
         source, licence: where it comes from, and on which terms.
         split: the part that is scored.
-        captions_per_image: so many are taken of each image, as the released scripts do.
+        captions_per_image: the captions of an image that are used, as in the released scripts.
         kind: "captions"; "prefixes" as HiMo-Docci; "groups" as COLA.
     """
 
@@ -277,7 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`himo datasets`: lists the sets; with a folder, what was found and what is missing."""
+    """`himo datasets`: lists the sets; with a folder, the files found and the files missing."""
     folders = {}
     for value in args.sets:
         name, folder = named(value)

@@ -1,8 +1,8 @@
-"""Features kept in a folder, so that the next evaluation of the same model and data reads them.
+"""Features cached in a folder, so that the next evaluation of the same model and data reads them.
 
 A file is named after the digest of all that decides its features: the model, the preprocessing, and
-the content of every image or the tokens of every text. Another checkpoint or a changed image has
-another name, so what a file holds is never stale.
+the content of every image or the tokens of every text. Another checkpoint or a changed image gives
+another name, so a file is never stale.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ class FeatureCache:
     """Files of features in a folder.
 
     Args:
-        folder: is made where it does not exist.
-        model: the checkpoint's digest and all that changes a feature beside the data.
+        folder: is made if it does not exist.
+        model: the checkpoint's digest, and everything but the data that changes a feature.
 
     Raises:
         HimoError: the folder cannot be made.

@@ -28,8 +28,8 @@ from himo.evaluate.metrics import (
 )
 from himo.files import open_regular
 
-# The paper reads K > 3 as a correlation, and does not say which K a captioned set is given.
-# Here each caption is cut as finely as its sentences allow.
+# For K > 3 the paper's measure is a correlation. The paper does not say into how many parts it cuts
+# the captions of a data set; here each sentence is a part.
 K_RULE = f"K = sentences of the caption, where more than 3, at most {MAX_SEGMENTS}"
 GIVEN_K_RULE = "K = prefixes of the image"  # of HiMo-Docci
 MORE_THAN = 3
@@ -64,7 +64,7 @@ def himo_k(series: Sequence[Tensor], more_than: int = MORE_THAN) -> dict[str, An
 
     Args:
         series: for each caption the scores [K] of its first 1, ..., K parts.
-        more_than: series of at most so many scores are left out.
+        more_than: series with at most this many scores are left out.
 
     Returns:
         {"value": mean correlation or None, "used", "left_out", "K": [...], "rho": [...]}, the last
@@ -113,8 +113,8 @@ def read_himo_docci(
     """The lines of HiMo-Docci, `{"img_path": ..., "caption": [t_1, ..., t_K], "raw_caption": ...}`.
 
     Raises:
-        HimoError: a line that is not of this form, with its number, unless `allow_missing` counts
-            it; no line that is.
+        HimoError: a line has another form (`allow_missing` counts it instead), or no line has this
+            form.
     """
     coverage = Coverage(0, allow_missing)
     records = []
@@ -193,7 +193,7 @@ class PrefixScores:
 
 
 def added_text(before: str, after: str) -> str:
-    """The part of `after` that is not in `before`; whole words where they differ before the end."""
+    """The part of `after` that is not in `before`, from the start of the word that differs."""
     pairs = enumerate(zip(before, after, strict=False))
     common = next((at for at, (old, new) in pairs if old != new), min(len(before), len(after)))
     if any(character.isalnum() for character in before[common:]):

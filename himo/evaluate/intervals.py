@@ -20,7 +20,7 @@ INTERVAL_RULE = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A result, and what it is in each of DRAWS bootstrap draws."""
+    """A result, and its value in each of DRAWS bootstrap draws."""
 
     value: float
     draws: "np.ndarray[Any, np.dtype[np.float64]]"  # [DRAWS]
@@ -40,7 +40,7 @@ def estimate(
         values: one for each query.
         groups: the image of each value, integers from 0 on: an image is drawn with all its values.
             By default each value is an image of its own.
-        name: of the data set. Draws of one name and size are the same in every run; those of two
+        name: of the data set. Draws of one name and size are the same in every run. Draws of two
             names are independent, so that their mean can be estimated.
 
     Raises:

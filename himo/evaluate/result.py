@@ -205,7 +205,7 @@ def _row(name: str, cells: Sequence[str]) -> str:
 def _choice(series: Sequence[Tensor], what: str) -> tuple[list[int], str]:
     """Up to 6 positions, the same for the same data, and a sentence on how they were chosen.
 
-    A curve needs at least 4 points; where no series has so many, 2.
+    A curve needs at least 4 points, or 2 if no series has 4.
     """
     for least in (4, 2):
         eligible = [position for position, scores in enumerate(series) if len(scores) >= least]

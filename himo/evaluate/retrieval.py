@@ -86,8 +86,8 @@ def group_by_image(
     Args:
         index: the records.
         coverage: counts records that are left out.
-        captions_per_image: takes the first so many captions of each image, as the protocols of
-            COCO and Flickr30k do with 5, and leaves out images with fewer.
+        captions_per_image: takes this many captions of each image, the first ones, and leaves out
+            images with fewer. The protocols of COCO and Flickr30k take 5.
 
     Raises:
         HimoError: an image has fewer captions than that, unless `coverage` allows it.

@@ -1,11 +1,11 @@
-"""Texts that begin alike, laid out so that the text tower computes what they share once.
+"""Texts that begin alike, laid out so that the text tower computes their shared tokens once.
 
 The tower is causal: the state of a token depends on the tokens before it alone. So the tokens that
 two texts begin with have the same states in both. A row holds several texts as a tree: a shared
 token is there once, each text's further tokens follow, its end-of-text among them, and every token
-sees those before it in its own text and no other. A caption with all its prefixes then takes little
-more than the caption alone. Only tokens count, so a text that was cut, or whose last word is
-encoded differently than within the caption, shares what is equal and no more.
+sees only the earlier tokens of its own text. A caption with all its prefixes then takes little more
+time than the caption alone. Tokens are compared, not characters. A text that was cut, or whose last
+word is encoded differently than within the caption, shares the tokens up to the first difference.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 TokenRows = np.ndarray[Any, np.dtype[np.uint16]]
 
-# A row is at most as long as so many texts of the full context: attention takes its square.
+# A row is at most as long as this many full contexts, because attention takes its square.
 _CONTEXTS = 2
 
 

@@ -29,11 +29,11 @@ class Item:
 
     Attributes:
         name: of the set, or the path as given.
-        kind: "captions", "prefixes" or "groups", as of `DataSet`.
+        kind: "captions", "prefixes" or "groups", as in `DataSet`.
         path, image_root: where it is.
         opened: the index of captions, and the records left out of it.
-        captions_per_image: as of `DataSet`.
-        protocol: what the result says of the set.
+        captions_per_image: as in `DataSet`.
+        protocol: the description of the set in the result.
     """
 
     name: str
@@ -111,7 +111,7 @@ def _check_flags(
 
 
 def _report(problems: Sequence[str], total: int, allowed: bool) -> None:
-    """Says what is missing; HimoError unless that is allowed."""
+    """Prints the problems; raises HimoError unless they are allowed."""
     if len(problems) == 1 and not allowed:
         raise HimoError(problems[0])
     for problem in problems:

@@ -1,4 +1,4 @@
-"""Tables 1 to 3 of the paper with the results of one's own checkpoints beside the paper's."""
+"""Tables 1 to 3 of the paper, with the results of the user's checkpoints next to the paper's."""
 
 import csv
 import io

@@ -13,7 +13,7 @@ from himo.images.limits import SLOW, ImageError, Reader
 _MAX_SCANS = 20
 # Bytes of all scans of a progressive JPEG; each byte takes about 40 ns.
 _MAX_SCAN_BYTES = 40_000_000
-_CHANNELS = 4  # at most, and at most so many scans of a sequential JPEG
+_CHANNELS = 4  # at most; a sequential JPEG has at most one scan for each
 # Of one file: an encoder writes up to a few hundred, for long metadata.
 _MAX_SEGMENTS = 4096
 

@@ -14,8 +14,8 @@ Reason = Literal["missing", "not_a_file", "too_large", "truncated", "unknown_for
 
 MAX_PIXELS = 50_000_000
 _MAX_SIDE = 65_535  # the largest of JPEG and GIF; a longer side belongs to a strip, not a picture
-# Bytes read of a file: 1.5 times those of its pixels, which noise takes after LZW or in the best
-# JPEG, and more for its structure.
+# Bytes read of a file: 1.5 times the bytes of its pixels, which noise takes after LZW or in the
+# best JPEG, and more for its structure.
 _EXPANSION = 1.5
 _LEAST_BITS = 8  # of a pixel: fax coding makes dithered pixels of two levels longer
 _SPARE_BYTES = 1 << 20

@@ -40,9 +40,9 @@ def open_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Reads JPEG, PNG, WebP, GIF, BMP, TIFF and binary PPM. The cost is checked before memory is
     allocated; see `himo.images.limits`. Greys of more than 8 bits become 8; see `himo.images.grey`.
-    Metadata is skipped, so the EXIF orientation is not applied, as in CLIP's own preprocessing;
-    Pillow applies that of TIFF. A truncated file is refused even if Pillow is set to load such
-    files.
+    Metadata is skipped, so the EXIF orientation is not applied, as in CLIP's own preprocessing.
+    Pillow itself applies the orientation of a TIFF file. A truncated file is refused even if Pillow
+    is set to load such files.
 
     Args:
         source: a path, which has to be a regular file, or the bytes of a file.

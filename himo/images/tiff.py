@@ -128,7 +128,7 @@ class _Directory:
                 self.entries.setdefault(tag, (kind, count, value))
 
     def data(self, tag: int, most: int | None = None) -> tuple[int, bytes]:
-        """The type and the bytes of a tag, of at most so many values."""
+        """The type and the bytes of a tag, with at most `most` values."""
         if tag not in self.entries:
             raise ImageError(f"no tag {tag}, which its pixels need")
         kind, count, value = self.entries[tag]

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="directories of runs (LOGS/NAME of himo train)"
     )
-    text = "the page; its numbers go beside it as .csv and .json (default: %(default)s)"
+    text = "the page; its numbers go next to it as .csv and .json (default: %(default)s)"
     parser.add_argument("--out", default="report.html", metavar="FILE", help=text)
     export.add_arguments(parser)
 

@@ -39,8 +39,8 @@ def segments_of(captions: Sequence[str], k: int | None, *, at_most: int | None =
     """The segments of a caption; several texts are a segment each.
 
     Args:
-        k: how many segments to join the sentences to; None takes each sentence.
-        at_most: of these, more are joined to so many.
+        k: the number of segments to join the sentences to; None takes each sentence.
+        at_most: the largest number of segments; more sentences are joined to this many.
 
     Raises:
         HimoError: fewer than two segments, or than k; an empty one.

@@ -29,7 +29,7 @@ from himo_charts.scales import Scale, fixed, number
 from himo_kernels import pca, project_reconstruct
 from himo_kernels.nn import PRESETS
 
-_POOL = 4096  # captions of a data set, of which those most like the caption are found
+_POOL = 4096  # captions of a data set that are searched for the ones most like the caption
 _MOST_SEGMENTS = 12  # that a chart has room for
 _SHOWN = 6  # captions of each batch on the page
 _DRAWN, _ALIKE = "drawn at random", "most like the caption"
@@ -86,7 +86,7 @@ class Kept:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`himo context`: prints what is kept and writes the page."""
+    """`himo context`: prints the kept shares and writes the page."""
     page = output_path(args.out, ".html")
     _check(args)
     segments = segments_of(args.caption, None, at_most=_MOST_SEGMENTS)
@@ -119,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _captions(data: str, options: dict[str, Any], caption: str, seed: int, most: int) -> list[str]:
-    """Different captions of a data set in random order, without `caption`; at most so many."""
+    """At most `most` different captions of a data set in random order, without `caption`."""
     item = open_items([data], None, options, None)[0]
     if item.opened is not None:
         index = item.opened[0]
@@ -179,10 +179,10 @@ def kept_in(name: str, others: Sequence[str], batch: Tensor, added: Tensor, tau:
     """What HiDe keeps of the first row of a batch, and of what the segments add to it.
 
     Args:
-        name, others: as of `Kept`.
+        name, others: as in `Kept`.
         batch: [N, D] features, float64.
         added: [K, D], what each segment adds to batch[0].
-        tau: the share of the variance that is kept.
+        tau: the share of the variance to keep.
     """
     found = pca(batch, tau)
     rank = int(found.rank)
@@ -211,7 +211,7 @@ def context_page(
 
     Args:
         segments: of the caption.
-        found: what is kept in each batch.
+        found: the result of each batch.
         now: the date on the page.
     """
     runs = [

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that writes a page."""
     text = "also write each chart of the page as an SVG file into this folder"
     parser.add_argument("--figures", metavar="DIR", help=text)
-    text = "also print the page to .pdf beside it; needs Chromium, Chrome or Edge"
+    text = "also print the page to a .pdf next to it; needs Chromium, Chrome or Edge"
     parser.add_argument("--pdf", action="store_true", help=text)
 
 
@@ -49,7 +49,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace, page: Path, names: Sequence[str]) -> None:
-    """Writes what the flags ask for, and prints where it is.
+    """Writes the figures and the PDF that the flags ask for, and prints their paths.
 
     Args:
         page: the page, which is written.
@@ -77,7 +77,7 @@ def write_figures(page: Path, folder: str | os.PathLike[str], names: Sequence[st
 
 
 def print_pdf(page: Path) -> Path:
-    """The page as PDF beside it, printed by the browser that is installed.
+    """Prints the page to a PDF next to it, with an installed browser; returns its path.
 
     Raises:
         HimoError: there is none, it fails, or the file cannot be written.

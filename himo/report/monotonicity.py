@@ -98,7 +98,7 @@ def _rho_figure(
     Args:
         found: for each run the captions, as (size, correlation).
         groups: the smallest and the largest size of each, ascending.
-        x_ticks: as of `line_chart`.
+        x_ticks: as in `line_chart`.
     """
     means = [[_group_mean(of_run, *group) for group in groups] for of_run in found]
     y = fit((mean for of_run in means for mean, _ in of_run), margin=0.12)

@@ -1,4 +1,4 @@
-"""Reads run directories. A damaged file is no error: the `Run` says what is missing."""
+"""Reads run directories. A damaged file is no error: the notes of a `Run` name what is missing."""
 
 import io
 import json

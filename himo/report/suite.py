@@ -1,4 +1,4 @@
-"""The page of `himo eval --suite`: the paper's tables with one's own results beside."""
+"""The page of `himo eval --suite`: the paper's tables, with the user's results next to them."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime

@@ -45,7 +45,7 @@ GROUNDS: dict[str, RGB] = {  # of wall and floor
     "maroon": (84, 22, 36),
     "charcoal": (54, 56, 62),
 }
-_CONTRAST = 115  # least distance in RGB between an object and what is behind it
+_CONTRAST = 115  # least distance in RGB between an object and the scene behind it
 _GROUND_CONTRAST = 60  # between wall and floor
 
 PATTERNS: dict[str, tuple[str, ...]] = {  # of the wall

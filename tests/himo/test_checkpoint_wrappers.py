@@ -1,4 +1,4 @@
-"""State dicts as training scripts keep them: under keys and prefixes, beside other things."""
+"""State dicts as training scripts keep them: under keys and prefixes, among other things."""
 
 import argparse
 import collections
