@@ -1,6 +1,6 @@
 """The cost of one call: (case, rank, with_backward) -> FLOPs, and elements read and written.
 
-The formulas are those of the cost tables in the operators' READMEs, the same for every candidate.
+The formulas are from the cost tables of the operators' READMEs, the same for every candidate.
 """
 
 from collections.abc import Callable

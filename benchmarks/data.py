@@ -3,14 +3,14 @@
     python -m benchmarks.data --records 1250000 --out benchmarks/results/cpu/data.csv
 
 `loader` rows: `himo bench data` on photos of 640 x 427 as COCO has them, with captions of some 130
-words, in turns: tokenised or from the token cache, as files or packed by `himo pack`, handed over
+words, in rounds: tokenised or from the token cache, as files or packed by `himo pack`, handed over
 as uint8 or, as the released code does, as float32. The time is the smallest of the rounds, because
 other programs only add to it.
 
-`index` rows: a ShareGPT4V file of so many records is made, indexed and its captions encoded; then
-several processes at once read records and tokens at random. The growth of memory is that of private
-pages: those of the files are the system's, and shared. Seconds on processors do not count those in
-which other programs had them.
+`index` rows: a ShareGPT4V file of this many records is made, indexed and its captions encoded; then
+several processes at once read records and tokens at random. The growth of memory counts private
+pages only, because the system shares the pages of files. Processor seconds exclude the time in
+which other programs ran.
 """
 
 import argparse
@@ -236,7 +236,7 @@ def caption(seed: int) -> str:
 
 
 def write_records(path: Path, count: int) -> None:
-    """A ShareGPT4V file whose images are 1,000 files beside it."""
+    """A ShareGPT4V file, with 1,000 image files in the same folder."""
     images = path.with_name("images")
     images.mkdir()
     for number_ in range(1000):

@@ -3,10 +3,10 @@
     python -m benchmarks.effect --runs demo/effect --out benchmarks/results/cpu
 
 Two small towers are trained from scratch on the first sentences of captions, and then fine-tuned
-on whole captions, as the paper does, with each loss of METHODS at each of RATES. The scenes are
-those of `himo synth`, given to the image tower as facts and not as pictures: in the minutes of a
-run here, a CLIP that reads the pictures keeps few directions (`last_rank` of demo.csv), and HiDe
-needs many. Loss, optimizer and schedule are those of `himo train`, the metrics of `himo eval`.
+on whole captions, as the paper does, with each loss of METHODS at each of RATES. `himo synth` makes
+the scenes. The image tower gets the facts of a scene, not its picture: a CLIP that reads pictures
+keeps few directions in the minutes of a run here (`last_rank` of demo.csv), and HiDe needs many.
+Loss, optimizer and schedule are the same as in `himo train`, the metrics as in `himo eval`.
 
 A method is compared with the same loss without its component part, at each rate and at the best
 rate of either, chosen on other scenes than those compared on. Runs are paired by seed.
@@ -321,7 +321,7 @@ def _ignore_interrupts() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what is left, and writes the rows and the page."""
+    """Runs the jobs that are left, and writes the rows and the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.effect", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("demo/effect"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
@@ -344,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(jobs: Sequence[Job], out: Path) -> None:
-    """The rows of all runs, those of all comparisons, and the page."""
+    """Writes the rows of all runs, the rows of all comparisons, and the page."""
     results: Results = {(job.method, job.lr, job.seed): job.result() or {} for job in jobs}
     write_text(out / "effect_runs.csv", runs_csv(results))
     write_text(out / "effect.csv", comparisons_csv(results))

@@ -26,7 +26,7 @@ class Method:
     baseline: str | None = None
 
 
-# CLIP's loss is that of HiMo with a component loss of weight 0, which records R.
+# CLIP's loss is HiMo's with a component loss of weight 0, so that R is recorded.
 METHODS = {
     "clip": Method("CLIP", {"preset": "paper", "tau": 0.9, "lambda_comp": 0.0}),
     "paper-0.9": Method("paper, τ = 0.9", {"preset": "paper", "tau": 0.9}, "clip"),
@@ -116,7 +116,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, floa
     count = len(differences)
     if count == 1:
         return differences[0], math.nan
-    # Without what is only the rounding of float64; adding 0.0 makes a -0.0 positive.
+    # Rounding removes the noise of float64; adding 0.0 makes a -0.0 positive.
     return round(mean(differences), 9) + 0.0, _T[count - 1] * stdev(differences) / math.sqrt(count)
 
 

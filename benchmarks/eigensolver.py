@@ -23,7 +23,7 @@ SECONDS = 1.0  # for each size
 
 
 def milliseconds(n: int, seconds: float = SECONDS) -> dict[str, float]:
-    """Returns the shortest time of each solver for an n x n matrix, measured in turn."""
+    """Returns the shortest time of each solver for an n x n matrix, measured in rounds."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2 * n, n, dtype=torch.float64, generator=generator)
     rows *= torch.arange(1, n + 1).double().rsqrt()

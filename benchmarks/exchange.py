@@ -2,9 +2,9 @@
 
 python -m torch.distributed.run --nproc-per-node=2 -m benchmarks.exchange --device cuda
 
-Each rank compares its share of the loss and its gradients with those of the joined batch, for both
-strategies, with equal and unequal rows. On GPUs, rank 0 then profiles a step with the ring: the
-share of the time of NCCL's kernels in which another kernel runs too.
+Each rank compares its share of the loss and its gradients with the values of one process on the
+joined batch, for both strategies, with equal and unequal rows. On GPUs, rank 0 then profiles a step
+with the ring: the share of the time of NCCL's kernels in which another kernel runs too.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == 0:
             print(
                 f"ring of {size}, {rows} x {FEATURES} each: {milliseconds:.3f} ms of NCCL's "
-                f"kernels, {share:.0%} beside another kernel",
+                f"kernels, {share:.0%} in parallel with another kernel",
                 flush=True,
             )
     dist.destroy_process_group()

@@ -22,7 +22,7 @@ FIRST_TESTS = (
     *(f"tests/info_nce/test_info_nce_{name}_triton.py" for name in ("block", "pairs")),
     *(f"tests/sigmoid_loss/test_sigmoid_loss{name}.py" for name in ("", "_triton")),
 )
-PROCESSES = 8  # of the tests: they compile beside each other
+PROCESSES = 8  # of the tests, which compile in parallel
 TABLE = 20  # seconds of the last step
 INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 # An allocation of its own for every tensor, so that the sanitizer knows where each one ends.
@@ -30,7 +30,7 @@ SANITIZED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def session(out: Path, minutes: float, dry: bool) -> list[list[Step]]:
-    """Returns the steps in order; those of a group run beside each other."""
+    """Returns the steps in order; the steps of a group run in parallel."""
     python = (sys.executable, "-m")
     only_here = INTERPRETED if dry else {}
 

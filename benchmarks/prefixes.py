@@ -2,10 +2,10 @@
 
     python -m benchmarks.prefixes --data himo_docci.jsonl --out benchmarks/results/cpu/prefixes.csv
 
-Three ways, in turns on the same texts: each text padded to the context, as the released code does;
+Three ways, in rounds on the same texts: each text padded to the context, as the released code does;
 each distinct text to the longest of its batch, sorted by length; and shared prefixes once, as
 `himo eval` does. The weights are random: they do not change the time. Prints the ratios, and writes
-a row in place of that of the same measurement.
+a row, which replaces an earlier row of the same measurement.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, str]:
-    """The row of one measurement, of which it prints the ratios."""
+    """Prints the ratios of one measurement and returns its row."""
     load = os.getloadavg()[0]
     records, _ = read_himo_docci(args.data)
     chosen = records[:: max(1, len(records) // args.captions)][: args.captions]

@@ -2,9 +2,10 @@
 
     python -m benchmarks.retrieval --out benchmarks/results/cpu/retrieval.csv
 
-By default the size is COCO's, 5,000 images with 5 captions each, and the width that of ViT-L/14.
-Features are random: a caption is its image and noise. Each run is a process of its own. Prints the
-shortest time and the largest memory, and writes a row in place of that of the same measurement.
+By default the size is COCO's, 5,000 images with 5 captions each, and the width is ViT-L/14's.
+Features are random: a caption is its image and noise. Each run has its own process. Prints the
+shortest time and the largest memory, and writes a row, which replaces an earlier row of the same
+measurement.
 """
 
 import argparse

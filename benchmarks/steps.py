@@ -53,7 +53,7 @@ class _Running:
 
 
 def run(
-    session: Sequence[Sequence[Step]],  # the steps of a group run beside each other
+    session: Sequence[Sequence[Step]],  # the steps of a group run in parallel
     out: Path,
     minutes: float,
 ) -> list[Result]:

@@ -1,12 +1,12 @@
-"""Time and memory of a training step by part, beside the semantics of the released code.
+"""Time and memory of a training step by part, ours and the semantics of the released code.
 
     python -m benchmarks.train_step --data himo_docci.jsonl --out train_step.csv
 
 "himo" packs the captions, computes the loss by HiMoLoss and steps with fused AdamW; "released"
 runs the same towers on captions padded to the context, the eager loss of
-`benchmarks.baselines.released`, and AdamW as torch chooses it on the device. The ways take turns;
-a time is the smallest of its rounds. The weights are random: they do not change the time. Writes a
-row for each part, in place of those of the same measurement.
+`benchmarks.baselines.released`, and AdamW as torch chooses it on the device. Both ways run in each
+round, and a time is the smallest of the rounds. The weights are random: they do not change the
+time. Writes a row for each part; the rows replace earlier rows of the same measurement.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """The rows of one measurement, of which it prints the ratios."""
+    """Prints the ratios of one measurement and returns its rows."""
     load = os.getloadavg()[0]
     records, _ = read_himo_docci(args.data)
     captions = [record.prefixes[-1] for record in records]

@@ -2,11 +2,11 @@
 
 python -m benchmarks.warm
 
-Triton compiles a kernel when it is launched first, one after the other: minutes for a run that
-meets hundreds. Here the launches of the cells below and of himo_kernels.aot are recorded on meta
-tensors, and processes beside each other compile what they would. They go through Triton's own
-launch, up to the point where it would load the kernel, so the keys in the cache are those of a
-later run with the same source, versions and environment. A second run finds every kernel there.
+Triton compiles a kernel at its first launch, one kernel after the other: minutes for a run that
+needs hundreds. This command records the launches of the cells below and of himo_kernels.aot on meta
+tensors, and parallel processes compile their kernels. They go through Triton's own launch, up to
+the point where it would load the kernel. The keys in the cache are therefore the keys of a later
+run with the same source, versions and environment. A second run finds every kernel there.
 """
 
 import argparse

@@ -403,7 +403,7 @@ def _assert_complete(report: str) -> None:
 
 
 def test_eigensolvers_stay_out_of_cuda_graphs():
-    # That of `triton` alone, for sides up to 128, does not wait for the host.
+    # Only triton's eigensolver, for sides up to 128, does not wait for the host.
     ops = torch.ops.himo_kernels
     kernels = [f"{name}_fwd" for name in OPERATORS]
     unsafe = torch.Tag.cudagraph_unsafe

@@ -105,6 +105,6 @@ def test_a_launch_takes_whole_waves():
 
 @pytest.mark.parametrize("kernel", ["another_kernel", "grad_logits_kernel"])
 def test_no_time_is_predicted_where_the_trips_are_not_known(kernel):
-    # The nest of the listing has two loops, that of grad_logits_kernel one.
+    # The listing has a nest of two loops, grad_logits_kernel a nest of one.
     values = {"width": 768, "BLOCK_INNER": 64}
     assert predict.microseconds(kernel, values, CODE, 1, 4, 1) == 0

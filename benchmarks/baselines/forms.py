@@ -78,7 +78,7 @@ def _lightly(inputs: Inputs, case: Case) -> Outputs:
     *views, scale = inputs.values()
     loss = libraries.lightly()()
     loss.temperature = 1 / scale
-    # It normalises what is normalised already: the same value, and the gradient through that.
+    # It normalises rows that have length 1 already: the value is the same, and so is the gradient.
     return (loss(*views),)
 
 

@@ -361,7 +361,7 @@ class HostReads(TorchDispatchMode):
 
 
 def check_order() -> None:
-    # The ring's calls as they happen: what is sent, waits that may block, and products.
+    # The ring's calls as they happen: sends, waits that may block, and products.
     counts, width = SHAPES["N > D"]
     images, texts, scale = batch(counts, width, torch.float64)
     events: list[str] = []

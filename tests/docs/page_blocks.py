@@ -12,7 +12,7 @@ RUN = ("python", "bash")
 SHOWN = ("text", "csv", "json", "toml")
 
 _INCLUDE = r"<!-- include: .*? -->"
-# A block with its mark, or a mark that stands before neither a block nor an include.
+# A block with its mark, or a mark that is followed by neither a block nor an include.
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>.*?)\n(?P<code>.*?)^```$"
     r"|^(?P<stray><!-- not run.*)$",

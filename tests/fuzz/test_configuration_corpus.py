@@ -1,4 +1,4 @@
-"""Configurations beside weights, each field at values of every kind: used, or refused in a line."""
+"""Configurations of checkpoints, each field at values of every kind: used, or refused in a line."""
 
 import copy
 import json

@@ -30,7 +30,7 @@ SECRET = "do not touch"
 Forge = Callable[[Path], None]
 HEADERS: dict[str, Forge] = {}  # are seen when the index is opened
 ROWS: dict[str, Forge] = {}  # are seen when a row is read
-PLACES: dict[str, Forge] = {}  # what stands in its place
+PLACES: dict[str, Forge] = {}  # something else at the index's path
 
 
 def _parts(path: Path) -> tuple[bytes, list[list[int]], dict[str, Any]]:
@@ -219,7 +219,7 @@ def _sparse(path: Path) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Four pictures with captions, their index beside them, and a secret beyond the root."""
+    """Four pictures with captions, their index next to them, and a secret beyond the root."""
     folder = tmp_path / "data"
     folder.mkdir()
     lines = []

@@ -1,4 +1,4 @@
-"""Names and captions with what a terminal obeys, through the commands: what is printed is text."""
+"""Names and captions with control sequences, through the commands: they are printed as text."""
 
 import csv
 import io

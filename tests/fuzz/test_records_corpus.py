@@ -58,7 +58,7 @@ PICTURE = _picture()
 CAPTIONS = [f"caption {number} of a scene" for number in range(300)]
 
 
-# csv and tsv. The images of the rows are a.jpg, which lies beside each file.
+# csv and tsv. The images of the rows are a.jpg, in the folder of each file.
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of himo, and what they need beside torch and pytest."""
+"""Fixtures of the tests of himo, and the packages they need in addition to torch and pytest."""
 
 import importlib.util
 import subprocess

@@ -1,8 +1,8 @@
-"""Bytes of real training steps on this CPU, beside those that himo.tools.footprint counts; JSON.
+"""Bytes of real training steps on this CPU, and the bytes that himo.tools.footprint counts; JSON.
 
 Run in a process of its own. torch's profiler sees every allocation of torch's CPU allocator, inside
-an operation too; the highest sum of those alive is the peak. Two steps: the second one has the
-optimizer's state beside its activations, as any later one.
+an operation too; the highest sum of those alive is the peak. Two steps: the second one holds the
+optimizer's state as well as its activations, like any later one.
 """
 
 import dataclasses

@@ -56,7 +56,7 @@ def write_docci(root: Path) -> None:
 
 
 def write_himo_docci(root: Path) -> None:
-    """Beside DOCCI's images, as the released script has it."""
+    """In the folder of DOCCI's images, as the released script has it."""
     rows = []
     for number in range(SIZE):
         words = captions(1, 100 + number, 1)[0].split()
@@ -67,7 +67,7 @@ def write_himo_docci(root: Path) -> None:
 
 
 def write_long_dci(root: Path) -> None:
-    """dci_long.csv with the images beside its folder, as the released script has them."""
+    """dci_long.csv with the images in a folder next to its own, as the released script has them."""
     names = [f"sa_{n}.jpg" for n in range(SIZE)]
     write_images(root.parent / "SA1B", names, 3)
     root.mkdir()

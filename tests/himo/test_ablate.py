@@ -1,4 +1,4 @@
-"""`himo ablate`: the grid, runs that are done once, and the page with the paper's values beside."""
+"""`himo ablate`: the grid, runs that are done once, and the page with the paper's values."""
 
 import json
 import os

@@ -243,7 +243,7 @@ def test_conversion_there_and_back_keeps_every_bit(
     checkpoint.convert(first, there, to)
     checkpoint.convert(there, back, "himo")
     assert_same(checkpoint.read_state_dict(back)[0], canonical(model))
-    if suffix != ".pt":  # which has no place for what is not a tensor
+    if suffix != ".pt":  # it has no place for metadata
         assert first.read_bytes() == back.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([first.name, there.name, back.name])
 

@@ -1,4 +1,4 @@
-"""What a checkpoint states beside its weights is used, refused by its name, or its absence said."""
+"""A checkpoint's settings are used, or refused by name, and a note says which are missing."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every format on disk: what is read of it, and where a bad record is said to stand."""
+"""Every format on disk: the records read, and the place that is named for a bad record."""
 
 import csv
 import gzip

@@ -68,7 +68,7 @@ def test_it_is_built_anew_when_the_source_changes(tmp_path: Path) -> None:
     index = open_dataset(source)
     write_jsonl(source, rows[:5])
     assert len(open_dataset(source)) == 5
-    assert len(index) == len(list(index)) == 10  # what is open goes on with the old file
+    assert len(index) == len(list(index)) == 10  # an open index goes on with the old file
 
     folder = tmp_path / "images"
     for name, caption in rows:

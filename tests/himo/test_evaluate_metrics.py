@@ -54,7 +54,7 @@ def ranks_of(
 
 
 def ranks_by_sorting(queries: Tensor, candidates: Tensor, positives: list[set[int]]) -> list[int]:
-    """Where the first positive stands when all candidates are sorted, competitors before equals."""
+    """The place of the first positive among the sorted candidates, competitors before equals."""
     ranks = []
     for scores, own in zip((queries @ candidates.t()).tolist(), positives, strict=True):
         best = max(own, key=lambda candidate: scores[candidate])

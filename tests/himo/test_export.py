@@ -12,7 +12,7 @@ from torch.export import Dim
 from himo.model import CLIPConfig, HiMoCLIP
 
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}  # as in test_model.py
-# Beside a single token: both sides of the 20 positions that are kept, and the whole context.
+# A single token, both sides of the 20 positions that are kept, and the whole context.
 LENGTHS = ([1], [2, 2], [19, 20], [21, 3, 8], [248, 4], [60] * 5)
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes, digests and the reading of regular files, by what is on the disk afterwards."""
+"""Atomic writes, digests and the reading of regular files, by the files on the disk afterwards."""
 
 import hashlib
 import os

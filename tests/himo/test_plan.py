@@ -1,4 +1,4 @@
-"""`himo plan`, and the memory that it counts beside that of real steps on this CPU."""
+"""`himo plan`, and the memory that it counts against the memory of real steps on this CPU."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a recipe chooses for the flags that a user leaves open, and what is said of a schedule."""
+"""The choices of a recipe for flags that a user leaves open, and the notes on a schedule."""
 
 import json
 from itertools import pairwise

@@ -590,7 +590,7 @@ def test_headline_names_the_best_value_only(runs: list[Path], tmp_path: Path) ->
 
 
 def test_no_template_is_exempt_from_escaping() -> None:
-    # What is not escaped again is what the chart engine and the templates themselves have made.
+    # Only text that the chart engine and the templates themselves have made is not escaped again.
     folder = Path(rendering.__file__).parent
     for path in [*folder.glob("templates/*"), *folder.glob("*.py")]:
         content = path.read_text()

@@ -13,7 +13,7 @@ from browser import NEEDS_BROWSER, POLICY, SCREENS, Elements, browse, measured
 from himo import report
 
 pytestmark = NEEDS_BROWSER
-# Adds what is shown before and after the switches are used.
+# Adds the elements shown before and after the switches are used.
 PROBE = """
 const shown = s => [...document.querySelectorAll(s)].filter(e => e.getClientRects().length).length;
 const state = () => ({

@@ -22,7 +22,7 @@ from himo.model import CONFIGS
 from himo.train import learning_rate
 from himo.training_state import find_state, saved_states, set_aside
 
-# Another value for each flag than its default or that of `settings`.
+# A value for each flag that is neither its default nor the value in `settings`.
 OTHERS = {
     "train_data": "b.csv",
     "val_data": "v.csv",

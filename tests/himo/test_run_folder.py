@@ -104,7 +104,7 @@ def test_a_restarted_run_waits_longer_for_the_one_before(restarts, taken, tmp_pa
 
 
 def test_without_locks_a_run_goes_on_and_says_so_and_removes_nothing(tmp_path, monkeypatch, capsys):
-    # No file system here is without them: the call that asks for one is what is replaced.
+    # Every file system here has locks, so the call that asks for one is replaced.
     def no_locks(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -223,7 +223,7 @@ def test_the_files_of_a_killed_save_are_removed_at_the_next_start(pairs, tmp_pat
     # anything else can be wrong with the run.
     flags = ["--resume", "latest", "--epochs", "50", "--lr", "5"]
     done = train(pairs, tmp_path, *flags, status=2)
-    # The file of the state, and with it perhaps that of its tensors.
+    # The file of the state, and perhaps the file of its tensors.
     assert re.search(r"removed [12] unfinished files of killed saves", done.stdout)
     assert "--lr 0.001 as it began" in done.stderr
     assert not list(tmp_path.rglob(".himo-*")) and not list(tmp_path.rglob("*.lock"))

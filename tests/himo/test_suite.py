@@ -1,4 +1,4 @@
-"""`himo eval` on named sets: each layout against independent formulas, and what is said of it."""
+"""`himo eval` on named sets: each layout against independent formulas, and the text printed."""
 
 import csv
 import json

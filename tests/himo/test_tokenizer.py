@@ -76,7 +76,7 @@ def tokenizer() -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """For each byte the character that stands for it in the vocabulary file."""
+    """For each byte, the character that represents it in the vocabulary file."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     substitutes = itertools.count(256)
     return [chr(b) if b in printable else chr(next(substitutes)) for b in range(256)]

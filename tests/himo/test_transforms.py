@@ -63,7 +63,7 @@ def picture(mode: str, width: int, height: int) -> Image.Image:
 
 
 def smooth_picture(width: int, height: int) -> Image.Image:
-    """A picture whose spectrum falls off as that of a photograph."""
+    """A picture whose spectrum falls off like a photograph's."""
     rng = np.random.default_rng(0)
     total = np.zeros((height, width, 3), np.float32)
     for octave in range(8):

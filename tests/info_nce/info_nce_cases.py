@@ -219,7 +219,7 @@ def assert_result_within_budget(
     """Asserts losses and gradients within the error budget of eager PyTorch in the same dtype.
 
     least_norms: the sizes of the terms of gradients, where they may cancel. No slack is left for
-    logits below float32: what is added to the eager error is in units of float32's eps, also for
+    logits below float32: the allowance added to the eager error is in float32's eps, also for
     16-bit inputs, whose gradients are rounded once at the end.
     """
     dtype = inputs["image_features"].dtype

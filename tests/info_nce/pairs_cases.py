@@ -1,4 +1,4 @@
-"""Forms of info_nce beside the square one: an independent dense formula, and drawn problems."""
+"""Forms of info_nce other than the square one: a dense formula, and drawn problems."""
 
 from collections.abc import Callable, Mapping
 

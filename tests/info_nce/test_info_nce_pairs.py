@@ -1,4 +1,4 @@
-"""The forms of info_nce beside the square one, and nt_xent, against dense formulas."""
+"""The forms of info_nce other than the square one, and nt_xent, against dense formulas."""
 
 import math
 

@@ -95,7 +95,7 @@ def test_within_the_budget(form, dtype, rounds, generator, monkeypatch):
         # A logit of size s has an error of up to s eps of float32.
         ratio = torch.finfo(torch.float32).eps / torch.finfo(actual.dtype).eps
         condition = (1 + inputs["logit_scale"].item() / 4) * ratio
-        if name == "logit_scale":  # a difference of mean cosines: its error is that of cosines
+        if name == "logit_scale":  # a difference of mean cosines, with the error of cosines
             condition *= max(1.0, 1 / of_float64.abs().item())
         assert_within_budget(
             f"{form}: {name}", actual, in_dtype, of_float64, terms=70, constant=condition

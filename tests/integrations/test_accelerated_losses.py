@@ -147,7 +147,7 @@ def metrics(
 
 
 class SimpleNames:
-    """Stands for a package, to name what a setting chooses in it."""
+    """Replaces a package; its attributes name the choices of a setting."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name

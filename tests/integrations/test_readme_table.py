@@ -1,4 +1,4 @@
-"""Every line of code in the README's table gives the value of the library's loss beside it."""
+"""Every line of code in the README's table gives the value of the library's loss in its row."""
 
 import re
 from collections.abc import Callable
