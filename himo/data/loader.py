@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from himo.data.dataset import BadSamples, CaptionedImages, Sample
 from himo.data.sampler import EpochSampler
-from himo.data.workers import next_item, outlive_a_stop_request, stop
+from himo.data.workers import TIMEOUT_S, next_item, outlive_a_stop_request, stop
 from himo.errors import HimoError
 
 
@@ -64,7 +64,7 @@ def make_loader(
     workers: int = 0,
     seed: int = 0,
     max_bad_fraction: float = 0.01,
-    timeout_s: float = 300.0,
+    timeout_s: float = TIMEOUT_S,
     pin_memory: bool = False,
 ) -> BatchLoader:
     """The batches of a data set in the order of a sampler.

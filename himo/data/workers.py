@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from himo.errors import HimoError
 
+TIMEOUT_S = 300.0  # for an item or a batch of the workers
 _GRACE_S = 10  # seconds from SIGTERM to the end of a worker
 _T = TypeVar("_T")
 
@@ -18,11 +19,11 @@ def _unchanged(item: _T) -> _T:
     return item
 
 
-def in_order(items: Dataset[_T], workers: int, *, timeout_s: float = 300.0) -> Iterator[_T]:
+def in_order(items: Dataset[_T], workers: int) -> Iterator[_T]:
     """Yields the items of a data set one by one, made in order by worker processes; 0: by this one.
 
     Raises:
-        HimoError: a worker died or takes longer than the timeout; what an item raises.
+        HimoError: a worker died or takes longer than TIMEOUT_S; the error of an item.
     """
     loader = DataLoader(
         items,
@@ -31,7 +32,7 @@ def in_order(items: Dataset[_T], workers: int, *, timeout_s: float = 300.0) -> I
         collate_fn=_unchanged,  # else bytes would become tensors
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=outlive_a_stop_request,
-        timeout=timeout_s if workers else 0,
+        timeout=TIMEOUT_S if workers else 0,
     )
     running: list[Iterator[_T]] = [iter(loader)]
     try:
