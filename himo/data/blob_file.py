@@ -14,11 +14,13 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from himo.errors import HimoError
-from himo.files import regular_descriptor
+from himo.files import atomic_path, regular_descriptor
 
 _END = struct.Struct("<qqI4s")
 _MAX_HEADER = 1 << 21  # bytes; a thousand folders of the longest names take a fourth of it
@@ -35,6 +37,16 @@ class Frame:
     magic: bytes
     end: bytes
     name: str
+
+    @contextmanager
+    def create(self, path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+        """Yields a file with its magic, to be finished; it becomes `path`, whole or not at all."""
+        with (
+            atomic_path(path, follow_links=False) as temporary,
+            open(temporary, "wb", buffering=1 << 20) as file,
+        ):
+            file.write(self.magic)
+            yield file
 
     def finish(self, file: BinaryIO, offset: int, header: dict[str, Any]) -> None:
         """Writes the header, which begins at `offset`, and the end of the file."""

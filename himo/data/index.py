@@ -23,7 +23,6 @@ from typing import Any, overload
 
 import numpy
 from PIL import Image
-from tqdm import tqdm
 
 from himo.data.blob_file import BlobFile, DamagedFile, Frame
 from himo.data.index_report import IndexReport
@@ -39,8 +38,8 @@ from himo.data.records import (
     make_record,
 )
 from himo.errors import HimoError, printable
-from himo.files import atomic_path, os_reason
-from himo.progress import DELAY_S
+from himo.files import os_reason
+from himo.progress import source_bar
 from himo.transforms import ImageError, Reason, open_image
 
 _FRAME = Frame(b"HIMOIDX2", b"IDX1", "an index")
@@ -97,21 +96,9 @@ def write_index(
     stamp = source.stamp()
     digest = hashlib.sha256()
     rows = bytearray()
-    bar = tqdm(
-        desc=printable(f"index of {os.path.basename(source.path)}"),
-        total=source.size(),
-        unit=source.unit,
-        unit_scale=True,
-        delay=DELAY_S,
-        disable=not progress,
-    )
-    with (
-        bar,
-        atomic_path(path, follow_links=False) as temporary,
-        open(temporary, "wb", buffering=1 << 20) as file,
-    ):
-        file.write(_FRAME.magic)
-        offset = len(_FRAME.magic)
+    offset = len(_FRAME.magic)
+    bar = source_bar("index", source.path, source.size(), source.unit, shown=progress)
+    with bar, _FRAME.create(path) as file:
         for item in source.read(lambda done: bar.update(done - bar.n)):
             if isinstance(item, BadRecord):
                 report.add_bad(item.reason, item.message)

@@ -23,14 +23,13 @@ import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from himo.data.blob_file import BlobFile, DamagedFile, Frame
 from himo.data.index import SampleIndex
 from himo.data.workers import in_order
-from himo.errors import HimoError, note, printable
-from himo.files import atomic_path, remove_abandoned
-from himo.progress import DELAY_S
+from himo.errors import HimoError, note
+from himo.files import remove_abandoned
+from himo.progress import source_bar
 from himo.tokenizer import (
     END_OF_TEXT,
     TextError,
@@ -155,22 +154,11 @@ def open_tokens(
 
 def _write(path: str, index: SampleIndex, key: str, workers: int, progress: bool) -> None:
     chunks = _Chunks(index)
-    bar = tqdm(
-        desc=printable(f"tokens of {os.path.basename(index.report.source)}"),
-        total=index.report.records,
-        unit=" captions",
-        unit_scale=True,
-        delay=DELAY_S,
-        disable=not progress,
-    )
     rows = bytearray()
     offset = len(_FRAME.magic)
-    with (
-        bar,
-        atomic_path(path, follow_links=False) as temporary,
-        open(temporary, "wb", buffering=1 << 20) as file,
-    ):
-        file.write(_FRAME.magic)
+    source, total = index.report.source, index.report.records
+    bar = source_bar("tokens", source, total, " captions", shown=progress)
+    with bar, _FRAME.create(path) as file:
         for encoded in in_order(chunks, workers if len(chunks) > 1 else 0):
             for ids, *counts in encoded:
                 number = len(rows) // _ROW.size
@@ -180,7 +168,7 @@ def _write(path: str, index: SampleIndex, key: str, workers: int, progress: bool
                 offset += len(ids)
             bar.update(len(encoded))
         file.write(rows)
-        _FRAME.finish(file, offset + len(rows), {"key": key, "records": index.report.records})
+        _FRAME.finish(file, offset + len(rows), {"key": key, "records": total})
 
 
 class _Chunks(Dataset[list[tuple[bytes, int, int]]]):

@@ -272,6 +272,6 @@ def test_a_bar_is_shown_when_building_takes_long(
     source = write_jsonl(tmp_path / "a.jsonl", _rows(tmp_path, 1) * 5000)
     open_dataset(source)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("himo.data.index.DELAY_S", 1e-9)
+    monkeypatch.setattr("himo.progress.DELAY_S", 1e-9)
     open_dataset(source, cache_dir=tmp_path / "cache")
     assert "index of a.jsonl: 100%" in capsys.readouterr().err
