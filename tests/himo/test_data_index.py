@@ -270,6 +270,7 @@ def test_a_bar_is_shown_when_building_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", _rows(tmp_path, 1) * 5000)
+    monkeypatch.setattr("himo.progress.DELAY_S", 600.0)  # a busy machine takes longer than 2 s
     open_dataset(source)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("himo.progress.DELAY_S", 1e-9)

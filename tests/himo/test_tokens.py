@@ -226,7 +226,8 @@ def test_no_link_is_followed(tmp_path):
     assert secret.read_text() == "do not touch" and not cache_file(index).is_symlink()
 
 
-def test_without_space_the_captions_are_encoded_when_read(tmp_path, capsys):
+def test_without_space_the_captions_are_encoded_when_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("himo.progress.DELAY_S", 600.0)  # no bar of a busy machine
     index = data_set(tmp_path, [f"Card {number}." for number in range(4000)])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
