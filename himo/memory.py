@@ -12,7 +12,7 @@ from himo.clip_config import CLIPConfig
 from himo.config import TrainConfig
 from himo.errors import HimoError
 from himo.model import HiMoCLIP
-from himo_kernels._memory import available_memory
+from himo_kernels.memory import available_memory
 
 # Numbers that a block saves for its backward, for each token and channel: its input, two
 # normalised inputs, query, key, value, attention, its projection, and 4 + 4 of the MLP.

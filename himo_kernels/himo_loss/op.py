@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from himo_kernels._memory import cache_for
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.himo_loss import cpu, reference
+from himo_kernels.memory import cache_for
 
 HIMO_LOSS = Operator(
     "himo_loss",

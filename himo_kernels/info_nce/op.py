@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from himo_kernels import _triton
-from himo_kernels._memory import cache_for
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.info_nce import compose, cpu, reference
+from himo_kernels.memory import cache_for
 
 _TRITON = "himo_kernels.info_nce.triton"
 

@@ -19,7 +19,7 @@ from info_nce_cases import (
 )
 
 import himo_kernels
-from himo_kernels import _memory, extension
+from himo_kernels import extension, memory
 from himo_kernels.info_nce import api
 from himo_kernels.testing import relative_error
 
@@ -71,7 +71,7 @@ def test_logits_are_cached_while_they_take_a_quarter_of_the_available_memory(
 ) -> None:
     monkeypatch.delenv("HIMO_KERNELS_LOGITS_MIB", raising=False)
     monkeypatch.setattr(api, "_logits_mib", None)
-    monkeypatch.setattr(_memory, "available_memory", lambda: available_mib << 20)
+    monkeypatch.setattr(memory, "available_memory", lambda: available_mib << 20)
     # Both losses of 3100 samples take 73 MiB.
     image, text, component = (torch.randn(3100, 8).requires_grad_() for _ in range(3))
     losses = himo_kernels.dual_info_nce(image, text, component, 1.0, backend="cpu")
@@ -81,7 +81,7 @@ def test_logits_are_cached_while_they_take_a_quarter_of_the_available_memory(
 
 def test_the_available_memory_is_what_the_system_says() -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 1 << 20 < _memory.available_memory() <= total
+    assert 1 << 20 < memory.available_memory() <= total
 
 
 @pytest.mark.parametrize("spread", [1.0, 10.0, 100.0, 1000.0])

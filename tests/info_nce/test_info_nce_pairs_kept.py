@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import himo_kernels
 from himo_kernels import extension
-from himo_kernels._memory import cache_for
 from himo_kernels.info_nce.op import CACHING_BACKENDS
 from himo_kernels.info_nce.pairs import op
+from himo_kernels.memory import cache_for
 
 KEPT, RECOMPUTED = 64.0, 0.0  # MiB
 each_caching_backend = pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from himo_kernels._numerics import accumulation_dtype
 
-# cgroup v2: the limit of a container and what it uses, both in bytes.
+# cgroup v2: the limit and the use of a container, both in bytes.
 _CGROUP = Path("/sys/fs/cgroup")
 
 
