@@ -26,8 +26,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     pixel exceeds. For floats it is also 1, and the greatest value where that is between 1 and 16,
     as after a resampling that overshoots 1, or below 1/16, as in a unit of which a picture has
     little. If a pixel is negative or above 65,535, black and white are the least and the greatest
-    value. Values are rounded to the nearest of 256 levels,
-    half to even. NaN is black; infinities are black and white.
+    value. Values are rounded to the nearest of 256 levels, half to even. NaN is black; infinities
+    are black and white.
 
     Raises:
         ImageError: no value is finite; or values that differ would all become one grey; or all
