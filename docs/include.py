@@ -91,7 +91,10 @@ def move_links(text: str, source: str, page: str, home: dict[str, str]) -> str:
         if mark or path in home:
             to = posixpath.relpath(f"files/{path}" if mark else home[path], posixpath.dirname(page))
             return f"{mark}[{words}]({to}{''.join(target.partition('#')[1:])})"
-        return f"`{path}`" if words.strip("`/") in path else f"{words} (`{path}`)"
+        if words.strip("`/") in path:
+            return f"`{path}`"
+        in_brackets = found.string[: found.start()].endswith("(")
+        return f"{words}: `{path}`" if in_brackets else f"{words} (`{path}`)"
 
     return CODE_OR_LINK.sub(move, text)
 

@@ -71,6 +71,9 @@ class TrainConfig:
     lock_text: bool = _flag(False, "freeze the text tower")
     lock_text_unlocked_layers: int = _flag(0, "as --lock-image-unlocked-groups, of the text tower")
     grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
+    channels_last: bool = _flag(
+        False, "images in memory as [B, R, R, 3], as cuDNN's half-precision kernels take them"
+    )
     compile: bool = _flag(False, "torch.compile for both towers; needs a C++ compiler on a CPU")
 
     # Loss
@@ -262,8 +265,8 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
         *("skip_missing_images", "follow_links", "max_bad_fraction", "val_frequency"),
         *("val_himo", "patience"),
         *("activation", "vision_heads", "text_heads"),
-        *("model", "grad_checkpointing", "compile", "cuda_graph_head", "exchange", "device"),
-        "threads",
+        *("model", "grad_checkpointing", "channels_last", "compile", "cuda_graph_head"),
+        *("exchange", "device", "threads"),
     ),
     # They change speed, and where and how often something is written.
     "ignore": (

@@ -30,6 +30,12 @@ def rehearse(run: TrainingRun, take_step: Step) -> None:
     Raises:
         HimoError: a loss or gradient that is not finite.
     """
+    if run.step == run.total_steps:
+        if run.ranks.main:
+            print(f"{run.settings.folder}: dry run, no step is left after step {run.step}")
+        return
+    if not run.sampler.global_batches():  # resumed at the end of an epoch
+        run.sampler.set_epoch(run.sampler.epoch + 1)
     run.objective.train()
     began = time.perf_counter()
     batch = next(iter(run.batches()))

@@ -24,9 +24,9 @@ LEAST_RANK, MOST_RANK_SHARE = 8, 0.5
 class Towers(nn.Module):
     """Computes the features and the logit scale from images and tokens."""
 
-    def __init__(self, model: HiMoCLIP, precision: str) -> None:
+    def __init__(self, model: HiMoCLIP, precision: str, channels_last: bool = False) -> None:
         super().__init__()
-        self.model, self.precision = model, precision
+        self.model, self.precision, self.channels_last = model, precision, channels_last
 
     def forward(
         self,
@@ -37,6 +37,8 @@ class Towers(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns image and text features [B, D] and the logit multiplier [], in float32."""
         half = AUTOCAST.get(self.precision)
+        if self.channels_last:  # while they are bytes; the convolution follows its input
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, half, enabled=half is not None):
             config = self.model.config
             pixels = normalize(images, config.image_mean, config.image_std)
@@ -69,7 +71,7 @@ class Objective(nn.Module):
         super().__init__()
         ranks = ranks or Ranks()
         self.model = model
-        self.towers = ranks.wrap(Towers(model, settings.precision))
+        self.towers = ranks.wrap(Towers(model, settings.precision, settings.channels_last))
         # Small gradients of float16 would be 0; with the other precisions it does nothing.
         self.scaler = torch.amp.GradScaler(
             next(model.parameters()).device.type, enabled=settings.precision == "amp"

@@ -173,5 +173,8 @@ def normalize(
         raise HimoError(
             f"normalize: expected uint8 [..., 3, R, R], got {images.dtype} {list(images.shape)}"
         )
-    centre, spread = torch.tensor((mean, std), device=images.device).view(2, 3, 1, 1)
-    return images.to(torch.float32).div_(255).sub_(centre).div_(spread)
+    # torch.tensor(..., device=) would wait for the device. White is a tensor, because a GPU divides
+    # by a number as it multiplies by its reciprocal, which rounds differently.
+    constants = torch.tensor(((255.0,) * 3, mean, std)).view(3, 3, 1, 1)
+    white, centre, spread = constants.to(images.device, non_blocking=True)
+    return images.to(torch.float32).div_(white).sub_(centre).div_(spread)

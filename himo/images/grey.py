@@ -3,15 +3,19 @@
 Pillow and torchvision clip such values at 255, which makes most of these pictures white.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
 from himo.images.limits import ImageError
 
 _DEEP = ("I", "F")  # and all that begin with "I;"
+_CHANNELS = ("LA", "RGB", "RGBA")  # of 8 bits, decoded from 16
 # The largest values of 8 bits and of the depths that cameras, scanners and detectors give.
 _WHITES = (255, 1023, 4095, 16_383, 65_535)
 _LEAST_OF_255 = 16  # a float picture without a pixel above is not one from 0 to 255
+_LEAST_OF_1 = 1 / 16  # nor one from 0 to 1: at least 16 levels are left of either
 _LEAST_HIGH_BYTE = 16  # a picture of 16-bit channels without a pixel above is one of 12 bits
 
 
@@ -20,9 +24,10 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
     Black is 0; white is the largest value of 8, 10, 12, 14 or 16 bits, the first of these that no
     pixel exceeds. For floats it is also 1, and the greatest value where that is between 1 and 16,
-    as after a resampling that overshoots 1. If a pixel is negative or above 65,535, black and
-    white are the least and the greatest value. Values are rounded to the nearest of 256 levels,
-    half to even. NaN is black; infinities are black and white.
+    as after a resampling that overshoots 1, or below 1/16, as in a unit of which a picture has
+    little. If a pixel is negative or above 65,535, black and white are the least and the greatest
+    value. Values are rounded to the nearest of 256 levels, half to even. NaN is black; infinities
+    are black and white.
 
     Raises:
         ImageError: no value is finite; or values that differ would all become one grey; or all
@@ -38,7 +43,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if least >= 0 and greatest <= _WHITES[-1]:
         whites = (1, *_WHITES) if image.mode == "F" else _WHITES
         white = float(next(white for white in whites if greatest <= white))
-        if image.mode == "F" and 1 < greatest < _LEAST_OF_255:
+        of_no_range = 1 < greatest < _LEAST_OF_255 or least < greatest < _LEAST_OF_1
+        if image.mode == "F" and of_no_range:
             white = greatest
     else:
         black, white = least, greatest
@@ -58,18 +64,29 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def check_channels(image: Image.Image) -> None:
+def check_channels(image: Image.Image, low_bytes: Callable[[], Image.Image]) -> None:
     """Raises ImageError for decoded channels of 16 bits whose values fill 12 bits or fewer.
 
-    The decoder keeps the high byte of each value, which leaves at most 16 levels, nearly black.
+    The decoder keeps the high byte of each value, which leaves at most 16 levels, nearly black. An
+    image that is all black is one, and loses nothing.
+
+    Args:
+        image: as decoded.
+        low_bytes: decodes the image again, to the low byte of each value.
     """
-    colours = {"LA": 1, "RGB": 3, "RGBA": 3}.get(image.mode, 0)
-    bands = [image.getchannel(number) for number in range(colours)]
-    if bands and all(np.asarray(band).max(initial=0) < _LEAST_HIGH_BYTE for band in bands):
+    if image.mode not in _CHANNELS or _brightest(image) >= _LEAST_HIGH_BYTE:
+        return
+    if _brightest(image) or _brightest(low_bytes()):
         raise ImageError(
             "channels of 16 bits without a value above 4,095 would be nearly black",
             "unknown_format",
         )
+
+
+def _brightest(image: Image.Image) -> int:
+    """The greatest value of the channels, without that of alpha."""
+    bands = [image.getchannel(band) for band in image.getbands() if band != "A"]
+    return max(int(np.asarray(band).max(initial=0)) for band in bands)
 
 
 def _merges_all_between(

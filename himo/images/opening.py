@@ -6,6 +6,7 @@ import operator
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -115,8 +116,27 @@ def _decode(
     deep = ";16" in repr(getattr(image, "tile", ""))  # Pillow's name of the bytes it will decode
     image.load()
     if deep:
-        check_channels(image)
+        # Half the pixels, as it is decoded twice: the limit on work holds.
+        check_channels(image, lambda: _low_bytes(read(Reader(file, max_pixels // 2))))
     return eight_bits(image), size
+
+
+def _low_bytes(image: Image.Image) -> Image.Image:
+    """Decodes the low byte of each 16-bit channel, where Pillow takes the high one."""
+    assert isinstance(image, ImageFile.ImageFile)  # of a plug-in that is called directly
+    is_grey = False
+    for number, tile in enumerate(image.tile):
+        name, *others = [tile.args] if isinstance(tile.args, str) else tile.args or ("",)
+        if name == "LA;16B":  # Pillow has no other order of it: all four bytes as channels
+            is_grey, name = True, "RGBA"
+        else:
+            order = sys.byteorder[0].upper() if name[-1:] == "N" else name[-1:]
+            # RGBa would be divided by the low byte of alpha, which may be 0.
+            name = name[:-1].replace("a", "A") + ("L" if order == "B" else "B")
+        args = name if isinstance(tile.args, str) else (name, *others)
+        image.tile[number] = tile._replace(args=args)
+    image.load()
+    return image.getchannel("G") if is_grey else image
 
 
 def _reason(error: Exception) -> Reason:

@@ -36,6 +36,7 @@ def test_a_whole_file_is_included() -> None:
         ("[a](../distributed/README.md)", "[a](../ranks.md)"),
         ("[a](#here), [b](https://arxiv.org/abs/2511.06653)", None),
         ("[that file](api.py)", "that file (`himo_kernels/info_nce/api.py`)"),
+        ("([rows](api.py))", "(rows: `himo_kernels/info_nce/api.py`)"),
         ("[api.py](api.py)", "`himo_kernels/info_nce/api.py`"),
         (
             "![a](../../benchmarks/results/cpu/demo.png)",

@@ -48,6 +48,8 @@ READ: dict[str, tuple[int, Callable[[], bytes | Sparse]]] = {
     ),
     "png-interlaced-bilevel": (4999, lambda: make.png(4999, 1, 0, 1)),
     "png-interlaced-rgba-16": (3061, lambda: make.png(3061, 16, 6, 1, byte=1)),
+    "png-black-rgb-16": (3535, lambda: make.png(3535, 16)),  # decoded twice
+    "png-interlaced-black-rgba-16": (2165, lambda: make.png(2165, 16, 6, 1)),
     "png-rgb-7000": (7000, lambda: make.png(7000)),
     "webp-tail": (64, lambda: Sparse(make.webp(64), GIB)),
     "webp-canvas": (5500, lambda: make.webp(5500)),

@@ -121,6 +121,9 @@ def test_ramp_of_a_deep_grey_is_a_ramp_of_8_bits(name: str) -> None:
         (np.array([[-np.inf, 1.0, np.inf]], "f4"), [0, 255, 255]),
         (np.array([[np.nan, -3.0, -1.0]], "f4"), [0, 0, 255]),
         (np.array([[0.0, 0.625, 1.25]], "f4"), [0, 128, 255]),  # a resampling that overshot 1
+        (np.array([[0.0, 0.0025, 0.01]], "f4"), [0, 64, 255]),  # of 1, four levels would be left
+        (np.array([[0.0, 2.5e-5, 1e-4]], "f4"), [0, 64, 255]),
+        (np.array([[0.0, 0.03125, 0.0625]], "f4"), [0, 8, 16]),  # a dark picture of 1
         (np.array([[0, 1, 3, 2, 1]], "u2"), [0, 1, 3, 2, 1]),  # dark, but nothing is lost
         (np.array([[0, 40_000, 65_535]], "u2"), [0, 156, 255]),
     ],
@@ -133,17 +136,27 @@ def test_levels_worked_by_hand(values: np.ndarray, expected: list[int]) -> None:
     assert Preprocess(1).uint8(image).flatten().tolist() == [middle] * 3
 
 
-@pytest.mark.parametrize("value", [0, 7, 40_000])
-def test_image_of_one_grey_stays_one(value: int) -> None:
-    pixels = Preprocess(4).uint8(Image.fromarray(np.full((6, 6), value, "u2")))
-    assert len(pixels.unique()) == 1
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (0, "u2", 0),
+        (7, "u2", 7),
+        (40_000, "u2", 156),
+        (0, "f4", 0),
+        (0.01, "f4", 3),
+        (1, "f4", 255),
+    ],
+)
+def test_image_of_one_grey_stays_one(value: float, kind: str, expected: int) -> None:
+    pixels = Preprocess(4).uint8(Image.fromarray(np.full((6, 6), value, kind)))
+    assert pixels.unique().tolist() == [expected]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         (np.array([[60_020, 60_100]], "u2"), "from 60020 to 60100 would become one grey of 256"),
-        (np.array([[0, 1e-4]], "f4"), "from 0 to 0.0001 would become one grey of 256"),
+        (np.array([[0.5, 0.5001]], "f4"), "from 0.5 to 0.5001 would become one grey of 256"),
         (np.full((1, 2), np.nan, "f4"), "no pixel is a finite number"),
         # A hot pixel, and marks for no data.
         (
@@ -222,6 +235,42 @@ CHANNELS = np.repeat(ramp(65_535, "u2")[..., None], 4, axis=2)
 def test_channels_of_16_bits_keep_their_picture(data: bytes) -> None:
     levels = np.asarray(open_image(data).convert("RGB")).astype(int)
     assert np.abs(levels - np.linspace(0, 255, WIDTH)[None, :, None]).max() <= 1
+
+
+# Black in every channel but that of alpha; of "dark" one value is 1.
+BLACK = np.zeros((4, 6, 4), "u2") + np.array([0, 0, 0, 65_280], "u2")
+DARK = BLACK.copy()
+DARK[2, 3, 0] = 1
+
+
+def sixteen_bits(values: np.ndarray) -> dict[str, bytes]:
+    """The image in each format and order of bytes whose decoder keeps the high ones."""
+    rgb, kinds = values[..., :3], {"samples": 3, "photometric": 2}
+    return {
+        "png-grey-alpha": png(values[..., [0, 3]], 4),
+        "png-rgb": png(rgb, 2),
+        "png-rgba": png(values, 6),
+        "tiff-little": tiff(values[..., 0], 16, order="<", **kinds),
+        "tiff-big": tiff(values[..., 0], 16, order=">", **kinds),
+        "tiff-little-deflate": tiff(values[..., 0], 16, order="<", compression=8, **kinds),
+        "tiff-big-deflate": tiff(values[..., 0], 16, order=">", compression=8, **kinds),
+    }
+
+
+@pytest.mark.parametrize("name", sixteen_bits(BLACK))
+def test_black_of_16_bits_is_black_and_what_is_nearly_black_is_refused(name: str) -> None:
+    image = open_image(sixteen_bits(BLACK)[name])
+    assert not np.asarray(image.convert("RGB")).any()
+    with pytest.raises(ImageError, match="channels of 16 bits without a value above 4,095"):
+        open_image(sixteen_bits(DARK)[name])
+
+
+def test_black_that_takes_two_decodings_too_many_is_refused() -> None:
+    data = sixteen_bits(BLACK)["png-rgb"]  # of 24 pixels, and twice the usual bits
+    open_image(data, max_pixels=2 * 2 * 24)
+    with pytest.raises(ImageError, match="more than max_pixels = 47") as caught:
+        open_image(data, max_pixels=2 * 2 * 24 - 1)
+    assert caught.value.reason == "too_large"
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,20 @@ def test_a_dry_run_of_a_resumed_run_changes_none_of_its_files(begun, tmp_path, c
     assert files(tmp_path) == before
 
 
+def test_a_dry_run_from_the_end_of_an_epoch_goes_on_with_the_next(begun, tmp_path, capsys):
+    pairs, small = begun
+    assert train_here(pairs, tmp_path, *small) == 0
+    before = files(tmp_path)
+    flags = [*small, "--resume", "latest", "--dry-run"]
+    assert train_here(pairs, tmp_path, *flags) == 0
+    assert "dry run, no step is left after step 6" in capsys.readouterr().out
+    more = ["--epochs", "3", "--allow-changes", "epochs"]
+    assert train_here(pairs, tmp_path, *flags, *more) == 0
+    output = capsys.readouterr().out
+    assert "goes on after step 6" in output and re.search(r"first step  loss [\d.]+, grad", output)
+    assert files(tmp_path) == before
+
+
 def test_a_dry_run_finds_what_a_run_would_end_on(begun, tmp_path, capsys):
     pairs, small = begun
     message = refused(capsys, pairs, tmp_path, *small, "--dry-run", "--warmup", "9")

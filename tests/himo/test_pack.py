@@ -370,6 +370,29 @@ def test_a_run_trains_on_the_shards_and_takes_short_captions(tmp_path):
     assert found[0] != found[2]
 
 
+def test_a_run_validates_on_the_pairs_that_it_would_hold_out_of_the_source(tmp_path, capsys):
+    data = source(tmp_path / "source", 24)
+    pack(data, tmp_path / "packed")
+    pack(source(tmp_path / "other", 6), tmp_path / "packed-other")
+    flags = [*small_model(tmp_path), "--epochs", "1", "--warmup", "0"]
+    found = []
+    for name, path, more in (
+        ("source", data, ["--held-out", "8"]),
+        ("packed", tmp_path / "packed", ["--held-out", "8"]),
+        ("validated", tmp_path / "packed", ["--val-data", str(tmp_path / "packed-other")]),
+    ):
+        assert train_here(path, tmp_path / name, *flags, *more) == 0
+        last = lines(tmp_path / name)[-1]
+        pairs = [row["caption"] for row in last["predictions"]]
+        found.append((last["step"], pairs, 0 <= last["val_text_to_image_R@1"] <= 100))
+    captions = [json.loads(line)["caption"] for line in data.read_text().splitlines()[:4]]
+    assert found == [(2, captions, True), (2, captions, True), (3, captions, True)]
+    model = tmp_path / "packed/run/checkpoints/best.safetensors"
+    given = ["eval", "--data", tmp_path / "packed-other", "--pretrained", model]
+    assert main([*map(str, given), "--out", f"{tmp_path}/eval.json"]) == 0
+    assert "used 6 of 6 records" in capsys.readouterr().out
+
+
 def test_a_missing_shard_of_the_pattern_is_named(tmp_path, capsys):
     pack(source(tmp_path / "source"), tmp_path / "packed")
     capsys.readouterr()
