@@ -78,7 +78,8 @@ def _lightly(inputs: Inputs, case: Case) -> Outputs:
     *views, scale = inputs.values()
     loss = libraries.lightly()()
     loss.temperature = 1 / scale
-    # It normalises rows that have length 1 already: the value is the same, and so is the gradient.
+    # It normalises rows that have length 1 already: the value is the same, and the gradient is that
+    # through a second normalisation.
     return (loss(*views),)
 
 
