@@ -1,6 +1,7 @@
 // The Python module himo_kernels._C. The GIL is released while a kernel runs.
 
 #include <ATen/Config.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -69,6 +70,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
                              factors);
 }
 
+// The losses of a plain call, or None: see Operator.plain in himo_kernels/dispatch.py. Takes any
+// objects, because the caller has checked none.
+py::object info_nce_plain(const py::tuple& features, py::handle logit_scale,
+                          py::handle label_smoothing, py::handle differentiate_keys) {
+  if (!PyFloat_CheckExact(label_smoothing.ptr()) || !PyBool_Check(differentiate_keys.ptr())) {
+    return py::none();
+  }
+  std::vector<at::Tensor> tensors;
+  for (const auto& value : features) {
+    if (!THPVariable_CheckExact(value.ptr())) return py::none();
+    tensors.push_back(THPVariable_Unpack(value.ptr()));
+  }
+  std::variant<at::Tensor, double> scale;
+  if (PyFloat_CheckExact(logit_scale.ptr())) {
+    scale = PyFloat_AS_DOUBLE(logit_scale.ptr());
+  } else if (THPVariable_CheckExact(logit_scale.ptr())) {
+    scale = THPVariable_Unpack(logit_scale.ptr());
+  } else {
+    return py::none();
+  }
+  const double smoothing = PyFloat_AS_DOUBLE(label_smoothing.ptr());
+  std::optional<std::vector<at::Tensor>> losses;
+  {
+    const py::gil_scoped_release no_gil;
+    losses = himo::info_nce_plain(tensors, scale, smoothing);
+  }
+  return losses ? py::object(py::tuple(py::cast(*losses))) : py::none();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -83,6 +113,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("mean"), no_gil());
   m.def("info_nce_fwd", &himo::info_nce_fwd, py::arg("query"), py::arg("key"),
         py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("products"), no_gil());
+  m.def("info_nce_plain", &info_nce_plain);
   m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
         py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
         py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),

@@ -1,5 +1,6 @@
 #include "info_nce.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -7,9 +8,13 @@
 #include <ATen/ops/ones.h>
 #include <c10/core/GradMode.h>
 
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "common/check.h"
+#include "common/plain.h"
+#include "common/shapes.h"
 #include "cpu/info_nce_kernel.h"
 
 namespace himo {
@@ -63,9 +68,12 @@ std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor&
                                       const at::Tensor& positives, const at::Tensor& row_nll,
                                       const at::Tensor& column_nll,
                                       const std::optional<at::Tensor>& products) {
-  const int64_t samples = query.size(-2);
   const auto lead = query.sizes().slice(0, query.dim() - 2);
   const int64_t count = c10::multiply_integers(lead);
+  const auto of_problem = [&](const at::Tensor& values, int64_t b, int64_t tail_dims) {
+    // Without leading dimensions no view is made, because views take long beside a small loss.
+    return lead.empty() ? values : flatten_lead(values, tail_dims).select(0, b);
+  };
   std::vector<cpu::InfoNCE> problems(count);
   for (int64_t b = 0; b < count; ++b) {
     auto one_query = query, one_key = key;
@@ -78,10 +86,10 @@ std::vector<cpu::InfoNCE> problems_of(const at::Tensor& query, const at::Tensor&
     }
     problems[b].query = one_query.resolve_neg();
     problems[b].key = one_key.resolve_neg();
-    if (positives.defined()) problems[b].positives = positives.view({count, samples}).select(0, b);
-    problems[b].row_nll = row_nll.view({count, samples}).select(0, b);
-    problems[b].column_nll = column_nll.view({count, samples}).select(0, b);
-    if (products) problems[b].products = products->view({count, samples, samples})[b];
+    if (positives.defined()) problems[b].positives = of_problem(positives, b, 1);
+    problems[b].row_nll = of_problem(row_nll, b, 1);
+    problems[b].column_nll = of_problem(column_nll, b, 1);
+    if (products) problems[b].products = of_problem(*products, b, 2);
   }
   return problems;
 }
@@ -109,21 +117,16 @@ at::Tensor mean_logit(const at::Tensor& query, const at::Tensor& key, double sca
   return query_sum.mul(key_sum).sum({-2, -1}, false, at::kDouble).mul(scale / (samples * samples));
 }
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
-    double label_smoothing, const std::optional<at::Tensor>& products) {
-  const c10::NoGradGuard no_grad;
-  check_features(query, key, logit_scale);
-  check_pairs(query, key);
+// Returns loss [*] and both nlls [*, N].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& query,
+                                                       const at::Tensor& key, double scale,
+                                                       double label_smoothing,
+                                                       const std::optional<at::Tensor>& products) {
   const auto dtype = accumulation_dtype(query);
   const auto options = query.options().dtype(dtype);
-  const double scale = logit_scale.to(dtype).item<double>();
   const auto rows = query.sizes().slice(0, query.dim() - 1);
   const auto row_nll = at::empty(rows, options), column_nll = at::empty(rows, options);
   const auto positives = at::empty(rows, options);
-  check_products(kOp, products, query, key);
   const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
   cpu::info_nce_statistics(problems, scale);
   // HiMo-CLIP eq. (2); both directions share the smoothing term. An infinite positive times a
@@ -137,6 +140,49 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   }
   if (label_smoothing != 0) loss.sub_(mean_logit(query, key, scale), label_smoothing);
   return {loss.to(dtype), row_nll, column_nll};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
+    double label_smoothing, const std::optional<at::Tensor>& products) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_features(query, key, logit_scale);
+  check_pairs(query, key);
+  check_products(kOp, products, query, key);
+  const double scale = logit_scale.to(accumulation_dtype(query)).item<double>();
+  return forward(query, key, scale, label_smoothing, products);
+}
+
+std::optional<std::vector<at::Tensor>> info_nce_plain(
+    const std::vector<at::Tensor>& features, const std::variant<at::Tensor, double>& logit_scale,
+    double label_smoothing) {
+  if (!is_plain_thread() || features.empty()) return {};
+  const auto& query = features[0];
+  for (const auto& x : features) {
+    if (!is_plain(x) || x.scalar_type() != query.scalar_type()) return {};
+    if (!x.sizes().equals(query.sizes())) return {};
+  }
+  if (query.dim() < 2 || query.size(-2) == 0 || query.size(-1) == 0) return {};
+  if (!(label_smoothing >= 0 && label_smoothing <= 1)) return {};
+  const auto dtype = accumulation_dtype(query);
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  double scale;
+  if (const auto* tensor = std::get_if<at::Tensor>(&logit_scale)) {
+    if (!is_plain(*tensor) || tensor->numel() != 1) return {};
+    scale = tensor->to(dtype).item<double>();
+  } else {
+    scale = std::get<double>(logit_scale);
+    if (!(std::abs(scale) <= std::numeric_limits<float>::max())) return {};
+    if (dtype == at::kFloat) scale = static_cast<float>(scale);
+  }
+  std::vector<at::Tensor> losses;
+  for (size_t i = 1; i < features.size(); ++i) {
+    losses.push_back(
+        std::get<0>(forward(query, features[i], scale, label_smoothing, /*products=*/{})));
+  }
+  return losses;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(

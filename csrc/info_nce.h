@@ -6,6 +6,8 @@
 
 #include <optional>
 #include <tuple>
+#include <variant>
+#include <vector>
 
 namespace himo {
 
@@ -17,6 +19,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
     const at::Tensor& logit_scale,  // []
     double label_smoothing,
     const std::optional<at::Tensor>& products);  // [*, N, N] contiguous, dtype of the results
+
+// Returns the loss [*] of the first features against each of the others, in the dtype of above.
+// Returns nothing if the call is not plain (common/plain.h) or an argument not valid: the caller
+// then finds out why.
+std::optional<std::vector<at::Tensor>> info_nce_plain(
+    const std::vector<at::Tensor>& features,              // [*, N, K] each
+    const std::variant<at::Tensor, double>& logit_scale,  // of one element
+    double label_smoothing);
 
 // Returns the gradients of query and key [*, N, K] and of logit_scale [], float32 or float64 as
 // above; empty if not needed. products is the tensor that the forward wrote; without it the

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ class Backend:
     take these tensors, or None. A backend with auto=False runs only when named; gate may state why.
     auto may also be a function of the tensors' shape, dtype and device. "auto" skips the backend if
     it returns False, because a later backend is faster for these tensors.
+    plain, where the backend has it, does a whole public call that is plain; see Operator.plain.
     """
 
     kernels: Mapping[str, Callable[..., object]]
     why_not: Callable[..., str | None] = lambda *tensors: None
     auto: bool | Callable[..., bool] = True
     gate: str | None = None
+    plain: Callable[..., Any] | None = None
 
     def suits(self, *tensors: Tensor) -> bool:
         """Returns whether "auto" may choose this backend for these tensors, if it can run."""
@@ -150,6 +153,36 @@ class Operator:
     def choose(self, requested: str, *tensors: Tensor) -> str | None:
         """Returns the backend's name like `resolve`, or None if it cannot take the tensors."""
         return self._choose(_requested_backend(self.name, requested), *tensors)
+
+    def plain(
+        self,
+        requested: str,
+        given: tuple[Any, ...],
+        defaults: tuple[Any, ...],
+        features: tuple[Tensor, ...],
+        *others: Any,
+    ) -> Any:
+        """Returns the results of a public call that is plain, or None for any other call.
+
+        A call is plain if nothing observes or transforms it, it needs no gradient, its other
+        options, `given`, are the defaults, and the chosen backend checks and computes it in one
+        function, Backend.plain(features, *others). That returns None for any call that it does not
+        know to be plain and valid; the caller then takes the general way, which raises the error of
+        an invalid argument. This shortens small calls.
+        """
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return None
+        if torch.is_grad_enabled() and getattr(features[0], "requires_grad", False):
+            return None  # most calls that are not plain
+        # By identity, because == may run the code of an invalid argument.
+        if type(requested) is not str or not all(map(is_, given, defaults)):
+            return None
+        if requested == "auto":
+            requested = _default_backend
+        for name, backend in self.backends.items():
+            if name == requested or (requested == "auto" and backend.auto is not False):
+                return None if backend.plain is None else backend.plain(features, *others)
+        return None
 
     def _choose(self, requested: str, *tensors: Tensor) -> str | None:
         if requested == "auto":

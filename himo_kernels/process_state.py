@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -61,15 +62,19 @@ class Borrowed(Generic[T]):
         """The setting serves inside, whatever other borrowing threads do."""
         return _Loan(self)
 
-    def _begin(self, call: object) -> bool:
-        """Returns whether the call counts as active, so that it must end."""
-        # Without the lock, because every small call comes here. If the user's setting serves, no
-        # call changes it, and none has to know of this one. The counts show that the value read is
-        # the user's, and not one that a call had written meanwhile.
+    def is_untouched(self) -> bool:
+        """Returns whether the user's setting serves, so that no call changes it."""
+        # Without the lock, because every small call comes here. The counts show that the value read
+        # is the user's, and not one that a call had written meanwhile.
         entered = Borrowed._entered
         if entered == Borrowed._left and not self._saved and self._serves(self._read()):
-            if entered == Borrowed._entered:
-                return False
+            return entered == Borrowed._entered
+        return False
+
+    def _begin(self, call: object) -> bool:
+        """Returns whether the call counts as active, so that it must end."""
+        if self.is_untouched():
+            return False
         with self._exclusively():
             self._calls.add(weakref.ref(call))
             if not self._serves(found := self._read()):
@@ -120,8 +125,8 @@ class _Loan(ContextDecorator):
             self._setting._end(self)
 
 
-def _precision(backend: str, operation: str = "matmul") -> str:
-    return torch._C._get_fp32_precision_getter(backend, operation)
+# (backend, operation), such as ("mkldnn", "matmul") -> the precision in effect.
+_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
 
 
 def _set_precision(backend: str, operation: str, precision: str) -> None:
@@ -137,7 +142,7 @@ def _own_precision(backend: str, precision: str) -> str:
     if _precision(backend, "all") != precision:
         return precision
     with _exact_where(precision, "generic"), _exact_where(precision, backend):
-        return precision if _precision(backend) == precision else "none"
+        return precision if _precision(backend, "matmul") == precision else "none"
 
 
 @contextmanager
@@ -156,9 +161,9 @@ def _exact_where(precision: str, backend: str) -> Iterator[None]:
 def _borrowed_precision(backend: str) -> Borrowed[str]:
     return Borrowed(
         "ieee",
-        lambda: _precision(backend),
+        partial(_precision, backend, "matmul"),
         lambda precision: _set_precision(backend, "matmul", precision),
-        serves=lambda precision: precision in ("ieee", "none"),
+        serves=frozenset({"ieee", "none"}).__contains__,
         setting=lambda precision: _own_precision(backend, precision),
     )
 
@@ -174,6 +179,11 @@ def full_float32_matmuls(device: str) -> AbstractContextManager[None]:
     other threads on the device are full float32 too. The last call restores the user's setting.
     """
     return _PRECISIONS["cuda" if device == "cuda" else "cpu"].lent()
+
+
+def matmuls_are_full_float32(device: str) -> bool:
+    """Returns whether they are without `full_float32_matmuls`, and stay so while calls overlap."""
+    return _PRECISIONS["cuda" if device == "cuda" else "cpu"].is_untouched()
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

@@ -28,6 +28,10 @@ inline bool is_computing_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble;
 }
 
+inline bool is_features_dtype(at::ScalarType dtype) {
+  return is_computing_dtype(dtype) || dtype == at::kHalf || dtype == at::kBFloat16;
+}
+
 // The dtype of sums and logits.
 inline at::ScalarType accumulation_dtype(const at::Tensor& features) {
   return features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -37,8 +41,8 @@ inline void check_features(const char* op, const char* name, const at::Tensor& x
   HIMO_CHECK_CPU(op, name, x);
   HIMO_CHECK_SHAPE(x.dim() >= 2, op, name, x, "[*, N, D]");
   const auto dtype = x.scalar_type();
-  HIMO_CHECK_DTYPE(is_computing_dtype(dtype) || dtype == at::kHalf || dtype == at::kBFloat16, op,
-                   name, "float16, bfloat16, float32 or float64", dtype);
+  HIMO_CHECK_DTYPE(is_features_dtype(dtype), op, name, "float16, bfloat16, float32 or float64",
+                   dtype);
 }
 
 // Checks query key^T [*, N, M], the cache of logits before scaling, if there is one.

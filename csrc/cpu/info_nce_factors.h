@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -86,8 +85,11 @@ std::vector<Factors<factor_t, gradient_t>> factors_of(c10::ArrayRef<InfoNCE> pro
   if (problems[0].products.defined()) {
     if (!formed) form_products(problems, factors, interrupt);
     for (int64_t b = 0; b < count; ++b) {
-      auto positives = factors[b].column_positives.narrow(0, 0, samples);
-      at::mul_out(positives, problems[b].products.diagonal(), at::Scalar(scale));
+      const acc_t* products = problems[b].products.template const_data_ptr<acc_t>();
+      acc_t* positives = factors[b].column_positives.template mutable_data_ptr<acc_t>();
+      for (int64_t i = 0; i < samples; ++i) {
+        positives[i] = static_cast<acc_t>(scale) * products[i * (samples + 1)];
+      }
     }
     return factors;
   }

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -75,8 +76,9 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   const bool whole = problems[0].positives.defined();
   if (whole) {
     for (size_t b = 0; b < problems.size(); ++b) {
-      const int64_t samples = problems[b].query.size(0);
-      problems[b].positives.copy_(factors[b].column_positives.narrow(0, 0, samples));
+      std::copy_n(factors[b].column_positives.template const_data_ptr<acc_t>(),
+                  problems[b].query.size(0),
+                  problems[b].positives.template mutable_data_ptr<acc_t>());
     }
   }
   const SquareForm<factor_t> form{problems, factors, static_cast<acc_t>(scale), whole,

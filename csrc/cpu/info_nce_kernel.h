@@ -31,7 +31,7 @@ struct InfoNCE : Logits {
   // Undefined for a whole batch, whose forward writes them to positives.
   at::Tensor row_positives;     // [M] acc
   at::Tensor column_positives;  // [N] acc
-  at::Tensor positives;         // [N] acc
+  at::Tensor positives;         // [N] acc, contiguous
   // Whole batch: written by the forward, read by the backward. The forward of a block instead
   // writes log sum exp(S - positive) over the entries of the block that are not positive pairs;
   // its backward reads the nll of the whole batch.

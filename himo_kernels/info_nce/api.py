@@ -28,11 +28,20 @@ from himo_kernels.info_nce.op import (
     INFO_NCE,
     ContrastiveLoss,
 )
-from himo_kernels.info_nce.pairs.form import Values, check_form, check_form_values, loss_of_pairs
+from himo_kernels.info_nce.pairs.form import (
+    SQUARE,
+    Values,
+    check_form,
+    check_form_values,
+    loss_of_pairs,
+)
 
 LOGITS_VARIABLE = "HIMO_KERNELS_LOGITS_MIB"
 # Read once at import: a compiled graph must not depend on a variable that can change later.
 _logits_mib = os.environ.get(LOGITS_VARIABLE)
+
+# What a plain call leaves as it is: the pairs, check_finite, keep_logits_mib and the variable.
+_PLAIN = (*SQUARE, False, None, None)
 
 
 def info_nce(
@@ -99,21 +108,22 @@ def info_nce(
         TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take the features.
     """
-    name, features = (
-        INFO_NCE.name,
-        {"image_features": image_features, "text_features": text_features},
-    )
+    name, inputs = INFO_NCE.name, (image_features, text_features)
     pairs = (directions, positives, labels, same_label, exclude_self, reduction, weights)
     settings = (label_smoothing, differentiate_keys, keep_logits_mib, check_finite)
+    given = (*pairs, check_finite, keep_logits_mib, _logits_mib)
+    arguments = (inputs, logit_scale, label_smoothing, differentiate_keys)
+    if losses := INFO_NCE.plain(backend, given, _PLAIN, *arguments):
+        return losses[0]
     form = check_form(name, image_features, text_features, *pairs)
+    features = {"image_features": image_features, "text_features": text_features}
     if form is None:
         (loss,) = _losses(INFO_NCE, features, {}, logit_scale, *settings, backend)
         return loss * image_features.shape[-2] if reduction == "sum" else loss
     scale, smoothing, budget = _check_settings(name, features, {}, logit_scale, *settings)
     if check_finite:
         check_form_values(name, form, text_features)
-    inputs = (image_features, text_features, scale)
-    return loss_of_pairs(form, *inputs, smoothing, differentiate_keys, budget, backend)
+    return loss_of_pairs(form, *inputs, scale, smoothing, differentiate_keys, budget, backend)
 
 
 def nt_xent(
@@ -183,23 +193,17 @@ def dual_info_nce(
     Returns:
         global_loss [*] and component_loss [*]; MoLo is `global_loss + weight * component_loss`.
     """
-    features = {
-        "image_features": image_features,
-        "text_features": text_features,
-        "component_features": component_features,
-    }
-    _check_rows(DUAL_INFO_NCE.name, features)
-    global_loss, component_loss = _losses(
-        DUAL_INFO_NCE,
-        features,
-        {},
-        logit_scale,
-        label_smoothing,
-        differentiate_keys,
-        keep_logits_mib,
-        check_finite,
-        backend,
-    )
+    settings = (label_smoothing, differentiate_keys, keep_logits_mib, check_finite)
+    inputs = (image_features, text_features, component_features)
+    given = (check_finite, keep_logits_mib, _logits_mib)
+    arguments = (inputs, logit_scale, label_smoothing, differentiate_keys)
+    losses = DUAL_INFO_NCE.plain(backend, given, _PLAIN[-3:], *arguments)
+    if losses is None:
+        names = ("image_features", "text_features", "component_features")
+        features = dict(zip(names, inputs, strict=True))
+        _check_rows(DUAL_INFO_NCE.name, features)
+        losses = _losses(DUAL_INFO_NCE, features, {}, logit_scale, *settings, backend)
+    global_loss, component_loss = losses
     return global_loss, component_loss
 
 
@@ -249,16 +253,10 @@ def dual_info_nce_low_rank(
     if rank is None:
         rank = torch.full(batch, inner, dtype=torch.int64, device=image_features.device)
     check_rank(operator, "rank", rank, batch, image_features)
+    factors = {"coefficients": coefficients, "basis": basis, "rank": rank}
+    settings = (label_smoothing, differentiate_keys, keep_logits_mib, check_finite)
     global_loss, component_loss = _losses(
-        DUAL_INFO_NCE_LOW_RANK,
-        rows,
-        {"coefficients": coefficients, "basis": basis, "rank": rank},
-        logit_scale,
-        label_smoothing,
-        differentiate_keys,
-        keep_logits_mib,
-        check_finite,
-        backend,
+        DUAL_INFO_NCE_LOW_RANK, rows, factors, logit_scale, *settings, backend
     )
     return global_loss, component_loss
 

@@ -20,6 +20,7 @@ from himo_kernels.info_nce.compose import (
     Settings,
     Statistics,
 )
+from himo_kernels.process_state import matmuls_are_full_float32
 
 
 def why_not(image_features: Tensor, *_: Tensor) -> str | None:
@@ -40,6 +41,23 @@ def fwd(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
         loss.settings.label_smoothing,
         loss.products,
     )
+
+
+def plain(
+    features: tuple[Tensor, ...],  # [*, N, D] each, image_features first
+    logit_scale: Tensor | float,
+    label_smoothing: float,
+    differentiate_keys: bool,
+) -> tuple[Tensor, ...] | None:
+    """Returns the loss [*] of the images against each of the other features.
+
+    Returns None if the call is not plain (Operator.plain), or an argument is not valid or of
+    another type than those above.
+    """
+    if extension.why_not() is not None or not matmuls_are_full_float32("cpu"):
+        return None
+    call = extension.load().info_nce_plain
+    return call(features, logit_scale, label_smoothing, differentiate_keys)
 
 
 def bwd(loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients) -> Gradients:

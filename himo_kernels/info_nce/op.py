@@ -1,5 +1,6 @@
 """Schemas, fakes and autograd of info_nce, dual_info_nce and dual_info_nce_low_rank."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,19 +15,19 @@ from himo_kernels.memory import cache_for
 _TRITON = "himo_kernels.info_nce.triton"
 
 
-def _operator(name: str) -> Operator:
+def _operator(name: str, plain: Callable[..., Any] | None = None) -> Operator:
     return Operator(
         name,
         {
             "triton": _triton.backend(_TRITON, name, _triton.why_not),
-            "cpu": Backend(compose.passes(name, cpu.fwd, cpu.bwd), cpu.why_not),
+            "cpu": Backend(compose.passes(name, cpu.fwd, cpu.bwd), cpu.why_not, plain=plain),
             "reference": Backend(compose.passes(name, reference.fwd, reference.bwd)),
         },
     )
 
 
-INFO_NCE = _operator("info_nce")
-DUAL_INFO_NCE = _operator("dual_info_nce")
+INFO_NCE = _operator("info_nce", cpu.plain)
+DUAL_INFO_NCE = _operator("dual_info_nce", cpu.plain)
 DUAL_INFO_NCE_LOW_RANK = _operator("dual_info_nce_low_rank")
 
 

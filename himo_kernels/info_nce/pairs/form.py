@@ -28,6 +28,9 @@ DIRECTIONS = ("both", "rows", "columns")
 SAME_LABEL = ("positive", "exclude")
 REDUCTIONS = ("mean", "sum", "none")
 
+# The arguments of the square form, in the order of check_form.
+SQUARE = ("both", None, None, "positive", False, "mean", None)
+
 Values = Tensor | tuple[Tensor, Tensor]  # of the rows, or of rows and columns
 
 

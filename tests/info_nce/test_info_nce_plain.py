@@ -1,0 +1,274 @@
+"""Plain calls, which one C++ function answers: the same bits as the general way, or that way."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from info_nce_cases import make_inputs
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import himo_kernels
+from himo_kernels import dispatch, extension
+from himo_kernels.info_nce import api
+from himo_kernels.info_nce.op import DUAL_INFO_NCE, INFO_NCE
+
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=extension.why_not() or "")
+
+NAMES = ("info_nce", "dual_info_nce")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _set_plain(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], Any]) -> None:
+    for operator in (INFO_NCE, DUAL_INFO_NCE):
+        backend = operator.backends["cpu"]
+        changed = dataclasses.replace(backend, plain=wrap(backend.plain))
+        monkeypatch.setattr(operator, "backends", operator.backends | {"cpu": changed})
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The suite may run under HIMO_KERNELS_BACKEND or HIMO_KERNELS_LOGITS_MIB.
+    monkeypatch.setattr(dispatch, "_default_backend", "auto")
+    monkeypatch.setattr(api, "_logits_mib", None)
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the function answered, for each call that reached it."""
+    found: list[bool] = []
+
+    def wrap(plain: Any) -> Any:
+        def recorded(*arguments: Any) -> Any:
+            losses = plain(*arguments)
+            found.append(losses is not None)
+            return losses
+
+        return recorded
+
+    _set_plain(monkeypatch, wrap)
+    return found
+
+
+def _losses(name: str, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    losses = getattr(himo_kernels, name)(*inputs, **options)
+    return losses if isinstance(losses, tuple) else (losses,)
+
+
+def _in_general(name: str, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    with pytest.MonkeyPatch.context() as patch:
+        _set_plain(patch, lambda plain: None)
+        return _losses(name, *inputs, **options)
+
+
+def _assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    assert len(actual) == len(expected)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+        assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+        assert torch.equal(got.isnan(), wanted.isnan())
+        assert not got.requires_grad
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "columns": lambda x: x.mT.contiguous().mT,
+    "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda x: x[..., :1, :].expand_as(x),
+    "NaN": lambda x: x.clone().fill_(float("nan")),
+    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
+    "negative view": torch._neg_view,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("batch", "samples", "features"), [((), 128, 48), ((), 1, 1), ((), 300, 7), ((2, 3), 5, 4)]
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.sample(40)
+def test_the_same_bits(
+    name: str,
+    dtype: torch.dtype,
+    layout: str,
+    batch: tuple[int, ...],
+    samples: int,
+    features: int,
+    smoothing: float,
+    answered: list[bool],
+    generator: torch.Generator,
+) -> None:
+    shape = {"batch": batch, "dtype": dtype, "generator": generator}
+    *inputs, scale = make_inputs(name, samples, features, **shape).values()
+    inputs = [LAYOUTS[layout](x) for x in inputs]
+    options = {"label_smoothing": smoothing, "differentiate_keys": smoothing == 0}
+    losses = _losses(name, *inputs, scale, **options)
+    assert answered == [layout != "negative view"]
+    _assert_same_bits(losses, _in_general(name, *inputs, scale, **options))
+
+
+def test_no_problem_at_all(answered: list[bool]) -> None:
+    x = torch.ones(0, 3, 2)
+    assert [loss.shape for loss in _losses("dual_info_nce", x, x, x, 1.0)] == [(0,), (0,)]
+    assert answered == [True]
+
+
+SCALES: dict[str, tuple[Any, bool]] = {
+    "number": (10.1, True),  # rounded to float32, as a tensor of it would be
+    "negative": (-3.0, True),
+    "float64": (torch.tensor(10.1, dtype=torch.float64), True),
+    "bfloat16": (torch.tensor(10.1, dtype=torch.bfloat16), True),
+    "[1]": (torch.tensor([10.1]), True),
+    "infinite tensor": (torch.tensor(float("inf")), True),
+    "integer": (10, False),
+    "numpy number": (numpy.float64(10.1), False),
+    "infinity": (float("inf"), False),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_kind_of_scale(
+    scale: str, dtype: torch.dtype, answered: list[bool], generator: torch.Generator
+) -> None:
+    value, plain = SCALES[scale]
+    image, text, _ = make_inputs("info_nce", 9, 5, dtype=dtype, generator=generator).values()
+    losses = _losses("info_nce", image, text, value)
+    assert answered == [plain]
+    _assert_same_bits(losses, _in_general("info_nce", image, text, value))
+
+
+def test_a_scale_that_float32_does_not_hold_raises_what_it_did(answered: list[bool]) -> None:
+    x = torch.eye(3)
+    with pytest.raises(RuntimeError) as general:
+        _in_general("info_nce", x, x, 1e300)
+    with pytest.raises(RuntimeError) as caught:
+        himo_kernels.info_nce(x, x, 1e300)
+    assert str(caught.value) == str(general.value)
+    assert answered == [False]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "another reduction": {"reduction": "sum"},
+    "a direction": {"directions": "rows"},
+    "positives": {"positives": torch.arange(6)},
+    "labels": {"labels": torch.arange(6)},
+    "weights": {"weights": torch.ones(6)},
+    "checked values": {"check_finite": True},
+    "a budget": {"keep_logits_mib": 1.0},
+    "the reference": {"backend": "reference"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_another_form_goes_the_general_way(options: str, answered: list[bool]) -> None:
+    x = torch.eye(6)
+    loss = himo_kernels.info_nce(x, x, 2.0, **OPTIONS[options])
+    assert answered == []
+    expected = himo_kernels.info_nce(x, x, 2.0).item()
+    assert loss.item() == pytest.approx(expected * (6 if "reduction" in OPTIONS[options] else 1))
+
+
+def test_a_backend_by_name_and_by_the_variable(
+    answered: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.eye(6)
+    himo_kernels.info_nce(x, x, 2.0, backend="cpu")
+    monkeypatch.setattr(dispatch, "_default_backend", "cpu")
+    himo_kernels.info_nce(x, x, 2.0)
+    assert answered == [True, True]
+    monkeypatch.setattr(dispatch, "_default_backend", "reference")
+    himo_kernels.info_nce(x, x, 2.0)
+    assert answered == [True, True]
+
+
+class _Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        return function(*args, **(kwargs or {}))
+
+
+class _Function(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        return function(*args, **(kwargs or {}))
+
+
+OBSERVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "a dispatch mode": _Dispatch,
+    "a function mode": _Function,
+    "the profiler": torch.profiler.profile,
+    "forward-mode AD": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_an_observed_call_goes_the_general_way(observer: str, answered: list[bool]) -> None:
+    x = torch.eye(6)
+    expected = himo_kernels.info_nce(x, x, 2.0)
+    with OBSERVERS[observer]():
+        loss = himo_kernels.info_nce(x, x, 2.0)
+    assert answered in ([True], [True, False])  # the first call alone
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_call_with_a_gradient_goes_the_general_way(which: int, answered: list[bool]) -> None:
+    inputs = [torch.eye(6), torch.eye(6), torch.tensor(2.0)]
+    inputs[which].requires_grad_()
+    loss = himo_kernels.info_nce(*inputs)
+    assert loss.requires_grad
+    with torch.no_grad():
+        assert torch.equal(himo_kernels.info_nce(*inputs), loss)
+    assert answered in ([True], [False, True])  # the second call alone
+
+
+def test_a_fake_tensor_goes_the_general_way(answered: list[bool]) -> None:
+    with FakeTensorMode():
+        x = torch.ones(6, 4)
+        loss = himo_kernels.info_nce(x, x, 2.0)
+    assert answered == [False]
+    assert type(loss) is type(x)
+
+
+def test_a_compiled_call_holds_the_operator(answered: list[bool]) -> None:
+    graphs: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(str(module.graph))
+        return module
+
+    x = torch.eye(6)
+    compiled = torch.compile(himo_kernels.dual_info_nce, backend=keep, fullgraph=True)
+    losses = compiled(x, x, x, 2.0)
+    assert answered == []
+    assert len(graphs) == 1 and "dual_info_nce_fwd" in graphs[0]
+    _assert_same_bits(losses, himo_kernels.dual_info_nce(x, x, x, 2.0))
+
+
+SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "nothing": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_surroundings_change_no_bit(
+    surroundings: str, answered: list[bool], generator: torch.Generator
+) -> None:
+    inputs = make_inputs("info_nce", 40, 30, dtype=torch.float32, generator=generator).values()
+    expected = _in_general("info_nce", *inputs, label_smoothing=0.1)
+    with SURROUNDINGS[surroundings]():
+        losses = _losses("info_nce", *inputs, label_smoothing=0.1)
+    assert answered == [surroundings != "autocast"]
+    assert losses[0].is_inference() == (surroundings == "inference_mode")
+    _assert_same_bits(losses, expected)
