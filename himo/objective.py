@@ -45,7 +45,7 @@ class Towers(nn.Module):
             image_features = self.model.encode_image(pixels)
             text_features = self.model.encode_text(tokens, max_length, lengths=lengths)
         # The loss needs float32: half-precision logits near 100 are 0.06 or more apart.
-        scale = self.model.logit_scale.float().exp()
+        scale = self.model.logit_scale.reshape(()).float().exp()  # [1] with --fsdp
         return image_features.float(), text_features.float(), scale
 
 
@@ -71,7 +71,10 @@ class Objective(nn.Module):
         super().__init__()
         ranks = ranks or Ranks()
         self.model = model
-        self.towers = ranks.wrap(Towers(model, settings.precision, settings.channels_last))
+        towers = Towers(model, settings.precision, settings.channels_last)
+        self.towers = ranks.wrap(towers, sharded=settings.fsdp)
+        # A rank whose batch is smaller must take as many parts: each gathers the weights.
+        self.least_parts = (settings.accum_freq or 1) if settings.fsdp else 1
         # Small gradients of float16 would be 0; with the other precisions it does nothing.
         self.scaler = torch.amp.GradScaler(
             next(model.parameters()).device.type, enabled=settings.precision == "amp"
@@ -172,16 +175,21 @@ class Objective(nn.Module):
         With --precision amp the gradients are scaled; `scaler.unscale_` divides them.
         """
         try:
-            if images.shape[0] <= size:
+            if images.shape[0] <= size and self.least_parts == 1:
                 outputs = self(images, tokens, max_length, lengths)
                 self.scaler.scale(outputs["loss"]).backward()
                 return outputs
             parts = [
                 (images_, tokens_, max_length, lengths and lengths[start : start + size])
                 for start, images_, tokens_ in zip(
-                    range(0, len(tokens), size), images.split(size), tokens.split(size), strict=True
+                    range(0, max(1, len(tokens)), size),
+                    images.split(size),
+                    tokens.split(size),
+                    strict=True,
                 )
             ]
+            nothing = (images[:0], tokens[:0], max_length, None)
+            parts += [nothing] * (self.least_parts - len(parts))
             return cached_backward(self.towers, self.losses, parts, self.scaler.scale)
         except ValueError as error:
             if not self.check_finite:
