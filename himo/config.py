@@ -74,7 +74,9 @@ class TrainConfig:
     channels_last: bool = _flag(
         False, "images in memory as [B, R, R, 3], as cuDNN's half-precision kernels take them"
     )
-    compile: bool = _flag(False, "torch.compile for both towers; needs a C++ compiler on a CPU")
+    compile: bool = _flag(
+        False, "torch.compile for the towers and the loss; needs a C++ compiler on a CPU"
+    )
 
     # Loss
     loss: Literal["himo", "clip"] = _flag("himo", "HiMo loss, or plain CLIP for comparison")

@@ -339,8 +339,4 @@ def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
     if settings.lock_text:
         model.lock_text_tower(settings.lock_text_unlocked_layers)
     model.set_grad_checkpointing(settings.grad_checkpointing)
-    model.to(device)
-    if settings.compile:  # in place, so parameter names do not change
-        model.visual.compile()
-        model.transformer.compile(dynamic=True)  # the longest caption of a batch varies
-    return model
+    return model.to(device)

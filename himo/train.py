@@ -165,10 +165,8 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     tokens = batch.tokens.to(run.device, non_blocking=True)
     set_learning_rate(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
-    # A compiled text tower takes a padded batch, because each packing would compile it again.
-    packing = None if settings.compile else lengths
     size = settings.batch_size
-    outputs = run.objective.backward(images, tokens, max_length, size, packing)
+    outputs = run.objective.backward(images, tokens, max_length, size, lengths)
     scaler.unscale_(optimizer)
     limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
     clip = sharding.clip_grad_norm_ if settings.fsdp else nn.utils.clip_grad_norm_
