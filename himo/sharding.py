@@ -28,7 +28,7 @@ def shard(towers: nn.Module) -> nn.Module:
     Each residual block is gathered by itself, the other parameters together. All processes begin
     with the weights of rank 0, as with DDP.
     """
-    # Imported only here: it takes as long as everything else that a run in one process imports.
+    # Imported here, because no other run needs them.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -39,10 +39,12 @@ def shard(towers: nn.Module) -> nn.Module:
             scale = module.logit_scale
             module.logit_scale = nn.Parameter(scale.detach().reshape(1), scale.requires_grad)
     mesh = init_device_mesh(next(towers.parameters()).device.type, (dist.get_world_size(),))
-    for module in towers.modules():
-        if isinstance(module, ResidualAttentionBlock):
-            fully_shard(module, mesh=mesh)
-    fully_shard(towers, mesh=mesh)
+    blocks = [module for module in towers.modules() if isinstance(module, ResidualAttentionBlock)]
+    for module in (*blocks, towers):  # the towers last: they take what no block has
+        sharded = fully_shard(module, mesh=mesh)
+        if mesh.device_type == "cpu":
+            # A mean over gloo was a sum in some versions of torch: pytorch/pytorch#162338.
+            sharded.set_force_sum_reduction_for_comms(True)
     return towers
 
 
@@ -131,5 +133,5 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
 
 
 def _sharded(tensor: Any) -> "DTensor | None":
-    # By its method, because the class takes long to import; see `shard`.
+    # By its method: the class is not imported without --fsdp.
     return tensor if hasattr(tensor, "full_tensor") else None
