@@ -110,7 +110,8 @@ def test_ranks_whose_last_batches_take_other_numbers_of_parts(pairs, tmp_path):
     # 186 pairs in batches of 3 x 42, made 14 at a time: the second step has 42, 18 and no pairs.
     # eps is so large that Adam's first steps are proportional to the gradients.
     flags = ["--keep-last-batch", "--epochs", "1", "--eps", "1e-4", "--lr", "1e-2"]
-    flags += ["--train-num-samples", "186", "--lock-text", "--lock-text-unlocked-layers", "2"]
+    flags += ["--train-num-samples", "186", "--warmup", "1"]
+    flags += ["--lock-text", "--lock-text-unlocked-layers", "2"]
     alone(pairs, tmp_path / "alone", "--batch-size", "126", *flags)
     split = ["--batch-size", "14", "--accum-freq", "3", "--exchange", "ring"]
     Ranks(3, pairs, tmp_path / "ranks", *split, *flags, FSDP, "--grad-checkpointing").end()
