@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from card_runs import Ranks, alone, arguments, assert_equal_weights, cards, losses, rows, weights
-from launch import ROOT, WORKERS, environment, torchrun
+from launch import ROOT, WORKERS, environment, found, torchrun
 
 REPEATS = int(os.environ.get("HIMO_TEST_REPEATS", "1"))  # kills at random times; set to 20 by hand
 TEN_EPOCHS = ["--epochs", "10", "--save-frequency", "10"]
@@ -203,3 +203,9 @@ def test_a_validation_between_two_log_lines_is_logged_by_all_ranks(pairs, tmp_pa
     assert [row["step"] for row in rows(tmp_path)] == [1, 3, 6]
     validated = ["val_image_to_text_R@1" in row for row in rows(tmp_path)]
     assert validated == [False, True, True]
+
+
+@pytest.mark.slow
+def test_compiled_towers_are_one_graph_with_the_gradient_of_ddp(tmp_path):
+    for result in found("compiled_worker.py", 2, tmp_path):
+        assert result["graphs"] == 1 and max(result["errors"]) < 1e-5
