@@ -24,7 +24,8 @@ def cached_backward(
 
     Args:
         encode: returns the embeddings [B, *] of a micro-batch, then the logit scale [], which all
-            micro-batches share. DDP averages its gradients once, after the last micro-batch.
+            micro-batches share. DDP averages its gradients once, after the last micro-batch; FSDP
+            after each, so that no rank holds the whole gradient.
         losses: takes the embeddings of all micro-batches, concatenated along their rows.
         parts: the arguments of encode for each micro-batch; at least one.
         scaled: maps the loss to the one whose gradient is added, such as `GradScaler.scale`.

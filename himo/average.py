@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from himo import sharding
+
 
 class AverageWeights:
     """a <- decay * a + (1 - decay) * w after each step, for every weight w that is trained.
@@ -26,12 +28,18 @@ class AverageWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Takes the weights of one more step into the average."""
-        averages, weights = (tuple(d.values()) for d in (self._averages, self._weights))
+        averages, weights = (
+            [sharding.local(tensor) for tensor in tensors.values()]
+            for tensors in (self._averages, self._weights)
+        )
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average for its weights in the body, which must not train it."""
+        """The model has the average for its weights in the body, which must not train it.
+
+        Not for sharded weights: FSDP keeps references to their memory.
+        """
         self._swap()
         try:
             yield
@@ -48,13 +56,15 @@ class AverageWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies what `state_dict` has returned; an average that is not there begins now.
+        """Copies whole averages of `state_dict`; one that is not there begins now.
 
         Raises:
             ValueError: an average is of another shape than its weight.
         """
         for name, average in self._averages.items():
-            value = state.get(name, self._weights[name])
-            if average.shape != value.shape:
-                raise ValueError(f"the average of {name} is of another shape")
+            value = self._weights[name].detach()
+            if name in state:
+                if state[name].shape != sharding.whole_shape(name, average):
+                    raise ValueError(f"the average of {name} is of another shape")
+                value = sharding.part(state[name], average)
             average.copy_(value)

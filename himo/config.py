@@ -74,7 +74,9 @@ class TrainConfig:
     channels_last: bool = _flag(
         False, "images in memory as [B, R, R, 3], as cuDNN's half-precision kernels take them"
     )
-    compile: bool = _flag(False, "torch.compile for both towers; needs a C++ compiler on a CPU")
+    compile: bool = _flag(
+        False, "torch.compile for the towers and the loss; needs a C++ compiler on a CPU"
+    )
 
     # Loss
     loss: Literal["himo", "clip"] = _flag("himo", "HiMo loss, or plain CLIP for comparison")
@@ -137,6 +139,9 @@ class TrainConfig:
     exchange: Literal["gather", "ring"] = _flag(
         "gather", "of texts between processes; ring: O(N/W)"
     )
+    fsdp: bool = _flag(
+        False, "share weights, gradients and moments out to the processes, with FSDP2"
+    )
     rank_timeout: float = _flag(15.0, "seconds without a sign of life until a process is gone")
     precision: Literal["fp32", "amp", "amp_bf16", "auto"] = _flag(
         "fp32",
@@ -180,7 +185,7 @@ class TrainConfig:
             if name not in _REPORTS:
                 expected = " or ".join(_REPORTS)
                 raise HimoError(f"--report-to: expected {expected}, got {name!r}")
-        if self.patience and self.val_data is None and not self.held_out:
+        if self.patience and not self.validates:
             raise HimoError("--patience: expected a validation, from --val-data or --held-out")
         if self.val_data is not None and self.held_out:
             raise HimoError("--held-out: expected none beside --val-data, or no --val-data")
@@ -205,6 +210,8 @@ class TrainConfig:
             raise HimoError(f"--tau: expected a number in (0, 1], got {self.tau}")
         if self.cuda_graph_head and self.loss != "himo":
             raise HimoError(f"--cuda-graph-head: expected --loss himo, got {self.loss}")
+        if self.fsdp and self.compile:
+            raise HimoError("--fsdp: expected no --compile beside it")
         if not self.train_data:
             raise HimoError("--train-data: expected a data set, got none")
         for name in self.allowed:
@@ -225,6 +232,11 @@ class TrainConfig:
     def folder(self) -> Path:
         """The directory of the run."""
         return Path(self.logs) / self.run_name
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run has pairs to validate on."""
+        return self.val_data is not None or self.held_out > 0
 
     @property
     def allowed(self) -> list[str]:
@@ -266,7 +278,7 @@ AT_RESUME: dict[str, tuple[str, ...]] = {
         *("val_himo", "patience"),
         *("activation", "vision_heads", "text_heads"),
         *("model", "grad_checkpointing", "channels_last", "compile", "cuda_graph_head"),
-        *("exchange", "device", "threads"),
+        *("exchange", "fsdp", "device", "threads"),
     ),
     # They change speed, and where and how often something is written.
     "ignore": (

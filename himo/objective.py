@@ -32,7 +32,7 @@ class Towers(nn.Module):
         self,
         images: Tensor,  # uint8 [B, 3, R, R]
         tokens: Tensor,  # [B, L]
-        max_length: int,
+        max_length: int | None,
         lengths: list[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns image and text features [B, D] and the logit multiplier [], in float32."""
@@ -45,7 +45,7 @@ class Towers(nn.Module):
             image_features = self.model.encode_image(pixels)
             text_features = self.model.encode_text(tokens, max_length, lengths=lengths)
         # The loss needs float32: half-precision logits near 100 are 0.06 or more apart.
-        scale = self.model.logit_scale.float().exp()
+        scale = self.model.logit_scale.reshape(()).float().exp()  # [1] with --fsdp
         return image_features.float(), text_features.float(), scale
 
 
@@ -71,7 +71,14 @@ class Objective(nn.Module):
         super().__init__()
         ranks = ranks or Ranks()
         self.model = model
-        self.towers = ranks.wrap(Towers(model, settings.precision, settings.channels_last))
+        towers = Towers(model, settings.precision, settings.channels_last)
+        self.compiled = settings.compile
+        if self.compiled:  # in place, so that no parameter changes its name
+            is_one_batch = ranks.size == 1 and (settings.accum_freq or 1) == 1
+            (self if is_one_batch and not settings.cuda_graph_head else towers).compile()
+        self.towers = ranks.wrap(towers, sharded=settings.fsdp)
+        # A rank whose batch is smaller must take as many parts: each gathers the weights.
+        self.least_parts = (settings.accum_freq or 1) if settings.fsdp else 1
         # Small gradients of float16 would be 0; with the other precisions it does nothing.
         self.scaler = torch.amp.GradScaler(
             next(model.parameters()).device.type, enabled=settings.precision == "amp"
@@ -120,7 +127,7 @@ class Objective(nn.Module):
         self,
         images: Tensor,  # uint8 [B, 3, R, R]
         tokens: Tensor,  # [B, L]
-        max_length: int,
+        max_length: int | None,
         lengths: list[int] | None = None,
     ) -> dict[str, Any]:
         """Returns loss, contrastive_loss, component_loss, rank, text_features (detached).
@@ -172,21 +179,39 @@ class Objective(nn.Module):
         With --precision amp the gradients are scaled; `scaler.unscale_` divides them.
         """
         try:
-            if images.shape[0] <= size:
-                outputs = self(images, tokens, max_length, lengths)
+            if images.shape[0] <= size and self.least_parts == 1:
+                outputs = self(images, *self._texts(tokens, max_length, lengths))
                 self.scaler.scale(outputs["loss"]).backward()
                 return outputs
             parts = [
-                (images_, tokens_, max_length, lengths and lengths[start : start + size])
+                (images_, *self._texts(tokens_, max_length, lengths and lengths[start:][:size]))
                 for start, images_, tokens_ in zip(
-                    range(0, len(tokens), size), images.split(size), tokens.split(size), strict=True
+                    range(0, max(1, len(tokens)), size),
+                    images.split(size),
+                    tokens.split(size),
+                    strict=True,
                 )
             ]
+            nothing = (images[:0], tokens[:0], max_length, None)
+            parts += [nothing] * (self.least_parts - len(parts))
             return cached_backward(self.towers, self.losses, parts, self.scaler.scale)
         except ValueError as error:
             if not self.check_finite:
                 raise
             raise HimoError(str(error)) from error  # every rank names the one that is wrong
+
+    def _texts(
+        self, tokens: Tensor, max_length: int, lengths: list[int] | None
+    ) -> tuple[Tensor, int | None, list[int] | None]:
+        """The arguments of `forward` after images, of which a compiler makes one graph.
+
+        It would make a graph for each max_length, and for each packing of lengths.
+        """
+        if not self.compiled:
+            return tokens, max_length, lengths
+        tokens = tokens[:, :max_length].contiguous()
+        torch._dynamo.maybe_mark_dynamic(tokens, 1)
+        return tokens, None, None
 
 
 def rank_doubt(rank: int, pairs: int) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from himo import sharding
 from himo.config import TrainConfig
 from himo.model import HiMoCLIP
 
@@ -84,4 +85,4 @@ def learning_rate(step: int, total_steps: int, settings: TrainConfig) -> float:
 @torch.no_grad()
 def clamp_temperature(model: HiMoCLIP) -> None:
     """Keeps the logit multiplier from 1 to 100, as CLIP does after each step."""
-    model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+    sharding.local(model.logit_scale).clamp_(0, MAX_LOG_SCALE)

@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from himo.errors import HimoError
+from himo.sharding import shard
 
 _BEAT_S = 1.0
 _LOOK_S = 0.1
@@ -53,8 +54,12 @@ class Ranks:
         """The device of this process for --device NAME; of several GPUs, its own."""
         return name
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, wrapped so that its gradients are means over ranks."""
+    def wrap(self, module: nn.Module, *, sharded: bool = False) -> nn.Module:
+        """The module, wrapped so that its gradients are means over ranks.
+
+        Args:
+            sharded: each rank holds a part of the parameters; see himo/sharding.py.
+        """
         return module
 
     def mean(self, values: Tensor) -> Tensor:
@@ -108,8 +113,8 @@ class _ManyRanks(Ranks):
             return f"cuda:{self._local_rank}"
         return name
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return DistributedDataParallel(module)
+    def wrap(self, module: nn.Module, *, sharded: bool = False) -> nn.Module:
+        return shard(module) if sharded else DistributedDataParallel(module)
 
     def mean(self, values: Tensor) -> Tensor:
         values = values.clone()

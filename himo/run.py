@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from himo import checkpoint, recipes, resume, run_folder, training_state
+from himo import checkpoint, recipes, resume, run_folder, sharding, training_state
 from himo.average import AverageWeights
 from himo.config import TrainConfig
 from himo.data import BatchLoader, EpochSampler, Sample, SampleIndex
@@ -90,11 +90,16 @@ class TrainingRun:
         """
         self.log.check_finite(self.step)
         reasons = self._bad_samples()
+        if ends_epoch:
+            with self.whole_model() as model:
+                if model is not None:
+                    self.save_model(model, run_folder.model_name(self.sampler.epoch + 1))
+        tensors = training_state.whole_tensors(
+            self.model, self.optimizer, self.average, keep=self.ranks.main
+        )
         if not self.ranks.main:
             return
         checkpoints = self.settings.folder / run_folder.CHECKPOINTS
-        if ends_epoch:
-            self.save_model(run_folder.model_name(self.sampler.epoch + 1))
         loop = {
             "sampler": self.sampler.state_dict(),
             "bad_samples": {"reasons": reasons},
@@ -102,24 +107,35 @@ class TrainingRun:
             "scaler": self.objective.scaler.state_dict(),
             **self.record,
         }
-        training_state.save_state(
-            checkpoints, self.step, self.model, self.optimizer, loop, self.average
-        )
+        training_state.save_state(checkpoints, self.step, tensors, loop)
         if keep := self.settings.keep_checkpoints:
             models = run_folder.saved_models(checkpoints, self.sampler.epoch + 1)
             for old in [*training_state.saved_states(checkpoints)[:-keep], *models[:-keep]]:
                 old.unlink()
 
-    def save_model(self, name: str) -> None:
+    def save_model(self, model: HiMoCLIP, name: str) -> None:
         """Writes the model, with the settings, to a file among the checkpoints."""
         path = self.settings.folder / run_folder.CHECKPOINTS / name
         training = {"step": self.step, **dataclasses.asdict(self.settings)}
-        with self.averaged():
-            checkpoint.save(self.model, path, metadata={"training": training})
+        checkpoint.save(model, path, metadata={"training": training})
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """In the body, the model has the weights that are validated and saved."""
-        return nullcontext() if self.average is None else self.average.in_place()
+    @contextmanager
+    def whole_model(self) -> Iterator[HiMoCLIP | None]:
+        """The model that is validated and saved, for the body; None on ranks other than 0.
+
+        Every rank must call it. With --ema it has the average for its weights, and the run must not
+        train in the body.
+        """
+        if self.settings.fsdp:
+            averages = {} if self.average is None else self.average.state_dict()
+            yield sharding.whole_model(self.model, averages, keep=self.ranks.main)
+        elif not self.ranks.main:
+            yield None
+        elif self.average is None:
+            yield self.model
+        else:
+            with self.average.in_place():
+                yield self.model
 
     def report_end(self) -> None:
         """Prints unreadable samples and the paths of the models. Every rank must call it."""
@@ -147,6 +163,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         HimoError: bad data or settings, a damaged checkpoint, or a checkpoint of another run.
     """
     check_installed(settings)
+    if settings.fsdp and ranks.size == 1:
+        raise HimoError("--fsdp: expected several processes, as torchrun starts them, got 1")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -321,8 +339,4 @@ def build_model(settings: TrainConfig, device: torch.device) -> HiMoCLIP:
     if settings.lock_text:
         model.lock_text_tower(settings.lock_text_unlocked_layers)
     model.set_grad_checkpointing(settings.grad_checkpointing)
-    model.to(device)
-    if settings.compile:  # in place, so parameter names do not change
-        model.visual.compile()
-        model.transformer.compile(dynamic=True)  # the longest caption of a batch varies
-    return model
+    return model.to(device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from himo import config, parallel, run_folder
+from himo import config, parallel, run_folder, sharding
 from himo.config import TrainConfig
 from himo.data import Sample, worker_deaths
 from himo.dry_run import check_writable, rehearse
@@ -123,10 +123,11 @@ def _take_steps(run: TrainingRun) -> bool:
                 else:
                     log.skip(run.step, grad_norm)
                 validated = _validated(run)
-                if is_finite and (validated or _is_logged(run)):
-                    outputs |= validated
+                if is_finite and (validated is not None or _is_logged(run)):
+                    outputs |= validated or {}
                     epochs_done = run.step / run.steps_per_epoch
-                    line = log.write(run.step, epochs_done, lr, run.model.logit_scale, outputs)
+                    scale = sharding.whole(run.model.logit_scale)
+                    line = log.write(run.step, epochs_done, lr, scale, outputs)
                     if run.reports is not None:
                         run.reports.write(line)
                     _check_rank(run, line["rank"])
@@ -164,13 +165,12 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     tokens = batch.tokens.to(run.device, non_blocking=True)
     set_learning_rate(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
-    # A compiled text tower takes a padded batch, because each packing would compile it again.
-    packing = None if settings.compile else lengths
     size = settings.batch_size
-    outputs = run.objective.backward(images, tokens, max_length, size, packing)
+    outputs = run.objective.backward(images, tokens, max_length, size, lengths)
     scaler.unscale_(optimizer)
     limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    clip = sharding.clip_grad_norm_ if settings.fsdp else nn.utils.clip_grad_norm_
+    grad_norm = clip(run.model.parameters(), limit)
     # Gradients are averaged by now, so all ranks decide alike. The check synchronises the host.
     is_checked = settings.on_nonfinite == "skip" or scaler.is_enabled()
     is_finite = not is_checked or bool(torch.isfinite(grad_norm))
@@ -185,23 +185,26 @@ def _step(run: TrainingRun, batch: Sample, lr: float) -> tuple[dict[str, Any], T
     return outputs, grad_norm, is_finite
 
 
-def _validated(run: TrainingRun) -> dict[str, Any]:
-    """Measures, prints and returns the validation if it is due after this step, else {}.
+def _validated(run: TrainingRun) -> dict[str, Any] | None:
+    """Measures, prints and returns the validation if it is due after this step, else None.
 
-    Saves the model if it is the best so far.
+    Saves the model if it is the best so far. Every rank must call it; rank 0 measures, and the
+    others get {}.
     """
     every = run.steps_per_epoch * run.settings.val_frequency
     is_due = _is_multiple(run.step, every) or run.step == run.total_steps
-    if run.validation is None or not is_due:
-        return {}
+    if not run.settings.validates or not is_due:
+        return None
     run.log.check_finite(run.step)
     epochs = run.step / run.steps_per_epoch
-    with run.averaged():
-        values = run.validation.measure(run.model)
-    line = f"epoch {epochs:g}: {run.validation.line(values)}"
-    if run.best.is_beaten(run.step, epochs, values):
-        run.save_model(run_folder.BEST)
-        line += ", the best so far"
+    with run.whole_model() as model:
+        if run.validation is None or model is None:
+            return {}
+        values = run.validation.measure(model)
+        line = f"epoch {epochs:g}: {run.validation.line(values)}"
+        if run.best.is_beaten(run.step, epochs, values):
+            run.save_model(model, run_folder.BEST)
+            line += ", the best so far"
     tqdm.write(line)
     return values | {"predictions": run.validation.predictions}
 

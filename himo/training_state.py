@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from himo import sharding
 from himo.average import AverageWeights
 from himo.checkpoint.safetensors_files import read_safetensors, write_safetensors
 from himo.errors import HimoError
@@ -24,27 +25,44 @@ _NAMED = re.compile(r"state-[0-9]{8,12}\.safetensors")
 _PARTS = {"step": int, "random": list, "sampler": dict, "bad_samples": dict, "settings": dict}
 
 
-def save_state(
-    directory: Path,
-    step: int,
+def whole_tensors(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loop: Mapping[str, Any],
-    average: AverageWeights | None = None,
-) -> Path:
-    """Writes state-STEP.safetensors atomically and returns its path.
+    average: AverageWeights | None,
+    *,
+    keep: bool,
+) -> dict[str, Tensor]:
+    """The tensors of `save_state`: weights, moments and averages, whole where they are sharded.
 
     Args:
-        loop: what else the loop needs (sampler position, configuration), to be stored as JSON.
+        keep: whether this rank saves them. Every rank must call it, and the others get {}.
     """
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    return sharding.gathered(_tensors(model, optimizer, average), keep=keep)
+
+
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: AverageWeights | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        yield f"model/{name}", tensor
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = value
+            yield f"optimizer/{name}/{key}", value
     if average is not None:
         for name, value in average.state_dict().items():
-            tensors[f"average/{name}"] = value
-    tensors["random/torch"] = torch.get_rng_state()
+            yield f"average/{name}", value
+
+
+def save_state(
+    directory: Path, step: int, tensors: dict[str, Tensor], loop: Mapping[str, Any]
+) -> Path:
+    """Writes state-STEP.safetensors atomically, with the random state, and returns its path.
+
+    Args:
+        tensors: as `whole_tensors` returns them.
+        loop: what else the loop needs (sampler position, configuration), to be stored as JSON.
+    """
+    tensors = {**tensors, "random/torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"random/cuda{index}"] = state
@@ -91,22 +109,23 @@ def restore(
 
     weights = below("model/")
     shapes = {name: tensor.shape for name, tensor in weights.items()}
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
+    expected = {name: sharding.whole_shape(name, tensor) for name, tensor in own.items()}
     differing = sorted(n for n in shapes | expected if shapes.get(n) != expected.get(n))
     if differing:
         raise HimoError(f"{state.path}: is of another model: {', '.join(differing[:5])} differ")
-    model.load_state_dict(weights)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(sharding.part(weights[name], tensor))
     for name, parameter in model.named_parameters():
-        adam = below(f"optimizer/{name}/")
-        if any(value.dim() and value.shape != parameter.shape for value in adam.values()):
-            raise HimoError(f"{state.path}: is of another model: the moments of {name} differ")
-        if adam:
-            # AdamW's step count [] is on the CPU, or with its weight where one kernel does it all.
+        if adam := below(f"optimizer/{name}/"):
+            # AdamW's step count is on the CPU, or with its weight where one kernel does it all.
+            step = adam.pop("step")
+            if any(value.shape != expected[name] for value in adam.values()):
+                raise HimoError(f"{state.path}: is of another model: the moments of {name} differ")
+            moments = {key: sharding.part(value, parameter) for key, value in adam.items()}
             fused = optimizer.defaults.get("fused")
-            optimizer.state[parameter] = {
-                key: value.to(device) if value.dim() or fused else value
-                for key, value in adam.items()
-            }
+            optimizer.state[parameter] = {"step": step.to(device) if fused else step, **moments}
     if average is not None:
         average.load_state_dict(below("average/"))
     torch.set_rng_state(tensors["random/torch"])

@@ -1,87 +1,23 @@
 """`himo train` under torchrun: steps equal one process's, and all ranks end together (G23, G24)."""
 
-import csv
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from launch import ROOT, WORKERS, environment, torchrun
-from PIL import Image
-from train_processes import TrainProcesses
-
-import himo
-from himo_kernels.testing import relative_error
-
-FLAGS = ["--model", "tiny", "--lr", "1e-4", "--warmup", "2", "--workers", "0"]
-FLAGS += ["--log-every-n-steps", "1", "--threads", "1", "--name", "run"]
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    """256 photos of noise in one colour, and what each shows."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    with open(folder / "pairs.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["filepath", "title"])
-        for number in range(256):
-            colour = rng.integers(0, 255, 3)
-            pixels = (colour + rng.integers(0, 60, (24, 24, 3))).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number}.png")
-            writer.writerow([f"{number}.png", f"A card of red {colour[0]} and blue {colour[2]}."])
-    return folder / "pairs.csv"
-
+from card_runs import Ranks, alone, arguments, assert_equal_weights, cards, losses, rows, weights
+from launch import ROOT, WORKERS, environment, found, torchrun
 
 REPEATS = int(os.environ.get("HIMO_TEST_REPEATS", "1"))  # kills at random times; set to 20 by hand
 TEN_EPOCHS = ["--epochs", "10", "--save-frequency", "10"]
 
 
-def arguments(pairs: Path, logs: Path, *flags: str) -> list[str]:
-    return ["train", "--train-data", str(pairs), "--logs", str(logs), *FLAGS, *flags]
-
-
-def alone(pairs: Path, logs: Path, *flags: str) -> Path:
-    run = [sys.executable, "-m", "himo", *arguments(pairs, logs, *flags)]
-    done = subprocess.run(run, capture_output=True, text=True, env=environment(), cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return logs
-
-
-class Ranks(TrainProcesses):
-    """`himo train` with the flags of this file."""
-
-    def __init__(
-        self, world: int, pairs: Path, logs: Path, *flags: str, launch: tuple[str, ...] = ()
-    ) -> None:
-        super().__init__(world, logs, arguments(pairs, logs, *flags), launch)
-
-
-def weights(logs: Path, epoch: int) -> dict[str, torch.Tensor]:
-    model, _ = himo.load(logs / f"run/checkpoints/epoch_{epoch}.safetensors")
-    return model.state_dict()
-
-
-def assert_equal_weights(logs: Path, expected: Path, epoch: int) -> None:
-    actual = weights(logs, epoch)
-    for name, tensor in weights(expected, epoch).items():
-        pair = actual[name], tensor
-        if name.endswith("attn.in_proj_bias"):
-            # Attention does not depend on the biases of its keys. Their gradients are pure
-            # rounding, which Adam turns into full-length steps.
-            query, _, value = zip(*(bias.chunk(3) for bias in pair), strict=True)
-            pair = torch.cat([query[0], value[0]]), torch.cat([query[1], value[1]])
-        assert relative_error(*pair) <= 1e-5, name
-
-
-def losses(logs: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (logs / "run/metrics.jsonl").open()]
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    return cards(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +135,8 @@ def test_a_step_that_is_nan_on_one_rank_is_skipped_by_all(count, pairs, tmp_path
         assert not list(tmp_path.rglob("epoch_4*"))
         return
     assert done.returncode == 0, output
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
-    assert [row["step"] for row in rows] == [1, 2, *range(4, 17)]
-    assert [row["skipped_steps"] for row in rows] == [0, 0, 1] + [0] * 12
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, *range(4, 17)]
+    assert [row["skipped_steps"] for row in rows(tmp_path)] == [0, 0, 1] + [0] * 12
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 4).values())
 
 
@@ -258,3 +193,19 @@ def test_lost_patience_ends_all_ranks(pairs, tmp_path):
     assert output.count("no better R@1 in 1 validations, --patience 1: the run ends") == 1
     assert (tmp_path / "two/run/checkpoints/epoch_2.safetensors").exists()
     assert not (tmp_path / "two/run/checkpoints/epoch_3.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_validation_between_two_log_lines_is_logged_by_all_ranks(pairs, tmp_path):
+    # Rank 0 validates after step 3. The line has means over ranks, so the other ranks take part.
+    flags = ["--batch-size", "40", "--epochs", "2", "--held-out", "16"]
+    Ranks(2, pairs, tmp_path, *flags, "--log-every-n-steps", "100").end()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 6]
+    validated = ["val_image_to_text_R@1" in row for row in rows(tmp_path)]
+    assert validated == [False, True, True]
+
+
+@pytest.mark.slow
+def test_compiled_towers_are_one_graph_with_the_gradient_of_ddp(tmp_path):
+    for result in found("compiled_worker.py", 2, tmp_path):
+        assert result["graphs"] == 1 and max(result["errors"]) < 1e-5

@@ -36,7 +36,6 @@ from himo.objective import rank_doubt
 from himo.train import (
     MAX_LOG_SCALE,
     Objective,
-    build_model,
     clamp_temperature,
     learning_rate,
     make_optimizer,
@@ -423,18 +422,6 @@ def test_loss_is_finite_at_the_highest_temperature(loss, precision, generator):
     outputs["loss"].backward()
     assert outputs["loss"].dtype == torch.float32 and outputs["loss"].isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-def test_compiled_towers_keep_their_names():
-    # Compiling them takes most of a minute: a run is left to whoever changes this flag.
-    plain, compiled = (
-        build_model(TrainConfig(train_data="x", model="tiny", compile=flag), torch.device("cpu"))
-        for flag in (False, True)
-    )
-    assert list(plain.state_dict()) == list(compiled.state_dict())
-    for tower in (compiled.visual, compiled.transformer):
-        assert tower._compiled_call_impl is not None
-    assert plain.visual._compiled_call_impl is None
 
 
 def test_config_refuses_what_is_out_of_range():
