@@ -204,6 +204,7 @@ def test_an_extension_of_another_torch_is_refused(
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "no-ninja"])
 def test_the_build_prints_one_line_for_each_source(ninja: bool, tmp_path: Path) -> None:
     if ninja and shutil.which("ninja") is None:

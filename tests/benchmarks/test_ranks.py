@@ -53,6 +53,7 @@ def test_the_table_holds_them(folder):
     assert "whole head over ranks, rows of one 8 x 768" in line and "gather_with_grad" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [

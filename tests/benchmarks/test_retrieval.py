@@ -2,11 +2,13 @@
 
 import csv
 
+import pytest
 from fresh_process import run_python
 
 from benchmarks import retrieval
 
 
+@pytest.mark.slow
 def test_the_row_of_a_measurement(tmp_path):
     out = tmp_path / "retrieval.csv"
     options = ("--images", "40", "--captions-per-image", "3", "--features", "16", "--threads", "1")

@@ -69,6 +69,7 @@ def test_processes_share_the_pairs():
     assert settings.batch_size == 8 and settings.warmup == 300 // (8 * 4) * 30 // 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model", ["tiny", "ViT-B-32"])
 def test_the_memory_of_a_step_is_near_the_counted_one(model, checkpointing):

@@ -21,7 +21,8 @@ import himo
 from himo.config import TrainConfig
 from himo.model import HiMoCLIP
 from himo.optimizer import make_optimizer
-from himo.recipes import as_flags, chosen, other_batch, taken_up, with_model, with_schedule
+from himo.flags import as_arguments
+from himo.recipes import chosen, other_batch, taken_up, with_model, with_schedule
 
 PAIRS, BATCH, WARMUP, LR = 88, 32, 5, 1e-6
 RELEASED_EPOCHS, PUBLISHED_EPOCHS = 4, 6  # of three batches, and of two full ones: 12 steps
@@ -209,7 +210,7 @@ def test_the_paper_preset_and_the_plain_loss_leave_them_off():
 def test_what_the_official_preset_chose_is_listed_as_flags():
     before = TrainConfig("x", recipe="paper-b16", preset="official", tau=0.8)
     after = settings(preset="official", tau=0.8)
-    assert as_flags(chosen(before, after)).endswith(
+    assert " ".join(as_arguments(chosen(before, after))).endswith(
         "--wd 0.01 --warmup 200 --keep-last-batch --same-order --decay-all --no-clamp-scale "
         "--log-scale 4.6052"
     )
