@@ -19,9 +19,9 @@ from train_runs import SMALL, lines, refused, train_here
 
 import himo
 from himo.config import TrainConfig
+from himo.flags import as_arguments
 from himo.model import HiMoCLIP
 from himo.optimizer import make_optimizer
-from himo.flags import as_arguments
 from himo.recipes import chosen, other_batch, taken_up, with_model, with_schedule
 
 PAIRS, BATCH, WARMUP, LR = 88, 32, 5, 1e-6
