@@ -226,6 +226,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         "modes": [(mode,) for mode in options.mode] if options.mode else None,
     }
     given = {name: values for name, values in given.items() if values}
+    if options.once and (options.all or options.device != "cpu"):
+        raise BenchmarkError("--once: expected --op and --n on a CPU, not --all or another device")
     if options.all:
         if given or options.op:
             raise BenchmarkError("--all: expected no --op and no other choice of cells beside it")

@@ -172,7 +172,7 @@ class Cell:
             return sorted(found, key=lambda item: item[2])  # slow compiled ones last
 
         measured = self.memory and self.case.memory
-        if not measured and self.baseline_seconds == math.inf:
+        if not measured and self.baseline_seconds == math.inf and self.case.timed:
             return
         found = memory.in_child(names)
         if isinstance(found, dict):  # the inputs do not fit; rows() will report it

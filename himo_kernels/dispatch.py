@@ -172,7 +172,8 @@ class Operator:
         """
         if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return None
-        if torch.is_grad_enabled() and getattr(features[0], "requires_grad", False):
+        first = features[0]  # its type is looked at first: another may raise at any attribute
+        if type(first) not in _PLAIN or (first.requires_grad and torch.is_grad_enabled()):
             return None  # most calls that are not plain
         # By identity, because == may run the code of an invalid argument.
         if type(requested) is not str or not all(map(is_, given, defaults)):

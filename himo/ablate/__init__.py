@@ -26,6 +26,7 @@ from himo.report.runs import plural
 _SET_HERE = (
     *("loss", "preset", "tau", "lambda_comp", "lambda_global", "decompose_images", "seed"),
     *("device", "logs", "name", "resume", "allow_changes", "patience", "report_to", "dry_run"),
+    "fsdp",  # a run is one process
 )
 # Of `himo eval`, as the training data are read.
 _READING = (

@@ -47,10 +47,11 @@ class Reader:
     Args:
         file: the file, at its start.
         max_pixels: the most pixels that the image may have.
+        decodings: how often it is decoded in all; the limit on pixels is divided by it.
     """
 
-    def __init__(self, file: BinaryIO, max_pixels: int) -> None:
-        self._file, self.max_pixels = file, max_pixels
+    def __init__(self, file: BinaryIO, max_pixels: int, decodings: int = 1) -> None:
+        self._file, self.max_pixels, self._decodings = file, max_pixels, decodings
         self.size = file.seek(0, os.SEEK_END)  # of the file
         self._file.seek(0)
         self._bytes, self._pieces, self._allowed = _SPARE_BYTES, _MAX_PIECES, 0
@@ -68,6 +69,7 @@ class Reader:
         if max(width, height) > _MAX_SIDE:
             text = f"{width} x {height} pixels, a side of more than {_MAX_SIDE:,}"
             raise ImageError(text, "too_large")
+        cost *= self._decodings
         if width * height * cost > self.max_pixels:
             work = f" that take {cost:.3g} times as long as usual" if cost > 1 else ""
             text = f"{width} x {height} pixels{work}, more than max_pixels = {self.max_pixels:,}"

@@ -116,8 +116,7 @@ def _decode(
     deep = ";16" in repr(getattr(image, "tile", ""))  # Pillow's name of the bytes it will decode
     image.load()
     if deep:
-        # Half the pixels, as it is decoded twice: the limit on work holds.
-        check_channels(image, lambda: _low_bytes(read(Reader(file, max_pixels // 2))))
+        check_channels(image, lambda: _low_bytes(read(Reader(file, max_pixels, decodings=2))))
     return eight_bits(image), size
 
 

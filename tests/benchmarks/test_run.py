@@ -55,9 +55,20 @@ def test_every_candidate_has_a_whole_row_in_each_mode(folder):
     assert sum(row["auto"] == "yes" for row in timed) == len(MODES)
 
 
+@pytest.mark.parametrize(
+    "others", [["--all"], ["--op", "info_nce", "--n", "16", "--device", "cuda"]]
+)
+def test_once_is_of_chosen_cells_on_a_cpu(tmp_path, capsys, others):
+    from benchmarks.run import main
+
+    assert main(["--once", "--out", str(tmp_path / "out"), *others]) == 2
+    assert "--once: expected --op and --n on a CPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_once_times_one_run_of_each_compiled_or_not(tmp_path):
-    cell = ["--op", "info_nce", "--n", "16", "--d", "16", "--mode", "fwd+bwd", "--once"]
+@pytest.mark.parametrize("memory", [[], ["--no-memory"]], ids=["memory", "no-memory"])
+def test_once_times_one_run_of_each_compiled_or_not(tmp_path, memory):
+    cell = ["--op", "info_nce", "--n", "16", "--d", "16", "--mode", "fwd+bwd", "--once", *memory]
     chosen = ["--backend", "cpu", "open_clip", "open_clip+compile"]
     run_python("-m", "benchmarks.run", *cell, *chosen, "--out", str(tmp_path))
     rows = {row["backend"]: row for row in read(tmp_path / "info_nce.csv")}

@@ -98,6 +98,8 @@ def test_what_the_grid_sets_is_no_flag_and_no_line_of_a_config(tmp_path, capsys)
     file.write_text("lambda_comp = 2.0\n")
     assert main([*given, "--config", str(file)]) == 2
     assert "--lambda-comp: expected none, himo ablate sets it, got 2.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*given, "--fsdp"])
 
 
 def test_a_named_set_is_not_read_as_the_training_data(tmp_path, capsys):

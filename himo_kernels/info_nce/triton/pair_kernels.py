@@ -9,8 +9,8 @@ loaded 16 bytes at a time. RECORD names its fields; key and label are int32, the
 import triton
 import triton.language as tl
 
-from himo_kernels._triton_jit import COUNTS
-from himo_kernels.info_nce.triton.grad_logits import block_and_tile, expm1, store_tile
+from himo_kernels._triton_jit import COUNTS, rounded
+from himo_kernels.info_nce.triton.grad_logits import block_and_tile, expm1
 from himo_kernels.info_nce.triton.logits import tile_products
 from himo_kernels.info_nce.triton.losses import finite_shift
 
@@ -157,7 +157,11 @@ def pairs_gradient_kernel(
         tl.store(scale_partials_ptr + at, tl.sum(gradient * products))
     if grad_ptr is not None:
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
-        store_tile(grad_ptr + start, gradient, rows < row_count, columns, pitch, GAIN)
+        # As store_tile of grad_logits.py, whose call spills registers here for float32 on sm_90.
+        at = tl.arange(0, BLOCK_ROWS)[:, None] * pitch + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        stored = (rows < row_count)[:, None] & (columns < pitch)[None, :]
+        entries = rounded(gradient * GAIN, grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + start + at, entries, mask=stored)
 
 
 @triton.jit
