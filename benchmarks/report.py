@@ -113,6 +113,7 @@ def report(options: argparse.Namespace) -> int:
         threads=options.threads or torch.get_num_threads(),
         seconds=SECONDS,
         baseline_seconds=BASELINE_SECONDS * options.minutes,
+        once=False,
         budget_minutes=LAST_START * options.minutes,
         no_compile=not on_cpu and options.minutes < 10,  # only a CPU has time limits
         no_memory=False,
