@@ -261,7 +261,7 @@ def test_a_stopped_pack_says_so_and_leaves_no_worker(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)  # also waits for workers, which hold the pipe
+    _, said = process.communicate(timeout=240)  # also waits for workers, which hold the pipe
     assert process.returncode == 130 and said.strip().endswith("himo: interrupted")
     assert not list(tmp_path.glob("packed/.himo-*"))
 
