@@ -290,7 +290,7 @@ def test_a_run_that_is_stopped_goes_on_with_what_is_left(tmp_path):
             time.sleep(0.02)
     finally:
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=240)
     assert process.returncode == 130 and "the same command goes on from" in said
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("runs/*.tmp"))
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*.json")}
