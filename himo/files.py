@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -98,6 +98,25 @@ def output_path(out: str | os.PathLike[str], *suffixes: str) -> Path:
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise HimoError(f"--out {out}: cannot be written")
     return path
+
+
+def keep_inputs(
+    given: str, outputs: Iterable[Path], reads: Iterable[str | os.PathLike[str]]
+) -> None:
+    """Checks that a command replaces no file that it reads.
+
+    Args:
+        given: what names the outputs in the message, as "--out FILE".
+        outputs: files that the command writes.
+        reads: files that it reads; names of anything else are ignored.
+
+    Raises:
+        HimoError: an output is one of the files.
+    """
+    there = [path for path in outputs if path.exists()]
+    for read in filter(os.path.isfile, reads):
+        if any(path.samefile(read) for path in there):
+            raise HimoError(f"{given}: expected another name: would overwrite {read}")
 
 
 def json_value(data: bytes) -> Any:

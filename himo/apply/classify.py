@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from himo.apply import Opened, add_encoder_arguments, open_encoder, open_images, text_features
+from himo.checkpoint import files_of
 from himo.errors import HimoError, quoted
 from himo.evaluate.captions import add_data_arguments, data_options
-from himo.files import open_regular, output_path, write_text
+from himo.files import keep_inputs, open_regular, output_path, write_text
 from himo.printing import csv_cell
 from himo.report import versions
 from himo.report.rendering import render
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the best labels of each image; writes a page with thumbnails, and a csv."""
     page = output_path(args.out, ".html")
+    reads = [*args.images, args.labels, *files_of(args.pretrained)]
+    keep_inputs(f"--out {page}", [page, page.with_suffix(".csv")], reads)
     if "{}" not in args.template:
         raise HimoError(f"--template: expected a text with {{}} in it, got {args.template!r}")
     labels = read_labels(args.labels)

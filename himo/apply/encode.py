@@ -6,9 +6,9 @@ from typing import Any
 
 from himo.apply import add_encoder_arguments, open_encoder, open_images
 from himo.apply.features import SUFFIXES, About, write_features
-from himo.checkpoint import digest, model_arguments
+from himo.checkpoint import digest, files_of, model_arguments
 from himo.evaluate.captions import add_data_arguments, data_options
-from himo.files import output_path
+from himo.files import keep_inputs, output_path
 from himo.report.runs import plural
 
 
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the features of each image, L2-normalised, and their ids."""
     out = output_path(args.out, *SUFFIXES)
+    reads = [*args.data, *files_of(args.pretrained)]
+    keep_inputs(f"--out {out}", [out, out.with_suffix(".json")], reads)
     options = data_options(args)
     opened = open_images(args.data, **options)
     features = opened.features(open_encoder(args))

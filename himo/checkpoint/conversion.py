@@ -21,6 +21,7 @@ from himo.checkpoint.layouts import LAYOUTS, State, from_himo
 from himo.checkpoint.loading import (
     add_model_arguments,
     file_metadata,
+    files_of,
     model_arguments,
     provenance_of,
     read_model,
@@ -38,7 +39,7 @@ from himo.checkpoint.places import (
 from himo.checkpoint.safetensors_files import write_safetensors
 from himo.clip_config import CLIPConfig
 from himo.errors import HimoError
-from himo.files import atomic_path, hidden_directory, write_text
+from himo.files import atomic_path, hidden_directory, keep_inputs, write_text
 from himo.tokenizer import END_OF_TEXT, read_symbols
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -78,6 +79,7 @@ def convert(
     if to not in LAYOUTS:
         raise HimoError(f"convert: expected `to` to be one of {', '.join(LAYOUTS)}, got {to!r}")
     source_name, target = os.fspath(source), os.fspath(destination)
+    keep_inputs(target, [Path(target)], files_of(source_name))
     given = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
     state, config, metadata = read_model(source_name, given, stretch)
     require_fit(state, config, source_name)

@@ -165,6 +165,11 @@ def digest(path: str | os.PathLike[str]) -> str:
     return sha256("".join(digests).encode()).hexdigest()
 
 
+def files_of(path: str | os.PathLike[str]) -> list[str]:
+    """The files of a checkpoint, its configurations among them; those that are there."""
+    return places.files_of(located(os.fspath(path)))
+
+
 def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:
     """(state dict under himo's names, metadata) of a checkpoint, values and dtypes as stored.
 

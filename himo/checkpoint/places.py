@@ -25,6 +25,10 @@ MERGES_FILE = "merges.txt"
 _WHOLE_TOKENIZER = "tokenizer.json"  # newer versions have the merges in it
 _MAX_TOKENIZER = 4 << 20  # bytes of one; CLIP's takes 3.6 million
 _PROCESSOR_FILE = "processor_config.json"  # newer versions have the image processor in it
+_CONFIGURATIONS = (
+    *(HF_FILES[0], OPEN_CLIP_FILES[0], PREPROCESSOR_FILE, _PROCESSOR_FILE),
+    *(TOKENIZER_FILE, MERGES_FILE, _WHOLE_TOKENIZER),
+)
 
 # Weights in a directory, in the order in which they are looked for.
 _WEIGHTS = (HF_FILES[1], "pytorch_model.bin", OPEN_CLIP_FILES[1], "open_clip_pytorch_model.bin")
@@ -57,6 +61,18 @@ def find(name: str) -> Weights:
     raise HimoError(
         f"{name}: a directory without {', '.join(_WEIGHTS)}: expected a checkpoint{_there(name)}"
     )
+
+
+def files_of(name: str) -> list[str]:
+    """The files that `find` and `configuration` may read for a checkpoint, of those there are."""
+    if not os.path.isdir(name):
+        files, directory = [name], os.path.dirname(name)
+    else:
+        directory = name
+        weights = (*_WEIGHT_SUFFIXES, _INDEX)
+        files = [os.path.join(name, file) for file in os.listdir(name) if file.endswith(weights)]
+    files += [os.path.join(directory, file) for file in _CONFIGURATIONS]
+    return [file for file in sorted(files) if os.path.isfile(file)]
 
 
 def _there(directory: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from himo.checkpoint import add_model_arguments, digest, load, model_arguments
+from himo.checkpoint import add_model_arguments, digest, files_of, load, model_arguments
 from himo.errors import HimoError
 from himo.evaluate.captions import (
     CaptionScores,
@@ -40,7 +40,7 @@ from himo.evaluate.retrieval import retrieval
 from himo.evaluate.sentences import SENTENCE_RULE, SENTENCE_RULE_SHA256, split_sentences
 from himo.evaluate.suite import Item, open_items, protocol_of, score
 from himo.evaluate.tables import Model, csv_text, latex, tables, terminal
-from himo.files import output_path, write_text
+from himo.files import keep_inputs, output_path, write_text
 from himo.precision import products_dtype
 from himo_kernels import __version__
 
@@ -69,6 +69,8 @@ __all__ = [
 ]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_BESIDE = (".csv", ".tex", ".html")  # the tables of several sets or models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,10 +124,14 @@ def run(args: argparse.Namespace) -> int:
     if args.suite and args.data_root is None:
         raise HimoError(f"--suite {args.suite}: expected the folder of its data sets, --data-root")
     several = bool(args.suite) or max(len(args.pretrained), len(data)) > 1
-    out = output_path(args.out, *([".json"] if several else []))
+    out = output_path(args.out, ".json")
     # Before the models: most mistakes are here.
     items = open_items(data, args.data_root, data_options(args), args.captions_per_image, more)
-    if several or len({item.kind for item in items}) < len(items):
+    several = several or len({item.kind for item in items}) < len(items)
+    written = [out, *(out.with_suffix(suffix) for suffix in _BESIDE if several)]
+    models = [file for path in args.pretrained for file in files_of(path)]
+    keep_inputs(f"--out {out}", written, [*models, *(item.path for item in items)])
+    if several:
         return _run_suite(args, items, out)
     encoder = _encoder(args, args.pretrained[0])
     result = {"himo_version": __version__, "model": _describe(args, encoder, args.pretrained[0])}
@@ -180,15 +186,11 @@ def _run_suite(args: argparse.Namespace, items: Sequence[Item], out: Path) -> in
         described.append({"name": name, **_describe(args, encoder, path), "sets": sets})
     found = tables(models)
     result = {"himo_version": __version__, "tables": found, "models": described}
-    contents = {
-        ".csv": csv_text(found, models),
-        ".tex": latex(found),
-        ".html": suite_page(found, models, described),
-    }
+    contents = csv_text(found, models), latex(found), suite_page(found, models, described)
     write_result(out, result)
-    for suffix, content in contents.items():
+    for suffix, content in zip(_BESIDE, contents, strict=True):
         write_text(out.with_suffix(suffix), content)
-    print(f"{terminal(found, models)}\n\nwrote {out}, and {', '.join(contents)} next to it")
+    print(f"{terminal(found, models)}\n\nwrote {out}, and {', '.join(_BESIDE)} next to it")
     return 0
 
 

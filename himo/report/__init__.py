@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from himo.files import output_path, write_text
+from himo.files import keep_inputs, output_path, write_text
 from himo.printing import csv_cell
 from himo.report import export
 from himo.report.page import report_page
-from himo.report.runs import COLUMNS, Run, distinct_names, read_runs
+from himo.report.runs import COLUMNS, FILES, Run, distinct_names, read_runs
 from himo_kernels import __version__
 
 
@@ -51,17 +51,19 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        HimoError: a path is not a run, or a file cannot be written.
+        HimoError: a path is not a run, or a file cannot be written or is one of a run's.
     """
     page = output_path(out, ".html")
+    written = [page.with_suffix(suffix) for suffix in (".csv", ".json", ".html")]
+    keep_inputs(f"--out {page}", written, (Path(run_) / name for run_ in runs for name in FILES))
     read = read_runs(runs)
-    contents = {
-        ".csv": _csv_lines(read),
-        ".json": json.dumps(_finite({"runs": [_numbers(run_) for run_ in read]}), indent=1) + "\n",
-        ".html": report_page(read, versions(), datetime.now()),
-    }
-    for suffix, content in contents.items():
-        write_text(page.with_suffix(suffix), content)
+    contents = (
+        _csv_lines(read),
+        json.dumps(_finite({"runs": [_numbers(run_) for run_ in read]}), indent=1) + "\n",
+        report_page(read, versions(), datetime.now()),
+    )
+    for file, content in zip(written, contents, strict=True):
+        write_text(file, content)
     return page
 
 
