@@ -6,7 +6,7 @@ operator, so `torch.compile(fullgraph=True)` sees the same operator for every ba
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import is_
@@ -246,12 +246,27 @@ class _NoGraph:
     def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
 
 
+def _distinct(arguments: Sequence[object]) -> list[object]:
+    """The arguments, where a tensor that comes again is a view of it.
+
+    torch.compile refuses an autograd.Function that is given the same tensor twice.
+    """
+    distinct: list[object] = []
+    for value in arguments:
+        if isinstance(value, Tensor) and any(value is before for before in distinct):
+            value = value.view_as(value)
+        distinct.append(value)
+    return distinct
+
+
 def apply_function(function: type[torch.autograd.Function], *arguments: object) -> Any:
     """Returns function.apply(*arguments), without an autograd node if no input needs a gradient.
 
     Without the node a small call is faster. Forward-mode AD gets the node, which raises an error.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _watched(arguments):
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(arguments))
+    if forward_ad._current_level >= 0 or _watched(arguments):
         return function.apply(*arguments)
     if torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in arguments

@@ -332,6 +332,34 @@ def test_a_full_graph_equals_eager(run: Run, dynamic: bool | None) -> None:
         assert len(graphs) == 1  # the first size's graph serves the second
 
 
+_LABELS = torch.tensor([0, 1, 1, 2, 2, 0])
+SAME_TENSOR_TWICE = {
+    "info_nce": lambda x, s: himo_kernels.info_nce(x, x, s),
+    "SupCon": lambda x, s: himo_kernels.info_nce(
+        x, x, s, labels=_LABELS, exclude_self=True, directions="rows"
+    ),
+    "nt_xent": lambda x, s: himo_kernels.nt_xent(x, x, s),
+    "dual_info_nce": lambda x, s: torch.stack(himo_kernels.dual_info_nce(x, x, x, s)),
+    "sigmoid_loss": lambda x, s: himo_kernels.sigmoid_loss(x, x, s, -s),
+    "himo_loss": lambda x, s: torch.stack([*himo_kernels.himo_loss(x, x, s)][:2]),
+}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("call", SAME_TENSOR_TWICE.values(), ids=list(SAME_TENSOR_TWICE))
+def test_a_full_graph_takes_the_same_tensor_twice(
+    call: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator
+) -> None:
+    x = power_law(6, 4, generator=generator).requires_grad_()
+    scale = torch.tensor(3.0, requires_grad=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, call):
+        value = function(x, scale)
+        results.append([value.detach(), *torch.autograd.grad(value.sum(), (x, scale))])
+    _assert_equal(*results)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
