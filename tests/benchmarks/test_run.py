@@ -68,14 +68,19 @@ def test_once_is_of_chosen_cells_on_a_cpu(tmp_path, capsys, others):
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", [[], ["--no-memory"]], ids=["memory", "no-memory"])
 def test_once_times_one_run_of_each_compiled_or_not(tmp_path, memory):
-    cell = ["--op", "info_nce", "--n", "16", "--d", "16", "--mode", "fwd+bwd", "--once", *memory]
+    samples = 1024
+    cell = ["--op", "info_nce", "--n", str(samples), "--d", "16", "--mode", "fwd+bwd", "--once"]
     chosen = ["--backend", "cpu", "open_clip", "open_clip+compile"]
-    run_python("-m", "benchmarks.run", *cell, *chosen, "--out", str(tmp_path))
+    run_python("-m", "benchmarks.run", *cell, *memory, *chosen, "--out", str(tmp_path))
     rows = {row["backend"]: row for row in read(tmp_path / "info_nce.csv")}
     assert set(rows) == {"cpu", "open_clip", "open_clip+compile"}
     for row in rows.values():
         assert (row["status"], row["timing"], row["repeats"]) == ("ok", "once", "1")
         assert float(row["time_ms_min"]) > 0
+    # A few matrices of logits, without what compiling takes.
+    matrix = samples**2 * 4 / 2**20
+    peaks = [rows[name]["peak_mib"] for name in ("open_clip", "open_clip+compile")]
+    assert peaks == ["", ""] if memory else all(matrix < float(p) < 10 * matrix for p in peaks)
 
 
 @pytest.mark.slow
