@@ -200,6 +200,8 @@ class Cell:
                     self.peaks[name, mode] = peak
 
     def _peak(self, name: str, mode: str, measured: bool) -> dict[str, float]:
+        if measured:
+            memory.return_freed_blocks()
         problem = make_problem(self.case, self.device)
         candidate = next(c for c in self._candidates(problem) if c.name == name)
         run = step(candidate, problem, mode)

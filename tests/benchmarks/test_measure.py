@@ -209,6 +209,7 @@ from benchmarks import measure, memory
 from benchmarks.cases import Case
 from benchmarks.registry import candidates
 def peak(warm_up_n):
+    memory.return_freed_blocks()
     large, small = (
         measure.make_problem(Case("info_nce_pairs", n, 64), "cpu") for n in (1024, warm_up_n)
     )
@@ -229,7 +230,7 @@ def test_what_an_inaccurate_candidate_takes_is_in_its_reason():
 import json
 from benchmarks.cases import Case
 from benchmarks.worker import Cell
-case = Case("pca_reconstruct", 64, 32, spectrum="duplicates", modes=("fwd+bwd",), memory=True)
+case = Case("pca_reconstruct", 48, 64, spectrum="duplicates", modes=("fwd+bwd",), memory=True)
 cell = Cell(case, "cpu", 0.0, {"float32": 1.0, "copy": 10.0}, compile=False, only=["released"])
 print(json.dumps(list(cell.rows())))
 """

@@ -77,10 +77,11 @@ def test_once_times_one_run_of_each_compiled_or_not(tmp_path, memory):
     for row in rows.values():
         assert (row["status"], row["timing"], row["repeats"]) == ("ok", "once", "1")
         assert float(row["time_ms_min"]) > 0
-    # A few matrices of logits, without what compiling takes.
+    # A few matrices of logits, without what compiling takes; a MiB less is noise.
     matrix = samples**2 * 4 / 2**20
-    peaks = [rows[name]["peak_mib"] for name in ("open_clip", "open_clip+compile")]
-    assert peaks == ["", ""] if memory else all(matrix < float(p) < 10 * matrix for p in peaks)
+    for name in ("open_clip", "open_clip+compile"):
+        peak = rows[name]["peak_mib"]
+        assert peak == "" if memory else matrix - 1 < float(peak) < 6 * matrix
 
 
 @pytest.mark.slow
