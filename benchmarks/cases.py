@@ -8,8 +8,9 @@ PRESETS = ("paper", "official")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd", "fwd+bwd")
 # Of info_nce_pairs: one direction; with a hard negative a row; four rows a label, which are
-# positives, or neither positive nor negative; and two views of each sample.
-FORMS = ("rows", "negatives", "labels", "exclude", "views")
+# positives, or neither positive nor negative; and SimCLR's two views of each sample, which the loss
+# normalises.
+FORMS = ("rows", "negatives", "labels", "exclude", "simclr")
 
 # The fields that identify a cell of an operator, in addition to sizes and dtype.
 OPTIONS = {

@@ -58,7 +58,7 @@ low_rank_flops = loss_flops(lambda case, rank: 1 + case.inner / case.D)
 
 def pairs_flops(case: Case, rank: int, backward: bool) -> float:
     # N x N logits, N x 2N with hard negatives, 2N x 2N of two views.
-    size = {"negatives": 2, "views": 4}.get(case.form, 1)
+    size = {"negatives": 2, "simclr": 4}.get(case.form, 1)
     return size * one_loss_flops(case, rank, backward)
 
 

@@ -28,10 +28,13 @@ def samples(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def unnormalized_rows(case: Case, generator: torch.Generator) -> Inputs:
+    return {"features": _stretched(texts(case, generator), generator)}
+
+
+def _stretched(rows: Tensor, generator: torch.Generator) -> Tensor:
     # Rows of different lengths, as a projection layer returns them.
-    rows = texts(case, generator)
     powers = torch.randn(*rows.shape[:-1], 1, dtype=torch.float64, generator=generator)
-    return {"features": rows * powers.exp()}
+    return rows * powers.exp()
 
 
 def pairs(case: Case, generator: torch.Generator) -> Inputs:
@@ -46,7 +49,10 @@ def scaled(inputs: Inputs) -> Inputs:
 
 
 def sides(case: Case, generator: torch.Generator) -> Inputs:
-    inputs = scaled(pairs(case, generator))
+    features = pairs(case, generator)
+    if case.form == "simclr":
+        features = {name: _stretched(rows, generator) for name, rows in features.items()}
+    inputs = scaled(features)
     if case.form == "labels":  # rows against themselves
         del inputs["text_features"]
     if case.form == "negatives":

@@ -121,7 +121,7 @@ def _columns(cell: tuple[str, ...], found: dict[str, Row]) -> list[str]:
         f"{quoted_ms(own):.3g}",
         _ratio(own, found.get("released")),
         f"{_ratio(own, best)} ({best['backend']})" if best else "–",
-        _memory(own, found.get("released")),
+        _memory(own, found.get("released", best)),
     ]
 
 
@@ -161,14 +161,15 @@ def _why(row: Row) -> str:
     return {"out of memory": "OOM"}.get(row["status"], row["status"])
 
 
-def _memory(own: Row, released: Row | None) -> str:
+def _memory(own: Row, other: Row | None) -> str:
     if not own["peak_mib"]:
         return "–"
     text = f"{float(own['peak_mib']):.3g}"
-    if released is not None and released["peak_mib"]:
-        text += f" ({float(own['peak_mib']) / float(released['peak_mib']):.2f}x released)"
-    elif released is not None and released["status"] == "out of memory":
-        text += " (released: OOM)"
+    if other is not None and other["peak_mib"]:
+        ratio = float(own["peak_mib"]) / float(other["peak_mib"])
+        text += f" ({ratio:.2f}x {other['backend']})"
+    elif other is not None and other["status"] == "out of memory":
+        text += f" ({other['backend']}: OOM)"
     return text
 
 

@@ -20,8 +20,9 @@ PER_LABEL = 4  # rows of one label
 def library(inputs: Inputs, case: Case, backend: str) -> Outputs:
     """The loss by himo_kernels."""
     image, *others, scale = inputs.values()
-    if case.form == "views":
-        return (himo_kernels.nt_xent(image, *others, scale, backend=backend),)
+    if case.form == "simclr":
+        views = [himo_kernels.normalize(view, backend=backend) for view in (image, *others)]
+        return (himo_kernels.nt_xent(*views, scale, backend=backend),)
     options: dict[str, Any] = {"directions": "rows"}
     if case.form == "labels":
         options |= {"labels": _labels(image), "exclude_self": True}
@@ -34,11 +35,11 @@ def library(inputs: Inputs, case: Case, backend: str) -> Outputs:
 def formula(inputs: Inputs, case: Case) -> Outputs:
     """The loss in plain PyTorch, with masks."""
     image, *others, scale = inputs.values()
-    rows = torch.cat([image, *others]) if case.form == "views" else image
-    keys = rows if case.form in ("views", "labels") else torch.cat(others)
+    rows = F.normalize(torch.cat([image, *others]), dim=-1) if case.form == "simclr" else image
+    keys = rows if case.form in ("simclr", "labels") else torch.cat(others)
     logits = scale * rows @ keys.T
     own = torch.arange(len(rows), device=rows.device)
-    if case.form == "views":
+    if case.form == "simclr":
         logits = logits.masked_fill(own[:, None] == own, -torch.inf)
         return (F.cross_entropy(logits, own.roll(len(image))),)
     if case.form == "labels":
@@ -78,8 +79,6 @@ def _lightly(inputs: Inputs, case: Case) -> Outputs:
     *views, scale = inputs.values()
     loss = libraries.lightly()()
     loss.temperature = 1 / scale
-    # It normalises rows that have length 1 already: the value is the same, and the gradient is that
-    # through a second normalisation.
     return (loss(*views),)
 
 
@@ -100,5 +99,5 @@ PUBLISHED = {
         _why_not("sentence_transformers", ("rows", "negatives")),
     ),
     "pytorch-metric-learning": (_metric_learning, _why_not("metric_learning", ("labels",))),
-    "lightly": (_lightly, _why_not("lightly", ("views",))),
+    "lightly": (_lightly, _why_not("lightly", ("simclr",))),
 }

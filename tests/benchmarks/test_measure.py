@@ -11,10 +11,11 @@ import torch
 from fresh_process import run_python
 
 from benchmarks import measure, memory, worker
-from benchmarks.baselines import forms
+from benchmarks.baselines import forms, libraries
 from benchmarks.cases import OPTIONS, Case
 from benchmarks.registry import OPERATIONS, Candidate, candidates
 from himo_kernels.dispatch import OPERATORS, Backend
+from himo_kernels.testing import relative_error
 
 SMALL = {"N": 24, "D": 8}
 needs_proc = pytest.mark.skipif(
@@ -53,6 +54,51 @@ def test_the_library_and_plain_pytorch_pass_on_every_operator(op, dtype, spectru
             assert measure.accuracy(candidate, oracle)[1] is None, candidate.name
             checked.add(candidate.name)
     assert checked & {"auto", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("rows", "sentence-transformers"),
+        ("negatives", "sentence-transformers"),
+        ("labels", "pytorch-metric-learning"),
+        ("simclr", "lightly"),
+        ("exclude", None),
+    ],
+)
+def test_another_library_computes_the_form_that_it_is_compared_with(form, name):
+    problem = measure.make_problem(
+        Case("info_nce_pairs", **SMALL, form=form, dtype="float64"), "cpu"
+    )
+    oracle = measure.make_oracle(problem, "cpu", official=False)
+    found = {
+        c.name: c
+        for c in candidates(problem.case, problem.inputs)
+        if c.refusal != "is not installed" and not c.compiled
+    }
+    if name is not None and name not in found:
+        pytest.skip(f"{name} is not installed (make setup)")
+    able = {name for name, c in found.items() if c.refusal is None}
+    assert able & set(forms.PUBLISHED) == {name} - {None}
+    for candidate in map(found.get, able):
+        error, _ = measure.accuracy(candidate, oracle)
+        assert error < 1e-12, candidate.name
+
+
+@pytest.mark.skipif(libraries.sentence_transformers() is None, reason="not installed (make setup)")
+def test_cpu_autocast_rounds_the_log_sum_exp_of_sentence_transformers(monkeypatch):
+    case = Case("info_nce_pairs", 256, D=128, dtype="bfloat16")
+    problem = measure.make_problem(case, "cpu")
+    oracle = measure.make_oracle(problem, "cpu", official=False)
+    chosen = [c for c in candidates(case, problem.inputs) if c.name == "sentence-transformers"]
+
+    def error() -> float:
+        (loss, *_) = measure._results(chosen[0], problem)
+        return relative_error(loss, oracle.exact[False][0])
+
+    rounded, summed = error(), torch.logsumexp
+    monkeypatch.setattr(torch, "logsumexp", lambda x, dim: summed(x.float(), dim))
+    assert error() < measure.BASELINE_ERROR < rounded
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
@@ -151,6 +197,47 @@ print(json.dumps(memory.in_child(lambda: 1 / 0)))
     assert 49 < peak["peak_mib"] < 51 and peak["time_ms"] > 0
     assert too_much == {"reason": "out of memory"}
     assert wrong == {"reason": "ZeroDivisionError: division by zero"}
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_peak_does_not_depend_on_what_the_warm_up_allocated():
+    # A compiled candidate is warmed up by a whole call, the others by a small one.
+    script = """
+import json
+from benchmarks import measure, memory
+from benchmarks.cases import Case
+from benchmarks.registry import candidates
+def peak(warm_up_n):
+    memory.return_freed_blocks()
+    large, small = (
+        measure.make_problem(Case("info_nce_pairs", n, 64), "cpu") for n in (1024, warm_up_n)
+    )
+    (eager,) = (c for c in candidates(large.case, large.inputs) if c.name == "eager")
+    steps = [measure.step(eager, problem, "fwd+bwd") for problem in (small, large)]
+    return memory.peak_cpu(*steps)["peak_mib"]
+print(json.dumps([memory.in_child(lambda: peak(n)) for n in (8, 1024)]))
+"""
+    small, whole = json.loads(run_python("-c", script))
+    matrix = 1024**2 * 4 / memory.MIB
+    assert 2 * matrix < whole < 6 * matrix and abs(small - whole) < 1
+
+
+@needs_proc
+@pytest.mark.slow
+def test_what_an_inaccurate_candidate_takes_is_in_its_reason():
+    script = """
+import json
+from benchmarks.cases import Case
+from benchmarks.worker import Cell
+case = Case("pca_reconstruct", 48, 64, spectrum="duplicates", modes=("fwd+bwd",), memory=True)
+cell = Cell(case, "cpu", 0.0, {"float32": 1.0, "copy": 10.0}, compile=False, only=["released"])
+print(json.dumps(list(cell.rows())))
+"""
+    (row,) = json.loads(run_python("-c", script))
+    assert row["status"] == "inaccurate" and float(row["peak_mib"]) >= 0
+    assert re.fullmatch(r"gradient of x: not finite; one call took [\d.e+]+ ms", row["reason"])
+    assert not any(name.startswith("time_ms") for name in row)
 
 
 def test_the_cost_model_of_the_losses():

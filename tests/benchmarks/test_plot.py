@@ -49,6 +49,13 @@ def test_the_table():
     assert lines[-1].startswith("a CPU, 2 threads; torch 2.13.0; load 0.5 to 0.5; commit abc; ")
 
 
+def test_memory_is_compared_with_the_best_formula_where_nothing_is_released():
+    rows = [found for found in ROWS if found["backend"] != "released"]
+    rows.append(row("open_clip+compile", 2048, 50.0, peak_mib="80"))
+    memory = [columns[-1] for columns in plot.table_rows(rows)]
+    assert memory == ["5", "10 (0.12x open_clip+compile)", "20"]
+
+
 def test_the_charts_mark_what_ran_out_of_memory():
     charts = plot.draw(ROWS)
     assert set(charts) == {f"dual_info_nce_float32_{kind}.svg" for kind in ("time", "memory")}

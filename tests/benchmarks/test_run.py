@@ -68,14 +68,20 @@ def test_once_is_of_chosen_cells_on_a_cpu(tmp_path, capsys, others):
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", [[], ["--no-memory"]], ids=["memory", "no-memory"])
 def test_once_times_one_run_of_each_compiled_or_not(tmp_path, memory):
-    cell = ["--op", "info_nce", "--n", "16", "--d", "16", "--mode", "fwd+bwd", "--once", *memory]
+    samples = 1024
+    cell = ["--op", "info_nce", "--n", str(samples), "--d", "16", "--mode", "fwd+bwd", "--once"]
     chosen = ["--backend", "cpu", "open_clip", "open_clip+compile"]
-    run_python("-m", "benchmarks.run", *cell, *chosen, "--out", str(tmp_path))
+    run_python("-m", "benchmarks.run", *cell, *memory, *chosen, "--out", str(tmp_path))
     rows = {row["backend"]: row for row in read(tmp_path / "info_nce.csv")}
     assert set(rows) == {"cpu", "open_clip", "open_clip+compile"}
     for row in rows.values():
         assert (row["status"], row["timing"], row["repeats"]) == ("ok", "once", "1")
         assert float(row["time_ms_min"]) > 0
+    # A few matrices of logits, without what compiling takes; a MiB less is noise.
+    matrix = samples**2 * 4 / 2**20
+    for name in ("open_clip", "open_clip+compile"):
+        peak = rows[name]["peak_mib"]
+        assert peak == "" if memory else matrix - 1 < float(peak) < 6 * matrix
 
 
 @pytest.mark.slow
