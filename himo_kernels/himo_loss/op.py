@@ -17,8 +17,8 @@ from himo_kernels.memory import cache_for
 HIMO_LOSS = Operator(
     "himo_loss",
     {
-        "cpu": Backend({"fwd": cpu.himo_loss_fwd, "bwd": cpu.himo_loss_bwd}, cpu.why_not),
-        "reference": Backend({"fwd": reference.himo_loss_fwd, "bwd": reference.himo_loss_bwd}),
+        "cpu": Backend.of(cpu, "himo_loss", cpu.why_not),
+        "reference": Backend.of(reference, "himo_loss"),
     },
 )
 # Backends that can cache the logits and factors for the backward.

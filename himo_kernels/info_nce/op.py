@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himo_kernels import _triton
+from himo_kernels import _triton, extension
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.info_nce import compose, cpu, reference
@@ -20,7 +20,9 @@ def _operator(name: str, plain: Callable[..., Any] | None = None) -> Operator:
         name,
         {
             "triton": _triton.backend(_TRITON, name, _triton.why_not),
-            "cpu": Backend(compose.passes(name, cpu.fwd, cpu.bwd), cpu.why_not, plain=plain),
+            "cpu": Backend(
+                compose.passes(name, cpu.fwd, cpu.bwd), extension.why_not_for, plain=plain
+            ),
             "reference": Backend(compose.passes(name, reference.fwd, reference.bwd)),
         },
     )
