@@ -364,6 +364,14 @@ def _requested_backend(operator: str, requested: str) -> str:
     return requested
 
 
+def empty_gradients(inputs: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor, ...]:
+    """Returns the outputs of the fake of a backward: those that are not needed have no entries."""
+    return tuple(
+        value.new_empty(value.shape if needed else 0)
+        for value, needed in zip(inputs, needs_grad, strict=True)
+    )
+
+
 def refuse_double_backward(operator: str) -> None:
     """Raises RuntimeError in a backward that autograd records.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
+from himo_kernels.dispatch import Backend, Operator, empty_gradients, refuse_double_backward
 from himo_kernels.himo_loss import cpu, reference
 from himo_kernels.memory import cache_for
 
@@ -62,11 +62,7 @@ def _bwd_fake(
     products: Any = None,
     factors: Any = None,
 ) -> tuple[Tensor, ...]:
-    inputs, needs_grad = arguments[:3], arguments[-2]
-    return tuple(
-        value.new_empty(value.shape if needed else 0)
-        for value, needed in zip(inputs, needs_grad, strict=True)
-    )
+    return empty_gradients(arguments[:3], arguments[-2])
 
 
 # Two caches, written by fwd and read by bwd. products [2, *, N, N]: the logits of both losses, not

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from himo_kernels import _triton, extension
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
+from himo_kernels.dispatch import Backend, Operator, empty_gradients, refuse_double_backward
 from himo_kernels.info_nce.op import CACHING_BACKENDS
 from himo_kernels.info_nce.pairs import compose, cpu, reference
 from himo_kernels.info_nce.pairs.compose import Settings
@@ -56,11 +56,7 @@ def _bwd_fake(
     *arguments: Any,
     products: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    inputs, needs_grad = arguments[:3], arguments[-2]
-    return tuple(
-        value.new_empty(value.shape if needed else 0)
-        for value, needed in zip(inputs, needs_grad, strict=True)
-    )
+    return empty_gradients(arguments[:3], arguments[-2])
 
 
 # Losses, logs, references and numbers of positives, each of rows [*, N] and of columns [*, M];
