@@ -308,21 +308,20 @@ def saves_inputs(
     have none.
     """
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensor:
-            *inputs, ctx.backend = arguments
-            ctx.save_for_backward(*inputs)
-            return fwd(*arguments)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, ctx.backend = arguments
+        ctx.save_for_backward(*inputs)
+        return fwd(*arguments)
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Any:
-            refuse_double_backward(operator)
-            grads = bwd(grad, *ctx.saved_tensors, ctx.backend)
-            grads = (grads,) if isinstance(grads, Tensor) else grads
-            return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_double_backward(operator)
+        grads = bwd(grad, *ctx.saved_tensors, ctx.backend)
+        grads = (grads,) if isinstance(grads, Tensor) else grads
+        return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
 
-    return Function
+    name = operator.title().replace("_", "")  # of grad_fn: NormalizeBackward
+    passes = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), passes)
 
 
 def backend_names() -> list[str]:
