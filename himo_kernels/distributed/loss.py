@@ -1,6 +1,6 @@
 """InfoNCE of the joined batch of all ranks, in which each rank owns its rows.
 
-README.md derives the exchange, and why gradients averaged by DDP equal those of one process.
+README.md derives the exchange, and why gradients averaged by DDP equal one process's gradients.
 """
 
 from typing import Any, NamedTuple
