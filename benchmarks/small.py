@@ -9,7 +9,7 @@ import sys
 import torch
 
 import himo_kernels as hk
-from himo_kernels import _triton
+from himo_kernels.dispatch import OPERATORS
 from himo_kernels.testing import power_law
 
 SAMPLES, FEATURES = 40, 96  # several tiles, the last of which are ragged
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if reason := _triton.why_not(torch.empty(1, device=device)):
+    if reason := OPERATORS["info_nce"].why_not("triton", torch.empty(1, device=device)):
         parser.error(reason)
     status = 0
     for dtype in options.dtype:

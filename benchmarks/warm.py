@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import small
 from benchmarks.run import positive
-from himo_kernels import _triton, aot
+from himo_kernels import aot
 from himo_kernels.aot import Call, Case
 
 TARGET = 90  # H100 and H200
@@ -194,9 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=positive, help="by default one for each core")
     parser.add_argument("--first", type=positive, help="compile only so many kernels")
     options = parser.parse_args(arguments)
-    if _triton.INTERPRETED:
-        parser.error(f"expected no {_triton.INTERPRETER_VARIABLE}=1")
-    if reason := _triton.MISSING:
+    if error := aot.interpreted():
+        parser.error(error)
+    if reason := aot.why_not():
         print(f"warm: {reason}; no kernel compiled")
         return 0
     start = time.monotonic()

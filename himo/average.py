@@ -36,7 +36,7 @@ class AverageWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average for its weights in the body, which must not train it.
+        """Inside the body the weights of the model are the average. The body must not train it.
 
         Not for sharded weights: FSDP keeps references to their memory.
         """
@@ -56,10 +56,10 @@ class AverageWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies whole averages of `state_dict`; one that is not there begins now.
+        """Copies whole averages of `state_dict`. An average that is missing begins now.
 
         Raises:
-            ValueError: an average is of another shape than its weight.
+            ValueError: an average and its weight have different shapes.
         """
         for name, average in self._averages.items():
             value = self._weights[name].detach()

@@ -77,7 +77,7 @@ class Objective(nn.Module):
             is_one_batch = ranks.size == 1 and (settings.accum_freq or 1) == 1
             (self if is_one_batch and not settings.cuda_graph_head else towers).compile()
         self.towers = ranks.wrap(towers, sharded=settings.fsdp)
-        # A rank whose batch is smaller must take as many parts: each gathers the weights.
+        # A rank with a smaller batch takes as many parts, because each gathers the weights.
         self.least_parts = (settings.accum_freq or 1) if settings.fsdp else 1
         # Small gradients of float16 would be 0; with the other precisions it does nothing.
         self.scaler = torch.amp.GradScaler(
@@ -203,9 +203,9 @@ class Objective(nn.Module):
     def _texts(
         self, tokens: Tensor, max_length: int, lengths: list[int] | None
     ) -> tuple[Tensor, int | None, list[int] | None]:
-        """The arguments of `forward` after images, of which a compiler makes one graph.
+        """The arguments of `forward` after images, so that torch.compile makes only one graph.
 
-        It would make a graph for each max_length, and for each packing of lengths.
+        Without this it makes a graph for each max_length, and for each packing of lengths.
         """
         if not self.compiled:
             return tokens, max_length, lengths

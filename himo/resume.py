@@ -118,8 +118,8 @@ def unchecked(before: Mapping[str, Any]) -> str:
 def _settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
     old, new = before["settings"], now["settings"]
     if all(old.get(name) == new[name] for name in ("loss", "preset")):
-        # Same loss and preset: compare the values in use. Else compare the flags as given, because
-        # the presets' values differ anyway.
+        # With the same loss and preset, compare the values in use. Else compare the given flags,
+        # because the presets' values differ anyway.
         old, new = _effective(old), _effective(new)
     for rule, names in AT_RESUME.items():
         for name in names:

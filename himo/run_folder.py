@@ -109,7 +109,7 @@ def _taken(descriptor: int, path: Path) -> bool:
     try:
         # Not flock: the loader's workers would inherit the lock, and may outlive this process.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A lock on a file that its last owner has removed since is worth nothing.
+        # The last owner may have removed the file meanwhile. A lock on it protects nothing.
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
@@ -176,9 +176,9 @@ def saved_models(directory: Path, epoch: int) -> list[Path]:
 
 
 def keeps_best(directory: Path, step: int) -> bool:
-    """Whether the best model of a run is there, and of this step; another one is set aside.
+    """Whether the best model of a run is there and of this step. One of another step is set aside.
 
-    A run that goes on from an earlier state may leave the way of the steps after it.
+    A run that continues from an earlier state may take other steps than the run before.
     """
     path = directory / CHECKPOINTS / BEST
     try:

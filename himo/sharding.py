@@ -1,8 +1,8 @@
 """`himo train --fsdp`: each process holds a part of the weights, their gradients and their moments.
 
 torch's FSDP2 (`fully_shard`) gathers the weights of a block for its forward and its backward, and
-leaves each process the mean gradient of its part. Everything that leaves the run is whole again, so
-that its files are those of a run without --fsdp.
+leaves each process the mean gradient of its part. Whatever the run writes is put together first, so
+its files are the same as without --fsdp.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from himo.model import HiMoCLIP
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# fully_shard takes no scalar: while it is sharded, this parameter is [1], and its whole is [].
+# fully_shard takes no scalar: while sharded, this parameter has shape [1] instead of [].
 _SCALAR = "logit_scale"
 
 

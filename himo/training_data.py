@@ -1,6 +1,7 @@
 """The data of a training run, as its settings name them."""
 
 from functools import partial
+from typing import Any
 
 from himo.config import TrainConfig
 from himo.data import (
@@ -19,21 +20,25 @@ from himo.tokenizer import tokenize
 from himo.transforms import Preprocess
 
 
+def open_source(settings: TrainConfig, source: str, **changed: Any) -> SampleIndex:
+    """Returns the data set at source, read as the settings say; `changed` replaces options."""
+    options = {
+        "image_root": settings.image_root,
+        "image_key": settings.csv_img_key,
+        "caption_key": settings.csv_caption_key,
+        "separator": settings.csv_separator,
+        "skip_missing_images": settings.skip_missing_images,
+        "follow_links": settings.follow_links,
+        "max_bad_fraction": settings.max_bad_fraction,
+    }
+    return open_dataset(source, settings.dataset_type, **options | changed)
+
+
 def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleIndex | None]:
     """Returns the pairs to train on and the pairs to validate on; prints which were left out."""
 
     def opened(source: str) -> SampleIndex:
-        index = open_dataset(
-            source,
-            settings.dataset_type,
-            image_root=settings.image_root,
-            image_key=settings.csv_img_key,
-            caption_key=settings.csv_caption_key,
-            separator=settings.csv_separator,
-            skip_missing_images=settings.skip_missing_images,
-            follow_links=settings.follow_links,
-            max_bad_fraction=settings.max_bad_fraction,
-        )
+        index = open_source(settings, source)
         if ranks.main:
             print(index.report.summary())
         return index

@@ -21,7 +21,7 @@ _LOSSES = ("loss", "contrastive_loss", "component_loss")
 _SPECTRUM = 256  # recorded eigenvalues of a spectrum
 _LAST_STEP = 1 << 53  # a double represents every smaller integer
 _LONGEST = 1 << 20  # bytes of a line; one with a spectrum takes 3,000
-_SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run, which will not recover
+_SKIPS_IN_A_ROW = 10  # so many steps without a finite gradient end a run: it will not recover
 
 
 class TrainingLog:

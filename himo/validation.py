@@ -27,9 +27,9 @@ COLUMNS = (
 
 @dataclass
 class Best:
-    """The best validation of a run by its R@1, the mean of both ways in percent; step 0 is none.
+    """The best validation of a run by R@1, the mean of both directions in percent.
 
-    `since` counts the validations after it.
+    Step 0 means that there is none yet. `since` counts the validations after the best one.
     """
 
     step: int = 0
@@ -54,15 +54,15 @@ class Best:
 def predictions(
     images: Tensor, texts: Tensor, captions: CaptionedSet, index: SampleIndex
 ) -> list[dict[str, Any]]:
-    """What the model makes of the first few images, to be followed from one validation to the next.
+    """The captions that the model ranks first for a few images, to compare validations.
 
     Args:
         images: features of the images of captions, [N, E], L2-normalised.
         texts: features of its captions, [M, E].
 
     Returns:
-        For each the path of the image, its first caption, the rank of that among all captions,
-        from 1, and the caption that fits best.
+        For each image: its path, its first caption, the rank of this caption among all captions
+        (from 1), and the caption that fits best.
     """
     found = []
     for image, scores in enumerate(images[:_FOLLOWED] @ texts.T):
@@ -121,7 +121,7 @@ class Validation:
     def measure(self, model: HiMoCLIP) -> dict[str, float | None]:
         """Percentages under the names of COLUMNS: R@1, R@5, R@10, and HiMo@2 and HiMo@3 if wanted.
 
-        HiMo@K is None where no caption has K sentences.
+        HiMo@K is None if no caption has K sentences.
 
         Raises:
             HimoError: too many images that cannot be read, or features that are not finite.

@@ -1,7 +1,7 @@
 """Argument checks. Every message has the form `operator: expected ..., got ...`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import NoReturn
 
@@ -85,6 +85,19 @@ def check_shape(operator: str, argument: str, value: Tensor, expected: Sequence[
     """Raises ValueError unless value.shape equals expected."""
     if value.shape != torch.Size(expected):
         raise_shape(operator, argument, str(list(expected)), value)
+
+
+def check_alike(
+    operator: str,
+    features: Mapping[str, Tensor],
+    check_each: Callable[[str, str, Tensor], None] = check_features,
+) -> None:
+    """Raises unless all have the shape, dtype and device of the first."""
+    first, example = next(iter(features.items()))
+    for argument, value in features.items():
+        check_each(operator, argument, value)
+        check_same_as(operator, argument, value, first, example)
+        check_shape(operator, argument, value, example.shape)
 
 
 def check_finite_values(operator: str, **tensors: Tensor) -> None:

@@ -104,6 +104,16 @@ class Resources:
     microseconds: float = 0  # predicted for the launch; 0 if unknown
 
 
+def why_not() -> str | None:
+    """Returns why there are no kernels to compile, or None."""
+    return _triton.MISSING
+
+
+def interpreted() -> str | None:
+    """Returns the error of a process whose kernels are interpreted, not compiled, or None."""
+    return f"expected no {_triton.INTERPRETER_VARIABLE}=1" if _triton.INTERPRETED else None
+
+
 def cases(words: Iterable[str] = ()) -> list[Case]:
     """Returns the cases of all modules whose label contains all of these words."""
     found = [case for name in MODULES for case in importlib.import_module(name).aot_cases()]
@@ -130,8 +140,8 @@ def device_launches(call: Callable[[], object]) -> Counter[str]:
     empty allocations launch nothing. An operator counts once, although torch.linalg.eigh, for
     example, launches several kernels. Not available in Triton's interpreter, which runs kernels.
     """
-    if _triton.INTERPRETED:
-        raise RuntimeError(f"device_launches: expected no {_triton.INTERPRETER_VARIABLE}=1")
+    if error := interpreted():
+        raise RuntimeError(f"device_launches: {error}")
     counted: Counter[str] = Counter()
 
     class Operators(TorchDispatchMode):
@@ -334,7 +344,7 @@ def _launch(call: Call) -> Launch:
 
 def main(words: list[str]) -> int:
     """Compiles the cases whose label contains these words; returns the exit status."""
-    if reason := _triton.MISSING:
+    if reason := why_not():
         print(f"triton: {reason}; no kernel compiled")
         return 0
     work: dict[tuple[Launch, int], Case] = {}  # several cases may make the same launch

@@ -48,6 +48,20 @@ class Backend:
     gate: str | None = None
     plain: Callable[..., Any] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        module: object,
+        operator: str,
+        why_not: Callable[..., str | None] = lambda *tensors: None,
+        auto: bool | Callable[..., bool] = True,
+        *,
+        parts: Iterable[str] = ("fwd", "bwd"),
+    ) -> "Backend":
+        """Returns the backend of an operator whose kernels are module.<operator>_<part>."""
+        kernels = {part: getattr(module, f"{operator}_{part}") for part in parts}
+        return cls(kernels, why_not, auto)
+
     def suits(self, *tensors: Tensor) -> bool:
         """Returns whether "auto" may choose this backend for these tensors, if it can run."""
         return self.auto if isinstance(self.auto, bool) else self.auto(*tensors)
@@ -70,8 +84,8 @@ class Operator:
     def define(
         self,
         direction: str,
-        schema: str,
-        fake: Callable[..., object],
+        schema: str | None = None,
+        fake: Callable[..., object] | None = None,
         *,
         multiplies: bool = True,
         decomposes: bool = False,
@@ -82,7 +96,8 @@ class Operator:
         faster.
 
         The last positional argument of the schema must be `str backend`. Keyword-only arguments are
-        passed to the kernels unless they are None.
+        passed to the kernels unless they are None. By default the schema is the signature of the
+        reference's kernel, and the fake is that kernel on fake tensors.
 
         Outputs are made contiguous here, for every backend, so that the result has the strides of
         the fake. Kernels run without autocast and with full float32 matmuls. multiplies=False says
@@ -94,11 +109,19 @@ class Operator:
         def run(*args: object, **optional: object) -> Any:
             return self.run(direction, *args, multiplies=multiplies, **optional)
 
+        def fake_of_reference(*args: object) -> Any:
+            return self.run(direction, *args[:-1], "reference", multiplies=False)
+
+        if schema is None:
+            reference = self.backends["reference"].kernels[direction]
+            inferred = torch.library.infer_schema(reference, mutates_args=())
+            schema = inferred.replace(") ->", ", str backend) ->", 1)
         kernel = f"{self.name}_{direction}"
         tags = (torch.Tag.cudagraph_unsafe,) if decomposes else ()
         _LIBRARY.define(kernel + schema, tags=tags)
         _LIBRARY.impl(kernel, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"himo_kernels::{kernel}", fake, lib=_LIBRARY)
+        shapes = fake or fake_of_reference
+        torch.library.register_fake(f"himo_kernels::{kernel}", shapes, lib=_LIBRARY)
         overload = getattr(torch.ops.himo_kernels, kernel).default
 
         def call(*args: object, **optional: object) -> Any:
@@ -275,6 +298,32 @@ def apply_function(function: type[torch.autograd.Function], *arguments: object) 
     return function.forward(_NoGraph(), *arguments)
 
 
+def saves_inputs(
+    operator: str, fwd: Callable[..., Any], bwd: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """Returns the autograd.Function of an operator whose backward needs only its inputs.
+
+    fwd takes the inputs and the backend's name, and returns one tensor. bwd takes the gradient of
+    this tensor and the arguments of fwd, and returns the gradients of the first inputs. The others
+    have none.
+    """
+
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, ctx.backend = arguments
+        ctx.save_for_backward(*inputs)
+        return fwd(*arguments)
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_double_backward(operator)
+        grads = bwd(grad, *ctx.saved_tensors, ctx.backend)
+        grads = (grads,) if isinstance(grads, Tensor) else grads
+        return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
+
+    name = operator.title().replace("_", "")  # of grad_fn: NormalizeBackward
+    passes = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), passes)
+
+
 def backend_names() -> list[str]:
     """Returns the backends of all operators, in an order consistent with every table."""
     names: list[str] = []
@@ -312,6 +361,14 @@ def _requested_backend(operator: str, requested: str) -> str:
     if check_backend(operator, requested) == "auto":
         return check_backend(operator, _default_backend, BACKEND_VARIABLE)
     return requested
+
+
+def empty_gradients(inputs: Iterable[Tensor], needs_grad: Iterable[bool]) -> tuple[Tensor, ...]:
+    """Returns the outputs of the fake of a backward: those that are not needed have no entries."""
+    return tuple(
+        value.new_empty(value.shape if needed else 0)
+        for value, needed in zip(inputs, needs_grad, strict=True)
+    )
 
 
 def refuse_double_backward(operator: str) -> None:

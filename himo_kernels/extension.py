@@ -9,6 +9,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 SWITCH = "HIMO_KERNELS_NO_EXTENSION"
 # SOURCES, because a user of an installed package may have no checkout.
@@ -52,6 +53,13 @@ _MODULE, _REASON, _ERROR = _load()
 def why_not() -> str | None:
     """Returns a one-line reason why the extension cannot be used, or None. Traced by compile."""
     return _REASON
+
+
+def why_not_for(x: Tensor, *_: Tensor) -> str | None:
+    """Returns why a backend in the extension cannot take tensors like x, or None."""
+    if x.device.type != "cpu":
+        return f"needs CPU tensors, got {x.device.type}"
+    return why_not()
 
 
 _noticed = _MODULE is not None or _SWITCHED_OFF

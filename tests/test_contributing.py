@@ -41,7 +41,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = table.read_text()
     imports, row = changes.splitlines(keepends=True)
     old_imports = "from himo_kernels.covariance import cpu, reference\n"
-    last_row = '        "reference": Backend({"fwd": reference.gram_fwd'
+    last_row = '        "reference": Backend.of(reference, "gram")'
     assert text.count(old_imports) == text.count(last_row) == 1
     table.write_text(text.replace(old_imports, imports).replace(last_row, row + last_row))
     return tree

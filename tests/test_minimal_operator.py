@@ -3,31 +3,17 @@
 import pytest
 import torch
 
-from examples.minimal_operator.op import SCALE_ROWS, scale_rows
-from himo_kernels.dispatch import OPERATORS
+from examples.minimal_operator.op import RELU, relu
 from himo_kernels.testing import assert_within_budget
 
-del OPERATORS["scale_rows"]  # so that the tests of all operators skip the example
 
-
-@pytest.mark.parametrize("backend", SCALE_ROWS.backends)
-def test_scale_rows_and_its_gradients(backend: str, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("backend", RELU.backends)
+def test_relu_and_its_gradient(backend: str, generator: torch.Generator) -> None:
     x, grad = torch.randn(2, 5, 12, generator=generator)[..., ::2]  # strided rows
-    scale = torch.randn(5, generator=generator)
-    if reason := SCALE_ROWS.why_not(backend, x, scale):
+    if reason := RELU.why_not(backend, x.requires_grad_()):
         pytest.skip(reason)
-
-    def run(dtype: torch.dtype, function) -> tuple[torch.Tensor, ...]:
-        leaves = [value.to(dtype, copy=True).requires_grad_() for value in (x, scale)]
-        y = function(*leaves)
-        return y, *torch.autograd.grad(y, leaves, grad.to(dtype))
-
-    actual = run(torch.float32, lambda x, scale: scale_rows(x, scale, backend=backend))
-    eager, exact = (run(d, lambda x, s: x * s[:, None]) for d in (torch.float32, torch.float64))
-    for name, *values in zip(("y", "dx", "dscale"), actual, eager, exact, strict=True):
-        assert_within_budget(name, *values, terms=6)
-
-
-def test_scale_rows_passes_opcheck() -> None:
-    arguments = (torch.ones(5, 6), torch.ones(5), "reference")
-    torch.library.opcheck(torch.ops.himo_kernels.scale_rows_fwd.default, arguments)
+    y = relu(x, backend=backend)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    assert_within_budget("y", y, x * (x > 0), x.double() * (x > 0), terms=1)
+    assert_within_budget("dx", dx, grad * (x > 0), grad.double() * (x > 0), terms=1)
+    torch.library.opcheck(torch.ops.himo_kernels.relu_fwd.default, (x.detach(), backend))

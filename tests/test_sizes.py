@@ -25,6 +25,17 @@ def test_no_file_is_long() -> None:
     assert {path: n for path, n in lengths.items() if n > MOST_LINES_OF_A_FILE} == {}
 
 
+def test_the_operator_to_copy_is_short() -> None:
+    paths = [
+        *(ROOT / "examples/minimal_operator").iterdir(),
+        ROOT / "tests/test_minimal_operator.py",
+    ]
+    lines = [
+        line for path in paths if path.suffix == ".py" for line in path.read_text().splitlines()
+    ]
+    assert 30 < len([line for line in lines if line.strip()]) <= 60
+
+
 def test_no_function_is_long() -> None:
     long, count = [], 0
     for path in _files():

@@ -1,4 +1,4 @@
-"""scale_rows in Triton: one program scales one row."""
+"""relu in Triton: each program masks one block of values."""
 
 import torch
 import triton
@@ -7,18 +7,19 @@ from torch import Tensor
 
 
 @triton.jit
-def _scale_rows_kernel(out_ptr, x_ptr, scale_ptr, columns, stride_n, stride_d, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK).to(tl.int64)
-    x = tl.load(x_ptr + row * stride_n + column * stride_d, mask=column < columns)
-    tl.store(out_ptr + row * columns + column, x * tl.load(scale_ptr + row), mask=column < columns)
+def _mask_kernel(out_ptr, value_ptr, x_ptr, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, place < count)
+    value = tl.load(value_ptr + place, place < count)
+    tl.store(out_ptr + place, tl.where(x <= 0, 0.0, value), place < count)
 
 
-def scale_rows_fwd(x: Tensor, scale: Tensor) -> Tensor:  # [N, D], [N] -> [N, D]
-    out, scale = torch.empty_like(x, memory_format=torch.contiguous_format), scale.contiguous()
-    block = triton.next_power_of_2(x.shape[1])
-    _scale_rows_kernel[(len(x),)](out, x, scale, x.shape[1], *x.stride(), BLOCK=block)
+def relu_fwd(x: Tensor) -> Tensor:  # [*, N, D] -> [*, N, D]
+    return relu_bwd(x, x)
+
+
+def relu_bwd(grad: Tensor, x: Tensor) -> Tensor:
+    grad, x = grad.contiguous(), x.contiguous()
+    out = torch.empty_like(x)
+    _mask_kernel[(triton.cdiv(x.numel(), 1024),)](out, grad, x, x.numel(), BLOCK=1024)
     return out
-
-
-def scale_rows_bwd(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return scale_rows_fwd(grad, scale), (grad * x).sum(-1)

@@ -1,10 +1,10 @@
 """Shards of images that are already small: what `himo pack` writes.
 
-A shard is a tar file of the webdataset convention. Record 7 is `000000007.jpg` (or `.webp`), the
-caption in `000000007.txt`, and `000000007.json` with `image`, its path in the source, `line`, its
-line there, `caption` and `caption_short`. A shard is written whole or not at all, and depends only
-on the records and the options. `pack.json` names the finished ones, so a killed pack goes on with
-the next.
+A shard is a tar file of the webdataset convention. Record 7 has three files: `000000007.jpg` (or
+`.webp`) is the image, `000000007.txt` the caption. `000000007.json` has `image` (the path in the
+source), `line` (the line there), `caption` and `caption_short`. A shard is written whole or not at
+all, and depends only on the records and the options. `pack.json` names the finished shards, so a
+killed pack continues with the next one.
 """
 
 import io
@@ -126,7 +126,7 @@ def pack(
         directory: is made if it does not exist. It is empty, or holds shards of the same records
             and options.
         options: of the shards.
-        workers: processes that read and write images; 0 does it in this one.
+        workers: processes that read and write images; 0 means this process alone.
         max_bad_fraction: the largest fraction of the images that may be unreadable.
         progress: shows a bar.
 

@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images")
     parser.add_argument("--precision", default="fp32", choices=_DTYPES, help="of the model alone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU")
-    text = "folder to keep features in, and to read those of the same model and data from"
+    text = "folder that caches features; with the same model and data they are read from it"
     parser.add_argument("--feature-cache", metavar="DIR", help=text)
 
 

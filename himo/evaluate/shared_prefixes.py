@@ -1,11 +1,12 @@
 """Texts that begin alike, laid out so that the text tower computes their shared tokens once.
 
-The tower is causal: the state of a token depends on the tokens before it alone. So the tokens that
-two texts begin with have the same states in both. A row holds several texts as a tree: a shared
-token is there once, each text's further tokens follow, its end-of-text among them, and every token
-sees only the earlier tokens of its own text. A caption with all its prefixes then takes little more
-time than the caption alone. Tokens are compared, not characters. A text that was cut, or whose last
-word is encoded differently than within the caption, shares the tokens up to the first difference.
+The tower is causal: the state of a token depends only on the tokens before it. If two texts begin
+with the same tokens, these have the same states in both. A row holds several texts as a tree. Each
+shared token is in the row once. The other tokens of each text follow, up to its end-of-text. Every
+token sees only the earlier tokens of its own text. A caption with all its prefixes then takes
+little more time than the caption alone. Tokens are compared, not characters, so texts share the
+tokens up to the first difference. This may be the end of a cut text, or a last word that is encoded
+differently within the caption.
 """
 
 from collections.abc import Iterable
@@ -116,7 +117,7 @@ class _Tree:
         self._paths: list[list[int]] = []  # where the tokens of each text are
         path: list[int] = []
         lengths = _lengths(texts)
-        # Of all texts before, the one just before shares most: they are sorted.
+        # The texts are sorted, so each shares most tokens with the one just before it.
         for text, length, shared in zip(texts, lengths, _shared(texts, lengths), strict=True):
             own = range(len(self.tokens), len(self.tokens) + length - shared)
             path = [*path[:shared], *own]
@@ -170,7 +171,7 @@ def _lengths(tokens: TokenRows) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _shared(tokens: TokenRows, lengths: np.ndarray[Any, np.dtype[np.int64]]) -> list[int]:
-    """How many tokens each text begins with that the one before it does too; 0 for the first."""
+    """How many tokens at its start each text shares with the text before it; 0 for the first."""
     differ = tokens[1:] != tokens[:-1]
     equal = np.where(differ.any(axis=1), differ.argmax(axis=1), tokens.shape[1])
     within = np.minimum(equal, np.minimum(lengths[1:], lengths[:-1]))

@@ -22,12 +22,12 @@ _LEAST_HIGH_BYTE = 16  # a picture of 16-bit channels without a pixel above is o
 def eight_bits(image: Image.Image) -> Image.Image:
     """An image of 8 bits a channel: the image itself, or mode `L` for one with deeper greys.
 
-    Black is 0; white is the largest value of 8, 10, 12, 14 or 16 bits, the first of these that no
-    pixel exceeds. For floats it is also 1, and the greatest value where that is between 1 and 16,
-    as after a resampling that overshoots 1, or below 1/16, as in a unit of which a picture has
-    little. If a pixel is negative or above 65,535, black and white are the least and the greatest
-    value. Values are rounded to the nearest of 256 levels, half to even. NaN is black; infinities
-    are black and white.
+    Black is 0. White is the largest value of 8, 10, 12, 14 or 16 bits, for the fewest bits that no
+    pixel exceeds. For floats white may also be 1. It is the greatest value of the picture if this
+    is between 1 and 16, because a resampling may overshoot 1, or below 1/16, because in some units
+    of measure all values are small. If a pixel is negative or above 65,535, black
+    and white are the least and the greatest value. Values are rounded to the nearest of 256 levels,
+    half to even. NaN is black; infinities are black and white.
 
     Raises:
         ImageError: no value is finite; or values that differ would all become one grey; or all
@@ -68,7 +68,7 @@ def check_channels(image: Image.Image, low_bytes: Callable[[], Image.Image]) -> 
     """Raises ImageError for decoded channels of 16 bits whose values fill 12 bits or fewer.
 
     The decoder keeps the high byte of each value, which leaves at most 16 levels, nearly black. An
-    image that is all black is one, and loses nothing.
+    image without a value above 0 is not refused: it loses nothing.
 
     Args:
         image: as decoded.
@@ -84,7 +84,7 @@ def check_channels(image: Image.Image, low_bytes: Callable[[], Image.Image]) -> 
 
 
 def _brightest(image: Image.Image) -> int:
-    """The greatest value of the channels, without that of alpha."""
+    """The greatest value of the channels other than alpha."""
     bands = [image.getchannel(band) for band in image.getbands() if band != "A"]
     return max(int(np.asarray(band).max(initial=0)) for band in bands)
 

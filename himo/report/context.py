@@ -29,7 +29,7 @@ from himo_charts.scales import Scale, fixed, number
 from himo_kernels import pca, project_reconstruct
 from himo_kernels.nn import PRESETS
 
-_POOL = 4096  # captions of a data set that are searched for the ones most like the caption
+_POOL = 4096  # captions of a data set among which the most similar ones are searched
 _MOST_SEGMENTS = 12  # that a chart has room for
 _SHOWN = 6  # captions of each batch on the page
 _DRAWN, _ALIKE = "drawn at random", "most like the caption"
@@ -71,8 +71,8 @@ class Kept:
         rank: components kept.
         ratios: explained variance of each component.
         share: of the caption's squared distance from the batch's mean.
-        added: for each segment the share kept of what it adds to the caption's feature, the
-            difference from the feature of the caption without it; None where it adds nothing.
+        added: for each segment, the share that HiDe keeps of its contribution. The contribution is
+            the caption's feature minus the feature without the segment. None if it is zero.
         component: [D], the caption projected and reconstructed, eq. (1).
     """
 
@@ -176,12 +176,12 @@ def _features(encoder: Encoder, texts: Sequence[str], checkpoint: str) -> Tensor
 
 
 def kept_in(name: str, others: Sequence[str], batch: Tensor, added: Tensor, tau: float) -> Kept:
-    """What HiDe keeps of the first row of a batch, and of what the segments add to it.
+    """What HiDe keeps of the first row of a batch, and of each segment's contribution to it.
 
     Args:
         name, others: as in `Kept`.
         batch: [N, D] features, float64.
-        added: [K, D], what each segment adds to batch[0].
+        added: [K, D], the contribution of each segment to batch[0].
         tau: the share of the variance to keep.
     """
     found = pca(batch, tau)

@@ -60,7 +60,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image by name; a thumbnail that cannot be shown is None. `right` for its caption."""
+    """An image by name. `right`: it is the caption's. A thumbnail that cannot be shown is None."""
 
     name: str
     thumbnail: str | None
@@ -69,7 +69,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Miss:
-    """A caption that the model gives another image than its own: the images it fits best."""
+    """A caption for which the model ranks another image first, and the images it fits best."""
 
     caption: str
     rank: int  # of its own image
@@ -118,7 +118,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Reads run directories and gives each a name that tells it from the others.
+    """Reads run directories and gives each a name of its own.
 
     Raises:
         HimoError: a path is not a run directory, or is given twice.

@@ -11,13 +11,6 @@ from torch import Tensor
 from himo_kernels import extension
 
 
-def why_not(x: Tensor, *_: Tensor) -> str | None:
-    """Returns why this backend cannot take x, or None."""
-    if x.device.type != "cpu":
-        return f"needs CPU tensors, got {x.device.type}"
-    return extension.why_not()
-
-
 def suits_covariance(x: Tensor, *_: Tensor) -> bool:
     """Returns whether covariance is faster here than on the reference."""
     return _suits(x, x.shape[-1])

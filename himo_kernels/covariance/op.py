@@ -1,11 +1,11 @@
-"""Schemas, fakes and autograd of covariance and gram."""
+"""Backends, schemas and autograd of covariance and gram."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from himo_kernels import _triton
+from himo_kernels import _triton, extension
 from himo_kernels.covariance import cpu, reference
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 
@@ -15,56 +15,21 @@ COVARIANCE = Operator(
     "covariance",
     {
         "triton": _triton.backend(_TRITON, "covariance", _triton.why_not_with_float64),
-        "cpu": Backend(
-            {"fwd": cpu.covariance_fwd, "bwd": cpu.covariance_bwd},
-            cpu.why_not,
-            cpu.suits_covariance,
-        ),
-        "reference": Backend({"fwd": reference.covariance_fwd, "bwd": reference.covariance_bwd}),
+        "cpu": Backend.of(cpu, "covariance", extension.why_not_for, cpu.suits_covariance),
+        "reference": Backend.of(reference, "covariance"),
     },
 )
 GRAM = Operator(
     "gram",
     {
         "triton": _triton.backend(_TRITON, "gram", _triton.why_not_with_float64),
-        "cpu": Backend({"fwd": cpu.gram_fwd, "bwd": cpu.gram_bwd}, cpu.why_not, cpu.suits_gram),
-        "reference": Backend({"fwd": reference.gram_fwd, "bwd": reference.gram_bwd}),
+        "cpu": Backend.of(cpu, "gram", extension.why_not_for, cpu.suits_gram),
+        "reference": Backend.of(reference, "gram"),
     },
 )
 
-
-def _covariance_fake(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    *batch, _, features = x.shape
-    return (
-        x.new_empty((*batch, features), dtype=dtype),
-        x.new_empty((*batch, features, features), dtype=dtype),
-    )
-
-
-def _gram_fake(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    *batch, samples, features = x.shape
-    return (
-        x.new_empty((*batch, features), dtype=dtype),
-        x.new_empty((*batch, samples, samples), dtype=dtype),
-    )
-
-
-def _bwd_fake(
-    grad_mean: Tensor, grad_moment: Tensor, x: Tensor, mean: Tensor, backend: str
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-_FWD_SCHEMA = "(Tensor x, ScalarType dtype, str backend) -> (Tensor, Tensor)"
-_BWD_SCHEMA = "(Tensor grad_mean, Tensor grad_moment, Tensor x, Tensor mean, str backend) -> Tensor"
-_FWD = {
-    "covariance": COVARIANCE.define("fwd", _FWD_SCHEMA, _covariance_fake),
-    "gram": GRAM.define("fwd", _FWD_SCHEMA, _gram_fake),
-}
-_BWD = {
-    "covariance": COVARIANCE.define("bwd", _BWD_SCHEMA, _bwd_fake),
-    "gram": GRAM.define("bwd", _BWD_SCHEMA, _bwd_fake),
-}
+_FWD = {operator.name: operator.define("fwd") for operator in (COVARIANCE, GRAM)}
+_BWD = {operator.name: operator.define("bwd") for operator in (COVARIANCE, GRAM)}
 
 
 class CentredMoment(torch.autograd.Function):

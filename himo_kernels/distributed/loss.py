@@ -1,6 +1,6 @@
 """InfoNCE of the joined batch of all ranks, in which each rank owns its rows.
 
-README.md derives the exchange, and why gradients averaged by DDP equal those of one process.
+README.md derives the exchange, and why gradients averaged by DDP equal one process's gradients.
 """
 
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from himo_kernels._checks import (
+    check_alike,
     check_choice,
     check_finite_values,
     check_flag,
     check_integers,
     check_label_smoothing,
-    check_same_as,
     check_shape,
     raise_value,
 )
@@ -141,10 +141,7 @@ def _public(
     features |= {f"{name}_features": value for name, value in keys.items()}
 
     def check() -> None:
-        for name, value in features.items():
-            check_rows(operator, name, value)
-            check_same_as(operator, name, value, "image_features", image_features)
-            check_shape(operator, name, value, image_features.shape)
+        check_alike(operator, features, check_rows)
         scale = of_one.check_logit_scale(operator, logit_scale, image_features)
         check_choice(operator, "directions", options.directions, DIRECTIONS)
         check_choice(operator, "same_label", options.same_label, SAME_LABEL)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from himo_kernels._checks import check_finite_values, check_flag, check_same_as, check_shape
+from himo_kernels._checks import check_alike, check_finite_values, check_flag
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import refuse_double_backward
 from himo_kernels.distributed.agreement import agree, check_rows
@@ -64,10 +64,7 @@ def sigmoid_loss(
         }
 
     def check() -> None:
-        for name, value in features.items():
-            check_rows(operator, name, value)
-            check_same_as(operator, name, value, "image_features", image_features)
-            check_shape(operator, name, value, image_features.shape)
+        check_alike(operator, features, check_rows)
         checked = scalars()
         check_strategy(operator, strategy)
         resolve_over_ranks(operator, backend, members.size, image_features, BLOCK)

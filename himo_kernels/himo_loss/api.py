@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from himo_kernels._checks import (
-    check_features,
+    check_alike,
     check_finite_values,
     check_flag,
     check_gap_eps,
     check_label_smoothing,
-    check_same_as,
-    check_shape,
     check_variance_floor,
     check_variance_threshold,
 )
@@ -75,10 +73,7 @@ def himo_loss(
     """
     name = HIMO_LOSS.name
     features = {"image_features": image_features, "text_features": text_features}
-    for argument, value in features.items():
-        check_features(name, argument, value)
-        check_same_as(name, argument, value, "image_features", image_features)
-        check_shape(name, argument, value, image_features.shape)
+    check_alike(name, features)
     scale = check_logit_scale(name, logit_scale, image_features)
     check_variance_threshold(name, variance_threshold)
     settings = Settings(

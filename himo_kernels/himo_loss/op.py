@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
+from himo_kernels.dispatch import Backend, Operator, empty_gradients, refuse_double_backward
 from himo_kernels.himo_loss import cpu, reference
 from himo_kernels.memory import cache_for
 
 HIMO_LOSS = Operator(
     "himo_loss",
     {
-        "cpu": Backend({"fwd": cpu.himo_loss_fwd, "bwd": cpu.himo_loss_bwd}, cpu.why_not),
-        "reference": Backend({"fwd": reference.himo_loss_fwd, "bwd": reference.himo_loss_bwd}),
+        "cpu": Backend.of(cpu, "himo_loss", cpu.why_not),
+        "reference": Backend.of(reference, "himo_loss"),
     },
 )
 # Backends that can cache the logits and factors for the backward.
@@ -62,11 +62,7 @@ def _bwd_fake(
     products: Any = None,
     factors: Any = None,
 ) -> tuple[Tensor, ...]:
-    inputs, needs_grad = arguments[:3], arguments[-2]
-    return tuple(
-        value.new_empty(value.shape if needed else 0)
-        for value, needed in zip(inputs, needs_grad, strict=True)
-    )
+    return empty_gradients(arguments[:3], arguments[-2])
 
 
 # Two caches, written by fwd and read by bwd. products [2, *, N, N]: the logits of both losses, not

@@ -1,11 +1,13 @@
 """info_nce, dual_info_nce and dual_info_nce_low_rank: MoLo's losses (HiMo-CLIP section 3.3)."""
 
 import os
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from himo_kernels._checks import (
+    check_alike,
     check_device,
     check_features,
     check_finite_values,
@@ -115,9 +117,11 @@ def info_nce(
     arguments = (inputs, logit_scale, label_smoothing, differentiate_keys)
     if losses := INFO_NCE.plain(backend, given, _PLAIN, *arguments):
         return losses[0]
-    form = check_form(name, image_features, text_features, *pairs)
     features = {"image_features": image_features, "text_features": text_features}
+    square = all(map(is_, pairs, SQUARE)) and _have_one_shape(*inputs)
+    form = None if square else check_form(name, image_features, text_features, *pairs)
     if form is None:
+        check_alike(name, features)
         (loss,) = _losses(INFO_NCE, features, {}, logit_scale, *settings, backend)
         return loss * image_features.shape[-2] if reduction == "sum" else loss
     scale, smoothing, budget = _check_settings(name, features, {}, logit_scale, *settings)
@@ -149,10 +153,7 @@ def nt_xent(
         Loss [*], the mean over the 2N rows; without a reduction [*, 2N], of x and then of y.
     """
     name = "nt_xent"
-    check_features(name, "x", x)
-    check_features(name, "y", y)
-    check_same_as(name, "y", y, "x", x)
-    check_shape(name, "y", y, x.shape)
+    check_alike(name, {"x": x, "y": y})
     if check_flag(name, "check_finite", check_finite):
         check_finite_values(name, x=x, y=y)
     both = torch.cat([x, y], -2)
@@ -201,7 +202,7 @@ def dual_info_nce(
     if losses is None:
         names = ("image_features", "text_features", "component_features")
         features = dict(zip(names, inputs, strict=True))
-        _check_rows(DUAL_INFO_NCE.name, features)
+        check_alike(DUAL_INFO_NCE.name, features)
         losses = _losses(DUAL_INFO_NCE, features, {}, logit_scale, *settings, backend)
     global_loss, component_loss = losses
     return global_loss, component_loss
@@ -241,7 +242,7 @@ def dual_info_nce_low_rank(
     """
     operator = DUAL_INFO_NCE_LOW_RANK.name
     rows = {"image_features": image_features, "text_features": text_features}
-    _check_rows(operator, rows)
+    check_alike(operator, rows)
     check_features(operator, "coefficients", coefficients, "[*, N, K]")
     check_same_as(operator, "coefficients", coefficients, "image_features", image_features)
     check_features(operator, "basis", basis, "[*, K, D]")
@@ -261,13 +262,10 @@ def dual_info_nce_low_rank(
     return global_loss, component_loss
 
 
-def _check_rows(operator: str, features: dict[str, Tensor]) -> None:
-    # Raises unless all have the shape, dtype and device of image_features, which come first.
-    image_features = features["image_features"]
-    for argument, value in features.items():
-        check_features(operator, argument, value)
-        check_same_as(operator, argument, value, "image_features", image_features)
-        check_shape(operator, argument, value, image_features.shape)
+def _have_one_shape(x: object, y: object) -> bool:  # of any objects, not yet checked
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.is_nested or y.is_nested:
+        return False
+    return x.shape == y.shape
 
 
 def _losses(

@@ -9,7 +9,7 @@ here: the loss over ranks (himo_kernels/distributed/loss.py) has its own.
 import torch
 from torch import Tensor
 
-from himo_kernels import _triton
+from himo_kernels import _triton, extension
 from himo_kernels.dispatch import Backend, Operator
 from himo_kernels.info_nce import cpu, reference
 from himo_kernels.info_nce.compose import Direction, Settings
@@ -20,10 +20,8 @@ BLOCK = Operator(
     "info_nce_block",
     {
         "triton": _triton.backend(_TRITON, "info_nce_block", _triton.why_not),
-        "cpu": Backend({"fwd": cpu.info_nce_block_fwd, "bwd": cpu.info_nce_block_bwd}, cpu.why_not),
-        "reference": Backend(
-            {"fwd": reference.info_nce_block_fwd, "bwd": reference.info_nce_block_bwd}
-        ),
+        "cpu": Backend.of(cpu, "info_nce_block", extension.why_not_for),
+        "reference": Backend.of(reference, "info_nce_block"),
     },
     public=False,
 )

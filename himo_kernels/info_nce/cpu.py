@@ -23,13 +23,6 @@ from himo_kernels.info_nce.compose import (
 from himo_kernels.process_state import matmuls_are_full_float32
 
 
-def why_not(image_features: Tensor, *_: Tensor) -> str | None:
-    """Returns why this backend cannot take the features, or None."""
-    if image_features.device.type != "cpu":
-        return f"needs CPU tensors, got {image_features.device.type}"
-    return extension.why_not()
-
-
 def fwd(loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss [*], and nll of the rows and of the columns of S, [*, N] each."""
     if isinstance(loss.keys, Factors):

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himo_kernels import _triton
+from himo_kernels import _triton, extension
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
+from himo_kernels.dispatch import Backend, Operator, empty_gradients, refuse_double_backward
 from himo_kernels.info_nce import compose, cpu, reference
 from himo_kernels.memory import cache_for
 
@@ -20,7 +20,9 @@ def _operator(name: str, plain: Callable[..., Any] | None = None) -> Operator:
         name,
         {
             "triton": _triton.backend(_TRITON, name, _triton.why_not),
-            "cpu": Backend(compose.passes(name, cpu.fwd, cpu.bwd), cpu.why_not, plain=plain),
+            "cpu": Backend(
+                compose.passes(name, cpu.fwd, cpu.bwd), extension.why_not_for, plain=plain
+            ),
             "reference": Backend(compose.passes(name, reference.fwd, reference.bwd)),
         },
     )
@@ -52,11 +54,7 @@ def _define(operator: Operator) -> tuple[Any, Any]:
 
     def bwd_fake(*arguments: Any, products: Tensor | None = None) -> tuple[Tensor, ...]:
         tensors = arguments[losses : losses + len(inputs)]
-        needs_grad = arguments[-2]
-        return tuple(
-            tensors[index].new_empty(tensors[index].shape if needed else 0)
-            for index, needed in zip(differentiable, needs_grad, strict=True)
-        )
+        return empty_gradients((tensors[index] for index in differentiable), arguments[-2])
 
     def arguments(*names: str) -> str:
         return "".join(f"Tensor {name}, " for name in names)

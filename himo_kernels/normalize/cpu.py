@@ -8,13 +8,6 @@ from torch import Tensor
 from himo_kernels import extension
 
 
-def why_not(features: Tensor, *_: Tensor) -> str | None:
-    """Returns why this backend cannot take the features, or None."""
-    if features.device.type != "cpu":
-        return f"needs CPU tensors, got {features.device.type}"
-    return extension.why_not()
-
-
 def normalize_fwd(
     features: Tensor,  # [*, N, D]
 ) -> Tensor:

@@ -15,20 +15,13 @@ from himo_kernels import extension
 LARGEST_SIDE = 32766  # the length of LAPACK's work array, 1 + 6 n + 2 n^2, is a 32-bit integer
 
 
-def why_not(x: Tensor, *_: Tensor) -> str | None:
-    """Returns why this backend cannot take x, or None."""
-    if x.device.type != "cpu":
-        return f"needs CPU tensors, got {x.device.type}"
-    return extension.why_not()
-
-
 def why_not_decompose(x: Tensor, *_: Tensor) -> str | None:
     """Returns why this backend cannot solve the eigenproblem of x, or None."""
     if not torch._C.has_lapack:
         return "this torch is built without LAPACK"
     if min(x.shape[-2:]) > LARGEST_SIDE:
         return f"takes min(N, D) up to {LARGEST_SIDE}, got {min(x.shape[-2:])}"
-    return why_not(x)
+    return extension.why_not_for(x)
 
 
 def pca_fwd(

@@ -6,7 +6,6 @@ himo_kernels/distributed/moments.py. Equation numbers refer to README.md.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +17,14 @@ from himo_kernels.pca import cpu, reference
 _PARTS = ("decompose", "reconstruct", "grad_projector", "bwd")
 
 
-def _parts(module: Any) -> dict[str, Any]:
-    return {part: getattr(module, f"moment_{part}") for part in _PARTS}
-
-
 MOMENT = Operator(
     "pca_moment",
     {
         "triton": _triton.backend(
             "himo_kernels.pca.triton", "moment", _triton.why_not_with_float64, parts=_PARTS
         ),
-        "cpu": Backend(_parts(cpu), cpu.why_not_decompose),
-        "reference": Backend(_parts(reference)),
+        "cpu": Backend.of(cpu, "moment", cpu.why_not_decompose, parts=_PARTS),
+        "reference": Backend.of(reference, "moment", parts=_PARTS),
     },
     public=False,
 )

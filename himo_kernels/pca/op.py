@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himo_kernels import _triton
+from himo_kernels import _triton, extension
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
+from himo_kernels.dispatch import Backend, Operator, refuse_double_backward, saves_inputs
 from himo_kernels.pca import cpu, reference
 
 _TRITON = "himo_kernels.pca.triton"
@@ -21,37 +21,24 @@ PCA_OP = Operator(
     "pca",
     {
         "triton": _triton.backend(_TRITON, "pca", _triton.why_not_with_float64),
-        "cpu": Backend({"fwd": cpu.pca_fwd, "bwd": cpu.pca_bwd}, cpu.why_not_decompose),
-        "reference": Backend({"fwd": reference.pca_fwd, "bwd": reference.pca_bwd}),
+        "cpu": Backend.of(cpu, "pca", cpu.why_not_decompose),
+        "reference": Backend.of(reference, "pca"),
     },
 )
 PROJECT_RECONSTRUCT = Operator(
     "project_reconstruct",
     {
         "triton": _triton.backend(_TRITON, "project_reconstruct", _triton.why_not_with_float64),
-        "cpu": Backend(
-            {"fwd": cpu.project_reconstruct_fwd, "bwd": cpu.project_reconstruct_bwd},
-            cpu.why_not,
-        ),
-        "reference": Backend(
-            {
-                "fwd": reference.project_reconstruct_fwd,
-                "bwd": reference.project_reconstruct_bwd,
-            }
-        ),
+        "cpu": Backend.of(cpu, "project_reconstruct", extension.why_not_for),
+        "reference": Backend.of(reference, "project_reconstruct"),
     },
 )
 PCA_RECONSTRUCT = Operator(
     "pca_reconstruct",
     {
         "triton": _triton.backend(_TRITON, "pca_reconstruct", _triton.why_not_with_float64),
-        "cpu": Backend(
-            {"fwd": cpu.pca_reconstruct_fwd, "bwd": cpu.pca_reconstruct_bwd},
-            cpu.why_not_decompose,
-        ),
-        "reference": Backend(
-            {"fwd": reference.pca_reconstruct_fwd, "bwd": reference.pca_reconstruct_bwd}
-        ),
+        "cpu": Backend.of(cpu, "pca_reconstruct", cpu.why_not_decompose),
+        "reference": Backend.of(reference, "pca_reconstruct"),
     },
 )
 
@@ -76,31 +63,10 @@ def _pca_fwd_fake(
     return mean, eigenvalues, components, rank, eigenvectors
 
 
-_pca_fwd = PCA_OP.define(
-    "fwd",
-    "(Tensor x, Tensor variance_threshold, float[] floor, str backend) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _pca_fwd_fake,
-    decomposes=True,
-)
-_pca_bwd = PCA_OP.define(
-    "bwd",
-    "(Tensor grad_mean, Tensor grad_eigenvalues, Tensor grad_components, Tensor x, Tensor mean, "
-    "Tensor eigenvalues, Tensor eigenvectors, Tensor rank, float gap_eps, str backend) -> Tensor",
-    lambda grad_mean, grad_eigenvalues, grad_components, x, *saved: x.new_empty(x.shape),
-)
-_project_reconstruct_fwd = PROJECT_RECONSTRUCT.define(
-    "fwd",
-    "(Tensor x, Tensor mean, Tensor components, Tensor rank, str backend) -> Tensor",
-    lambda x, *saved: x.new_empty(x.shape),
-)
-_project_reconstruct_bwd = PROJECT_RECONSTRUCT.define(
-    "bwd",
-    "(Tensor grad_reconstruction, Tensor x, Tensor mean, Tensor components, Tensor rank, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
-    lambda grad, x, mean, components, rank, backend: tuple(
-        tensor.new_empty(tensor.shape) for tensor in (x, mean, components)
-    ),
+_pca_fwd = PCA_OP.define("fwd", fake=_pca_fwd_fake, decomposes=True)
+_pca_bwd = PCA_OP.define("bwd")
+ProjectReconstruct = saves_inputs(
+    PROJECT_RECONSTRUCT.name, PROJECT_RECONSTRUCT.define("fwd"), PROJECT_RECONSTRUCT.define("bwd")
 )
 
 
@@ -112,18 +78,9 @@ def _pca_reconstruct_fwd_fake(
 
 
 _pca_reconstruct_fwd = PCA_RECONSTRUCT.define(
-    "fwd",
-    "(Tensor x, Tensor variance_threshold, float[] floor, str backend) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _pca_reconstruct_fwd_fake,
-    decomposes=True,
+    "fwd", fake=_pca_reconstruct_fwd_fake, decomposes=True
 )
-_pca_reconstruct_bwd = PCA_RECONSTRUCT.define(
-    "bwd",
-    "(Tensor grad_reconstruction, Tensor x, Tensor mean, Tensor eigenvalues, Tensor eigenvectors, "
-    "Tensor rank, float gap_eps, bool differentiate_basis, str backend) -> Tensor",
-    lambda grad, x, *saved: x.new_empty(x.shape),
-)
+_pca_reconstruct_bwd = PCA_RECONSTRUCT.define("bwd")
 
 
 def _explained_variance(
@@ -187,29 +144,6 @@ class Decompose(torch.autograd.Function):
             ctx.backend,
         )
         return grad_x, None, None, None, None
-
-
-class ProjectReconstruct(torch.autograd.Function):
-    """project_reconstruct: saves its arguments."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # [*, N, D]
-        mean: Tensor,  # [*, D]
-        components: Tensor,  # [*, K, D]
-        rank: Tensor,  # [*]
-        backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(x, mean, components, rank)
-        ctx.backend = backend
-        return _project_reconstruct_fwd(x, mean, components, rank, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad_reconstruction: Tensor) -> Any:
-        refuse_double_backward("project_reconstruct")
-        grads = _project_reconstruct_bwd(grad_reconstruction, *ctx.saved_tensors, ctx.backend)
-        return *grads, None, None
 
 
 class PCAReconstruct(torch.autograd.Function):

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from himo_kernels._checks import (
-    check_features,
+    check_alike,
     check_finite_values,
     check_flag,
-    check_same_as,
-    check_shape,
 )
 from himo_kernels.dispatch import apply_function
 from himo_kernels.info_nce.api import check_scalar
@@ -55,10 +53,7 @@ def sigmoid_loss(
     """
     name = SIGMOID_LOSS.name
     features = {"image_features": image_features, "text_features": text_features}
-    for argument, value in features.items():
-        check_features(name, argument, value)
-        check_same_as(name, argument, value, "image_features", image_features)
-        check_shape(name, argument, value, image_features.shape)
+    check_alike(name, features)
     scale = check_scalar(name, "logit_scale", logit_scale, image_features)
     bias = check_scalar(name, "logit_bias", logit_bias, image_features)
     if check_flag(name, "check_finite", check_finite):

@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from himo_kernels import extension
-from himo_kernels.info_nce.cpu import why_not
-
-__all__ = ["sigmoid_loss_block_fwd", "sigmoid_loss_fwd", "why_not"]
 
 
 def sigmoid_loss_fwd(

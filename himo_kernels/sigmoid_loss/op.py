@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himo_kernels import _triton
+from himo_kernels import _triton, extension
 from himo_kernels._numerics import accumulation_dtype
 from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
 from himo_kernels.sigmoid_loss import cpu, reference
@@ -21,8 +21,8 @@ SIGMOID_LOSS = Operator(
     "sigmoid_loss",
     {
         "triton": _triton.backend(_TRITON, "sigmoid_loss", _triton.why_not, parts=("fwd",)),
-        "cpu": Backend({"fwd": cpu.sigmoid_loss_fwd}, cpu.why_not),
-        "reference": Backend({"fwd": reference.sigmoid_loss_fwd}),
+        "cpu": Backend.of(cpu, "sigmoid_loss", extension.why_not_for, parts=("fwd",)),
+        "reference": Backend.of(reference, "sigmoid_loss", parts=("fwd",)),
     },
 )
 # Images [M, D] against keys [N, D], in which row i and column i + offset are a pair: the part of a
@@ -31,8 +31,8 @@ BLOCK = Operator(
     "sigmoid_loss_block",
     {
         "triton": _triton.backend(_TRITON, "sigmoid_loss_block", _triton.why_not, parts=("fwd",)),
-        "cpu": Backend({"fwd": cpu.sigmoid_loss_block_fwd}, cpu.why_not),
-        "reference": Backend({"fwd": reference.sigmoid_loss_block_fwd}),
+        "cpu": Backend.of(cpu, "sigmoid_loss_block", extension.why_not_for, parts=("fwd",)),
+        "reference": Backend.of(reference, "sigmoid_loss_block", parts=("fwd",)),
     },
     public=False,
 )

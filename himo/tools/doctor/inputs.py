@@ -3,19 +3,21 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from himo import checkpoint as checkpoints
 from himo.config import TrainConfig
-from himo.data import CaptionedImages, SampleIndex, open_dataset
+from himo.data import CaptionedImages, SampleIndex
 from himo.errors import HimoError
 from himo.flags import flag
 from himo.model import CONTEXT_LENGTH, CLIPConfig
 from himo.progress import passing_bar
 from himo.tokenizer import TextError, default_tokenizer
 from himo.tools.doctor.check import Check
+from himo.training_data import open_source
 from himo.transforms import ImageError, Preprocess
 
 _IMAGES, _CAPTIONS = 100, 2000  # read, evenly over the data set
@@ -29,18 +31,8 @@ def opened(settings: TrainConfig, field: str, folder: str) -> SampleIndex | Chec
     """
     # Every bad record and missing image is counted; the trainer would stop.
     try:
-        return open_dataset(
-            getattr(settings, field),
-            settings.dataset_type,
-            image_root=settings.image_root,
-            image_key=settings.csv_img_key,
-            caption_key=settings.csv_caption_key,
-            separator=settings.csv_separator,
-            skip_missing_images=True,
-            follow_links=settings.follow_links,
-            max_bad_fraction=1.0,
-            cache_dir=folder,
-        )
+        complete: dict[str, Any] = {"skip_missing_images": True, "max_bad_fraction": 1.0}
+        return open_source(settings, getattr(settings, field), **complete, cache_dir=folder)
     except (HimoError, OSError) as error:  # OSError: a disk that fails
         return Check("data", "problem", f"{flag(field)}: {error}")
 

@@ -5,10 +5,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from himo_kernels import _triton
+from himo_kernels import _triton, extension
 from himo_kernels._numerics import accumulation_dtype
-from himo_kernels.dispatch import Backend, Operator, refuse_double_backward
-from himo_kernels.info_nce.cpu import why_not
+from himo_kernels.dispatch import Backend, Operator, empty_gradients, refuse_double_backward
 from himo_kernels.info_nce.op import CACHING_BACKENDS
 from himo_kernels.info_nce.pairs import compose, cpu, reference
 from himo_kernels.info_nce.pairs.compose import Settings
@@ -20,7 +19,9 @@ INFO_NCE_PAIRS = Operator(
     "info_nce_pairs",
     {
         "triton": _triton.backend(_TRITON, "info_nce_pairs", _triton.why_not),
-        "cpu": Backend(compose.passes(cpu.statistics, cpu.gradients, cpu.row_products), why_not),
+        "cpu": Backend(
+            compose.passes(cpu.statistics, cpu.gradients, cpu.row_products), extension.why_not_for
+        ),
         "reference": Backend(compose.passes(reference.statistics, reference.gradients)),
     },
 )
@@ -55,11 +56,7 @@ def _bwd_fake(
     *arguments: Any,
     products: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    inputs, needs_grad = arguments[:3], arguments[-2]
-    return tuple(
-        value.new_empty(value.shape if needed else 0)
-        for value, needed in zip(inputs, needs_grad, strict=True)
-    )
+    return empty_gradients(arguments[:3], arguments[-2])
 
 
 # Losses, logs, references and numbers of positives, each of rows [*, N] and of columns [*, M];

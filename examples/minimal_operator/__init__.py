@@ -1,1 +1,0 @@
-"""The smallest complete operator, to copy to himo_kernels/: y_i = s_i x_i and both gradients."""
