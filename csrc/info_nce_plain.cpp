@@ -51,8 +51,10 @@ variable_list dispatched_backward(size_t losses, const variable_list& arguments,
   return gradients;
 }
 
-// The same as the autograd function of himo_kernels/info_nce/op.py, whose tensors it saves in the
-// order of the backward's schema.
+}  // namespace
+
+// The same as the autograd function of himo_kernels/info_nce/op.py. Saves the tensors in the order
+// of the backward's schema. torch names the node after it, so it has no unnamed namespace.
 struct ContrastiveLoss : torch::autograd::Function<ContrastiveLoss> {
   static variable_list forward(AutogradContext* context, at::TensorList features,
                                const at::Tensor& logit_scale, double label_smoothing,
@@ -136,6 +138,8 @@ struct ContrastiveLoss : torch::autograd::Function<ContrastiveLoss> {
     return gradients;
   }
 };
+
+namespace {
 
 // A number as the tensor [] that the kernels read; undefined if it is not valid.
 at::Tensor scale_of(double number, at::ScalarType dtype) {
