@@ -73,7 +73,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
 // The losses of a plain call, or None: see Operator.plain in himo_kernels/dispatch.py. Takes any
 // objects, because the caller has checked none.
 py::object info_nce_plain(const py::tuple& features, py::handle logit_scale,
-                          py::handle label_smoothing, py::handle differentiate_keys) {
+                          py::handle label_smoothing, py::handle differentiate_keys,
+                          int64_t most_cached) {
   if (!PyFloat_CheckExact(label_smoothing.ptr()) || !PyBool_Check(differentiate_keys.ptr())) {
     return py::none();
   }
@@ -91,10 +92,11 @@ py::object info_nce_plain(const py::tuple& features, py::handle logit_scale,
     return py::none();
   }
   const double smoothing = PyFloat_AS_DOUBLE(label_smoothing.ptr());
+  const bool differentiates = differentiate_keys.ptr() == Py_True;
   std::optional<std::vector<at::Tensor>> losses;
   {
     const py::gil_scoped_release no_gil;
-    losses = himo::info_nce_plain(tensors, scale, smoothing);
+    losses = himo::info_nce_plain(tensors, scale, smoothing, differentiates, most_cached);
   }
   return losses ? py::object(py::tuple(py::cast(*losses))) : py::none();
 }
@@ -113,7 +115,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("mean"), no_gil());
   m.def("info_nce_fwd", &himo::info_nce_fwd, py::arg("query"), py::arg("key"),
         py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("products"), no_gil());
-  m.def("info_nce_plain", &info_nce_plain);
+  // Wrapped: saving tensors may run Python's hooks, and what they raise is not pybind11's.
+  m.def("info_nce_plain", torch::wrap_pybind_function(info_nce_plain));
   m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
         py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
         py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),

@@ -8,12 +8,9 @@
 #include <ATen/ops/ones.h>
 #include <c10/core/GradMode.h>
 
-#include <cmath>
-#include <limits>
 #include <vector>
 
 #include "common/check.h"
-#include "common/plain.h"
 #include "common/shapes.h"
 #include "cpu/info_nce_kernel.h"
 
@@ -153,36 +150,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   check_products(kOp, products, query, key);
   const double scale = logit_scale.to(accumulation_dtype(query)).item<double>();
   return forward(query, key, scale, label_smoothing, products);
-}
-
-std::optional<std::vector<at::Tensor>> info_nce_plain(
-    const std::vector<at::Tensor>& features, const std::variant<at::Tensor, double>& logit_scale,
-    double label_smoothing) {
-  if (!is_plain_thread() || features.empty()) return {};
-  const auto& query = features[0];
-  for (const auto& x : features) {
-    if (!is_plain(x) || x.scalar_type() != query.scalar_type()) return {};
-    if (!x.sizes().equals(query.sizes())) return {};
-  }
-  if (query.dim() < 2 || query.size(-2) == 0 || query.size(-1) == 0) return {};
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) return {};
-  const auto dtype = accumulation_dtype(query);
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  double scale;
-  if (const auto* tensor = std::get_if<at::Tensor>(&logit_scale)) {
-    if (!is_plain(*tensor) || tensor->numel() != 1) return {};
-    scale = tensor->to(dtype).item<double>();
-  } else {
-    scale = std::get<double>(logit_scale);
-    if (!(std::abs(scale) <= std::numeric_limits<float>::max())) return {};
-    if (dtype == at::kFloat) scale = static_cast<float>(scale);
-  }
-  std::vector<at::Tensor> losses;
-  for (size_t i = 1; i < features.size(); ++i) {
-    losses.push_back(
-        std::get<0>(forward(query, features[i], scale, label_smoothing, /*products=*/{})));
-  }
-  return losses;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(

@@ -22,11 +22,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
 
 // Returns the loss [*] of the first features against each of the others, in the dtype of above.
 // Returns nothing if the call is not plain (common/plain.h) or an argument not valid: the caller
-// then finds out why.
+// then finds out why. Likewise if a gradient is needed whose cache of logits would take more than
+// most_cached bytes.
 std::optional<std::vector<at::Tensor>> info_nce_plain(
     const std::vector<at::Tensor>& features,              // [*, N, K] each
     const std::variant<at::Tensor, double>& logit_scale,  // of one element
-    double label_smoothing);
+    double label_smoothing, bool differentiate_keys, int64_t most_cached);
 
 // Returns the gradients of query and key [*, N, K] and of logit_scale [], float32 or float64 as
 // above; empty if not needed. products is the tensor that the forward wrote; without it the

@@ -187,8 +187,8 @@ class Operator:
     ) -> Any:
         """Returns the results of a public call that is plain, or None for any other call.
 
-        A call is plain if nothing observes or transforms it, it needs no gradient, its other
-        options, `given`, are the defaults, and the chosen backend checks and computes it in one
+        A call is plain if nothing observes or transforms it, its other options, `given`, are the
+        defaults, and the chosen backend checks and computes it, and records its gradient, in one
         function, Backend.plain(features, *others). That returns None for any call that it does not
         know to be plain and valid; the caller then takes the general way, which raises the error of
         an invalid argument. This shortens small calls.
@@ -196,8 +196,8 @@ class Operator:
         if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return None
         first = features[0]  # its type is looked at first: another may raise at any attribute
-        if type(first) not in _PLAIN or (first.requires_grad and torch.is_grad_enabled()):
-            return None  # most calls that are not plain
+        if type(first) not in _PLAIN:
+            return None
         # By identity, because == may run the code of an invalid argument.
         if type(requested) is not str or not all(map(is_, given, defaults)):
             return None

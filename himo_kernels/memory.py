@@ -35,9 +35,9 @@ def available_memory() -> int:
     return min(available, max(0, limit - used))
 
 
-# By default a cache may take a quarter of the available memory, at most _MOST. Up to _SMALL the
+# By default a cache may take a quarter of the available memory, at most _MOST. Up to SMALL the
 # system is not asked, because that takes 30 us.
-_SMALL, _MOST = 16 << 20, 1 << 30
+SMALL, _MOST = 16 << 20, 1 << 30
 # A compiled graph cannot ask the system. It uses the value at import.
 _available_at_import = available_memory()
 
@@ -46,7 +46,7 @@ def fits(size: int, budget: float | None) -> bool:
     """Returns whether a cache of this many bytes fits the budget. None means the default."""
     if budget is not None:
         return size <= budget
-    if size <= _SMALL:
+    if size <= SMALL:
         return True
     if torch.compiler.is_compiling():
         available = _available_at_import

@@ -1,8 +1,8 @@
 #include "common/plain.h"
 
+#include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/record_function.h>
-#include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "common/check.h"
@@ -15,6 +15,12 @@ using Keys = c10::DispatchKeySet;
 bool has_only(Keys keys, Keys allowed) { return (keys.raw_repr() & ~allowed.raw_repr()) == 0; }
 
 }  // namespace
+
+bool has_full_float32() {
+  const auto allowed =
+      at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  return allowed != at::Float32Precision::TF32 && allowed != at::Float32Precision::BF16;
+}
 
 bool is_plain_thread() {
   // Everything but callbacks and function modes changes the keys of the thread. So does inference
@@ -30,8 +36,7 @@ bool is_plain_thread() {
 bool is_plain(const at::Tensor& x) {
   constexpr Keys allowed({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
-  return has_only(x.key_set(), allowed) && is_features_dtype(x.scalar_type()) &&
-         !(x.requires_grad() && c10::GradMode::is_enabled());
+  return has_only(x.key_set(), allowed) && is_features_dtype(x.scalar_type());
 }
 
 }  // namespace himo

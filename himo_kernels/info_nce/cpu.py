@@ -20,6 +20,7 @@ from himo_kernels.info_nce.compose import (
     Settings,
     Statistics,
 )
+from himo_kernels.memory import SMALL
 from himo_kernels.process_state import matmuls_are_full_float32
 
 
@@ -45,12 +46,12 @@ def plain(
     """Returns the loss [*] of the images against each of the other features.
 
     Returns None if the call is not plain (Operator.plain), or an argument is not valid or of
-    another type than those above.
+    another type than those above, or the logits to cache for a gradient are not small.
     """
     if extension.why_not() is not None or not matmuls_are_full_float32("cpu"):
         return None
     call = extension.load().info_nce_plain
-    return call(features, logit_scale, label_smoothing, differentiate_keys)
+    return call(features, logit_scale, label_smoothing, differentiate_keys, SMALL)
 
 
 def bwd(loss: Loss, statistics: Statistics, needs: Needs, add_to: Gradients) -> Gradients:

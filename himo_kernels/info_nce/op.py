@@ -98,7 +98,7 @@ class ContrastiveLoss(torch.autograd.Function):
     """The losses of one of the operators above. Saves the inputs and nlls [*, N].
 
     Also saves the logits before scaling, if the backend can cache them and they fit logits_budget
-    bytes.
+    bytes. A plain call on a CPU has the same in C++ (csrc/info_nce_plain.cpp).
     """
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Plain calls, which one C++ function answers: the same bits as the general way, or that way."""
 
 import dataclasses
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import himo_kernels
 from himo_kernels import dispatch, extension
-from himo_kernels.info_nce import api
+from himo_kernels.info_nce import api, cpu
 from himo_kernels.info_nce.op import DUAL_INFO_NCE, INFO_NCE
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=extension.why_not() or "")
@@ -75,6 +76,13 @@ def _assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) 
         assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
         assert torch.equal(got.isnan(), wanted.isnan())
         assert not got.requires_grad
+
+
+def _gradients(
+    losses: tuple[Tensor, ...], inputs: list[Tensor], **options: Any
+) -> tuple[Tensor, ...]:
+    weights = [loss.detach() + index - 0.5 for index, loss in enumerate(losses)]
+    return torch.autograd.grad(losses, inputs, weights, **options)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -219,15 +227,206 @@ def test_an_observed_call_goes_the_general_way(observer: str, answered: list[boo
     assert torch.equal(loss, expected)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_call_with_a_gradient_goes_the_general_way(which: int, answered: list[bool]) -> None:
-    inputs = [torch.eye(6), torch.eye(6), torch.tensor(2.0)]
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"parameter", "negative view"}))
+@pytest.mark.parametrize(
+    ("batch", "samples", "features"), [((), 128, 48), ((), 1, 1), ((), 300, 7), ((2, 3), 5, 4)]
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.sample(40)
+def test_the_same_bits_of_gradients(
+    name: str,
+    dtype: torch.dtype,
+    layout: str,
+    batch: tuple[int, ...],
+    samples: int,
+    features: int,
+    smoothing: float,
+    answered: list[bool],
+    generator: torch.Generator,
+) -> None:
+    shape = {"batch": batch, "dtype": dtype, "generator": generator}
+    *inputs, scale = make_inputs(name, samples, features, **shape).values()
+    inputs = [LAYOUTS[layout](x).detach().requires_grad_() for x in (*inputs, scale.expand(1, 1))]
+    options = {"label_smoothing": smoothing, "differentiate_keys": smoothing == 0}
+    losses = _losses(name, *inputs, **options)
+    expected = _in_general(name, *inputs, **options)
+    assert answered == [True]
+    for loss in losses:  # the name that anomaly mode prints
+        assert loss.grad_fn.name() == "torch::autograd::CppNode<himo::ContrastiveLoss>"
+    _assert_same_bits(_detached(losses), _detached(expected))
+    _assert_same_bits(_gradients(losses, inputs), _gradients(expected, inputs))
+
+
+def _detached(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.detach() for x in tensors)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_only_the_gradients_that_are_needed(
+    which: int, answered: list[bool], generator: torch.Generator
+) -> None:
+    shape = {"dtype": torch.float32, "generator": generator}
+    inputs = list(make_inputs("dual_info_nce", 9, 5, **shape).values())
     inputs[which].requires_grad_()
-    loss = himo_kernels.info_nce(*inputs)
-    assert loss.requires_grad
+    expected = _gradients(_in_general("dual_info_nce", *inputs), [inputs[which]])
+    _assert_same_bits(_gradients(_losses("dual_info_nce", *inputs), [inputs[which]]), expected)
     with torch.no_grad():
-        assert torch.equal(himo_kernels.info_nce(*inputs), loss)
-    assert answered in ([True], [False, True])  # the second call alone
+        assert not himo_kernels.dual_info_nce(*inputs)[0].requires_grad
+    assert answered == [True, True]
+
+
+def test_one_loss_of_two(answered: list[bool], generator: torch.Generator) -> None:
+    shape = {"dtype": torch.float32, "generator": generator}
+    inputs = [x.requires_grad_() for x in make_inputs("dual_info_nce", 9, 5, **shape).values()]
+    options = {"retain_graph": True}
+    losses = _losses("dual_info_nce", *inputs)
+    expected = torch.autograd.grad(_in_general("dual_info_nce", *inputs)[1], inputs)
+    for _ in range(2):  # the cached logits are read, not changed
+        _assert_same_bits(torch.autograd.grad(losses[1], inputs, **options), expected)
+    assert answered == [True]
+
+
+def test_logits_that_are_not_small_go_the_general_way(
+    answered: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.eye(6, requires_grad=True)
+    monkeypatch.setattr(cpu, "SMALL", 2 * 36 * 4)
+    himo_kernels.dual_info_nce(x, x, x, 2.0)
+    monkeypatch.setattr(cpu, "SMALL", 2 * 36 * 4 - 1)
+    himo_kernels.dual_info_nce(x, x, x, 2.0)
+    assert answered == [True, False]
+    assert not himo_kernels.dual_info_nce(x.detach(), x.detach(), x.detach(), 2.0)[0].requires_grad
+    assert answered == [True, False, True]  # without a gradient nothing is cached
+
+
+def test_a_second_order_gradient_raises_what_it_did(answered: list[bool]) -> None:
+    x = torch.eye(6, requires_grad=True)
+    messages = []
+    for losses in (
+        _losses("dual_info_nce", x, x, x, 2.0),
+        _in_general("dual_info_nce", x, x, x, 2.0),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            torch.autograd.grad(losses[0], x, create_graph=True)
+        messages.append(str(caught.value))
+    assert answered == [True]
+    assert messages[0] == messages[1]
+
+
+def test_features_changed_before_the_backward_are_an_error(answered: list[bool]) -> None:
+    x, y = torch.eye(6, requires_grad=True), torch.eye(6)
+    loss = himo_kernels.info_nce(x, y, 2.0)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert answered == [True]
+
+
+def test_saved_tensors_pass_the_hooks(answered: list[bool], generator: torch.Generator) -> None:
+    shape = {"dtype": torch.float32, "generator": generator}
+    inputs = [x.requires_grad_() for x in make_inputs("info_nce", 9, 5, **shape).values()]
+    expected = _gradients(_in_general("info_nce", *inputs), inputs)
+    packed: list[torch.Size] = []
+
+    def pack(x: Tensor) -> Tensor:
+        packed.append(x.shape)
+        return x.double()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.float()):
+        losses = _losses("info_nce", *inputs)
+    assert packed == [(9, 5), (9, 5), (), (9,), (9,), (1, 9, 9)]
+    _assert_same_bits(_gradients(losses, inputs), expected)
+
+    def run(*inputs: Tensor) -> Tensor:
+        return himo_kernels.info_nce(*inputs)
+
+    losses = (torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False),)
+    _assert_same_bits(_gradients(losses, inputs), expected)
+    assert answered == [True, True]  # the recomputation ends with an exception of a hook
+
+
+def test_what_a_hook_raises_reaches_the_caller(answered: list[bool]) -> None:
+    def pack(x: Tensor) -> Tensor:
+        raise LookupError("no room")
+
+    x = torch.eye(6, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with pytest.raises(LookupError, match="no room"), hooks:
+        himo_kernels.info_nce(x, x, 2.0)
+    assert answered == []
+
+
+@pytest.mark.parametrize("observer", sorted(OBSERVERS.keys() - {"forward-mode AD"}))
+def test_an_observed_backward_calls_the_operator(
+    observer: str, answered: list[bool], generator: torch.Generator
+) -> None:
+    shape = {"dtype": torch.float32, "generator": generator}
+    inputs = [x.requires_grad_() for x in make_inputs("dual_info_nce", 9, 5, **shape).values()]
+    expected = _gradients(_in_general("dual_info_nce", *inputs), inputs)
+    losses = _losses("dual_info_nce", *inputs)
+    weights = [loss.detach() + index - 0.5 for index, loss in enumerate(losses)]
+    with OBSERVERS[observer]() as seen:
+        gradients = torch.autograd.grad(losses, inputs, weights)
+    assert answered == [True]
+    _assert_same_bits(gradients, expected)
+    if observer == "the profiler":
+        assert "himo_kernels::dual_info_nce_bwd" in {event.name for event in seen.events()}
+
+
+def test_a_batch_of_incoming_gradients(answered: list[bool], generator: torch.Generator) -> None:
+    shape = {"dtype": torch.float64, "generator": generator}
+    inputs = [x.requires_grad_() for x in make_inputs("info_nce", 9, 5, **shape).values()]
+    (loss,) = _losses("info_nce", *inputs)
+    batch = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    gradients = torch.autograd.grad(loss, inputs, batch, is_grads_batched=True, retain_graph=True)
+    for weight, *of_weight in zip(batch, *gradients, strict=True):
+        expected = torch.autograd.grad(loss, inputs, weight, retain_graph=True)
+        _assert_same_bits(tuple(of_weight), expected)
+    assert answered == [True]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_a_precision_allowed_before_the_backward_changes_no_bit(
+    precision: str, answered: list[bool], generator: torch.Generator
+) -> None:
+    shape = {"dtype": torch.float32, "generator": generator}
+    inputs = [x.requires_grad_() for x in make_inputs("info_nce", 40, 30, **shape).values()]
+    expected = _gradients(_in_general("info_nce", *inputs), inputs)
+    losses = _losses("info_nce", *inputs)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        gradients = _gradients(losses, inputs)
+        assert matmul.fp32_precision == precision
+    finally:
+        matmul.fp32_precision = before
+    _assert_same_bits(gradients, expected)
+    assert answered == [True]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
+def test_a_signal_interrupts_a_backward(answered: list[bool]) -> None:
+    class Late(Exception):
+        pass
+
+    def ring(*_: Any) -> None:
+        raise Late
+
+    x = torch.randn(1400, 8192).requires_grad_()
+    loss = himo_kernels.info_nce(x, x, 1.0)
+    assert answered == [True]
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(Late):
+            loss.backward()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert x.grad is None
 
 
 def test_a_fake_tensor_goes_the_general_way(answered: list[bool]) -> None:
