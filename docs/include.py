@@ -25,6 +25,9 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 # Code, which has no links, or a link: its mark, text and target.
 CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`]+`|(!?)\[([^\]]*)\]\(([^)\s]+)\)", re.M | re.S)
 
+INLINE_CODE = re.compile(r"<code>[^<]*</code>")
+FLAG = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+
 # What a browser fetches by itself, which links are not.
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|video)\b[^>]*\bsrc=.?(?:https?:)?//[^>]*>"
@@ -61,13 +64,16 @@ def _read(source: str, heading: str | None) -> str:
 
 
 def homes() -> dict[str, str]:
-    """Returns for each included file its page: the first that has the whole, else a part of it."""
+    """Returns the page of each file in docs/ and of each included file.
+
+    The latter is the first page that has the whole, else a part of it.
+    """
     whole: dict[str, str] = {}
     part: dict[str, str] = {}
     for name, page in pages().items():
         for found in INCLUDE.finditer(page):
             (part if found[2] else whole).setdefault(found[1], name)
-    return part | whole
+    return part | whole | {f"docs/{name}": name for name in pages()}
 
 
 def _target(target: str, source: str) -> str | None:
@@ -119,6 +125,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Returns the Markdown of a page with the texts that it includes."""
     home = homes()
     return expand(markdown, lambda text, source: move_links(text, source, page.file.src_uri, home))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Returns a page whose flags are marked, so that no line ends within `--dry-run`."""
+    return INLINE_CODE.sub(lambda code: FLAG.sub(r'<span class="flag">\g<0></span>', code[0]), html)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
