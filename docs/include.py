@@ -26,6 +26,7 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`]+`|(!?)\[([^\]]*)\]\(([^)\s]+)\)", re.M | re.S)
 
 INLINE_CODE = re.compile(r"<code>[^<]*</code>")
+SHAPE = r"(\[\*)(?=[,\]])"
 FLAG = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 
 # What a browser fetches by itself, which links are not.
@@ -103,6 +104,20 @@ def move_links(text: str, source: str, page: str, home: dict[str, str]) -> str:
         return f"{words}: `{path}`" if in_brackets else f"{words} (`{path}`)"
 
     return CODE_OR_LINK.sub(move, text)
+
+
+def on_config(config: Any) -> Any:
+    """Keeps the star of shapes such as [*, N, D], two of which in a sentence would be emphasis."""
+    from markdown import Extension
+    from markdown.inlinepatterns import SimpleTextInlineProcessor
+
+    class Shapes(Extension):
+        def extendMarkdown(self, md: Any) -> None:
+            # After code (190), before links (170).
+            md.inlinePatterns.register(SimpleTextInlineProcessor(SHAPE), "shape", 175)
+
+    config["markdown_extensions"].append(Shapes())
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
