@@ -35,7 +35,11 @@ def shard(towers: nn.Module, mesh: "DeviceMesh | None" = None) -> nn.Module:
 
     Each residual block is gathered by itself, the other parameters together. All processes begin
     with the weights of rank 0, as with DDP.
+
+    Args:
+        mesh: as of `mesh_of_all`, which makes it by default.
     """
+    # Imported here, because no other run needs it.
     from torch.distributed.fsdp import fully_shard
 
     for parameter in towers.parameters():
