@@ -25,6 +25,10 @@ FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 # Code, which has no links, or a link: its mark, text and target.
 CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`]+`|(!?)\[([^\]]*)\]\(([^)\s]+)\)", re.M | re.S)
 
+INLINE_CODE = re.compile(r"<code>[^<]*</code>")
+SHAPE = r"(\[\*)(?=[,\]])"
+FLAG = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+
 # What a browser fetches by itself, which links are not.
 REMOTE = re.compile(
     r"<(?:script|img|iframe|source|video)\b[^>]*\bsrc=.?(?:https?:)?//[^>]*>"
@@ -61,13 +65,16 @@ def _read(source: str, heading: str | None) -> str:
 
 
 def homes() -> dict[str, str]:
-    """Returns for each included file its page: the first that has the whole, else a part of it."""
+    """Returns the page of each file in docs/ and of each included file.
+
+    The latter is the first page that has the whole, else a part of it.
+    """
     whole: dict[str, str] = {}
     part: dict[str, str] = {}
     for name, page in pages().items():
         for found in INCLUDE.finditer(page):
             (part if found[2] else whole).setdefault(found[1], name)
-    return part | whole
+    return part | whole | {f"docs/{name}": name for name in pages()}
 
 
 def _target(target: str, source: str) -> str | None:
@@ -99,6 +106,20 @@ def move_links(text: str, source: str, page: str, home: dict[str, str]) -> str:
     return CODE_OR_LINK.sub(move, text)
 
 
+def on_config(config: Any) -> Any:
+    """Keeps the star of shapes such as [*, N, D], two of which in a sentence would be emphasis."""
+    from markdown import Extension
+    from markdown.inlinepatterns import SimpleTextInlineProcessor
+
+    class Shapes(Extension):
+        def extendMarkdown(self, md: Any) -> None:
+            # After code (190), before links (170).
+            md.inlinePatterns.register(SimpleTextInlineProcessor(SHAPE), "shape", 175)
+
+    config["markdown_extensions"].append(Shapes())
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pictures that included texts show."""
     from mkdocs.structure.files import File
@@ -119,6 +140,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Returns the Markdown of a page with the texts that it includes."""
     home = homes()
     return expand(markdown, lambda text, source: move_links(text, source, page.file.src_uri, home))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Returns a page whose flags are marked, so that no line ends within `--dry-run`."""
+    return INLINE_CODE.sub(lambda code: FLAG.sub(r'<span class="flag">\g<0></span>', code[0]), html)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

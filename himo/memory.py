@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from himo.clip_config import CLIPConfig
 from himo.config import TrainConfig
@@ -21,6 +22,9 @@ _SAVED = 16.5
 _SAVED_LAST = 4
 # Weight, gradient, and the two moments of AdamW, in float32.
 _BYTES_PER_PARAMETER = 4 * 4
+# With --fsdp, of the parameters outside the blocks: the whole weight, the whole gradient, and the
+# buffer from which the gradient is reduced.
+_GATHERED = 3 * 4
 _SIGNS = ("not enough memory", "can't allocate memory", "out of memory")  # in a RuntimeError
 
 
@@ -39,23 +43,41 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def step_bytes(config: CLIPConfig, settings: TrainConfig, batch: int) -> int:
-    """About the memory of a training step in float32; `himo plan` counts it exactly, in seconds."""
+def step_bytes(config: CLIPConfig, settings: TrainConfig, batch: int, processes: int = 1) -> int:
+    """About the memory of a training step in float32; `himo plan` counts it exactly, in seconds.
+
+    Args:
+        batch: pairs of one process at a time.
+        processes: of the run. With --fsdp they share the weights out, and process 0 gathers them to
+            save them; otherwise each holds them all, and DDP's buckets as large as the gradients.
+    """
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in HiMoCLIP(config).parameters())
+        model = HiMoCLIP(config)
+    parameters, blocks = _numbers(model), _numbers(model.visual.transformer, model.transformer)
     per_parameter = _BYTES_PER_PARAMETER + (0 if settings.ema is None else 4)
+    shared, least = per_parameter * parameters, 0
     patches = (config.image_resolution // config.vision_patch_size) ** 2 + 1
+    if settings.fsdp and processes > 1:
+        shared //= processes
+        least = shared + 4 * parameters
+        shared += _GATHERED * (parameters - blocks)
+    elif processes > 1:
+        shared += 4 * parameters
     saved = 0.0
     for layers, width, tokens in (
         (config.vision_layers, config.vision_width, patches),
         (config.text_layers, config.text_width, config.context_length),
     ):
         # Recomputed blocks save their input, and one block at a time saves the rest.
-        blocks = _SAVED * (layers - 1) + _SAVED_LAST
+        of_layers = _SAVED * (layers - 1) + _SAVED_LAST
         if settings.grad_checkpointing:
-            blocks = layers + _SAVED
-        saved += 4 * blocks * width * tokens
-    return per_parameter * parameters + int(batch * saved)
+            of_layers = layers + _SAVED
+        saved += 4 * of_layers * width * tokens
+    return max(shared + int(batch * saved), least)
+
+
+def _numbers(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 @contextmanager

@@ -116,7 +116,11 @@ def with_schedule(
     if _is_open(settings, "batch_size"):
         batch = max(2, together // (accum or 1))
         limit = int(_MEMORY_SHARE * free)
-        while config and free and batch > 2 and step_bytes(config, settings, batch) > limit:
+
+        def fits(size: int) -> bool:
+            return not (config and free) or step_bytes(config, settings, size, processes) <= limit
+
+        while batch > 2 and not fits(batch):
             batch //= 2
         # The loss of the same pairs, computed in parts, is the same.
         accum = accum or max(1, together // batch)

@@ -16,20 +16,30 @@ from himo.layers import ResidualAttentionBlock
 from himo.model import HiMoCLIP
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 # fully_shard takes no scalar: while sharded, this parameter has shape [1] instead of [].
 _SCALAR = "logit_scale"
 
 
-def shard(towers: nn.Module) -> nn.Module:
+def mesh_of_all(device: torch.device) -> "DeviceMesh":
+    """All processes, each with its device of this type."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def shard(towers: nn.Module, mesh: "DeviceMesh | None" = None) -> nn.Module:
     """Shards the parameters of a module that has a HiMoCLIP, in place, over all processes.
 
     Each residual block is gathered by itself, the other parameters together. All processes begin
     with the weights of rank 0, as with DDP.
+
+    Args:
+        mesh: as of `mesh_of_all`, which makes it by default.
     """
-    # Imported here, because no other run needs them.
-    from torch.distributed.device_mesh import init_device_mesh
+    # Imported here, because no other run needs it.
     from torch.distributed.fsdp import fully_shard
 
     for parameter in towers.parameters():
@@ -38,7 +48,7 @@ def shard(towers: nn.Module) -> nn.Module:
         if isinstance(module, HiMoCLIP):
             scale = module.logit_scale
             module.logit_scale = nn.Parameter(scale.detach().reshape(1), scale.requires_grad)
-    mesh = init_device_mesh(next(towers.parameters()).device.type, (dist.get_world_size(),))
+    mesh = mesh or mesh_of_all(next(towers.parameters()).device)
     blocks = [module for module in towers.modules() if isinstance(module, ResidualAttentionBlock)]
     for module in (*blocks, towers):  # the towers last: they take what no block has
         sharded = fully_shard(module, mesh=mesh)

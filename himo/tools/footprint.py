@@ -6,6 +6,7 @@ tensors view it, from the operation that makes it until nothing refers to it. So
 and comes from no formula.
 """
 
+import copy
 import dataclasses
 import weakref
 from collections import Counter
@@ -20,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from himo import sharding
 from himo.average import AverageWeights
 from himo.config import TrainConfig
+from himo.model import HiMoCLIP
 from himo.objective import Objective
 from himo.optimizer import make_optimizer
 from himo.parallel import Ranks
@@ -32,12 +35,14 @@ from himo_kernels.dispatch import OPERATORS
 PARAMETERS, GRADIENTS, STATE = "parameters", "gradients", "optimizer state"
 AVERAGE = "average of the weights"
 BUCKETS, BATCH = "DDP's gradient buckets", "images and tokens"
+GATHERED, WHOLE = "gathered by FSDP", "whole weights"
 IMAGE, TEXT, LOSS, EXCHANGE = "image tower", "text tower", "loss and HiDe", "exchange"
 BACKWARD, UPDATE = "in passing, backward", "in passing, optimizer"
 KINDS = (
-    *(PARAMETERS, GRADIENTS, STATE, AVERAGE, BUCKETS, BATCH),
+    *(PARAMETERS, GRADIENTS, STATE, AVERAGE, BUCKETS, GATHERED, WHOLE, BATCH),
     *(IMAGE, TEXT, LOSS, EXCHANGE, BACKWARD, UPDATE),
 )
+SAVING = "saving"  # a phase, at the end of an epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +107,27 @@ class Ledger(TorchDispatchMode):
         self._highest = 0
         self._keep_peak()
 
+    @contextmanager
+    def resizes(self) -> Iterator[None]:
+        """Follows storages that change their size in the body, as FSDP's do: no operation tells."""
+        # As torch/distributed/_tools/mem_tracker.py does.
+        resize = torch.UntypedStorage.resize_
+
+        def followed(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            self._resized(storage._cdata, size)
+
+        torch.UntypedStorage.resize_ = followed  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(hasattr(type_, "full_tensor") for type_ in types):
+            return NotImplemented  # sharded: comes again with this rank's parts
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # for every number that the host reads: of a token, of a step
         if func.namespace == "himo_kernels":
@@ -114,20 +137,41 @@ class Ledger(TorchDispatchMode):
                 return OPERATORS[name].run(direction, *args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
-            self._count(tensor.untyped_storage())
-        if func.namespace == "c10d":
-            self.claim(_tensors(args), EXCHANGE)
+            if tensor.device.type != "meta":
+                self._count(tensor.untyped_storage())
+        if func.namespace in ("c10d", "fsdp"):
+            self._claim_passed(func.namespace, _tensors((args, kwargs)))
         return out
+
+    def _claim_passed(self, namespace: str, tensors: list[Tensor]) -> None:
+        # FSDP copies parts to a buffer, which it gathers, and the mean of gradients to a new part.
+        kinds = [self._kind_of(tensor) for tensor in tensors]
+        kind = EXCHANGE
+        if namespace == "fsdp":
+            kind = GATHERED
+        elif GATHERED in kinds:
+            kind = GRADIENTS
+        kept = (PARAMETERS, GATHERED)
+        self.claim([t for t, of in zip(tensors, kinds, strict=True) if of not in kept], kind)
+
+    def _kind_of(self, tensor: Tensor) -> str:
+        return self._owners.get(tensor.untyped_storage()._cdata, ("", 0))[0]
 
     def _count(self, storage: Any) -> None:
         key = storage._cdata
         if key in self._owners:
             return
-        size = storage.nbytes()
-        self._owners[key] = self._kind, size
-        self._alive[self._kind] += size
-        self._total += size
+        self._owners[key] = self._kind, 0
         weakref.finalize(storage, self._release, key)
+        self._resized(key, storage.nbytes())
+
+    def _resized(self, key: int, size: int) -> None:
+        if key not in self._owners:
+            return
+        kind, before = self._owners[key]
+        self._owners[key] = kind, size
+        self._alive[kind] += size - before
+        self._total += size - before
         self._keep_peak()
 
     def _keep_peak(self) -> None:
@@ -136,9 +180,8 @@ class Ledger(TorchDispatchMode):
             self.peak = Memory({k: n for k, n in self._alive.items() if n}, self._kind)
 
     def _release(self, key: int) -> None:
-        kind, size = self._owners.pop(key)
-        self._alive[kind] -= size
-        self._total -= size
+        self._resized(key, 0)
+        del self._owners[key]
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -146,10 +189,18 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class _OneOfMany(Ranks):
-    """One process of `size`; the others do not exist."""
+    """Process 0 of `size`; the others do not exist."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._mesh: Any = None
+
+    def open(self) -> None:
+        """Makes what FSDP needs, which takes tensors with data."""
+        self._mesh = sharding.mesh_of_all(torch.device("cpu"))
+
+    def wrap(self, module: nn.Module, *, sharded: bool = False) -> nn.Module:
+        return sharding.shard(module, self._mesh) if sharded else module
 
 
 class Rehearsal:
@@ -158,7 +209,8 @@ class Rehearsal:
     Counts AdamW on all tensors at once (the trainer's fused one stores no temporary tensors), the
     operators' reference backend, and fused attention, which stores no scores [L, L]. Every caption
     has the context's length. With several processes DistributedDataParallel adds gradient buckets
-    as large as the gradients.
+    as large as the gradients. With FSDP this is the process that saves, which then has the whole
+    weights too. Validation is not counted.
 
     Args:
         settings: of the run; data, device and files do not matter.
@@ -169,35 +221,72 @@ class Rehearsal:
     """
 
     def __init__(self, settings: TrainConfig, ranks: int = 1) -> None:
-        self.settings, self._ranks = settings, _OneOfMany(ranks)
+        self.settings, self._size = settings, ranks
         # A new model gets no values; a checkpoint's are read and then freed.
         with torch.device("meta") if settings.pretrained is None else nullcontext():
-            model = build_model(settings, torch.device("meta"))
-        self._fake, self._ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
-        with self._fake, self._ledger:
-            self._model = model.to_empty(device="cpu")
-            self._prepare()
+            self._model = build_model(settings, torch.device("meta"))
+        self._unsharded: _Process | None = None
 
     @property
     def fixed(self) -> int:
         """Bytes of the optimizer's step without a batch."""
-        return self._update.total
+        with _group_of(self._size):
+            return self._process(self.settings).update.total
 
     def step(self, **changes: Any) -> Memory:
         """The memory at the peak of a step; `changes` of settings that leave the model as it is."""
         # "skip": tensors without data cannot tell whether a loss is finite.
         settings = dataclasses.replace(self.settings, on_nonfinite="skip", **changes)
+        with _group_of(self._size):
+            return self._process(settings).step(settings)
+
+    def _process(self, settings: TrainConfig) -> "_Process":
+        if settings.fsdp:  # a model is sharded once, over a group that ends with this step
+            return _Process(self._model, settings, self._size)
+        if self._unsharded is None:
+            self._unsharded = _Process(self._model, settings, self._size)
+        return self._unsharded
+
+
+class _Process:
+    """The model and optimizer of a process, without data.
+
+    Attributes:
+        update: the memory of the optimizer's step without a batch.
+    """
+
+    def __init__(self, model: HiMoCLIP, settings: TrainConfig, size: int) -> None:
+        self._ranks = _OneOfMany(size)
+        self._fake, self._ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
+        self._model = copy.deepcopy(model)
+        self._saving = Memory({}, SAVING)
+        if settings.fsdp:
+            self._ranks.open()
+        with self._counting():
+            self._model.to_empty(device="cpu")
+            # This shards the model, which the optimizer must find sharded.
+            self._objective = self._new_objective(settings) if settings.fsdp else None
+            self._prepare(settings)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        with self._ledger.resizes(), self._fake, self._ledger:
+            yield
+
+    def _new_objective(self, settings: TrainConfig) -> Objective:
+        return Objective(self._model, settings, self._ranks, backend="reference", check_ranks=False)
+
+    def step(self, settings: TrainConfig) -> Memory:
+        """As `Rehearsal.step`."""
         ledger, model = self._ledger, self._model
         rows, parts = settings.batch_size * settings.accum_freq, settings.accum_freq
         side, length = model.visual.input_resolution, model.context_length
         model.set_grad_checkpointing(settings.grad_checkpointing)
-        with _group_of(self._ranks.size), self._fake, ledger:
+        with self._counting():
             with ledger.making(BATCH):
                 images = torch.empty(rows, 3, side, side, dtype=torch.uint8)
                 tokens = torch.empty(rows, length, dtype=torch.int32)
-            objective = Objective(
-                model, settings, self._ranks, backend="reference", check_ranks=False
-            )
+            objective = self._objective or self._new_objective(settings)
             towers = _first_and_last(objective.towers.forward, parts, model.config.embed_dim)
             _replace(objective.towers, "forward", ledger.during(IMAGE, towers))
             _replace(objective, "losses", self._with_its_backward(objective.losses))
@@ -207,8 +296,8 @@ class Rehearsal:
             peak = ledger.peak
             model.zero_grad(set_to_none=True)
             del objective.towers.forward, objective.losses  # these hold it, and so its tensors
-        update = Memory(self._update.parts | {BATCH: images.nbytes + tokens.nbytes}, UPDATE)
-        return max(peak, update, key=lambda memory: memory.total)
+        update = Memory(self.update.parts | {BATCH: images.nbytes + tokens.nbytes}, UPDATE)
+        return max(peak, update, self._saving, key=lambda memory: memory.total)
 
     def _with_its_backward(self, losses: Callable[..., Any]) -> Callable[..., Any]:
         ledger = self._ledger
@@ -224,21 +313,24 @@ class Rehearsal:
 
         return run
 
-    def _prepare(self) -> None:
+    def _prepare(self, settings: TrainConfig) -> None:
         ledger, model = self._ledger, self._model
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if self._ranks.size > 1:
+        if self._ranks.size > 1 and not settings.fsdp:
             with ledger.making(BUCKETS):
                 self._buckets = [torch.empty_like(parameter) for parameter in trained]
+        # Not DTensors, whose operations make whole tensors the first time, to learn their shapes.
+        held = {parameter: sharding.local(parameter.detach()) for parameter in trained}
         with ledger.making(GRADIENTS):
-            for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
-        if self.settings.ema is not None:
+            for part in held.values():
+                part.grad = torch.empty_like(part)
+        if settings.ema is not None:
             with ledger.making(AVERAGE):
-                self._average = AverageWeights(model, self.settings.ema)
-        optimizer = make_optimizer(model, self.settings)
+                self._average = AverageWeights(model, settings.ema)
+        optimizer = make_optimizer(model, settings)
         for group in optimizer.param_groups:
             group |= {"foreach": True, "fused": None}
+            group["params"] = [held[parameter] for parameter in group["params"]]
         ledger.forget_peak()
         with ledger.making(UPDATE):
             optimizer.step()  # makes its state first, then its temporary tensors
@@ -246,9 +338,12 @@ class Rehearsal:
         ledger.claim(states, STATE)
         size = sum(state.nbytes for state in states)
         parts = ledger.peak.parts
-        self._update = Memory(parts | {STATE: size, UPDATE: parts[UPDATE] - size}, UPDATE)
+        self.update = Memory(parts | {STATE: size, UPDATE: parts[UPDATE] - size}, UPDATE)
         self._optimizer = optimizer  # and with it the state
-        model.zero_grad(set_to_none=True)
+        if settings.fsdp:  # a copy of the model, as `sharding.whole_model` makes
+            copied = {WHOLE: sum(p.numel() * p.element_size() for p in model.parameters())}
+            self._saving = Memory(parts | {STATE: size, UPDATE: 0} | copied, SAVING)
+        optimizer.zero_grad(set_to_none=True)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(
                 lambda parameter: ledger.claim([parameter.grad], GRADIENTS)

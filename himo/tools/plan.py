@@ -19,6 +19,7 @@ from himo.tools.footprint import (
     IMAGE,
     KINDS,
     LOSS,
+    SAVING,
     TEXT,
     UPDATE,
     Memory,
@@ -29,7 +30,7 @@ from himo.tools.footprint import (
 _FLAGS = (
     *("model", "pretrained", "lock_image", "lock_image_unlocked_groups"),
     *("lock_text", "lock_text_unlocked_layers", "grad_checkpointing", "loss", "preset"),
-    *("batch_size", "accum_freq", "ema", "exchange", "precision"),
+    *("batch_size", "accum_freq", "ema", "exchange", "fsdp", "precision"),
 )
 _LEAST_BATCH = 2  # of the trainer
 # Pairs of all processes in a step, and processes: counting these takes a minute.
@@ -45,6 +46,7 @@ _PHASES = {
     EXCHANGE: "in the loss",
     BACKWARD: "in the backward pass",
     UPDATE: "in the step of the optimizer",
+    SAVING: "while process 0 saves the model",
 }
 NOT_COUNTED = (
     "the CUDA context",
@@ -75,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise HimoError(f"--gpu-mem: expected GiB above 0 and up to {_MAX_GIB}, got {args.gpu_mem}")
     if not 1 <= args.ranks <= _MAX_RANKS:
         raise HimoError(f"--ranks: expected 1 to {_MAX_RANKS}, got {args.ranks}")
+    if settings.fsdp and args.ranks == 1:
+        raise HimoError("--fsdp: expected --ranks 2 or more beside it, got 1")
     pairs = settings.batch_size * settings.accum_freq * args.ranks
     if pairs > _MAX_PAIRS:
         raise HimoError(
@@ -197,6 +201,8 @@ def _alternatives(plan: Plan, step: Callable[..., Memory], fixed: int) -> list[A
         together["precision"] = "amp_bf16"
     if plan.ranks > 1 and settings.exchange == "gather":
         together["exchange"] = "ring"
+    if plan.ranks > 1 and not settings.fsdp:
+        together["fsdp"] = True
     others = [tried({name: value}) for name, value in together.items()]
     others += accumulated(plan.largest_batch, {})
     if not together or any(other.fits for other in others):
@@ -212,7 +218,8 @@ def _alternatives(plan: Plan, step: Callable[..., Memory], fixed: int) -> list[A
 def table(plan: Plan) -> str:
     """The plan for a terminal, at most 80 columns wide."""
     settings, memory = plan.settings, plan.memory
-    of_many = f" in each of {plan.ranks} processes ({settings.exchange})" if plan.ranks > 1 else ""
+    ways = settings.exchange + (", FSDP" if settings.fsdp else "")
+    of_many = f" in each of {plan.ranks} processes ({ways})" if plan.ranks > 1 else ""
     accumulated = f" x {settings.accum_freq} accumulated" if settings.accum_freq > 1 else ""
     mark_bytes = max(memory.total, plan.limit) / _BAR
     rows = [(kind, memory.parts[kind], "#") for kind in KINDS if memory.parts.get(kind)]

@@ -37,6 +37,7 @@ def test_a_whole_file_is_included() -> None:
         ("[a](#here), [b](https://arxiv.org/abs/2511.06653)", None),
         ("[that file](api.py)", "that file (`himo_kernels/info_nce/api.py`)"),
         ("([rows](api.py))", "(rows: `himo_kernels/info_nce/api.py`)"),
+        ("[table](../../docs/paper.md)", "[table](../paper.md)"),
         ("[api.py](api.py)", "`himo_kernels/info_nce/api.py`"),
         (
             "![a](../../benchmarks/results/cpu/demo.png)",
@@ -50,6 +51,14 @@ def test_links_of_an_included_text_lead_to_the_same_place(text: str, moved: str 
     source = "himo_kernels/info_nce/README.md"
     page = "operators/info_nce.md"
     assert include.move_links(text, source, page, include.homes()) == (moved or text)
+
+
+def test_no_line_of_a_page_ends_within_a_flag() -> None:
+    plain = "<p>Take --a, <code>a-b</code> and <pre><span>--c</span></pre>"
+    assert include.on_page_content(plain, None, None, None) == plain
+    marked = include.on_page_content("<code>himo --dry-run -m x-y</code>", None, None, None)
+    first, second = (f'<span class="flag">{flag}</span>' for flag in ("--dry-run", "-m"))
+    assert marked == f"<code>himo {first} {second} x-y</code>"
 
 
 def test_a_link_to_nothing_is_refused() -> None:

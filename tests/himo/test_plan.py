@@ -102,6 +102,14 @@ def test_settings_change_in_one_rehearsal():
     assert steps.step().total == plain  # and nothing of the others is left
 
 
+@pytest.mark.slow
+def test_sharing_out_the_weights_is_a_change_too():
+    steps = rehearsal(ranks=8, batch_size=2)
+    plain, sharded = steps.step(), steps.step(fsdp=True)
+    assert sharded.total < plain.total and BUCKETS not in sharded.parts
+    assert steps.step(fsdp=True) == sharded and steps.step() == plain
+
+
 def test_a_checkpoint_is_planned_as_its_model(tmp_path):
     path = tmp_path / "tiny.safetensors"
     himo.save(HiMoCLIP(CONFIGS["tiny"]), path)
@@ -163,6 +171,7 @@ class Formula:
                 "--grad-checkpointing": True,
                 "--precision amp_bf16": True,
                 "--exchange ring": False,
+                "--fsdp": False,
                 "--batch-size 32 --accum-freq 2": True,
             },
         ),
@@ -172,6 +181,7 @@ class Formula:
                 "--grad-checkpointing": False,
                 "--precision amp_bf16": False,
                 "--exchange ring": False,
+                "--fsdp": False,
                 "--batch-size 4 --accum-freq 16": True,
             },
         ),
@@ -181,7 +191,8 @@ class Formula:
                 "--grad-checkpointing": False,
                 "--precision amp_bf16": False,
                 "--exchange ring": False,
-                "--grad-checkpointing --precision amp_bf16 --exchange ring "
+                "--fsdp": False,
+                "--grad-checkpointing --precision amp_bf16 --exchange ring --fsdp "
                 "--batch-size 16 --accum-freq 4": True,
             },
         ),
@@ -237,6 +248,7 @@ def test_where_nothing_fits_it_says_so(capsys, monkeypatch):
         (["--gpu-mem", "inf"], "--gpu-mem: expected GiB above 0 and up to 100000, got inf"),
         (["--ranks", "0"], "--ranks: expected 1 to 4096, got 0"),
         (["--ranks", "99999"], "--ranks: expected 1 to 4096, got 99999"),
+        (["--fsdp"], "--fsdp: expected --ranks 2 or more beside it, got 1"),
         (["--batch-size", "1"], "--batch-size: expected at least 2, got 1"),
         (["--batch-size", "9" * 30], "--batch-size: expected at most 1048576 pairs"),
         (["--accum-freq", "0"], "--accum-freq: expected at least 1, got 0"),

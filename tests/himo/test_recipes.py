@@ -69,13 +69,26 @@ def test_processes_share_the_pairs():
     assert settings.batch_size == 8 and settings.warmup == 300 // (8 * 4) * 30 // 10
 
 
+def test_sharing_out_the_weights_leaves_memory_for_pairs():
+    def batch(**given) -> int:
+        return resolved(10**6, recipe="paper-l14", free=14 * GIB, **given).batch_size
+
+    assert batch(processes=8, fsdp=True) > batch(processes=8)
+    assert batch(processes=1) >= batch(processes=8)  # without DDP's buckets
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("model", ["tiny", "ViT-B-32"])
-def test_the_memory_of_a_step_is_near_the_counted_one(model, checkpointing):
-    settings = resolved(None, model=model, grad_checkpointing=checkpointing)
-    counted = Rehearsal(settings).step(batch_size=128).total
-    estimate = step_bytes(CONFIGS[model], settings, 128)
+@pytest.mark.parametrize(
+    ("model", "processes", "fsdp"),
+    [("tiny", 1, False), ("tiny", 8, False), ("tiny", 8, True), ("ViT-B-32", 1, False)],
+)
+def test_the_memory_of_a_step_is_near_the_counted_one(model, processes, fsdp, checkpointing):
+    settings = resolved(
+        None, model=model, processes=processes, fsdp=fsdp, grad_checkpointing=checkpointing
+    )
+    counted = Rehearsal(settings, processes).step(batch_size=128).total
+    estimate = step_bytes(CONFIGS[model], settings, 128, processes)
     assert 0.9 < estimate / counted < (1.2 if checkpointing else 1.1)
 
 

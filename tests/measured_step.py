@@ -1,6 +1,6 @@
-"""Bytes of real training steps on this CPU, and the bytes that himo.tools.footprint counts; JSON.
+"""Bytes of real training steps on this CPU; as a program, also those of himo.tools.footprint, JSON.
 
-Run in a process of its own. torch's profiler sees every allocation of torch's CPU allocator, inside
+Each process measures once. torch's profiler sees every allocation of torch's CPU allocator, inside
 an operation too; the highest sum of those alive is the peak. Two steps: the second one holds the
 optimizer's state as well as its activations, like any later one.
 """
@@ -12,10 +12,12 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from himo import sharding
 from himo.average import AverageWeights
 from himo.config import TrainConfig
 from himo.model import CONFIGS, CLIPConfig
 from himo.objective import Objective
+from himo.parallel import Ranks
 from himo.tools.footprint import Rehearsal
 from himo.train import build_model, make_optimizer
 
@@ -45,15 +47,17 @@ CASES = {
 }
 
 
-def measured(settings: TrainConfig) -> int:
-    """Bytes at the peak of two real steps."""
+def measured(settings: TrainConfig, ranks: Ranks | None = None) -> int:
+    """Bytes at the peak of two real steps, on this rank."""
+    ranks = ranks or Ranks()
+    clip = sharding.clip_grad_norm_ if settings.fsdp else torch.nn.utils.clip_grad_norm_
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         network = build_model(settings, torch.device("cpu"))
+        objective = Objective(network, settings, ranks, backend="reference")
         optimizer = make_optimizer(network, settings)
         for group in optimizer.param_groups:
             group |= {"foreach": True, "fused": None}  # as it is counted
         average = None if settings.ema is None else AverageWeights(network, settings.ema)
-        objective = Objective(network, settings, backend="reference")
         pairs = settings.batch_size * settings.accum_freq
         side, length = network.visual.input_resolution, network.context_length
         for _ in range(2):
@@ -63,7 +67,7 @@ def measured(settings: TrainConfig) -> int:
             tokens[:, -1] = words
             optimizer.zero_grad(set_to_none=True)
             objective.backward(images, tokens, length, settings.batch_size)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), float("inf"))
+            clip(network.parameters(), float("inf"))
             optimizer.step()
             if average is not None:
                 average.update()
