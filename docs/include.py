@@ -60,7 +60,7 @@ def _read(source: str, heading: str | None) -> str:
     titles = list(re.finditer(r"^#+ (.*)$", masked, re.MULTILINE))
     for title, following in zip(titles, [*titles[1:], None], strict=True):
         if title[1] == heading:
-            return text[title.end() : following.start() if following else None].strip()
+            return text[title.end() : following.start() if following else None].strip("\n")
     raise ValueError(f"include: expected {source} to have a heading {heading!r}")
 
 
