@@ -248,7 +248,7 @@ def test_the_last_groups_of_a_frozen_tower_are_trained(tower, unlocked, generato
     ("locked", "said"),
     [
         ({}, "7.5 M of 7.5 M parameters"),
-        ({"lock_text": True}, "0.6 M of 7.5 M parameters"),
+        ({"lock_text": True}, "0.7 M of 7.5 M parameters"),
         (
             {"lock_image": True, "lock_text": True, "lock_image_unlocked_groups": 1},
             "16,385 of 7.5 M parameters",
