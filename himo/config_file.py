@@ -50,7 +50,7 @@ def _content(path: str) -> dict[str, Any]:
         raise HimoError(f"{path}: expected at most {_LARGEST:,} bytes")
     try:
         is_toml = path.endswith(".toml")
-        content = tomllib.loads(data.decode()) if is_toml else json_value(data)
+        content = tomllib.loads(data.decode("utf-8-sig")) if is_toml else json_value(data)
     except (ValueError, RecursionError) as error:
         raise HimoError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):

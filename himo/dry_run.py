@@ -13,7 +13,7 @@ from himo.data import Sample
 from himo.errors import HimoError
 from himo.memory import peak_memory
 from himo.optimizer import learning_rate
-from himo.run import TrainingRun
+from himo.run import TrainingRun, trained_parameters
 
 Step = Callable[[TrainingRun, Sample, float], tuple[dict[str, Any], Tensor, bool]]
 _GIB = 1 << 30
@@ -77,15 +77,10 @@ def check_writable(folder: Path) -> None:
 
 
 def _trained(run: TrainingRun) -> str:
-    parameters = [p.numel() for p in run.model.parameters() if p.requires_grad]
-    total = sum(p.numel() for p in run.model.parameters())
     groups = {group["lr_scale"] for group in run.optimizer.param_groups}
     shares = f", at {min(groups):.3g} to 1 of the rate" if len(groups) > 1 else ""
     average = "" if run.average is None else f", with an average of decay {run.average.decay:g}"
-    return (
-        f"{sum(parameters) / 1e6:.1f} M of {total / 1e6:.1f} M parameters in "
-        f"{run.settings.precision}{shares}{average}"
-    )
+    return f"{trained_parameters(run.model)} in {run.settings.precision}{shares}{average}"
 
 
 def _schedule(run: TrainingRun) -> str:

@@ -40,8 +40,8 @@ def atomic_path(
             that the user did not name, in a directory where anyone may have put a link.
 
     Raises:
-        HimoError: the directory is missing or not writable, `path` is not a regular file, or
-            there is no space for it (disk, quota or file size limit).
+        HimoError: the directory is missing or not writable, `path` is not a regular file, there
+            is no space for it (disk, quota or file size limit), or writing fails.
     """
     try:
         target = Path(os.path.realpath(path) if follow_links else os.path.abspath(path))
@@ -64,6 +64,10 @@ def atomic_path(
         os.replace(temporary, target)
     except Exception as error:
         cause = _no_space(error)
+        # Without a file's name, and none of a pipe or socket: of the file that is being written.
+        is_nameless = isinstance(error, OSError) and error.filename is None
+        if cause is None and is_nameless and not isinstance(error, ConnectionError):
+            raise HimoError(f"{path}: cannot be written: {os_reason(error)}") from error
         if cause is None:
             raise
         size = temporary.stat().st_size if temporary.exists() else 0

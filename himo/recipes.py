@@ -80,7 +80,7 @@ def with_model(settings: TrainConfig, pairs: int | None) -> TrainConfig:
     Raises:
         HimoError: a recipe for a new model, and a checkpoint.
     """
-    settings = _filled(settings, _of_preset(settings))
+    settings = _filled(settings, _PRESETS[settings.preset])
     if settings.pretrained is not None:
         if settings.recipe == "from-scratch":
             raise HimoError("--recipe from-scratch: expected no --pretrained")
@@ -164,6 +164,8 @@ def taken_up(settings: TrainConfig, before: dict[str, Any]) -> TrainConfig:
         preset = before["preset"]
         threshold = PRESETS[preset]["variance_threshold"]
         values = _PRESETS["paper"] | {"clamp_scale": preset == "paper", "tau": threshold} | values
+    if settings.loss != "himo":  # it may have begun with HiMo's, which alone has a tau
+        values.pop("tau", None)
     return _filled(settings, values)
 
 
@@ -178,7 +180,9 @@ def doubts(settings: TrainConfig, steps: int) -> list[str]:
         )
     if steps < _FEW_STEPS:
         found.append(f"{steps} steps are few: more --epochs or a smaller --batch-size give more")
-    if settings.pretrained is None and settings.lr < _LEAST_NEW_LR:
+    if settings.lr == 0:
+        found.append(f"{lr} changes no weight")
+    elif settings.pretrained is None and settings.lr < _LEAST_NEW_LR:
         found.append(
             f"{lr} is for a trained model, and without --pretrained this one is new: "
             f"--recipe from-scratch takes {_FROM_SCRATCH.lr:g}"
@@ -201,10 +205,6 @@ def other_batch(settings: TrainConfig, together: int) -> str | None:
     )
     times, rest = divmod(_PAPER_TOGETHER * settings.accum_freq, together)
     return said if rest or not times else f"{said}; --accum-freq {times} has as many"
-
-
-def _of_preset(settings: TrainConfig) -> dict[str, Any]:
-    return _PRESETS[settings.preset if settings.loss == "himo" else "paper"]
 
 
 def _is_open(settings: TrainConfig, name: str) -> bool:

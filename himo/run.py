@@ -292,22 +292,34 @@ def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
     batch = recipes.other_batch(settings, pairs_per_step)
     for doubt in [*([batch] if batch else []), *recipes.doubts(settings, total)]:
         note(doubt)
+    if settings.model is not None and settings.pretrained is not None:
+        note(f"--model {settings.model} is not read: --pretrained decides its own")
     left_out = pairs % pairs_per_step
     if left_out and not settings.keep_last_batch:
         note(
             f"{left_out} of {pairs} pairs are left out of an epoch, others each time: they do not "
             f"fill a step of {pairs_per_step}; --keep-last-batch trains on them too"
         )
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(
         f"{settings.folder}: {pairs} pairs, {total} steps of {pairs_per_step}, "
-        f"{settings.loss} loss, {parameters:.1f} M parameters on {run.device}"
+        f"{settings.loss} loss, trains {trained_parameters(run.model)} on {run.device}"
         + (f", {run.ranks.size} processes" if run.ranks.size > 1 else "")
         + (f", {run.validation.description()}" if run.validation is not None else "")
     )
     if 0 < run.step < total:
         rate = learning_rate(run.step, total, settings)
         print(f"{settings.folder}: goes on after step {run.step}, at a learning rate of {rate:.3g}")
+
+
+def trained_parameters(model: nn.Module) -> str:
+    """How many parameters are trained, of how many: "7.5 M of 7.5 M parameters"."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(size for size, is_on in sizes if is_on), sum(size for size, _ in sizes)
+    return f"{_counted(trained)} of {_counted(total)} parameters"
+
+
+def _counted(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number:,}"
 
 
 def _validation(

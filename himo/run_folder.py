@@ -142,17 +142,20 @@ def saved_state(settings: TrainConfig) -> State | None:
     """The state that --resume continues from; None to start from the beginning.
 
     Raises:
-        HimoError: the folder holds a run already, or another run than the state's; or as
-            `training_state.find_state`.
+        HimoError: the folder holds a run already and this is no dry run, or another run than the
+            state's; or as `training_state.find_state`.
     """
     directory, checkpoints = settings.folder, settings.folder / CHECKPOINTS
     holds_run = (directory / METRICS).exists() or bool(saved_states(checkpoints))
     if not settings.resume:
         if holds_run:
-            raise HimoError(
+            said = (
                 f"{directory}: already holds a run: continue it with --resume latest, or give "
                 "this one another --name"
             )
+            if not settings.dry_run:
+                raise HimoError(said)
+            note(said)
         return None
     state = find_state(settings.resume, checkpoints)
     if state is not None and holds_run and state.path.resolve().parent != checkpoints.resolve():

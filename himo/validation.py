@@ -131,8 +131,11 @@ class Validation:
 
         def leave_out(image: int, reason: str, message: str) -> None:
             failed[image] = message
-            if reason == "not_finite" or len(failed) > self.max_bad_fraction * len(self.index):
+            if reason == "not_finite":
                 raise HimoError(f"validation: {message}")
+            if len(failed) > self.max_bad_fraction * len(self.index):
+                limit = f"the limit is {100 * self.max_bad_fraction:g} % (--max-bad-fraction)"
+                raise HimoError(f"validation: too many bad samples, {limit}: {message}")
 
         captions = self.captions
         image_features = encoder.images(self.index, captions.image_rows, leave_out)

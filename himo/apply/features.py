@@ -6,6 +6,7 @@ of numbers.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ def write_features(path: Path, features: Tensor, about: About) -> None:
     """Writes float32 features [N, E] and their description."""
     if path.suffix == ".npy":
         with atomic_path(path, needed=features.nbytes) as temporary, open(temporary, "wb") as file:
-            np.save(file, features.numpy(), allow_pickle=False)
+            # Not a file: numpy writes one in C, and reports a full disk without its reason.
+            np.save(SimpleNamespace(write=file.write), features.numpy(), allow_pickle=False)
     else:
         write_safetensors(str(path), {_NAME: features}, {})
     content = {"sha256": sha256_file(path), **asdict(about)}

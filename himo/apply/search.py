@@ -10,11 +10,12 @@ from torch import Tensor
 from himo.apply import add_encoder_arguments, open_encoder, open_images, text_features
 from himo.apply.features import About, read_features
 from himo.checkpoint import MODEL_ARGUMENTS, digest
-from himo.errors import HimoError, note
+from himo.errors import HimoError, note, quoted
 from himo.files import output_path, write_text
 from himo.report import versions
 from himo.report.rendering import render
 from himo.report.runs import plural
+from himo.tokenizer import default_tokenizer
 
 Found = list[tuple[int, float]]  # (row of the features, cosine similarity), the best first
 
@@ -39,6 +40,9 @@ def run(args: argparse.Namespace) -> int:
     page = output_path(args.out, ".html")
     if args.top < 1:
         raise HimoError(f"--top: expected at least 1, got {args.top}")
+    for text in args.text:
+        if not default_tokenizer().encode(text):  # also of what cleaning makes white space
+            raise HimoError(f"TEXT: expected at least one token, got {quoted(text)}")
     features, about = read_features(args.features)
     _take_model(args, about)
     texts = text_features(open_encoder(args), args.text)

@@ -137,7 +137,7 @@ class BadSamples:
         for row, code in zip(rows, reason[reason != 0].tolist(), strict=True):
             self.reasons.setdefault(row, REASONS[code])
         if len(self.reasons) > self.max_bad_fraction * len(self.index):
-            limit = f"the limit is {100 * self.max_bad_fraction:g} %"
+            limit = f"the limit is {100 * self.max_bad_fraction:g} % (--max-bad-fraction)"
             raise HimoError(f"too many bad samples, {limit}: {self.summary()}")
 
     def counts(self) -> dict[str, int]:

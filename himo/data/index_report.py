@@ -103,7 +103,7 @@ class IndexReport:
             raise HimoError(
                 f"{self.source}: {self.bad_count} of {self.total} records are bad ({share}, the "
                 f"limit is {100 * max_bad_fraction:g} %): {_listed(self.bad)}; first: "
-                f"{self.bad_examples[0]}"
+                f"{self.bad_examples[0]}; max_bad_fraction (--max-bad-fraction) sets the limit"
             )
         if self.records == 0:
             message = f"{self.source}: no sample is left{self._left_out()}"

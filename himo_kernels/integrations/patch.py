@@ -101,7 +101,7 @@ def accelerate(module: Module, **options: Any) -> Accelerated[Module]:
 
     Args:
         module: one of these, also inside DistributedDataParallel:
-            open_clip's ClipLoss, CoCaLoss (its contrastive half);
+            open_clip's ClipLoss, CoCaLoss (its contrastive half) and SigLipLoss;
             the released HiMo-CLIP model;
             sentence-transformers' MultipleNegativesRankingLoss, its cached form, and the
             symmetric forms derived from them;

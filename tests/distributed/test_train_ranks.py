@@ -87,7 +87,8 @@ def test_a_rank_that_raises_ends_all_with_its_reason(pairs, tmp_path):
     output = Ranks(2, photos / "pairs.csv", tmp_path / "logs", *flags).end(status=None)
     assert time.monotonic() - start < 60
     said = [line for line in output.splitlines() if "himo: error: rank" in line]
-    reason = "too many bad samples, the limit is 0 %: 1 of 256 samples could not be read"
+    limit = "the limit is 0 % (--max-bad-fraction)"
+    reason = f"too many bad samples, {limit}: 1 of 256 samples could not be read"
     (first,) = {
         line.partition("himo: error: ")[2][:6] for line in said if "ends because" not in line
     }

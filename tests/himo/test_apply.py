@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import resource
 import tarfile
 from pathlib import Path
 
@@ -81,6 +82,21 @@ def test_encoded_features_are_the_models(files: Path, suffix: str) -> None:
         with torch.no_grad():
             (expected,) = model.encode_image(pixels, normalize=True)
         torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_features_that_the_disk_cannot_hold_are_an_error_with_their_name(
+    files: Path, capsys, suffix: str
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (800, limits[1]))  # 14 features take 896 bytes
+    try:
+        assert encode(files, files / "photos", "--out", f"full{suffix}") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert f"himo: error: full{suffix}: not written, file too large: needs 896 bytes, " in message
+    assert not list(Path().iterdir())
 
 
 def test_data_sets_and_files_are_encoded_too(files: Path) -> None:
@@ -229,6 +245,9 @@ def test_what_cannot_be_read_is_left_out_on_request(files: Path, capsys) -> None
         (["search", "a", "--features", "none.npy"], "none.npy: cannot be read: no such file"),
         (["search", "a", "--features", "captions.csv"], "a name that ends in .npy or .safetensors"),
         (["search", "a", "--features", "f.npy", "--top", "0"], "--top: expected at least 1, got 0"),
+        (["search", "", "--features", "f.npy"], "TEXT: expected at least one token, got ''"),
+        (["search", "a", " \t", "--features", "f.npy"], r"one token, got ' \t'"),
+        (["search", "&nbsp;", "--features", "f.npy"], "one token, got '&nbsp;'"),
         (["search", "a", "--features", "alone.npy"], "alone.json: cannot be read: no such file"),
         (["search", "a", "--features", "odd.npy"], "odd.json: not what `himo encode` writes"),
         (["search", "a", "--features", "changed.npy"], "changed.npy: damaged, or not the features"),

@@ -496,7 +496,7 @@ def test_training_stretches_a_clip_of_77_tokens(clip_77: Path) -> None:
 
 def test_a_new_model_takes_no_settings_of_a_checkpoint() -> None:
     for given in ({"activation": "gelu"}, {"vision_heads": 2}, {"text_heads": 2}):
-        with pytest.raises(HimoError, match="expected beside --pretrained alone"):
+        with pytest.raises(HimoError, match="expected --pretrained beside it"):
             TrainConfig(train_data="none", **given)
 
 

@@ -40,7 +40,7 @@ def test_a_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
 
 
 def test_config_json_of_a_run_is_a_config_file(tmp_path: Path) -> None:
-    run = TrainConfig("pairs.csv", tau=0.8, loss="clip", name="first")
+    run = TrainConfig("pairs.csv", label_smoothing=0.1, loss="clip", name="first")
     extra = {"command": ["himo"], "versions": {"himo": "0"}, "starts": [{"step": 0}]}
     content = json.dumps(dataclasses.asdict(run) | extra)
     path = written(tmp_path / "config.json", content)
@@ -51,6 +51,102 @@ def test_config_json_is_a_config_file_as_a_run_writes_it(tmp_path: Path) -> None
     run = TrainConfig("pairs.csv", lr=1e-3, logs=str(tmp_path), name="first")
     run_folder.start(run, None, [], {"lr": 1e-3})
     assert settings("--config", run.folder / "config.json") == run
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.toml", "epochs = 3\n"), ("a.json", '{"epochs": 3}')],
+    ids=["toml", "json"],
+)
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    flags = ("--train-data", "pairs.csv", "--config", tmp_path / name)
+    assert settings(*flags) == TrainConfig("pairs.csv", epochs=3)
+
+
+CLIP = {"loss": "clip"}
+VALIDATION = "a validation, from --val-data or --held-out"
+# (flag, value, flags without which nothing reads it, flags with which it is read, what is expected)
+UNREAD = [
+    ("activation", "gelu", {}, {"pretrained": "x"}, "--pretrained beside it"),
+    ("vision_heads", 2, {}, {"pretrained": "x"}, "--pretrained beside it"),
+    ("text_heads", 2, {}, {"pretrained": "x"}, "--pretrained beside it"),
+    ("val_frequency", 2, {}, {"held_out": 4}, VALIDATION),
+    ("val_himo", True, {}, {"val_data": "x.csv"}, VALIDATION),
+    ("patience", 2, {}, {"held_out": 4}, VALIDATION),
+    ("lock_image_unlocked_groups", 1, {}, {"lock_image": True}, "--lock-image beside it"),
+    ("lock_text_unlocked_layers", 1, {}, {"lock_text": True}, "--lock-text beside it"),
+    ("preset", "official", CLIP, {}, "--loss himo, got clip"),
+    ("tau", 0.8, CLIP, {}, "--loss himo, got clip"),
+    ("lambda_comp", 1.0, CLIP, {}, "--loss himo, got clip"),
+    ("lambda_global", 0.5, CLIP, {}, "--loss himo, got clip"),
+    ("decompose_images", True, CLIP, {}, "--loss himo, got clip"),
+    ("gap_eps", 1e-3, CLIP, {}, "--loss himo, got clip"),
+    ("cuda_graph_head", True, CLIP, {}, "--loss himo, got clip"),
+    (
+        *("epochs_cooldown", 1, {}, {"lr_scheduler": "const-cooldown"}),
+        "--lr-scheduler const-cooldown beside it",
+    ),
+    ("allow_changes", "lr", {}, {"resume": "latest"}, "--resume beside it"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "without", "beside", "expected"), UNREAD)
+def test_a_flag_that_nothing_reads_is_refused(
+    tmp_path: Path,
+    name: str,
+    value: object,
+    without: dict[str, object],
+    beside: dict[str, object],
+    expected: str,
+) -> None:
+    default = next(item.default for item in dataclasses.fields(TrainConfig) if item.name == name)
+    path = tmp_path / "run.json"
+
+    def read(given: dict[str, object]) -> TrainConfig:
+        path.write_text(json.dumps({"train_data": "x.csv", **given}))
+        return settings("--config", path)
+
+    with pytest.raises(HimoError) as error:
+        read({**without, name: value})
+    assert str(error.value) == f"--{name.replace('_', '-')}: expected {expected}"
+    # Its default is as good as not given.
+    assert getattr(read({**without, name: default}), name) == default
+    assert getattr(read({**beside, name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lock_image": True, "lock_text": True}, "--lock-text: expected no --lock-image beside"),
+        (
+            {"lock_image": True, "lock_text": True, "layer_decay": 0.5},
+            "or a part of a tower to train, with --lock-image-unlocked-groups or --lock-text-unlo",
+        ),
+        ({"lambda_comp": 0, "lambda_global": 0}, "--lambda-comp: expected more than 0 beside"),
+        ({"grad_clip_norm": 0}, "--grad-clip-norm: expected more than 0, got 0"),
+    ],
+)
+def test_a_run_that_trains_nothing_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(HimoError, match=message):
+        TrainConfig("x.csv", **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lock_image": True},
+        {"lock_text": True},
+        {"lock_image": True, "lock_text": True, "lock_image_unlocked_groups": 1},
+        {"lock_image": True, "lock_text": True, "lock_text_unlocked_layers": 1},
+        {"lambda_comp": 0},
+        {"lambda_global": 0},
+        {"preset": "official", "lambda_comp": 0},
+    ],
+)
+def test_a_run_that_trains_a_part_is_not(given: dict[str, object]) -> None:
+    settings = TrainConfig("x.csv", **given)
+    assert {name: getattr(settings, name) for name in given} == given
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ def test_too_many_bad_records_are_one_error(tmp_path: Path) -> None:
         open_dataset(source)
     assert str(error.value) == (
         f"{source}: 2 of 100 records are bad (2 %, the limit is 1 %): 1 path, 1 type; first: "
-        f"{source}:99: image path '../a' goes up with .., expected one below the image root"
+        f"{source}:99: image path '../a' goes up with .., expected one below the image root; "
+        "max_bad_fraction (--max-bad-fraction) sets the limit"
     )
     assert not list(tmp_path.glob("*.himo-index"))
 

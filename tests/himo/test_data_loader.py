@@ -156,7 +156,7 @@ def test_too_many_bad_images_stop_the_run_with_one_line(workers: int, tmp_path: 
         _epoch(data, workers, max_bad_fraction=0.05)
     message = str(error.value)
     assert message.startswith(
-        "too many bad samples, the limit is 5 %: 3 of 48 samples could not be"
+        "too many bad samples, the limit is 5 % (--max-bad-fraction): 3 of 48 samples could not be"
     )
     assert "\n" not in message and "Traceback" not in message
 

@@ -13,6 +13,7 @@ from captioned_files import write_csv, write_images
 
 import himo
 from himo.cli import main
+from himo.config import TrainConfig
 from himo.model import CONFIGS, HiMoCLIP
 from himo.tools.doctor import schedule, smoke, system
 from himo.tools.doctor.check import Check
@@ -143,6 +144,26 @@ def test_fewer_pairs_than_a_batch(capsys, pairs):
     data = ["--train-data", str(pairs), "--batch-size", "13"]
     assert "fewer than a batch" in examined(capsys, *data, status=1)["data"][0][1]
     assert examined(capsys, *data, "--keep-last-batch", status=0)["data"][0][0] == "ok"
+
+
+def test_no_pair_left_for_a_batch(capsys, tmp_path):
+    table = write_csv(tmp_path / "one.csv", [(write_images(tmp_path, 1)[0], "A card.")])
+    # Of doctor's own flags only the model: the recipe chooses the batch.
+    assert main(["doctor", "--model", "tiny", "--workers", "0", "--train-data", str(table)]) == 1
+    output = capsys.readouterr().out
+    (said,) = re.findall(r"(?m)^problem  schedule +(.*)$", output)
+    assert said == "no step: 1 of the 2 pairs of a batch; --keep-last-batch trains on fewer"
+    assert "0 steps" not in output and "fewer than a batch of 2" in output
+
+
+def test_the_step_takes_no_flags_of_a_checkpoint(capsys, tmp_path, step):
+    path = tmp_path / "model.safetensors"
+    himo.save(HiMoCLIP(CONFIGS["tiny"]), path)
+    flags = ["--pretrained", str(path), "--lock-image", "--lock-text"]
+    flags += ["--lock-image-unlocked-groups", "12"]
+    assert examined(capsys, *flags, status=0)["training step"][0][0] == "ok"
+    given = TrainConfig("x", pretrained="x", vision_heads=2, activation="gelu")
+    assert smoke.step(given).status == "ok"
 
 
 def test_data_that_cannot_be_opened(capsys, tmp_path):

@@ -27,6 +27,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(begun, tmp_path, capsys):
     assert train_here(pairs, tmp_path / "logs", *flags, "--dry-run") == 0
     output = capsys.readouterr().out
     assert not (tmp_path / "logs").exists() and files(pairs.parent) == before
+    assert "himo loss, trains 0.8 M of 0.8 M parameters on cpu" in output
     assert "16 pairs, 4 steps of 8, himo loss" in output and "8 pairs to validate on" in output
     assert "run: recipe auto: --wd 0.01" in output
     assert output.count("dry run, nothing is written there") == 1
@@ -48,8 +49,12 @@ def test_a_dry_run_of_a_resumed_run_changes_none_of_its_files(begun, tmp_path, c
     state = tmp_path / "run/checkpoints/state-00000002.safetensors"
     assert train_here(pairs, tmp_path, *flags, "--resume", str(state), "--dry-run") == 0
     assert "goes on after step 2" in capsys.readouterr().out and files(tmp_path) == before
-    # What a run would refuse, it refuses too.
-    assert "already holds a run" in refused(capsys, pairs, tmp_path, *flags, "--dry-run")
+    # A new run of this name would be refused; a dry run writes nothing there, and says so.
+    assert train_here(pairs, tmp_path, *flags, "--dry-run") == 0
+    printed = capsys.readouterr()
+    assert f"himo: note: {tmp_path / 'run'}: already holds a run: continue it" in printed.err
+    assert "dry run, nothing is written there" in printed.out and files(tmp_path) == before
+    # What else a run would refuse, it refuses too.
     resumed = ["--resume", str(state), "--lr", "5", "--dry-run"]
     assert "--lr 0.001 as it began" in refused(capsys, pairs, tmp_path, *flags, *resumed)
     assert files(tmp_path) == before

@@ -1,5 +1,6 @@
 """Atomic writes, digests and the reading of regular files, by the files on the disk afterwards."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -144,6 +145,24 @@ def test_a_full_disk_is_an_error_that_names_the_file(small_disk: Path) -> None:
     assert "bytes free; any earlier file is unchanged" in message
     assert target.read_text() == "old"
     assert leftovers(small_disk) == []
+
+
+def test_a_failure_without_a_name_is_of_the_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    # EIO is what a failing disk gives; a library may give no number.
+    for failure, reason in (
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "input/output error"),
+        (OSError("2944 requested and 2016 written"), "2944 requested and 2016 written"),
+    ):
+        with pytest.raises(HimoError) as error, atomic_path(target):
+            raise failure
+        assert str(error.value) == f"{target}: cannot be written: {reason}"
+    # Of another file, or of a pipe whose reader has gone.
+    for other in (FileNotFoundError(errno.ENOENT, "no", "other"), BrokenPipeError(errno.EPIPE, "")):
+        with pytest.raises(type(other)), atomic_path(target):
+            raise other
+    assert target.read_text() == "old" and leftovers(tmp_path) == []
 
 
 def test_a_hidden_path_is_new_each_time(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from himo.errors import HimoError
 from himo.model import CONFIGS, HiMoCLIP
 from himo.objective import Objective
 from himo.optimizer import learning_rate, make_optimizer, set_learning_rate
+from himo.run import trained_parameters
 from himo.train import build_model
 from himo.training_state import find_state
 
@@ -170,7 +171,7 @@ def test_each_layer_has_its_share_of_the_rate():
 def test_a_step_with_layer_decay_is_that_of_each_layer_alone(generator):
     # AdamW's first step moves each weight by its rate against the sign of its gradient.
     model = HiMoCLIP(CONFIGS["tiny"])
-    settings = dataclasses.replace(SETTINGS, layer_decay=0.25, wd=0.0, eps=0.0)
+    settings = dataclasses.replace(SETTINGS, layer_decay=0.25, wd=0.0, eps=1e-30)
     optimizer = make_optimizer(model, settings)
     set_learning_rate(optimizer, 1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -243,17 +244,37 @@ def test_the_last_groups_of_a_frozen_tower_are_trained(tower, unlocked, generato
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("locked", "said"),
+    [
+        ({}, "7.5 M of 7.5 M parameters"),
+        ({"lock_text": True}, "0.7 M of 7.5 M parameters"),
+        (
+            {"lock_image": True, "lock_text": True, "lock_image_unlocked_groups": 1},
+            "16,385 of 7.5 M parameters",
+        ),
+    ],
+    ids=["all", "images", "projection"],
+)
+def test_a_run_says_how_many_parameters_it_trains(locked, said):
+    model = build_model(dataclasses.replace(SETTINGS, **locked), CPU)
+    assert trained_parameters(model) == said
+
+
 WRONG = {
     ("ema", 1.0): r"--ema: expected a number in \[0, 1\), got 1.0",
     ("ema", -0.1): "--ema: expected a number in",
     ("ema", math.nan): "--ema: expected a number in .* got nan",
     ("layer_decay", 0.0): r"--layer-decay: expected a number in \(0, 1\], got 0.0",
     ("layer_decay", 1.5): "--layer-decay: expected a number in",
-    ("epochs_cooldown", 1): "--epochs-cooldown: expected beside --lr-scheduler const-cooldown",
+    ("epochs_cooldown", 1): "--epochs-cooldown: expected --lr-scheduler const-cooldown beside it",
     ("lr_scheduler", "const-cooldown"): "--epochs-cooldown: expected beside --lr-scheduler",
     ("lock_image_unlocked_groups", 1): "--lock-image-unlocked-groups: expected --lock-image beside",
     ("lock_text_unlocked_layers", 1): "--lock-text-unlocked-layers: expected --lock-text beside it",
     ("lock_text_unlocked_layers", -1): "--lock-text-unlocked-layers: expected at least 0, got -1",
+    ("eps", 0.0): "--eps: expected at least 1e-30, got 0.0",
+    ("eps", 1e-50): "--eps: expected at least 1e-30, got 1e-50",
+    ("grad_clip_norm", 0.0): "--grad-clip-norm: expected more than 0, got 0",
 }
 
 

@@ -119,6 +119,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         (300, {"epochs": 5}, "45 steps are few: more --epochs or a smaller --batch-size"),
         (300, {"lr": 1e-6}, "--lr 1e-06 is for a trained model, .* --recipe from-scratch takes"),
         (300, {"lr": 1e-3, "pretrained": "x"}, "--lr 0.001 is for a new model"),
+        (300, {"lr": 0.0}, "--lr 0 changes no weight"),
     ],
     ids=str,
 )

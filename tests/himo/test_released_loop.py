@@ -201,7 +201,7 @@ def test_the_official_preset_is_the_run_file_and_flags_win():
 
 
 def test_the_paper_preset_and_the_plain_loss_leave_them_off():
-    for given in ({}, {"loss": "clip"}, {"loss": "clip", "preset": "official"}):
+    for given in ({}, {"loss": "clip"}):
         found = settings(**given)
         assert found.clamp_scale is True and found.log_scale is None and found.tau is None
         assert found.keep_last_batch is found.same_order is found.decay_all is False
@@ -227,6 +227,16 @@ def test_decay_spares_vectors_and_the_temperature_or_nothing(decay_all):
         for parameter in group["params"]:
             has_decay = decay_all or parameter.dim() >= 2
             assert group["weight_decay"] == (0.01 if has_decay else 0.0)
+
+
+def test_a_run_that_goes_on_with_the_plain_loss_has_no_tau():
+    begun = dataclasses.asdict(settings(preset="official"))
+    given = TrainConfig("x", loss="clip", resume="latest", allow_changes="loss,preset,tau")
+    new = with_model(taken_up(given, begun), 1000)
+    assert new.tau is None and new.log_scale == 4.6052 and new.decay_all is True
+    for name in RELEASED:  # a checkpoint of before these flags
+        del begun[name]
+    assert with_model(taken_up(given, begun), 1000).tau is None
 
 
 def test_a_checkpoint_of_before_these_flags_goes_on_as_it_began():

@@ -345,7 +345,8 @@ def test_validation_counts_unreadable_images_and_stops_at_its_limit(pairs, gener
     rest = Validation(open_dataset(table), Preprocess(64), max_bad_fraction=0, **options)
     assert measured == rest.measure(model) and measured["val_text_to_image_R@5"] == 100
     (tmp_path / names[3]).unlink()
-    with pytest.raises(HimoError, match=r"validation: .*3\.png"):
+    limit = r"the limit is 0 % \(--max-bad-fraction\)"
+    with pytest.raises(HimoError, match=rf"validation: too many bad samples, {limit}: .*3\.png"):
         rest.measure(model)
 
 

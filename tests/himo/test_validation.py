@@ -175,6 +175,7 @@ def test_a_best_model_of_another_way_is_set_aside(run, capsys):
     ("flags", "said"),
     [
         (["--patience", "2"], "--patience: expected a validation, from --val-data or --held-out"),
+        (["--val-himo"], "--val-himo: expected a validation, from --val-data or --held-out"),
         (["--report-to", "wand"], "--report-to: expected tensorboard or wandb, got 'wand'"),
         (["--recipe", "paper-b16", "--patience", "-1"], "--patience: expected at least 0, got -1"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from upstream import (
 
 import himo_kernels
 from himo_kernels.dispatch import OPERATORS
+from himo_kernels.integrations.patch import KINDS
 
 upstream = open_clip_loss()
 needs_open_clip = pytest.mark.skipif(
@@ -422,6 +424,12 @@ class TestInstance:
         got = r"got 'himo_kernels\.integrations\.himo_clip\.[\w.<>]+'$"
         with pytest.raises(ValueError, match=f"with the forward of its class, {got}"):
             himo_kernels.accelerate(model)
+
+    def test_its_documentation_names_every_kind(self):
+        text = himo_kernels.accelerate.__doc__
+        for kind in KINDS:
+            name = re.search(r"HiMo-CLIP|\w+Loss", kind.name)[0].removeprefix("Cached")
+            assert re.search(rf"\b{name}\b", text), kind.name
 
     @pytest.mark.parametrize("module", [nn.Linear(2, 2), torch.relu, None], ids=type)
     def test_anything_else_is_refused(self, module):

@@ -16,6 +16,9 @@ def schedule(settings: TrainConfig, pairs: int) -> Check:
     """The steps of the run and its learning rate."""
     steps = recipes.total_steps(settings, pairs)
     together = settings.batch_size * settings.accum_freq
+    if not steps:
+        few = f"no step: {pairs:,} of the {together} pairs of a batch"
+        return Check("schedule", "problem", f"{few}; --keep-last-batch trains on fewer")
     found = (
         f"{steps:,} steps of {together} in {settings.epochs} epochs, --lr {settings.lr:g} after "
         f"--warmup {settings.warmup}"

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import nn
 
+from himo.checkpoint import CHOICES
 from himo.config import TrainConfig
 from himo.device import usable_device
 from himo.errors import HimoError
@@ -28,6 +29,10 @@ def step(settings: TrainConfig) -> Check:
             settings,
             model="tiny",
             pretrained=None,
+            **dict.fromkeys(CHOICES),
+            # The tiny model has fewer groups than a user may unlock.
+            **dict.fromkeys(("lock_image", "lock_text"), False),
+            **dict.fromkeys(("lock_image_unlocked_groups", "lock_text_unlocked_layers"), 0),
             accum_freq=1,
             precision=resolve(settings.precision, device)[0],
         )
