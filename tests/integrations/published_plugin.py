@@ -40,13 +40,13 @@ def pytest_configure() -> None:
 def supply_lightly() -> None:
     """Makes `from lightly.loss import NTXentLoss` work without torchvision."""
     package, losses = ModuleType("lightly"), ModuleType("lightly.loss")
-    package.loss, losses.NTXentLoss = losses, libraries.lightly()  # type: ignore[attr-defined]
+    package.loss, losses.NTXentLoss = losses, libraries.lightly()
     sys.modules.update({"lightly": package, "lightly.loss": losses})
 
 
 def accelerate_new(kind: type) -> None:
     """Accelerates every instance of exactly this class, once it is constructed."""
-    construct = kind.__init__  # type: ignore[misc]
+    construct = kind.__init__
 
     def construct_and_accelerate(self: Any, *arguments: Any, **settings: Any) -> None:
         construct(self, *arguments, **settings)
@@ -59,7 +59,7 @@ def accelerate_new(kind: type) -> None:
         else:
             accelerated[kind.__name__] += 1
 
-    kind.__init__ = construct_and_accelerate  # type: ignore[misc]
+    kind.__init__ = construct_and_accelerate
 
 
 def count(operator: Any) -> None:
