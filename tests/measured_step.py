@@ -12,7 +12,6 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from himo import sharding
 from himo.average import AverageWeights
 from himo.config import TrainConfig
 from himo.model import CONFIGS, CLIPConfig
@@ -47,13 +46,11 @@ CASES = {
 }
 
 
-def measured(settings: TrainConfig, ranks: Ranks | None = None) -> int:
-    """Bytes at the peak of two real steps, on this rank."""
-    ranks = ranks or Ranks()
-    clip = sharding.clip_grad_norm_ if settings.fsdp else torch.nn.utils.clip_grad_norm_
+def measured(settings: TrainConfig) -> int:
+    """Bytes at the peak of two real steps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         network = build_model(settings, torch.device("cpu"))
-        objective = Objective(network, settings, ranks, backend="reference")
+        objective = Objective(network, settings, Ranks(), backend="reference")
         optimizer = make_optimizer(network, settings)
         for group in optimizer.param_groups:
             group |= {"foreach": True, "fused": None}  # as it is counted
@@ -67,7 +64,7 @@ def measured(settings: TrainConfig, ranks: Ranks | None = None) -> int:
             tokens[:, -1] = words
             optimizer.zero_grad(set_to_none=True)
             objective.backward(images, tokens, length, settings.batch_size)
-            clip(network.parameters(), float("inf"))
+            torch.nn.utils.clip_grad_norm_(network.parameters(), float("inf"))
             optimizer.step()
             if average is not None:
                 average.update()

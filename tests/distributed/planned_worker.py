@@ -1,7 +1,4 @@
-"""Bytes of sharded runs on each rank; run by torchrun, writes FOLDER/RANK.json.
-
-With "parts" after the folder it measures no peaks.
-"""
+"""What a sharded run holds on each rank; run by torchrun, writes FOLDER/RANK.json."""
 
 import dataclasses
 import json
@@ -9,33 +6,19 @@ import sys
 from pathlib import Path
 
 import torch
-from measured_step import DOT, SETTINGS, measured
+from measured_step import DOT, SETTINGS
 from torch import Tensor
 
 from himo import parallel, sharding
-from himo.config import TrainConfig
 from himo.model import CONFIGS
 from himo.objective import Objective
 from himo.optimizer import make_optimizer
 from himo.run import build_model
 
-TINY = dataclasses.replace(SETTINGS, model="tiny", fsdp=True)
 # Of sizes that 3 does not divide. With few pairs and most weights in blocks, saving is the peak.
 BLOCKS = dataclasses.replace(DOT, vision_layers=4, vision_width=64, text_layers=4, text_width=64)
-FEW = dataclasses.replace(TINY, model="blocks", batch_size=2)
-CASES = {
-    "plain": {"batch_size": 64},
-    "bfloat16, average": {"batch_size": 64, "precision": "amp_bf16", "ema": 0.9},
-    "recomputed, frozen images": {
-        **{"batch_size": 64, "exchange": "ring"},
-        **{"grad_checkpointing": True, "lock_image": True},
-    },
-}
+FEW = dataclasses.replace(SETTINGS, model="blocks", fsdp=True, batch_size=2)
 CPU = torch.device("cpu")
-
-
-def settings_of(case: str) -> TrainConfig:
-    return dataclasses.replace(TINY, **CASES[case])
 
 
 def held(tensors: list[Tensor]) -> int:
@@ -69,7 +52,4 @@ if __name__ == "__main__":
     CONFIGS["blocks"] = BLOCKS
     torch.set_num_threads(1)
     with parallel.join("cpu", 120) as ranks:
-        cases = [] if sys.argv[2:] == ["parts"] else CASES
-        results: dict[str, object] = {c: measured(settings_of(c), ranks) for c in cases}
-        results["parts"] = parts(ranks)
-        Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(results))
+        Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(parts(ranks)))

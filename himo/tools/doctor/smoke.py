@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,12 @@ from himo.tools.doctor.check import Check
 
 _PAIRS = 8
 _NAME = "training step"
+# The tiny model takes no choices of a checkpoint, and has fewer groups than a user may unlock.
+_OF_OTHER_MODELS: dict[str, Any] = {
+    **dict.fromkeys(CHOICES),
+    **{"lock_image": False, "lock_image_unlocked_groups": 0},
+    **{"lock_text": False, "lock_text_unlocked_layers": 0},
+}
 
 
 def step(settings: TrainConfig) -> Check:
@@ -29,10 +36,7 @@ def step(settings: TrainConfig) -> Check:
             settings,
             model="tiny",
             pretrained=None,
-            **dict.fromkeys(CHOICES),
-            # The tiny model has fewer groups than a user may unlock.
-            **dict.fromkeys(("lock_image", "lock_text"), False),
-            **dict.fromkeys(("lock_image_unlocked_groups", "lock_text_unlocked_layers"), 0),
+            **_OF_OTHER_MODELS,
             accum_freq=1,
             precision=resolve(settings.precision, device)[0],
         )
