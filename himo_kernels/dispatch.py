@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import Parameter, Signature
 from operator import is_
 from typing import Any
 
@@ -319,6 +320,11 @@ def saves_inputs(
         grads = (grads,) if isinstance(grads, Tensor) else grads
         return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
 
+    # torch.compile counts the parameters of forward, to see whether it takes ctx.
+    schema = getattr(torch.ops.himo_kernels, f"{operator}_fwd").default._schema
+    names = ("ctx", *(argument.name for argument in schema.arguments))
+    positional = Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = Signature([Parameter(name, positional) for name in names])  # type: ignore[attr-defined]
     name = operator.title().replace("_", "")  # of grad_fn: NormalizeBackward
     passes = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), passes)

@@ -188,7 +188,7 @@ def matmuls_are_full_float32(device: str) -> bool:
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Disables autocast inside. Costs nothing if it is not enabled."""
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta tensors know no autocast
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

@@ -246,7 +246,7 @@ def test_a_killed_pack_goes_on_with_the_missing_shards(tmp_path):
 
 def test_a_stopped_pack_says_so_and_leaves_no_worker(tmp_path):
     data = source(tmp_path / "source")
-    data.write_text(data.read_text() * 1000)  # the stop must come before the end, on any machine
+    data.write_text(data.read_text() * 5000)  # the stop must come before the end, on any machine
     command = [sys.executable, "-m", "himo", "pack", str(data), "--out", str(tmp_path / "packed")]
     process = subprocess.Popen(
         [*command, "--shard-pairs", "5", "--workers", "2"],

@@ -41,21 +41,6 @@ def gradients(model: nn.Module, *losses: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Records the operators of this library that are resolved to a backend, in order."""
-    calls: list[str] = []
-    for operator in OPERATORS.values():
-        resolve = operator.resolve
-
-        def counted(*arguments, name=operator.name, resolve=resolve):
-            calls.append(name)
-            return resolve(*arguments)
-
-        monkeypatch.setattr(operator, "resolve", counted)
-    return calls
-
-
 class TestVersionsOfClipLoss:
     """0.2.0 has three arguments, 3.3.0 five and use_horovod, the repository's no use_horovod."""
 

@@ -318,21 +318,6 @@ def step(case: Case, loss: Any, inputs: list[Tensor]) -> tuple[Tensor, list[Tens
     return value.detach(), [x.new_zeros(()) if x.grad is None else x.grad for x in leaves]
 
 
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Records which operators of this library are resolved to a backend."""
-    names: set[str] = set()
-    for operator in OPERATORS.values():
-        resolve = operator.resolve
-
-        def recorded(*arguments, name=operator.name, resolve=resolve):
-            names.add(name)
-            return resolve(*arguments)
-
-        monkeypatch.setattr(operator, "resolve", recorded)
-    return names
-
-
 def test_values_and_gradients_in_float64(case_and_loss, generator, used):
     case, loss = case_and_loss
     inputs = case.inputs(generator)
@@ -340,7 +325,7 @@ def test_values_and_gradients_in_float64(case_and_loss, generator, used):
     assert not used
     with himo_kernels.accelerate(loss):
         value, gradients = step(case, loss, inputs)
-    assert used == ({case.operator} if case.operator else set())
+    assert set(used) == ({case.operator} if case.operator else set())
     assert relative_error(value, expected[0]) <= 1e-12
     for gradient, other in zip(gradients, expected[1], strict=True):
         assert relative_error(gradient, other) <= 1e-12
@@ -538,7 +523,7 @@ class TestCallable:
         himo_kernels.accelerate(loss)
         twin = copy.deepcopy(loss)
         torch.testing.assert_close(twin(*inputs), expected, rtol=1e-12, atol=0)
-        assert used == {"info_nce_pairs"} and vars(twin) == vars(loss) is not vars(twin)
+        assert set(used) == {"info_nce_pairs"} and vars(twin) == vars(loss) is not vars(twin)
         monkeypatch.setitem(sys.modules, "grad_cache", types.ModuleType("grad_cache"))
         monkeypatch.setitem(sys.modules, "grad_cache.loss", libraries.grad_cache())
         opened = pickle.loads(pickle.dumps(loss))
@@ -594,7 +579,7 @@ def test_the_pairs_of_a_miner_are_left_to_the_library(name, version, generator, 
     torch.testing.assert_close(results(), expected, rtol=0, atol=0)
     assert not used
     loss(embeddings, FEW)  # all pairs
-    assert used == {"info_nce_pairs"}
+    assert set(used) == {"info_nce_pairs"}
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
