@@ -207,7 +207,8 @@ def test_linked_images_short_captions_and_the_first_pairs(pairs, tmp_path, capsy
     table.write_text("\n".join(["filepath,title,caption_short", *rows]) + "\n")
     assert main(["train", "--train-data", str(table), "--logs", str(tmp_path)]) == 2
     assert "is a link that leaves" in capsys.readouterr().err
-    assert main(["eval", "--pretrained", "x", "--data", str(table), "--out", f"{tmp_path}/e"]) == 2
+    out = str(tmp_path / "eval.json")
+    assert main(["eval", "--pretrained", "x", "--data", str(table), "--out", out]) == 2
     assert "is a link that leaves" in capsys.readouterr().err
     flags = ["--follow-links", "--short-captions", "--held-out", "2", "--train-num-samples", "9"]
     flags += ["--warmup", "0"]
