@@ -17,10 +17,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from operator_calls import tell
 
 import himo_kernels
 from benchmarks.baselines import libraries
-from himo_kernels.dispatch import OPERATORS
 
 accelerated: Counter[str] = Counter()  # losses, by class
 refused: Counter[str] = Counter()  # losses, by reason
@@ -33,8 +33,7 @@ def pytest_configure() -> None:
     for place in os.environ["PUBLISHED_LOSSES"].split():
         module, name = place.split(":")
         accelerate_new(getattr(importlib.import_module(module), name))
-    for operator in OPERATORS.values():
-        count(operator)
+    tell(computing, pytest.MonkeyPatch())
 
 
 def supply_lightly() -> None:
@@ -62,14 +61,8 @@ def accelerate_new(kind: type) -> None:
     kind.__init__ = construct_and_accelerate
 
 
-def count(operator: Any) -> None:
-    resolve = operator.resolve
-
-    def counted(*arguments: Any) -> Any:
-        computed.add(os.environ.get("PYTEST_CURRENT_TEST", "collection ").rsplit(" ", 1)[0])
-        return resolve(*arguments)
-
-    operator.resolve = counted
+def computing(operator: str) -> None:
+    computed.add(os.environ.get("PYTEST_CURRENT_TEST", "collection ").rsplit(" ", 1)[0])
 
 
 @pytest.fixture(autouse=True)

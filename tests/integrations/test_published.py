@@ -168,26 +168,29 @@ def test_its_own_tests_pass_with_accelerated_losses(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, choice, file",
+    "name, tests, choice, file",
     [
         (
             "GradCache",
+            ("integrations/test_accelerated_losses.py", "distributed/test_accelerated_ranks.py"),
             "SimpleContrastiveLoss or TestCallable or grad_cache",
             "from benchmarks.baselines import libraries; print(libraries.grad_cache().__file__)",
         ),
         (
             "open_clip",
+            ("integrations/test_accelerated_losses.py",),
             "CoCaLoss or SigLipLoss",
             "from upstream import open_clip_loss; print(open_clip_loss().__file__)",
         ),
     ],
+    ids=["GradCache", "open_clip"],
 )
-def test_parity_with_the_file_of(name, choice, file, tmp_path):
+def test_parity_with_the_file_of(name, tests, choice, file, tmp_path):
     """GradCache has no tests, and open_clip's compute no value of an accelerated method."""
     source = checkout(name) / "src"
     code, output = run(["-c", file], source, tmp_path)
     assert code == 0 and source in Path(output.splitlines()[-1]).parents, output
-    tests = str(HERE / "test_accelerated_losses.py")
-    code, output = run([*PYTEST, tests, "-k", choice], source, tmp_path)
+    files = [str(ROOT / "tests" / test) for test in tests]
+    code, output = run([*PYTEST, *files, "-k", choice], source, tmp_path)
     print(name, output.splitlines()[-1])
     assert code == 0 and "skipped" not in output.splitlines()[-1], output[-3000:]
