@@ -12,7 +12,7 @@ from himo.model import HiMoCLIP
 from himo.objective import Objective
 from himo_kernels.testing import relative_error
 
-SETTINGS = TrainConfig(train_data="x", batch_size=8, accum_freq=1, tau=0.9)
+SETTINGS = TrainConfig(train_data="x", batch_size=8, accum_freq=1)
 COUNTERS = torch._dynamo.utils.counters
 
 
