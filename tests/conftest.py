@@ -104,11 +104,20 @@ def seed() -> int:
     return _seed
 
 
+def _seed_of(request: pytest.FixtureRequest) -> int:
+    return _seed + sum(request.node.nodeid.encode())  # a test draws the same alone as in the suite
+
+
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A separate generator per test, the same in each run for one HIMO_TEST_SEED."""
-    test = sum(request.node.nodeid.encode())  # a test draws the same alone as in the suite
-    return torch.Generator().manual_seed(_seed + test)
+    return torch.Generator().manual_seed(_seed_of(request))
+
+
+@pytest.fixture(autouse=True)
+def _seed_default_generator(request: pytest.FixtureRequest) -> None:
+    # A layer's first weights come from torch's default generator.
+    torch.manual_seed(_seed_of(request))
 
 
 @pytest.fixture(autouse=True)

@@ -96,29 +96,43 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CASES = [
+    pytest.param(name, dtype, shape, smoothing, id=f"{name}-{dtype}-{shape}-{smoothing}")
+    for name in NAMES
+    for dtype in DTYPES
+    for shape in [(128, 48), (1, 1), (300, 7), (2, 3, 5, 4)]
+    for smoothing in [0.0, 0.1]
+]
+
+
+def _case(
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    smoothing: float,
+    generator: torch.Generator,
+) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+    """Returns the features, the scale and the options of a call."""
+    *batch, samples, features = shape
+    kind = {"batch": tuple(batch), "dtype": dtype, "generator": generator}
+    *inputs, scale = make_inputs(name, samples, features, **kind).values()
+    return inputs, scale, {"label_smoothing": smoothing, "differentiate_keys": smoothing == 0}
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape", "smoothing"), CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("batch", "samples", "features"), [((), 128, 48), ((), 1, 1), ((), 300, 7), ((2, 3), 5, 4)]
-)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.sample(40)
 def test_the_same_bits(
     name: str,
     dtype: torch.dtype,
-    layout: str,
-    batch: tuple[int, ...],
-    samples: int,
-    features: int,
+    shape: tuple[int, ...],
     smoothing: float,
+    layout: str,
     answered: list[bool],
     generator: torch.Generator,
 ) -> None:
-    shape = {"batch": batch, "dtype": dtype, "generator": generator}
-    *inputs, scale = make_inputs(name, samples, features, **shape).values()
+    inputs, scale, options = _case(name, dtype, shape, smoothing, generator)
     inputs = [LAYOUTS[layout](x) for x in inputs]
-    options = {"label_smoothing": smoothing, "differentiate_keys": smoothing == 0}
     losses = _losses(name, *inputs, scale, **options)
     assert answered == [layout != "negative view"]
     _assert_same_bits(losses, _in_general(name, *inputs, scale, **options))
@@ -227,29 +241,21 @@ def test_an_observed_call_goes_the_general_way(observer: str, answered: list[boo
     assert torch.equal(loss, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype", "shape", "smoothing"), CASES)
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"parameter", "negative view"}))
-@pytest.mark.parametrize(
-    ("batch", "samples", "features"), [((), 128, 48), ((), 1, 1), ((), 300, 7), ((2, 3), 5, 4)]
-)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.sample(40)
 def test_the_same_bits_of_gradients(
     name: str,
     dtype: torch.dtype,
-    layout: str,
-    batch: tuple[int, ...],
-    samples: int,
-    features: int,
+    shape: tuple[int, ...],
     smoothing: float,
+    layout: str,
     answered: list[bool],
     generator: torch.Generator,
 ) -> None:
-    shape = {"batch": batch, "dtype": dtype, "generator": generator}
-    *inputs, scale = make_inputs(name, samples, features, **shape).values()
-    inputs = [LAYOUTS[layout](x).detach().requires_grad_() for x in (*inputs, scale.expand(1, 1))]
-    options = {"label_smoothing": smoothing, "differentiate_keys": smoothing == 0}
+    features, scale, options = _case(name, dtype, shape, smoothing, generator)
+    features.append(scale.expand(1, 1))
+    inputs = [LAYOUTS[layout](x).detach().requires_grad_() for x in features]
     losses = _losses(name, *inputs, **options)
     expected = _in_general(name, *inputs, **options)
     assert answered == [True]
