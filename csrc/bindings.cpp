@@ -5,6 +5,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <algorithm>
+
 #include "covariance.h"
 #include "cpu/tile_products.h"
 #include "himo_loss.h"
@@ -70,35 +72,79 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
                              factors);
 }
 
-// The losses of a plain call, or None: see Operator.plain in himo_kernels/dispatch.py. Takes any
-// objects, because the caller has checked none.
+using Scale = std::variant<at::Tensor, double>;
+
+// The arguments of plain calls are any objects, because the caller has checked none; see
+// Operator.plain in himo_kernels/dispatch.py. Those of other types than these give nothing.
+std::optional<std::vector<at::Tensor>> tensors_of(const py::tuple& values) {
+  std::vector<at::Tensor> tensors;
+  for (const auto& value : values) {
+    if (!THPVariable_CheckExact(value.ptr())) return {};
+    tensors.push_back(THPVariable_Unpack(value.ptr()));
+  }
+  return tensors;
+}
+
+std::optional<Scale> scale_of(py::handle value) {
+  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  if (THPVariable_CheckExact(value.ptr())) return THPVariable_Unpack(value.ptr());
+  return {};
+}
+
+bool are_floats(std::initializer_list<py::handle> values) {
+  return std::all_of(values.begin(), values.end(),
+                     [](py::handle value) { return PyFloat_CheckExact(value.ptr()); });
+}
+
+bool are_flags(std::initializer_list<py::handle> values) {
+  return std::all_of(values.begin(), values.end(),
+                     [](py::handle value) { return PyBool_Check(value.ptr()); });
+}
+
+// The results of a plain call, or None.
+template <typename function_t>
+py::object results_of(const py::tuple& features, py::handle logit_scale, const function_t& call) {
+  const auto tensors = tensors_of(features);
+  const auto scale = scale_of(logit_scale);
+  if (!tensors || !scale) return py::none();
+  std::optional<std::vector<at::Tensor>> results;
+  {
+    const py::gil_scoped_release no_gil;
+    results = call(*tensors, *scale);
+  }
+  return results ? py::object(py::tuple(py::cast(*results))) : py::none();
+}
+
 py::object info_nce_plain(const py::tuple& features, py::handle logit_scale,
                           py::handle label_smoothing, py::handle differentiate_keys,
                           int64_t most_cached) {
-  if (!PyFloat_CheckExact(label_smoothing.ptr()) || !PyBool_Check(differentiate_keys.ptr())) {
-    return py::none();
-  }
-  std::vector<at::Tensor> tensors;
-  for (const auto& value : features) {
-    if (!THPVariable_CheckExact(value.ptr())) return py::none();
-    tensors.push_back(THPVariable_Unpack(value.ptr()));
-  }
-  std::variant<at::Tensor, double> scale;
-  if (PyFloat_CheckExact(logit_scale.ptr())) {
-    scale = PyFloat_AS_DOUBLE(logit_scale.ptr());
-  } else if (THPVariable_CheckExact(logit_scale.ptr())) {
-    scale = THPVariable_Unpack(logit_scale.ptr());
-  } else {
-    return py::none();
-  }
+  if (!are_floats({label_smoothing}) || !are_flags({differentiate_keys})) return py::none();
   const double smoothing = PyFloat_AS_DOUBLE(label_smoothing.ptr());
   const bool differentiates = differentiate_keys.ptr() == Py_True;
-  std::optional<std::vector<at::Tensor>> losses;
-  {
-    const py::gil_scoped_release no_gil;
-    losses = himo::info_nce_plain(tensors, scale, smoothing, differentiates, most_cached);
+  return results_of(features, logit_scale, [&](const auto& tensors, const auto& scale) {
+    return himo::info_nce_plain(tensors, scale, smoothing, differentiates, most_cached);
+  });
+}
+
+py::object himo_loss_plain(const py::tuple& features, py::handle logit_scale,
+                           py::handle normalize_features, py::handle variance_threshold,
+                           const himo::Floor& floor, py::handle normalize_components,
+                           py::handle label_smoothing, py::handle differentiate_keys,
+                           py::handle differentiate_basis, py::handle gap_eps,
+                           int64_t most_cached) {
+  if (!are_floats({variance_threshold, label_smoothing, gap_eps}) ||
+      !are_flags(
+          {normalize_features, normalize_components, differentiate_keys, differentiate_basis})) {
+    return py::none();
   }
-  return losses ? py::object(py::tuple(py::cast(*losses))) : py::none();
+  const himo::HimoLossSettings settings{
+      PyFloat_AS_DOUBLE(variance_threshold.ptr()), floor,
+      normalize_features.ptr() == Py_True,         normalize_components.ptr() == Py_True,
+      PyFloat_AS_DOUBLE(label_smoothing.ptr()),    differentiate_keys.ptr() == Py_True,
+      differentiate_basis.ptr() == Py_True,        PyFloat_AS_DOUBLE(gap_eps.ptr())};
+  return results_of(features, logit_scale, [&](const auto& tensors, const auto& scale) {
+    return himo::himo_loss_plain(tensors, scale, settings, most_cached);
+  });
 }
 
 }  // namespace
@@ -117,6 +163,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("logit_scale"), py::arg("label_smoothing"), py::arg("products"), no_gil());
   // Wrapped: saving tensors may run Python's hooks, and what they raise is not pybind11's.
   m.def("info_nce_plain", torch::wrap_pybind_function(info_nce_plain));
+  m.def("himo_loss_plain", torch::wrap_pybind_function(himo_loss_plain));
   m.def("info_nce_bwd", &himo::info_nce_bwd, py::arg("grad_loss"), py::arg("query"), py::arg("key"),
         py::arg("logit_scale"), py::arg("row_nll"), py::arg("column_nll"),
         py::arg("label_smoothing"), py::arg("differentiate_keys"), py::arg("needs_query"),

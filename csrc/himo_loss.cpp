@@ -30,8 +30,7 @@ void check(const at::Tensor& images, const at::Tensor& texts, const Optional& fa
   HIMO_CHECK_DTYPE(texts.scalar_type() == images.scalar_type(), kOp, "text_features",
                    images.scalar_type(), texts.scalar_type());
   if (!factors) return;
-  const int64_t samples = texts.size(-2), width = texts.size(-1);
-  const auto shape = with_tail(texts, {(2 * samples + width) * (std::min(samples, width) + 1)});
+  const auto shape = factors_shape(texts);
   HIMO_CHECK_CPU(kOp, "factors", *factors);
   HIMO_CHECK_SHAPE(factors->sizes().equals(shape) && factors->is_contiguous() && !factors->is_neg(),
                    kOp, "factors", *factors, at::IntArrayRef(shape));
@@ -100,6 +99,11 @@ at::Tensor gradient_from_columns(const cpu::ComponentOperands& operands, const a
 }
 
 }  // namespace
+
+std::vector<int64_t> factors_shape(const at::Tensor& texts) {
+  const int64_t samples = texts.size(-2), width = texts.size(-1);
+  return with_tail(texts, {(2 * samples + width) * (std::min(samples, width) + 1)});
+}
 
 HimoLossOutputs himo_loss_fwd(const at::Tensor& images, const at::Tensor& texts,
                               const at::Tensor& logit_scale, double variance_threshold,

@@ -4,8 +4,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
+#include <variant>
+#include <vector>
 
 #include "pca.h"
 
@@ -24,6 +27,9 @@ HimoLossOutputs himo_loss_fwd(const at::Tensor& images,       // [*, N, D]
                               const std::optional<at::Tensor>& products,  // [2, *, N, N]
                               const std::optional<at::Tensor>& factors);  // [*, (2 N + D)(n + 1)]
 
+// Returns [*, (2 N + D)(n + 1)], the shape of the cached factors of texts [*, N, D].
+std::vector<int64_t> factors_shape(const at::Tensor& texts);
+
 // What the forward saved.
 struct HimoLossSaved {
   at::Tensor images, texts, logit_scale;
@@ -40,5 +46,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
     bool differentiate_keys, bool differentiate_basis, double gap_eps, bool needs_images,
     bool needs_texts, const std::optional<at::Tensor>& products,
     const std::optional<at::Tensor>& factors);
+
+// The arguments of himo_kernels/himo_loss/api.py that are not tensors.
+struct HimoLossSettings {
+  double variance_threshold;
+  Floor floor;
+  bool normalize_features;  // of the images and texts first, as HiMoLoss does
+  bool normalize_components;
+  double label_smoothing;
+  bool differentiate_keys, differentiate_basis;
+  double gap_eps;
+};
+
+// Returns both losses [*] and the rank [*]. Returns nothing if the call is not plain
+// (common/plain.h) or an argument not valid: the caller then finds out why. Likewise if one of the
+// two caches would take more than most_cached bytes.
+std::optional<std::vector<at::Tensor>> himo_loss_plain(
+    const std::vector<at::Tensor>& features,              // images and texts [*, N, D]
+    const std::variant<at::Tensor, double>& logit_scale,  // of one element
+    const HimoLossSettings& settings, int64_t most_cached);
 
 }  // namespace himo

@@ -2,16 +2,8 @@
 // without Python, which takes long beside a small loss.
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
-
-#include <algorithm>
-#include <cmath>
-#include <limits>
-#include <string>
 
 #include "common/check.h"
 #include "common/plain.h"
@@ -25,30 +17,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 const char* operator_name(size_t losses) { return losses == 1 ? "info_nce" : "dual_info_nce"; }
-
-// [losses, *, N, N]
-std::vector<int64_t> products_shape(const at::Tensor& query, size_t losses) {
-  auto shape = with_tail(query, {query.size(-2), query.size(-2)});
-  shape.insert(shape.begin(), static_cast<int64_t>(losses));
-  return shape;
-}
-
-bool are_plain(const std::vector<at::Tensor>& tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), is_plain);
-}
-
-// The operator's backward, as Python calls it: for gradients that something observes or transforms.
-variable_list dispatched_backward(size_t losses, const variable_list& arguments,
-                                  const at::Tensor& products, double label_smoothing,
-                                  bool differentiate_keys, const std::vector<bool>& needs_grad) {
-  const auto name = std::string("himo_kernels::") + operator_name(losses) + "_bwd";
-  const auto kernel = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
-  torch::jit::Stack stack(arguments.begin(), arguments.end());
-  torch::jit::push(stack, label_smoothing, differentiate_keys, needs_grad, "cpu", products);
-  kernel.callBoxed(stack);
-  variable_list gradients;
-  for (const auto& value : stack) gradients.push_back(value.toTensor());
-  return gradients;
+const char* backward_name(size_t losses) {
+  return losses == 1 ? "info_nce_bwd" : "dual_info_nce_bwd";
 }
 
 }  // namespace
@@ -61,15 +31,14 @@ struct ContrastiveLoss : torch::autograd::Function<ContrastiveLoss> {
                                bool differentiate_keys) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     const auto& query = features[0];
-    const size_t count = features.size() - 1;
+    const int64_t count = static_cast<int64_t>(features.size()) - 1;
     const auto products =
         at::empty(products_shape(query, count), query.options().dtype(accumulation_dtype(query)));
     variable_list losses, saved = features.vec();
     saved.push_back(logit_scale);
-    for (size_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       auto [loss, row_nll, column_nll] =
-          info_nce_fwd(query, features[i + 1], logit_scale, label_smoothing,
-                       products.select(0, static_cast<int64_t>(i)));
+          info_nce_fwd(query, features[i + 1], logit_scale, label_smoothing, products.select(0, i));
       losses.push_back(std::move(loss));
       saved.push_back(std::move(row_nll));
       saved.push_back(std::move(column_nll));
@@ -83,9 +52,7 @@ struct ContrastiveLoss : torch::autograd::Function<ContrastiveLoss> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_losses) {
     const size_t count = grad_losses.size(), inputs = count + 2;
-    TORCH_CHECK(!c10::GradMode::is_enabled(), operator_name(count),
-                ": expected a first-order gradient, got create_graph=True (double backward is not "
-                "supported)");
+    refuse_double_backward(operator_name(count));
     const double label_smoothing = context->saved_data["label_smoothing"].toDouble();
     const bool differentiate_keys = context->saved_data["differentiate_keys"].toBool();
     auto saved = context->get_saved_variables();
@@ -101,10 +68,10 @@ struct ContrastiveLoss : torch::autograd::Function<ContrastiveLoss> {
       gradients = plain_backward(grad_losses, saved, products, label_smoothing, differentiate_keys,
                                  needs_grad);
     } else {
-      auto arguments = grad_losses;
+      torch::jit::Stack arguments(grad_losses.begin(), grad_losses.end());
       arguments.insert(arguments.end(), saved.begin(), saved.end());
-      gradients = dispatched_backward(count, arguments, products, label_smoothing,
-                                      differentiate_keys, needs_grad);
+      torch::jit::push(arguments, label_smoothing, differentiate_keys, needs_grad, "cpu", products);
+      gradients = call_operator(backward_name(count), std::move(arguments));
     }
     for (size_t i = 0; i < inputs; ++i) {
       if (!needs_grad[i]) gradients[i] = at::Tensor();
@@ -139,38 +106,20 @@ struct ContrastiveLoss : torch::autograd::Function<ContrastiveLoss> {
   }
 };
 
-namespace {
-
-// A number as the tensor [] that the kernels read; undefined if it is not valid.
-at::Tensor scale_of(double number, at::ScalarType dtype) {
-  if (!(std::abs(number) <= std::numeric_limits<float>::max())) return {};
-  return at::scalar_tensor(number, at::TensorOptions(dtype));
-}
-
-}  // namespace
-
 std::optional<std::vector<at::Tensor>> info_nce_plain(
     const std::vector<at::Tensor>& features, const std::variant<at::Tensor, double>& logit_scale,
     double label_smoothing, bool differentiate_keys, int64_t most_cached) {
-  if (!is_plain_thread() || features.empty() || !are_plain(features)) return {};
-  const auto& query = features[0];
-  for (const auto& x : features) {
-    if (x.scalar_type() != query.scalar_type() || !x.sizes().equals(query.sizes())) return {};
-  }
-  if (query.dim() < 2 || query.size(-2) == 0 || query.size(-1) == 0) return {};
+  if (!is_plain_thread() || !are_plain_features(features)) return {};
   if (!(label_smoothing >= 0 && label_smoothing <= 1)) return {};
+  const auto& query = features[0];
   const auto dtype = accumulation_dtype(query);
-  const auto* tensor = std::get_if<at::Tensor>(&logit_scale);
-  const auto given = tensor ? *tensor : scale_of(std::get<double>(logit_scale), dtype);
-  if (!given.defined() || !is_plain(given) || given.numel() != 1) return {};
-  const auto scale = given.dim() == 0 ? given : given.reshape({});
+  const auto scale = plain_scale(logit_scale, dtype);
+  if (!scale.defined()) return {};
 
   const size_t count = features.size() - 1;
-  const auto requires_grad = [](const at::Tensor& x) { return x.requires_grad(); };
-  if (c10::GradMode::is_enabled() &&
-      (scale.requires_grad() || std::any_of(features.begin(), features.end(), requires_grad))) {
-    const int64_t size = c10::multiply_integers(products_shape(query, count));
-    if (size * static_cast<int64_t>(c10::elementSize(dtype)) > most_cached) return {};
+  if (needs_gradient(features, scale)) {
+    if (!is_small(products_shape(query, static_cast<int64_t>(count)), dtype, most_cached))
+      return {};
     return ContrastiveLoss::apply(at::TensorList(features), scale, label_smoothing,
                                   differentiate_keys);
   }

@@ -20,7 +20,8 @@ from himo_kernels.distributed import loss as loss_over_ranks
 from himo_kernels.distributed import moments
 from himo_kernels.distributed.agreement import agree, check_rows
 from himo_kernels.distributed.wire import Rows, members_of
-from himo_kernels.himo_loss import himo_loss
+from himo_kernels.himo_loss import HiMoTerms, himo_loss
+from himo_kernels.himo_loss.api import plain_terms
 from himo_kernels.himo_loss.op import HIMO_LOSS
 from himo_kernels.info_nce import dual_info_nce, info_nce
 from himo_kernels.info_nce.api import check_logit_scale
@@ -57,6 +58,15 @@ class Batch:
         self.loss = loss
         # [N]; pairs of equal labels are not each other's negatives. Over ranks, check joins them.
         self.labels = labels
+
+    def plain_terms(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+    ) -> HiMoTerms | None:
+        """Returns the terms if the call is plain (Operator.plain); then nothing else is needed."""
+        return None
 
     def terms(
         self,
@@ -114,6 +124,26 @@ class Batch:
 
 class LocalBatch(Batch):
     """The rows of one process."""
+
+    def plain_terms(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor | float,
+    ) -> HiMoTerms | None:
+        """Returns the terms if the call is plain (Operator.plain); then nothing else is needed."""
+        loss, hide = self.loss, self.loss.hide
+        if self.labels is not None or loss.decompose_images:
+            return None
+        options = (
+            *(hide.variance_threshold, hide.variance_floor, loss.normalize_components),
+            *(loss.label_smoothing, loss.gather_with_grad),
+            *(hide.differentiate_basis, hide.gap_eps),
+        )
+        features, normalizes = (image_features, text_features), loss.normalize_features
+        return plain_terms(
+            features, logit_scale, normalizes, options, loss.check_finite, loss.backend
+        )
 
     def check(
         self,

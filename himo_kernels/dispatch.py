@@ -58,10 +58,11 @@ class Backend:
         auto: bool | Callable[..., bool] = True,
         *,
         parts: Iterable[str] = ("fwd", "bwd"),
+        plain: Callable[..., Any] | None = None,
     ) -> "Backend":
         """Returns the backend of an operator whose kernels are module.<operator>_<part>."""
         kernels = {part: getattr(module, f"{operator}_{part}") for part in parts}
-        return cls(kernels, why_not, auto)
+        return cls(kernels, why_not, auto, plain=plain)
 
     def suits(self, *tensors: Tensor) -> bool:
         """Returns whether "auto" may choose this backend for these tensors, if it can run."""

@@ -15,6 +15,13 @@ inline std::vector<int64_t> with_tail(const at::Tensor& x, std::initializer_list
   return shape;
 }
 
+// Returns [losses, *, N, N], the shape of the cached logits of features [*, N, D].
+inline std::vector<int64_t> products_shape(const at::Tensor& features, int64_t losses) {
+  auto shape = with_tail(features, {features.size(-2), features.size(-2)});
+  shape.insert(shape.begin(), losses);
+  return shape;
+}
+
 // Returns the tensor with its leading dimensions flattened into one: [B, tail...].
 inline at::Tensor flatten_lead(const at::Tensor& tensor, int64_t tail_dims) {
   const auto lead = tensor.sizes().slice(0, tensor.dim() - tail_dims);

@@ -71,6 +71,13 @@ def himo_loss(
         TypeError: wrong type or dtype.
         NotImplementedError: the named backend cannot take the features.
     """
+    options = (
+        *(variance_threshold, variance_floor, normalize_components),
+        *(label_smoothing, differentiate_keys, differentiate_basis, gap_eps),
+    )
+    pair = (image_features, text_features)
+    if terms := plain_terms(pair, logit_scale, False, options, check_finite, backend):
+        return terms
     name = HIMO_LOSS.name
     features = {"image_features": image_features, "text_features": text_features}
     check_alike(name, features)
@@ -91,3 +98,22 @@ def himo_loss(
     threshold = as_tensor(float(variance_threshold), torch.float64, text_features.device)
     inputs = (image_features, text_features, scale, threshold)
     return HiMoTerms(*apply_function(HiMoLossFunction, settings, backend, logits_budget, *inputs))
+
+
+def plain_terms(
+    features: tuple[Tensor, Tensor],  # image_features and text_features [*, N, D]
+    logit_scale: Tensor | float,  # []
+    normalize_features: bool,
+    options: tuple[float | str | bool, ...],
+    check_finite: bool,
+    backend: str,
+) -> HiMoTerms | None:
+    """Returns the terms of a plain call, or None for any other call; see Operator.plain.
+
+    The features are normalised first if normalize_features is set. The options are those of
+    `himo_loss` from variance_threshold to gap_eps, in the order of its signature.
+    """
+    given = (check_finite, check_keep_logits_mib(HIMO_LOSS.name, None))
+    arguments = (logit_scale, normalize_features, *options)
+    terms = HIMO_LOSS.plain(backend, given, (False, None), features, *arguments)
+    return None if terms is None else HiMoTerms(*terms)

@@ -7,15 +7,48 @@ slices. Problems of a batch run one after the other.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from himo_kernels import extension
+from himo_kernels.memory import SMALL
 from himo_kernels.pca.cpu import why_not_decompose
+from himo_kernels.pca.reference import floor_of
+from himo_kernels.process_state import matmuls_are_full_float32
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_RELATIVE_FLOORS = {dtype: floor_of(dtype, "relative") for dtype in _DTYPES}
 
 
 def why_not(image_features: Tensor, *_: Tensor) -> str | None:
     """Returns why this backend cannot decompose texts of this shape, or None."""
     return why_not_decompose(image_features)
+
+
+def plain(
+    features: tuple[Tensor, Tensor],  # image_features and text_features [*, N, D]
+    logit_scale: Tensor | float,
+    normalize_features: bool,
+    variance_threshold: float,
+    variance_floor: float | str,
+    *settings: bool | float,  # from normalize_components to gap_eps, as in api.himo_loss
+) -> tuple[Tensor, ...] | None:
+    """Returns both losses [*] and the rank [*], of the normalised features if they are to be.
+
+    Returns None if the call is not plain (Operator.plain), or an argument is not valid or of
+    another type than those above, or what to cache for a gradient is not small.
+    """
+    if not torch._C.has_lapack or extension.why_not() is not None:
+        return None
+    floor = _RELATIVE_FLOORS.get(features[0].dtype)
+    if type(variance_floor) is float:
+        floor = (0.0, variance_floor)
+    elif type(variance_floor) is not str or variance_floor != "relative":
+        return None
+    if floor is None or not matmuls_are_full_float32("cpu"):
+        return None
+    given = (features, logit_scale, normalize_features, variance_threshold, floor, *settings)
+    return extension.load().himo_loss_plain(*given, SMALL)
 
 
 def himo_loss_fwd(

@@ -17,7 +17,7 @@ from himo_kernels.memory import cache_for
 HIMO_LOSS = Operator(
     "himo_loss",
     {
-        "cpu": Backend.of(cpu, "himo_loss", cpu.why_not),
+        "cpu": Backend.of(cpu, "himo_loss", cpu.why_not, plain=cpu.plain),
         "reference": Backend.of(reference, "himo_loss"),
     },
 )
@@ -100,7 +100,10 @@ def _room(features: Tensor, budget: float | None) -> dict[str, Tensor]:
 
 
 class HiMoLossFunction(torch.autograd.Function):
-    """himo_loss: both losses and the rank."""
+    """himo_loss: both losses and the rank.
+
+    A plain call on a CPU has the same in C++ (csrc/himo_loss_plain.cpp).
+    """
 
     @staticmethod
     def forward(

@@ -1,24 +1,31 @@
 """Plain calls, which one C++ function answers: the same bits as the general way, or that way."""
 
-import dataclasses
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from info_nce_cases import make_inputs
+from plain_calls import (
+    BACKWARD_OBSERVERS,
+    LAYOUTS,
+    LEAF_LAYOUTS,
+    OBSERVERS,
+    SCALES,
+    SURROUNDINGS,
+    assert_same_bits,
+    detached,
+    gradients,
+    record_answers,
+    set_plain,
+    weights_of,
+)
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import himo_kernels
 from himo_kernels import dispatch, extension
-from himo_kernels.info_nce import api, cpu
+from himo_kernels.info_nce import cpu
 from himo_kernels.info_nce.op import DUAL_INFO_NCE, INFO_NCE
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=extension.why_not() or "")
@@ -27,35 +34,10 @@ NAMES = ("info_nce", "dual_info_nce")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _set_plain(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], Any]) -> None:
-    for operator in (INFO_NCE, DUAL_INFO_NCE):
-        backend = operator.backends["cpu"]
-        changed = dataclasses.replace(backend, plain=wrap(backend.plain))
-        monkeypatch.setattr(operator, "backends", operator.backends | {"cpu": changed})
-
-
 @pytest.fixture(autouse=True)
-def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The suite may run under HIMO_KERNELS_BACKEND or HIMO_KERNELS_LOGITS_MIB.
-    monkeypatch.setattr(dispatch, "_default_backend", "auto")
-    monkeypatch.setattr(api, "_logits_mib", None)
-
-
-@pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the function answered, for each call that reached it."""
-    found: list[bool] = []
-
-    def wrap(plain: Any) -> Any:
-        def recorded(*arguments: Any) -> Any:
-            losses = plain(*arguments)
-            found.append(losses is not None)
-            return losses
-
-        return recorded
-
-    _set_plain(monkeypatch, wrap)
-    return found
+    return record_answers(monkeypatch, INFO_NCE, DUAL_INFO_NCE)
 
 
 def _losses(name: str, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -65,35 +47,8 @@ def _losses(name: str, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
 
 def _in_general(name: str, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
     with pytest.MonkeyPatch.context() as patch:
-        _set_plain(patch, lambda plain: None)
+        set_plain(patch, (INFO_NCE, DUAL_INFO_NCE), lambda plain: None)
         return _losses(name, *inputs, **options)
-
-
-def _assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    assert len(actual) == len(expected)
-    for got, wanted in zip(actual, expected, strict=True):
-        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-        assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
-        assert torch.equal(got.isnan(), wanted.isnan())
-        assert not got.requires_grad
-
-
-def _gradients(
-    losses: tuple[Tensor, ...], inputs: list[Tensor], **options: Any
-) -> tuple[Tensor, ...]:
-    weights = [loss.detach() + index - 0.5 for index, loss in enumerate(losses)]
-    return torch.autograd.grad(losses, inputs, weights, **options)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "columns": lambda x: x.mT.contiguous().mT,
-    "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "expanded": lambda x: x[..., :1, :].expand_as(x),
-    "NaN": lambda x: x.clone().fill_(float("nan")),
-    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
-    "negative view": torch._neg_view,
-}
 
 
 CASES = [
@@ -135,26 +90,13 @@ def test_the_same_bits(
     inputs = [LAYOUTS[layout](x) for x in inputs]
     losses = _losses(name, *inputs, scale, **options)
     assert answered == [layout != "negative view"]
-    _assert_same_bits(losses, _in_general(name, *inputs, scale, **options))
+    assert_same_bits(losses, _in_general(name, *inputs, scale, **options))
 
 
 def test_no_problem_at_all(answered: list[bool]) -> None:
     x = torch.ones(0, 3, 2)
     assert [loss.shape for loss in _losses("dual_info_nce", x, x, x, 1.0)] == [(0,), (0,)]
     assert answered == [True]
-
-
-SCALES: dict[str, tuple[Any, bool]] = {
-    "number": (10.1, True),  # rounded to float32, as a tensor of it would be
-    "negative": (-3.0, True),
-    "float64": (torch.tensor(10.1, dtype=torch.float64), True),
-    "bfloat16": (torch.tensor(10.1, dtype=torch.bfloat16), True),
-    "[1]": (torch.tensor([10.1]), True),
-    "infinite tensor": (torch.tensor(float("inf")), True),
-    "integer": (10, False),
-    "numpy number": (numpy.float64(10.1), False),
-    "infinity": (float("inf"), False),
-}
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -166,7 +108,7 @@ def test_every_kind_of_scale(
     image, text, _ = make_inputs("info_nce", 9, 5, dtype=dtype, generator=generator).values()
     losses = _losses("info_nce", image, text, value)
     assert answered == [plain]
-    _assert_same_bits(losses, _in_general("info_nce", image, text, value))
+    assert_same_bits(losses, _in_general("info_nce", image, text, value))
 
 
 def test_a_scale_that_float32_does_not_hold_raises_what_it_did(answered: list[bool]) -> None:
@@ -213,24 +155,6 @@ def test_a_backend_by_name_and_by_the_variable(
     assert answered == [True, True]
 
 
-class _Dispatch(TorchDispatchMode):
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        return function(*args, **(kwargs or {}))
-
-
-class _Function(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        return function(*args, **(kwargs or {}))
-
-
-OBSERVERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "a dispatch mode": _Dispatch,
-    "a function mode": _Function,
-    "the profiler": torch.profiler.profile,
-    "forward-mode AD": forward_ad.dual_level,
-}
-
-
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_an_observed_call_goes_the_general_way(observer: str, answered: list[bool]) -> None:
     x = torch.eye(6)
@@ -242,7 +166,7 @@ def test_an_observed_call_goes_the_general_way(observer: str, answered: list[boo
 
 
 @pytest.mark.parametrize(("name", "dtype", "shape", "smoothing"), CASES)
-@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"parameter", "negative view"}))
+@pytest.mark.parametrize("layout", LEAF_LAYOUTS)
 @pytest.mark.sample(40)
 def test_the_same_bits_of_gradients(
     name: str,
@@ -261,12 +185,8 @@ def test_the_same_bits_of_gradients(
     assert answered == [True]
     for loss in losses:  # the name that anomaly mode prints
         assert loss.grad_fn.name() == "torch::autograd::CppNode<himo::ContrastiveLoss>"
-    _assert_same_bits(_detached(losses), _detached(expected))
-    _assert_same_bits(_gradients(losses, inputs), _gradients(expected, inputs))
-
-
-def _detached(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.detach() for x in tensors)
+    assert_same_bits(detached(losses), detached(expected))
+    assert_same_bits(gradients(losses, inputs), gradients(expected, inputs))
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
@@ -276,8 +196,8 @@ def test_only_the_gradients_that_are_needed(
     shape = {"dtype": torch.float32, "generator": generator}
     inputs = list(make_inputs("dual_info_nce", 9, 5, **shape).values())
     inputs[which].requires_grad_()
-    expected = _gradients(_in_general("dual_info_nce", *inputs), [inputs[which]])
-    _assert_same_bits(_gradients(_losses("dual_info_nce", *inputs), [inputs[which]]), expected)
+    expected = gradients(_in_general("dual_info_nce", *inputs), [inputs[which]])
+    assert_same_bits(gradients(_losses("dual_info_nce", *inputs), [inputs[which]]), expected)
     with torch.no_grad():
         assert not himo_kernels.dual_info_nce(*inputs)[0].requires_grad
     assert answered == [True, True]
@@ -290,7 +210,7 @@ def test_one_loss_of_two(answered: list[bool], generator: torch.Generator) -> No
     losses = _losses("dual_info_nce", *inputs)
     expected = torch.autograd.grad(_in_general("dual_info_nce", *inputs)[1], inputs)
     for _ in range(2):  # the cached logits are read, not changed
-        _assert_same_bits(torch.autograd.grad(losses[1], inputs, **options), expected)
+        assert_same_bits(torch.autograd.grad(losses[1], inputs, **options), expected)
     assert answered == [True]
 
 
@@ -333,7 +253,7 @@ def test_features_changed_before_the_backward_are_an_error(answered: list[bool])
 def test_saved_tensors_pass_the_hooks(answered: list[bool], generator: torch.Generator) -> None:
     shape = {"dtype": torch.float32, "generator": generator}
     inputs = [x.requires_grad_() for x in make_inputs("info_nce", 9, 5, **shape).values()]
-    expected = _gradients(_in_general("info_nce", *inputs), inputs)
+    expected = gradients(_in_general("info_nce", *inputs), inputs)
     packed: list[torch.Size] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -343,13 +263,13 @@ def test_saved_tensors_pass_the_hooks(answered: list[bool], generator: torch.Gen
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.float()):
         losses = _losses("info_nce", *inputs)
     assert packed == [(9, 5), (9, 5), (), (9,), (9,), (1, 9, 9)]
-    _assert_same_bits(_gradients(losses, inputs), expected)
+    assert_same_bits(gradients(losses, inputs), expected)
 
     def run(*inputs: Tensor) -> Tensor:
         return himo_kernels.info_nce(*inputs)
 
     losses = (torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False),)
-    _assert_same_bits(_gradients(losses, inputs), expected)
+    assert_same_bits(gradients(losses, inputs), expected)
     assert answered == [True, True]  # the recomputation ends with an exception of a hook
 
 
@@ -364,19 +284,19 @@ def test_what_a_hook_raises_reaches_the_caller(answered: list[bool]) -> None:
     assert answered == []
 
 
-@pytest.mark.parametrize("observer", sorted(OBSERVERS.keys() - {"forward-mode AD"}))
+@pytest.mark.parametrize("observer", BACKWARD_OBSERVERS)
 def test_an_observed_backward_calls_the_operator(
     observer: str, answered: list[bool], generator: torch.Generator
 ) -> None:
     shape = {"dtype": torch.float32, "generator": generator}
     inputs = [x.requires_grad_() for x in make_inputs("dual_info_nce", 9, 5, **shape).values()]
-    expected = _gradients(_in_general("dual_info_nce", *inputs), inputs)
+    expected = gradients(_in_general("dual_info_nce", *inputs), inputs)
     losses = _losses("dual_info_nce", *inputs)
-    weights = [loss.detach() + index - 0.5 for index, loss in enumerate(losses)]
+    weights = weights_of(losses)
     with OBSERVERS[observer]() as seen:
-        gradients = torch.autograd.grad(losses, inputs, weights)
+        of_inputs = torch.autograd.grad(losses, inputs, weights)
     assert answered == [True]
-    _assert_same_bits(gradients, expected)
+    assert_same_bits(of_inputs, expected)
     if observer == "the profiler":
         assert "himo_kernels::dual_info_nce_bwd" in {event.name for event in seen.events()}
 
@@ -386,10 +306,10 @@ def test_a_batch_of_incoming_gradients(answered: list[bool], generator: torch.Ge
     inputs = [x.requires_grad_() for x in make_inputs("info_nce", 9, 5, **shape).values()]
     (loss,) = _losses("info_nce", *inputs)
     batch = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
-    gradients = torch.autograd.grad(loss, inputs, batch, is_grads_batched=True, retain_graph=True)
-    for weight, *of_weight in zip(batch, *gradients, strict=True):
+    of_inputs = torch.autograd.grad(loss, inputs, batch, is_grads_batched=True, retain_graph=True)
+    for weight, *of_weight in zip(batch, *of_inputs, strict=True):
         expected = torch.autograd.grad(loss, inputs, weight, retain_graph=True)
-        _assert_same_bits(tuple(of_weight), expected)
+        assert_same_bits(tuple(of_weight), expected)
     assert answered == [True]
 
 
@@ -399,17 +319,17 @@ def test_a_precision_allowed_before_the_backward_changes_no_bit(
 ) -> None:
     shape = {"dtype": torch.float32, "generator": generator}
     inputs = [x.requires_grad_() for x in make_inputs("info_nce", 40, 30, **shape).values()]
-    expected = _gradients(_in_general("info_nce", *inputs), inputs)
+    expected = gradients(_in_general("info_nce", *inputs), inputs)
     losses = _losses("info_nce", *inputs)
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = precision
     try:
-        gradients = _gradients(losses, inputs)
+        of_inputs = gradients(losses, inputs)
         assert matmul.fp32_precision == precision
     finally:
         matmul.fp32_precision = before
-    _assert_same_bits(gradients, expected)
+    assert_same_bits(of_inputs, expected)
     assert answered == [True]
 
 
@@ -455,15 +375,7 @@ def test_a_compiled_call_holds_the_operator(answered: list[bool]) -> None:
     losses = compiled(x, x, x, 2.0)
     assert answered == []
     assert len(graphs) == 1 and "dual_info_nce_fwd" in graphs[0]
-    _assert_same_bits(losses, himo_kernels.dual_info_nce(x, x, x, 2.0))
-
-
-SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "nothing": nullcontext,
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-}
+    assert_same_bits(losses, himo_kernels.dual_info_nce(x, x, x, 2.0))
 
 
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
@@ -476,7 +388,7 @@ def test_surroundings_change_no_bit(
         losses = _losses("info_nce", *inputs, label_smoothing=0.1)
     assert answered == [surroundings != "autocast"]
     assert losses[0].is_inference() == (surroundings == "inference_mode")
-    _assert_same_bits(losses, expected)
+    assert_same_bits(losses, expected)
 
 
 def test_an_argument_that_raises_at_every_attribute_is_named():
