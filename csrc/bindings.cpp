@@ -128,13 +128,20 @@ py::object info_nce_plain(const py::tuple& features, py::handle logit_scale,
 
 py::object himo_loss_plain(const py::tuple& features, py::handle logit_scale,
                            py::handle normalize_features, py::handle variance_threshold,
-                           const himo::Floor& floor, py::handle normalize_components,
+                           py::handle variance_floor, py::handle normalize_components,
                            py::handle label_smoothing, py::handle differentiate_keys,
                            py::handle differentiate_basis, py::handle gap_eps,
                            int64_t most_cached) {
   if (!are_floats({variance_threshold, label_smoothing, gap_eps}) ||
       !are_flags(
           {normalize_features, normalize_components, differentiate_keys, differentiate_basis})) {
+    return py::none();
+  }
+  std::optional<double> floor;
+  if (are_floats({variance_floor})) {
+    floor = PyFloat_AS_DOUBLE(variance_floor.ptr());
+  } else if (!PyUnicode_CheckExact(variance_floor.ptr()) ||
+             PyUnicode_CompareWithASCIIString(variance_floor.ptr(), "relative") != 0) {
     return py::none();
   }
   const himo::HimoLossSettings settings{

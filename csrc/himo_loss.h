@@ -50,8 +50,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
 // The arguments of himo_kernels/himo_loss/api.py that are not tensors.
 struct HimoLossSettings {
   double variance_threshold;
-  Floor floor;
-  bool normalize_features;  // of the images and texts first, as HiMoLoss does
+  std::optional<double> variance_floor;  // nothing is "relative"
+  bool normalize_features;               // of the images and texts first, as HiMoLoss does
   bool normalize_components;
   double label_smoothing;
   bool differentiate_keys, differentiate_basis;

@@ -26,12 +26,23 @@ std::pair<at::Tensor, at::Tensor> compared(const at::Tensor& images, const at::T
   return {normalize_fwd(images), normalize_fwd(texts)};
 }
 
+// The same as floor_of in himo_kernels/pca/reference.py.
+Floor floor_of(at::ScalarType dtype, const HimoLossSettings& settings) {
+  if (settings.variance_floor) return {0.0, *settings.variance_floor};
+  const int digits = dtype == at::kDouble  ? 52
+                     : dtype == at::kFloat ? 23
+                     : dtype == at::kHalf  ? 10
+                                           : 7;
+  return {std::ldexp(64.0, -2 * digits), 0.0};  // (8 eps)^2
+}
+
 HimoLossOutputs forward_of(const at::Tensor& images, const at::Tensor& texts,
                            const at::Tensor& logit_scale, const HimoLossSettings& settings,
                            const std::optional<at::Tensor>& products,
                            const std::optional<at::Tensor>& factors) {
-  return himo_loss_fwd(images, texts, logit_scale, settings.variance_threshold, settings.floor,
-                       settings.normalize_components, settings.label_smoothing, products, factors);
+  return himo_loss_fwd(images, texts, logit_scale, settings.variance_threshold,
+                       floor_of(texts.scalar_type(), settings), settings.normalize_components,
+                       settings.label_smoothing, products, factors);
 }
 
 bool are_valid(const HimoLossSettings& settings) {
@@ -40,8 +51,7 @@ bool are_valid(const HimoLossSettings& settings) {
   };
   return settings.variance_threshold > 0 && settings.variance_threshold <= 1 &&
          settings.label_smoothing >= 0 && settings.label_smoothing <= 1 &&
-         is_positive(settings.floor.first) && is_positive(settings.floor.second) &&
-         is_positive(settings.gap_eps);
+         is_positive(settings.variance_floor.value_or(0)) && is_positive(settings.gap_eps);
 }
 
 }  // namespace

@@ -13,11 +13,7 @@ from torch import Tensor
 from himo_kernels import extension
 from himo_kernels.memory import SMALL
 from himo_kernels.pca.cpu import why_not_decompose
-from himo_kernels.pca.reference import floor_of
 from himo_kernels.process_state import matmuls_are_full_float32
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_RELATIVE_FLOORS = {dtype: floor_of(dtype, "relative") for dtype in _DTYPES}
 
 
 def why_not(image_features: Tensor, *_: Tensor) -> str | None:
@@ -29,9 +25,7 @@ def plain(
     features: tuple[Tensor, Tensor],  # image_features and text_features [*, N, D]
     logit_scale: Tensor | float,
     normalize_features: bool,
-    variance_threshold: float,
-    variance_floor: float | str,
-    *settings: bool | float,  # from normalize_components to gap_eps, as in api.himo_loss
+    *options: float | str | bool,  # from variance_threshold to gap_eps, as in api.himo_loss
 ) -> tuple[Tensor, ...] | None:
     """Returns both losses [*] and the rank [*], of the normalised features if they are to be.
 
@@ -40,15 +34,10 @@ def plain(
     """
     if not torch._C.has_lapack or extension.why_not() is not None:
         return None
-    floor = _RELATIVE_FLOORS.get(features[0].dtype)
-    if type(variance_floor) is float:
-        floor = (0.0, variance_floor)
-    elif type(variance_floor) is not str or variance_floor != "relative":
+    if not matmuls_are_full_float32("cpu"):
         return None
-    if floor is None or not matmuls_are_full_float32("cpu"):
-        return None
-    given = (features, logit_scale, normalize_features, variance_threshold, floor, *settings)
-    return extension.load().himo_loss_plain(*given, SMALL)
+    given = (features, logit_scale, normalize_features, *options, SMALL)
+    return extension.load().himo_loss_plain(*given)
 
 
 def himo_loss_fwd(
