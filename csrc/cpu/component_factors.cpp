@@ -20,9 +20,13 @@ namespace {
 constexpr double kSmallest = 1e-20, kLargest = 1e20;
 // Bound on the rounding error of V B^T C^T, in units of eps |mean|.
 constexpr double kRoundings = 16;
-// From products: the rounding of V U^T is that of V X^T times |U| / |X|, here at most 4.
+// From products: V U^T is rounded to eps |V| |U|, where V X^T is to eps |V| |X|. N |mu|^2 of at
+// most kOffset sum(|X|^2) makes that 4 times as much.
 constexpr double kOffset = 16;
-// From products: the sum over W and four more products of N x N matrices must be small.
+// From products: below this gap at the cut, relative to lambda_R, the error of dU was up to 3 times
+// as large.
+constexpr double kNarrowest = 1e-3;
+// From products: limit of an N x N matrix, of which the backward takes three, beside the caches.
 constexpr int64_t kMostBytes = 1 << 20;
 
 double eps_of(at::ScalarType dtype) {
@@ -246,6 +250,8 @@ bool suits_products(const Texts& texts) {
   if (feature_side(features) || spectrum.is_nan() || spectrum.keeps_all()) return false;
   if (!is_computing_dtype(features.scalar_type()) || !spectrum.is_nonzero(rank - 1)) return false;
   if (dtype_of_products(texts) != features.scalar_type()) return false;
+  const double gap = spectrum.eigenvalues[rank - 1] - spectrum.eigenvalues[rank];
+  if (gap < kNarrowest * spectrum.gap_scale()) return false;
   const double offset = static_cast<double>(samples) * dot(texts.mean, texts.mean, width);
   if (offset > kOffset * spectrum.trace()) return false;
   // The eight products of R x D matrices against one of N x D and eight of N x R.

@@ -61,7 +61,7 @@ void add_text_gradient(const TextGradient& grad, const at::Tensor& images, const
                        const ComponentOperands& operands,
                        const at::Tensor& grad_texts);  // [N, D] acc, contiguous
 
-// grad_texts += (8), (9), (13): what does not go through V U^T. The basis is differentiated.
+// grad_texts += (13), (9) and (14): what does not go through V U^T.
 void add_text_gradient_from_products(const TextGradient& grad, const at::Tensor& images,
                                      const at::Tensor& products,  // [N, N] acc
                                      const Texts& texts, const ComponentOperands& operands,

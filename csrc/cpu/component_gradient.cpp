@@ -241,7 +241,7 @@ void add_from_products(const TextGradient& grad, const at::Tensor& images,
     multiply(of_coefficients, own.t(), square, 1, 0);
     multiply(square, x, out, 1, 1);
   } else {
-    // (14): E = dC + X dP^T with X V^T = (V U^T)^T, centred over the samples.
+    // (13): E = dC + X dP^T with X V^T = (V U^T)^T, centred over the samples.
     const auto sum = of_coefficients.clone();
     multiply(products.t(), of_query, sum, 1, 1);
     T* entries = sum.mutable_data_ptr<T>();
@@ -257,7 +257,7 @@ void add_from_products(const TextGradient& grad, const at::Tensor& images,
           return across.t().mm(last_columns(of_query, first)) + along.t() * of_mean +
                  near.t().mm(last_columns(of_coefficients, first));
         });
-    // (15)
+    // (14)
     multiply(basis_grad, own.t(), square, 1, 0);
     add_weighted<T>(own, weights, basis_grad);
     multiply(own, basis_grad.t(), square, 1, 1);

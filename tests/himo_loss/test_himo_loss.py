@@ -283,6 +283,52 @@ def test_leading_dimensions_are_independent_problems(backend, shape, generator):
     torch.testing.assert_close(scale_grad, grads[2])
 
 
+# The cpu backend computes the first from the products of images and texts, the others not: the mean
+# is too long, the gap too narrow, or too few components are kept.
+def mixed_batch(generator):
+    images, near, scale = inputs_of(generator, 24, 40, offset=0.5)
+    far = inputs_of(generator, 24, 40, offset=20.0)[1]
+    values = torch.linspace(2, 1, 20, dtype=torch.float64) * 100
+    values[10:] *= values[9] * (1 - 1e-4) / values[10]
+    narrow = hkt.controlled_spectrum(values, 24, 40, generator=generator)
+    few = hkt.power_law(24, 40, exponent=6.0, dtype=torch.float64, generator=generator)
+    texts = torch.stack([x.detach() for x in (near, far, narrow, few)])
+    images = images.detach().expand_as(texts).clone()
+    return images.requires_grad_(), texts.requires_grad_(), scale
+
+
+@per_backend
+@pytest.mark.parametrize("basis", [True, False], ids=["basis", "constant basis"])
+@per_switch
+def test_a_batch_of_which_some_are_computed_from_products(backend, basis, switches, generator):
+    inputs = mixed_batch(generator)
+    options = {**switches, "differentiate_basis": basis, "gap_eps": 1e-3}
+    expected = composed(*inputs, backend="reference", **options)
+    actual = himo_loss(*inputs, backend=backend, **options)
+    torch.testing.assert_close(tuple(actual), expected, rtol=1e-12, atol=1e-12)
+    expected = gradients(expected[:2], inputs)
+    for a, e in zip(gradients(actual[:2], inputs), expected, strict=True):
+        for of_problem, e_of_problem in zip(a, e, strict=True) if a.dim() else [(a, e)]:
+            assert hkt.relative_error(of_problem, e_of_problem) <= 1e-9
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_from_products_with_and_without_caches_is_the_same(which, generator, monkeypatch):
+    images, texts, scale = (x.detach().float() for x in inputs_of(generator, 48, 96, offset=0.5))
+    inputs = [images, texts, scale]
+    inputs[which].requires_grad_()
+    found = []
+    for budget in ("100", "0"):
+        monkeypatch.setattr(sys.modules["himo_kernels.info_nce.api"], "_logits_mib", budget)
+        losses = himo_loss(*inputs, backend="cpu")[:2]
+        found.append((*losses, *gradients(losses, [inputs[which]])))
+    with torch.no_grad():
+        alone = himo_loss(*inputs, backend="cpu")[:2]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone, found[0][:2], strict=True))
+
+
 @per_backend
 def test_scale_of_the_texts_does_not_matter(backend, generator):
     # With normalised components, the length of the rows does not change the component loss.
