@@ -280,12 +280,24 @@ HIMO_INLINE uint16_t convert(float value, uint16_t*) {
   return static_cast<uint16_t>((value != value ? 0x7fc00000 : rounded) >> 16);
 }
 
+HIMO_INLINE void store_as(float* target, Lanes<float>::type value) { store(target, value); }
+HIMO_INLINE void store_as(double* target, Lanes<double>::type value) { store(target, value); }
+HIMO_INLINE void store_as(uint16_t* target, Lanes<float>::type value) {
+  using bits_t = uint32_t __attribute__((vector_size(HIMO_VECTOR_BYTES)));
+  using half_t = uint16_t __attribute__((vector_size(HIMO_VECTOR_BYTES / 2)));
+  const bits_t bits = (bits_t)value;
+  const bits_t rounded = bits + 0x7fff + ((bits >> 16) & 1);  // ties to even
+  const bits_t result = value != value ? bits_t{} + 0x7fc00000 : rounded;
+  const half_t half = __builtin_convertvector(result >> 16, half_t);
+  __builtin_memcpy(target, &half, sizeof(half));
+}
+
 // out[j, i] = block[i, j] of a square of registers. Interleaving rows i and i + n / 2 moves a bit
 // of the row index into the column index, so log2(n) rounds transpose. Only GCC has the shuffle.
 #if defined(__GNUC__) && !defined(__clang__)
 #define HIMO_TRANSPOSE_IN_REGISTERS
-template <typename acc_t>
-HIMO_INLINE void transpose_block(const acc_t* block, int64_t stride, acc_t* out,
+template <typename acc_t, typename out_t>
+HIMO_INLINE void transpose_block(const acc_t* block, int64_t stride, out_t* out,
                                  int64_t out_stride) {
   using lanes_t = typename Lanes<acc_t>::type;
   constexpr int64_t n = Lanes<acc_t>::count;
@@ -309,7 +321,7 @@ HIMO_INLINE void transpose_block(const acc_t* block, int64_t stride, acc_t* out,
     for (int64_t i = 0; i < n; ++i) rows[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < n; ++i) store<acc_t>(out + i * out_stride, rows[i]);
+  for (int64_t i = 0; i < n; ++i) store_as(out + i * out_stride, rows[i]);
 }
 #endif
 
@@ -323,11 +335,9 @@ void transpose(const acc_t* tile, int64_t stride, int64_t rows, int64_t columns,
     int64_t j0 = 0;
 #ifdef HIMO_TRANSPOSE_IN_REGISTERS
     constexpr int64_t n = Lanes<acc_t>::count;
-    if constexpr (sizeof(acc_t) == sizeof(out_t)) {
-      for (; i1 - i0 == kStrip && j0 + n <= columns; j0 += n) {
-        for (int64_t i = i0; i < i1; i += n) {
-          transpose_block(tile + i * stride + j0, stride, out + j0 * out_stride + i, out_stride);
-        }
+    for (; i1 - i0 == kStrip && j0 + n <= columns; j0 += n) {
+      for (int64_t i = i0; i < i1; i += n) {
+        transpose_block(tile + i * stride + j0, stride, out + j0 * out_stride + i, out_stride);
       }
     }
 #endif

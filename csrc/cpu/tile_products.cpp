@@ -132,26 +132,39 @@ RightFactor<float>::RightFactor(const at::Tensor& matrix) {
 
 template <>
 RightFactor<c10::BFloat16>::RightFactor(const at::Tensor& matrix) {
-  const auto source = matrix.to(at::kBFloat16);
-  constexpr int64_t kPanel = avx512_bf16::kPanel;
+#ifdef HIMO_X86_TILE_LOOPS
+  auto source = matrix.to(at::kBFloat16);
   const int64_t inner = source.size(0), columns = source.size(1);
-  const int64_t pairs = at::divup(inner, 2), panels = at::divup(columns, kPanel);
-  storage_ = at::empty({panels, pairs, kPanel, 2}, source.options());
+  // Pairs of a transposed matrix are next to each other: 32 bits that move together.
+  const bool transposed =
+      source.stride(0) == 1 && inner % 2 == 0 && source.stride(1) % 2 == 0 &&
+      reinterpret_cast<uintptr_t>(source.const_data_ptr()) % sizeof(float) == 0;
+  if (!transposed && source.stride(1) != 1) source = source.contiguous();
+  constexpr int64_t kPanel = avx512_bf16::kPanel, kBlock = 128;  // rows of a block: 8 KiB
+  const int64_t panels = at::divup(columns, kPanel), blocks = at::divup(inner, kBlock);
+  storage_ = at::empty({panels, at::divup(inner, 2), kPanel, 2}, source.options());
   const auto* from = reinterpret_cast<const uint16_t*>(source.const_data_ptr<c10::BFloat16>());
   auto* to = reinterpret_cast<uint16_t*>(storage_.mutable_data_ptr<c10::BFloat16>());
-  const int64_t row_stride = source.stride(0), column_stride = source.stride(1);
-  at::parallel_for(0, panels * pairs, 1024, [&](int64_t begin, int64_t end) {
+  const int64_t down = source.stride(0), across = source.stride(1), panel = storage_.stride(0);
+  at::parallel_for(0, panels * blocks, 8, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t column = task / pairs * kPanel, row = task % pairs * 2;
-      uint16_t* out = to + task * kPanel * 2;
-      for (int64_t k = 0; k < kPanel; ++k) {
-        const bool inside = column + k < columns;
-        const uint16_t* value = from + row * row_stride + (column + k) * column_stride;
-        out[2 * k] = inside ? value[0] : 0;
-        out[2 * k + 1] = inside && row + 1 < inner ? value[row_stride] : 0;
+      const int64_t column = task % panels * kPanel, row = task / panels * kBlock;
+      const int64_t rows = std::min(kBlock, inner - row);
+      const int64_t count = std::min(kPanel, columns - column);
+      const uint16_t* block = from + row * down + column * across;
+      uint16_t* out = to + task % panels * panel + row * kPanel;
+      if (!transposed) {
+        avx512_bf16::interleave_rows(block, down, rows, count, out);
+        continue;
       }
+      if (count < kPanel) std::memset(out, 0, rows * kPanel * sizeof(uint16_t));
+      tile_loops().float32.transpose(reinterpret_cast<const float*>(block), across / 2, count,
+                                     rows / 2, reinterpret_cast<float*>(out), kPanel);
     }
   });
+#else
+  TORCH_INTERNAL_ASSERT(false, "bfloat16 products need AVX-512 BF16");
+#endif
 }
 
 namespace {

@@ -64,6 +64,11 @@ constexpr int64_t kPanel = 32;  // columns of a panel: two registers of float
 void multiply(const uint16_t* left, int64_t left_stride, int64_t rows, const uint16_t* panels,
               int64_t panel_stride, int64_t pairs, int64_t columns, bool add, float* product,
               int64_t product_stride);
+
+// Lays out rows [rows, columns <= 32] as a part of a panel, [ceil(rows / 2), 32, 2]: pairs of rows
+// interleaved, with zeros past the last row and column.
+void interleave_rows(const uint16_t* from, int64_t row_stride, int64_t rows, int64_t columns,
+                     uint16_t* panel);
 }  // namespace avx512_bf16
 
 }  // namespace himo::cpu
