@@ -168,7 +168,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_pairs_bwd(
                       exclude_self, products, kOfGradients);
   const auto options = query.options().dtype(accumulation_dtype(query));
   const auto gradient = [&](const at::Tensor& features, bool needed) {
-    return needed ? at::empty(features.sizes(), options) : at::empty({0}, options);
+    const auto of_features = options.dtype(gradient_dtype(features));
+    return needed ? at::empty(features.sizes(), of_features) : at::empty({0}, of_features);
   };
   const auto grad_query = gradient(query, needs_query), grad_key = gradient(key, needs_key);
   for (size_t b = 0; b < call.problems.size(); ++b) {

@@ -37,6 +37,12 @@ inline at::ScalarType accumulation_dtype(const at::Tensor& features) {
   return features.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Of gradients that the kernels of the losses write: they sum in the accumulation dtype, and round
+// the sums to bfloat16.
+inline at::ScalarType gradient_dtype(const at::Tensor& features) {
+  return features.scalar_type() == at::kBFloat16 ? at::kBFloat16 : accumulation_dtype(features);
+}
+
 inline void check_features(const char* op, const char* name, const at::Tensor& x) {
   HIMO_CHECK_CPU(op, name, x);
   HIMO_CHECK_SHAPE(x.dim() >= 2, op, name, x, "[*, N, D]");

@@ -68,26 +68,64 @@ int64_t workspace_rows(c10::ArrayRef<Problem> problems) {
   return std::min(most, std::max(least, fitting));
 }
 
+// Where the rows of a gradient are summed: in the gradient, or in other memory if the gradient is
+// bfloat16, which finish() writes. The gradient may be undefined.
+template <typename acc_t>
+class RowSums {
+ public:
+  RowSums(const at::Tensor& gradient, acc_t* memory, int64_t row)
+      : gradient_(gradient), row_(row), rounds_(is_rounded(gradient)) {
+    if (rounds_) data_ = memory;
+    if (rounds_ || !gradient.defined()) return;
+    data_ = gradient.template mutable_data_ptr<acc_t>() + row * gradient.size(1);
+  }
+
+  static bool is_rounded(const at::Tensor& gradient) {
+    return gradient.defined() && gradient.scalar_type() == at::kBFloat16;
+  }
+  acc_t* data() const { return data_; }
+  void finish(int64_t rows) const {
+    if constexpr (std::is_same_v<acc_t, float>) {
+      if (!rounds_) return;
+      const int64_t width = gradient_.size(1);
+      auto* out = gradient_.template mutable_data_ptr<c10::BFloat16>() + row_ * width;
+      tile_loops().round_bfloat16(data_, width, rows, width, reinterpret_cast<uint16_t*>(out),
+                                  width);
+    }
+  }
+
+ private:
+  const at::Tensor& gradient_;
+  int64_t row_;
+  bool rounds_;
+  acc_t* data_ = nullptr;
+};
+
 // Multiplies a chunk of factor dL/dS, transposed [problems, N, chunk], by its queries; the result
-// is added to grad_key, or written there for the first chunk.
+// is added to grad_key, or written there for the first chunk. sums [problems, N, K] is used if
+// grad_key is bfloat16.
 template <typename factor_t, typename gradient_t, typename Problem>
 void multiply_queries(c10::ArrayRef<Problem> problems, const gradient_t* transposed, int64_t chunk,
-                      int64_t chunk_row, int64_t chunk_rows, Interrupt& interrupt) {
+                      int64_t chunk_row, int64_t chunk_rows, accumulator_t<factor_t>* sums,
+                      Interrupt& interrupt) {
   const int64_t keys = problems[0].key.size(0), key_blocks = at::divup(keys, kRows);
   const int64_t count = problems.size(), inner = problems[0].query.size(1);
   std::vector<RightFactor<gradient_t>> queries;
   for (const auto& problem : problems) {
     queries.emplace_back(problem.query.narrow(0, chunk_row, chunk_rows));
   }
+  const bool is_last = chunk_row + chunk_rows == problems[0].query.size(0);
   at::parallel_for(0, count * key_blocks, 1, [&](int64_t begin, int64_t end) {
     const ProductScope scope;
     for (int64_t task = begin; task < end; ++task) {
       if (interrupt.poll()) return;
       const int64_t b = task / key_blocks, key = task % key_blocks * kRows;
-      auto* grad_key =
-          problems[b].grad_key.template mutable_data_ptr<accumulator_t<factor_t>>() + key * inner;
-      queries[b].multiply(transposed + (b * keys + key) * chunk, chunk, std::min(kRows, keys - key),
-                          0, chunk_rows, 0, inner, /*add=*/chunk_row > 0, grad_key, inner);
+      const int64_t rows = std::min(kRows, keys - key);
+      const RowSums<accumulator_t<factor_t>> grad_key(problems[b].grad_key,
+                                                      sums + (b * keys + key) * inner, key);
+      queries[b].multiply(transposed + (b * keys + key) * chunk, chunk, rows, 0, chunk_rows, 0,
+                          inner, /*add=*/chunk_row > 0, grad_key.data(), inner);
+      if (is_last) grad_key.finish(rows);
     }
   });
 }
@@ -96,6 +134,7 @@ void multiply_queries(c10::ArrayRef<Problem> problems, const gradient_t* transpo
 // into the gradients that are defined. gradient writes factor dL/dS [rows, padded(columns)],
 // zero-padded: its row part, and its column part, which is null unless halves is set; without
 // halves, row_part receives the sum of both. The tiles of a row block come one after the other.
+// With add_to_query, which needs a grad_query of acc_t, its values are added to.
 template <typename factor_t, typename gradient_t, typename Problem, typename Factors,
           typename Gradient>
 void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Factors>& factors,
@@ -115,13 +154,17 @@ void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Facto
   // factor dL/dS of a chunk of rows, transposed: [problems, N, chunk]
   const auto workspace = at::empty({needs_key ? count * keys * chunk : 0}, options_of_factor);
   gradient_t* const transposed = workspace.template mutable_data_ptr<gradient_t>();
+  // Sums of gradients that are rounded: of a row block, and of all keys.
+  const int64_t row_sums = RowSums<acc_t>::is_rounded(problems[0].grad_query) ? kRows * inner : 0;
+  const bool rounds_keys = RowSums<acc_t>::is_rounded(problems[0].grad_key);
+  const auto key_sums = at::empty({rounds_keys ? count * keys * inner : 0}, options_of_acc);
 
   for (int64_t chunk_row = 0; chunk_row < samples; chunk_row += chunk) {
     const int64_t chunk_rows = std::min(chunk, samples - chunk_row);
     const int64_t chunk_blocks = at::divup(chunk_rows, kRows);
     at::parallel_for(0, count * chunk_blocks, 1, [&](int64_t begin, int64_t end) {
       const ProductScope scope;
-      const auto scratch = at::empty({3 * kRows * kColumns}, options_of_acc);
+      const auto scratch = at::empty({3 * kRows * kColumns + row_sums}, options_of_acc);
       const auto rounded = at::empty({kRows * kColumns}, options_of_factor);
       acc_t* const products = scratch.template mutable_data_ptr<acc_t>();
       acc_t* const row_part = products + kRows * kColumns;
@@ -131,6 +174,7 @@ void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Facto
         const int64_t row = chunk_row + task % chunk_blocks * kRows;
         const int64_t rows = std::min(kRows, samples - row);
         const auto& problem = problems[b];
+        const RowSums<acc_t> grad_query(problem.grad_query, products + 3 * kRows * kColumns, row);
         for (int64_t column = 0; column < keys; column += kColumns) {
           if (interrupt.poll()) return;
           const int64_t columns = std::min(kColumns, keys - column), width = padded(columns);
@@ -141,17 +185,19 @@ void multiply_gradients(c10::ArrayRef<Problem> problems, const std::vector<Facto
             factors[b].keys.multiply(
                 as_factor(row_part, rows, width, rounded.template mutable_data_ptr<gradient_t>()),
                 width, rows, column, columns, 0, inner, /*add=*/column > 0 || add_to_query,
-                problem.grad_query.template mutable_data_ptr<acc_t>() + row * inner, inner);
+                grad_query.data(), inner);
           }
           if (needs_key) {
             transpose(column_part == nullptr ? row_part : column_part, width, rows, columns,
                       transposed + (b * keys + column) * chunk + (row - chunk_row), chunk);
           }
         }
+        grad_query.finish(rows);
       }
     });
     if (needs_key) {
-      multiply_queries<factor_t>(problems, transposed, chunk, chunk_row, chunk_rows, interrupt);
+      multiply_queries<factor_t>(problems, transposed, chunk, chunk_row, chunk_rows,
+                                 key_sums.template mutable_data_ptr<acc_t>(), interrupt);
     }
   }
 }

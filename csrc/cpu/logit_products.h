@@ -22,8 +22,9 @@ struct Logits {
   at::Tensor query;       // [M, K], any strides
   at::Tensor key;         // [N, K], any strides, dtype of query
   at::Tensor products;    // [M, N] acc: query key^T, cached for the backward; or undefined
-  at::Tensor grad_query;  // [M, K] acc, contiguous; undefined if not needed
-  at::Tensor grad_key;    // [N, K] acc, contiguous; undefined if not needed
+  // Undefined if not needed. A gradient of bfloat16 is summed in float and rounded once.
+  at::Tensor grad_query;  // [M, K] acc or bfloat16, contiguous
+  at::Tensor grad_key;    // [N, K] acc or bfloat16, contiguous
 };
 
 // The features laid out for the tile products of the logits and of the gradients.
