@@ -32,8 +32,9 @@ std::vector<at::Tensor> info_nce_pairs_fwd(const at::Tensor& query,        // [*
                                            bool exclude_self, double label_smoothing,
                                            const std::optional<at::Tensor>& products);
 
-// Returns the gradients of query and key, empty if not needed, and of logit_scale []. products is
-// the tensor that the forward wrote; without it the products are recomputed.
+// Returns the gradients of query and key, empty if not needed, and of logit_scale [], float32 or
+// float64; of bfloat16 query and key, in bfloat16. products is the tensor that the forward wrote;
+// without it the products are recomputed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_pairs_bwd(
     const at::Tensor& query,        // [*, N, K]
     const at::Tensor& key,          // [*, M, K]

@@ -19,9 +19,9 @@ inline const auto& loops_of(double) { return tile_loops().float64; }
 // The features of a problem whose logits are scale query key^T, and their gradients. acc is float,
 // or double for double features.
 struct Logits {
-  at::Tensor query;       // [M, K], any strides
-  at::Tensor key;         // [N, K], any strides, dtype of query
-  at::Tensor products;    // [M, N] acc: query key^T, cached for the backward; or undefined
+  at::Tensor query;     // [M, K], any strides
+  at::Tensor key;       // [N, K], any strides, dtype of query
+  at::Tensor products;  // [M, N] acc: query key^T, cached for the backward; or undefined
   // Undefined if not needed. A gradient of bfloat16 is summed in float and rounded once.
   at::Tensor grad_query;  // [M, K] acc or bfloat16, contiguous
   at::Tensor grad_key;    // [N, K] acc or bfloat16, contiguous

@@ -136,11 +136,10 @@ RightFactor<c10::BFloat16>::RightFactor(const at::Tensor& matrix) {
   auto source = matrix.to(at::kBFloat16);
   const int64_t inner = source.size(0), columns = source.size(1);
   // Pairs of a transposed matrix are next to each other: 32 bits that move together.
-  const bool transposed =
-      source.stride(0) == 1 && inner % 2 == 0 && source.stride(1) % 2 == 0 &&
-      reinterpret_cast<uintptr_t>(source.const_data_ptr()) % sizeof(float) == 0;
+  const bool transposed = source.stride(0) == 1 && inner % 2 == 0 && source.stride(1) % 2 == 0 &&
+                          reinterpret_cast<uintptr_t>(source.const_data_ptr()) % sizeof(float) == 0;
   if (!transposed && source.stride(1) != 1) source = source.contiguous();
-  constexpr int64_t kPanel = avx512_bf16::kPanel, kBlock = 128;  // rows of a block: 8 KiB
+  constexpr int64_t kPanel = avx512_bf16::kPanel, kBlock = 256;  // rows of a block: 16 KiB
   const int64_t panels = at::divup(columns, kPanel), blocks = at::divup(inner, kBlock);
   storage_ = at::empty({panels, at::divup(inner, 2), kPanel, 2}, source.options());
   const auto* from = reinterpret_cast<const uint16_t*>(source.const_data_ptr<c10::BFloat16>());

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -280,6 +281,65 @@ def test_rounded_gradients_of_wide_bfloat16_are_no_worse_than_autocast(
         error = relative_error(gradient, exact[argument])
         eager_error = relative_error(eager[argument], exact[argument])
         assert error <= max(eager_error, torch.finfo(torch.bfloat16).eps / 2), argument
+
+
+def with_one_direction(features: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
+    leaves = [x.clone().requires_grad_() for x in features]
+    loss = himo_kernels.info_nce(*leaves, 10.0, directions="rows", backend=backend)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("samples", [100, 300, 600, 1100])  # up to three chunks of rows
+def test_bfloat16_gradients_are_sums_rounded_once(samples: int, generator: torch.Generator) -> None:
+    features = [
+        torch.randn(samples, 33, generator=generator, dtype=torch.float64).div(6).bfloat16()
+        for _ in range(2)
+    ]
+    loss, *gradients = with_one_direction(features, "cpu")
+    exact_loss, *exact = with_one_direction([x.double() for x in features], "reference")
+    assert relative_error(loss, exact_loss) <= 1e-6
+    for gradient, expected in zip(gradients, exact, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        # From 256 samples on, dL/dS is rounded too.
+        rounding = relative_error(expected.bfloat16(), expected)
+        bound = 1.01 * rounding if samples < 256 else torch.finfo(torch.bfloat16).eps / 2
+        assert relative_error(gradient, expected) <= bound
+
+
+def one_element_into_memory(value: torch.Tensor) -> torch.Tensor:
+    return value.new_empty(value.numel() + 1)[1:].view(value.shape).copy_(value)
+
+
+def rows_of_odd_length(value: torch.Tensor) -> torch.Tensor:
+    length = value.shape[1] + 1 + value.shape[1] % 2
+    return value.new_zeros(len(value), length)[:, : value.shape[1]].copy_(value)
+
+
+def columns_first(value: torch.Tensor) -> torch.Tensor:
+    return value.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("layout", [one_element_into_memory, rows_of_odd_length, columns_first])
+@pytest.mark.parametrize("width", [1, 64, 65])
+def test_layouts_of_bfloat16_give_the_same_bits(
+    layout: Callable[[torch.Tensor], torch.Tensor], width: int, generator: torch.Generator
+) -> None:
+    # Pairs of numbers are moved as 32 bits where their addresses allow it.
+    features = [torch.randn(270, width, generator=generator).bfloat16() for _ in range(2)]
+    expected = losses_and_gradients(Target("info_nce", "cpu", "cpu"), named(*features))
+    laid_out = named(*map(layout, features))
+    losses, gradients = losses_and_gradients(Target("info_nce", "cpu", "cpu"), laid_out)
+    assert torch.equal(losses[0], expected[0][0])
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected[1][name]), name
+
+
+def named(image_features: torch.Tensor, text_features: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "image_features": image_features,
+        "text_features": text_features,
+        "logit_scale": torch.tensor(0.5),
+    }
 
 
 LONG = """
