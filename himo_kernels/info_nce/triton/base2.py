@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+REST_OF_LOG2E = tl.constexpr(1.9259629911e-08)  # log2 e minus its float32
 LN2 = tl.constexpr(0.6931471805599453)
+REST_OF_LN2 = tl.constexpr(-1.9046542121e-09)
 
 # exp2 is 0 below 2^-126, and sums of columns are relative to the largest shift of the rows. What is
 # lost from a sum of at least SMALLEST is below its rounding.
@@ -38,6 +40,24 @@ def power(products, t, shift):
 
 
 @triton.jit
+def power_of_difference(a, b):
+    """Returns exp2(a - b), of the difference before it is rounded.
+
+    At 60 bits the rounding would be 1e-6 of the result.
+    """
+    difference, lost = difference_of(a, b)
+    return tl.exp2(difference) * tl.fma(lost, LN2, 1.0)
+
+
+@triton.jit
+def difference_of(a, b):
+    """Returns a - b and what its rounding takes: Knuth's two-sum."""
+    difference = a - b
+    of_b = difference - a
+    return difference, (a - (difference - of_b)) - (b + of_b)
+
+
+@triton.jit
 def finite_shift(maximum):
     """Returns the maximum to subtract before exp, with 0 for -inf: -inf - -inf would be NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -56,7 +76,8 @@ def sums(
     """
     # The weights come first, so that no power is held in a register while warps exchange `top`.
     top = tl.max(row_max, 0)
-    weights = tl.exp2(row_max - finite_shift(top))
+    weights = power_of_difference(finite_shift(row_max), finite_shift(top))
+    weights = tl.where(row_max == float("-inf"), 0.0, weights)
     powers = power(products, t, finite_shift(row_max)[:, None])
     return tl.sum(powers, 1), tl.sum(powers * weights[:, None], 0), top
 
@@ -90,20 +111,21 @@ def softmaxes(
         unit,
     )
     top = tl.max(tl.where(row_mask, row_log, float("-inf")), 0)
-    positives = load(column_positives_ptr, column_start, column_mask)
-    nll = load(column_nll_ptr, column_start, column_mask)
-    weight = load(column_weight_ptr, column_start, column_mask)
-    fall = tl.fma(nll, -LOG2E, tl.fma(positives, -unit, top))  # top - b_j
-    if tl.max(tl.where(column_mask, fall, float("-inf")), 0) < RANGE:
-        fall = tl.exp2(fall) * weight
-        of_columns = tl.exp2(row_log - top)[:, None] * fall[None, :]
-        powers = power(products, t, row_log[:, None])
-        of_rows = powers * row_factor[:, None]
+    column_log, column_factor = log_sum(
+        load(column_positives_ptr, column_start, column_mask),
+        load(column_nll_ptr, column_start, column_mask),
+        load(column_weight_ptr, column_start, column_mask),
+        unit,
+    )
+    powers = power(products, t, row_log[:, None])
+    of_rows = powers * row_factor[:, None]
+    if tl.max(tl.where(column_mask, top - column_log, float("-inf")), 0) < RANGE:
+        weights = power_of_difference(row_log, top)
+        columns = power_of_difference(top, column_log) * column_factor
+        of_columns = weights[:, None] * columns[None, :]
         of_columns = powers * ((row_factor[:, None] + of_columns) if ADDED else of_columns)
     else:
-        column_log, column_factor = log_sum(positives, nll, weight, unit)
         of_columns = power(products, t, column_log[None, :]) * column_factor[None, :]
-        of_rows = power(products, t, row_log[:, None]) * row_factor[:, None]
         if ADDED:
             of_columns += of_rows
     return of_columns if ADDED else of_rows, of_columns
@@ -113,10 +135,12 @@ def softmaxes(
 def log_sum(positives, nll, weight, unit):
     """Returns log2 of the sum of exp of a softmax, and a factor: w P = exp2(t d - log) factor."""
     bits = nll * LOG2E
-    # Near 144 bits, rounding the sum would leave an error of 5e-6 in a whole row. The factor has
-    # what the rounding took.
+    # Near 144 bits, rounding the sum would leave an error of 5e-6 in a whole row, and rounding the
+    # bits of a nll of 40 one of 1e-6. The factor has what the roundings took.
+    lost = tl.fma(nll, LOG2E, -bits) + nll * REST_OF_LOG2E
     log = tl.fma(positives, unit, bits)
-    return log, weight * tl.exp2(-(tl.fma(positives, unit, -log) + bits))
+    rounded = tl.fma(positives, unit, -log) + bits
+    return log, weight * tl.exp2(-(rounded + lost))
 
 
 @triton.jit

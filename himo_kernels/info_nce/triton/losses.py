@@ -16,10 +16,13 @@ from himo_kernels.info_nce.triton.base2 import (
     LEAST,
     LN2,
     LOG2E,
+    REST_OF_LN2,
     SMALLEST,
     base2,
+    difference_of,
     finite_shift,
     power,
+    power_of_difference,
     sums,
 )
 from himo_kernels.info_nce.triton.logits import (
@@ -255,7 +258,9 @@ def _merged(
         new_max = tl.maximum(total_max, tl.max(maximum, 0))
         shift = finite_shift(new_max)
         total = total * tl.exp2(total_max - shift)
-        total += tl.sum(summed * tl.exp2(maximum - shift[None, :]), 0)
+        weights = power_of_difference(finite_shift(maximum), shift[None, :])
+        weights = tl.where(maximum == float("-inf"), 0.0, weights)
+        total += tl.sum(summed * weights, 0)
         total_max = new_max
     return total_max, total
 
@@ -343,9 +348,20 @@ def log_odds_kernel(
 
 @triton.jit
 def _log_odds(maximum, total, positives, unit):
-    # Subtract the positive, near 144 bits as the maximum, first: the difference is exact, and small
-    # where accuracy matters. unit * positive is in bits.
-    return -tl.fma(positives, unit, -maximum) * LN2 + tl.log(total)
+    # total may be as small as SMALLEST, so its exponent joins the maximum, which is exact. Then
+    # subtract the positive, near 144 bits as the maximum: the difference is small where accuracy
+    # matters. unit * positive is in bits.
+    bits = total.to(tl.int32, bitcast=True)
+    exponent = tl.where((total >= SMALLEST) & (total < float("inf")), (bits >> 23) - 127, 0)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    mantissa = tl.where((total >= SMALLEST) & (total < float("inf")), mantissa, total)
+    # At 60 bits each rounding would be 1e-6 of a whole row of P, so only the last sum is rounded.
+    positive = positives * unit
+    above, lost = difference_of(maximum + exponent, positive)
+    lost -= tl.fma(positives, unit, -positive)
+    nats = above * LN2
+    lost = tl.fma(above, LN2, -nats) + tl.fma(above, REST_OF_LN2, lost * LN2)
+    return nats + (tl.log(mantissa) + lost)
 
 
 @triton.jit
