@@ -167,9 +167,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_pairs_bwd(
   auto call = call_of(query, key, logit_scale, rows, columns, row_labels, column_labels,
                       exclude_self, products, kOfGradients);
   const auto options = query.options().dtype(accumulation_dtype(query));
+  // The kernel rounds the gradients of bfloat16 where it multiplies bfloat16.
+  const bool rounds = query.scalar_type() == at::kBFloat16 && cpu::multiplies_bfloat16();
+  const auto of_gradients = rounds ? options.dtype(at::kBFloat16) : options;
   const auto gradient = [&](const at::Tensor& features, bool needed) {
-    const auto of_features = options.dtype(gradient_dtype(features));
-    return needed ? at::empty(features.sizes(), of_features) : at::empty({0}, of_features);
+    return needed ? at::empty(features.sizes(), of_gradients) : at::empty({0}, of_gradients);
   };
   const auto grad_query = gradient(query, needs_query), grad_key = gradient(key, needs_key);
   for (size_t b = 0; b < call.problems.size(); ++b) {

@@ -33,8 +33,8 @@ std::vector<at::Tensor> info_nce_pairs_fwd(const at::Tensor& query,        // [*
                                            const std::optional<at::Tensor>& products);
 
 // Returns the gradients of query and key, empty if not needed, and of logit_scale [], float32 or
-// float64; of bfloat16 query and key, in bfloat16. products is the tensor that the forward wrote;
-// without it the products are recomputed.
+// float64; of bfloat16 query and key in bfloat16 if the machine multiplies it. products is the
+// tensor that the forward wrote; without it the products are recomputed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_pairs_bwd(
     const at::Tensor& query,        // [*, N, K]
     const at::Tensor& key,          // [*, M, K]
