@@ -58,7 +58,7 @@ bool are_valid(const HimoLossSettings& settings) {
 
 // The same as the autograd function of himo_kernels/himo_loss/op.py, after those of normalize if
 // the features are normalised. Saves the tensors in the order of the backward's schema, then the
-// features as given. torch names the node after it, so it has no unnamed namespace.
+// features as given that need one. torch names the node after it, so it has no unnamed namespace.
 struct HiMoLoss : torch::autograd::Function<HiMoLoss> {
   static constexpr size_t kSaved = 11;  // of the schema, without the caches
 
@@ -87,8 +87,10 @@ struct HiMoLoss : torch::autograd::Function<HiMoLoss> {
                         products,
                         factors};
     if (settings.normalize_features) {
-      saved.push_back(image_features);
-      saved.push_back(text_features);
+      // Those without a gradient may change before the backward, or be of inference mode.
+      for (const auto& x : {image_features, text_features}) {
+        saved.push_back(x.requires_grad() ? x : at::Tensor());
+      }
     }
     context->save_for_backward(std::move(saved));
     context->mark_non_differentiable({rank});

@@ -373,9 +373,10 @@ def test_a_second_order_gradient_raises_what_it_did(name: str, answered: list[bo
 
 @each_call
 def test_features_changed_before_the_backward_are_an_error(name: str, answered: list[bool]) -> None:
-    x, y = torch.eye(6, requires_grad=True), torch.eye(6)
+    x, y = torch.eye(6, requires_grad=True), torch.eye(6).requires_grad_()
     terms = CALLS[name]({})(x, y, 2.0)
-    y.add_(1)
+    with torch.no_grad():
+        y.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         terms[0].backward()
     assert answered == [True]
@@ -473,6 +474,26 @@ def test_a_precision_allowed_at_any_time_changes_no_bit(
     assert_same_bits(of_inputs, expected)
     assert_same_bits(gradients(losses, inputs), expected)
     assert answered == [True, False, False]  # of HiMoLoss, then of himo_loss
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["images", "texts"])
+def test_frozen_features_are_saved_only_normalised(
+    frozen: int, answered: list[bool], generator: torch.Generator
+) -> None:
+    *features, scale = _inputs((24, 40), torch.float32, generator)
+    features[1 - frozen].requires_grad_()
+    (expected,) = torch.autograd.grad(HiMoLoss()(*features, scale), features[1 - frozen])
+    with torch.inference_mode():  # its tensors cannot be saved for a backward
+        of_inference = features[frozen].clone()
+    given = list(features)
+    given[frozen] = of_inference
+    (grad,) = torch.autograd.grad(HiMoLoss()(*given, scale), features[1 - frozen])
+    given[frozen] = features[frozen].clone()
+    loss = HiMoLoss()(*given, scale)
+    given[frozen].zero_()  # as a loader does that fills one buffer
+    (of_changed,) = torch.autograd.grad(loss, features[1 - frozen])
+    assert answered == [True] * 3
+    assert_same_bits((grad, of_changed), (expected, expected))
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
