@@ -59,7 +59,7 @@ class Problems {
     }
     if (factors) factors_ = flatten_lead(*factors, 1);
     for (int64_t b = 0; b < count(); ++b)
-      from_products_.push_back(cpu::suits_products(this->texts(b)));
+      from_products_.push_back(cpu::suits_products(this->images(b), this->texts(b)));
   }
 
   int64_t count() const { return images_.size(0); }

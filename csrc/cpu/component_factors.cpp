@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "common/check.h"
 #include "cpu/centring.h"
@@ -23,6 +24,10 @@ constexpr double kRoundings = 16;
 // From products: V U^T is rounded to eps |V| |U|, where V X^T is to eps |V| |X|. N |mu|^2 of at
 // most kOffset sum(|X|^2) makes that 4 times as much.
 constexpr double kOffset = 16;
+// From products: images and texts that share a direction have products v . mu, next to which v . x
+// is rounded. D mean((v . mu)^2) of at most kCommon mean(|v|^2) mean(|x|^2) made the error of dU at
+// most 4 times as much; above 64 it was beyond what tests allow.
+constexpr double kCommon = 16;
 // From products: below this gap at the cut, relative to lambda_R, the error of dU was up to 3 times
 // as large.
 constexpr double kNarrowest = 1e-3;
@@ -243,7 +248,42 @@ ComponentOperands component_operands(const at::Tensor& images, const Texts& text
   return operands;
 }
 
-bool suits_products(const Texts& texts) {
+namespace {
+
+// Returns whether V mu is small enough for (11): see kCommon.
+template <typename scalar_t>
+bool is_apart_from_mean(const at::Tensor& images, const Texts& texts) {
+  constexpr int64_t kLanes = 8;  // sums that do not wait for each other
+  const auto rows = images.contiguous();
+  const int64_t samples = rows.size(0), width = rows.size(1);
+  const scalar_t* values = rows.template const_data_ptr<scalar_t>();
+  double along_mean = 0, squares = 0;  // sums of (v_i . mu)^2 and |v_i|^2
+  for (int64_t i = 0; i < samples; ++i, values += width) {
+    double along[kLanes] = {}, square[kLanes] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= width; k += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const double value = values[k + lane];
+        along[lane] += value * texts.mean[k + lane];
+        square[lane] += value * value;
+      }
+    }
+    for (; k < width; ++k) {
+      along[0] += static_cast<double>(values[k]) * texts.mean[k];
+      square[0] += static_cast<double>(values[k]) * values[k];
+    }
+    const double product = std::accumulate(along, along + kLanes, 0.0);
+    along_mean += product * product;
+    squares = std::accumulate(square, square + kLanes, squares);
+  }
+  // Not fulfilled by NaN.
+  return along_mean * static_cast<double>(width * samples) <=
+         kCommon * squares * texts.spectrum.trace();
+}
+
+}  // namespace
+
+bool suits_products(const at::Tensor& images, const Texts& texts) {
   const auto& spectrum = texts.spectrum;
   const auto& features = texts.features;
   const int64_t samples = features.size(0), width = features.size(1), rank = spectrum.rank;
@@ -255,8 +295,12 @@ bool suits_products(const Texts& texts) {
   const double offset = static_cast<double>(samples) * dot(texts.mean, texts.mean, width);
   if (offset > kOffset * spectrum.trace()) return false;
   // The eight products of R x D matrices against one of N x D and eight of N x R.
-  return samples * samples * features.element_size() <= kMostBytes &&
-         8 * rank * (width - samples) > samples * width;
+  if (samples * samples * features.element_size() > kMostBytes ||
+      8 * rank * (width - samples) <= samples * width) {
+    return false;
+  }
+  return features.scalar_type() == at::kDouble ? is_apart_from_mean<double>(images, texts)
+                                               : is_apart_from_mean<float>(images, texts);
 }
 
 ComponentOperands operands_from_products(const at::Tensor& products, const Texts& texts,

@@ -40,8 +40,8 @@ ComponentOperands component_operands(const at::Tensor& images,  // [N, D]
                                      const Texts& texts, bool normalize, const at::Tensor& cache,
                                      bool filled);
 
-// Whether the component loss of these texts is computed from V U^T; README "From the products".
-bool suits_products(const Texts& texts);
+// Whether the component loss is computed from V U^T, V the images; README "From the products".
+bool suits_products(const at::Tensor& images, const Texts& texts);
 
 // The operands from V U^T, with A of (11).
 ComponentOperands operands_from_products(const at::Tensor& products,  // [N, N] acc

@@ -312,6 +312,30 @@ def test_a_batch_of_which_some_are_computed_from_products(backend, basis, switch
             assert hkt.relative_error(of_problem, e_of_problem) <= 1e-9
 
 
+@per_backend
+@pytest.mark.parametrize(
+    "offsets", [(0.0, 0.0), (0.3, 0.5), (1.0, 1.0), (2.0, 2.0), (3.0, 1.0)], ids=str
+)
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_images_and_texts_that_share_a_direction(backend, offsets, scale, generator):
+    # Their products are mostly v . mu, next to which what distinguishes the texts is rounded.
+    shape, options = (128, 512), {"dtype": torch.float64, "generator": generator}
+    shared = F.normalize(torch.randn(512, **options), dim=0)
+    texts = hkt.power_law(*shape, mean_offset=0.0, normalize=True, **options)
+    images = texts + hkt.power_law(*shape, mean_offset=0.0, normalize=True, **options)
+    given = (
+        F.normalize(F.normalize(x, dim=-1) + offset * shared, dim=-1).float().requires_grad_()
+        for x, offset in zip((images, texts), offsets, strict=True)
+    )
+    inputs = [*given, torch.tensor(scale, requires_grad=True)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = gradients(stated(*wide), wide)
+    eager = gradients(composed(*inputs, backend="reference", gap_eps=0.0)[:2], inputs)
+    actual = gradients(himo_loss(*inputs, gap_eps=0.0, backend=backend)[:2], inputs)
+    for name, a, e, x in zip(("images", "texts", "scale"), actual, eager, exact, strict=True):
+        hkt.assert_within_budget(name, a, e, x, terms=512, constant=1 + scale / 4)
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_from_products_with_and_without_caches_is_the_same(which, generator, monkeypatch):

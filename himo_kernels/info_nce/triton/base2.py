@@ -117,15 +117,16 @@ def softmaxes(
         load(column_weight_ptr, column_start, column_mask),
         unit,
     )
-    powers = power(products, t, row_log[:, None])
-    of_rows = powers * row_factor[:, None]
     if tl.max(tl.where(column_mask, top - column_log, float("-inf")), 0) < RANGE:
         weights = power_of_difference(row_log, top)
         columns = power_of_difference(top, column_log) * column_factor
         of_columns = weights[:, None] * columns[None, :]
+        powers = power(products, t, row_log[:, None])
+        of_rows = powers * row_factor[:, None]
         of_columns = powers * ((row_factor[:, None] + of_columns) if ADDED else of_columns)
     else:
         of_columns = power(products, t, column_log[None, :]) * column_factor[None, :]
+        of_rows = power(products, t, row_log[:, None]) * row_factor[:, None]
         if ADDED:
             of_columns += of_rows
     return of_columns if ADDED else of_rows, of_columns
