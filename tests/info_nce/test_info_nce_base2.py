@@ -67,10 +67,12 @@ def assert_right(table: Tensor, scale: float = 1.0, differentiate_keys: bool = T
     _, gradients = losses_and_gradients(TRITON, inputs, **options)
     _, truths = losses_and_gradients(eager_losses, exact, **options)
     # The image's gradient is s dS, each entry a probability / N.
+    # The nll of each row is stored in float32; its rounding is a relative error of P.
+    rtol = max(1e-5, table.abs().max().item() * torch.finfo(torch.float32).eps / 2)
     for name in ("image_features", "text_features"):
         largest = truths[name].abs().max()
         torch.testing.assert_close(
-            gradients[name].double(), truths[name], rtol=1e-5, atol=2e-6 * float(largest)
+            gradients[name].double(), truths[name], rtol=rtol, atol=2e-6 * float(largest)
         )
 
 

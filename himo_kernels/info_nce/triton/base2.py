@@ -54,7 +54,8 @@ def difference_of(a, b):
     """Returns a - b and what its rounding takes: Knuth's two-sum."""
     difference = a - b
     of_b = difference - a
-    return difference, (a - (difference - of_b)) - (b + of_b)
+    lost = (a - (difference - of_b)) - (b + of_b)
+    return difference, tl.where(tl.abs(difference) < float("inf"), lost, 0.0)
 
 
 @triton.jit

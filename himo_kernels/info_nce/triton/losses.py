@@ -361,7 +361,7 @@ def _log_odds(maximum, total, positives, unit):
     lost -= tl.fma(positives, unit, -positive)
     nats = above * LN2
     lost = tl.fma(above, LN2, -nats) + tl.fma(above, REST_OF_LN2, lost * LN2)
-    return nats + (tl.log(mantissa) + lost)
+    return nats + (tl.log(mantissa) + tl.where(tl.abs(above) < float("inf"), lost, 0.0))
 
 
 @triton.jit
