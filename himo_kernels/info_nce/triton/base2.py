@@ -51,11 +51,10 @@ def power_of_difference(a, b):
 
 @triton.jit
 def difference_of(a, b):
-    """Returns a - b and what its rounding takes: Knuth's two-sum."""
+    """Returns a - b and what its rounding takes, NaN of an infinite difference: Knuth's two-sum."""
     difference = a - b
     of_b = difference - a
-    lost = (a - (difference - of_b)) - (b + of_b)
-    return difference, tl.where(tl.abs(difference) < float("inf"), lost, 0.0)
+    return difference, (a - (difference - of_b)) - (b + of_b)
 
 
 @triton.jit
