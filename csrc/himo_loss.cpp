@@ -3,10 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
-#include <algorithm>
 #include <cmath>
 #include <utility>
-#include <vector>
 
 #include "common/check.h"
 #include "common/shapes.h"
@@ -45,21 +43,21 @@ void check_values(const char* name, const at::Tensor& values, at::IntArrayRef sh
   HIMO_CHECK_SHAPE(values.sizes().equals(shape), kOp, name, values, shape);
 }
 
+// The logits of one of the two losses.
+Optional products_of(const Optional& products, int64_t loss) {
+  return products ? Optional(products->select(0, loss)) : std::nullopt;
+}
+
 // The problems of a batch, with the leading dimensions flattened.
 class Problems {
  public:
   Problems(const at::Tensor& images, const at::Tensor& texts, Decomposition decomposition,
-           const Optional& products, const Optional& factors)
+           const Optional& component_products, const Optional& factors)
       : images_(flatten_lead(images.resolve_neg(), 2)),
         texts_(flatten_lead(texts.resolve_neg(), 2)),
         decomposition_(std::move(decomposition)) {
-    if (products) {
-      shared_ = flatten_lead(products->select(0, 0), 2);
-      products_ = flatten_lead(products->select(0, 1), 2);
-    }
+    if (component_products) products_ = flatten_lead(*component_products, 2);
     if (factors) factors_ = flatten_lead(*factors, 1);
-    for (int64_t b = 0; b < count(); ++b)
-      from_products_.push_back(cpu::suits_products(this->images(b), this->texts(b)));
   }
 
   int64_t count() const { return images_.size(0); }
@@ -72,39 +70,13 @@ class Problems {
   Optional products(int64_t b) const {
     return products_.defined() ? Optional(products_[b]) : std::nullopt;
   }
-  // Whether the component loss is computed from the products of images and texts.
-  bool from_products(int64_t b) const { return from_products_[b]; }
-  bool any_from_products() const {
-    return std::find(from_products_.begin(), from_products_.end(), true) != from_products_.end();
-  }
-  // The products of images and texts [*, N, N], if cached or needed: given memory if they are not.
-  Optional shared_products(const at::Tensor& images) {
-    const int64_t samples = images.size(-2);
-    if (!shared_.defined() && any_from_products()) {
-      const auto options = images.options().dtype(accumulation_dtype(images));
-      shared_ = at::empty({count(), samples, samples}, options);
-    }
-    return shared_.defined() ? Optional(shared_.view(with_tail(images, {samples, samples})))
-                             : std::nullopt;
-  }
-  at::Tensor shared_product(int64_t b) const { return shared_[b]; }
   at::Tensor cache(int64_t b) const { return factors_.defined() ? factors_[b] : factors_; }
 
  private:
   at::Tensor images_, texts_;
   Decomposition decomposition_;  // flat
-  at::Tensor shared_, products_, factors_;
-  std::vector<bool> from_products_;
+  at::Tensor products_, factors_;
 };
-
-cpu::ComponentOperands operands_of(const Problems& problems, int64_t b, bool normalize,
-                                   bool filled) {
-  if (problems.from_products(b)) {
-    return cpu::operands_from_products(problems.shared_product(b), problems.texts(b), normalize);
-  }
-  return cpu::component_operands(problems.images(b), problems.texts(b), normalize,
-                                 problems.cache(b), filled);
-}
 
 // With constant keys, V gets only the row half of dS. The basis is part of the texts, so it gets
 // only the column half, as a block whose rows have weight 0. Both halves minus the row half would
@@ -126,13 +98,6 @@ at::Tensor gradient_from_columns(const cpu::ComponentOperands& operands, const a
   return of_query.mul(factor);
 }
 
-// The gradients of the operands of a component loss.
-struct ComponentGradient {
-  cpu::ComponentOperands operands;
-  at::Tensor of_query, of_keys, of_scale;
-  at::Tensor of_basis;  // of the query, for the basis
-};
-
 }  // namespace
 
 std::vector<int64_t> factors_shape(const at::Tensor& texts) {
@@ -148,17 +113,18 @@ HimoLossOutputs himo_loss_fwd(const at::Tensor& images, const at::Tensor& texts,
   check(images, texts, factors);
   const auto [mean, eigenvalues, eigenvectors, rank] =
       pca_decompose(texts, variance_threshold, floor);
-  Problems problems(images, texts,
-                    flat_decomposition(kOp, texts, mean, eigenvalues, eigenvectors, rank), products,
-                    factors);
   const auto [loss, row_nll, column_nll] =
-      info_nce_fwd(images, texts, logit_scale, label_smoothing, problems.shared_products(images));
+      info_nce_fwd(images, texts, logit_scale, label_smoothing, products_of(products, 0));
   const auto component_loss = at::empty_like(loss), component_row_nll = at::empty_like(row_nll),
              component_column_nll = at::empty_like(column_nll);
+  const Problems problems(images, texts,
+                          flat_decomposition(kOp, texts, mean, eigenvalues, eigenvectors, rank),
+                          products_of(products, 1), factors);
   const auto losses = flatten_lead(component_loss, 0), rows = flatten_lead(component_row_nll, 1),
              columns = flatten_lead(component_column_nll, 1);
   for (int64_t b = 0; b < problems.count(); ++b) {
-    const auto operands = operands_of(problems, b, normalize_components, /*filled=*/false);
+    const auto operands = cpu::component_operands(problems.images(b), problems.texts(b),
+                                                  normalize_components, problems.cache(b), false);
     const auto [own_loss, own_rows, own_columns] = info_nce_fwd(
         operands.query, operands.keys, logit_scale, label_smoothing, problems.products(b));
     losses[b].copy_(own_loss);
@@ -190,55 +156,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
   const auto rows = with_tail(saved.texts, {saved.texts.size(-2)});
   check_values("component_row_nll", saved.component_row_nll, rows);
   check_values("component_column_nll", saved.component_column_nll, rows);
-  Problems problems(saved.images, saved.texts, std::move(decomposition), products, factors);
-  const auto shared = problems.shared_products(saved.images);
-  if (shared && !products) {
-    info_nce_fwd(saved.images, saved.texts, saved.logit_scale, label_smoothing, shared);
-  }
+  auto [grad_images, grad_texts, grad_scale] =
+      info_nce_bwd(grad_contrastive_loss, saved.images, saved.texts, saved.logit_scale,
+                   saved.row_nll, saved.column_nll, label_smoothing, differentiate_keys,
+                   needs_images, needs_texts, products_of(products, 0), std::nullopt);
+  const Problems problems(saved.images, saved.texts, std::move(decomposition),
+                          products_of(products, 1), factors);
   const auto grad_losses = flatten_lead(grad_component_loss, 0),
              row_nll = flatten_lead(saved.component_row_nll, 1),
              column_nll = flatten_lead(saved.component_column_nll, 1);
-  // The gradients of the operands, of_query also for the basis: (4).
-  const auto gradient_of = [&](int64_t b) {
-    auto operands = operands_of(problems, b, normalize_components, /*filled=*/true);
-    auto [of_query, of_keys, of_scale] = info_nce_bwd(
-        grad_losses[b], operands.query, operands.keys, saved.logit_scale, row_nll[b], column_nll[b],
-        label_smoothing, differentiate_keys, true, true, problems.products(b), std::nullopt);
-    const bool halves = operands.low_rank && !differentiate_keys && needs_texts;
-    auto of_basis =
-        halves ? gradient_from_columns(operands, saved.logit_scale, grad_losses[b], row_nll[b],
-                                       column_nll[b], label_smoothing, problems.products(b))
-               : of_query;
-    return ComponentGradient{std::move(operands), of_query, of_keys, of_scale, of_basis};
-  };
-  std::vector<std::optional<ComponentGradient>> kept(problems.count());
-  at::Tensor for_images, for_texts;  // the gradients of the shared products
-  if (problems.any_from_products()) {
-    for_images = at::zeros(shared->sizes(), shared->options());
-    for_texts = differentiate_keys ? for_images : at::zeros_like(for_images);
-    for (int64_t b = 0; b < problems.count(); ++b) {
-      if (!problems.from_products(b)) continue;
-      kept[b] = gradient_of(b);
-      flatten_lead(for_images, 2)[b].copy_(
-          cpu::gradient_of_products(kept[b]->of_query, kept[b]->operands));
-      if (differentiate_keys) continue;
-      flatten_lead(for_texts, 2)[b].copy_(
-          cpu::gradient_of_products(kept[b]->of_basis, kept[b]->operands));
-    }
-  }
-  auto [grad_images, grad_texts, grad_scale] =
-      info_nce_bwd_with(for_images, for_texts, grad_contrastive_loss, saved.images, saved.texts,
-                        saved.logit_scale, saved.row_nll, saved.column_nll, label_smoothing,
-                        differentiate_keys, needs_images, needs_texts, shared, std::nullopt);
   for (int64_t b = 0; b < problems.count(); ++b) {
     const auto images = problems.images(b);
     const auto texts = problems.texts(b);
-    const auto [operands, of_query, of_keys, of_scale, of_basis] =
-        kept[b] ? std::move(*kept[b]) : gradient_of(b);
-    const cpu::TextGradient of_texts{of_basis, of_keys, normalize_components, differentiate_basis,
-                                     gap_eps};
+    const auto operands = cpu::component_operands(images, texts, normalize_components,
+                                                  problems.cache(b), /*filled=*/true);
+    const auto [of_query, of_keys, of_scale] = info_nce_bwd(
+        grad_losses[b], operands.query, operands.keys, saved.logit_scale, row_nll[b], column_nll[b],
+        label_smoothing, differentiate_keys, true, true, problems.products(b), std::nullopt);
     grad_scale.add_(of_scale);
-    if (needs_images && !problems.from_products(b)) {
+    if (needs_images) {
       const auto own = flatten_lead(grad_images, 2)[b];
       if (operands.low_rank) {
         cpu::multiply(of_query, operands.factors.basis.to(of_query.scalar_type()), own, 1,
@@ -255,11 +191,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
       own.add_(normalize_components
                    ? normalize_bwd(of_keys, texts.features.to(of_keys.scalar_type()))
                    : of_keys);
-    } else if (problems.from_products(b)) {
-      cpu::add_text_gradient_from_products(of_texts, images, problems.shared_product(b), texts,
-                                           operands, own);
     } else {
-      cpu::add_text_gradient(of_texts, images, texts, operands, own);
+      const bool halves = operands.low_rank && !differentiate_keys;
+      const auto of_basis =
+          halves ? gradient_from_columns(operands, saved.logit_scale, grad_losses[b], row_nll[b],
+                                         column_nll[b], label_smoothing, problems.products(b))
+                 : of_query;
+      cpu::add_text_gradient(
+          {of_basis, of_keys, normalize_components, differentiate_basis, gap_eps}, images, texts,
+          operands, own);
     }
   }
   return {grad_images, grad_texts, grad_scale};

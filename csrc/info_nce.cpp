@@ -157,17 +157,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& logit_scale, const at::Tensor& row_nll, const at::Tensor& column_nll,
     double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
     const std::optional<at::Tensor>& products, const std::optional<at::Tensor>& query_sum) {
-  return info_nce_bwd_with({}, {}, grad_loss, query, key, logit_scale, row_nll, column_nll,
-                           label_smoothing, differentiate_keys, needs_query, needs_key, products,
-                           query_sum);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd_with(
-    const at::Tensor& for_query, const at::Tensor& for_key, const at::Tensor& grad_loss,
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
-    const at::Tensor& row_nll, const at::Tensor& column_nll, double label_smoothing,
-    bool differentiate_keys, bool needs_query, bool needs_key,
-    const std::optional<at::Tensor>& products, const std::optional<at::Tensor>& query_sum) {
   const c10::NoGradGuard no_grad;
   check_features(query, key, logit_scale);
   check_pairs(query, key);
@@ -205,10 +194,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd_with(
   for (int64_t b = 0; b < count; ++b) {
     problems[b].row_weight = at::full({samples}, weights.const_data_ptr<double>()[b], options);
     problems[b].column_weight = problems[b].row_weight;
-    if (for_query.defined()) {
-      problems[b].for_query = for_query.view({count, samples, samples})[b];
-      problems[b].for_key = for_key.view({count, samples, samples})[b];
-    }
     if (needs_query) problems[b].grad_query = grad_query.view({count, samples, inner})[b];
     if (needs_key) problems[b].grad_key = grad_key.view({count, samples, inner})[b];
   }

@@ -44,15 +44,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const std::optional<at::Tensor>& products,    // [*, N, N]
     const std::optional<at::Tensor>& query_sum);  // [*, N, K]
 
-// The same with the gradients of query key^T by another loss: for the gradient of query, and for
-// that of key. With differentiate_keys both are the same.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd_with(
-    const at::Tensor& for_query, const at::Tensor& for_key,  // [*, N, N] contiguous, or undefined
-    const at::Tensor& grad_loss, const at::Tensor& query, const at::Tensor& key,
-    const at::Tensor& logit_scale, const at::Tensor& row_nll, const at::Tensor& column_nll,
-    double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
-    const std::optional<at::Tensor>& products, const std::optional<at::Tensor>& query_sum);
-
 // A block of the logits of a larger batch: query [M, K] against key [N, K]. Row i and column
 // i + offset are a pair, if there is such a column. The positives are S of the pair of each row and
 // of each column, inside or outside this block. Returns log sum exp(S - positive) over the

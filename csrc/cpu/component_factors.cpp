@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "common/check.h"
 #include "cpu/centring.h"
@@ -21,18 +20,6 @@ namespace {
 constexpr double kSmallest = 1e-20, kLargest = 1e20;
 // Bound on the rounding error of V B^T C^T, in units of eps |mean|.
 constexpr double kRoundings = 16;
-// From products: V U^T is rounded to eps |V| |U|, where V X^T is to eps |V| |X|. N |mu|^2 of at
-// most kOffset sum(|X|^2) makes that 4 times as much.
-constexpr double kOffset = 16;
-// From products: images and texts that share a direction have products v . mu, next to which v . x
-// is rounded. D mean((v . mu)^2) of at most kCommon mean(|v|^2) mean(|x|^2) made the error of dU at
-// most 4 times as much; above 64 it was beyond what tests allow.
-constexpr double kCommon = 16;
-// From products: below this gap at the cut, relative to lambda_R, the error of dU was up to 3 times
-// as large.
-constexpr double kNarrowest = 1e-3;
-// From products: limit of an N x N matrix, of which the backward takes three, beside the caches.
-constexpr int64_t kMostBytes = 1 << 20;
 
 double eps_of(at::ScalarType dtype) {
   return dtype == at::kDouble ? std::numeric_limits<double>::epsilon()
@@ -93,39 +80,15 @@ void write_factors(const Texts& texts, Factors& factors) {
           factors.basis.mutable_data_ptr<T>() + rank * factors.basis.size(1));
 }
 
-// Writes nu and C / nu of README (2), from m / l and the squared length of the part of the mean
-// that is orthogonal to B. logits_eps is the machine epsilon of the products of factors.
-template <typename T>
-void write_keys(const std::vector<double>& along, double rest, double mean_square,
-                double logits_eps, Factors& factors) {
-  const int64_t samples = factors.coefficients.size(0), stride = factors.coefficients.size(1);
-  const T* coefficients = factors.coefficients.const_data_ptr<T>();
-  // A text whose components cancel its mean has no direction left: only the rounding of its
-  // logits, which 1 / nu makes as large as other logits, or larger. It counts as a row of zeros.
-  const double rounding = kRoundings * logits_eps * std::sqrt(mean_square);
-  factors.length.resize(samples);
-  factors.keys = at::empty_like(factors.coefficients);
-  T* keys = factors.keys.mutable_data_ptr<T>();
-  for_rows(samples, stride, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* row = coefficients + i * stride;
-      double length =
-          std::sqrt(squared_length(row, along.data(), factors.squares.data(), stride - 1) + rest);
-      if (length <= rounding) length = 0;
-      factors.length[i] = length;
-      // A row of zeros has no direction, as in normalize.
-      scale_row(row, length == 0 ? 0.0 : 1 / length, stride, keys + i * stride);
-    }
-  });
-}
-
 // README (2): u' = (C + m / l) B + (part of the mean orthogonal to B). Orthogonal terms do not
-// cancel. Writes l, m, nu and C / nu.
+// cancel. Writes l, m, nu and C / nu. logits_eps is the machine epsilon of the products of factors.
 template <typename T>
-void write_lengths(const Texts& texts, bool normalize, double logits_eps, Factors& factors) {
+void write_keys(const Texts& texts, bool normalize, double logits_eps, Factors& factors) {
   const auto& spectrum = texts.spectrum;
-  const int64_t rank = spectrum.rank, width = factors.basis.size(1);
+  const int64_t rank = spectrum.rank, samples = factors.coefficients.size(0);
+  const int64_t width = factors.basis.size(1), stride = rank + 1;
   const T* basis = factors.basis.const_data_ptr<T>();
+  const T* coefficients = factors.coefficients.const_data_ptr<T>();
   const T* mean = basis + rank * width;
   factors.squares.assign(rank, 1.0);
   if (!feature_side(texts.features))
@@ -146,48 +109,25 @@ void write_lengths(const Texts& texts, bool normalize, double logits_eps, Factor
   for (int64_t k = 0; k < rank; ++k) {
     add_multiple(-along[k], basis + k * width, width, across.data());
   }
-  write_keys<T>(along, dot(across.data(), across.data(), width), dot(mean, mean, width), logits_eps,
-                factors);
-}
-
-// From products, N < D: writes X, C, l, m, nu and C / nu without B = [W^T X ; mu].
-template <typename T>
-void write_factors_without_basis(const Texts& texts, bool normalize, Factors& factors) {
-  const auto& spectrum = texts.spectrum;
-  const int64_t rank = spectrum.rank, stride = rank + 1;
-  const int64_t samples = texts.features.size(0), width = texts.features.size(1);
-  const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-  factors.centred = centred<T>(texts).contiguous();
-  factors.coefficients = at::empty({samples, stride}, options);
-  const auto own = factors.coefficients.narrow(1, 0, rank);
-  own.copy_(directions<T>(spectrum, 0, rank));
-  set_column_means(writable<T>(own), std::vector<double>(rank, 0.0));
-  T* coefficients = factors.coefficients.mutable_data_ptr<T>();
-  const T* x = factors.centred.const_data_ptr<T>();
-  std::vector<T> mean(width);
-  convert(texts.mean, width, mean.data());
-  factors.squares.assign(spectrum.eigenvalues, spectrum.eigenvalues + rank);
-  factors.overlaps.assign(rank, 0.0);
-  factors.along_mean.resize(samples);
-  for (int64_t i = 0; i < samples; ++i) {
-    T* row = coefficients + i * stride;
-    row[rank] = 1;
-    factors.along_mean[i] = dot(x + i * width, mean.data(), width);
-    add_multiple(factors.along_mean[i], row, rank, factors.overlaps.data());  // m = W^T X mu
-  }
-  if (!normalize) {
-    factors.keys = factors.coefficients;
-    return;
-  }
-  std::vector<double> along(rank), across(texts.mean, texts.mean + width);
-  for (int64_t k = 0; k < rank; ++k) along[k] = factors.overlaps[k] / factors.squares[k];
-  for (int64_t i = 0; i < samples; ++i) {  // mu - X^T W (m / l)
-    double share = 0;
-    for (int64_t k = 0; k < rank; ++k) share += coefficients[i * stride + k] * along[k];
-    add_multiple(-share, x + i * width, width, across.data());
-  }
-  write_keys<T>(along, dot(across.data(), across.data(), width),
-                dot(mean.data(), mean.data(), width), std::numeric_limits<T>::epsilon(), factors);
+  const double rest = dot(across.data(), across.data(), width);
+  // A text whose components cancel its mean has no direction left: only the rounding of its
+  // logits, which 1 / nu makes as large as other logits, or larger. It counts as a row of zeros.
+  const double rounding =
+      kRoundings * logits_eps * std::sqrt(static_cast<double>(dot(mean, mean, width)));
+  factors.length.resize(samples);
+  factors.keys = at::empty_like(factors.coefficients);
+  T* keys = factors.keys.mutable_data_ptr<T>();
+  for_rows(samples, stride, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* row = coefficients + i * stride;
+      double length =
+          std::sqrt(squared_length(row, along.data(), factors.squares.data(), rank) + rest);
+      if (length <= rounding) length = 0;
+      factors.length[i] = length;
+      // A row of zeros has no direction, as in normalize.
+      scale_row(row, length == 0 ? 0.0 : 1 / length, stride, keys + i * stride);
+    }
+  });
 }
 
 bool is_low_rank(const Texts& texts) {
@@ -230,8 +170,8 @@ ComponentOperands component_operands(const at::Tensor& images, const Texts& text
   AT_DISPATCH_FLOATING_TYPES(products, "component_operands", [&] {
     factors.centred = centred<scalar_t>(texts);
     if (!(caches && filled)) write_factors<scalar_t>(texts, factors);
-    write_lengths<scalar_t>(texts, normalize, eps_of(operands.low_rank ? accumulation : products),
-                            factors);
+    write_keys<scalar_t>(texts, normalize, eps_of(operands.low_rank ? accumulation : products),
+                         factors);
   });
   if (operands.low_rank) {
     const auto query = take(samples, stride);
@@ -246,85 +186,6 @@ ComponentOperands component_operands(const at::Tensor& images, const Texts& text
     operands.keys = dense.to(features.scalar_type());
   }
   return operands;
-}
-
-namespace {
-
-// Returns whether V mu is small enough for (11): see kCommon.
-template <typename scalar_t>
-bool is_apart_from_mean(const at::Tensor& images, const Texts& texts) {
-  constexpr int64_t kLanes = 8;  // sums that do not wait for each other
-  const auto rows = images.contiguous();
-  const int64_t samples = rows.size(0), width = rows.size(1);
-  const scalar_t* values = rows.template const_data_ptr<scalar_t>();
-  double along_mean = 0, squares = 0;  // sums of (v_i . mu)^2 and |v_i|^2
-  for (int64_t i = 0; i < samples; ++i, values += width) {
-    double along[kLanes] = {}, square[kLanes] = {};
-    int64_t k = 0;
-    for (; k + kLanes <= width; k += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const double value = values[k + lane];
-        along[lane] += value * texts.mean[k + lane];
-        square[lane] += value * value;
-      }
-    }
-    for (; k < width; ++k) {
-      along[0] += static_cast<double>(values[k]) * texts.mean[k];
-      square[0] += static_cast<double>(values[k]) * values[k];
-    }
-    const double product = std::accumulate(along, along + kLanes, 0.0);
-    along_mean += product * product;
-    squares = std::accumulate(square, square + kLanes, squares);
-  }
-  // Not fulfilled by NaN.
-  return along_mean * static_cast<double>(width * samples) <=
-         kCommon * squares * texts.spectrum.trace();
-}
-
-}  // namespace
-
-bool suits_products(const at::Tensor& images, const Texts& texts) {
-  const auto& spectrum = texts.spectrum;
-  const auto& features = texts.features;
-  const int64_t samples = features.size(0), width = features.size(1), rank = spectrum.rank;
-  if (feature_side(features) || spectrum.is_nan() || spectrum.keeps_all()) return false;
-  if (!is_computing_dtype(features.scalar_type()) || !spectrum.is_nonzero(rank - 1)) return false;
-  if (dtype_of_products(texts) != features.scalar_type()) return false;
-  const double gap = spectrum.eigenvalues[rank - 1] - spectrum.eigenvalues[rank];
-  if (gap < kNarrowest * spectrum.gap_scale()) return false;
-  const double offset = static_cast<double>(samples) * dot(texts.mean, texts.mean, width);
-  if (offset > kOffset * spectrum.trace()) return false;
-  // The eight products of R x D matrices against one of N x D and eight of N x R.
-  if (samples * samples * features.element_size() > kMostBytes ||
-      8 * rank * (width - samples) <= samples * width) {
-    return false;
-  }
-  return features.scalar_type() == at::kDouble ? is_apart_from_mean<double>(images, texts)
-                                               : is_apart_from_mean<float>(images, texts);
-}
-
-ComponentOperands operands_from_products(const at::Tensor& products, const Texts& texts,
-                                         bool normalize) {
-  ComponentOperands operands;
-  operands.low_rank = operands.has_factors = true;
-  const int64_t samples = products.size(0), stride = texts.spectrum.rank + 1;
-  AT_DISPATCH_FLOATING_TYPES(products.scalar_type(), "operands_from_products", [&] {
-    write_factors_without_basis<scalar_t>(texts, normalize, operands.factors);
-    operands.keys = operands.factors.keys;
-    operands.query = at::empty({samples, stride}, operands.keys.options());
-    multiply(products, operands.factors.coefficients, operands.query, 1, 0);  // (11)
-    scalar_t* last = operands.query.mutable_data_ptr<scalar_t>() + stride - 1;
-    for (int64_t i = 0; i < samples; ++i) last[i * stride] /= static_cast<scalar_t>(samples);
-  });
-  return operands;
-}
-
-at::Tensor gradient_of_products(const at::Tensor& of_query, const ComponentOperands& operands) {
-  const int64_t samples = of_query.size(0), stride = of_query.size(1);
-  const auto scaled = of_query.clone(), out = at::empty({samples, samples}, of_query.options());
-  scaled.select(1, stride - 1).div_(samples);
-  multiply(scaled, operands.factors.coefficients.t(), out, 1, 0);
-  return out;
 }
 
 }  // namespace himo::cpu

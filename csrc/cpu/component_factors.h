@@ -24,14 +24,13 @@ struct Factors {
   at::Tensor basis;                               // B [R + 1, D], the last row the mean
   at::Tensor keys;                                // C / nu [N, R + 1], or C if not normalised
   std::vector<double> squares, overlaps, length;  // l [R], m [R] and nu [N] of (2)
-  std::vector<double> along_mean;                 // X mu [N], if from products
 };
 
 // Query and keys of the logits of the component loss: [N, R + 1] if low_rank, else [N, D].
 struct ComponentOperands {
   at::Tensor query, keys;
   bool low_rank = false, has_factors = false;  // no factors if U' = U or U is NaN
-  Factors factors;                             // without B if from products
+  Factors factors;
 };
 
 // `cache` [(2 N + D)(n + 1)], of the accumulation dtype, holds C, B and the query. It is read if
@@ -39,16 +38,6 @@ struct ComponentOperands {
 ComponentOperands component_operands(const at::Tensor& images,  // [N, D]
                                      const Texts& texts, bool normalize, const at::Tensor& cache,
                                      bool filled);
-
-// Whether the component loss is computed from V U^T, V the images; README "From the products".
-bool suits_products(const at::Tensor& images, const Texts& texts);
-
-// The operands from V U^T, with A of (11).
-ComponentOperands operands_from_products(const at::Tensor& products,  // [N, N] acc
-                                         const Texts& texts, bool normalize);
-
-// Returns the gradient of V U^T [N, N] by the query of these operands; (12).
-at::Tensor gradient_of_products(const at::Tensor& of_query, const ComponentOperands& operands);
 
 struct TextGradient {
   at::Tensor of_query, of_keys;  // of the operands, with of_query for the basis, (4)
@@ -60,11 +49,5 @@ struct TextGradient {
 void add_text_gradient(const TextGradient& grad, const at::Tensor& images, const Texts& texts,
                        const ComponentOperands& operands,
                        const at::Tensor& grad_texts);  // [N, D] acc, contiguous
-
-// grad_texts += (13), (9) and (14): what does not go through V U^T.
-void add_text_gradient_from_products(const TextGradient& grad, const at::Tensor& images,
-                                     const at::Tensor& products,  // [N, N] acc
-                                     const Texts& texts, const ComponentOperands& operands,
-                                     const at::Tensor& grad_texts);  // [N, D] acc, contiguous
 
 }  // namespace himo::cpu

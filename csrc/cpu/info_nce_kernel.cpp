@@ -86,16 +86,6 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   reduce_tiles(problems, factors, form, interrupt);
 }
 
-// tile += values, both at this place of [N, N].
-template <typename acc_t>
-void add_tile(const at::Tensor& values, const TilePlace& place, acc_t* tile) {
-  const int64_t stride = values.size(1), width = padded(place.columns);
-  const acc_t* from = values.template const_data_ptr<acc_t>() + place.row * stride + place.column;
-  for (int64_t i = 0; i < place.rows; ++i) {
-    for (int64_t j = 0; j < place.columns; ++j) tile[i * width + j] += from[i * stride + j];
-  }
-}
-
 template <typename factor_t, typename gradient_t>
 double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOptions& options,
                  Interrupt& interrupt) {
@@ -127,10 +117,6 @@ double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOpti
              data(factors[place.problem].column_positives, place.column),
              data(column_nll[place.problem], place.column),
              data(column_weight[place.problem], place.column), row_part, column_part});
-        if (problem.for_query.defined()) {
-          add_tile(problem.for_query, place, row_part);
-          if (column_part != nullptr) add_tile(problem.for_key, place, column_part);
-        }
       });
   return std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
 }

@@ -40,9 +40,6 @@ struct InfoNCE : Logits {
   // Backward only, as grad_query and grad_key.
   at::Tensor row_weight;     // [M] acc, contiguous: dL/d of each nll
   at::Tensor column_weight;  // [N] acc
-  // Whole batch: gradients of query key^T by another loss, which are added for the gradient of
-  // query and for that of key; or undefined. Without halves both are the same.
-  at::Tensor for_query, for_key;  // [N, N] acc, contiguous
   // Any pairs only. The positives above are then references, and the nlls logs; both are undefined
   // for columns without losses.
   InfoNCESide rows, columns;

@@ -58,6 +58,5 @@ template double dot(const double*, const double*, int64_t);
 template void add_multiple(double, const double*, int64_t, double*);
 template void scale_row(const double*, double, int64_t, double*);
 template void add_multiple(double, const float*, int64_t, double*);
-template void add_multiple(double, const double*, int64_t, float*);
 
 }  // namespace himo::cpu

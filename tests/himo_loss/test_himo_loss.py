@@ -283,8 +283,7 @@ def test_leading_dimensions_are_independent_problems(backend, shape, generator):
     torch.testing.assert_close(scale_grad, grads[2])
 
 
-# The cpu backend computes the first from the products of images and texts, the others not: the mean
-# is too long, the gap too narrow, or too few components are kept.
+# An easy problem, then one with a long mean, one with a narrow gap and one with few components.
 def mixed_batch(generator):
     images, near, scale = inputs_of(generator, 24, 40, offset=0.5)
     far = inputs_of(generator, 24, 40, offset=20.0)[1]
@@ -300,7 +299,7 @@ def mixed_batch(generator):
 @per_backend
 @pytest.mark.parametrize("basis", [True, False], ids=["basis", "constant basis"])
 @per_switch
-def test_a_batch_of_which_some_are_computed_from_products(backend, basis, switches, generator):
+def test_a_batch_of_easy_and_hard_problems(backend, basis, switches, generator):
     inputs = mixed_batch(generator)
     options = {**switches, "differentiate_basis": basis, "gap_eps": 1e-3}
     expected = composed(*inputs, backend="reference", **options)
@@ -318,7 +317,7 @@ def test_a_batch_of_which_some_are_computed_from_products(backend, basis, switch
 )
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 def test_images_and_texts_that_share_a_direction(backend, offsets, scale, generator):
-    # Their products are mostly v . mu, next to which what distinguishes the texts is rounded.
+    # V U^T is then mostly v . mu, next to which what distinguishes the texts is rounded.
     shape, options = (128, 512), {"dtype": torch.float64, "generator": generator}
     shared = F.normalize(torch.randn(512, **options), dim=0)
     texts = hkt.power_law(*shape, mean_offset=0.0, normalize=True, **options)
@@ -338,7 +337,7 @@ def test_images_and_texts_that_share_a_direction(backend, offsets, scale, genera
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_from_products_with_and_without_caches_is_the_same(which, generator, monkeypatch):
+def test_with_and_without_caches_is_the_same(which, generator, monkeypatch):
     images, texts, scale = (x.detach().float() for x in inputs_of(generator, 48, 96, offset=0.5))
     inputs = [images, texts, scale]
     inputs[which].requires_grad_()
