@@ -164,6 +164,17 @@ def join(device: str, timeout_s: float) -> Iterator[Ranks]:
         watch.end_after(error)
 
 
+def end_process(status: int = 0) -> NoReturn:
+    """Ends one process of several, after `join`, without the end of its interpreter.
+
+    gloo's threads outlive their group after functional collectives and DDP. One that drops a tensor
+    while the interpreter ends aborts the process (pytorch/pytorch#190489).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _store(use: str) -> PrefixStore:
     # Each use has its own connection, because a connection is blocked while the group is set up.
     # Keys contain the restart count, because torchrun's store may still hold the addresses of the
@@ -295,5 +306,5 @@ def _parent(pid: int) -> int | None:
 
 def _end(message: str, status: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"himo: error: {message}", file=sys.stderr, flush=True)
-    os._exit(status)
+    print(f"himo: error: {message}", file=sys.stderr)
+    end_process(status)

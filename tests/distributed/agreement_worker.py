@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from himo.parallel import end_process
 from himo_kernels import distributed as hkd
 from himo_kernels.dispatch import Backend, Operator
 from himo_kernels.nn import HiMoLoss
@@ -104,3 +105,4 @@ for repeat in range(20):  # G8: 20 of 20
     attempt(f"nan again {repeat}", lambda: strict(rows(), with_entry(float("nan")), 1.0))
 Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
 dist.destroy_process_group()
+end_process()

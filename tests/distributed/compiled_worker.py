@@ -43,3 +43,4 @@ if __name__ == "__main__":
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         found = {"errors": errors, "graphs": graphs}
         Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(found))
+    parallel.end_process()

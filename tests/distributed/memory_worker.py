@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from himo.parallel import end_process
 from himo_kernels import distributed as hkd
 
 ROWS, FEATURES = 512, 1024
@@ -29,3 +30,4 @@ for strategy, rows in (("ring", 8), ("ring", ROWS), ("gather", ROWS)):  # the fi
     peaks[strategy] = mib("VmHWM") - before
 Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(peaks))
 dist.destroy_process_group()
+end_process()

@@ -53,3 +53,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with parallel.join("cpu", 120) as ranks:
         Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(parts(ranks)))
+    parallel.end_process()

@@ -7,13 +7,15 @@ ranks draw the same batch and use their own rows of it.
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+
+from himo.parallel import end_process
 
 # Fills torch.empty with NaN.
 torch.set_deterministic_debug_mode("error")
@@ -78,6 +80,8 @@ def gradients(towers: nn.Module) -> Tensor:
     return parameters_to_vector([parameter.grad for parameter in towers.parameters()])
 
 
-def finish() -> None:
+def finish() -> NoReturn:
+    """Writes what was found and ends the process."""
     Path(sys.argv[1], f"{RANK}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    end_process()

@@ -133,3 +133,4 @@ if __name__ == "__main__":
     with parallel.join("cpu", 60) as ranks:
         results = {name: compared(ranks, name) for name in ("fp32", "amp")} | {"held": held(ranks)}
         Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(results))
+    parallel.end_process()
