@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from himo_kernels import extension
-from himo_kernels._checks import raise_type, raise_value
+from himo_kernels._checks import check_choice
 from himo_kernels.process_state import full_float32_matmuls, without_autocast
 
 BACKEND_VARIABLE = "HIMO_KERNELS_BACKEND"
@@ -355,11 +355,10 @@ def default_backend() -> str:
 
 def check_backend(operator: str, backend: object, argument: str = "backend") -> str:
     """Returns backend if it is "auto" or names one; else raises an error that names argument."""
-    if not isinstance(backend, str):
-        raise_type(operator, argument, "to be a string", type(backend).__name__)
-    if backend != "auto" and not any(backend in table.backends for table in _ALL):
-        raise_value(operator, argument, f"to be 'auto' or one of {backend_names()}", backend)
-    return backend
+    if isinstance(backend, str):
+        if backend == "auto" or any(backend in table.backends for table in _ALL):
+            return backend
+    return check_choice(operator, argument, backend, ["auto", *backend_names()])
 
 
 def _requested_backend(operator: str, requested: str) -> str:
