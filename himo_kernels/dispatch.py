@@ -147,7 +147,7 @@ class Operator:
         precision = full_float32_matmuls(device) if multiplies else nullcontext()
         no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
         with no_grad, precision, without_autocast(device):
-            outputs: Any = body(*args[:-1], **given)
+            outputs: Any = _called(body, *args[:-1], **given)
         if isinstance(outputs, Tensor):
             return outputs.contiguous()
         return tuple(output.contiguous() for output in outputs)
@@ -207,7 +207,7 @@ class Operator:
             requested = _default_backend
         for name, backend in self.backends.items():
             if name == requested or (requested == "auto" and backend.auto is not False):
-                return None if backend.plain is None else backend.plain(features, *others)
+                return None if backend.plain is None else _called(backend.plain, features, *others)
         return None
 
     def _choose(self, requested: str, *tensors: Tensor) -> str | None:
@@ -237,6 +237,14 @@ class Operator:
         got = ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in tensors)
         reasons = (f"  {name}: {state(name)}" for name in backend_names())
         return "\n".join([f"{self.name}: backend {requested!r} cannot take {got}", *reasons])
+
+
+def _called(kernel: Callable[..., Any], *arguments: Any, **optional: Any) -> Any:
+    try:
+        return kernel(*arguments, **optional)
+    except TypeError as error:
+        extension.explain(error)
+        raise
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
