@@ -164,7 +164,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     """
     check_installed(settings)
     if settings.fsdp and ranks.size == 1:
-        raise HimoError("--fsdp: expected several processes, as torchrun starts them, got 1")
+        start = "torchrun --nproc_per_node 8 -m -- himo train ..."
+        raise HimoError(f"--fsdp: expected several processes, as `{start}` starts them, got 1")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
