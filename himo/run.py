@@ -14,7 +14,7 @@ from himo.config import TrainConfig
 from himo.data import BatchLoader, EpochSampler, Sample, SampleIndex
 from himo.device import usable_device
 from himo.errors import HimoError, note
-from himo.flags import as_arguments
+from himo.flags import as_arguments, flag
 from himo.memory import free_memory
 from himo.model import HiMoCLIP, named_config
 from himo.objective import Objective
@@ -295,6 +295,9 @@ def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
         note(doubt)
     if settings.model is not None and settings.pretrained is not None:
         note(f"--model {settings.model} is not read: --pretrained decides its own")
+    for name in ("exchange", "rank_timeout"):
+        if run.ranks.size == 1 and getattr(settings, name) != getattr(TrainConfig, name):
+            note(f"{flag(name)} changes nothing: the run has one process")
     left_out = pairs % pairs_per_step
     if left_out and not settings.keep_last_batch:
         note(
