@@ -238,6 +238,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         choice = recipes.chosen(given, settings) if state is None else {}
         if not settings.dry_run:
             _open_folder(run, state, changes, choice)
+        if settings.resume is not None and state is None:
+            note(f"--resume {settings.resume}: no training state there yet, the run begins")
         if choice:
             flags = " ".join(as_arguments(choice))
             print(f"{settings.folder}: recipe {settings.recipe}: {flags}")

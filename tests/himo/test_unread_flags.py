@@ -80,3 +80,8 @@ def test_flags_of_paths_say_that_shards_have_none(small, tmp_path, capsys):
         assert f"himo: note: {name} changes nothing: the data hold their images" in said
     said = notes(capsys, small[0], tmp_path / "logs", *small[1], *flags)
     assert not [line for line in said if "changes nothing" in line]
+
+
+def test_a_run_that_cannot_go_on_says_that_it_begins(small, tmp_path, capsys):
+    said = notes(capsys, small[0], tmp_path, *small[1], "--resume", "latest")
+    assert "himo: note: --resume latest: no training state there yet, the run begins" in said
