@@ -55,6 +55,12 @@ class NoTorch(Exception):
     """The one-line reason why the package is not built."""
 
 
+def version_here() -> str:
+    """Returns the version of the package, without importing it."""
+    text = (ROOT / "himo_kernels" / "_version.py").read_text()
+    return re.findall(r'__version__ = "(.+)"', text)[0]
+
+
 def find_compiler() -> str:
     """Returns the C++ compiler: $CXX if set, otherwise the first of the usual names found."""
     named = os.environ.get("CXX")
@@ -110,7 +116,8 @@ def extension() -> dict[str, object]:
     flags += openmp
     sanitizers = SANITIZERS if switched_on(SANITIZE) else []
     flags += sanitizers
-    macros = [("HIMO_CXX_FLAGS", f'"{" ".join(flags)}"')]
+    texts = {"HIMO_CXX_FLAGS": " ".join(flags), "HIMO_VERSION": version_here()}
+    macros = [(name, f'"{text}"') for name, text in texts.items()]
     folders = ("csrc", "csrc/common", "csrc/cpu")
     sources = [path for folder in folders for path in sorted(ROOT.glob(f"{folder}/*.cpp"))]
     # csrc/cuda is not built: no backend calls it yet.

@@ -34,9 +34,10 @@ constexpr bool kOpenMP = true;
 constexpr bool kOpenMP = false;
 #endif
 
-// himo_kernels.extension compares this with the running torch; himo_kernels.info prints it.
+// himo_kernels.extension compares this with the running torch and with its own version.
 py::dict build_info() {
   py::dict info;
+  info["version"] = HIMO_VERSION;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = kCompiler;
   info["cxx_standard"] = static_cast<long>(__cplusplus);

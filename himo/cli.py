@@ -1,12 +1,14 @@
 """The `himo` command: one subcommand for each thing a user does."""
 
 import argparse
+import difflib
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from himo.errors import HimoError
 from himo.printing import printable_output
@@ -69,9 +71,7 @@ def _status(given: list[str]) -> int:
 
 
 def _run(given: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="himo", description="CLIP with semantic hierarchy and monotonicity."
-    )
+    parser = _Parser(prog="himo", description="CLIP with semantic hierarchy and monotonicity.")
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, help) in _COMMANDS.items():
@@ -79,10 +79,32 @@ def _run(given: list[str]) -> int:
         if name in given[:1]:
             _check_extra()
             importlib.import_module(module).add_arguments(command)
-    parsed = parser.parse_args(given)
+    parsed, unknown = parser.parse_known_args(given)
+    if unknown:
+        _refuse(parsed.command, unknown, commands.choices[parsed.command])
     module, _ = _COMMANDS[parsed.command]
     status: int = importlib.import_module(module).run(parsed)
     return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and to which --data is never --dataset-type."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise HimoError(f"{message}; `{self.prog} --help` lists what it takes")
+
+
+def _refuse(command: str, unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
+    name = unknown[0].partition("=")[0]
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    near = difflib.get_close_matches(name, flags, 1) if name.startswith("--") else []
+    nearest = f"; the nearest flag is {near[0]}" if near else ""
+    raise HimoError(
+        f"{command}: unknown argument {name}{nearest}; `himo {command} --help` lists what it takes"
+    )
 
 
 def _check_extra() -> None:

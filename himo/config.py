@@ -171,7 +171,8 @@ class TrainConfig:
         for name, minimum in _MINIMA.items():
             value = getattr(self, name)
             if value is not None and not minimum <= value < math.inf:
-                raise HimoError(f"{flag(name)}: expected at least {minimum}, got {value}")
+                finite = "" if abs(value) < math.inf else "a finite number, "
+                raise HimoError(f"{flag(name)}: expected {finite}at least {minimum}, got {value}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

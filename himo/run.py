@@ -14,7 +14,7 @@ from himo.config import TrainConfig
 from himo.data import BatchLoader, EpochSampler, Sample, SampleIndex
 from himo.device import usable_device
 from himo.errors import HimoError, note
-from himo.flags import as_arguments
+from himo.flags import as_arguments, flag
 from himo.memory import free_memory
 from himo.model import HiMoCLIP, named_config
 from himo.objective import Objective
@@ -164,7 +164,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
     """
     check_installed(settings)
     if settings.fsdp and ranks.size == 1:
-        raise HimoError("--fsdp: expected several processes, as torchrun starts them, got 1")
+        start = "torchrun --nproc_per_node 8 -m -- himo train ..."
+        raise HimoError(f"--fsdp: expected several processes, as `{start}` starts them, got 1")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -237,6 +238,8 @@ def open_run(settings: TrainConfig, ranks: Ranks) -> TrainingRun:
         choice = recipes.chosen(given, settings) if state is None else {}
         if not settings.dry_run:
             _open_folder(run, state, changes, choice)
+        if settings.resume is not None and state is None:
+            note(f"--resume {settings.resume}: no training state there yet, the run begins")
         if choice:
             flags = " ".join(as_arguments(choice))
             print(f"{settings.folder}: recipe {settings.recipe}: {flags}")
@@ -294,6 +297,9 @@ def _announce(run: TrainingRun, pairs: int, pairs_per_step: int) -> None:
         note(doubt)
     if settings.model is not None and settings.pretrained is not None:
         note(f"--model {settings.model} is not read: --pretrained decides its own")
+    for name in ("exchange", "rank_timeout"):
+        if run.ranks.size == 1 and getattr(settings, name) != getattr(TrainConfig, name):
+            note(f"{flag(name)} changes nothing: the run has one process")
     left_out = pairs % pairs_per_step
     if left_out and not settings.keep_last_batch:
         note(

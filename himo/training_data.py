@@ -13,7 +13,8 @@ from himo.data import (
     open_dataset,
     open_tokens,
 )
-from himo.errors import HimoError
+from himo.errors import HimoError, note
+from himo.flags import flag
 from himo.model import CLIPConfig
 from himo.parallel import Ranks
 from himo.tokenizer import tokenize
@@ -56,7 +57,39 @@ def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleI
                 f"--train-num-samples: expected at most {len(index)} pairs, got {count}"
             )
         index = index[:count]
+    for said in unread(settings, index, held_out):
+        if ranks.main:
+            note(said)
     return index, held_out
+
+
+def unread(
+    settings: TrainConfig, index: SampleIndex, held_out: SampleIndex | None = None
+) -> list[str]:
+    """Notes on flags of the data that change nothing, or not for all pairs.
+
+    Raises:
+        HimoError: --short-captions, and no pair has one.
+    """
+    notes = []
+    if settings.short_captions:
+        count, pairs = index.short_captions(), len(index)
+        if not count:
+            raise HimoError(
+                "--short-captions: expected pairs with a caption_short, got none among the "
+                f"{pairs} of {settings.train_data}"
+            )
+        if count < pairs:
+            notes.append(
+                f"--short-captions: {pairs - count} of {pairs} pairs have no caption_short, and "
+                "keep their caption"
+            )
+    roots = [data.origin.root for data in (index, held_out) if data is not None and data.origin]
+    if not any(roots):
+        for name in ("skip_missing_images", "follow_links"):
+            if getattr(settings, name):
+                notes.append(f"{flag(name)} changes nothing: the data hold their images")
+    return notes
 
 
 def training_pairs(

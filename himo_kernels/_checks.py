@@ -1,6 +1,5 @@
 """Argument checks. Every message has the form `operator: expected ..., got ...`."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import NoReturn
@@ -135,24 +134,34 @@ def check_places(operator: str, argument: str, value: Tensor, size: int) -> None
 
 def check_choice(operator: str, argument: str, value: object, choices: Sequence[str]) -> str:
     """Returns value; raises unless it is one of these strings."""
+    expected = f"to be one of {list(choices)}"
     if not isinstance(value, str):
-        raise_type(operator, argument, "to be a string", type(value).__name__)
+        raise_type(operator, argument, expected, type(value).__name__)
     if value not in choices:
-        raise_value(operator, argument, f"to be one of {list(choices)}", value)
+        raise_value(operator, argument, expected, value)
     return value
 
 
-def check_number(operator: str, argument: str, value: object) -> float:
-    """Returns value as a float; TypeError unless it is a Python (or NumPy) real number."""
+def check_number(
+    operator: str, argument: str, value: object, dtype: torch.dtype = torch.float64
+) -> float:
+    """Returns value as a float; raises unless it is a Python (or NumPy) real number within dtype.
+
+    inf and NaN are within every dtype.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise_type(operator, argument, "to be a number", type(value).__name__)
+    largest = torch.finfo(dtype).max
+    expected = f"at most {largest:.2g} in size"
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:  # the value is not printed: it has hundreds of digits
-        largest = f"at most {sys.float_info.max:.2g} in size"
         raise ValueError(
-            f"{operator}: expected {argument} {largest}, got a larger integer"
+            f"{operator}: expected {argument} {expected}, got a larger integer"
         ) from None
+    if largest < abs(number) < float("inf"):
+        raise_value(operator, argument, f"{expected} ({dtype})", number)
+    return number
 
 
 def check_variance_threshold(operator: str, value: object) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from himo_kernels import extension
-from himo_kernels._checks import raise_type, raise_value
+from himo_kernels._checks import check_choice
 from himo_kernels.process_state import full_float32_matmuls, without_autocast
 
 BACKEND_VARIABLE = "HIMO_KERNELS_BACKEND"
@@ -147,7 +147,7 @@ class Operator:
         precision = full_float32_matmuls(device) if multiplies else nullcontext()
         no_grad = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
         with no_grad, precision, without_autocast(device):
-            outputs: Any = body(*args[:-1], **given)
+            outputs: Any = _called(body, *args[:-1], **given)
         if isinstance(outputs, Tensor):
             return outputs.contiguous()
         return tuple(output.contiguous() for output in outputs)
@@ -207,7 +207,7 @@ class Operator:
             requested = _default_backend
         for name, backend in self.backends.items():
             if name == requested or (requested == "auto" and backend.auto is not False):
-                return None if backend.plain is None else backend.plain(features, *others)
+                return None if backend.plain is None else _called(backend.plain, features, *others)
         return None
 
     def _choose(self, requested: str, *tensors: Tensor) -> str | None:
@@ -237,6 +237,14 @@ class Operator:
         got = ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in tensors)
         reasons = (f"  {name}: {state(name)}" for name in backend_names())
         return "\n".join([f"{self.name}: backend {requested!r} cannot take {got}", *reasons])
+
+
+def _called(kernel: Callable[..., Any], *arguments: Any, **optional: Any) -> Any:
+    try:
+        return kernel(*arguments, **optional)
+    except TypeError as error:
+        extension.explain(error)
+        raise
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -355,11 +363,10 @@ def default_backend() -> str:
 
 def check_backend(operator: str, backend: object, argument: str = "backend") -> str:
     """Returns backend if it is "auto" or names one; else raises an error that names argument."""
-    if not isinstance(backend, str):
-        raise_type(operator, argument, "to be a string", type(backend).__name__)
-    if backend != "auto" and not any(backend in table.backends for table in _ALL):
-        raise_value(operator, argument, f"to be 'auto' or one of {backend_names()}", backend)
-    return backend
+    if isinstance(backend, str):
+        if backend == "auto" or any(backend in table.backends for table in _ALL):
+            return backend
+    return check_choice(operator, argument, backend, ["auto", *backend_names()])
 
 
 def _requested_backend(operator: str, requested: str) -> str:

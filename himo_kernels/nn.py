@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from himo_kernels._batch import Terms, batch_of
 from himo_kernels._checks import (
+    check_choice,
     check_flag,
     check_gap_eps,
     check_label_smoothing,
     check_number,
     check_variance_floor,
     check_variance_threshold,
-    raise_type,
     raise_value,
 )
 from himo_kernels.dispatch import check_backend
@@ -136,11 +136,7 @@ class HiMoLoss(nn.Module):
         check_ranks: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(preset, str):
-            raise_type("HiMoLoss", "preset", "to be a string", type(preset).__name__)
-        if preset not in PRESETS:
-            raise_value("HiMoLoss", "preset", f"to be one of {list(PRESETS)}", preset)
-        self.preset = preset
+        self.preset = check_choice("HiMoLoss", "preset", preset, list(PRESETS))
         defaults = PRESETS[preset]
 
         def choose(name: str, given: Any) -> Any:
@@ -163,9 +159,9 @@ class HiMoLoss(nn.Module):
         self.normalize_features = flag("normalize_features", normalize_features)
         self.normalize_components = flag("normalize_components", normalize_components)
         self.decompose_images = flag("decompose_images", decompose_images)
-        self.pca_scope = choose("pca_scope", pca_scope)
-        if self.pca_scope not in ("global", "local"):
-            raise_value("HiMoLoss", "pca_scope", "to be 'global' or 'local'", self.pca_scope)
+        self.pca_scope = check_choice(
+            "HiMoLoss", "pca_scope", choose("pca_scope", pca_scope), ("global", "local")
+        )
         self.gather_with_grad = flag("gather_with_grad", gather_with_grad)
         self.check_finite = check_flag("HiMoLoss", "check_finite", check_finite)
         self.backend = check_backend("HiMoLoss", backend)

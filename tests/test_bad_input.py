@@ -185,6 +185,10 @@ SCALE_MISTAKES = {
     "no element": Mistake(lambda good: good.new_empty(0), ValueError, "[0]"),
     "other device": Mistake(lambda good: good.to("meta"), ValueError, "meta"),
     "too large": _instead(TOO_LARGE, ValueError, "a larger integer"),
+    **{
+        f"beyond float32, {type(value).__name__}": _instead(value, ValueError, "1e+39")
+        for value in (1e39, 10**39, numpy.float64(1e39), -1e39)
+    },
 }
 RANK_MISTAKES = {
     "number": _instead(1, TypeError, "int"),
@@ -248,6 +252,8 @@ CHOICES = {
     "unknown": _instead("all", ValueError, "'all'"),
     "None": _instead(None, TypeError, "NoneType"),
     "list": _instead(["rows"], TypeError, "list"),
+    "dict": _instead({"rows": 1}, TypeError, "dict"),
+    "array": _instead(numpy.ones(2), TypeError, "ndarray"),
 }
 INTEGERS = {
     "number": _instead(1, TypeError, "int"),
@@ -327,24 +333,16 @@ SETTING_MISTAKES = {
             "None": _instead(None, TypeError, "NoneType"),
             "number": _instead(0, TypeError, "int"),
             "list": _instead(["reference"], TypeError, "list"),
+            "dict": _instead({"reference": 1}, TypeError, "dict"),
         },
     ),
-    "preset": (
-        ("HiMoLoss",),
-        {
-            "unknown": _instead("Paper", ValueError, "'Paper'"),
-            "None": _instead(None, TypeError, "NoneType"),
-            "number": _instead(1, TypeError, "int"),
-            "list": _instead(["paper"], TypeError, "list"),
-        },
-    ),
+    "preset": (("HiMoLoss",), CHOICES),
+    # None is the preset's.
     "pca_scope": (
         ("HiMoLoss",),
-        {
-            "unknown": _instead("rank", ValueError, "'rank'"),
-            "bool": _instead(True, ValueError, "True"),
-        },
+        {name: mistake for name, mistake in CHOICES.items() if name != "None"},
     ),
+    "strategy": (("HiMoLoss",), CHOICES),
 }
 
 
@@ -428,6 +426,14 @@ def test_a_number_need_not_be_a_float(number: Any) -> None:
     assert torch.equal(loss, expected)
 
 
+def test_a_number_beyond_float32_is_taken_where_float64_can_hold_it() -> None:
+    features = {name: x.double() for name, x in FEATURES.items()}
+    assert himo_kernels.info_nce(**features, logit_scale=1e39) > 1e38
+    # This bias does not change the softmax.
+    loss = nn.HiMoLoss()
+    assert torch.equal(loss(X, X, 10.0, 1e39), loss(X, X, 10.0, 1.0))
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_backend_that_cannot_take_the_tensors_is_refused_with_every_reason(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -493,6 +499,10 @@ TEXTS = {
         ValueError,
         lambda: RECONSTRUCT.call(gap_eps=-1e-6),
     ),
+    "info_nce: expected logit_scale at most 3.4e+38 in size (torch.float32), got 1e+39": (
+        ValueError,
+        lambda: INFO_NCE.call(logit_scale=1e39),
+    ),
     "pca_reconstruct: expected gap_eps at most 1.8e+308 in size, got a larger integer": (
         ValueError,
         lambda: RECONSTRUCT.call(gap_eps=TOO_LARGE),
@@ -501,11 +511,11 @@ TEXTS = {
         TypeError,
         lambda: RECONSTRUCT.call(differentiate_basis=1),
     ),
-    "pca_reconstruct: expected backend to be a string, got NoneType": (
+    f"pca_reconstruct: expected backend to be one of {['auto', *backend_names()]}, got NoneType": (
         TypeError,
         lambda: RECONSTRUCT.call(backend=None),
     ),
-    f"pca_reconstruct: expected backend to be 'auto' or one of {backend_names()}, got 'nothing'": (
+    f"pca_reconstruct: expected backend to be one of {['auto', *backend_names()]}, got 'nothing'": (
         ValueError,
         lambda: RECONSTRUCT.call(backend="nothing"),
     ),
@@ -571,7 +581,7 @@ TEXTS = {
         ValueError,
         lambda: nn.HiMoLoss(strategy="all"),
     ),
-    "HiMoLoss: expected pca_scope to be 'global' or 'local', got 'rank'": (
+    "HiMoLoss: expected pca_scope to be one of ['global', 'local'], got 'rank'": (
         ValueError,
         lambda: nn.HiMoLoss(pca_scope="rank"),
     ),

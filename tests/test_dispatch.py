@@ -348,7 +348,7 @@ def test_an_unknown_name_in_the_variable_is_an_error_at_the_first_call() -> None
         "print(info.report())"
     )
     text, report = run_python("-c", script, HIMO_KERNELS_BACKEND="tritn").split("\n", 1)
-    expected = f"to be 'auto' or one of {list(BACKENDS)}, got 'tritn'"
+    expected = f"to be one of {['auto', *BACKENDS]}, got 'tritn'"
     assert text == f"pca: expected HIMO_KERNELS_BACKEND {expected}"
     _assert_complete(report)
     assert f"  pca: auto takes nothing: {text}\n" in report
@@ -376,7 +376,7 @@ def test_info_says_of_a_gated_backend_what_it_waits_for(
 def test_a_backend_without_a_source_is_an_unknown_name(name: str, x: Tensor) -> None:
     with pytest.raises(ValueError) as caught:
         OPERATORS[name].resolve("cuda", x)
-    expected = f"to be 'auto' or one of {list(BACKENDS)}, got 'cuda'"
+    expected = f"to be one of {['auto', *BACKENDS]}, got 'cuda'"
     assert str(caught.value) == f"{name}: expected backend {expected}"
 
 

@@ -36,6 +36,15 @@ def test_the_operator_to_copy_is_short() -> None:
     assert 30 < len([line for line in lines if line.strip()]) <= 60
 
 
+def test_the_operator_to_copy_imports_public_names() -> None:
+    for path in (ROOT / "examples").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                parts = [part for name in names for part in name.split(".")]
+                assert not [part for part in parts if part.startswith("_")], path
+
+
 def test_no_function_is_long() -> None:
     long, count = [], 0
     for path in _files():

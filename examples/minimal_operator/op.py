@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from examples.minimal_operator import cpu, reference
-from himo_kernels import _triton, extension
-from himo_kernels.dispatch import Backend, Operator, apply_function, saves_inputs
+from himo_kernels import backends
+from himo_kernels.backends import Backend, Operator, apply_function, saves_inputs
 
 _BACKENDS = {  # "auto" tries them in this order; Triton runs only when named
-    "triton": _triton.backend(f"{__package__}.triton", "relu", _triton.why_not),
-    "cpu": Backend.of(cpu, "relu", extension.why_not_for),
+    "triton": backends.triton_backend(f"{__package__}.triton", "relu", backends.why_not_triton),
+    "cpu": Backend.of(cpu, "relu", backends.why_not_cpu),
     "reference": Backend.of(reference, "relu"),
 }
 RELU = Operator("relu", _BACKENDS, public=False)  # so that tests of all operators skip it

@@ -14,6 +14,7 @@ from himo.ablate.grid import LAMBDAS, TAUS, tables
 from himo.ablate.page import ablation_page, numbers_csv, read_results
 from himo.ablate.runs import claim, job_of, run_all
 from himo.config import TrainConfig
+from himo.device import usable_device
 from himo.errors import HimoError
 from himo.evaluate.captions import data_options
 from himo.evaluate.datasets import named
@@ -38,7 +39,6 @@ _Number = TypeVar("_Number", int, float)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `himo ablate`: its own, and the ones of `himo train` that all runs share."""
-    parser.allow_abbrev = False  # --tau, --seed and --device of `himo train` are none of these
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and page")
     parser.add_argument("--eval-data", help="data set to measure on (default: --val-data)")
     parser.add_argument("--himo-docci", metavar="FILE", help="also measure HiMo@K on HiMo-Docci")
@@ -97,7 +97,13 @@ def _numbers(flag: str, given: str, kind: Callable[[str], _Number]) -> list[_Num
 
 def _devices(given: str) -> Sequence[str]:
     if given != "auto":
-        return [name.strip() for name in given.split(",")]
+        names = [name.strip() for name in given.split(",")]
+        for name in names:
+            try:
+                usable_device(name)
+            except HimoError as error:
+                raise HimoError(f"--devices: {error}") from error
+        return names
     if not torch.cuda.is_available():
         return ["cpu"]
     free = []

@@ -123,7 +123,8 @@ def run_all(jobs: Sequence[Job], devices: Sequence[str]) -> bool:
             while thread.is_alive():  # a join without a limit takes no signal
                 thread.join(_POLL_S)
     if pool.failures and not pool.stop.is_set():
-        raise HimoError("; ".join(pool.failures))
+        first, *others = pool.failures
+        raise HimoError(f"{first}, and {len(others)} more failed" if others else first)
     return not pool.stop.is_set()
 
 

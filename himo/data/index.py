@@ -46,6 +46,7 @@ _FRAME = Frame(b"HIMOIDX2", b"IDX1", "an index")
 # Offset of the text; bytes of path, caption and short caption; line; shard, offset and size of the
 # image in it; CRC-32 of the text and of the row's earlier fields.
 _ROW = struct.Struct("<qiiiqiqqI")
+_SHORT = slice(16, 20)  # the bytes of the third of these lengths
 _CRC = struct.Struct("<I")
 _MAX_TEXT = 4 * (MAX_RECORD + 2 * MAX_CAPTION)  # bytes of the text of one row
 _OPEN_SHARDS = 64  # descriptors that stay open in each process, of the usual limit of 1024
@@ -220,6 +221,14 @@ class SampleIndex(Sequence[Record]):
         if record is None:
             raise self._damaged(f"is damaged at sample {index}")
         return record
+
+    def short_captions(self) -> int:
+        """How many of the samples have a `caption_short`."""
+        data = self._file.read(self._rows, self.report.records * _ROW.size)
+        words = numpy.frombuffer(data, dtype=numpy.uint8).reshape(-1, _ROW.size)
+        lengths = words[:, _SHORT].copy().view("<i4")[:, 0]
+        chosen = lengths if self._selected is None else lengths[self._selected]
+        return int((chosen > 0).sum())
 
     def row(self, index: int) -> int:
         """The row of the index file that holds the sample at `index`."""

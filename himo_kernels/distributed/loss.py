@@ -324,8 +324,7 @@ def check_labels(
 
 def check_strategy(operator: str, strategy: object) -> None:
     """Raises unless strategy is the name of one."""
-    if strategy not in STRATEGIES:
-        raise_value(operator, "strategy", f"to be one of {list(STRATEGIES)}", strategy)
+    check_choice(operator, "strategy", strategy, list(STRATEGIES))
 
 
 def block_for(labels: Tensor | None) -> Operator:

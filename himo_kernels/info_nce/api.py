@@ -339,7 +339,7 @@ def check_scalar(operator: str, argument: str, value: Tensor | float, features: 
     if _is_traced_number(value):
         value = torch.as_tensor(value).to(features.device, dtype)
     if not isinstance(value, Tensor):
-        number = check_number(operator, argument, value)
+        number = check_number(operator, argument, value, dtype)
         return as_tensor(number, dtype, features.device)
     check_tensor(operator, argument, value)
     if value.numel() != 1:
@@ -386,5 +386,6 @@ def with_logit_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
     if logit_bias is None:
         return loss
     if not isinstance(logit_bias, Tensor):
-        logit_bias = as_tensor(float(logit_bias), loss.dtype, loss.device)
-    return loss + 0 * logit_bias.sum().to(loss.dtype)
+        # float64: 0 times a number beyond float32 is 0 too.
+        logit_bias = as_tensor(float(logit_bias), torch.float64, loss.device)
+    return loss + (0 * logit_bias.sum()).to(loss.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from himo_kernels._checks import check_number
 from himo_kernels.integrations.kinds import Kind
 from himo_kernels.nn import HiMoLoss
 
@@ -42,6 +43,7 @@ def forward_of(model: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, 
     losses: dict[float, HiMoLoss] = {}  # by pca_ratio
 
     def loss_of(ratio: float) -> HiMoLoss:
+        ratio = check_number("HiMo-CLIP's forward", "pca_ratio", ratio)
         if ratio not in losses:
             losses[ratio] = HiMoLoss(variance_threshold=ratio, **options)
         return losses[ratio]

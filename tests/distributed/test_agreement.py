@@ -62,7 +62,7 @@ CASES = {
         "rank 0: ",
         "backend 'numpy' cannot take [0, 6] torch.float32 on cpu",
     ),
-    "pca by no backend": (ValueError, "rank 0: ", "expected backend to be 'auto' or one of"),
+    "pca by no backend": (ValueError, "rank 0: ", "expected backend to be one of ['auto', "),
 }
 _LABELS = "to be an int64 or int32 tensor, got"
 _OF_LABELS = {
@@ -84,7 +84,11 @@ _DIRECTIONS = {
         FIRST,
         "expected directions to be one of ['both', 'rows', 'columns'], got 'sideways'",
     ),
-    "no string": (TypeError, FIRST, "expected directions to be a string, got NoneType"),
+    "no string": (
+        TypeError,
+        FIRST,
+        "expected directions to be one of ['both', 'rows', 'columns'], got NoneType",
+    ),
     "another meaning of labels": (ValueError, ALL, "expected the same settings on every rank"),
     "no meaning of labels": (
         ValueError,

@@ -155,4 +155,5 @@ def test_what_fsdp_cannot_do_is_refused(pairs, tmp_path, capsys):
     message = refused(capsys, pairs, tmp_path, FSDP, "--compile")
     assert message == "himo: error: --fsdp: expected no --compile beside it"
     message = refused(capsys, pairs, tmp_path, FSDP)
-    assert message.endswith("--fsdp: expected several processes, as torchrun starts them, got 1")
+    start = "torchrun --nproc_per_node 8 -m -- himo train ..."
+    assert message.endswith(f"--fsdp: expected several processes, as `{start}` starts them, got 1")

@@ -54,6 +54,20 @@ def commands(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": programs_first, "PYTHONPATH": path}
 
 
+def test_torchrun_starts_himo_behind_two_dashes() -> None:
+    # Without them torchrun parses flags of himo, such as --logs, itself.
+    texts = [path for pattern in ("*.md", "*.py") for path in ROOT.glob(f"himo*/**/{pattern}")]
+    texts += [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "examples").glob("*.py")]
+    starts = [
+        line
+        for path in texts
+        for line in path.read_text().splitlines()
+        if "torchrun -" in line and "himo train" in line
+    ]
+    assert len(starts) >= 5
+    assert [line for line in starts if " -m -- himo train" not in line] == []
+
+
 def run(block: Block, names: dict[str, Any], environment: dict[str, str]) -> None:
     if block.language == "python":
         exec(compile(block.code, "<block>", "exec"), names)

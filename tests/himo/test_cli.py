@@ -74,6 +74,50 @@ print(f"himo {himo.__version__}, torch {torch.__version__}")
     assert shown == expected and status == "0"
 
 
+SAYS = "; `himo {} --help` lists what it takes\n"
+WRONG = {
+    "unknown": (
+        ["train", "--train-data", "x", "--learning-rate", "1"],
+        "train: unknown argument --learning-rate" + SAYS.format("train"),
+    ),
+    "near": (
+        ["encode", "x", "--pretraned=y", "--out", "z", "--pretrained", "y"],
+        "encode: unknown argument --pretraned; the nearest flag is --pretrained"
+        + SAYS.format("encode"),
+    ),
+    "start of another": (
+        ["encode", "--data", "x", "--pretrained", "y", "--out", "z"],
+        "encode: unknown argument --data; the nearest flag is --dataset-type"
+        + SAYS.format("encode"),
+    ),
+    "missing": (
+        ["encode", "x", "--pretrained", "y"],
+        "the following arguments are required: --out" + SAYS.format("encode"),
+    ),
+    "no number": (
+        ["train", "--seed", "1e3"],
+        "argument --seed: invalid int value: '1e3'" + SAYS.format("train"),
+    ),
+    "not finite": (
+        ["train", "--train-data", "x", "--lr", "inf"],
+        "--lr: expected a finite number, at least 0.0, got inf\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "said"), WRONG.values(), ids=WRONG)
+def test_a_wrong_argument_is_one_line(given, said, capsys):
+    assert main(given) == 2
+    assert capsys.readouterr().err == f"himo: error: {said}"
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert main(["trian"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("himo: error: argument COMMAND: invalid choice: 'trian' (choose")
+    assert message.count("\n") == 1
+
+
 def test_output_that_nobody_reads_is_no_error(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)

@@ -115,6 +115,18 @@ def test_a_flag_that_nothing_reads_is_refused(
     assert getattr(read({**beside, name: value}), name) == value
 
 
+@pytest.mark.parametrize("value", [["himo"], {"himo": 1}, []], ids=str)
+@pytest.mark.parametrize("name", [item.name for item in dataclasses.fields(TrainConfig)])
+def test_a_list_or_an_object_is_no_value_of_a_flag(
+    name: str, value: object, tmp_path: Path
+) -> None:
+    file = written(tmp_path / "run.json", json.dumps({name: value}))
+    with pytest.raises(HimoError) as error:
+        settings("--config", file)
+    assert str(error.value).startswith(f"{file}: {name}: expected ")
+    assert str(error.value).count("\n") == 0
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

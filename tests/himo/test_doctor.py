@@ -140,6 +140,11 @@ def test_data_that_a_run_would_stop_at(capsys, pairs):
     assert [kind for kind, _ in found["data"] + found["images"]] == ["warning"] * 3
 
 
+def test_flags_that_the_data_make_meaningless(capsys, pairs):
+    found = examined(capsys, "--train-data", str(pairs), "--short-captions", status=1)["data"]
+    assert found[0][0] == "problem" and "--short-captions: expected pairs with a " in found[0][1]
+
+
 def test_fewer_pairs_than_a_batch(capsys, pairs):
     data = ["--train-data", str(pairs), "--batch-size", "13"]
     assert "fewer than a batch" in examined(capsys, *data, status=1)["data"][0][1]

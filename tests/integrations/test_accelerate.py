@@ -296,6 +296,12 @@ class TestReleasedModel:
             himo_kernels.accelerate(model, preset="best")
         assert "forward" not in vars(model)
 
+    def test_a_share_that_is_no_number_raises(self, generator):
+        model, (image, text) = ReleasedCLIP(WIDTH, FEATURES).double(), batch(generator)
+        himo_kernels.accelerate(model)
+        with pytest.raises(TypeError, match="expected pca_ratio to be a number, got list"):
+            model(image, text, 0, pca_ratio=[0.9])
+
     @pytest.mark.parametrize("method", ["forward", "cumratio_PCA"])
     def test_a_subclass_that_computes_something_else_is_refused(self, method):
         other = type("Other", (ReleasedCLIP,), {method: lambda self, *inputs: inputs})

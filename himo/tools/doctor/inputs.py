@@ -17,7 +17,7 @@ from himo.model import CONTEXT_LENGTH, CLIPConfig
 from himo.progress import passing_bar
 from himo.tokenizer import TextError, default_tokenizer
 from himo.tools.doctor.check import Check
-from himo.training_data import open_source
+from himo.training_data import open_source, unread
 from himo.transforms import ImageError, Preprocess
 
 _IMAGES, _CAPTIONS = 100, 2000  # read, evenly over the data set
@@ -54,6 +54,12 @@ def data_set(
     """
     prefix = "" if field == "train_data" else "val "
     checks: Iterable[Check]
+    if field == "train_data" and isinstance(data, SampleIndex):
+        try:
+            for said in unread(settings, data):
+                yield Check("data", "warning", said)
+        except HimoError as error:
+            yield Check("data", "problem", str(error))
     if isinstance(data, Check):
         checks = [data]
     else:

@@ -1,0 +1,112 @@
+"""An extension that is damaged, foreign or of another version is one notice, and no crash."""
+
+import shutil
+import sysconfig
+from pathlib import Path
+
+import numpy
+import pytest
+from fresh_process import run_python
+
+import himo_kernels
+from himo_kernels import extension
+
+ROOT = Path(__file__).parents[1]
+HERE = f"than himo_kernels {himo_kernels.__version__}"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+# A user without the extension: the warning of a first call, and the result.
+USE = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(himo_kernels.info_nce(torch.eye(128), torch.eye(128), 1.0).item() > 0)
+print(*(w.message for w in caught), sep="\\n")
+"""
+FAKE = """
+import sys, types, torch
+fake = types.ModuleType("himo_kernels._C")
+fake.__file__ = "_C.so"
+{change}
+sys.modules["himo_kernels._C"] = fake
+import himo_kernels
+"""
+ALL = "fake.__getattr__ = lambda name: None\n"
+INFO = 'fake.build_info = lambda: {"torch": torch.__version__}\n'
+UNFIT = {
+    "no build_info": (
+        "",
+        "the extension is not of himo_kernels: it has no build_info (_C.so)",
+    ),
+    "build_info of something else": (
+        "fake.build_info = lambda: 3",
+        "the extension is not of himo_kernels: it has no build_info (_C.so)",
+    ),
+    "an operator less": (
+        INFO,
+        f"the extension is of another version {HERE} (it has no covariance_fwd)",
+    ),
+    "another version": (
+        ALL + 'fake.build_info = lambda: {"torch": torch.__version__, "version": "0.1.0"}',
+        f"the extension is of another version {HERE} (version 0.1.0)",
+    ),
+}
+
+
+def test_the_functions_that_are_asked_for_are_those_that_are_called() -> None:
+    sources = (ROOT / "himo_kernels").rglob("*.py")
+    calls = "".join(path.read_text() for path in sources).split("extension.load().")[1:]
+    called = {call.split("(")[0].split()[0] for call in calls}
+    assert called == set(extension.FUNCTIONS)
+
+
+@pytest.mark.parametrize(("change", "reason"), UNFIT.values(), ids=UNFIT)
+def test_an_unfit_extension_is_one_notice(change: str, reason: str) -> None:
+    used, notice = _use(FAKE.format(change=change)).splitlines()
+    assert used == "True"
+    assert notice.startswith(f"himo_kernels: operators on a CPU run in plain PyTorch: {reason}; ")
+    assert extension.BUILD in notice
+
+
+def test_a_file_that_is_no_extension_of_ours_is_one_notice(tmp_path: Path) -> None:
+    package = tmp_path / "himo_kernels"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "himo_kernels", package, ignore=ignored)
+    file = package / f"_C{SUFFIX}"
+    foreign = Path(numpy.random.bit_generator.__file__).read_bytes()
+    # A process that loads the second one crashes.
+    unloadable = "cannot be loaded by torch "
+    cases = {foreign: unloadable, foreign[:4096]: f"is cut off: {file}; ", b"": unloadable}
+    for content, reason in cases.items():
+        file.write_bytes(content)
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport torch, himo_kernels\n"
+        used, notice = _use(code).splitlines()
+        assert used == "True"
+        assert f"run in plain PyTorch: the extension {reason}" in notice
+        assert extension.BUILD in notice
+
+
+def test_an_operator_that_takes_other_arguments_is_said_to_be_of_another_version() -> None:
+    change = f"""{ALL}{INFO}
+def normalize_fwd(*given):
+    raise TypeError("normalize_fwd(): incompatible function arguments. The following ...\\n 1.")
+fake.normalize_fwd = normalize_fwd
+"""
+    code = """
+try:
+    himo_kernels.normalize(torch.eye(4), backend="cpu")
+except ImportError as error:
+    print(error)
+"""
+    (found,) = run_python("-c", FAKE.format(change=change) + code, **SETTINGS).splitlines()
+    assert found == (
+        f"the extension is of another version {HERE} (normalize_fwd takes other arguments); "
+        f"{extension.BUILD}; {extension.SWITCH}=1 does without it"
+    )
+
+
+SETTINGS = {"HIMO_KERNELS_BACKEND": "auto", "HIMO_KERNELS_NO_EXTENSION": "0"}
+
+
+def _use(code: str) -> str:
+    return run_python("-c", code + USE, **SETTINGS)
