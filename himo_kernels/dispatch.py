@@ -242,7 +242,7 @@ class Operator:
 def _called(kernel: Callable[..., Any], *arguments: Any, **optional: Any) -> Any:
     try:
         return kernel(*arguments, **optional)
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         extension.explain(error)
         raise
 

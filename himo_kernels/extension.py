@@ -5,11 +5,7 @@ reported when the backend is requested, and once per process when "auto" has to 
 """
 
 import importlib
-import importlib.util
 import os
-import struct
-import sys
-from contextlib import suppress
 from types import ModuleType
 
 import torch
@@ -25,17 +21,6 @@ BUILD = (
     "pip install --no-build-isolation --no-deps --force-reinstall SOURCES"
 )
 
-# What the package calls: a file that lacks one is of another version.
-FUNCTIONS = (
-    *("covariance_fwd", "covariance_bwd", "gram_fwd", "gram_bwd"),
-    *("info_nce_plain", "info_nce_fwd", "info_nce_bwd", "info_nce_block_fwd", "info_nce_block_bwd"),
-    *("info_nce_pairs_fwd", "info_nce_pairs_bwd", "row_products", "sigmoid_loss_fwd"),
-    *("himo_loss_plain", "himo_loss_fwd", "himo_loss_bwd", "normalize_fwd", "normalize_bwd"),
-    *("pca_fwd", "pca_bwd", "pca_reconstruct_fwd", "pca_reconstruct_bwd", "eigensolver"),
-    *("project_reconstruct_fwd", "project_reconstruct_bwd", "pca_moment_decompose"),
-    *("pca_moment_reconstruct", "pca_moment_grad_projector", "pca_moment_bwd"),
-)
-
 _SWITCHED_OFF = os.environ.get(SWITCH, "0") not in ("", "0")
 
 
@@ -43,8 +28,6 @@ def _load() -> tuple[ModuleType | None, str | None, Exception | None]:
     """Returns the module, or None with a one-line reason and the error that caused it."""
     if _SWITCHED_OFF:
         return None, f"the extension is switched off by {SWITCH}={os.environ[SWITCH]}", None
-    if (cut_off := _cut_off()) is not None:
-        return None, f"the extension is cut off: {cut_off}; {BUILD}", None
     try:
         module = importlib.import_module(_NAME)
     except ModuleNotFoundError as error:
@@ -58,27 +41,6 @@ def _load() -> tuple[ModuleType | None, str | None, Exception | None]:
     return (module, None, None) if unfit is None else (None, f"{unfit}; {BUILD}", None)
 
 
-def _cut_off() -> str | None:
-    """Returns the extension's path if the file ends too early, which would crash the process.
-
-    The table of sections comes last in an ELF file. Other files are not looked at.
-    """
-    spec = None
-    if _NAME not in sys.modules:
-        with suppress(ImportError):  # which the import itself will raise again
-            spec = importlib.util.find_spec(_NAME)
-    if spec is None or spec.origin is None:
-        return None
-    with open(spec.origin, "rb") as file:
-        header = file.read(64).ljust(64, b"\0")
-        size = file.seek(0, os.SEEK_END)
-    if not header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian
-        return None
-    (offset,) = struct.unpack("<Q", header[40:48])
-    length, count = struct.unpack("<HH", header[58:62])
-    return spec.origin if offset + length * count > size else None
-
-
 def _why_unfit(module: ModuleType) -> str | None:
     try:
         info = dict(module.build_info())
@@ -88,12 +50,9 @@ def _why_unfit(module: ModuleType) -> str | None:
     # The C++ ABI of torch is stable only within a minor version.
     if _minor(built) != _minor(running):
         return f"the extension is built for torch {built}, this is torch {running}"
-    version = info.get("version", __version__)
-    missing = [name for name in FUNCTIONS if not hasattr(module, name)]
-    if version == __version__ and not missing:
-        return None
-    found = f"version {version}" if version != __version__ else f"it has no {missing[0]}"
-    return f"the extension is of another version than himo_kernels {__version__} ({found})"
+    if (version := info.get("version", "before 0.2.0")) != __version__:
+        return f"the extension is of himo_kernels {version}, this is {__version__}"
+    return None
 
 
 def _minor(version: str) -> list[str]:
@@ -137,15 +96,12 @@ def load() -> ModuleType:
     return _MODULE
 
 
-def explain(error: TypeError) -> None:
-    """Raises ImportError if the error is that a function of the extension takes other arguments.
+def explain(error: AttributeError | TypeError) -> None:
+    """Raises ImportError if the extension lacks a function, or the function takes other arguments.
 
-    Only a file of another version does: arguments are checked before they come to the extension.
+    Only a file built from other sources does: arguments are checked before they come to it.
     """
     text = str(error)
-    if _MODULE is not None and "incompatible function arguments" in text:
-        name = text.partition("(")[0]
-        raise ImportError(
-            f"the extension is of another version than himo_kernels {__version__} ({name} takes "
-            f"other arguments); {BUILD}; {SWITCH}=1 does without it"
-        ) from error
+    if _NAME in text or "incompatible function arguments" in text:
+        reason = f"the extension was built from other sources ({text.splitlines()[0]})"
+        raise ImportError(f"{reason}; {BUILD}; {SWITCH}=1 does without it") from error
