@@ -115,6 +115,24 @@ def test_the_same_of_a_block(spread: float, generator: torch.Generator) -> None:
         torch.testing.assert_close(value, truth, rtol=1e-5, atol=tolerance)
 
 
+@pytest.mark.parametrize("spread", [0.0, 150.0])
+@pytest.mark.parametrize("differentiate_keys", [True, False], ids=["keys", "constant-keys"])
+def test_a_gradient_has_the_same_bits_alone(
+    spread: float, differentiate_keys: bool, generator: torch.Generator
+) -> None:
+    inputs = tuple(inputs_of(table_of(spread, generator)).values())
+    outputs = TRITON.kernel("fwd")(*inputs, 0.1, "triton")
+
+    def gradients(*needs: bool) -> tuple[Tensor, ...]:
+        settings = (0.1, differentiate_keys, list(needs), "triton")
+        return TRITON.kernel("bwd")(outputs[0], *inputs, *outputs[1:], *settings)
+
+    together = gradients(True, True, True)
+    for index, expected in enumerate(together):
+        alone = gradients(*(index == other for other in range(3)))
+        assert torch.equal(alone[index], expected), index
+
+
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="a compiled kernel keeps its constants")
 class TestOfTheBranch:
     def test_two_exponentials_give_the_same_as_one(

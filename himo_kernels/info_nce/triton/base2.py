@@ -64,6 +64,16 @@ def finite_shift(maximum):
 
 
 @triton.jit
+def weight_of(shift, to):
+    """Returns what a sum relative to `shift` is multiplied by to be relative to `to`: 0 for -inf.
+
+    `to` is finite, and the sum is 0 if the shift is -inf.
+    """
+    weight = power_of_difference(finite_shift(shift), to)
+    return tl.where(shift == float("-inf"), 0.0, weight)
+
+
+@triton.jit
 def sums(
     products,  # [BLOCK_ROWS, BLOCK_COLUMNS], -inf where masked
     t,  # > 0
@@ -76,8 +86,7 @@ def sums(
     """
     # The weights come first, so that no power is held in a register while warps exchange `top`.
     top = tl.max(row_max, 0)
-    weights = power_of_difference(finite_shift(row_max), finite_shift(top))
-    weights = tl.where(row_max == float("-inf"), 0.0, weights)
+    weights = weight_of(row_max, finite_shift(top))
     powers = power(products, t, finite_shift(row_max)[:, None])
     return tl.sum(powers, 1), tl.sum(powers * weights[:, None], 0), top
 

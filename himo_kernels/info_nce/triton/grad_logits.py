@@ -127,6 +127,9 @@ class GradLogits:
                 self.total,
                 *chunk.sizes(),
                 branch.row_blocks,
+                # Not parts < 2: a sum of softmaxes rounds otherwise than its terms, so with
+                # constant keys ds would have other bits where it alone is needed (parts=0).
+                ADDED=self.settings.differentiate_keys,
                 SMOOTHING=self.settings.label_smoothing,
                 GAIN=self.gain,
                 GROUP=GROUP,
@@ -167,7 +170,7 @@ def grad_logits_kernel(
     column_weight_ptr,  # [B, N] float32; None means 1
     positives_scale_ptr,  # []; None means 1
     grad_rows_ptr,  # [B, chunk, pitch] or None: GAIN * weight * (P - eps / total), 0 at pairs
-    grad_columns_ptr,  # [B, chunk, pitch]: same for C; if None, grad_rows receives the sum
+    grad_columns_ptr,  # [B, chunk, pitch]: same for C; None if ADDED
     scale_partials_ptr,  # [B, row blocks, column tiles] float32, whole batches only, or None
     row_count,  # M
     column_count,  # N
@@ -181,6 +184,7 @@ def grad_logits_kernel(
     row_blocks,  # row blocks of this launch
     all_row_blocks,
     TERMS: tl.constexpr,
+    ADDED: tl.constexpr,  # grad_rows receives the sum of both
     SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -213,13 +217,13 @@ def grad_logits_kernel(
         *(column_positives_ptr, column_nll_ptr),
         column_weight_ptr,
         *(row_start, column_start, row_mask, column_mask),
-        ADDED=grad_columns_ptr is None,
+        ADDED=ADDED,
     )
     if SMOOTHING != 0:
         row_share = load(row_weight_ptr, row_start, row_mask)[:, None] * (SMOOTHING / total)
         column_share = load(column_weight_ptr, column_start, column_mask) * (SMOOTHING / total)
         grad_columns -= column_share[None, :]
-        if grad_columns_ptr is None:
+        if ADDED:
             row_share += column_share[None, :]
         grad_rows -= row_share
     has_pairs = holds_pairs(first_row, first_column, pair_offset, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -230,7 +234,7 @@ def grad_logits_kernel(
         grad_columns = tl.where(negatives, grad_columns, 0.0)
 
     if scale_partials_ptr is not None:
-        both = grad_rows if grad_columns_ptr is None else grad_rows + grad_columns
+        both = grad_rows if ADDED else grad_rows + grad_columns
         part = tl.sum(both * products)
         if has_pairs:  # offset 0: the pairs of all rows, since BLOCK_ROWS divides BLOCK_COLUMNS
             at = problem * row_count + rows

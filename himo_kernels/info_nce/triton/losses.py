@@ -22,8 +22,8 @@ from himo_kernels.info_nce.triton.base2 import (
     difference_of,
     finite_shift,
     power,
-    power_of_difference,
     sums,
+    weight_of,
 )
 from himo_kernels.info_nce.triton.logits import (
     Branch,
@@ -257,10 +257,8 @@ def _merged(
         summed = tl.load(at + samples, mask=mask, other=0.0)
         new_max = tl.maximum(total_max, tl.max(maximum, 0))
         shift = finite_shift(new_max)
-        total = total * tl.exp2(total_max - shift)
-        weights = power_of_difference(finite_shift(maximum), shift[None, :])
-        weights = tl.where(maximum == float("-inf"), 0.0, weights)
-        total += tl.sum(summed * weights, 0)
+        total = total * weight_of(total_max, shift)
+        total += tl.sum(summed * weight_of(maximum, shift[None, :]), 0)
         total_max = new_max
     return total_max, total
 
