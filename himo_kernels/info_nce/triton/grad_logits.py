@@ -216,8 +216,7 @@ def grad_logits_kernel(
         row_weight_ptr,
         *(column_positives_ptr, column_nll_ptr),
         column_weight_ptr,
-        *(row_start, column_start, row_mask, column_mask),
-        ADDED=ADDED,
+        *(row_start, column_start, row_mask, column_mask, ADDED),
     )
     if SMOOTHING != 0:
         row_share = load(row_weight_ptr, row_start, row_mask)[:, None] * (SMOOTHING / total)
