@@ -13,15 +13,7 @@ from torch import Tensor
 
 from himo_kernels._triton_jit import COUNTS, rounded
 from himo_kernels.info_nce.compose import Direction, Settings
-from himo_kernels.info_nce.triton.base2 import base2, load, softmaxes
-from himo_kernels.info_nce.triton.logits import (
-    Branch,
-    diagonal_of,
-    holds_pairs,
-    negatives_of,
-    tile_products,
-    up_to_rank,
-)
+from himo_kernels.info_nce.triton.logits import Branch, tile_products, up_to_rank
 
 # Holds dS of as many rows as fit. At N = 32768 that is a few thousand rows, enough for matmuls to
 # run at their full rate.
@@ -94,7 +86,6 @@ class GradLogits:
     columns: Direction
     settings: Settings
     total: int  # samples of the batch
-    positives_scale: Tensor | None = None  # []: times the positives of both is S; None means 1
     scale_partials: Tensor | None = None  # [B, row blocks, column tiles], whole batches only
 
     @property
@@ -119,7 +110,6 @@ class GradLogits:
                 *branch.operands(),
                 *self.rows,
                 *self.columns,
-                self.positives_scale,
                 workspace[0] if parts else None,
                 workspace[1] if parts == 2 else None,
                 self.scale_partials,
@@ -127,9 +117,6 @@ class GradLogits:
                 self.total,
                 *chunk.sizes(),
                 branch.row_blocks,
-                # Not parts < 2: a sum of softmaxes rounds otherwise than its terms, so with
-                # constant keys ds would have other bits where it alone is needed (parts=0).
-                ADDED=self.settings.differentiate_keys,
                 SMOOTHING=self.settings.label_smoothing,
                 GAIN=self.gain,
                 GROUP=GROUP,
@@ -141,11 +128,11 @@ class GradLogits:
 
 
 def positives_of(branch: Branch) -> Tensor:
-    """Returns x_i . y_i [B, N] of a whole batch."""
+    """Returns S_ii [B, N] of a whole batch."""
     samples, _, _, width, term_stride = branch.sizes()
     positives = branch.new_empty(branch.problems, samples)
     positives_kernel[(branch.problems * branch.row_blocks,)](
-        *branch.operands()[:3],
+        *branch.operands(),
         positives,
         samples,
         width,
@@ -168,9 +155,8 @@ def grad_logits_kernel(
     column_positives_ptr,  # [B, N] float32
     column_nll_ptr,  # [B, N] float32
     column_weight_ptr,  # [B, N] float32; None means 1
-    positives_scale_ptr,  # []; None means 1
     grad_rows_ptr,  # [B, chunk, pitch] or None: GAIN * weight * (P - eps / total), 0 at pairs
-    grad_columns_ptr,  # [B, chunk, pitch]: same for C; None if ADDED
+    grad_columns_ptr,  # [B, chunk, pitch]: same for C; if None, grad_rows receives the sum
     scale_partials_ptr,  # [B, row blocks, column tiles] float32, whole batches only, or None
     row_count,  # M
     column_count,  # N
@@ -184,7 +170,6 @@ def grad_logits_kernel(
     row_blocks,  # row blocks of this launch
     all_row_blocks,
     TERMS: tl.constexpr,
-    ADDED: tl.constexpr,  # grad_rows receives the sum of both
     SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -201,51 +186,53 @@ def grad_logits_kernel(
     first_row = (first_block + block) * BLOCK_ROWS
     first_column = tile * BLOCK_COLUMNS
     products = tile_products(
-        *(left_ptr + problem * row_count * width, right_ptr + problem * column_count * width),
-        *(first_row, first_column, row_count, column_count, width),
-        *(up_to_rank(rank_ptr, problem, width), term_stride),
-        *(TERMS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, PRECISION),
+        left_ptr + problem * row_count * width,
+        right_ptr + problem * column_count * width,
+        first_row,
+        first_column,
+        row_count,
+        column_count,
+        width,
+        up_to_rank(rank_ptr, problem, width),
+        term_stride,
+        TERMS,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_INNER,
+        PRECISION,
     )
+    logits = tl.load(scale_ptr).to(tl.float32) * products
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
     row_mask, column_mask = rows < row_count, columns < column_count
-    row_start, column_start = problem * row_count + first_row, problem * column_count + first_column
-    grad_rows, grad_columns = softmaxes(
-        *(products, base2(scale_ptr), base2(positives_scale_ptr)),
-        *(row_positives_ptr, row_nll_ptr),
-        row_weight_ptr,
-        *(column_positives_ptr, column_nll_ptr),
-        column_weight_ptr,
-        *(row_start, column_start, row_mask, column_mask, ADDED),
+    uniform = SMOOTHING / total
+    at_rows, at = problem * row_count + rows, problem * column_count + columns
+    grad_rows = _grad_negatives(
+        logits, row_positives_ptr, row_nll_ptr, row_weight_ptr, at_rows, row_mask, uniform, 1
     )
-    if SMOOTHING != 0:
-        row_share = load(row_weight_ptr, row_start, row_mask)[:, None] * (SMOOTHING / total)
-        column_share = load(column_weight_ptr, column_start, column_mask) * (SMOOTHING / total)
-        grad_columns -= column_share[None, :]
-        if ADDED:
-            row_share += column_share[None, :]
-        grad_rows -= row_share
-    has_pairs = holds_pairs(first_row, first_column, pair_offset, BLOCK_ROWS, BLOCK_COLUMNS)
-    ragged = (first_row + BLOCK_ROWS > row_count) | (first_column + BLOCK_COLUMNS > column_count)
-    if has_pairs | ragged:
-        negatives = negatives_of(rows, columns, row_count, column_count, pair_offset)
-        grad_rows = tl.where(negatives, grad_rows, 0.0)
-        grad_columns = tl.where(negatives, grad_columns, 0.0)
+    grad_columns = _grad_negatives(
+        logits, column_positives_ptr, column_nll_ptr, column_weight_ptr, at, column_mask, uniform, 0
+    )
+    pairs = rows[:, None] + pair_offset == columns[None, :]
+    inside = row_mask[:, None] & column_mask[None, :]
+    grad_rows = tl.where(inside & ~pairs, grad_rows, 0.0)
+    grad_columns = tl.where(inside & ~pairs, grad_columns, 0.0)
 
     if scale_partials_ptr is not None:
-        both = grad_rows if ADDED else grad_rows + grad_columns
-        part = tl.sum(both * products)
-        if has_pairs:  # offset 0: the pairs of all rows, since BLOCK_ROWS divides BLOCK_COLUMNS
-            at = problem * row_count + rows
-            diagonal = grad_positive(row_nll_ptr, None, at, row_mask, total, SMOOTHING)
-            diagonal += grad_positive(column_nll_ptr, None, at, row_mask, total, SMOOTHING)
-            part += tl.sum(diagonal * diagonal_of(products, rows, columns))
+        part = tl.sum((grad_rows + grad_columns) * products)
+        if first_row // BLOCK_COLUMNS == tile:  # holds the diagonal: offset 0, whole batch
+            diagonal = grad_positive(row_nll_ptr, None, at_rows, row_mask, total, SMOOTHING)
+            diagonal += grad_positive(column_nll_ptr, None, at_rows, row_mask, total, SMOOTHING)
+            part += tl.sum(diagonal * tl.sum(tl.where(pairs, products, 0.0), 1))
         at = (problem * all_row_blocks + first_block + block) * tiles + tile
         tl.store(scale_partials_ptr + at, part)
     if grad_rows_ptr is not None:
         start = (problem * chunk_rows + block * BLOCK_ROWS) * pitch + first_column
-        store_tile(grad_rows_ptr + start, grad_rows, row_mask, columns, pitch, GAIN)
-        if grad_columns_ptr is not None:
+        if grad_columns_ptr is None:
+            both = grad_rows + grad_columns
+            store_tile(grad_rows_ptr + start, both, row_mask, columns, pitch, GAIN)
+        else:
+            store_tile(grad_rows_ptr + start, grad_rows, row_mask, columns, pitch, GAIN)
             store_tile(grad_columns_ptr + start, grad_columns, row_mask, columns, pitch, GAIN)
 
 
@@ -256,6 +243,26 @@ def block_and_tile(program, row_blocks, tiles, GROUP: tl.constexpr):
     group_rows = tl.minimum(row_blocks - group * GROUP, GROUP)
     in_group = program % (GROUP * tiles)
     return group * GROUP + in_group % group_rows, in_group // group_rows
+
+
+@triton.jit
+def _grad_negatives(
+    logits,  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    positives_ptr,
+    nll_ptr,
+    weight_ptr,  # None means 1
+    at,  # [BLOCK]
+    mask,  # [BLOCK]
+    uniform,  # eps / total
+    AXIS: tl.constexpr,  # of the logits that `at` is broadcast along: 1 for rows, 0 for columns
+):
+    """Returns 2 N dS at the negatives of one direction: w (P - eps / total)."""
+    positives = tl.expand_dims(tl.load(positives_ptr + at, mask=mask, other=0.0), AXIS)
+    nll = tl.expand_dims(tl.load(nll_ptr + at, mask=mask, other=0.0), AXIS)
+    gradient = tl.exp((logits - positives) - nll) - uniform
+    if weight_ptr is not None:
+        gradient *= tl.expand_dims(tl.load(weight_ptr + at, mask=mask, other=0.0), AXIS)
+    return gradient
 
 
 @triton.jit
@@ -278,6 +285,7 @@ def positives_kernel(
     left_ptr,  # [TERMS, B, N, W]
     right_ptr,  # [B, N, W]
     rank_ptr,  # [B] int64, or None
+    scale_ptr,  # []
     positives_ptr,  # [B, N] float32
     samples,
     width,
@@ -289,9 +297,9 @@ def positives_kernel(
     BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Computes x_i . y_i of a whole batch from the diagonal tiles, not from N dot products.
+    """Computes S_ii of a whole batch from the diagonal tiles, not from N dot products.
 
-    It then has the same bits as x_i . y_j of equal rows in pass 2, whose P is then exact.
+    S_ii then has the same bits as S_ij of equal rows in pass 2, whose gradient is exactly zero.
     """
     first_row = (tl.program_id(0) % row_blocks) * BLOCK_ROWS
     problem = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -314,8 +322,9 @@ def positives_kernel(
     )
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-    at = positives_ptr + problem * samples + rows
-    tl.store(at, diagonal_of(products, rows, columns), mask=rows < samples)
+    logits = tl.load(scale_ptr).to(tl.float32) * products
+    positives = tl.sum(tl.where(rows[:, None] == columns[None, :], logits, 0.0), 1)
+    tl.store(positives_ptr + problem * samples + rows, positives, mask=rows < samples)
 
 
 @triton.jit

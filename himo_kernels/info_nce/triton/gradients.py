@@ -64,7 +64,7 @@ def gradients(
     if needs == Needs():
         return Gradients()
     shape, samples = branch.right.shape, branch.columns
-    positives = positives_of(branch)  # products; branch.scale makes logits of them
+    positives = positives_of(branch)
     rows, columns = (
         Direction(positives, nll.reshape(-1, samples).contiguous())
         for nll in (statistics.row_nll, statistics.column_nll)
@@ -73,7 +73,7 @@ def gradients(
     if needs.scale:
         scale_partials = branch.new_empty(branch.problems, branch.row_blocks, branch.column_tiles)
     pass_2 = _Pass2(
-        GradLogits(branch, rows, columns, settings, samples, branch.scale, scale_partials),
+        GradLogits(branch, rows, columns, settings, samples, scale_partials),
         multiplier=statistics.grad_loss.reshape(-1).float().contiguous(),
         divisor=2 * samples,
         scale=branch.scale,

@@ -141,35 +141,3 @@ def up_to_rank(rank_ptr, problem, width):
     else:
         inner = (tl.cdiv(tl.load(rank_ptr + problem), 16) * 16).to(tl.int32)
     return inner
-
-
-@triton.jit
-def holds_pairs(
-    first_row,
-    first_column,
-    pair_offset,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Returns whether a tile has a row and its pair."""
-    first_pair = first_row + pair_offset  # column of the first row's pair
-    return (first_pair < first_column + BLOCK_COLUMNS) & (first_pair + BLOCK_ROWS > first_column)
-
-
-@triton.jit
-def negatives_of(
-    rows,  # [BLOCK_ROWS]
-    columns,  # [BLOCK_COLUMNS]
-    row_count,
-    column_count,
-    pair_offset,
-):
-    """Returns which entries of a tile are negatives: within M and N, and not a pair."""
-    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
-    return inside & (rows[:, None] + pair_offset != columns[None, :])
-
-
-@triton.jit
-def diagonal_of(products, rows, columns):
-    """Returns the entry of each row where its number is that of the column, or 0."""
-    return tl.sum(tl.where(rows[:, None] == columns[None, :], products, 0.0), 1)

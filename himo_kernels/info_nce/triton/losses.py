@@ -12,27 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from himo_kernels._triton_jit import COUNTS
-from himo_kernels.info_nce.triton.base2 import (
-    LEAST,
-    LN2,
-    LOG2E,
-    REST_OF_LN2,
-    SMALLEST,
-    base2,
-    difference_of,
-    finite_shift,
-    power,
-    sums,
-    weight_of,
-)
-from himo_kernels.info_nce.triton.logits import (
-    Branch,
-    diagonal_of,
-    holds_pairs,
-    negatives_of,
-    tile_products,
-    up_to_rank,
-)
+from himo_kernels.info_nce.triton.logits import Branch, tile_products, up_to_rank
 from himo_kernels.info_nce.triton.tiles import FUSED
 
 # Row blocks per launch. Column partials take 8 bytes per row block and column, so at most 1 KiB per
@@ -47,7 +27,7 @@ _MERGE = {"SLOTS_AT_ONCE": 16, "BLOCK": 128, "num_warps": 4, **FUSED}
 
 @dataclass(frozen=True)
 class _Partials:
-    """Shift and sum of exp2(t d - shift) over parts of the negatives of each row and column."""
+    """Maximum and sum of exp over parts of the negatives of each row and of each column."""
 
     rows: Tensor  # [B, splits, 2, M] float32
     columns: Tensor  # [B, slots, 2, N] float32
@@ -66,7 +46,6 @@ def losses(branch: Branch, label_smoothing: float) -> tuple[Tensor, Tensor, Tens
         partials.rows,
         partials.columns,
         positives,
-        branch.scale,
         row_nll,
         column_nll,
         loss_partials,
@@ -104,8 +83,7 @@ def log_odds(
 
 
 def _statistics(branch: Branch, positives: Tensor | None) -> _Partials:
-    # Returns the statistics of all negatives. For a whole batch, writes x_i . y_i to positives
-    # [B, N].
+    # Returns the statistics of all negatives. For a whole batch, writes S_ii to positives [B, N].
     problems, columns, row_blocks = branch.problems, branch.columns, branch.row_blocks
     at_once = min(row_blocks, ROW_BLOCKS_AT_ONCE)
     launches = triton.cdiv(row_blocks, at_once)
@@ -151,8 +129,8 @@ def statistics_kernel(
     right_ptr,  # [B, N, W]
     rank_ptr,  # [B] int64, or None
     scale_ptr,  # []
-    positives_ptr,  # [B, M] float32: x_i . y_i of a whole batch, or None
-    row_partials_ptr,  # [B, splits, 2, M] float32: shift and sum of exp2 over some negatives
+    positives_ptr,  # [B, M] float32: S_ii of a whole batch, or None
+    row_partials_ptr,  # [B, splits, 2, M] float32: maximum and sum of exp over some negatives
     column_partials_ptr,  # [B, slots, 2, N] float32
     row_count,  # M
     column_count,  # N
@@ -176,8 +154,7 @@ def statistics_kernel(
     block = program % row_blocks
     split = (program // row_blocks) % splits
     problem = (program // (row_blocks * splits)).to(tl.int64)
-    scale = base2(scale_ptr)
-    t = tl.where(tl.abs(scale) < LEAST, LEAST, tl.abs(scale))
+    scale = tl.load(scale_ptr).to(tl.float32)
     inner = up_to_rank(rank_ptr, problem, width)
     left_ptr += problem * row_count * width
     right_ptr += problem * column_count * width
@@ -193,46 +170,61 @@ def statistics_kernel(
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
         first_column = tile * BLOCK_COLUMNS
         columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-        products = tile_products(
-            *(left_ptr, right_ptr, first_row, first_column, row_count, column_count, width, inner),
-            *(term_stride, TERMS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, PRECISION),
+        logits = scale * tile_products(
+            left_ptr,
+            right_ptr,
+            first_row,
+            first_column,
+            row_count,
+            column_count,
+            width,
+            inner,
+            term_stride,
+            TERMS,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_INNER,
+            PRECISION,
         )
-        has_pairs = holds_pairs(first_row, first_column, pair_offset, BLOCK_ROWS, BLOCK_COLUMNS)
+        pairs = rows[:, None] + pair_offset == columns[None, :]
+        first_pair = first_row + pair_offset  # column of the first row's pair
+        has_pairs = (first_pair < first_column + BLOCK_COLUMNS) & (
+            first_pair + BLOCK_ROWS > first_column
+        )
         if positives_ptr is not None:
             if has_pairs:  # the pairs of all rows, since BLOCK_ROWS divides BLOCK_COLUMNS
+                positives = tl.sum(tl.where(pairs, logits, 0.0), 1)
                 at = positives_ptr + problem * row_count + rows
-                positives = diagonal_of(products, rows + pair_offset, columns)
                 tl.store(at, positives, mask=rows < row_count)
         ragged = first_row + BLOCK_ROWS > row_count
         ragged |= first_column + BLOCK_COLUMNS > column_count
-        if has_pairs | ragged | (scale < 0):
-            negatives = negatives_of(rows, columns, row_count, column_count, pair_offset)
-            products = tl.where(scale < 0, -products, products)
-            products = tl.where(negatives, products, float("-inf"))
+        if has_pairs | ragged:
+            inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+            logits = tl.where(inside & ~pairs, logits, float("-inf"))
 
-        new_max = tl.maximum(row_max, tl.max(products, 1) * t)
-        total, column_sum, top = sums(products, t, new_max)
-        lost = tl.min(column_sum, 0) < SMALLEST
-        if lost & ragged:  # columns past N have no entries
-            lost = tl.min(tl.where(columns < column_count, column_sum, 1.0), 0) < SMALLEST
-        # A sum that may have lost entries is computed again, relative to the column's own maximum.
-        if lost:
-            column_max = tl.max(products, 0) * t
-            powers = power(products, t, finite_shift(column_max)[None, :])
-            _store(column_partials_ptr, columns, column_count, column_max, tl.sum(powers, 0))
-        else:
-            column_max = tl.full(columns.shape, top, tl.float32)
-            _store(column_partials_ptr, columns, column_count, column_max, column_sum)
-        row_sum = row_sum * tl.exp2(row_max - finite_shift(new_max)) + total
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        shift = finite_shift(new_max)
+        row_sum = row_sum * tl.exp(row_max - shift)
+        row_sum += tl.sum(tl.exp(logits - shift[:, None]), 1)
         row_max = new_max
+
+        column_max = tl.max(logits, 0)
+        column_sum = tl.sum(tl.exp(logits - finite_shift(column_max)[None, :]), 0)
+        _store(column_partials_ptr, columns, column_count, column_max, column_sum)
     _store(row_partials_ptr, rows, row_count, row_max, row_sum)
 
 
 @triton.jit
-def _store(partials_ptr, index, count, shift, total):
+def _store(partials_ptr, index, count, maximum, total):
     # partials_ptr: [2, count]
-    tl.store(partials_ptr + index, shift, mask=index < count)
+    tl.store(partials_ptr + index, maximum, mask=index < count)
     tl.store(partials_ptr + count + index, total, mask=index < count)
+
+
+@triton.jit
+def finite_shift(maximum):
+    """Returns the maximum to subtract before exp, with 0 for -inf: -inf - -inf would be NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -245,7 +237,7 @@ def _merged(
     SLOTS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Shift and sum [BLOCK] over the slots, merged in order: every run gives the same bits.
+    # Maximum and sum [BLOCK] over the slots, merged in order: every run gives the same bits.
     total_max = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, SLOTS_AT_ONCE):
@@ -257,8 +249,8 @@ def _merged(
         summed = tl.load(at + samples, mask=mask, other=0.0)
         new_max = tl.maximum(total_max, tl.max(maximum, 0))
         shift = finite_shift(new_max)
-        total = total * weight_of(total_max, shift)
-        total += tl.sum(summed * weight_of(maximum, shift[None, :]), 0)
+        total = total * tl.exp(total_max - shift)
+        total += tl.sum(summed * tl.exp(maximum - shift[None, :]), 0)
         total_max = new_max
     return total_max, total
 
@@ -291,8 +283,7 @@ def fold_kernel(
 def nll_kernel(
     row_partials_ptr,  # [B, row_slots, 2, N] float32
     column_partials_ptr,  # [B, column_slots, 2, N] float32
-    positives_ptr,  # [B, N] float32: x_i . y_i
-    scale_ptr,  # []
+    positives_ptr,  # [B, N] float32
     row_nll_ptr,  # [B, N] float32
     column_nll_ptr,  # [B, N] float32
     loss_partials_ptr,  # [B, blocks] float32
@@ -311,17 +302,15 @@ def nll_kernel(
     valid = entries < samples
     at = problem * samples + entries
     positives = tl.load(positives_ptr + at, mask=valid, other=0.0)
-    t = base2(scale_ptr)
     row_partials_ptr += problem * row_slots * 2 * samples
     column_partials_ptr += problem * column_slots * 2 * samples
     maximum, total = _merged(row_partials_ptr, 0, row_slots, entries, samples, SLOTS_AT_ONCE, BLOCK)
-    row_nll = _nll(maximum, total, positives, t)
+    row_nll = _nll(maximum, total, positives)
     maximum, total = _merged(column_partials_ptr, 0, filled, entries, samples, SLOTS_AT_ONCE, BLOCK)
-    column_nll = _nll(maximum, total, positives, t)
+    column_nll = _nll(maximum, total, positives)
     tl.store(row_nll_ptr + at, row_nll, mask=valid)
     tl.store(column_nll_ptr + at, column_nll, mask=valid)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    terms = (row_nll + column_nll) / 2 + SMOOTHING * scale * positives
+    terms = (row_nll + column_nll) / 2 + SMOOTHING * positives
     part = tl.sum(tl.where(valid, terms, 0.0)) / samples
     tl.store(loss_partials_ptr + tl.program_id(0), part)
 
@@ -341,31 +330,20 @@ def log_odds_kernel(
     valid = entries < samples
     positives = tl.load(positives_ptr + entries, mask=valid, other=0.0)
     maximum, total = _merged(partials_ptr, 0, count, entries, samples, SLOTS_AT_ONCE, BLOCK)
-    tl.store(log_odds_ptr + entries, _log_odds(maximum, total, positives, LOG2E), mask=valid)
+    tl.store(log_odds_ptr + entries, _log_odds(maximum, total, positives), mask=valid)
 
 
 @triton.jit
-def _log_odds(maximum, total, positives, unit):
-    # total may be as small as SMALLEST, so its exponent joins the maximum, which is exact. Then
-    # subtract the positive, near 144 bits as the maximum: the difference is small where accuracy
-    # matters. unit * positive is in bits.
-    bits = total.to(tl.int32, bitcast=True)
-    exponent = tl.where((total >= SMALLEST) & (total < float("inf")), (bits >> 23) - 127, 0)
-    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    mantissa = tl.where((total >= SMALLEST) & (total < float("inf")), mantissa, total)
-    # At 60 bits each rounding would be 1e-6 of a whole row of P, so only the last sum is rounded.
-    positive = positives * unit
-    above, lost = difference_of(maximum + exponent, positive)
-    lost -= tl.fma(positives, unit, -positive)
-    nats = above * LN2
-    lost = tl.fma(above, LN2, -nats) + tl.fma(above, REST_OF_LN2, lost * LN2)
-    return nats + (tl.log(mantissa) + tl.where(tl.abs(above) < float("inf"), lost, 0.0))
+def _log_odds(maximum, total, positives):
+    # Subtract the two logits, both near 100, first: the difference is exact, and small where
+    # accuracy matters.
+    return (maximum - positives) + tl.log(total)
 
 
 @triton.jit
-def _nll(maximum, total, positives, unit):
+def _nll(maximum, total, positives):
     # log(1 + sum_{j != i} exp(S_ij - S_ii)): eq. (4)
-    log_odds = _log_odds(maximum, total, positives, unit)
+    log_odds = _log_odds(maximum, total, positives)
     return tl.where(log_odds < 0, 0.0, log_odds) + log1p(tl.exp(-tl.abs(log_odds)))
 
 

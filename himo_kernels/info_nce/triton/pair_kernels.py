@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from himo_kernels._triton_jit import COUNTS, rounded
-from himo_kernels.info_nce.triton.base2 import finite_shift
 from himo_kernels.info_nce.triton.grad_logits import block_and_tile, expm1
 from himo_kernels.info_nce.triton.logits import tile_products
+from himo_kernels.info_nce.triton.losses import finite_shift
 
 # A target below 0 says that there is a single positive.
 RECORD = ("key", "label", "reference", "target", "share", "log", "weight", "unused")

@@ -51,25 +51,20 @@ _LARGE = {
     (90, 32): Tile(64, 64, 16, num_warps=8, num_stages=4),
     (80, 32): Tile(64, 64, 16, num_warps=8, num_stages=3),
 }
-# For small problems: smaller tiles give more programs for the 132 multiprocessors. With a depth of
-# 64 the statistics spill registers on sm_80.
+# For small problems: smaller tiles give more programs for the 132 multiprocessors.
 _SMALL = {
     (90, 16): Tile(64, 64, 64, num_warps=4, num_stages=3),
-    (80, 16): Tile(64, 64, 32, num_warps=4, num_stages=4),
+    (80, 16): Tile(64, 64, 64, num_warps=4, num_stages=3),
     (90, 32): Tile(32, 32, 16, num_warps=4, num_stages=3),
-    (80, 32): Tile(16, 32, 16, num_warps=4, num_stages=2),
+    (80, 32): Tile(16, 32, 16, num_warps=4, num_stages=3),
 }
 # If X is a sum of 16-bit terms, a step loads all of them and Y. Half the depth keeps the shared
-# memory the same. sm_80 holds the addresses of all loads in registers, so it uses fewer rows, and a
-# quarter of the depth in the small tile.
+# memory the same. sm_80 holds the addresses of all loads in registers, so it uses fewer rows.
 _LARGE_OF_TERMS = {
     90: Tile(128, 128, 32, num_warps=8, num_stages=3),
     80: Tile(64, 128, 32, num_warps=8, num_stages=3),
 }
-_SMALL_OF_TERMS = {
-    90: Tile(64, 64, 32, num_warps=4, num_stages=3),
-    80: Tile(64, 64, 16, num_warps=4, num_stages=3),
-}
+_SMALL_OF_TERMS = Tile(64, 64, 32, num_warps=4, num_stages=3)
 # So small that a test with 40 rows has several tiles. Rows and columns differ on purpose.
 _INTERPRETER = Tile(16, 32, 32, num_warps=4, num_stages=1)
 
@@ -97,7 +92,7 @@ def tile_for(
     key = (architecture, 8 * features.element_size())
     large, small = _LARGE[key], _SMALL[key]
     if terms > 1:
-        large, small = _LARGE_OF_TERMS[architecture], _SMALL_OF_TERMS[architecture]
+        large, small = _LARGE_OF_TERMS[architecture], _SMALL_OF_TERMS
     tiles = problems * -(-rows // large.rows) * -(-columns // large.columns)
     return large if tiles >= FEW_TILES and not small_only else small
 
