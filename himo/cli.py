@@ -51,6 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _status(given)
 
 
+def entry() -> NoReturn:
+    """Runs the command and ends the process."""
+    status = main()
+    parallel = sys.modules.get("himo.parallel")
+    if parallel is not None and parallel.joined:
+        parallel.end_process(status)
+    sys.exit(status)
+
+
 def _status(given: list[str]) -> int:
     try:
         status = _run(given)
@@ -79,9 +88,7 @@ def _run(given: list[str]) -> int:
         if name in given[:1]:
             _check_extra()
             importlib.import_module(module).add_arguments(command)
-    parsed, unknown = parser.parse_known_args(given)
-    if unknown:
-        _refuse(parsed.command, unknown, commands.choices[parsed.command])
+    parsed = parser.parse_args(given)
     module, _ = _COMMANDS[parsed.command]
     status: int = importlib.import_module(module).run(parsed)
     return status
@@ -96,15 +103,16 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise HimoError(f"{message}; `{self.prog} --help` lists what it takes")
 
-
-def _refuse(command: str, unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
-    name = unknown[0].partition("=")[0]
-    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    near = difflib.get_close_matches(name, flags, 1) if name.startswith("--") else []
-    nearest = f"; the nearest flag is {near[0]}" if near else ""
-    raise HimoError(
-        f"{command}: unknown argument {name}{nearest}; `himo {command} --help` lists what it takes"
-    )
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but an argument that this parser, or one below it, lacks is an error."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(name, flags, 1) if name[2:] else []
+            nearest = f"; the nearest flag is {near[0]}" if near else ""
+            self.error(f"{self.prog.removeprefix('himo ')}: unknown argument {name}{nearest}")
+        return parsed, unknown
 
 
 def _check_extra() -> None:

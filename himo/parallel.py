@@ -39,6 +39,8 @@ _LOOK_S = 0.1
 _STUCK = timedelta(minutes=30)
 _LEAVING, _FAILED, _SILENT = "leaving", "failed", "silent"
 
+joined = False  # has this process been one of several?
+
 
 class Ranks:
     """The process's place in the run. This class itself is for a run of one process."""
@@ -154,6 +156,8 @@ def join(device: str, timeout_s: float) -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
+    global joined
+    joined = True
     watch = _Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_s)
     try:
         yield _ManyRanks(device)
@@ -170,9 +174,13 @@ def end_process(status: int = 0) -> NoReturn:
     gloo's threads outlive their group after functional collectives and DDP. One that drops a tensor
     while the interpreter ends aborts the process (pytorch/pytorch#190489).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):  # a stream is closed
+        pass
+    finally:
+        os._exit(status)
 
 
 def _store(use: str) -> PrefixStore:
@@ -305,6 +313,7 @@ def _parent(pid: int) -> int | None:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    sys.stdout.flush()
-    print(f"himo: error: {message}", file=sys.stderr)
+    with suppress(AttributeError, OSError, ValueError):  # a stream is closed
+        sys.stdout.flush()
+        print(f"himo: error: {message}", file=sys.stderr)
     end_process(status)

@@ -46,21 +46,33 @@ def open_data(settings: TrainConfig, ranks: Ranks) -> tuple[SampleIndex, SampleI
 
     index = opened(settings.train_data)
     held_out = opened(settings.val_data) if settings.val_data is not None else None
+    if first := settings.held_out:
+        held_out = index[:first]
+    index = trained_pairs(settings, index)
+    for said in unread(settings, index, held_out):
+        if ranks.main:
+            note(said)
+    return index, held_out
+
+
+def trained_pairs(settings: TrainConfig, index: SampleIndex) -> SampleIndex:
+    """The pairs of --train-data without those of --held-out, as many as --train-num-samples.
+
+    Raises:
+        HimoError: one of the two is more than there are.
+    """
     first, count = settings.held_out, settings.train_num_samples
     if first:
         if first >= len(index):
             raise HimoError(f"--held-out: expected fewer than {len(index)} pairs, got {first}")
-        held_out, index = index[:first], index[first:]
+        index = index[first:]
     if count is not None:
         if count > len(index):
             raise HimoError(
                 f"--train-num-samples: expected at most {len(index)} pairs, got {count}"
             )
         index = index[:count]
-    for said in unread(settings, index, held_out):
-        if ranks.main:
-            note(said)
-    return index, held_out
+    return index
 
 
 def unread(

@@ -159,7 +159,8 @@ def check_number(
         raise ValueError(
             f"{operator}: expected {argument} {expected}, got a larger integer"
         ) from None
-    if largest < abs(number) < float("inf"):
+    half_a_digit = 1 + torch.finfo(dtype).eps / 4  # rounds to largest
+    if largest * half_a_digit < abs(number) < float("inf"):
         raise_value(operator, argument, f"{expected} ({dtype})", number)
     return number
 

@@ -102,6 +102,8 @@ def explain(error: AttributeError | TypeError) -> None:
     Only a file built from other sources does: arguments are checked before they come to it.
     """
     text = str(error)
-    if _NAME in text or "incompatible function arguments" in text:
+    # pybind11's words, of one of our functions.
+    other = "incompatible function arguments" in text and hasattr(_MODULE, text.partition("(")[0])
+    if other or f"module {_NAME!r} has no attribute" in text:
         reason = f"the extension was built from other sources ({text.splitlines()[0]})"
         raise ImportError(f"{reason}; {BUILD}; {SWITCH}=1 does without it") from error

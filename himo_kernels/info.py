@@ -38,7 +38,10 @@ def _choice(operator: dispatch.Operator, x: torch.Tensor) -> str:
 
 
 def _eigensolver() -> str:
-    choose = extension.load().eigensolver
+    try:
+        choose = extension.load().eigensolver
+    except AttributeError as error:
+        return f"unknown: the extension was built from other sources ({error})"
     ours = next((n for n in range(2, 1025) if choose(n) == "himo"), None)
     if ours is None:
         return "LAPACK's; ours has not been measured on this kind of processor"

@@ -101,6 +101,20 @@ except ImportError as error:
     )
 
 
+def test_errors_of_other_functions_keep_their_words() -> None:
+    text = "other(): incompatible function arguments. The ..."
+    extension.explain(TypeError(text))  # raises nothing
+    extension.explain(AttributeError("'int' object has no attribute 'normalize_fwd'"))
+    with pytest.raises(ImportError, match="built from other sources"):
+        extension.explain(TypeError(f"normalize_fwd{text[5:]}"))
+
+
+def test_info_says_that_the_extension_is_of_other_sources() -> None:
+    code = "from himo_kernels import info; print(info.report())"
+    report = run_python("-c", FAKE.format(change=INFO) + code, **SETTINGS)
+    assert "unknown: the extension was built from other sources" in report
+
+
 SETTINGS = {"HIMO_KERNELS_BACKEND": "auto", "HIMO_KERNELS_NO_EXTENSION": "0"}
 
 

@@ -47,6 +47,7 @@ _FRAME = Frame(b"HIMOIDX2", b"IDX1", "an index")
 # image in it; CRC-32 of the text and of the row's earlier fields.
 _ROW = struct.Struct("<qiiiqiqqI")
 _SHORT = slice(16, 20)  # the bytes of the third of these lengths
+_AT_ONCE = 1 << 20  # rows; a read of a file returns at most 2 GiB
 _CRC = struct.Struct("<I")
 _MAX_TEXT = 4 * (MAX_RECORD + 2 * MAX_CAPTION)  # bytes of the text of one row
 _OPEN_SHARDS = 64  # descriptors that stay open in each process, of the usual limit of 1024
@@ -224,11 +225,14 @@ class SampleIndex(Sequence[Record]):
 
     def short_captions(self) -> int:
         """How many of the samples have a `caption_short`."""
-        data = self._file.read(self._rows, self.report.records * _ROW.size)
-        words = numpy.frombuffer(data, dtype=numpy.uint8).reshape(-1, _ROW.size)
-        lengths = words[:, _SHORT].copy().view("<i4")[:, 0]
-        chosen = lengths if self._selected is None else lengths[self._selected]
-        return int((chosen > 0).sum())
+        rows, parts = self.report.records, []
+        for begin in range(0, rows, _AT_ONCE):
+            size = _ROW.size * min(_AT_ONCE, rows - begin)
+            data = self._file.read(self._rows + _ROW.size * begin, size)
+            words = numpy.frombuffer(data, dtype=numpy.uint8).reshape(-1, _ROW.size)
+            parts.append(words[:, _SHORT].copy().view("<i4")[:, 0] > 0)
+        found = numpy.concatenate(parts)
+        return int((found if self._selected is None else found[self._selected]).sum())
 
     def row(self, index: int) -> int:
         """The row of the index file that holds the sample at `index`."""

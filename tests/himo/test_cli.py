@@ -90,6 +90,11 @@ WRONG = {
         "encode: unknown argument --data; the nearest flag is --dataset-type"
         + SAYS.format("encode"),
     ),
+    "of a command below another": (
+        ["bench", "data", "--train-data", "x", "--worker", "1"],
+        "bench data: unknown argument --worker; the nearest flag is --workers"
+        + SAYS.format("bench data"),
+    ),
     "missing": (
         ["encode", "x", "--pretrained", "y"],
         "the following arguments are required: --out" + SAYS.format("encode"),
@@ -116,6 +121,11 @@ def test_an_unknown_command_is_one_line(capsys):
     message = capsys.readouterr().err
     assert message.startswith("himo: error: argument COMMAND: invalid choice: 'trian' (choose")
     assert message.count("\n") == 1
+
+
+def test_one_of_several_processes_ends_with_its_status_though_a_stream_is_closed():
+    code = "import sys; sys.stdout = None; from himo.parallel import end_process; end_process(3)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 3
 
 
 def test_output_that_nobody_reads_is_no_error(tmp_path):

@@ -1,6 +1,7 @@
 """The inputs of a training run: the data set, as its reader opens it, and the checkpoint."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from himo.model import CONTEXT_LENGTH, CLIPConfig
 from himo.progress import passing_bar
 from himo.tokenizer import TextError, default_tokenizer
 from himo.tools.doctor.check import Check
-from himo.training_data import open_source, unread
+from himo.training_data import open_source, trained_pairs, unread
 from himo.transforms import ImageError, Preprocess
 
 _IMAGES, _CAPTIONS = 100, 2000  # read, evenly over the data set
@@ -54,17 +55,13 @@ def data_set(
     """
     prefix = "" if field == "train_data" else "val "
     checks: Iterable[Check]
-    if field == "train_data" and isinstance(data, SampleIndex):
-        try:
-            for said in unread(settings, data):
-                yield Check("data", "warning", said)
-        except HimoError as error:
-            yield Check("data", "problem", str(error))
     if isinstance(data, Check):
         checks = [data]
     else:
         advice = _too_few(settings, len(data)) if field == "train_data" else None
         checks = _contents(settings, config, data, advice)
+        if field == "train_data" and advice is None:
+            checks = itertools.chain(_unread(settings, data), checks)
     for check in checks:
         yield dataclasses.replace(check, name=prefix + check.name)
 
@@ -99,6 +96,14 @@ def _records(settings: TrainConfig, index: SampleIndex, advice: str | None) -> C
 
 def _by_reason(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+
+
+def _unread(settings: TrainConfig, index: SampleIndex) -> Iterator[Check]:
+    try:
+        for said in unread(settings, trained_pairs(settings, index)):
+            yield Check("data", "warning", said)
+    except HimoError as error:
+        yield Check("data", "problem", str(error))
 
 
 def _too_few(settings: TrainConfig, pairs: int) -> str | None:
