@@ -88,7 +88,9 @@ def _run(given: list[str]) -> int:
         if name in given[:1]:
             _check_extra()
             importlib.import_module(module).add_arguments(command)
-    parsed = parser.parse_args(given)
+    parsed, unknown = parser.parse_known_args(given)
+    if unknown:
+        _refuse(unknown, parser, parsed)
     module, _ = _COMMANDS[parsed.command]
     status: int = importlib.import_module(module).run(parsed)
     return status
@@ -103,16 +105,17 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise HimoError(f"{message}; `{self.prog} --help` lists what it takes")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but an argument that this parser, or one below it, lacks is an error."""
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            near = difflib.get_close_matches(name, flags, 1) if name[2:] else []
-            nearest = f"; the nearest flag is {near[0]}" if near else ""
-            self.error(f"{self.prog.removeprefix('himo ')}: unknown argument {name}{nearest}")
-        return parsed, unknown
+
+def _refuse(unknown: list[str], parser: argparse.ArgumentParser, parsed: Any) -> NoReturn:
+    # Of the command, or of the one below it, as in `himo bench data`.
+    while parser._subparsers is not None:
+        for action in parser._subparsers._group_actions:
+            parser = action.choices[getattr(parsed, action.dest)]  # type: ignore[index]
+    name = unknown[0].partition("=")[0]
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    near = difflib.get_close_matches(name, flags, 1) if name[2:] else []
+    nearest = f"; the nearest flag is {near[0]}" if near else ""
+    parser.error(f"{parser.prog.removeprefix('himo ')}: unknown argument {name}{nearest}")
 
 
 def _check_extra() -> None:

@@ -185,7 +185,8 @@ def test_an_extension_of_another_torch_is_refused(
         import sys, types, torch
         fake = types.ModuleType("himo_kernels._C")
         this_minor = ".".join(torch.__version__.split(".")[:2])
-        fake.build_info = lambda: {{"torch": "{built}".replace("this.minor", this_minor)}}
+        torch_version = "{built}".replace("this.minor", this_minor)
+        fake.build_info = lambda: {{"torch": torch_version, "version": "{__version__}"}}
         fake.__getattr__ = lambda name: None  # it has every operator
         sys.modules["himo_kernels._C"] = fake
         from himo_kernels import extension
