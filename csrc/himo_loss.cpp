@@ -3,8 +3,10 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "common/check.h"
 #include "common/shapes.h"
@@ -43,7 +45,7 @@ void check_values(const char* name, const at::Tensor& values, at::IntArrayRef sh
   HIMO_CHECK_SHAPE(values.sizes().equals(shape), kOp, name, values, shape);
 }
 
-// The logits of one of the two losses.
+// The products of one of the two losses.
 Optional products_of(const Optional& products, int64_t loss) {
   return products ? Optional(products->select(0, loss)) : std::nullopt;
 }
@@ -78,24 +80,141 @@ class Problems {
   at::Tensor products_, factors_;
 };
 
+// The products V X^T of a batch, if any of its problems share them; README (11). A problem that
+// does not has X = U and mu = 0 here, so that its contrastive loss is computed as without.
+class Sharing {
+ public:
+  // If `filled`, the cache [*, N, N] has the products, else they are written there.
+  Sharing(const at::Tensor& images, const at::Tensor& texts, const Problems& problems,
+          const Optional& cache, bool filled)
+      : shares_(problems.count()) {
+    bool any = false;
+    for (int64_t b = 0; b < problems.count(); ++b) {
+      shares_[b] = cpu::shares_products(problems.texts(b));
+      any = any || shares_[b];
+    }
+    if (!any) return;
+    std::vector<at::Tensor> keys;
+    for (int64_t b = 0; b < problems.count(); ++b) {
+      const auto own = problems.texts(b);
+      keys.push_back(shares_[b] ? cpu::centred_texts(own) : own.features);
+    }
+    keys_ = texts.dim() == 2 ? keys[0] : at::stack(keys).view(texts.sizes());
+    const auto shape = with_tail(images, {images.size(-2), images.size(-2)});
+    const auto products = cache ? *cache : at::empty(shape, images.options());
+    if (!cache || !filled) info_nce_products(images, keys_, products);
+    logits_ = at::empty(shape, images.options());
+    const auto logits = flatten_lead(logits_, 2), each = flatten_lead(products, 2);
+    for (int64_t b = 0; b < problems.count(); ++b) {
+      problems_.push_back({flatten_lead(keys_, 2)[b], each[b], {}});
+      if (shares_[b]) {
+        problems_[b].along_mean = cpu::products_with_mean(problems.images(b), problems.texts(b));
+      }
+      cpu::write_logits(problems_[b], logits[b]);
+    }
+  }
+
+  explicit operator bool() const { return logits_.defined(); }
+  bool operator[](int64_t b) const { return shares_[b]; }
+  const cpu::SharedProducts& problem(int64_t b) const { return problems_[b]; }
+  const at::Tensor& keys() const { return keys_; }      // X [*, N, D]
+  const at::Tensor& logits() const { return logits_; }  // V X^T + V mu 1^T [*, N, N]
+
+ private:
+  std::vector<bool> shares_;
+  std::vector<cpu::SharedProducts> problems_;
+  at::Tensor keys_, logits_;
+};
+
+cpu::ComponentOperands operands_of(const Problems& problems, const Sharing& sharing, int64_t b,
+                                   bool normalize, bool filled) {
+  if (sharing[b]) {
+    return cpu::operands_from_products(sharing.problem(b), problems.texts(b), normalize);
+  }
+  return cpu::component_operands(problems.images(b), problems.texts(b), normalize,
+                                 problems.cache(b), filled);
+}
+
+// A component loss, with what its backward needs.
+struct ComponentLoss {
+  at::Tensor scale, grad_loss, row_nll, column_nll;
+  double label_smoothing;
+  bool differentiate_keys;
+  Optional products;
+};
+
 // With constant keys, V gets only the row half of dS. The basis is part of the texts, so it gets
 // only the column half, as a block whose rows have weight 0. Both halves minus the row half would
 // cancel where the columns are confident and the rows are not.
-at::Tensor gradient_from_columns(const cpu::ComponentOperands& operands, const at::Tensor& scale,
-                                 const at::Tensor& grad_loss, const at::Tensor& row_nll,
-                                 const at::Tensor& column_nll, double label_smoothing,
-                                 const Optional& products) {
+at::Tensor gradient_from_columns(const cpu::ComponentOperands& operands,
+                                 const ComponentLoss& loss) {
   const auto& query = operands.query;
   const int64_t samples = query.size(0);
-  const auto factor = scale.to(query.scalar_type());
-  const auto pairs = products ? products->diagonal() : query.mul(operands.keys).sum(1);
+  const auto factor = loss.scale.to(query.scalar_type());
+  const auto pairs = loss.products ? loss.products->diagonal() : query.mul(operands.keys).sum(1);
   const auto positives = pairs.mul(factor);
-  const auto weight =
-      grad_loss.to(query.scalar_type()).div(2.0 * static_cast<double>(samples)).expand({samples});
+  const auto weight = loss.grad_loss.to(query.scalar_type())
+                          .div(2.0 * static_cast<double>(samples))
+                          .expand({samples});
   const auto [of_query, of_keys] = info_nce_block_bwd(
-      query, operands.keys, scale, positives, row_nll, at::zeros_like(positives), positives,
-      column_nll, weight, 0, label_smoothing, samples, /*differentiate_keys=*/true);
+      query, operands.keys, loss.scale, positives, loss.row_nll, at::zeros_like(positives),
+      positives, loss.column_nll, weight, 0, loss.label_smoothing, samples,
+      /*differentiate_keys=*/true);
   return of_query.mul(factor);
+}
+
+// The gradients of the operands of a component loss, and that of the query for the basis; (4).
+struct ComponentGradient {
+  cpu::ComponentOperands operands;
+  at::Tensor of_query, of_keys, of_scale, of_basis;
+};
+
+ComponentGradient gradient_of(cpu::ComponentOperands operands, const ComponentLoss& loss,
+                              bool needs_texts) {
+  auto [of_query, of_keys, of_scale] = info_nce_bwd(
+      loss.grad_loss, operands.query, operands.keys, loss.scale, loss.row_nll, loss.column_nll,
+      loss.label_smoothing, loss.differentiate_keys, true, true, loss.products, std::nullopt);
+  const bool halves = operands.low_rank && !loss.differentiate_keys && needs_texts;
+  auto of_basis = halves ? gradient_from_columns(operands, loss) : of_query;
+  return {std::move(operands), of_query, of_keys, of_scale, of_basis};
+}
+
+// The backward of the contrastive loss with what the given component losses add through the
+// products; (14).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> contrastive_bwd(
+    const at::Tensor& grad_loss, const HimoLossSaved& saved, double label_smoothing,
+    bool differentiate_keys, bool differentiate_basis, bool needs_images, bool needs_texts,
+    const Problems& problems, const Sharing& sharing,
+    const std::vector<std::optional<ComponentGradient>>& component) {
+  OtherLoss other;
+  other.for_query = at::zeros(sharing.logits().sizes(), sharing.logits().options());
+  if (needs_texts && !(differentiate_keys && differentiate_basis)) {
+    other.for_key = at::zeros_like(other.for_query);
+  }
+  other.row_sums = at::zeros(saved.row_nll.sizes(), at::kDouble);
+  const auto for_query = flatten_lead(other.for_query, 2);
+  const auto for_key = other.for_key.defined() ? flatten_lead(other.for_key, 2) : at::Tensor();
+  for (int64_t b = 0; b < problems.count(); ++b) {
+    if (!component[b]) continue;
+    const auto& own = *component[b];
+    cpu::write_gradient_of_products(own.of_query, own.operands, true, for_query[b]);
+    if (!for_key.defined()) continue;
+    cpu::write_gradient_of_products(own.of_basis, own.operands, differentiate_basis, for_key[b]);
+  }
+  auto gradients =
+      info_nce_bwd_with(other, grad_loss, saved.images, sharing.keys(), saved.logit_scale,
+                        saved.row_nll, saved.column_nll, label_smoothing, differentiate_keys,
+                        needs_images, needs_texts, sharing.logits(), std::nullopt);
+  if (!needs_images) return gradients;
+  const auto of_images = flatten_lead(std::get<0>(gradients), 2),
+             row_sums = flatten_lead(other.row_sums, 1);
+  for (int64_t b = 0; b < problems.count(); ++b) {
+    if (!component[b]) continue;
+    const auto& of_query = component[b]->of_query;
+    cpu::add_along_mean(row_sums[b].add(of_query.select(1, of_query.size(1) - 1)),
+                        problems.texts(b), of_images[b]);
+  }
+  return gradients;
 }
 
 }  // namespace
@@ -113,18 +232,20 @@ HimoLossOutputs himo_loss_fwd(const at::Tensor& images, const at::Tensor& texts,
   check(images, texts, factors);
   const auto [mean, eigenvalues, eigenvectors, rank] =
       pca_decompose(texts, variance_threshold, floor);
-  const auto [loss, row_nll, column_nll] =
-      info_nce_fwd(images, texts, logit_scale, label_smoothing, products_of(products, 0));
-  const auto component_loss = at::empty_like(loss), component_row_nll = at::empty_like(row_nll),
-             component_column_nll = at::empty_like(column_nll);
   const Problems problems(images, texts,
                           flat_decomposition(kOp, texts, mean, eigenvalues, eigenvectors, rank),
                           products_of(products, 1), factors);
+  const Sharing sharing(images, texts, problems, products_of(products, 0), /*filled=*/false);
+  const auto [loss, row_nll, column_nll] =
+      sharing
+          ? info_nce_fwd_of_products(images, texts, logit_scale, label_smoothing, sharing.logits())
+          : info_nce_fwd(images, texts, logit_scale, label_smoothing, products_of(products, 0));
+  const auto component_loss = at::empty_like(loss), component_row_nll = at::empty_like(row_nll),
+             component_column_nll = at::empty_like(column_nll);
   const auto losses = flatten_lead(component_loss, 0), rows = flatten_lead(component_row_nll, 1),
              columns = flatten_lead(component_column_nll, 1);
   for (int64_t b = 0; b < problems.count(); ++b) {
-    const auto operands = cpu::component_operands(problems.images(b), problems.texts(b),
-                                                  normalize_components, problems.cache(b), false);
+    const auto operands = operands_of(problems, sharing, b, normalize_components, /*filled=*/false);
     const auto [own_loss, own_rows, own_columns] = info_nce_fwd(
         operands.query, operands.keys, logit_scale, label_smoothing, problems.products(b));
     losses[b].copy_(own_loss);
@@ -156,25 +277,39 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
   const auto rows = with_tail(saved.texts, {saved.texts.size(-2)});
   check_values("component_row_nll", saved.component_row_nll, rows);
   check_values("component_column_nll", saved.component_column_nll, rows);
-  auto [grad_images, grad_texts, grad_scale] =
-      info_nce_bwd(grad_contrastive_loss, saved.images, saved.texts, saved.logit_scale,
-                   saved.row_nll, saved.column_nll, label_smoothing, differentiate_keys,
-                   needs_images, needs_texts, products_of(products, 0), std::nullopt);
   const Problems problems(saved.images, saved.texts, std::move(decomposition),
                           products_of(products, 1), factors);
+  const Sharing sharing(saved.images, saved.texts, problems, products_of(products, 0),
+                        /*filled=*/true);
   const auto grad_losses = flatten_lead(grad_component_loss, 0),
              row_nll = flatten_lead(saved.component_row_nll, 1),
              column_nll = flatten_lead(saved.component_column_nll, 1);
+  const auto component_gradient = [&](int64_t b) {
+    return gradient_of(operands_of(problems, sharing, b, normalize_components, /*filled=*/true),
+                       {saved.logit_scale, grad_losses[b], row_nll[b], column_nll[b],
+                        label_smoothing, differentiate_keys, problems.products(b)},
+                       needs_texts);
+  };
+  std::vector<std::optional<ComponentGradient>> shared(problems.count());
+  for (int64_t b = 0; b < problems.count(); ++b) {
+    if (sharing[b]) shared[b] = component_gradient(b);
+  }
+  auto [grad_images, grad_texts, grad_scale] =
+      sharing ? contrastive_bwd(grad_contrastive_loss, saved, label_smoothing, differentiate_keys,
+                                differentiate_basis, needs_images, needs_texts, problems, sharing,
+                                shared)
+              : info_nce_bwd(grad_contrastive_loss, saved.images, saved.texts, saved.logit_scale,
+                             saved.row_nll, saved.column_nll, label_smoothing, differentiate_keys,
+                             needs_images, needs_texts, products_of(products, 0), std::nullopt);
   for (int64_t b = 0; b < problems.count(); ++b) {
     const auto images = problems.images(b);
     const auto texts = problems.texts(b);
-    const auto operands = cpu::component_operands(images, texts, normalize_components,
-                                                  problems.cache(b), /*filled=*/true);
-    const auto [of_query, of_keys, of_scale] = info_nce_bwd(
-        grad_losses[b], operands.query, operands.keys, saved.logit_scale, row_nll[b], column_nll[b],
-        label_smoothing, differentiate_keys, true, true, problems.products(b), std::nullopt);
+    const auto [operands, of_query, of_keys, of_scale, of_basis] =
+        sharing[b] ? std::move(*shared[b]) : component_gradient(b);
+    const cpu::TextGradient of_texts{of_basis, of_keys, normalize_components, differentiate_basis,
+                                     gap_eps};
     grad_scale.add_(of_scale);
-    if (needs_images) {
+    if (needs_images && !sharing[b]) {
       const auto own = flatten_lead(grad_images, 2)[b];
       if (operands.low_rank) {
         cpu::multiply(of_query, operands.factors.basis.to(of_query.scalar_type()), own, 1,
@@ -191,15 +326,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> himo_loss_bwd(
       own.add_(normalize_components
                    ? normalize_bwd(of_keys, texts.features.to(of_keys.scalar_type()))
                    : of_keys);
+    } else if (sharing[b]) {
+      cpu::add_text_gradient_from_products(of_texts, images, sharing.problem(b).products, texts,
+                                           operands, own);
     } else {
-      const bool halves = operands.low_rank && !differentiate_keys;
-      const auto of_basis =
-          halves ? gradient_from_columns(operands, saved.logit_scale, grad_losses[b], row_nll[b],
-                                         column_nll[b], label_smoothing, problems.products(b))
-                 : of_query;
-      cpu::add_text_gradient(
-          {of_basis, of_keys, normalize_components, differentiate_basis, gap_eps}, images, texts,
-          operands, own);
+      cpu::add_text_gradient(of_texts, images, texts, operands, own);
     }
   }
   return {grad_images, grad_texts, grad_scale};

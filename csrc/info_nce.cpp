@@ -118,14 +118,15 @@ at::Tensor mean_logit(const at::Tensor& query, const at::Tensor& key, double sca
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& query,
                                                        const at::Tensor& key, double scale,
                                                        double label_smoothing,
-                                                       const std::optional<at::Tensor>& products) {
+                                                       const std::optional<at::Tensor>& products,
+                                                       bool formed) {
   const auto dtype = accumulation_dtype(query);
   const auto options = query.options().dtype(dtype);
   const auto rows = query.sizes().slice(0, query.dim() - 1);
   const auto row_nll = at::empty(rows, options), column_nll = at::empty(rows, options);
   const auto positives = at::empty(rows, options);
   const auto problems = problems_of(query, key, positives, row_nll, column_nll, products);
-  cpu::info_nce_statistics(problems, scale);
+  cpu::info_nce_statistics(problems, scale, formed);
   // HiMo-CLIP eq. (2); both directions share the smoothing term. An infinite positive times a
   // smoothing of 0 is NaN, so the loss of infinite features is never finite.
   const auto loss = at::empty(query.sizes().slice(0, query.dim() - 2), options.dtype(at::kDouble));
@@ -149,7 +150,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd(
   check_pairs(query, key);
   check_products(kOp, products, query, key);
   const double scale = logit_scale.to(accumulation_dtype(query)).item<double>();
-  return forward(query, key, scale, label_smoothing, products);
+  return forward(query, key, scale, label_smoothing, products, /*formed=*/false);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd_of_products(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
+    double label_smoothing, const at::Tensor& products) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_features(query, key, logit_scale);
+  check_pairs(query, key);
+  check_products(kOp, products, query, key);
+  const double scale = logit_scale.to(accumulation_dtype(query)).item<double>();
+  return forward(query, key, scale, label_smoothing, products, /*formed=*/true);
+}
+
+void info_nce_products(const at::Tensor& query, const at::Tensor& key, const at::Tensor& products) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_pairs(query, key);
+  check_products(kOp, products, query, key);
+  const auto rows = query.sizes().slice(0, query.dim() - 1);
+  const auto nll = at::empty(rows, products.options());
+  cpu::info_nce_products(problems_of(query, key, /*positives=*/{}, nll, nll, products));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
@@ -157,6 +178,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const at::Tensor& logit_scale, const at::Tensor& row_nll, const at::Tensor& column_nll,
     double label_smoothing, bool differentiate_keys, bool needs_query, bool needs_key,
     const std::optional<at::Tensor>& products, const std::optional<at::Tensor>& query_sum) {
+  return info_nce_bwd_with({}, grad_loss, query, key, logit_scale, row_nll, column_nll,
+                           label_smoothing, differentiate_keys, needs_query, needs_key, products,
+                           query_sum);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd_with(
+    const OtherLoss& other, const at::Tensor& grad_loss, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& logit_scale, const at::Tensor& row_nll,
+    const at::Tensor& column_nll, double label_smoothing, bool differentiate_keys, bool needs_query,
+    bool needs_key, const std::optional<at::Tensor>& products,
+    const std::optional<at::Tensor>& query_sum) {
   const c10::NoGradGuard no_grad;
   check_features(query, key, logit_scale);
   check_pairs(query, key);
@@ -194,6 +226,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
   for (int64_t b = 0; b < count; ++b) {
     problems[b].row_weight = at::full({samples}, weights.const_data_ptr<double>()[b], options);
     problems[b].column_weight = problems[b].row_weight;
+    if (other.for_query.defined()) {
+      problems[b].for_query = other.for_query.view({count, samples, samples})[b];
+      problems[b].row_sums = other.row_sums.view({count, samples})[b];
+    }
+    if (other.for_key.defined()) {
+      problems[b].for_key = other.for_key.view({count, samples, samples})[b];
+    }
     if (needs_query) problems[b].grad_query = grad_query.view({count, samples, inner})[b];
     if (needs_key) problems[b].grad_key = grad_key.view({count, samples, inner})[b];
   }

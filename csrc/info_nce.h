@@ -44,6 +44,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const std::optional<at::Tensor>& products,    // [*, N, N]
     const std::optional<at::Tensor>& query_sum);  // [*, N, K]
 
+// Writes query key^T, with the bits that info_nce_fwd writes.
+void info_nce_products(const at::Tensor& query, const at::Tensor& key,  // [*, N, K]
+                       const at::Tensor& products);                     // [*, N, N] contiguous, acc
+
+// info_nce_fwd of products that are given. Query and key give the mean logit of label smoothing.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd_of_products(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale,
+    double label_smoothing, const at::Tensor& products);  // [*, N, N] contiguous, acc
+
+// The gradient of the products by another loss, which is added to that of info_nce.
+struct OtherLoss {
+  at::Tensor for_query;  // [*, N, N] contiguous, acc: for the gradient of query
+  at::Tensor for_key;    // [*, N, N] likewise; undefined if it is for_query
+  at::Tensor row_sums;   // [*, N] float64, 0: receives s dS of info_nce, summed over the keys
+};
+
+// info_nce_bwd with another loss. If products are given, the gradient of query may be wanted for
+// other keys than those of the products.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd_with(
+    const OtherLoss& other, const at::Tensor& grad_loss, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& logit_scale, const at::Tensor& row_nll,
+    const at::Tensor& column_nll, double label_smoothing, bool differentiate_keys, bool needs_query,
+    bool needs_key, const std::optional<at::Tensor>& products,
+    const std::optional<at::Tensor>& query_sum);
+
 // A block of the logits of a larger batch: query [M, K] against key [N, K]. Row i and column
 // i + offset are a pair, if there is such a column. The positives are S of the pair of each row and
 // of each column, inside or outside this block. Returns log sum exp(S - positive) over the

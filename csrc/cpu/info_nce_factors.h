@@ -48,10 +48,9 @@ struct Factors : ProductFactors<factor_t, gradient_t> {
 };
 
 // Computes all products: a cache for the backward, or scratch of a small batch.
-template <typename factor_t, typename gradient_t>
+template <typename factor_t, typename gradient_t, template <typename, typename> typename Of>
 void form_products(c10::ArrayRef<InfoNCE> problems,
-                   const std::vector<Factors<factor_t, gradient_t>>& factors,
-                   Interrupt& interrupt) {
+                   const std::vector<Of<factor_t, gradient_t>>& factors, Interrupt& interrupt) {
   const int64_t samples = problems[0].query.size(0), keys = problems[0].key.size(0);
   const int64_t row_blocks = at::divup(samples, kRows), key_blocks = at::divup(keys, kColumns);
   const int64_t tiles = row_blocks * key_blocks, count = problems.size();

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/interrupt.h"
+#include "cpu/centring.h"
 #include "cpu/info_nce_factors.h"
 #include "cpu/logit_gradients.h"
 #include "cpu/logit_statistics.h"
@@ -70,9 +71,9 @@ struct SquareForm {
 };
 
 template <typename factor_t>
-void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interrupt) {
+void statistics(c10::ArrayRef<InfoNCE> problems, double scale, bool formed, Interrupt& interrupt) {
   using acc_t = accumulator_t<factor_t>;
-  const auto factors = factors_of<factor_t, acc_t>(problems, scale, /*formed=*/false, interrupt);
+  const auto factors = factors_of<factor_t, acc_t>(problems, scale, formed, interrupt);
   const bool whole = problems[0].positives.defined();
   if (whole) {
     for (size_t b = 0; b < problems.size(); ++b) {
@@ -84,6 +85,50 @@ void statistics(c10::ArrayRef<InfoNCE> problems, double scale, Interrupt& interr
   const SquareForm<factor_t> form{problems, factors, static_cast<acc_t>(scale), whole,
                                   problems[0].products.defined()};
   reduce_tiles(problems, factors, form, interrupt);
+}
+
+// row += values. Returns the sum of the row before. Eight sums, so that the loop is vectorised.
+template <typename acc_t>
+HIMO_WIDE double add_row(const acc_t* values, int64_t size, acc_t* row) {
+  double sums[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= size; k += 8) {
+    for (int64_t u = 0; u < 8; ++u) {
+      sums[u] += row[k + u];
+      row[k + u] += values[k + u];
+    }
+  }
+  for (; k < size; ++k) {
+    sums[0] += row[k];
+    row[k] += values[k];
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+// tile += values, both at this place of [N, N]. Adds the sums of the tile's rows before to `sums`,
+// unless it is null.
+template <typename acc_t>
+void add_tile(const at::Tensor& values, const TilePlace& place, acc_t* tile, double* sums) {
+  const int64_t stride = values.size(1), width = padded(place.columns);
+  const acc_t* from = values.template const_data_ptr<acc_t>() + place.row * stride + place.column;
+  for (int64_t i = 0; i < place.rows; ++i) {
+    const double sum = add_row(from + i * stride, place.columns, tile + i * width);
+    if (sums != nullptr) sums[i] += sum;
+  }
+}
+
+// Adds the gradient by another loss to a tile. `same`: column_part is not yet written, and this
+// loss has the same gradient for query and key.
+template <typename acc_t>
+void add_other(const InfoNCE& problem, const TilePlace& place, bool same, acc_t* row_part,
+               acc_t* column_part) {
+  if (column_part != nullptr) {
+    if (same) std::copy_n(row_part, place.rows * padded(place.columns), column_part);
+    const auto& for_key = problem.for_key.defined() ? problem.for_key : problem.for_query;
+    add_tile(for_key, place, column_part, nullptr);
+  }
+  add_tile(problem.for_query, place, row_part,
+           problem.row_sums.mutable_data_ptr<double>() + place.row);
 }
 
 template <typename factor_t, typename gradient_t>
@@ -102,8 +147,11 @@ double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOpti
     column_weight.push_back(pad(problem.column_weight));
   }
   std::vector<double> grad_scale(problems.size() * at::divup(samples, kRows), 0.0);
+  // Of this loss, and of another.
+  const bool same = options.differentiate_keys, other = problems[0].for_query.defined();
   multiply_gradients<factor_t, gradient_t>(
-      problems, factors, /*halves=*/!options.differentiate_keys, options.add_to_query, interrupt,
+      problems, factors, /*halves=*/!same || problems[0].for_key.defined(), options.add_to_query,
+      interrupt,
       [&](const TilePlace& place, const ProductTile<factor_t>& tile, acc_t* row_part,
           acc_t* column_part) {
         const auto& problem = problems[place.problem];
@@ -116,7 +164,9 @@ double gradients(c10::ArrayRef<InfoNCE> problems, bool formed, const InfoNCEOpti
              data(problem.row_nll, place.row), data(problem.row_weight, place.row),
              data(factors[place.problem].column_positives, place.column),
              data(column_nll[place.problem], place.column),
-             data(column_weight[place.problem], place.column), row_part, column_part});
+             data(column_weight[place.problem], place.column), row_part,
+             same ? nullptr : column_part});
+        if (other) add_other(problem, place, same, row_part, column_part);
       });
   return std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
 }
@@ -136,10 +186,20 @@ std::vector<InfoNCE> with_small_products(c10::ArrayRef<InfoNCE> problems) {
 
 }  // namespace
 
-void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale) {
+void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale, bool formed) {
   Interrupt interrupt(ProductScope::release);
   for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto) {
-    statistics<decltype(factor)>(with_small_products(group), scale, interrupt);
+    statistics<decltype(factor)>(with_small_products(group), scale, formed, interrupt);
+  });
+}
+
+void info_nce_products(const std::vector<InfoNCE>& problems) {
+  Interrupt interrupt(ProductScope::release);
+  for_each_group(problems, [&](c10::ArrayRef<InfoNCE> group, auto factor, auto) {
+    using factor_t = decltype(factor);
+    std::vector<ProductFactors<factor_t, accumulator_t<factor_t>>> factors;
+    for (const auto& problem : group) factors.emplace_back(problem, /*with_logits=*/true);
+    form_products(group, factors, interrupt);
   });
 }
 

@@ -40,6 +40,11 @@ struct InfoNCE : Logits {
   // Backward only, as grad_query and grad_key.
   at::Tensor row_weight;     // [M] acc, contiguous: dL/d of each nll
   at::Tensor column_weight;  // [N] acc
+  // Whole batch only, or undefined: the gradient of query key^T by another loss, which is added for
+  // the gradient of query, and for that of key if for_key is undefined.
+  at::Tensor for_query, for_key;  // [N, N] acc, contiguous
+  // Given with for_query, 0: receives factor dL/dS of this loss, for query, summed over the keys.
+  at::Tensor row_sums;  // [N] float64
   // Any pairs only. The positives above are then references, and the nlls logs; both are undefined
   // for columns without losses.
   InfoNCESide rows, columns;
@@ -55,8 +60,11 @@ struct InfoNCEOptions {
   bool add_to_query;  // accumulate into grad_query, which holds the gradient of another loss
 };
 
-// All problems of a call have the same shape, dtype and set of defined tensors.
-void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale);
+// All problems of a call have the same shape, dtype and set of defined tensors. If formed, their
+// products are already computed.
+void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale, bool formed = false);
+// Writes query key^T into the products of whole batches, with the bits of the statistics.
+void info_nce_products(const std::vector<InfoNCE>& problems);
 // Returns the gradient of scale, summed over the problems.
 double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOptions& options);
 

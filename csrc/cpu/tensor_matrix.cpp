@@ -26,8 +26,8 @@ at::Tensor directions(const Spectrum& spectrum, int64_t from, int64_t count) {
 }
 
 // Eight sums, so that the loop is vectorised.
-template <typename T>
-HIMO_WIDE double dot(const T* a, const T* b, int64_t size) {
+template <typename T, typename other_t>
+HIMO_WIDE double dot(const T* a, const other_t* b, int64_t size) {
   double sums[8] = {};
   int64_t k = 0;
   for (; k + 8 <= size; k += 8) {
@@ -51,6 +51,7 @@ HIMO_WIDE void scale_row(const T* row, double factor, int64_t size, T* out) {
 
 template at::Tensor directions<float>(const Spectrum&, int64_t, int64_t);
 template double dot(const float*, const float*, int64_t);
+template double dot(const float*, const double*, int64_t);
 template void add_multiple(double, const float*, int64_t, float*);
 template void scale_row(const float*, double, int64_t, float*);
 template at::Tensor directions<double>(const Spectrum&, int64_t, int64_t);
@@ -58,5 +59,6 @@ template double dot(const double*, const double*, int64_t);
 template void add_multiple(double, const double*, int64_t, double*);
 template void scale_row(const double*, double, int64_t, double*);
 template void add_multiple(double, const float*, int64_t, double*);
+template void add_multiple(double, const double*, int64_t, float*);
 
 }  // namespace himo::cpu

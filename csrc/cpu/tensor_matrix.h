@@ -45,8 +45,8 @@ void for_rows(int64_t rows, int64_t columns, const Body& body) {
 }
 
 // In float64.
-template <typename T>
-double dot(const T* a, const T* b, int64_t size);
+template <typename T, typename other_t>
+double dot(const T* a, const other_t* b, int64_t size);
 
 // out += factor x
 template <typename T, typename sum_t>
