@@ -102,7 +102,7 @@ class Sharing {
     keys_ = texts.dim() == 2 ? keys[0] : at::stack(keys).view(texts.sizes());
     const auto shape = with_tail(images, {images.size(-2), images.size(-2)});
     const auto products = cache ? *cache : at::empty(shape, images.options());
-    if (!cache || !filled) info_nce_products(images, keys_, products);
+    if (!cache || !filled) info_nce_products(images, keys_, products, shares_);
     logits_ = at::empty(shape, images.options());
     const auto logits = flatten_lead(logits_, 2), each = flatten_lead(products, 2);
     for (int64_t b = 0; b < problems.count(); ++b) {

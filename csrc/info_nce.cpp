@@ -18,6 +18,9 @@ namespace himo {
 namespace {
 
 constexpr const char* kOp = "info_nce";
+// Terms that are summed at a time where a product needs less rounding. The rounding of 768 terms is
+// then a quarter of that of one sum over all, and the time the same.
+constexpr int64_t kPart = 32;
 
 void check_features(const at::Tensor& query, const at::Tensor& key, const at::Tensor& logit_scale) {
   HIMO_CHECK_CPU(kOp, "query", query);
@@ -164,13 +167,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd_of_products(
   return forward(query, key, scale, label_smoothing, products, /*formed=*/true);
 }
 
-void info_nce_products(const at::Tensor& query, const at::Tensor& key, const at::Tensor& products) {
+void info_nce_products(const at::Tensor& query, const at::Tensor& key, const at::Tensor& products,
+                       const std::vector<bool>& exact) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_pairs(query, key);
   check_products(kOp, products, query, key);
   const auto rows = query.sizes().slice(0, query.dim() - 1);
   const auto nll = at::empty(rows, products.options());
-  cpu::info_nce_products(problems_of(query, key, /*positives=*/{}, nll, nll, products));
+  auto problems = problems_of(query, key, /*positives=*/{}, nll, nll, products);
+  for (size_t b = 0; b < problems.size(); ++b) problems[b].part = exact[b] ? kPart : 0;
+  cpu::info_nce_products(problems);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(

@@ -44,9 +44,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_bwd(
     const std::optional<at::Tensor>& products,    // [*, N, N]
     const std::optional<at::Tensor>& query_sum);  // [*, N, K]
 
-// Writes query key^T, with the bits that info_nce_fwd writes.
+// Writes query key^T, with the bits that info_nce_fwd writes. The problems that are `exact`, one
+// flag for each, are summed in short parts instead, which rounds less.
 void info_nce_products(const at::Tensor& query, const at::Tensor& key,  // [*, N, K]
-                       const at::Tensor& products);                     // [*, N, N] contiguous, acc
+                       const at::Tensor& products,                      // [*, N, N] contiguous, acc
+                       const std::vector<bool>& exact);
 
 // info_nce_fwd of products that are given. Query and key give the mean logit of label smoothing.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_fwd_of_products(

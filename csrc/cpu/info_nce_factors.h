@@ -62,7 +62,7 @@ void form_products(c10::ArrayRef<InfoNCE> problems,
       const int64_t column = task % key_blocks * kColumns;
       const ProductTile<factor_t> tile(problems[b], row, column, /*scratch=*/nullptr);
       tile.form(factors[b], row, std::min(kRows, samples - row), column,
-                std::min(kColumns, keys - column));
+                std::min(kColumns, keys - column), problems[b].part);
     }
   });
 }

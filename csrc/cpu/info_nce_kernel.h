@@ -45,6 +45,7 @@ struct InfoNCE : Logits {
   at::Tensor for_query, for_key;  // [N, N] acc, contiguous
   // Given with for_query, 0: receives factor dL/dS of this loss, for query, summed over the keys.
   at::Tensor row_sums;  // [N] float64
+  int64_t part = 0;     // info_nce_products sums so many terms of a product at a time; 0: all
   // Any pairs only. The positives above are then references, and the nlls logs; both are undefined
   // for columns without losses.
   InfoNCESide rows, columns;
@@ -63,7 +64,8 @@ struct InfoNCEOptions {
 // All problems of a call have the same shape, dtype and set of defined tensors. If formed, their
 // products are already computed.
 void info_nce_statistics(const std::vector<InfoNCE>& problems, double scale, bool formed = false);
-// Writes query key^T into the products of whole batches, with the bits of the statistics.
+// Writes query key^T into the products of whole batches. Without `part`, with the bits of the
+// statistics.
 void info_nce_products(const std::vector<InfoNCE>& problems);
 // Returns the gradient of scale, summed over the problems.
 double info_nce_gradients(const std::vector<InfoNCE>& problems, const InfoNCEOptions& options);

@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+
 #include "cpu/tile_loops.h"
 #include "cpu/tile_products.h"
 
@@ -71,13 +73,17 @@ struct ProductTile {
     }
   }
 
+  // Sums parts of `part` terms, if given, and then the parts, which rounds less.
   template <typename Factors>
-  void form(const Factors& factors, int64_t row, int64_t rows, int64_t column,
-            int64_t columns) const {
+  void form(const Factors& factors, int64_t row, int64_t rows, int64_t column, int64_t columns,
+            int64_t part = 0) const {
     const int64_t query_stride = factors.query.stride(0), inner = factors.query.size(1);
-    factors.key_transposed.multiply(
-        factors.query.template const_data_ptr<factor_t>() + row * query_stride, query_stride, rows,
-        0, inner, column, columns, /*add=*/false, data, stride);
+    const int64_t most = part > 0 ? part : std::max<int64_t>(inner, 1);
+    const factor_t* query = factors.query.template const_data_ptr<factor_t>() + row * query_stride;
+    for (int64_t k = 0; k == 0 || k < inner; k += most) {
+      factors.key_transposed.multiply(query + k, query_stride, rows, k, std::min(most, inner - k),
+                                      column, columns, /*add=*/k > 0, data, stride);
+    }
   }
 };
 
