@@ -20,7 +20,10 @@ namespace {
 constexpr double kSmallest = 1e-20, kLargest = 1e20;
 // Bound on the rounding error of V B^T C^T, in units of eps |mean|.
 constexpr double kRoundings = 16;
-// The products of few samples are small beside the features; more of them would not fit a cache.
+// Losses share products of at least so many samples: with fewer, dU is more exact from the
+// components, and decomposing the texts takes most of the time.
+constexpr int64_t kFewest = 64;
+// Shared products of more bytes would leave the caches.
 constexpr int64_t kMostBytes = 1 << 20;
 
 double eps_of(at::ScalarType dtype) {
@@ -239,7 +242,8 @@ bool shares_products(const Texts& texts) {
   const auto& spectrum = texts.spectrum;
   const auto& features = texts.features;
   const int64_t samples = features.size(0), width = features.size(1), rank = spectrum.rank;
-  if (feature_side(features) || spectrum.is_nan() || spectrum.keeps_all()) return false;
+  if (samples < kFewest || feature_side(features) || spectrum.is_nan() || spectrum.keeps_all())
+    return false;
   if (!is_computing_dtype(features.scalar_type()) || !spectrum.is_nonzero(rank - 1)) return false;
   if (dtype_of_products(texts) != features.scalar_type()) return false;
   // The eight products of R x D matrices against one of N x D and eight of N x R.
