@@ -171,7 +171,7 @@ def test_within_the_error_budget(backend, dtype, shape, offset, switches, genera
 
 @per_backend
 @pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
-@pytest.mark.parametrize("shape", [(96, 40), (40, 96)], ids=["N>D", "N<D"])
+@pytest.mark.parametrize("shape", [(96, 40), (40, 96), (64, 256)], ids=["N>D", "N<D", "shared"])
 def test_a_narrow_gap_at_the_cut(backend, gap, shape, generator):
     values = torch.linspace(2, 1, 30, dtype=torch.float64)
     values[15:] *= (values[14] * (1 - gap)) / values[15]
