@@ -64,29 +64,22 @@ def test_every_subset_of_gradients_has_the_same_bits(switches, basis, generator)
 
 @needs_cpu
 @per_switch
-def test_a_problem_has_the_same_bits_beside_others_and_on_any_number_of_threads(
-    switches, generator
-):
+def test_a_problem_is_the_same_beside_others(switches, generator):
     shared = sharing_a_direction(generator, 64, 128, offset=1.0, scale=20.0)
     others = sharing_a_direction(generator, 64, 128, offset=0.0)
     few = hkt.power_law(64, 128, exponent=6.0, generator=generator)  # too few to share products
     texts = torch.stack([shared[1], few, others[1]]).detach().requires_grad_()
     images = torch.stack([shared[0], others[0], others[0]]).detach().requires_grad_()
     batch = (images, texts, shared[2])
-    threads = torch.get_num_threads()
-    for count in (1, 3):
-        torch.set_num_threads(count)
-        try:
-            losses = himo_loss(*batch, backend="cpu", **switches)[:2]
-            grads = gradients(losses, batch)
-        finally:
-            torch.set_num_threads(threads)
-        for b in range(3):
-            own = [x[b].detach().requires_grad_() for x in batch[:2]]
-            alone = himo_loss(*own, shared[2], backend="cpu", **switches)[:2]
-            assert all(torch.equal(x[b], y) for x, y in zip(losses, alone, strict=True))
-            for x, y in zip(grads[:2], gradients(alone, own), strict=True):
-                assert torch.equal(x[b], y)
+    losses = himo_loss(*batch, backend="cpu", **switches)[:2]
+    grads = gradients(losses, batch)
+    for b in range(3):
+        own = [x[b].detach().requires_grad_() for x in batch[:2]]
+        alone = himo_loss(*own, shared[2], backend="cpu", **switches)[:2]
+        found, expected = ([x[b] for x in (*losses, *grads[:2])], (*alone, *gradients(alone, own)))
+        # The same bits unless the products are MKL's.
+        for x, y in zip(found, expected, strict=True):
+            assert hkt.relative_error(x, y) <= 2e-5
 
 
 @per_backend
