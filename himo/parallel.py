@@ -313,7 +313,8 @@ def _parent(pid: int) -> int | None:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    with suppress(AttributeError, OSError, ValueError):  # a stream is closed
+    with suppress(AttributeError, OSError, ValueError):  # it is closed; the reason is printed still
         sys.stdout.flush()
+    with suppress(AttributeError, OSError, ValueError):
         print(f"himo: error: {message}", file=sys.stderr)
     end_process(status)

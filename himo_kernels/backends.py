@@ -1,6 +1,7 @@
-"""What the op.py of an operator is made of, for operators outside of this package too.
+"""What an operator is registered with: its backends and where each can run.
 
-CONTRIBUTING.md has the steps; examples/minimal_operator is an operator of 60 lines.
+Public, so that an operator may live outside of this package. CONTRIBUTING.md has the steps, and
+examples/minimal_operator is a complete operator.
 """
 
 from himo_kernels._triton import backend as triton_backend

@@ -225,13 +225,13 @@ class SampleIndex(Sequence[Record]):
 
     def short_captions(self) -> int:
         """How many of the samples have a `caption_short`."""
-        rows, parts = self.report.records, []
+        rows = self.report.records
+        found = numpy.empty(rows, dtype=bool)
         for begin in range(0, rows, _AT_ONCE):
-            size = _ROW.size * min(_AT_ONCE, rows - begin)
-            data = self._file.read(self._rows + _ROW.size * begin, size)
-            words = numpy.frombuffer(data, dtype=numpy.uint8).reshape(-1, _ROW.size)
-            parts.append(words[:, _SHORT].copy().view("<i4")[:, 0] > 0)
-        found = numpy.concatenate(parts)
+            end = min(begin + _AT_ONCE, rows)
+            data = self._file.read(self._rows + _ROW.size * begin, _ROW.size * (end - begin))
+            fields = numpy.frombuffer(data, dtype=numpy.uint8).reshape(-1, _ROW.size)
+            found[begin:end] = fields[:, _SHORT].any(axis=1)
         return int((found if self._selected is None else found[self._selected]).sum())
 
     def row(self, index: int) -> int:

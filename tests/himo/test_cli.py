@@ -123,9 +123,13 @@ def test_an_unknown_command_is_one_line(capsys):
     assert message.count("\n") == 1
 
 
-def test_one_of_several_processes_ends_with_its_status_though_a_stream_is_closed():
-    code = "import sys; sys.stdout = None; from himo.parallel import end_process; end_process(3)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 3
+def test_one_of_several_processes_ends_with_its_status_though_stdout_is_closed():
+    code = "import sys; sys.stdout = None; from himo import parallel; parallel."
+    done = subprocess.run([sys.executable, "-c", f"{code}end_process(3)"], cwd=ROOT)
+    assert done.returncode == 3
+    command = [sys.executable, "-c", f"{code}_end('a reason', 2)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "himo: error: a reason\n")
 
 
 def test_output_that_nobody_reads_is_no_error(tmp_path):
